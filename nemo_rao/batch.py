@@ -1,0 +1,143 @@
+"""The records that carry a row from a file to a gradient, in the order in which they are made.
+
+Shape legend, used throughout the project:
+
+    P   prompts in a micro-batch
+    K   the largest number of responses to one of these prompts
+    R   rows of the micro-batch: one per (prompt, response), so R <= P * K
+    T   tokens of the longest row, after padding
+    V   vocabulary (``V/TP`` on one tensor-parallel rank)
+
+``Row`` -> (encode) -> ``Sample`` -> (collate) -> ``MicroBatch`` -> (model, log-probs) -> ``ObjectiveBatch``
+-> (objective) -> ``LossOutput``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer to a prompt, as text. ``reward`` is the explicit reward r(x, y), ``None`` where the file has none."""
+
+    content: str
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt with its responses, as read from a file.
+
+    Attributes:
+        prompt: messages in the form of Hugging Face chat templates (``role``, ``content``), or plain text,
+            which is tokenised as it stands.
+        responses: at least one. In pairwise data the chosen response stands first.
+        place: where the row came from, for messages to the user ("data.jsonl.gz line 12").
+        ranked: the responses' order is a preference, best first (published as chosen/rejected).
+    """
+
+    prompt: str | tuple[Mapping[str, Any], ...]
+    responses: tuple[Response, ...]
+    place: str
+    ranked: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tokenised row: a prompt and its K responses. Token ids are int32.
+
+    Attributes:
+        prompt: ``[prompt tokens]``, t0 first, the generation prompt last.
+        responses: K arrays ``[response tokens]``, the end-of-turn token last.
+        rewards: ``[K]`` float64, NaN where the row has none.
+        ranked: see :class:`Row`.
+        place: see :class:`Row`.
+    """
+
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+    rewards: np.ndarray
+    ranked: bool
+    place: str
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """P prompts with all their responses, padded on the right; what one forward pass computes.
+
+    Position t predicts ``labels[:, t] = tokens[:, t + 1]``; both masks select positions by what they predict.
+
+    Attributes:
+        tokens: ``[R, T]`` int64.
+        labels: ``[R, T]`` int64; 0 where nothing is predicted.
+        prompt_mask: ``[R, T]`` bool, true where a prompt token other than t0 is predicted.
+        response_mask: ``[R, T]`` bool, true where a response token (its end token included) is predicted.
+        prompt_index: ``[R]`` int64 in [0, P): the row's prompt.
+        response_index: ``[R]`` int64 in [0, K): the row's place among its prompt's responses.
+        response_ids: ``[R]`` int64: the response's number in the whole data set, by which reference sums are found.
+        rewards: ``[R]`` float32, NaN where unknown.
+        ranked: ``[P]`` bool: the responses' order is a preference, best first.
+        reference: ``[R, 2]`` float32 reference sums (prompt without t0, response), nats; ``None`` where not wanted.
+        num_prompts: P.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    prompt_mask: Tensor
+    response_mask: Tensor
+    prompt_index: Tensor
+    response_index: Tensor
+    response_ids: Tensor
+    rewards: Tensor
+    ranked: Tensor
+    reference: Tensor | None
+    num_prompts: int
+
+
+@dataclass(frozen=True)
+class ObjectiveBatch:
+    """What an objective sees: numbers per (prompt, response), whatever the model and its parallelism.
+
+    Entries where ``valid`` is false hold zeros and must not reach the loss, the metrics or a gradient.
+
+    Attributes:
+        prompt_logps: ``[P, K]`` float32, sum of log pi(x_t | x_<t) over t >= 1, in the row of that response; nats.
+        response_logps: ``[P, K]`` float32, sum of log pi(y_t | x, y_<t); nats. Carries the gradient.
+        reference_prompt_logps, reference_response_logps: ``[P, K]`` float32, the same sums of the reference policy;
+            ``None`` for an objective that declares no need of them. No gradient.
+        rewards: ``[P, K]`` float32; NaN where unknown. No gradient.
+        lengths: ``[P, K]`` float32, response tokens |y|.
+        valid: ``[P, K]`` bool.
+        ranked: ``[P]`` bool: the responses' order is a preference, best first.
+    """
+
+    prompt_logps: Tensor
+    response_logps: Tensor
+    reference_prompt_logps: Tensor | None
+    reference_response_logps: Tensor | None
+    rewards: Tensor
+    lengths: Tensor
+    valid: Tensor
+    ranked: Tensor
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """An objective's sums over a micro-batch. Whoever calls divides by counts reduced over the whole global batch.
+
+    Attributes:
+        loss_sum: ``[]`` float32, the sum over prompts of each prompt's mean over its valid responses (or pairs).
+        num_prompts: ``[]`` float32, the prompts in ``loss_sum`` (those that have a valid response or pair).
+        metrics: name -> ``[2]`` float32 (sum, count), no gradient.
+    """
+
+    loss_sum: Tensor
+    num_prompts: Tensor
+    metrics: Mapping[str, Tensor]
