@@ -1,0 +1,63 @@
+# Everything here can be run again: what is already done is not done twice.
+#   make install   .venv with the pinned set (constraints.txt)
+#   make demo      install, then the demonstration: SFT, then RAO, on four local ranks of this machine's CPU
+#   make test      install, then ruff, mypy and the test suite
+#   make lint      ruff and mypy alone;  make format  applies ruff's fixes
+#
+# Variables, as in `make install PYTHON=python3.12`:
+#   PYTHON           the interpreter that .venv is made from: 3.10, 3.11 or 3.12
+#   TORCH_INDEX_URL  a further package index, asked before PyPI's CUDA build of torch is taken. A machine without a GPU
+#                    saves gigabytes with TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+#   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
+
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(shell command -v $(name) 2>/dev/null)))
+TORCH_INDEX_URL ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
+
+.PHONY: install demo test lint format constraints clean
+.DELETE_ON_ERROR:
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python found; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
+	  { echo "error: $(PYTHON) is not Python 3.10, 3.11 or 3.12; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(PIP) install --progress-bar on $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	  --constraint constraints.txt --editable '.[dev]'
+	$(PIP) check
+	@touch $@
+
+demo: install
+	$(BIN)/nemo-rao demo $(DEMO_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints:
+	@command -v uv >/dev/null || { echo "error: this target needs uv (https://docs.astral.sh/uv)" >&2; exit 2; }
+	@head=$$(sed -n '/^#/p' constraints.txt) && \
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-emit-package nemo-rao \
+	  --no-header --no-annotate --quiet --output-file constraints.txt && \
+	{ echo "$$head"; sed '/^#/d' constraints.txt; } > constraints.new && mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find nemo_rao tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
