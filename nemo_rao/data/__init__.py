@@ -1,0 +1,13 @@
+"""From a file to a micro-batch. Each module does one step; nothing is imported here, so that each costs only itself.
+
+    fields    typed fields of a record, or an error that names the place
+    formats   one record of a published data set          -> Row
+    rows      files, globs, `datasets` names              -> Row after Row
+    encode    a Row and a tokenizer                       -> Sample (exact prompt and response boundaries)
+    dataset   all Samples, checked, in flat arrays        -> PreferenceData and its LoadReport
+    order     seed and step                               -> the numbers of the samples of each micro-batch
+    collate   the Samples of a micro-batch                -> MicroBatch
+
+``synthetic`` and ``tokenizer_training`` make a small preference set and a tokenizer, so that every recipe can run
+where there is neither data nor a model.
+"""

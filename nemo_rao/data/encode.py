@@ -1,0 +1,243 @@
+"""Rows to tokens, with exact boundaries between prompt and response.
+
+A row is rendered twice: the prompt alone, up to where the model would begin to answer (its generation prompt), and
+the prompt with the answer. The first's tokens must be a prefix of the second's; what follows is the response. Where
+the tokenizer has merged characters across the boundary no such split exists, and the row is refused: its log-probs
+would be those of another text than the one the model continues.
+
+The response ends with the end token, the one the template puts behind an answer (its end of turn) or else the
+tokenizer's; whatever a template adds behind it ("\\n" in ChatML) is dropped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from nemo_rao.batch import Row, Sample
+from nemo_rao.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ChatTemplate = Literal["auto", "always", "never"]
+PROBE = "Tell me, boundary."
+
+
+class BoundaryError(UserError):
+    """A row whose prompt and response cannot be told apart in tokens. Loading drops and counts such rows."""
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """A Hugging Face tokenizer from a local folder or by name. Code that it brings along is never run.
+
+    Raises:
+        UserError: it cannot be loaded, or neither it nor its chat template has an end token.
+    """
+    name = os.path.expanduser(os.fspath(path))
+    if name.startswith((".", "/")) and not os.path.isdir(name):
+        raise UserError(f"tokenizer {name}: no such folder; give a folder with a Hugging Face tokenizer, or a name")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # many kinds: network, access, damaged files, a class that is not known
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {reason}); give a folder with a Hugging Face "
+            "tokenizer (tokenizer.json, tokenizer_config.json) or the name of one"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        Encoder(tokenizer)  # raises unless the chat template has an end of turn
+    return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rows after their end: the tokenizer's pad token, else its end token, else 0 (it is never seen)."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+class Encoder:
+    """Turns rows into samples with one tokenizer.
+
+    Args:
+        tokenizer: of Hugging Face.
+        chat_template: ``auto``: through the tokenizer's chat template where it has one, a prompt of plain text being
+            one user message. ``always``: the same, but refused where it has none. ``never``: text as it stands, after
+            the beginning token where the tokenizer adds one.
+        template_arguments: passed to the chat template (``enable_thinking`` and the like). Llama's ``date_string``
+            is pinned to the template's own default unless given: the day's date in every prompt would make each day's
+            tokens new, and reference sums useless the day after.
+
+    Attributes:
+        end_token_id: the token that ends every response.
+        uses_template: prompts go through the chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: ChatTemplate = "auto",
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        if chat_template not in get_args(ChatTemplate):
+            allowed = ", ".join(get_args(ChatTemplate))
+            raise UserError(f"chat_template is {chat_template!r}; allowed are {allowed}")
+        self.tokenizer = tokenizer
+        self.name = tokenizer.name_or_path or type(tokenizer).__name__
+        self.uses_template = chat_template != "never" and tokenizer.chat_template is not None
+        if chat_template == "always" and not self.uses_template:
+            raise UserError(
+                f"tokenizer {self.name}: has no chat template, but chat_template is 'always'; "
+                "use a chat model's tokenizer, or chat_template 'never' for plain text"
+            )
+        self._arguments = dict(template_arguments or {})
+        if self.uses_template and "strftime_now" in (text := str(tokenizer.chat_template)) and "date_string" in text:
+            self._arguments.setdefault("date_string", "26 Jul 2024")
+        # How many end tokens the template itself puts behind an answer; 0: none, the end token is appended.
+        self._template_ends = 0
+        self._boundary_remedy = "end plain-text prompts with a line break, and begin responses without one"
+        if self.uses_template:
+            self._boundary_remedy = "begin the response without line breaks or use another chat template"
+            self.end_token_id, self._template_ends = self._end_of_turn()
+        else:
+            self.end_token_id = self._eos("has no end token")
+            self._beginning = self._beginning_tokens()
+
+    def encode(self, row: Row) -> Sample:
+        """The row's sample. See :meth:`encode_many`."""
+        sample = self.encode_many([row])[0]
+        if isinstance(sample, UserError):
+            raise sample
+        return sample
+
+    def encode_many(self, rows: Sequence[Row]) -> list[Sample | BoundaryError]:
+        """The rows' samples, tokenised in one call, which fast tokenizers spread over threads.
+
+        Returns:
+            for each row its sample, or the reason why it has none.
+
+        Raises:
+            UserError: the chat template or this choice of ``chat_template`` does not take the row's messages.
+        """
+        texts: list[str] = []
+        for row in rows:
+            texts.extend(self._render(row))
+        tokens = iter(self._tokenise(texts))
+        return [self._split(row, [next(tokens) for _ in range(1 + len(row.responses))]) for row in rows]
+
+    # -------------------------------------------------------------------------------------------------- one row
+
+    def _render(self, row: Row) -> list[str]:
+        """The prompt's text, then each response's text with the prompt before it."""
+        if not self.uses_template:
+            if not isinstance(row.prompt, str):
+                raise UserError(
+                    f"{row.place}: the prompt is a list of messages, which needs a chat template; tokenizer "
+                    f"{self.name} has none or chat_template is 'never'"
+                )
+            return [row.prompt] + [row.prompt + response.content for response in row.responses]
+        messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else list(row.prompt)
+        answers = [[*messages, {"role": "assistant", "content": response.content}] for response in row.responses]
+        return [self._apply_template(messages, True, row.place)] + [
+            self._apply_template(answer, False, row.place) for answer in answers
+        ]
+
+    def _apply_template(self, messages: list[Any], add_generation_prompt: bool, place: str) -> str:
+        import jinja2
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._arguments
+                )
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise UserError(
+                f"{place}: the chat template of tokenizer {self.name} refuses messages of {roles} "
+                f"({' '.join(str(error).split())}); change the row or use another template"
+            ) from None
+
+    def _tokenise(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids (int32) of each text, the beginning token first where plain text gets one."""
+        if not texts:
+            return []
+        # Special tokens come from the template; a prompt's and an answer's tokens must not each be closed by one.
+        batch = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        beginning = [] if self.uses_template else self._beginning
+        return [np.array(beginning + list(ids), dtype=np.int32) for ids in batch]
+
+    def _split(self, row: Row, tokens: list[np.ndarray]) -> Sample | BoundaryError:
+        prompt, *wholes = tokens
+        responses = []
+        for number, whole in enumerate(wholes):
+            if len(prompt) == 0 or not np.array_equal(whole[: len(prompt)], prompt):
+                return BoundaryError(
+                    f"{row.place}: response {number + 1} has no boundary in tokens: the prompt's tokens are not the "
+                    f"first tokens of prompt and response together; {self._boundary_remedy}, or drop the row"
+                )
+            response = whole[len(prompt) :]
+            ends = np.flatnonzero(response == self.end_token_id)
+            if 0 < self._template_ends <= len(ends):
+                response = response[: ends[-self._template_ends] + 1]
+            else:
+                response = np.append(response, np.int32(self.end_token_id))
+            if len(response) < 2:
+                return BoundaryError(
+                    f"{row.place}: response {number + 1} has no token of its own before the end token; drop the row"
+                )
+            responses.append(response)
+        return Sample(
+            prompt=prompt,
+            responses=tuple(responses),
+            rewards=np.array(
+                [np.nan if response.reward is None else response.reward for response in row.responses], dtype=np.float64
+            ),
+            ranked=row.ranked,
+            place=row.place,
+        )
+
+    # ---------------------------------------------------------------------------------- what the tokenizer does
+
+    def _end_of_turn(self) -> tuple[int, int]:
+        """The token by which the template ends an answer, and how often it stands behind one (0: eos is appended)."""
+        place = f"tokenizer {self.name}"
+        conversation = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": PROBE}]
+        text = self._apply_template(conversation, False, place)
+        _, found, behind = text.rpartition(PROBE)
+        if not found:
+            raise UserError(f"{place}: its chat template leaves out the assistant's message; use another template")
+        added = set(self.tokenizer.get_added_vocab().values()) | set(self.tokenizer.all_special_ids)
+        tokens = [int(token) for token in self._tokenise([behind])[0]] if behind else []
+        for token in tokens:
+            if token in added:
+                return token, tokens.count(token)
+        return self._eos("has no end token, nor does its chat template end an answer with one"), 0
+
+    def _eos(self, complaint: str) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"tokenizer {self.name}: {complaint}; set its eos_token")
+        return int(self.tokenizer.eos_token_id)
+
+    def _beginning_tokens(self) -> list[int]:
+        """The special tokens that the tokenizer puts before plain text."""
+        bare = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        full = self.tokenizer(PROBE, add_special_tokens=True)["input_ids"]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return list(full[:start])
+        return []

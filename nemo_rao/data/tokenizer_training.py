@@ -1,0 +1,86 @@
+"""A small byte-level tokenizer trained on given texts, for runs that start from no model at all.
+
+Byte-level: any text can be written in it, without an unknown token. Its chat template puts a special token on either
+side of every message, so that no merge ever crosses a boundary:
+
+    <|begin|><|user|>Sort: b a<|end|><|assistant|>a b<|end|>
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+from nemo_rao.batch import Row
+from nemo_rao.errors import UserError
+
+BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+ROLES = ("system", "user", "assistant")
+SPECIAL_TOKENS = (PAD, BEGIN, END, *(f"<|{role}|>" for role in ROLES))  # numbered from 0
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('roles are system, user and assistant') }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], folder: str | os.PathLike[str], vocab_size: int = 512) -> None:
+    """Trains a byte-level BPE and saves it so that ``AutoTokenizer.from_pretrained(folder)`` loads it.
+
+    Args:
+        texts: what to learn merges from. The same texts give the same tokenizer.
+        folder: made if it is not there.
+        vocab_size: tokens, special ones included; few texts may give fewer. At least 262.
+
+    Raises:
+        UserError: ``vocab_size`` does not hold the bytes and the special tokens.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {SMALLEST_VOCABULARY} "
+            f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+        )
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # Plain text begins with t0 too, so that data without a chat template can be used for RAO.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, SPECIAL_TOKENS.index(BEGIN))]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[f"<|{role}|>" for role in ROLES],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1 << 20,
+    ).save_pretrained(os.fspath(folder))
+
+
+def texts_of_rows(rows: Iterable[Row]) -> Iterator[str]:
+    """All text of the rows, prompts and responses, to train on."""
+    for row in rows:
+        if isinstance(row.prompt, str):
+            yield row.prompt
+        else:
+            yield from (message["content"] for message in row.prompt)
+        yield from (response.content for response in row.responses)
