@@ -1,0 +1,217 @@
+"""What can be wrong between the keys of a run, found before anything heavy is imported.
+
+Ranges of single keys are checked where the config is made; here are the rules that tie several keys, files or the
+machine together. Nothing is written. A :class:`UserError` names the key, its value, and what to change.
+"""
+
+import difflib
+import os
+from pathlib import Path
+
+from nemo_rao.data.rows import expand_paths
+from nemo_rao.errors import UserError
+from nemo_rao.integration.config import RunConfig, data_parallel_size, objective_names, world_size
+
+
+def check_run(config: RunConfig) -> None:
+    """Checks everything that the config alone, and the files it names, can tell.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    _check_objective(config)
+    _check_length(config)
+    _check_ranks(config)
+    _check_batches(config)
+    arch = config.model.arch
+    check_architecture(
+        config,
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+    )
+    _check_recompute(config)
+    _check_optimizer(config)
+    _check_paths(config)
+
+
+def check_architecture(
+    config: RunConfig,
+    *,
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+    ffn_hidden_size: int | None = None,
+    num_attention_heads: int | None = None,
+    num_query_groups: int | None = None,
+    kv_channels: int | None = None,
+) -> None:
+    """Checks that the network can be split as the parallel sizes ask.
+
+    Called twice: with the config's own values, and with those of the config class once NeMo is imported. What is
+    ``None`` is not checked.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    model = config.model
+    tensor_parallel = f"model.tensor_model_parallel_size={model.tensor_model_parallel_size}"
+    for name, value in (
+        ("num_attention_heads", num_attention_heads),
+        ("num_query_groups", num_query_groups),
+        ("ffn_hidden_size", ffn_hidden_size),
+    ):
+        if value is not None and value % model.tensor_model_parallel_size:
+            raise UserError(
+                f"{_given(config, name, value)} is not divisible by {tensor_parallel}; each rank holds an equal part, "
+                "so change one of them"
+            )
+    if num_attention_heads is not None and num_query_groups is not None and num_attention_heads % num_query_groups:
+        raise UserError(
+            f"{_given(config, 'num_attention_heads', num_attention_heads)} is not divisible by "
+            f"{_given(config, 'num_query_groups', num_query_groups)}; each group serves equally many heads"
+        )
+    if None not in (hidden_size, num_attention_heads) and kv_channels is None and hidden_size % num_attention_heads:
+        raise UserError(
+            f"{_given(config, 'hidden_size', hidden_size)} is not divisible by "
+            f"{_given(config, 'num_attention_heads', num_attention_heads)}; change one, or set model.arch.kv_channels"
+        )
+    if num_layers is not None and not any(key.startswith(UNEVEN_STAGES) for key in model.arch.extra):
+        virtual = model.virtual_pipeline_model_parallel_size
+        stages = model.pipeline_model_parallel_size * (virtual or 1)
+        if num_layers % stages:
+            times = f" x model.virtual_pipeline_model_parallel_size={virtual}" if virtual else ""
+            raise UserError(
+                f"{_given(config, 'num_layers', num_layers)} is not divisible by "
+                f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size}{times}; each stage holds "
+                "equally many layers, so change one of them"
+            )
+
+
+# Fields of Megatron's config by which pipeline stages may hold different numbers of layers.
+UNEVEN_STAGES = ("num_layers_in_", "account_for_", "pipeline_model_parallel_layout")
+
+
+def _given(config: RunConfig, name: str, value: int) -> str:
+    """``model.arch.NAME=VALUE``, and where the value comes from if not from the config."""
+    from_class = "" if vars(config.model.arch)[name] is not None else f" (of {config.model.config_class})"
+    return f"model.arch.{name}={value}{from_class}"
+
+
+def _check_objective(config: RunConfig) -> None:
+    name, known = config.model.objective, objective_names()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise UserError(f"model.objective={name}: no such objective; {hint}there are {', '.join(known)}")
+
+
+def _check_length(config: RunConfig) -> None:
+    trainer, sched = config.trainer, config.model.optim.sched
+    if trainer.max_steps is None and trainer.max_epochs is None:
+        raise UserError("trainer.max_steps and trainer.max_epochs are both null; set one, or the run never ends")
+    if trainer.max_steps is not None and sched.warmup_steps + sched.constant_steps > trainer.max_steps:
+        raise UserError(
+            f"model.optim.sched.warmup_steps={sched.warmup_steps} + constant_steps={sched.constant_steps} exceed "
+            f"trainer.max_steps={trainer.max_steps}; lower them"
+        )
+    for key, value in (
+        ("val_check_interval", trainer.val_check_interval),
+        ("limit_val_batches", trainer.limit_val_batches),
+    ):
+        if isinstance(value, float) and value > 1:
+            raise UserError(f"trainer.{key}={value}: a number with a point is a part, at most 1.0; write {int(value)}")
+
+
+def _check_ranks(config: RunConfig) -> None:
+    trainer, model = config.trainer, config.model
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    context, ranks = model.context_parallel_size, world_size(config)
+    if ranks % (tensor * pipeline * context):
+        raise UserError(
+            f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} = {ranks} ranks are not "
+            f"divisible by tensor x pipeline x context parallel size = {tensor} x {pipeline} x {context} = "
+            f"{tensor * pipeline * context}; set trainer.devices, or the sizes in model"
+        )
+    if model.virtual_pipeline_model_parallel_size is not None and pipeline == 1:
+        raise UserError(
+            f"model.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} needs "
+            "model.pipeline_model_parallel_size of at least 2; set it to null"
+        )
+    if context > 1 and trainer.accelerator == "cpu":
+        raise UserError(f"model.context_parallel_size={context} needs GPUs; set it to 1 on a CPU")
+    if model.sequence_parallel and tensor == 1:
+        raise UserError(
+            "model.sequence_parallel=true splits over tensor-parallel ranks, but there is only 1; "
+            "set model.tensor_model_parallel_size, or sequence_parallel=false"
+        )
+    multiple = (tensor if model.sequence_parallel else 1) * (2 * context if context > 1 else 1)
+    if model.seq_length % multiple:
+        raise UserError(
+            f"model.seq_length={model.seq_length} is not a multiple of {multiple}, which sequence and context "
+            f"parallelism need; take {-(-model.seq_length // multiple) * multiple}"
+        )
+
+
+def _check_batches(config: RunConfig) -> None:
+    model, ranks = config.model, data_parallel_size(config)
+    if model.global_batch_size % (model.micro_batch_size * ranks):
+        raise UserError(
+            f"model.global_batch_size={model.global_batch_size} prompts are not divisible by "
+            f"model.micro_batch_size={model.micro_batch_size} x {ranks} data-parallel ranks; change one of them"
+        )
+
+
+def _check_recompute(config: RunConfig) -> None:
+    model = config.model
+    for name, value in (
+        ("recompute_method", model.recompute_method),
+        ("recompute_num_layers", model.recompute_num_layers),
+    ):
+        if value is not None and model.recompute_granularity != "full":
+            raise UserError(f"model.{name}={value} goes with model.recompute_granularity=full; set that, or drop this")
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    optim = config.model.optim
+    if len(optim.betas) != 2 or max(optim.betas) >= 1:
+        raise UserError(f"model.optim.betas={optim.betas}: Adam has two, below 1, such as [0.9, 0.98]")
+    if optim.sched.min_lr > optim.lr:
+        raise UserError(
+            f"model.optim.sched.min_lr={optim.sched.min_lr:g} is above model.optim.lr={optim.lr:g}; lower it"
+        )
+    if optim.overlap_param_gather and not (optim.use_distributed_optimizer and optim.overlap_grad_reduce):
+        raise UserError(
+            "model.optim.overlap_param_gather=true needs model.optim.use_distributed_optimizer=true and "
+            "model.optim.overlap_grad_reduce=true"
+        )
+
+
+def _check_paths(config: RunConfig) -> None:
+    data, restore = config.data, config.model.restore_from_path
+    if data.train_path is None:
+        raise UserError("data.train_path is not set; add data.train_path=FILE.jsonl")
+    for key, value in (("train_path", data.train_path), ("validation_path", data.validation_path)):
+        if value is not None:
+            _check_data(f"data.{key}", value)
+    if data.tokenizer is None:
+        raise UserError("data.tokenizer is not set; add data.tokenizer= the folder or name of a Hugging Face tokenizer")
+    folder = os.path.expanduser(data.tokenizer)
+    if (folder.startswith((".", "/")) or folder.count("/") > 1) and not os.path.isdir(folder):
+        raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; give a folder or name of a tokenizer")
+    if restore is not None and not Path(restore).expanduser().is_dir():
+        raise UserError(f"model.restore_from_path={restore}: no such folder; give the folder of a NeMo checkpoint")
+    if Path(config.exp_manager.name).name != config.exp_manager.name:
+        raise UserError(f"exp_manager.name={config.exp_manager.name}: one folder's name; the path to it is exp_dir")
+
+
+def _check_data(key: str, value: object) -> None:
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
+        raise UserError(f"{key}={value}: give a path, or a list of paths such as [a.jsonl,b.jsonl]")
+    try:
+        expand_paths(paths)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None

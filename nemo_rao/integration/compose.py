@@ -1,0 +1,321 @@
+"""From YAML and ``key=value`` to a typed, checked :class:`RunConfig`, and back to YAML with every key's comment.
+
+Hydra finds the files, puts the groups (``model``, ``precision``, ``objective``) together and applies the overrides.
+It does not know the keys: what it has composed is laid over the defaults here, and each key checked against its
+:class:`nemo_rao.keys.KeySpec`. (OmegaConf's structured configs were considered: they know neither ``Literal`` nor
+``tuple``, and their messages name types of their own.) Every mistake gives one line, a :class:`UserError`.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version as hydra_version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_rao.errors import UserError
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.keys import KeySpec, check
+
+QUOTING = "text with commas or brackets is put in quotes twice: 'key=\"a, b\"'"
+
+
+def compose(
+    config_name: str, overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None
+) -> RunConfig:
+    """The run that a recipe and the overrides describe.
+
+    Args:
+        config_name: a YAML file of ``config_dir`` or of the package, with or without ``.yaml``.
+        overrides: ``key=value``, or ``group=file`` such as ``model=llama3_8b``; later ones win.
+        config_dir: a folder of the user's own recipes and groups, looked into before the package's.
+
+    Raises:
+        UserError: one line that names the file, group or key, and what is allowed.
+    """
+    folders = [package_recipes()]
+    if config_dir is not None:
+        own = Path(config_dir).expanduser().resolve()
+        if not own.is_dir():
+            raise UserError(f"--config-dir {config_dir}: no such folder")
+        folders.insert(0, own)
+    name = config_name.removesuffix(".yaml").removesuffix(".yml")
+    if name not in (known := recipe_names(folders)):
+        raise UserError(f"no recipe named {name!r}{_did_you_mean(name, known)}; there are {', '.join(known)}")
+    groups = _groups(folders)
+    prepared = [_prepare(_parse(text), groups) for text in overrides]
+    return typed_config(_compose_untyped(name, prepared, folders), where=name)
+
+
+def package_recipes() -> Path:
+    """The folder of the package's recipes: inside it once installed, at the top of a checkout otherwise."""
+    package = Path(__file__).resolve().parents[1]
+    installed, checkout = package / "conf", package.parent / "conf"
+    return installed if installed.is_dir() else checkout
+
+
+def recipe_names(folders: Sequence[Path]) -> list[str]:
+    """Names of the recipes in these folders."""
+    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+
+
+def typed_config(given: DictConfig, *, where: str) -> RunConfig:
+    """``given`` over the defaults, typed and checked.
+
+    Args:
+        given: keys and values as composed or loaded; interpolations may still be unresolved.
+        where: the recipe's name, for messages that no key can be named in.
+
+    Raises:
+        UserError: an unknown key, a value of another type or out of its range, an interpolation that leads nowhere.
+    """
+    overrides = OmegaConf.to_container(given, resolve=False)
+    if not isinstance(overrides, dict):
+        raise UserError(f"recipe {where}: it must be groups of keys, such as trainer: {{max_steps: 100}}")
+    _require_known_keys(RunConfig, overrides, prefix="")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(RunConfig())), overrides)
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or where}: {_first_line(error)}") from None
+    config = _build(RunConfig, values)
+    check(config)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The full resolved recipe, each key with its comment beside it; a recipe itself when saved."""
+    return "\n".join(_yaml_lines(config, indent="")) + "\n"
+
+
+def known_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, KeySpec]:
+    """Every key by its dotted name, groups of keys included, in the order in which they are defined."""
+    found: dict[str, KeySpec] = {}
+    for name, hint, spec in _keys_of(config_type):
+        found[prefix + name] = spec
+        if dataclasses.is_dataclass(hint):
+            found |= known_keys(hint, f"{prefix}{name}.")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- overrides and Hydra
+
+
+def _parse(text: str) -> Override:
+    """One override, read as Hydra reads it; a text it cannot read, such as a path with ``~`` or ``=``, as it stands."""
+    name, equals, value = text.partition("=")
+    if not name.strip("+~ ") or (not equals and not text.startswith("~")):
+        raise UserError(f"{text!r} is not an override; write key=value, such as trainer.max_steps=100")
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_override(text)
+    except HydraException as error:
+        if _takes_text(name.strip("+ ")) and value[:1] not in tuple("'\"[{"):
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            return parser.parse_override(f'{name}="{escaped}"')
+        raise UserError(f"{text}: cannot be read ({_first_line(error)}); {QUOTING}") from None
+
+
+def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
+    """The override as Hydra is to see it: its key checked, and allowed to be set whether or not a file sets it."""
+    text = override.input_line
+    assert text is not None
+    name = override.key_or_group
+    value = text.partition("=")[2]
+    if override.is_sweep_override():
+        raise UserError(f"{text}: one value at a time is set here; a list is written {name}=[{value}], and {QUOTING}")
+    if name in groups and isinstance(choice := override.value(), str):
+        if choice.removesuffix(".yaml") not in groups[name]:
+            options = groups[name]
+            raise UserError(
+                f"{name}={choice}: no such file{_did_you_mean(choice, options)}; there are {', '.join(options)}"
+            )
+        return text
+    if override.is_delete():
+        raise UserError(f"{text}: keys cannot be deleted; set {name} to null, where its comment allows that")
+    _require_known(name)
+    if _alternatives(_hints().get(name)) <= {str, types.NoneType} and type(override.value()) in (int, float, bool):
+        value = f'"{value}"'  # a name such as 2024_11_21, which Hydra would take for a number
+    return f"++{name}={value}"
+
+
+def _require_known(name: str) -> None:
+    """Refuses a key that is not one, unless it stands in a free dictionary such as ``model.arch.extra``."""
+    free = (key for key, hint in _hints().items() if typing.get_origin(hint) is dict)
+    if name not in known_keys() and not any(name.startswith(f"{key}.") for key in free):
+        raise _unknown_key(name)
+
+
+def _takes_text(name: str) -> bool:
+    return bool(_alternatives(_hints().get(name)) & {str, Any})
+
+
+def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> DictConfig:
+    """What Hydra makes of a recipe.
+
+    ``hydra.compose`` is not used: it would let plugins extend the search path, and the one that comes with
+    multi-storage-client prints a traceback into every run without such a storage. It would also change global state.
+    """
+    search_path = ConfigSearchPathImpl()
+    search_path.append("hydra", "pkg://hydra.conf")
+    for folder in folders:
+        search_path.append("recipes", f"file://{folder}")
+    search_path.append("schema", "structured://")
+    Plugins.instance()  # registers what reads these schemes
+    hydra_version.setbase("1.3")
+    try:
+        loader = ConfigLoaderImpl(search_path)
+        composed = loader.load_configuration(name, list(overrides), run_mode=RunMode.RUN, from_shell=False)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name}: invalid YAML: {' '.join(str(error).split())}") from None
+    except MissingConfigException as error:
+        missing = error.missing_cfg_file or "a file of its defaults"
+        group, _, choice = missing.rpartition("/")
+        options = _groups(folders).get(group, []) if group else recipe_names(folders)
+        near = _did_you_mean(choice, options)
+        raise UserError(f"recipe {name}: there is no {missing}.yaml{near}; there are {', '.join(options)}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"recipe {name}: {_first_line(error)}") from None
+    return OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+
+
+def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """Group (a folder below a recipe folder) -> its files' names."""
+    groups: dict[str, set[str]] = {}
+    for folder in folders:
+        for file in folder.glob("*/**/*.yaml"):
+            groups.setdefault(file.parent.relative_to(folder).as_posix(), set()).add(file.stem)
+    return {group: sorted(names) for group, names in groups.items()}
+
+
+# ------------------------------------------------------------------------------------------------- typed from untyped
+
+
+def _require_known_keys(config_type: type, given: dict, prefix: str) -> None:
+    """Refuses keys that there are not, and takes out groups without keys (all their lines are commented out)."""
+    hints = {name: hint for name, hint, _ in _keys_of(config_type)}
+    for name, value in list(given.items()):
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise _unknown_key(key)
+        if not dataclasses.is_dataclass(hints[name]):
+            continue
+        if value is None:
+            del given[name]
+        elif isinstance(value, dict):
+            _require_known_keys(hints[name], value, f"{key}.")
+        else:
+            first = next(iter(known_keys(hints[name], f"{key}.")), None)
+            remedy = f"set one, such as {first}" if first else "it has none"
+            raise UserError(f"{key}={value}: {key} is a group of keys; {remedy}")
+
+
+def _build(config_type: type, values: dict) -> Any:
+    """An instance of a config class. YAML's lists become tuples, its whole numbers floats, where the types say so."""
+    arguments = {}
+    for name, hint, _ in _keys_of(config_type):
+        value, kinds = values[name], _alternatives(hint)
+        if dataclasses.is_dataclass(hint):
+            value = _build(hint, value)
+        elif isinstance(value, list) and tuple in map(typing.get_origin, kinds):
+            value = tuple(value)
+        elif type(value) is int and float in kinds and int not in kinds:
+            value = float(value)
+        arguments[name] = value
+    return config_type(**arguments)
+
+
+def _unknown_key(name: str) -> UserError:
+    keys = list(known_keys())
+    last = name.rpartition(".")[2]
+    nearest = (
+        difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
+        or [key for key in keys if key.rpartition(".")[2] == last][:3]
+        or difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
+        or [key for key in keys if difflib.get_close_matches(last, [key.rpartition(".")[2]], cutoff=0.75)][:3]
+    )
+    remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "all keys: nemo-rao train --print-config"
+    return UserError(f"unknown key {name}; {remedy}")
+
+
+# ------------------------------------------------------------------------------------------------------ type hints
+
+
+def _keys_of(config_type: type) -> Iterator[tuple[str, Any, KeySpec]]:
+    """(name, type, spec) of each key of a config class."""
+    hints = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        yield field.name, hints[field.name], field.metadata["key"]
+
+
+def _alternatives(hint: Any) -> set[Any]:
+    """The types of a union; a type alone is a union of one. Lists and dictionaries count as they stand."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set(typing.get_args(hint))
+    return {hint}
+
+
+def _hints(config_type: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """The type of every key that is not a group, by its dotted name."""
+    found: dict[str, Any] = {}
+    for name, hint, _ in _keys_of(config_type):
+        found |= _hints(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        spec, value = field.metadata["key"], vars(config)[field.name]
+        beside = "  # " + spec.comment + _limits(spec)
+        if dataclasses.is_dataclass(value):
+            yield f"{indent}{field.name}:{beside}"
+            yield from _yaml_lines(value, indent + "  ")
+        else:
+            yield f"{indent}{field.name}: {_shown(value)}{beside}"
+
+
+def _limits(spec: KeySpec) -> str:
+    """What the key allows, for its comment: `` [> 0, <= 1]``."""
+    if spec.choices is not None:
+        return f" [{' | '.join(map(_shown, spec.choices))}]"
+    equal = "" if spec.exclusive else "="
+    bounds = [
+        f"{sign}{equal} {bound:g}"
+        for sign, bound in ((">", spec.low), ("<", spec.high))
+        if bound is not None and math.isfinite(bound)
+    ]
+    return f" [{', '.join(bounds)}]" if bounds else ""
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML on one line."""
+    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {nearest[0]}" if nearest else ""
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error of Hydra or OmegaConf says, without the lines that trace its own types and paths."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

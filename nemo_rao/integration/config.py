@@ -1,0 +1,319 @@
+"""Every key of a run: its default, range, unit and comment, here and nowhere else. YAML in conf/ only overrides.
+
+The tree, in the shape that users of NeMo-Aligner know:
+
+    trainer         steps, ranks, validation                   model        network, parallelism, optimizer,
+    exp_manager     where results go, what is kept                          one block per objective (model.rao ...)
+    data            files, tokenizer                           precision    number formats
+    reference       the pass that scores data with the starting weights
+
+``None`` (``null`` in YAML) always means "not set"; the comment says what happens then. Sizes are in the unit named in
+the comment. An objective's block is its own typed config, taken from the table in ``nemo_rao.objectives.registry``:
+a new objective needs no edit here.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rao.keys import KeySpec, key
+from nemo_rao.objectives.registry import OBJECTIVES
+
+
+def section(config_type: type, comment: str) -> Any:
+    """A group of keys as a field of the group above it."""
+    return dataclasses.field(default_factory=config_type, metadata={"key": KeySpec(comment)})
+
+
+# ------------------------------------------------------------------------------------------------------- trainer
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = key(
+        "auto", "what to train on; auto: GPUs where there are any, else the CPU", choices=("auto", "cpu", "gpu")
+    )
+    devices: int = key(1, "ranks on each node: GPUs, or processes on a CPU", low=1)
+    num_nodes: int = key(1, "nodes; ranks in all are devices x num_nodes", low=1)
+    max_steps: int | None = key(None, "optimizer steps of the run; null: max_epochs alone decides", low=1)
+    max_epochs: int | None = key(1, "passes over the data; with max_steps, whichever ends first. null: no limit", low=1)
+    val_check_interval: int | float = key(
+        1.0,
+        "steps from one validation to the next (a whole number), or a part of an epoch (a number with a point, up to "
+        "1.0); used where there is validation data",
+        low=0,
+        exclusive=True,
+    )
+    limit_val_batches: int | float = key(
+        1.0, "global batches of a validation (a whole number), or a part of them (up to 1.0)", low=0
+    )
+    log_every_n_steps: int = key(1, "steps from one line of metrics to the next", low=1)
+    gradient_clip_val: float = key(1.0, "largest gradient norm, over all ranks; 0: gradients are not clipped", low=0)
+    seed: int = key(1234, "of the initial weights and of dropout", low=0)
+    enable_progress_bar: bool = key(True, "show progress on rank 0's terminal")
+    timeout_minutes: float = key(
+        30.0, "minutes a rank waits for the others before the run fails", low=0, exclusive=True
+    )
+    threads_per_rank: int | None = key(
+        None, "CPU threads of each rank; null: 1 for several ranks on a CPU, else as torch chooses", low=1
+    )
+
+
+# --------------------------------------------------------------------------------------------------- exp_manager
+
+
+@dataclass
+class WandbConfig:
+    project: str | None = key(None, "project; null: W&B's default")
+    name: str | None = key(None, "name of the run; null: exp_manager.name")
+
+
+@dataclass
+class CheckpointConfig:
+    monitor: str = key("val_loss", "metric by which the best checkpoints are kept, as it is logged")
+    mode: str = key("min", "whether a lower or a higher metric is better", choices=("min", "max"))
+    save_top_k: int = key(1, "best checkpoints kept; 0: none, -1: all", low=-1)
+    save_last: bool = key(True, "also keep the newest checkpoint, from which a run resumes")
+    every_n_train_steps: int | None = key(
+        None, "steps from one checkpoint to the next; null: one after each validation, else at each epoch's end", low=1
+    )
+
+
+@dataclass
+class ExpManagerConfig:
+    exp_dir: str = key("runs", "folder of all runs")
+    name: str = key("default", "folder of this run, in exp_dir")
+    resume_if_exists: bool = key(True, "continue from the newest checkpoint of a run of this name")
+    create_tensorboard_logger: bool = key(True, "a TensorBoard log is always written", choices=(True,))
+    create_wandb_logger: bool = key(False, "also log to Weights & Biases")
+    wandb_logger_kwargs: WandbConfig = section(WandbConfig, "Weights & Biases")
+    checkpoint_callback_params: CheckpointConfig = section(CheckpointConfig, "which checkpoints are kept")
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class ArchitectureConfig:
+    """Sizes that replace those of ``model.config_class``; ``None``: the class's own value."""
+
+    num_layers: int | None = key(None, "transformer layers", low=1)
+    hidden_size: int | None = key(None, "width of the residual stream", low=1)
+    ffn_hidden_size: int | None = key(None, "width of the feed-forward layers", low=1)
+    num_attention_heads: int | None = key(None, "attention heads", low=1)
+    num_query_groups: int | None = key(None, "key/value heads (grouped-query attention)", low=1)
+    kv_channels: int | None = key(None, "width of one head", low=1)
+    rotary_base: float | None = key(None, "base of the rotary position embedding", low=0, exclusive=True)
+    share_embeddings_and_output_weights: bool | None = key(None, "one matrix for input and output embeddings")
+    make_vocab_size_divisible_by: int | None = key(None, "tokens; the vocabulary is padded to a multiple", low=1)
+    attention_dropout: float | None = key(None, "probability", low=0, high=1)
+    hidden_dropout: float | None = key(None, "probability", low=0, high=1)
+    extra: dict[str, Any] = key({}, "further fields of the config class, such as {qk_layernorm: true}")
+
+
+@dataclass
+class LoraConfig:
+    dim: int = key(16, "rank of the adapters", low=1)
+    alpha: int = key(32, "the adapters' output is scaled by alpha / dim", low=1)
+    dropout: float = key(0.0, "probability", low=0, high=1)
+    target_modules: list[str] = key(
+        ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], "Megatron's linear layers that get an adapter"
+    )
+
+
+@dataclass
+class PeftConfig:
+    scheme: str = key("none", "none: every weight is trained; lora: low-rank adapters alone", choices=("none", "lora"))
+    lora: LoraConfig = section(LoraConfig, "used with scheme lora")
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = key("cosine", "course of the learning rate after warm-up", choices=("cosine", "constant"))
+    warmup_steps: int = key(0, "steps of linear rise from 0", low=0)
+    constant_steps: int = key(0, "cosine: steps at min_lr, at the end of the run", low=0)
+    min_lr: float = key(0.0, "cosine: learning rate at the end", low=0)
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = key("adam", "Megatron's optimizer (AdamW)", choices=("adam",))
+    lr: float = key(5e-7, "highest learning rate", low=0, exclusive=True)
+    weight_decay: float = key(0.0, "decoupled; not applied to biases and norms", low=0)
+    betas: list[float] = key([0.9, 0.98], "Adam's decay rates of gradient and squared gradient", low=0, high=1)
+    eps: float = key(1e-8, "Adam's epsilon", low=0, exclusive=True)
+    use_distributed_optimizer: bool = key(True, "split the optimizer's state over data-parallel ranks")
+    overlap_grad_reduce: bool = key(False, "reduce gradients during the backward pass; for GPUs")
+    overlap_param_gather: bool = key(False, "gather updated weights during the forward pass; for GPUs")
+    sched: ScheduleConfig = section(ScheduleConfig, "learning rate over the run")
+
+
+@dataclass
+class ModelKeys:
+    """``model`` without the objectives' blocks; see :class:`ModelConfig`."""
+
+    objective: str = key("rao", "name of the objective; its block below holds its own keys")
+    config_class: str = key("LlamaConfig", "a class of nemo.collections.llm, such as Llama3Config8B or Qwen2Config7B")
+    arch: ArchitectureConfig = section(ArchitectureConfig, "sizes; null: the class's own value")
+    restore_from_path: str | None = key(
+        None, "folder of a NeMo checkpoint to start from; null: random weights from trainer.seed"
+    )
+    seq_length: int = key(
+        1024, "tokens; rows that are longer, prompt and response together, are dropped and counted", low=2
+    )
+    micro_batch_size: int = key(1, "prompts of one forward pass, each with all its responses", low=1)
+    global_batch_size: int = key(8, "prompts of one optimizer step, over all ranks", low=1)
+    tensor_model_parallel_size: int = key(1, "ranks that share each layer", low=1)
+    pipeline_model_parallel_size: int = key(1, "ranks that share the stack of layers", low=1)
+    virtual_pipeline_model_parallel_size: int | None = key(
+        None, "layer groups of each pipeline rank (interleaved schedule); null: one", low=2
+    )
+    context_parallel_size: int = key(1, "ranks that share each sequence; GPUs only", low=1)
+    sequence_parallel: bool = key(False, "also split norms and dropout over tensor-parallel ranks; saves memory")
+    log_prob_chunk_size: int = key(
+        1024, "tokens whose log-probabilities are computed at once; bounds the fp32 copy of the logits", low=1
+    )
+    recompute_granularity: str | None = key(
+        None,
+        "activations computed anew in the backward pass to save memory: selective, attention alone; full, whole "
+        "layers; null: none",
+        choices=(None, "selective", "full"),
+    )
+    recompute_method: str | None = key(
+        None, "full recompute: which layers, as in Megatron; null: uniform", choices=(None, "uniform", "block")
+    )
+    recompute_num_layers: int | None = key(
+        None, "full recompute: layers of a uniform unit, or of each stage's block; null: 1", low=1
+    )
+    peft: PeftConfig = section(PeftConfig, "which weights are trained")
+    optim: OptimizerConfig = section(OptimizerConfig, "optimizer")
+
+
+def _with_objectives(keys: type) -> type:
+    """``keys`` with one more field per objective: its config, under its name."""
+    blocks = [
+        (
+            name,
+            objective.config_type,
+            dataclasses.field(
+                default_factory=objective.config_type, metadata={"key": KeySpec(f"used with objective {name}")}
+            ),
+        )
+        for name, objective in OBJECTIVES.items()
+    ]
+    made = dataclasses.make_dataclass("ModelConfig", blocks, bases=(keys,))
+    made.__module__ = __name__  # so that a config can be pickled, and so sent to other ranks
+    made.__doc__ = "All keys of ``model``, one block per objective included."
+    return made
+
+
+if TYPE_CHECKING:
+    ModelConfig = ModelKeys
+else:
+    ModelConfig = _with_objectives(ModelKeys)
+
+
+# ------------------------------------------------------------------------------------ data, precision, reference
+
+
+@dataclass
+class DataConfig:
+    train_path: Any = key(
+        None,
+        "training data: a file (.jsonl, .json, either with .gz, .parquet), a pattern, a folder of `datasets`, "
+        "hf:NAME or hf:NAME:SPLIT; or a list of these",
+    )
+    validation_path: Any = key(None, "validation data, given alike; null: no validation")
+    tokenizer: str | None = key(None, "folder or name of a Hugging Face tokenizer")
+    num_responses: int | None = key(None, "K: the first so many responses of each prompt are used; null: all", low=1)
+    chat_template: str = key(
+        "auto",
+        "auto: through the tokenizer's chat template where it has one; always: refused where it has none; never: "
+        "text as it stands",
+        choices=("auto", "always", "never"),
+    )
+    template_arguments: dict[str, Any] = key({}, "passed to the chat template, such as {enable_thinking: false}")
+    reward_field: str | None = key(
+        None,
+        "where a response's reward stands, such as helpfulness or annotations.helpfulness.Rating; null: where the "
+        "data's format has it",
+    )
+    strict: bool = key(False, "refuse rows that are too long instead of dropping and counting them")
+    shuffle: bool = key(True, "draw training prompts in a new order in each epoch; false: the files' order")
+    seed: int = key(1234, "of that order", low=0)
+    pad_to_multiple_of: int = key(
+        1, "tokens; micro-batches are padded to a multiple of it, and of what the parallelism needs", low=1
+    )
+
+
+@dataclass
+class PrecisionConfig:
+    params: str = key(
+        "fp32",
+        "of weights and activations; bf16: with fp32 master weights in the optimizer",
+        choices=("fp32", "bf16"),
+    )
+    grad_reduce_in_fp32: bool = key(True, "add gradients up in fp32, over micro-batches and ranks")
+    fp8: str | None = key(None, "8-bit matrix products; not offered yet", choices=(None,))
+
+
+@dataclass
+class ReferenceConfig:
+    cache_dir: str | None = key(
+        None, "folder of the data's log-probabilities under the starting weights; null: exp_dir/reference"
+    )
+    micro_batch_size: int | None = key(
+        None, "prompts of one forward pass of the reference pass; null: model.micro_batch_size", low=1
+    )
+    save_every: int = key(50, "global batches after which an unfinished pass is saved, to be continued", low=1)
+
+
+@dataclass
+class RunConfig:
+    """A whole run, typed and checked. Made by :func:`nemo_rao.integration.compose.compose`."""
+
+    trainer: TrainerConfig = section(TrainerConfig, "steps, ranks, validation")
+    exp_manager: ExpManagerConfig = section(ExpManagerConfig, "where results go, what is kept")
+    model: ModelConfig = section(ModelConfig, "network, parallelism, optimizer, objective")
+    data: DataConfig = section(DataConfig, "files and tokenizer")
+    precision: PrecisionConfig = section(PrecisionConfig, "number formats")
+    reference: ReferenceConfig = section(ReferenceConfig, "scoring the data with the starting weights, once")
+
+
+# ---------------------------------------------------------------------------------------------- what follows from it
+
+
+def objective_names() -> list[str]:
+    """The objectives there are."""
+    return list(OBJECTIVES)
+
+
+def objective_config(config: RunConfig) -> Any:
+    """The block of the run's objective, an instance of that objective's ``config_type``."""
+    return vars(config.model)[config.model.objective]
+
+
+def world_size(config: RunConfig) -> int:
+    """Ranks of the run."""
+    return config.trainer.devices * config.trainer.num_nodes
+
+
+def data_parallel_size(config: RunConfig) -> int:
+    """Copies of the model, each with its own part of a global batch."""
+    model = config.model
+    copy = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    return world_size(config) // copy
+
+
+def run_dir(config: RunConfig) -> Path:
+    """The folder of this run: checkpoints and logs."""
+    return Path(config.exp_manager.exp_dir).expanduser() / config.exp_manager.name
+
+
+def reference_dir(config: RunConfig) -> Path:
+    """The folder of reference log-probabilities, shared by all runs of ``exp_dir``: they are found by fingerprint."""
+    given = config.reference.cache_dir
+    return (
+        Path(given).expanduser() if given is not None else Path(config.exp_manager.exp_dir).expanduser() / "reference"
+    )
