@@ -103,7 +103,7 @@ class Encoder:
             self._arguments.setdefault("date_string", "26 Jul 2024")
         # How many end tokens the template itself puts behind an answer; 0: none, the end token is appended.
         self._template_ends = 0
-        self._boundary_remedy = "end plain-text prompts with a line break, and begin responses without one"
+        self._boundary_remedy = "end plain-text prompts with one line break and begin responses without any"
         if self.uses_template:
             self._boundary_remedy = "begin the response without line breaks or use another chat template"
             self.end_token_id, self._template_ends = self._end_of_turn()
@@ -221,7 +221,9 @@ class Encoder:
         _, found, behind = text.rpartition(PROBE)
         if not found:
             raise UserError(f"{place}: its chat template leaves out the assistant's message; use another template")
-        added = set(self.tokenizer.get_added_vocab().values()) | set(self.tokenizer.all_special_ids)
+        # Some vocabularies have runs of blanks as added tokens: these end nothing.
+        added = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        added.update(self.tokenizer.all_special_ids)
         tokens = [int(token) for token in self._tokenise([behind])[0]] if behind else []
         for token in tokens:
             if token in added:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,6 +124,6 @@ def read_number(value: object, place: str, field: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{place}: field '{field}' must be a number, found {describe(value)}")
-    if math.isnan(value) or abs(value) > LARGEST_REWARD:
+    if not abs(value) <= LARGEST_REWARD:  # so written, NaN is caught too
         raise UserError(f"{place}: field '{field}' must be a finite number, found {describe(value)}")
     return float(value)
