@@ -1,0 +1,44 @@
+"""Metrics that objectives share, each a ``[2]`` tensor (sum, count) without gradient.
+
+Of prompts that have a pair (:mod:`nemo_rao.objectives.pairs`; for K > 2 the best and the worst response), counted
+once each; a prompt with one response, or with none better than another, does not count:
+
+    rewards/chosen, rewards/rejected    implicit reward beta * rho(y) = beta * (logp(y) - logp_ref(y)), beta included
+    rewards/margins                     chosen - rejected
+    rewards/accuracies                  1 where the margin is > 0, else 0
+    logps/chosen, logps/rejected        log pi(y | x), summed over tokens, nats
+    data/reward_chosen, _rejected       explicit reward, of those pairs that have one
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nemo_rao.batch import ObjectiveBatch
+from nemo_rao.objectives.pairs import Pairs
+from nemo_rao.objectives.reductions import metric, sum_over_prompts
+
+
+def implicit_reward_metrics(implicit_rewards: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+    """``rewards/*``.
+
+    Args:
+        implicit_rewards: ``[P, K]``, beta included, finite in invalid entries.
+    """
+    chosen, rejected = pairs.of_chosen(implicit_rewards), pairs.of_rejected(implicit_rewards)
+    return {
+        "rewards/chosen": metric(sum_over_prompts(chosen, pairs.valid)),
+        "rewards/rejected": metric(sum_over_prompts(rejected, pairs.valid)),
+        "rewards/margins": metric(sum_over_prompts(chosen - rejected, pairs.valid)),
+        "rewards/accuracies": metric(sum_over_prompts((chosen > rejected).to(chosen.dtype), pairs.valid)),
+    }
+
+
+def pair_metrics(batch: ObjectiveBatch, pairs: Pairs) -> dict[str, Tensor]:
+    """``logps/*`` and ``data/*``, for which no reference is needed."""
+    metrics = {}
+    for name, of in (("chosen", pairs.of_chosen), ("rejected", pairs.of_rejected)):
+        metrics[f"logps/{name}"] = metric(sum_over_prompts(of(batch.response_logps), pairs.valid))
+        rewards = of(batch.rewards)
+        metrics[f"data/reward_{name}"] = metric(sum_over_prompts(rewards, pairs.valid & rewards.isfinite()))
+    return metrics

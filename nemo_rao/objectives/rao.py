@@ -1,0 +1,100 @@
+"""RAO, Reward Alignment Optimization (ACL 2026, long.2027, Algorithm 1).
+
+    log Z(x)  = log_z0 + sg(rho_x)
+    r_hat(y)  = beta * (rho(y) + log Z(x))
+    L         = (r(x, y) - r_hat(y))^2,    dL / dlogp(y) = -2 beta (r - r_hat) / K
+
+rho(y) = logp(y) - logp_ref(y) of the response, rho_x the same of the prompt without its first token t0, sg = stop
+gradient. Mean over a prompt's responses, then over prompts. A policy reaches zero loss at
+rho(y) = r / beta - log_z0 - rho_x.
+
+**Choice** The paper's Z_0 is log Z_0, in nats: it is searched in [-50, 500], and Z, a sum of positive terms, can only
+be negative as a logarithm.
+**Choice** rho_x is taken from each response's own row. The rows of one prompt hold the same number, but for rounding.
+**Beyond the paper** ``log_z0: auto`` sets log_z0 = mean(r) / beta, so that the mean of the rho at which the loss is
+zero starts at 0. ``prefix_gradient: true`` lets the gradient through rho_x (the variant of Eq. 8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from nemo_rao.batch import LossOutput, ObjectiveBatch
+from nemo_rao.errors import UserError
+from nemo_rao.keys import check, key
+from nemo_rao.objectives.base import Objective
+from nemo_rao.objectives.metrics import implicit_reward_metrics, pair_metrics
+from nemo_rao.objectives.pairs import select_pairs
+from nemo_rao.objectives.reductions import log_ratio, metric, sum_of_prompt_means, sum_over_prompts
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class RAOConfig:
+    beta: float = key(0.1, "reward per nat of log-ratio to the reference", low=0, exclusive=True)
+    log_z0: float | str = key(50.0, "nats, the start of log Z(x); auto: mean reward of the training data / beta")
+    prefix_gradient: bool = key(False, "also train the prompt's log-probability through log Z(x) (Eq. 8)")
+
+    def __post_init__(self) -> None:
+        check(self, "model.rao")
+        if isinstance(self.log_z0, str) and self.log_z0 != AUTO:
+            raise UserError(f"model.rao.log_z0={self.log_z0!r}: must be a number, in nats, or {AUTO}")
+
+
+def rao_loss(batch: ObjectiveBatch, config: RAOConfig) -> LossOutput:
+    """Loss and metrics of P prompts with up to K responses.
+
+    A response without an explicit reward has no part in the loss. ``rewards/*`` are beta * rho(y), without log Z(x), so that
+    they compare with other objectives'. Beside the shared metrics, means over prompts of the means over responses:
+
+        rao/target_error      |r - r_hat|; the loss is the same mean of its square
+        rao/log_z             log Z(x), nats
+        rao/prompt_logratio   rho_x, nats: 0 at the start, and the prompt's drift from then on
+
+    and ``rao/r_hat_chosen``, ``rao/r_hat_rejected``: r_hat of each pair, to be held against ``data/reward_*``.
+    """
+    assert not isinstance(config.log_z0, str), "log_z0: auto is to be resolved before training"
+    prompt_log_ratio = log_ratio(batch.prompt_logps, batch.reference_prompt_logps, batch.valid)
+    response_log_ratio = log_ratio(batch.response_logps, batch.reference_response_logps, batch.valid)
+    # Z normalises: trained, it would let the policy meet its targets by making prompts more or less probable.
+    log_z = config.log_z0 + (prompt_log_ratio if config.prefix_gradient else prompt_log_ratio.detach())
+    r_hat = config.beta * (response_log_ratio + log_z)
+
+    rewarded = batch.valid & ~batch.rewards.isnan()
+    error = torch.where(rewarded, batch.rewards, 0) - r_hat
+    loss_sum, num_prompts = sum_of_prompt_means(error.square(), rewarded)
+
+    pairs = select_pairs(batch)
+    metrics = {
+        "rao/target_error": metric(sum_of_prompt_means(error.abs(), rewarded)),
+        "rao/log_z": metric(sum_of_prompt_means(log_z, rewarded)),
+        "rao/prompt_logratio": metric(sum_of_prompt_means(prompt_log_ratio, rewarded)),
+        "rao/r_hat_chosen": metric(sum_over_prompts(pairs.of_chosen(r_hat), pairs.valid)),
+        "rao/r_hat_rejected": metric(sum_over_prompts(pairs.of_rejected(r_hat), pairs.valid)),
+    }
+    metrics |= implicit_reward_metrics(config.beta * response_log_ratio, pairs) | pair_metrics(batch, pairs)
+    return LossOutput(loss_sum, num_prompts, metrics)
+
+
+def resolve_log_z0(config: RAOConfig, reward_mean: float | None) -> RAOConfig:
+    """``log_z0: auto`` -> mean(r) / beta."""
+    if config.log_z0 != AUTO:
+        return config
+    if reward_mean is None:
+        raise UserError("model.rao.log_z0=auto: needs a reward of every training response; set a number of nats")
+    return dataclasses.replace(config, log_z0=reward_mean / config.beta)
+
+
+RAO = Objective(
+    name="rao",
+    config_type=RAOConfig,
+    loss=rao_loss,
+    needs_reference=True,
+    needs_rewards=True,
+    needs_shared_first_token=True,
+    resolve=resolve_log_z0,
+)

@@ -1,0 +1,34 @@
+"""SFT, supervised fine-tuning on each prompt's best response.
+
+    L = -logp(y) / |y|,    dL / dlogp(y) = -1 / |y|
+
+y is the response with the highest reward where all rewards are known, else the first (the only one, or the chosen one
+of a published pair). **Choice** The mean over a response's tokens, then over prompts: a long response weighs as much as
+a short one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_rao.batch import LossOutput, ObjectiveBatch
+from nemo_rao.objectives.base import Objective
+from nemo_rao.objectives.metrics import pair_metrics
+from nemo_rao.objectives.pairs import select_best, select_pairs, take
+from nemo_rao.objectives.reductions import sum_over_prompts
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """No keys."""
+
+
+def sft_loss(batch: ObjectiveBatch, config: SFTConfig) -> LossOutput:
+    """Loss and metrics of P prompts with up to K responses; where there are pairs, how the rejected ones fare too."""
+    index, valid = select_best(batch)
+    losses = -take(batch.response_logps, index, valid) / take(batch.lengths, index, valid).clamp(min=1)
+    loss_sum, num_prompts = sum_over_prompts(losses, valid)
+    return LossOutput(loss_sum, num_prompts, pair_metrics(batch, select_pairs(batch)))
+
+
+SFT = Objective(name="sft", config_type=SFTConfig, loss=sft_loss, needs_reference=False)
