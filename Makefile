@@ -3,6 +3,7 @@
 #   make demo      install, then the demonstration: SFT, then RAO, on four local ranks of this machine's CPU
 #   make test      install, then ruff, mypy and the test suite
 #   make lint      ruff and mypy alone;  make format  applies ruff's fixes
+#   make clean     removes caches and builds;  make distclean  removes .venv too
 #
 # Variables, as in `make install PYTHON=python3.12`:
 #   PYTHON           the interpreter that .venv is made from: 3.10, 3.11 or 3.12
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install demo test lint format constraints clean
+.PHONY: install demo test lint format constraints clean distclean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -59,5 +60,8 @@ constraints:
 	{ echo "$$head"; sed '/^#/d' constraints.txt; } > constraints.new && mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find nemo_rao tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

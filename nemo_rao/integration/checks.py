@@ -35,6 +35,7 @@ def check_run(config: RunConfig) -> None:
     )
     _check_recompute(config)
     _check_optimizer(config)
+    _check_checkpoints(config)
     _check_paths(config)
 
 
@@ -73,7 +74,9 @@ def check_architecture(
             f"{_given(config, 'num_attention_heads', num_attention_heads)} is not divisible by "
             f"{_given(config, 'num_query_groups', num_query_groups)}; each group serves equally many heads"
         )
-    if None not in (hidden_size, num_attention_heads) and kv_channels is None and hidden_size % num_attention_heads:
+    if hidden_size is None or num_attention_heads is None or kv_channels is not None:
+        pass  # a head's width is not derived from these
+    elif hidden_size % num_attention_heads:
         raise UserError(
             f"{_given(config, 'hidden_size', hidden_size)} is not divisible by "
             f"{_given(config, 'num_attention_heads', num_attention_heads)}; change one, or set model.arch.kv_channels"
@@ -117,12 +120,6 @@ def _check_length(config: RunConfig) -> None:
             f"model.optim.sched.warmup_steps={sched.warmup_steps} + constant_steps={sched.constant_steps} exceed "
             f"trainer.max_steps={trainer.max_steps}; lower them"
         )
-    for key, value in (
-        ("val_check_interval", trainer.val_check_interval),
-        ("limit_val_batches", trainer.limit_val_batches),
-    ):
-        if isinstance(value, float) and value > 1:
-            raise UserError(f"trainer.{key}={value}: a number with a point is a part, at most 1.0; write {int(value)}")
 
 
 def _check_ranks(config: RunConfig) -> None:
@@ -189,6 +186,20 @@ def _check_optimizer(config: RunConfig) -> None:
         )
 
 
+def _check_checkpoints(config: RunConfig) -> None:
+    keys = config.exp_manager.checkpoint_callback_params
+    if keys.monitor is None and keys.save_top_k > 1:
+        raise UserError(
+            f"checkpoint_callback_params.save_top_k={keys.save_top_k} needs a metric to rank by; set "
+            "exp_manager.checkpoint_callback_params.monitor, such as val/loss"
+        )
+    if keys.monitor is not None and keys.monitor.startswith("val/") and config.data.validation_path is None:
+        raise UserError(
+            f"exp_manager.checkpoint_callback_params.monitor={keys.monitor} needs validation data; set "
+            "data.validation_path, or another metric, such as loss"
+        )
+
+
 def _check_paths(config: RunConfig) -> None:
     data, restore = config.data, config.model.restore_from_path
     if data.train_path is None:
@@ -203,8 +214,9 @@ def _check_paths(config: RunConfig) -> None:
         raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; give a folder or name of a tokenizer")
     if restore is not None and not Path(restore).expanduser().is_dir():
         raise UserError(f"model.restore_from_path={restore}: no such folder; give the folder of a NeMo checkpoint")
-    if Path(config.exp_manager.name).name != config.exp_manager.name:
-        raise UserError(f"exp_manager.name={config.exp_manager.name}: one folder's name; the path to it is exp_dir")
+    name = config.exp_manager.name
+    if not name or Path(name).name != name:
+        raise UserError(f"exp_manager.name={name}: give one folder's name; the path to it is exp_manager.exp_dir")
 
 
 def _check_data(key: str, value: object) -> None:

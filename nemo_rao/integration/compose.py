@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from hydra import version as hydra_version
@@ -93,6 +93,7 @@ def typed_config(given: DictConfig, *, where: str) -> RunConfig:
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or where}: {_first_line(error)}") from None
+    assert isinstance(values, dict)
     config = _build(RunConfig, values)
     check(config)
     return config
@@ -108,7 +109,7 @@ def known_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, Key
     found: dict[str, KeySpec] = {}
     for name, hint, spec in _keys_of(config_type):
         found[prefix + name] = spec
-        if dataclasses.is_dataclass(hint):
+        if _is_section(hint):
             found |= known_keys(hint, f"{prefix}{name}.")
     return found
 
@@ -128,7 +129,8 @@ def _parse(text: str) -> Override:
         if _takes_text(name.strip("+ ")) and value[:1] not in tuple("'\"[{"):
             escaped = value.replace("\\", "\\\\").replace('"', '\\"')
             return parser.parse_override(f'{name}="{escaped}"')
-        raise UserError(f"{text}: cannot be read ({_first_line(error)}); {QUOTING}") from None
+        reason = _first_line(error).partition(" expecting")[0]
+        raise UserError(f"{text}: cannot be read ({reason}); {QUOTING}") from None
 
 
 def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
@@ -191,7 +193,7 @@ def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path
         raise UserError(f"recipe {name}: there is no {missing}.yaml{near}; there are {', '.join(options)}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"recipe {name}: {_first_line(error)}") from None
-    return OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
@@ -213,7 +215,7 @@ def _require_known_keys(config_type: type, given: dict, prefix: str) -> None:
         key = f"{prefix}{name}"
         if name not in hints:
             raise _unknown_key(key)
-        if not dataclasses.is_dataclass(hints[name]):
+        if not _is_section(hints[name]):
             continue
         if value is None:
             del given[name]
@@ -230,9 +232,9 @@ def _build(config_type: type, values: dict) -> Any:
     arguments = {}
     for name, hint, _ in _keys_of(config_type):
         value, kinds = values[name], _alternatives(hint)
-        if dataclasses.is_dataclass(hint):
+        if _is_section(hint):
             value = _build(hint, value)
-        elif isinstance(value, list) and tuple in map(typing.get_origin, kinds):
+        elif isinstance(value, list) and tuple in {typing.get_origin(kind) for kind in kinds}:
             value = tuple(value)
         elif type(value) is int and float in kinds and int not in kinds:
             value = float(value)
@@ -263,6 +265,10 @@ def _keys_of(config_type: type) -> Iterator[tuple[str, Any, KeySpec]]:
         yield field.name, hints[field.name], field.metadata["key"]
 
 
+def _is_section(hint: Any) -> TypeGuard[type]:
+    return dataclasses.is_dataclass(hint)
+
+
 def _alternatives(hint: Any) -> set[Any]:
     """The types of a union; a type alone is a union of one. Lists and dictionaries count as they stand."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -274,7 +280,7 @@ def _hints(config_type: type = RunConfig, prefix: str = "") -> dict[str, Any]:
     """The type of every key that is not a group, by its dotted name."""
     found: dict[str, Any] = {}
     for name, hint, _ in _keys_of(config_type):
-        found |= _hints(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+        found |= _hints(hint, f"{prefix}{name}.") if _is_section(hint) else {prefix + name: hint}
     return found
 
 

@@ -38,15 +38,10 @@ class TrainerConfig:
     num_nodes: int = key(1, "nodes; ranks in all are devices x num_nodes", low=1)
     max_steps: int | None = key(None, "optimizer steps of the run; null: max_epochs alone decides", low=1)
     max_epochs: int | None = key(1, "passes over the data; with max_steps, whichever ends first. null: no limit", low=1)
-    val_check_interval: int | float = key(
-        1.0,
-        "steps from one validation to the next (a whole number), or a part of an epoch (a number with a point, up to "
-        "1.0); used where there is validation data",
-        low=0,
-        exclusive=True,
-    )
-    limit_val_batches: int | float = key(
-        1.0, "global batches of a validation (a whole number), or a part of them (up to 1.0)", low=0
+    val_check_interval: int = key(
+        50,
+        "steps from one validation to the next; where there is validation data, the start and end are always scored",
+        low=1,
     )
     log_every_n_steps: int = key(1, "steps from one line of metrics to the next", low=1)
     gradient_clip_val: float = key(1.0, "largest gradient norm, over all ranks; 0: gradients are not clipped", low=0)
@@ -71,13 +66,14 @@ class WandbConfig:
 
 @dataclass
 class CheckpointConfig:
-    monitor: str = key("val_loss", "metric by which the best checkpoints are kept, as it is logged")
-    mode: str = key("min", "whether a lower or a higher metric is better", choices=("min", "max"))
-    save_top_k: int = key(1, "best checkpoints kept; 0: none, -1: all", low=-1)
-    save_last: bool = key(True, "also keep the newest checkpoint, from which a run resumes")
-    every_n_train_steps: int | None = key(
-        None, "steps from one checkpoint to the next; null: one after each validation, else at each epoch's end", low=1
+    monitor: str | None = key(
+        None,
+        "metric by which the best checkpoints are kept, as it is logged, such as val/loss; null: the newest are kept",
     )
+    mode: str = key("min", "whether a lower or a higher metric is better", choices=("min", "max"))
+    save_top_k: int = key(1, "checkpoints kept; 0: none, -1: all", low=-1)
+    save_last: bool = key(True, "also keep the newest checkpoint, from which a run resumes")
+    every_n_train_steps: int = key(50, "steps from one checkpoint to the next", low=1)
 
 
 @dataclass
@@ -171,9 +167,6 @@ class ModelKeys:
     )
     context_parallel_size: int = key(1, "ranks that share each sequence; GPUs only", low=1)
     sequence_parallel: bool = key(False, "also split norms and dropout over tensor-parallel ranks; saves memory")
-    log_prob_chunk_size: int = key(
-        1024, "tokens whose log-probabilities are computed at once; bounds the fp32 copy of the logits", low=1
-    )
     recompute_granularity: str | None = key(
         None,
         "activations computed anew in the backward pass to save memory: selective, attention alone; full, whole "

@@ -1,0 +1,127 @@
+"""Rules that tie several keys, files and ranks together, found before anything heavy is imported."""
+
+from pathlib import Path
+
+import pytest
+
+from nemo_rao.errors import UserError
+from nemo_rao.integration.checks import check_architecture, check_run
+from nemo_rao.integration.compose import compose
+from nemo_rao.integration.config import RunConfig, data_parallel_size
+
+TP2_PP2 = (
+    "trainer.devices=4",
+    "model.tensor_model_parallel_size=2",
+    "model.pipeline_model_parallel_size=2",
+)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Overrides for the files that a run needs."""
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "tokenizer").mkdir()
+    return [f"data.train_path={tmp_path}/train.jsonl", f"data.tokenizer={tmp_path}/tokenizer"]
+
+
+def composed(*overrides: str) -> RunConfig:
+    return compose("gpt_rao", overrides)
+
+
+def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None:
+    for name in ("gpt_rao", "gpt_dpo", "gpt_sft"):
+        check_run(compose(name, files))
+    check_run(composed(*files, *TP2_PP2))
+    check_run(composed(*files, "model=llama3_8b", "precision=bf16_mixed", "trainer.accelerator=gpu"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (("model.objective=roa",), ("model.objective=roa", "did you mean rao?")),
+        (("trainer.max_epochs=null",), ("trainer.max_steps", "trainer.max_epochs")),
+        (("trainer.max_steps=5", "model.optim.sched.warmup_steps=9"), ("warmup_steps=9", "trainer.max_steps=5")),
+        (("exp_manager.checkpoint_callback_params.save_top_k=3",), ("save_top_k=3", "monitor")),
+        (("exp_manager.checkpoint_callback_params.monitor=val/loss",), ("monitor=val/loss", "data.validation_path")),
+        (("trainer.devices=3", "model.tensor_model_parallel_size=2"), ("trainer.devices=3", "2 x 1 x 1")),
+        (("model.pipeline_model_parallel_size=2",), ("1 ranks", "1 x 2 x 1")),
+        (
+            ("trainer.devices=3", "model.tensor_model_parallel_size=3"),
+            ("num_attention_heads=4", "tensor_model_parallel_size=3"),
+        ),
+        (
+            ("trainer.devices=4", "model.tensor_model_parallel_size=4"),
+            ("num_query_groups=2", "tensor_model_parallel_size=4"),
+        ),
+        (
+            ("trainer.devices=3", "model.pipeline_model_parallel_size=3", "model.global_batch_size=6"),
+            ("num_layers=4", "pipeline_model_parallel_size=3"),
+        ),
+        (
+            (*TP2_PP2, "model.virtual_pipeline_model_parallel_size=3"),
+            ("num_layers=4", "virtual_pipeline_model_parallel_size=3"),
+        ),
+        (("model.virtual_pipeline_model_parallel_size=2",), ("pipeline_model_parallel_size", "null")),
+        (("model.arch.num_query_groups=3",), ("num_attention_heads=4", "num_query_groups=3")),
+        (("model.arch.hidden_size=130",), ("hidden_size=130", "num_attention_heads=4")),
+        (
+            (*TP2_PP2, "model.arch.ffn_hidden_size=385"),
+            ("ffn_hidden_size=385", "tensor_model_parallel_size=2"),
+        ),
+        (
+            ("trainer.devices=2", "model.context_parallel_size=2", "trainer.accelerator=cpu"),
+            ("model.context_parallel_size=2", "GPUs"),
+        ),
+        (("model.sequence_parallel=true",), ("model.sequence_parallel", "tensor_model_parallel_size")),
+        ((*TP2_PP2, "model.sequence_parallel=true", "model.seq_length=1023"), ("seq_length=1023", "1024")),
+        (("model.global_batch_size=9",), ("global_batch_size=9", "micro_batch_size=2 x 1")),
+        (("trainer.devices=3",), ("global_batch_size=8", "3 data-parallel ranks")),
+        (("model.optim.betas=[0.9]",), ("model.optim.betas",)),
+        (("model.optim.sched.min_lr=1",), ("min_lr=1", "model.optim.lr=0.0005")),
+        (("model.optim.overlap_param_gather=true",), ("overlap_grad_reduce",)),
+        (("model.recompute_num_layers=2",), ("recompute_num_layers=2", "recompute_granularity=full")),
+        (("model.restore_from_path=/nope",), ("model.restore_from_path=/nope", "no such folder")),
+        (("data.train_path=null",), ("data.train_path is not set",)),
+        (("data.train_path=/nope.jsonl",), ("data.train_path", "/nope.jsonl", "no such file")),
+        (("data.train_path=[]",), ("data.train_path", "a list of paths")),
+        (("data.train_path=3",), ("data.train_path", "3")),
+        (("data.train_path=/nope*.jsonl",), ("data.train_path", "no file matches")),
+        (("data.validation_path=/nope.jsonl",), ("data.validation_path", "no such file")),
+        (("data.tokenizer=null",), ("data.tokenizer is not set",)),
+        (("data.tokenizer=/nope",), ("data.tokenizer=/nope", "no such folder")),
+        (("exp_manager.name=a/b",), ("exp_manager.name=a/b", "exp_dir")),
+        (("exp_manager.name=",), ("exp_manager.name",)),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_refused_in_one_line(
+    overrides: tuple[str, ...], parts: tuple[str, ...], files: list[str]
+) -> None:
+    config = composed(*files, *overrides)
+    with pytest.raises(UserError) as caught:
+        check_run(config)
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+def test_sizes_of_the_config_class_are_checked_once_they_are_known(files: list[str]) -> None:
+    config = composed(*files, "model=llama3_8b", "trainer.devices=24", "model.tensor_model_parallel_size=3")
+    config.model.seq_length = 4095
+    check_run(config)
+    with pytest.raises(UserError, match=r"num_attention_heads=32 \(of Llama3Config8B\)"):
+        check_architecture(config, num_layers=32, num_attention_heads=32, num_query_groups=8)
+
+
+def test_uneven_pipeline_stages_are_left_to_megatron(files: list[str]) -> None:
+    check_run(
+        composed(*files, *TP2_PP2, "model.arch.num_layers=5", "model.arch.extra.num_layers_in_first_pipeline_stage=2")
+    )
+
+
+def test_several_files_and_names_of_data_sets_are_taken(files: list[str], tmp_path: Path) -> None:
+    train = f"{tmp_path}/train.jsonl"
+    check_run(composed(*files, f"data.train_path=[{train},{tmp_path}/*.jsonl]", "data.validation_path=hf:org/name"))
+
+
+def test_data_parallel_ranks_are_what_the_model_leaves() -> None:
+    assert data_parallel_size(composed(*TP2_PP2)) == 1
+    assert data_parallel_size(composed("trainer.devices=4", "trainer.num_nodes=2")) == 8

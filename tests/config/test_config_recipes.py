@@ -1,0 +1,131 @@
+"""Every YAML file in conf/ composes, prints with its comments, and ships with the package."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_rao.errors import UserError
+from nemo_rao.integration.compose import compose, known_keys, package_recipes, recipe_names, to_yaml
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+RECIPES = recipe_names([CONF])
+GROUP_FILES = [(file.parent.name, file.stem) for file in sorted(CONF.glob("*/*.yaml"))]
+
+
+def test_the_recipes_of_a_checkout_are_those_at_its_top() -> None:
+    assert package_recipes() == CONF
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_composes_with_the_objective_of_its_name(name: str) -> None:
+    config = compose(name)
+    assert name == f"gpt_{config.model.objective}" == config.exp_manager.name
+
+
+@pytest.mark.parametrize(("group", "choice"), GROUP_FILES)
+def test_each_group_file_composes_and_sets_what_it_says(group: str, choice: str) -> None:
+    content = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
+    if "@package _global_" not in (CONF / group / f"{choice}.yaml").read_text():
+        content = {group: content}
+    # What the file sets is what the composed recipe has, unless a later group of gpt_rao sets it too (model over lr).
+    config = compose("gpt_rao", [f"{group}={choice}"])
+    later = {"model.optim.lr"} if group == "objective" else set()
+    assert dotted(content).keys() <= known_keys().keys()
+    printed = dotted(yaml.safe_load(to_yaml(config)))
+    assert {k: v for k, v in dotted(content).items() if k not in later and printed[k] != pytest.approx(v)} == {}
+
+
+def dotted(tree: dict, prefix: str = "") -> dict:
+    """Leaves by dotted name; PyYAML reads 5e-7 as text, so numbers are converted."""
+    found = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            found |= dotted(value, f"{prefix}{name}.")
+        else:
+            try:
+                found[prefix + name] = float(value) if isinstance(value, str) else value
+            except ValueError:
+                found[prefix + name] = value
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_each_file_says_at_its_top_what_it_is_for(path: Path) -> None:
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_printed_recipe_has_each_key_with_its_comment_and_is_a_recipe_itself(name: str, tmp_path: Path) -> None:
+    config = compose(name, ["model.arch.extra={a: 1}", 'exp_manager.name="a: #b"', "data.train_path=[x.jsonl,y.jsonl]"])
+    text = to_yaml(config)
+    assert len(text.splitlines()) == len(known_keys())
+    for line, (key, spec) in zip(text.splitlines(), known_keys().items(), strict=True):
+        assert line.strip().startswith(f"{key.rpartition('.')[2]}:") and f"  # {spec.comment}" in line
+    (tmp_path / "saved.yaml").write_text(text)
+    assert compose("saved", config_dir=tmp_path) == config
+
+
+def test_the_container_command_gives_a_model_split_over_eight_gpus() -> None:
+    config = compose("gpt_rao", ["model=llama3_8b", "precision=bf16_mixed", "trainer.accelerator=gpu"])
+    assert (config.trainer.devices, config.model.tensor_model_parallel_size) == (8, 4)
+    assert config.model.optim.lr == 5e-7
+    assert config.precision.params == "bf16"
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(UserError, match="did you mean gpt_rao"):
+        compose("gpt_roa")
+
+
+def test_own_recipes_extend_and_shadow_those_of_the_package(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tiny_llama.yaml").write_text("seq_length: 77\n")
+    (tmp_path / "mine.yaml").write_text("defaults: [gpt_rao, _self_]\ntrainer: {max_steps: 5}\n")
+    config = compose("mine", ["model.rao.beta=0.5"], tmp_path)
+    assert (config.trainer.max_steps, config.model.seq_length, config.model.objective) == (5, 77, "rao")
+
+
+def test_a_recipe_of_its_own_needs_no_defaults_list(tmp_path: Path) -> None:
+    (tmp_path / "plain.yaml").write_text("trainer:\n  max_steps: 5\ndata:\n")
+    assert compose("plain", config_dir=tmp_path).trainer.max_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("trainer: {max_step: 3}", ("unknown key trainer.max_step", "trainer.max_steps?")),
+        ("trainer: {max_steps: abc}", ("trainer.max_steps", "abc", "whole number")),
+        ("trainer: 3", ("trainer=3", "group of keys")),
+        ("trainer: {max_steps: 3\nx: 3", ("mine.yaml", "line 2", "YAML")),
+        ("trainer:\n  max_steps: 3\n  max_steps: 4", ("mine.yaml", "duplicate key max_steps")),
+        ("- 3", ("mine",)),
+        ("defaults: [gpt_roa, _self_]", ("gpt_roa.yaml", "did you mean gpt_rao")),
+        ("defaults: [model: tiny_lama, _self_]", ("model/tiny_lama.yaml", "did you mean tiny_llama")),
+    ],
+)
+def test_a_bad_recipe_of_ones_own_is_refused_in_one_line(content: str, parts: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(UserError) as caught:
+        compose("mine", config_dir=tmp_path)
+    assert "\n" not in str(caught.value) and all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_a_missing_recipe_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        compose("gpt_rao", config_dir=tmp_path / "nope")
+
+
+def test_composing_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [gpt_rao, _self_]\n")
+    compose("mine", config_dir=tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_wheel_ships_every_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = pytest.importorskip("hatchling.build")
+    monkeypatch.chdir(CONF.parent)
+    wheel = zipfile.ZipFile(tmp_path / build.build_wheel(str(tmp_path)))
+    shipped = {name for name in wheel.namelist() if name.endswith(".yaml")}
+    assert shipped == {f"nemo_rao/conf/{path.relative_to(CONF).as_posix()}" for path in CONF.rglob("*.yaml")}
