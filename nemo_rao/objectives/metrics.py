@@ -40,5 +40,5 @@ def pair_metrics(batch: ObjectiveBatch, pairs: Pairs) -> dict[str, Tensor]:
     for name, of in (("chosen", pairs.of_chosen), ("rejected", pairs.of_rejected)):
         metrics[f"logps/{name}"] = metric(sum_over_prompts(of(batch.response_logps), pairs.valid))
         rewards = of(batch.rewards)
-        metrics[f"data/reward_{name}"] = metric(sum_over_prompts(rewards, pairs.valid & rewards.isfinite()))
+        metrics[f"data/reward_{name}"] = metric(sum_over_prompts(rewards, pairs.valid & ~rewards.isnan()))
     return metrics

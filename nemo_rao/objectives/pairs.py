@@ -67,7 +67,7 @@ def take(values: Tensor, index: Tensor, valid: Tensor) -> Tensor:
 
 def _all_rewards_known(batch: ObjectiveBatch) -> Tensor:
     """``[P]`` bool; also true of a prompt without responses, which never has a pair."""
-    return (batch.rewards.isfinite() | ~batch.valid).all(-1)
+    return (~batch.rewards.isnan() | ~batch.valid).all(-1)
 
 
 def _extreme(values: Tensor, valid: Tensor) -> Tensor:

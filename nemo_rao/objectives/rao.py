@@ -48,8 +48,9 @@ class RAOConfig:
 def rao_loss(batch: ObjectiveBatch, config: RAOConfig) -> LossOutput:
     """Loss and metrics of P prompts with up to K responses.
 
-    A response without an explicit reward has no part in the loss. ``rewards/*`` are beta * rho(y), without log Z(x), so that
-    they compare with other objectives'. Beside the shared metrics, means over prompts of the means over responses:
+    A response without an explicit reward has no part in the loss. ``rewards/*`` are beta * rho(y), without log Z(x),
+    so that they compare with other objectives'. Beside the shared metrics, means over prompts of the means over
+    responses:
 
         rao/target_error      |r - r_hat|; the loss is the same mean of its square
         rao/log_z             log Z(x), nats

@@ -1,0 +1,116 @@
+"""Batches for tests of objectives, and a plain-Python view of them that shares no code with the package."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_rao.batch import ObjectiveBatch
+
+GRADIENT_FIELDS = ("prompt_logps", "response_logps")
+
+
+def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ranked: bool = False) -> ObjectiveBatch:
+    """A float64 batch of prompts with the given numbers of responses, in the first places; distinct rewards."""
+    generator = torch.Generator().manual_seed(seed)
+    num_prompts, widest = len(num_responses), max(num_responses, default=0)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(num_prompts, widest, generator=generator, dtype=torch.float64) * (high - low) + low
+
+    valid = torch.arange(widest) < torch.tensor(num_responses)[:, None]
+    prompts = uniform(-60, -20)[:, :1].expand(-1, widest) + uniform(-1e-6, 1e-6)  # a prompt's rows: equal, but rounding
+    batch = ObjectiveBatch(
+        prompt_logps=prompts,
+        response_logps=uniform(-90, -30),
+        reference_prompt_logps=prompts + uniform(-3, 3)[:, :1],
+        reference_response_logps=uniform(-90, -30),
+        rewards=uniform(-2, 8),
+        lengths=uniform(5, 40).round(),
+        valid=valid,
+        ranked=torch.full((num_prompts,), ranked),
+    )
+    return masked(batch, 0.0)
+
+
+def masked(batch: ObjectiveBatch, value: float) -> ObjectiveBatch:
+    """The batch with ``value`` in all invalid entries."""
+    return each_tensor(batch, lambda tensor: tensor.masked_fill(~batch.valid, value))
+
+
+def each_tensor(batch: ObjectiveBatch, change: Callable[[Tensor], Tensor]) -> ObjectiveBatch:
+    """The batch with its floating-point tensors ``[P, K]`` changed."""
+    changed = {
+        field.name: change(tensor)
+        for field in dataclasses.fields(batch)
+        if isinstance(tensor := getattr(batch, field.name), Tensor) and tensor.is_floating_point()
+    }
+    return dataclasses.replace(batch, **changed)
+
+
+def select(batch: ObjectiveBatch, prompts: Tensor) -> ObjectiveBatch:
+    """Some of the batch's prompts, in the order given."""
+    tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return ObjectiveBatch(**{name: None if tensor is None else tensor[prompts] for name, tensor in tensors.items()})
+
+
+def permute_responses(batch: ObjectiveBatch, order: Tensor) -> ObjectiveBatch:
+    """Every prompt's responses in another order ``[K]``; valid ones may come to stand behind invalid ones."""
+    moved = each_tensor(batch, lambda tensor: tensor[:, order])
+    return dataclasses.replace(moved, valid=batch.valid[:, order])
+
+
+def with_gradients(batch: ObjectiveBatch) -> ObjectiveBatch:
+    """The batch with fresh leaves for policy log-probabilities."""
+    leaves = {name: getattr(batch, name).detach().clone().requires_grad_() for name in GRADIENT_FIELDS}
+    return dataclasses.replace(batch, **leaves)
+
+
+def loss_and_gradients(objective, batch, config):  # type: ignore[no-untyped-def]
+    """``(LossOutput, d loss_sum / d prompt_logps, d loss_sum / d response_logps)``; zeros where there is no path."""
+    batch = with_gradients(batch)
+    output = objective.loss(batch, config)
+    gradients = torch.autograd.grad(
+        output.loss_sum, [getattr(batch, name) for name in GRADIENT_FIELDS], allow_unused=True, materialize_grads=True
+    )
+    return output, *gradients
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One response in plain numbers. ``row`` and ``column`` are its place ``[P, K]``; ``count`` its prompt's K."""
+
+    row: int
+    column: int
+    count: int
+    rho_x: float
+    rho: float
+    logp: float
+    length: float
+    reward: float
+
+
+def prompts_of(batch: ObjectiveBatch) -> Iterator[list[Entry]]:
+    """The valid responses of each prompt."""
+    for row in range(batch.valid.shape[0]):
+        columns = [column for column in range(batch.valid.shape[1]) if batch.valid[row, column]]
+        yield [
+            Entry(
+                row,
+                column,
+                len(columns),
+                rho_x=float(batch.prompt_logps[row, column]) - float(batch.reference_prompt_logps[row, column]),
+                rho=float(batch.response_logps[row, column]) - float(batch.reference_response_logps[row, column]),
+                logp=float(batch.response_logps[row, column]),
+                length=float(batch.lengths[row, column]),
+                reward=float(batch.rewards[row, column]),
+            )
+            for column in columns
+        ]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))

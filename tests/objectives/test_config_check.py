@@ -1,0 +1,74 @@
+"""keys.check: every kind of field that configs use."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from nemo_rao.errors import UserError
+from nemo_rao.keys import check, key
+
+
+@dataclass(frozen=True)
+class Inner:
+    either: float | Literal["auto"] = key(50.0, "nats")
+    positive: float = key(0.1, "weight", low=0, exclusive=True)
+
+
+@dataclass
+class Outer:
+    inner: Inner = field(default_factory=Inner)
+    number: int | None = key(None, "steps", low=1)
+    rates: list[float] = key([0.1, 0.2], "rates", low=0, high=1)
+    name: str | None = key(None, "name", choices=(None, "x"))
+    always: bool = key(True, "always", choices=(True,))
+    extra: dict[str, Any] = key({}, "extra")
+    pair: tuple[int, float] = (1, 2.0)
+    many: tuple[int, ...] = ()
+    anything: Any = key(None, "anything")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"inner": Inner("auto", 1)},
+        {"number": 1, "rates": [0, 1.0], "name": "x", "extra": {"a": [1]}, "many": (1, 2), "anything": object()},
+    ],
+)
+def test_allowed_values_pass(keys: dict) -> None:
+    check(Outer(**keys), "model")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"inner": Inner("aut")}, "m.inner.either='aut': must be a number or 'auto' (nats)"),
+        ({"inner": Inner(True)}, "m.inner.either=True: must be a number or 'auto' (nats)"),
+        ({"inner": Inner(float("inf"))}, "m.inner.either=inf: must be finite (nats)"),
+        ({"inner": Inner(1.0, 0.0)}, "m.inner.positive=0.0: must be > 0 (weight)"),
+        ({"inner": Inner(1.0, float("nan"))}, "m.inner.positive=nan: must be finite (weight)"),
+        ({"inner": 3}, "m.inner=3: must be Inner"),
+        ({"number": 0}, "m.number=0: must be >= 1 (steps)"),
+        ({"number": 1.0}, "m.number=1.0: must be a whole number or null (steps)"),
+        ({"number": True}, "m.number=True: must be a whole number or null (steps)"),
+        ({"rates": [0.5, 2]}, "m.rates=[0.5, 2]: must be <= 1 (rates)"),
+        ({"rates": [0.5, "a"]}, "m.rates=[0.5, 'a']: must be a list, each item a number (rates)"),
+        ({"rates": 0.5}, "m.rates=0.5: must be a list, each item a number (rates)"),
+        ({"name": "y"}, "m.name='y': must be one of null, 'x' (name)"),
+        ({"always": False}, "m.always=False: must be one of True (always)"),
+        ({"always": 1}, "m.always=1: must be true or false (always)"),
+        ({"extra": {1: 2}}, "m.extra={1: 2}: must be a dictionary, each value anything (extra)"),
+        ({"pair": (1, "a")}, "m.pair=(1, 'a'): must be a list, each item a whole number"),
+        ({"many": (1, "a")}, "m.many=(1, 'a'): must be a list, each item a whole number"),
+    ],
+)
+def test_any_other_value_is_refused_by_its_full_name(keys: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(Outer(**keys), "m")
+    assert str(error.value) == message
+
+
+def test_without_a_prefix_names_start_at_the_config() -> None:
+    with pytest.raises(UserError, match=r"^number=0"):
+        check(Outer(number=0))
