@@ -18,9 +18,11 @@ from nemo_rao.batch import ObjectiveBatch
 
 @dataclass(frozen=True)
 class Pairs:
-    """Attributes:
-    chosen, rejected: ``[P]`` int64 in [0, K); anything in range where there is no pair.
-    valid: ``[P]`` bool: the prompt has a pair.
+    """One pair a prompt, at most.
+
+    Attributes:
+        chosen, rejected: ``[P]`` int64 in [0, K); anything in range where there is no pair.
+        valid: ``[P]`` bool: the prompt has a pair.
     """
 
     chosen: Tensor

@@ -48,7 +48,7 @@ def vocab_parallel_log_probs(
 
     A collective of ``group`` in forward: all of its ranks call it with the same targets and mask. Backward expects the
     same incoming gradient on all of them, as it is where each computes the same loss; each returns the gradient of its
-    own columns.
+    own columns. On a GPU the host waits once for the device, to list the positions and check the targets.
 
     Args:
         logits: ``[..., V/TP]`` of any float type and memory layout; rank i of ``group`` holds columns
