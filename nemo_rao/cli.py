@@ -1,6 +1,7 @@
 """The command ``nemo-rao``. Nothing but the standard library is imported until a command has been read.
 
-Exit codes: 0 done; 2 input that cannot be used, told in one line on stderr, nothing written; 130 interrupted.
+Exit codes: 0 done; 1 a rank failed, its traceback on stderr; 2 input that cannot be used, told in one line on stderr,
+nothing written; 130 interrupted.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from nemo_rao import __version__
-from nemo_rao.errors import UserError
+from nemo_rao.errors import RankFailure, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RankFailure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone

@@ -1,4 +1,4 @@
-"""The one error that speaks to users. Everything else that raises is a mistake of ours."""
+"""The errors that speak to users. Everything else that raises is a mistake of ours."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Entry points print the line and exit with code 2, before anything heavy starts.
     """
+
+
+class RankFailure(RuntimeError):
+    """A rank of a run died. The message is what to show: its traceback, or the signal that killed it."""

@@ -169,6 +169,7 @@ def load_preferences(
     num_responses: int | None = None,
     min_responses: int = 1,
     needs_rewards: bool = False,
+    needs_preference: bool = False,
     needs_shared_first_token: bool = False,
     needed_by: str = "the objective",
     strict: bool = False,
@@ -186,8 +187,10 @@ def load_preferences(
         num_responses: keep the first so many responses of each prompt; None keeps all. Pairs are kept as they are.
         min_responses: each prompt must have so many, or the run stops.
         needs_rewards: each response must have a reward, or the run stops.
+        needs_preference: the responses of each prompt must be comparable, by rewards or by their order, or the run
+            stops.
         needs_shared_first_token: all prompts must begin with the same token t0, or the run stops.
-        needed_by: what asks for these three, for messages ("objective rao").
+        needed_by: what asks for these four, for messages ("objective rao").
         strict: stop at the first row that would be dropped.
         chat_template, template_arguments: see ``encode.Encoder``.
         reward_field: see ``rows.read_rows``.
@@ -208,7 +211,7 @@ def load_preferences(
         for row in read_rows(paths, reward_field=reward_field):
             if num_responses is not None and not row.ranked:
                 row = replace(row, responses=row.responses[:num_responses])
-            _check_responses(row, min_responses, needs_rewards, needed_by)
+            _check_responses(row, min_responses, needs_rewards, needs_preference, needed_by)
             yield row
 
     def kept_samples() -> Iterator[Sample]:
@@ -239,7 +242,7 @@ def load_preferences(
     return data
 
 
-def _check_responses(row: Row, min_responses: int, needs_rewards: bool, needed_by: str) -> None:
+def _check_responses(row: Row, min_responses: int, needs_rewards: bool, needs_preference: bool, needed_by: str) -> None:
     if len(row.responses) < min_responses:
         raise UserError(
             f"{row.place}: has {len(row.responses)} responses, {needed_by} needs at least {min_responses} a prompt; "
@@ -252,6 +255,11 @@ def _check_responses(row: Row, min_responses: int, needs_rewards: bool, needed_b
                     f"{row.place}: response {number} has no reward, which {needed_by} needs; add it, "
                     "or name the field it stands in"
                 )
+    if needs_preference and not row.ranked and any(response.reward is None for response in row.responses):
+        raise UserError(
+            f"{row.place}: its responses have neither an order (chosen, rejected) nor a reward each, and {needed_by} "
+            "compares them; add rewards, or name the field they stand in"
+        )
 
 
 def _why_dropped(row: Row, sample: Sample | UserError, seq_length: int) -> tuple[str, str] | None:

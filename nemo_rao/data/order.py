@@ -31,13 +31,18 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     return num_samples // global_batch_size
 
 
-def global_batch(step: int, *, num_samples: int, global_batch_size: int, seed: int) -> np.ndarray:
-    """``[global_batch_size]`` int64: the samples of step ``step`` (counted from 0 over all epochs)."""
-    if seed < 0:
+def global_batch(step: int, *, num_samples: int, global_batch_size: int, seed: int | None) -> np.ndarray:
+    """``[global_batch_size]`` int64: the samples of step ``step`` (counted from 0 over all epochs).
+
+    Without a seed every epoch keeps the data's own order.
+    """
+    if seed is not None and seed < 0:
         raise UserError(f"seed is {seed}; it must be at least 0")
     assert step >= 0, step
     epoch, batch = divmod(step, steps_per_epoch(num_samples, global_batch_size))
     start = batch * global_batch_size
+    if seed is None:
+        return np.arange(start, start + global_batch_size)
     return _epoch_order(seed, epoch, num_samples)[start : start + global_batch_size].copy()
 
 

@@ -1,0 +1,177 @@
+"""Megatron without CUDA: everything that has to change, in one place, and nowhere else.
+
+Megatron-core and NeMo address "the current CUDA device" directly. On a machine without one, :func:`install` makes
+that device the CPU: it rewrites device arguments, gives ``torch.cuda`` the few calls that are made unconditionally,
+and switches off the fusions that only Transformer Engine or apex provide. Training then runs megatron-core's real
+model, schedules, DDP, optimizer and checkpoints over gloo.
+
+Entry points call :func:`install_if_needed` before they import NeMo; no other module imports this one. Nothing is
+changed where CUDA exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+def install_if_needed() -> bool:
+    """Make Megatron run on the CPU if this machine has no CUDA device. Returns whether it does.
+
+    Safe to call more than once. The first call says on stderr what it did.
+    """
+    global _installed
+    if _installed:
+        return True
+    if torch.cuda.is_available():
+        return False
+    _redirect_devices()
+    _supply_torch_cuda()
+    _patch_megatron()
+    _patch_nemo()
+    _installed = True
+    print("nemo_rao: no CUDA device, Megatron runs on the CPU (local layer spec, gloo)", file=sys.stderr)
+    return True
+
+
+# --------------------------------------------------------------------------------------------- devices
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.split(":")[0] == "cuda"
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Sends every tensor that asks for a CUDA device to the CPU, and drops ``pin_memory``."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron tells a parameter's precision by names such as "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        kwargs.pop("pin_memory", None)
+        device = kwargs.get("device")
+        if _names_cuda(device) or (isinstance(device, int) and not isinstance(device, bool)):
+            kwargs["device"] = _CPU
+        if func is torch.Tensor.to and len(args) > 1 and (_names_cuda(args[1]) or type(args[1]) is int):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _redirect_devices() -> None:
+    # Entered for the life of the process. The mode is inherited by forked ranks.
+    _CudaIsCpu().__enter__()
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign,assignment]
+
+
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def record_event(self, event: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _stream_context(stream: Any = None) -> Iterator[Any]:
+    yield stream
+
+
+def _supply_torch_cuda() -> None:
+    cuda = torch.cuda
+    stream = _Stream()
+    cuda.Stream = _Stream  # type: ignore[misc,assignment]
+    cuda.stream = _stream_context  # type: ignore[assignment]
+    cuda.current_stream = cuda.default_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
+    cuda.synchronize = lambda device=None: None
+    cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    cuda.set_device = lambda device: None
+    # NeMo seeds Megatron's random number tracker only where at least one device exists.
+    cuda.device_count = lambda: 1  # type: ignore[assignment]
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)
+    cuda.manual_seed = cuda.random.manual_seed = _seed_cpu
+
+
+def _seed_cpu(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+# -------------------------------------------------------------------------------------------- Megatron
+
+# What only Transformer Engine, apex or a CUDA kernel can do: field -> value without them.
+_WITHOUT_FUSIONS = {
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+    "memory_efficient_layer_norm": False,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_dropout_add_fusion": False,
+    "masked_softmax_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "tp_comm_overlap": False,
+    "enable_cuda_graph": False,
+    "batch_p2p_sync": False,
+    "use_transformer_engine_full_layer_spec": False,
+    "use_cpu_initialization": True,
+}
+
+
+def _patch_megatron() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+
+    # Checkpoints are written by the rank itself here. The default, a queue served by a process that is spawned for
+    # each rank, imports the entry point anew, which costs seconds, and outlives a rank that is killed.
+    results: queue.Queue = queue.Queue()
+    filesystem_async._get_write_results_queue = lambda: results
+
+    # All configs, those that NeMo's importers build included, pass through __post_init__.
+    original = TransformerConfig.__post_init__
+
+    @functools.wraps(original)
+    def without_fusions(config: Any) -> None:
+        for name, value in _WITHOUT_FUSIONS.items():
+            if name in config.__dataclass_fields__:
+                setattr(config, name, value)
+        original(config)
+
+    TransformerConfig.__post_init__ = without_fusions
+
+
+def _patch_nemo() -> None:
+    try:
+        from nemo.lightning.io import pl as nemo_io
+    except ModuleNotFoundError:  # the Megatron layer is usable without NeMo
+        return
+    # Asserts that CUDA is initialised, then moves stray tensors between CUDA devices: nothing to move here.
+    nemo_io._fix_tensors_device = lambda checkpoint: checkpoint

@@ -1,0 +1,196 @@
+"""From a checked recipe to NeMo's objects: one small function each."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.llm.gpt.model.base import GPTConfig
+from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
+
+from nemo_rao.errors import UserError
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.model import MegatronGPTAlignmentModel, feed_lora_normed_inputs
+from nemo_rao.integration.strategy import AlignmentStrategy
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_config(config: RunConfig) -> GPTConfig:
+    """The NeMo config class that the recipe names, with the recipe's sizes.
+
+    Raises:
+        UserError: there is no such class, or it has no such field.
+    """
+    keys = config.model
+    classes = {
+        name: value for name, value in vars(llm).items() if isinstance(value, type) and issubclass(value, GPTConfig)
+    }
+    if keys.config_class not in classes:
+        near = difflib.get_close_matches(keys.config_class, classes, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"model.config_class: nemo.collections.llm has no GPT config named {keys.config_class!r}{hint}")
+    config_class = classes[keys.config_class]
+    sizes = {name: value for name, value in dataclasses.asdict(keys.arch).items() if value is not None}
+    extra = sizes.pop("extra")
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    for name in extra:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"model.arch.extra.{name}: {keys.config_class} has no such field{hint}")
+    recompute = {
+        "recompute_granularity": keys.recompute_granularity,
+        "recompute_method": (keys.recompute_method or "uniform") if keys.recompute_granularity == "full" else None,
+        "recompute_num_layers": (keys.recompute_num_layers or 1) if keys.recompute_granularity == "full" else None,
+    }
+    try:
+        made = config_class(**sizes, **extra, **recompute, seq_length=keys.seq_length)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"model.arch: {keys.config_class} refuses these sizes: {error}") from None
+    if made.num_moe_experts:
+        raise UserError(f"model.config_class: {keys.config_class} is a mixture of experts, which is not supported yet")
+    return made
+
+
+def lora(config: RunConfig) -> Any:
+    """NeMo's LoRA transform, or ``None`` where every weight is trained."""
+    if config.model.peft.scheme == "none":
+        return None
+    keys = config.model.peft.lora
+    return NormedInputLoRA(
+        dim=keys.dim, alpha=keys.alpha, dropout=keys.dropout, target_modules=list(keys.target_modules)
+    )
+
+
+class NormedInputLoRA(llm.peft.LoRA):
+    """NeMo's LoRA, whose adapters read the linear layer's input with or without Transformer Engine."""
+
+    def __call__(self, model: Any) -> Any:
+        model = super().__call__(model)
+        feed_lora_normed_inputs(model)
+        return model
+
+
+def optimizer(config: RunConfig, max_steps: int) -> MegatronOptimizerModule:
+    keys = config.model.optim
+    if keys.sched.name == "cosine":
+        schedule: Any = CosineAnnealingScheduler(
+            max_steps=max_steps,
+            warmup_steps=keys.sched.warmup_steps,
+            constant_steps=keys.sched.constant_steps,
+            min_lr=keys.sched.min_lr,
+        )
+    else:
+        schedule = WarmupPolicyScheduler(max_steps=max_steps, warmup_steps=keys.sched.warmup_steps)
+    return MegatronOptimizerModule(
+        config=OptimizerConfig(
+            optimizer=keys.name,
+            lr=keys.lr,
+            weight_decay=keys.weight_decay,
+            adam_beta1=keys.betas[0],
+            adam_beta2=keys.betas[1],
+            adam_eps=keys.eps,
+            clip_grad=config.trainer.gradient_clip_val,
+            use_distributed_optimizer=keys.use_distributed_optimizer,
+            bf16=config.precision.params == "bf16",
+            params_dtype=_DTYPES[config.precision.params],
+        ),
+        lr_scheduler=schedule,
+    )
+
+
+def tokenizer(config: RunConfig) -> AutoTokenizer:
+    """The Hugging Face tokenizer in NeMo's wrapper."""
+    assert config.data.tokenizer is not None
+    return AutoTokenizer(str(Path(config.data.tokenizer).expanduser()), trust_remote_code=False)
+
+
+def model(config: RunConfig, objective_config: Any, max_steps: int) -> MegatronGPTAlignmentModel:
+    return MegatronGPTAlignmentModel(
+        model_config(config),
+        objective=config.model.objective,
+        objective_config=dataclasses.asdict(objective_config),
+        optim=optimizer(config, max_steps),
+        tokenizer=tokenizer(config),
+        model_transform=lora(config),
+    )
+
+
+def strategy(config: RunConfig) -> AlignmentStrategy:
+    keys = config.model
+    return AlignmentStrategy(
+        tensor_model_parallel_size=keys.tensor_model_parallel_size,
+        pipeline_model_parallel_size=keys.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=keys.virtual_pipeline_model_parallel_size,
+        context_parallel_size=keys.context_parallel_size,
+        sequence_parallel=keys.sequence_parallel and keys.tensor_model_parallel_size > 1,
+        pipeline_dtype=_DTYPES[config.precision.params],
+        ddp=DistributedDataParallelConfig(
+            check_for_nan_in_grad=True,
+            grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
+            use_distributed_optimizer=keys.optim.use_distributed_optimizer,
+            overlap_grad_reduce=keys.optim.overlap_grad_reduce,
+            overlap_param_gather=keys.optim.overlap_param_gather,
+        ),
+        # The reshardable format lets a run resume under another TP, PP or DP, and is the only one that takes
+        # torch's own Adam, which runs where apex and Transformer Engine are absent.
+        ckpt_optim_fully_reshardable=True,
+        ckpt_async_save=False,
+        # NeMo's printer lets rank 0 take part in a collective alone, which hangs the next one over gloo.
+        replace_progress_bar=False,
+    )
+
+
+def precision(config: RunConfig) -> nl.MegatronMixedPrecision:
+    dtype = _DTYPES[config.precision.params]
+    return nl.MegatronMixedPrecision(
+        precision="bf16-mixed" if config.precision.params == "bf16" else "32",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
+    )
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """NeMo's checkpoints, named by the number of optimizer steps that are in them: ``step=40``, ``step=40-last``."""
+
+    CHECKPOINT_NAME_LAST = "{step}-last"
+
+    def _monitor_candidates(self, trainer: Any) -> dict[str, torch.Tensor]:
+        # NeMo logs a metric of the same name, which still counts from the step before.
+        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
+
+
+def checkpoint_callback(config: RunConfig, folder: Path) -> StepCheckpoint:
+    keys = config.exp_manager.checkpoint_callback_params
+    return StepCheckpoint(
+        dirpath=folder / "checkpoints",
+        filename="{step}",
+        monitor=keys.monitor,
+        mode=keys.mode,
+        save_top_k=keys.save_top_k,
+        # A link where the newest is also among the best: nothing is written twice.
+        save_last="link" if keys.save_last else False,
+        every_n_train_steps=keys.every_n_train_steps,
+        save_optim_on_train_end=True,  # a finished run can be extended
+        verbose=False,
+    )
+
+
+def pad_multiple(config: RunConfig) -> int:
+    """Tokens: what the recipe asks for, and what splitting a sequence over ranks needs."""
+    keys = config.model
+    by_parallelism = keys.tensor_model_parallel_size if keys.sequence_parallel else 1
+    return math.lcm(config.data.pad_to_multiple_of, by_parallelism)

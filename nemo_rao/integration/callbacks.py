@@ -1,0 +1,276 @@
+"""What happens around NeMo's training steps: random numbers, the reference pass, metrics, validation, progress."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from nemo.lightning.megatron_parallel import MegatronStep
+from tqdm import tqdm
+
+from nemo_rao.errors import UserError
+from nemo_rao.integration.data_module import AlignmentData
+from nemo_rao.mcore.evaluate import evaluate
+from nemo_rao.mcore.fingerprint import weights_fingerprint
+from nemo_rao.mcore.loss import means, reduce_statistics
+from nemo_rao.mcore.reference import compute_reference, load_reference, reference_key
+
+
+def model_chunks(trainer: pl.Trainer) -> list[Any]:
+    """This rank's model chunks, as Megatron's schedules take them."""
+    pipeline = trainer.strategy.megatron_parallel.pipeline
+    return pipeline if isinstance(pipeline, list) else [pipeline]
+
+
+class SeedEveryStep(pl.Callback):
+    """Random numbers as a function of (seed, step, rank): a resumed run draws what an undisturbed one would."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        # Megatron derives the tensor-parallel ranks' seeds by adding up to a few thousand: keep the steps' seeds apart.
+        seed = (self._seed * 1_000_003 + trainer.global_step * 100_003) % (2**31)
+        torch.manual_seed(seed + parallel_state.get_data_parallel_rank())
+        model_parallel_cuda_manual_seed(seed + 10 * parallel_state.get_data_parallel_rank())
+
+
+class ReferencePass(pl.Callback):
+    """Before the first step, the reference policy's sums; on resume, the same sums from the cache.
+
+    A checkpoint carries the cache keys, since the weights that they were computed with are gone by then.
+
+    Args:
+        data_sets: name -> data whose ``reference`` is to be set.
+        cache_dir: a folder that all ranks share.
+        precision: part of the key: numbers computed in another precision are other numbers.
+        micro_batch_size: prompts.
+        micro_batches_per_part: how much is lost at most when the pass is interrupted.
+        vocab_size: V without padding.
+    """
+
+    def __init__(
+        self,
+        data_sets: Mapping[str, AlignmentData],
+        *,
+        cache_dir: Path,
+        precision: str,
+        micro_batch_size: int,
+        micro_batches_per_part: int,
+        vocab_size: int,
+    ) -> None:
+        self._data_sets = data_sets
+        self._cache_dir = cache_dir
+        self._precision = precision
+        self._micro_batch_size = micro_batch_size
+        self._micro_batches_per_part = micro_batches_per_part
+        self._vocab_size = vocab_size
+        self._weights: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self._weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._weights = state_dict["weights"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        started_here = self._weights is None
+        if self._weights is None:
+            sharded = trainer.strategy.megatron_parallel.sharded_state_dict()
+            self._weights = weights_fingerprint(sharded, vocab_size=self._vocab_size)
+        for name, data_set in self._data_sets.items():
+            data = data_set.data
+            key = reference_key(weights=self._weights, data=data.fingerprint(), precision=self._precision)
+            if started_here:
+                data_set.reference = self._compute(trainer, data_set, key, name)
+            else:
+                data_set.reference = load_reference(self._cache_dir, key, data.num_responses)
+            if data_set.reference is None:
+                raise UserError(
+                    f"{self._cache_dir / key} is missing: the reference log-probabilities of the {name} data that this "
+                    "run started with (or the data has changed since); restore the folder and the data, or start a "
+                    "new run under another exp_manager.name"
+                )
+
+    def _compute(self, trainer: pl.Trainer, data_set: AlignmentData, key: str, name: str) -> Any:
+        with _progress_bar(f"reference log-probs ({name})", trainer.is_global_zero) as show:
+            return compute_reference(
+                model_chunks(trainer),
+                prompts=data_set.responses_of_prompts(),
+                make_micro_batch=data_set.micro_batch,
+                micro_batch_size=self._micro_batch_size,
+                micro_batches_per_part=self._micro_batches_per_part,
+                vocab_size=self._vocab_size,
+                cache_dir=self._cache_dir,
+                key=key,
+                progress=show,
+            )
+
+
+class _progress_bar:
+    """``with _progress_bar(...) as show: show(done, total)``; silent where ``visible`` is false."""
+
+    def __init__(self, label: str, visible: bool) -> None:
+        self._bar = tqdm(desc=label, unit="prompt", disable=not visible, dynamic_ncols=True)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._show
+
+    def _show(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+class Metrics(pl.Callback):
+    """Reduces a step's statistics over the whole global batch and logs them, on every rank alike.
+
+    Rank 0 also appends each step's numbers to ``metrics.jsonl`` in the run folder; a resumed run first drops the lines
+    of steps that it computes again.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._step_started = 0.0
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._latest: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            truncate_metrics(self._path, trainer.global_step or -1)
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._step_started = time.perf_counter()
+        self._tokens = torch.zeros((), dtype=torch.int64)
+
+    def on_megatron_microbatch_start(self, step: MegatronStep, batch: Any, forward_callback: Any) -> None:
+        # Real tokens, counted once: on the first stage's first tensor-parallel rank.
+        if parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+            self._tokens += (batch.prompt_mask | batch.response_mask).sum().cpu() + batch.tokens.shape[0]
+
+    def on_megatron_step_end(self, step: MegatronStep, microbatch_outputs: list, reduced: Any) -> None:
+        self._latest = means(reduce_statistics(microbatch_outputs))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        tokens = self._tokens.to(pl_module.device)
+        torch.distributed.all_reduce(tokens)
+        seconds = time.perf_counter() - self._step_started
+        logged = {**self._latest, "tokens_per_second": float(tokens) / seconds}
+        pl_module.log_dict(logged, batch_size=1)
+        if trainer.is_global_zero:
+            record = {"step": trainer.global_step, **logged}
+            for name in ("grad_norm", "lr"):
+                if name in trainer.callback_metrics:
+                    record[name] = float(trainer.callback_metrics[name])
+            append_metrics(self._path, record)
+
+
+def append_metrics(path: Path, record: Mapping[str, float]) -> None:
+    """Add one line of JSON in a single write."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a ``metrics.jsonl``, without a last one that a kill cut short."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drop what was logged after ``last_step``: those steps are computed again."""
+    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.rename(path)
+
+
+class Validation(pl.Callback):
+    """Evaluates the policy on every validation prompt: before the first step, at an interval, and at the end.
+
+    The means are logged as ``val/<metric>``; rank 0 also appends them to ``metrics.jsonl``.
+
+    Args:
+        data: the validation data.
+        every_n_steps: optimizer steps between evaluations.
+        micro_batch_size: prompts.
+        folder: the run folder.
+    """
+
+    def __init__(self, data: AlignmentData, *, every_n_steps: int, micro_batch_size: int, folder: Path) -> None:
+        self._data = data
+        self._every_n_steps = every_n_steps
+        self._micro_batch_size = micro_batch_size
+        self._path = folder / "metrics.jsonl"
+        self._last_step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._evaluate(trainer, pl_module, log=False)  # Lightning takes no metrics before the first step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step % self._every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+            self._evaluate(trainer, pl_module, log=True)
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: Any, log: bool) -> None:
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        values = evaluate(
+            model_chunks(trainer),
+            self._data.micro_batches_of_rank(self._micro_batch_size),
+            make_micro_batch=self._data.micro_batch,
+            objective=pl_module.objective,
+            objective_config=pl_module.objective_config,
+            vocab_size=pl_module.vocab_size,
+        )
+        named = {f"val/{name}": value for name, value in values.items()}
+        if log:
+            pl_module.log_dict(named, batch_size=1)
+        if trainer.is_global_zero:
+            append_metrics(self._path, {"step": trainer.global_step, **named})
+
+
+class Progress(pl.Callback):
+    """A bar on rank 0. It shows numbers that are already reduced: no rank takes part in a collective alone."""
+
+    shown = ("loss", "rao/target_error", "rewards/margins", "rewards/accuracies", "tokens_per_second")
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._bar = tqdm(
+            desc=pl_module.objective.name,
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            disable=not trainer.is_global_zero,
+            dynamic_ncols=True,
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        metrics = trainer.callback_metrics
+        self._bar.set_postfix({name: f"{float(metrics[name]):.4g}" for name in self.shown if name in metrics})
+        self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._bar.close()

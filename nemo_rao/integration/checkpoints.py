@@ -1,0 +1,101 @@
+"""Finding checkpoints on disk, and refusing those of another model before anything is built."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.errors import UserError
+
+_UNFINISHED = "-unfinished"  # NeMo's marker file beside a checkpoint that is being written or removed
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The finished checkpoint of a run with the highest step, or ``None``.
+
+    One that was interrupted while it was written never counts, whatever its name.
+    """
+    finished = [
+        folder
+        for folder in (run_dir / "checkpoints").glob("*")
+        if (folder / "weights").is_dir() and not folder.with_name(folder.name + _UNFINISHED).exists()
+    ]
+    return max(finished, key=lambda folder: (_step_of(folder), folder.name), default=None)
+
+
+def _step_of(folder: Path) -> int:
+    found = re.search(r"step=(\d+)", folder.name)
+    return int(found.group(1)) if found else -1
+
+
+def resolve_checkpoint(path: str, key: str) -> Path:
+    """The checkpoint folder that a user names: itself, or the last one of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "weights").is_dir():
+        return folder
+    found = last_checkpoint(folder)
+    if found is None:
+        raise UserError(
+            f"{key}: {folder} is neither a NeMo checkpoint (a folder with weights/) nor a run folder with a finished "
+            "one in checkpoints/"
+        )
+    return found
+
+
+def check_checkpoint_shape(checkpoint: Path, config: Any, vocab_size: int, key: str) -> None:
+    """Compare a distributed checkpoint's global shapes with a model config, without loading a tensor.
+
+    Args:
+        checkpoint: folder with ``weights/``.
+        config: a NeMo GPT config.
+        vocab_size: V without padding.
+        key: where the user named the checkpoint, for the message.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or has other sizes.
+    """
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    try:
+        tensors = load_tensors_metadata(str(checkpoint / "weights"))
+    except Exception as error:  # torch, megatron-core and the file system each raise their own
+        raise UserError(f"{key}: {checkpoint} cannot be read ({error}); name a complete checkpoint") from None
+    shapes = {name.removeprefix("module."): tuple(tensor.global_shape) for name, tensor in tensors.items()}
+    kv_channels = config.kv_channels or config.hidden_size // config.num_attention_heads
+    num_groups = config.num_query_groups or config.num_attention_heads
+    layers = "decoder.layers."
+    found_and_wanted = {
+        "hidden_size": (_size(shapes, "embedding.word_embeddings.weight", 1), config.hidden_size),
+        "num_layers": (_size(shapes, layers + "self_attention.linear_proj.weight", 0), config.num_layers),
+        "ffn_hidden_size": (_size(shapes, layers + "mlp.linear_fc2.weight", 2), config.ffn_hidden_size),
+        "num_attention_heads x kv_channels": (
+            _size(shapes, layers + "self_attention.linear_proj.weight", 2),
+            config.num_attention_heads * kv_channels,
+        ),
+        "(num_attention_heads + 2 x num_query_groups) x kv_channels": (
+            _size(shapes, layers + "self_attention.linear_qkv.weight", 1),
+            (config.num_attention_heads + 2 * num_groups) * kv_channels,
+        ),
+    }
+    for name, (found, wanted) in found_and_wanted.items():
+        if found is not None and found != wanted:
+            raise UserError(
+                f"{key}: {checkpoint} has {name} {found}, the model {wanted}; set model.config_class and model.arch to "
+                "the checkpoint's"
+            )
+    rows = _size(shapes, "embedding.word_embeddings.weight", 0)
+    if rows is not None and rows < vocab_size:
+        raise UserError(
+            f"{key}: {checkpoint} has {rows} token embeddings, the tokenizer {vocab_size} tokens; name the tokenizer "
+            "that belongs to it"
+        )
+
+
+def _size(shapes: dict[str, tuple[int, ...]], name: str, axis: int) -> int | None:
+    """A global size; ``None`` where the checkpoint names its tensors otherwise."""
+    return shapes[name][axis] if name in shapes and axis < len(shapes[name]) else None

@@ -1,0 +1,122 @@
+"""Micro-batches for NeMo's trainer: the same order for any parallelism, resumed by the step number alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import lightning.pytorch as pl
+import numpy as np
+from megatron.core import parallel_state
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from torch.utils.data import DataLoader, IterableDataset
+
+from nemo_rao.batch import MicroBatch
+from nemo_rao.data.collate import collate
+from nemo_rao.data.dataset import PreferenceData
+from nemo_rao.data.order import every_sample_once, global_batch, rank_micro_batches
+
+
+class AlignmentData:
+    """A data set with the reference sums that belong to it, cut into micro-batches.
+
+    Attributes:
+        reference: ``[responses, 2]`` float32 sums, set by the reference pass; ``None`` for objectives without one.
+    """
+
+    def __init__(self, data: PreferenceData, *, pad_token_id: int, pad_multiple: int) -> None:
+        self.data = data
+        self.reference: np.ndarray | None = None
+        self._pad_token_id = pad_token_id
+        self._pad_multiple = pad_multiple
+
+    def micro_batch(self, prompts: Sequence[int]) -> MicroBatch:
+        """The prompts with these numbers, with all their responses."""
+        return collate(
+            [self.data[i] for i in prompts],
+            [self.data.response_offset(i) for i in prompts],
+            pad_token_id=self._pad_token_id,
+            pad_multiple=self._pad_multiple,
+            reference=self.reference,
+        )
+
+    def micro_batches_of_rank(self, micro_batch_size: int) -> list[list[int]]:
+        """Prompt numbers of this data-parallel rank's micro-batches in a pass over the whole data set."""
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        return every_sample_once(len(self.data), micro_batch_size, rank, size)
+
+    def responses_of_prompts(self) -> list[range]:
+        """For each prompt, the numbers of its responses."""
+        offsets = [self.data.response_offset(i) for i in range(len(self.data))] + [self.data.num_responses]
+        return [range(start, stop) for start, stop in itertools.pairwise(offsets)]
+
+
+class _Stream(IterableDataset):
+    """This data-parallel rank's micro-batches from a step on, without end."""
+
+    def __init__(
+        self, data: AlignmentData, *, start_step: int, global_batch_size: int, micro_batch_size: int, seed: int | None
+    ) -> None:
+        self._data = data
+        self._start_step = start_step
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        step = self._start_step
+        while True:
+            prompts = global_batch(
+                step,
+                num_samples=len(self._data.data),
+                global_batch_size=self._global_batch_size,
+                seed=self._seed,
+            )
+            for micro_batch in rank_micro_batches(prompts, self._micro_batch_size, rank, size):
+                yield self._data.micro_batch(micro_batch)
+            step += 1
+
+
+class _Sampler(MegatronDataSampler):
+    """Tells NeMo the sizes; the data loaders already yield each rank's micro-batches."""
+
+    def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
+        return dataloader
+
+
+class AlignmentDataModule(pl.LightningDataModule):
+    """Training data for NeMo's trainer. Validation passes over whole data sets and has no loader.
+
+    Args:
+        train: tokenised data.
+        micro_batch_size, global_batch_size: prompts.
+        seq_length: tokens, the longest row allowed.
+        seed: of the order; ``None`` keeps the file's order in every epoch.
+    """
+
+    def __init__(
+        self, train: AlignmentData, *, micro_batch_size: int, global_batch_size: int, seq_length: int, seed: int | None
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self._micro_batch_size = micro_batch_size
+        self._global_batch_size = global_batch_size
+        self._seed = seed
+        self.data_sampler = _Sampler(
+            seq_len=seq_length,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            output_log=False,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        stream = _Stream(
+            self.train,
+            start_step=self.trainer.global_step,
+            global_batch_size=self._global_batch_size,
+            micro_batch_size=self._micro_batch_size,
+            seed=self._seed,
+        )
+        return DataLoader(stream, batch_size=None)

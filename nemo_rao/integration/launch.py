@@ -1,0 +1,188 @@
+"""Starts the ranks of a run: forked here, or already started by SLURM or torchrun.
+
+Forked ranks share what the parent has imported and read: four ranks pay for one import and one tokenisation. A rank
+that fails takes the others down at once, and its own traceback is shown, once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from nemo_rao.errors import RankFailure, UserError
+
+_PR_SET_PDEATHSIG = 1
+_GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+
+
+def started_externally(environ: Mapping[str, str] = os.environ) -> str | None:
+    """``"slurm"`` in a task of an srun step, ``"torchrun"`` where a launcher set the ranks, else ``None``.
+
+    A shell inside a SLURM allocation is neither: there the ranks are started like on any machine.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ and "MASTER_ADDR" in environ:
+        return "torchrun"
+    if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return "slurm"
+    return None
+
+
+def launch(function: Callable[..., None], args: Sequence[Any], *, num_ranks: int, num_nodes: int = 1) -> None:
+    """Run ``function(*args)`` on every rank and return when all are done.
+
+    Args:
+        function: what a rank does; finds its place in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+        num_ranks: ranks on this machine.
+        num_nodes: machines; more than one only under SLURM or torchrun.
+
+    Raises:
+        UserError: several nodes without a launcher that starts them; or a rank raised it.
+        RankFailure: a rank failed.
+    """
+    if started_externally():
+        function(*args)
+        return
+    if num_nodes > 1:
+        raise UserError(
+            f"trainer.num_nodes is {num_nodes}, but nothing started the other nodes: use srun (one task a device) or "
+            "torchrun"
+        )
+    if num_ranks == 1:
+        os.environ.update(_rank_environment(0, 1, _free_port()))
+        function(*args)
+        return
+    _launch_local(function, args, num_ranks)
+
+
+def _launch_local(function: Callable[..., None], args: Sequence[Any], num_ranks: int) -> None:
+    # CUDA does not survive a fork once it is initialised, which some imports do.
+    method = "spawn" if torch.cuda.is_available() and torch.cuda.is_initialized() else "fork"
+    context: Any = multiprocessing.get_context(method)
+    port = _free_port()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    processes: list[Any] = []
+    reports: list[Connection] = []
+    try:
+        for rank in range(num_ranks):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_run_rank, args=(function, args, rank, num_ranks, port, sender, os.getpid()), name=f"rank {rank}"
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            reports.append(receiver)
+        _wait_for_all(processes, reports)
+    finally:
+        _stop(processes)
+
+
+def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run_rank(
+    function: Callable[..., None],
+    args: Sequence[Any],
+    rank: int,
+    num_ranks: int,
+    port: int,
+    report: Connection,
+    parent: int,
+) -> None:
+    if sys.platform == "linux":
+        # A parent that is killed takes its ranks along.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and stops the ranks
+    os.environ.update(_rank_environment(rank, num_ranks, port))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+    try:
+        function(*args)
+    except UserError as error:
+        report.send((time.monotonic(), "user", str(error)))
+        _exit(2)
+    except BaseException:
+        report.send((time.monotonic(), "failure", traceback.format_exc()))
+        _exit(1)
+    _exit(0)
+
+
+def _exit(code: int) -> None:
+    # Without interpreter shutdown: a rank that failed in a collective would wait there for the others. So what it has
+    # started itself, such as the server of a checkpoint writer's queue, is to be stopped by hand.
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait_for_all(processes: Sequence[Any], reports: Sequence[Connection]) -> None:
+    running = set(range(len(processes)))
+    while running:
+        sentinels = {processes[rank].sentinel: rank for rank in running}
+        for sentinel in wait(list(sentinels)):
+            rank = sentinels[sentinel]  # type: ignore[index]
+            processes[rank].join()
+            running.discard(rank)
+        failed = [rank for rank in range(len(processes)) if rank not in running and processes[rank].exitcode != 0]
+        if failed:
+            time.sleep(0.3)  # a rank killed by a signal says nothing itself: see whether there is one
+            raise _failure(processes, reports, failed)
+
+
+def _failure(processes: Sequence[Any], reports: Sequence[Connection], failed: Sequence[int]) -> Exception:
+    for rank, process in enumerate(processes):
+        if process.exitcode is not None and process.exitcode < 0:
+            name = signal.Signals(-process.exitcode).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            return RankFailure(f"rank {rank} was killed by {name}{hint}")
+    said = sorted((*reports[rank].recv(), rank) for rank in failed if reports[rank].poll())
+    for _, kind, message, _ in said:
+        if kind == "user":
+            return UserError(message)
+    if said:  # the others failed because this one was gone
+        _, _, message, rank = said[0]
+        return RankFailure(f"rank {rank} failed:\n{message}")
+    return RankFailure(f"rank {failed[0]} exited with code {processes[failed[0]].exitcode}")
+
+
+def _stop(processes: Sequence[Any]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()

@@ -1,0 +1,115 @@
+"""The Megatron GPT that is aligned: NeMo's ``GPTModel`` with an objective in place of next-token cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from nemo.lightning.pytorch.optim import OptimizerModule
+from torch import Tensor, nn
+
+from nemo_rao.batch import MicroBatch
+from nemo_rao.mcore.forward import forward_step, to_device
+from nemo_rao.mcore.layer_spec import NormColumnParallelLinear, layer_spec_without_te
+from nemo_rao.mcore.loss import LOSS, configure_loss_scaling, for_schedule, micro_batch_loss
+from nemo_rao.objectives import registry
+
+try:
+    import transformer_engine  # noqa: F401
+
+    HAVE_TRANSFORMER_ENGINE = True
+except ImportError:
+    HAVE_TRANSFORMER_ENGINE = False
+
+
+class MegatronGPTAlignmentModel(GPTModel):
+    """Any NeMo GPT, trained with an objective of :mod:`nemo_rao.objectives`.
+
+    The last pipeline stage turns its vocab-parallel logits into log-probabilities per sequence and hands them to the
+    objective. Gradients are those of the mean over the global batch's prompts, however it is split.
+
+    Args:
+        config: a NeMo GPT config (Llama, Qwen2, Mistral, ...). Its loss scaling is set; without Transformer Engine its
+            layer spec is replaced by one with the same parameter names.
+        objective: a name of :mod:`nemo_rao.objectives.registry`.
+        objective_config: the objective's keys; every key may be left out. ``log_z0: auto`` must be resolved already.
+        optim: NeMo optimizer module.
+        tokenizer: NeMo tokenizer; its ``vocab_size`` counts where ``config.vocab_size`` is ``None``.
+        model_transform: such as ``nemo.collections.llm.peft.LoRA``.
+
+    Raises:
+        UserError: the objective is unknown, or has no such key or value.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        objective: str = "rao",
+        objective_config: Mapping[str, Any] | None = None,
+        optim: OptimizerModule | None = None,
+        tokenizer: Any = None,
+        model_transform: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:
+        configure_loss_scaling(config)
+        if not HAVE_TRANSFORMER_ENGINE:
+            config.transformer_layer_spec = layer_spec_without_te
+        super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
+        self.objective = registry.get(objective)
+        self.objective_config = self.objective.make_config(objective_config or {})
+
+    @property
+    def vocab_size(self) -> int:
+        """V without padding: the columns of the logits that are tokens."""
+        return self.config.vocab_size or self.tokenizer.vocab_size
+
+    def data_step(self, dataloader_iter: Iterator) -> MicroBatch:
+        """The next micro-batch, on this rank's device."""
+        batch, *_ = next(dataloader_iter)
+        return to_device(batch)
+
+    def forward_step(self, batch: MicroBatch) -> Tensor:
+        """``[R, T, V/TP]`` logits on the last pipeline stage, hidden states before it."""
+        return forward_step(self, batch)
+
+    @property
+    def training_loss_reduction(self) -> AlignmentLossReduction:
+        return AlignmentLossReduction(self)
+
+    @property
+    def validation_loss_reduction(self) -> AlignmentLossReduction:
+        return AlignmentLossReduction(self)
+
+
+class AlignmentLossReduction(MegatronLossReduction):
+    """What NeMo calls with a micro-batch's logits, on the last pipeline stage."""
+
+    def __init__(self, model: MegatronGPTAlignmentModel) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, batch: MicroBatch, forward_out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(sum over prompts, number of prompts, statistics) of a micro-batch; see :mod:`nemo_rao.mcore.loss`."""
+        model = self._model
+        output = micro_batch_loss(
+            forward_out, batch, model.objective, model.objective_config, vocab_size=model.vocab_size
+        )
+        return for_schedule(output)
+
+    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
+        """This data-parallel rank's mean loss. The global statistics are the metrics callback's to reduce and log."""
+        pairs = torch.stack([statistics[LOSS] for statistics in losses_reduced_per_micro_batch]).sum(0)
+        return pairs[0] / pairs[1].clamp(min=1)
+
+
+def feed_lora_normed_inputs(model: nn.Module) -> None:
+    """Let adapters see the linear layer's input where this project's layers fuse the norm in front of it.
+
+    NeMo's LoRA transform asks Transformer Engine's fused layers for their normed input; ours are asked here.
+    """
+    for module in model.modules():
+        wrapped = getattr(module, "to_wrap", None)
+        if isinstance(wrapped, NormColumnParallelLinear):
+            wrapped.return_layernorm_output = True

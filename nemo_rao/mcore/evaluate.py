@@ -1,0 +1,43 @@
+"""The objective and its metrics over a whole data set, every prompt exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nemo_rao.batch import MicroBatch
+from nemo_rao.mcore.forward import evaluation_mode, forward_only
+from nemo_rao.mcore.loss import for_schedule, means, micro_batch_loss, reduce_statistics
+from nemo_rao.objectives.base import Objective
+
+
+def evaluate(
+    model: Sequence[Any],
+    micro_batches: Sequence[Sequence[int]],
+    *,
+    make_micro_batch: Callable[[Sequence[int]], MicroBatch],
+    objective: Objective,
+    objective_config: Any,
+    vocab_size: int,
+) -> dict[str, float]:
+    """Mean loss and metrics of the current policy. A collective over all ranks.
+
+    Args:
+        model: this rank's model chunks; left in the mode they came in.
+        micro_batches: prompt numbers of this data-parallel rank's micro-batches; ranks may have different numbers.
+        make_micro_batch: prompt numbers -> micro-batch.
+        vocab_size: V without padding.
+
+    Returns:
+        name -> mean over the data, the same on every rank.
+    """
+
+    def report(logits: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+        output = micro_batch_loss(logits, batch, objective, objective_config, vocab_size=vocab_size)
+        return for_schedule(output)[2]
+
+    with evaluation_mode(model):
+        outputs = forward_only(model, micro_batches, make_micro_batch=make_micro_batch, report=report)
+    return means(reduce_statistics(outputs))

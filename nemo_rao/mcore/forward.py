@@ -1,0 +1,100 @@
+"""Micro-batches through the pipeline: one stage's step, and a forward-only pass over many."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from nemo_rao.batch import MicroBatch
+
+
+def to_device(batch: MicroBatch) -> MicroBatch:
+    """The micro-batch with its tensors on this rank's device."""
+    if not torch.cuda.is_available():
+        return batch
+    tensors: dict[str, Any] = {
+        field.name: value.cuda(non_blocking=True)
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
+    return dataclasses.replace(batch, **tensors)
+
+
+def forward_step(model: Any, batch: MicroBatch) -> Tensor:
+    """Run a model chunk on a micro-batch.
+
+    Rows are padded on the right and attention is causal, so that no real token sees padding: no mask is needed, with
+    Transformer Engine or without.
+
+    Args:
+        model: a Megatron GPT model chunk, or a wrapper that calls one with the same arguments.
+
+    Returns:
+        ``[R, T, V/TP]`` logits on the last pipeline stage, ``[T, R, hidden]`` before it.
+    """
+    num_rows, num_tokens = batch.tokens.shape
+    positions = torch.arange(num_tokens, device=batch.tokens.device).expand(num_rows, num_tokens)
+    return model(input_ids=batch.tokens, position_ids=positions, attention_mask=None, labels=None)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: Sequence[Any]) -> Iterator[None]:
+    """No dropout and no gradients; every chunk is left in the mode it came in."""
+    was_training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, training in zip(model, was_training, strict=True):
+            chunk.train(training)
+
+
+def forward_only(
+    model: Sequence[Any],
+    micro_batches: Sequence[Sequence[int]],
+    *,
+    make_micro_batch: Callable[[Sequence[int]], MicroBatch],
+    report: Callable[[Tensor, MicroBatch], dict[str, Tensor]],
+) -> list[dict[str, Tensor]]:
+    """Run micro-batches through the pipeline without a backward pass. A collective of the model-parallel group.
+
+    Data-parallel ranks may run different numbers of micro-batches, or none. The caller is in :func:`evaluation_mode`.
+
+    Args:
+        model: this rank's model chunks.
+        micro_batches: prompt numbers of each micro-batch.
+        make_micro_batch: prompt numbers -> micro-batch.
+        report: (logits ``[R, T, V/TP]``, micro-batch) -> what to return of it; called on the last pipeline stage.
+
+    Returns:
+        one report for each micro-batch on the last pipeline stage, an empty list before it.
+    """
+    if not micro_batches:
+        return []
+
+    def forward(data_iterator: Iterator[Sequence[int]], chunk: Any) -> tuple[Tensor, Callable]:
+        batch = to_device(make_micro_batch(next(data_iterator)))
+
+        def no_loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            return logits.new_zeros(()), torch.zeros((), dtype=torch.int, device=logits.device), report(logits, batch)
+
+        return forward_step(chunk, batch), no_loss
+
+    iterators = [iter(micro_batches) for _ in model]
+    return get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=list(model),
+        num_microbatches=len(micro_batches),
+        seq_length=1,  # not read: micro-batches tell each other their shapes (variable_seq_lengths)
+        micro_batch_size=1,
+        forward_only=True,
+    )

@@ -1,0 +1,119 @@
+"""From a micro-batch and the model's logits to the loss: the one owner of every scaling.
+
+A global batch's loss is the mean over its prompts. Micro-batches and data-parallel ranks hold different numbers of
+them, so no rank can divide by the right count alone. Each micro-batch therefore returns its *sum* over prompts and
+the number of prompts; with ``calculate_per_token_loss`` Megatron adds up both over micro-batches and data-parallel
+ranks, and divides the gradients once by the global count (``finalize_model_grads``). Nothing else scales anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_rao.batch import LossOutput, MicroBatch, ObjectiveBatch
+from nemo_rao.objectives.base import Objective
+from nemo_rao.ops.segments import sequence_sums, to_prompts, valid_entries
+from nemo_rao.ops.vocab_parallel import vocab_parallel_log_probs
+
+LOSS = "loss"
+
+
+def configure_loss_scaling(config: TransformerConfig) -> None:
+    """Make Megatron normalise gradients by the global number of prompts, as this module's sums expect."""
+    config.calculate_per_token_loss = True
+    # Micro-batches are padded to their own longest row, and hold as many rows as their prompts have responses.
+    config.variable_seq_lengths = True
+    # Refused together with variable lengths by a check that does not ask whether the model has experts at all.
+    config.moe_token_dispatcher_type = "alltoall"
+
+
+def sequence_log_probs(logits: Tensor, batch: MicroBatch, *, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of every prompt (without t0) and response, in nats, float32.
+
+    Args:
+        logits: ``[R, T, V/TP]``, this tensor-parallel rank's part of the vocabulary.
+        batch: labels and masks ``[R, T]``.
+        vocab_size: V without padding.
+
+    Returns:
+        ``([R], [R])``: prompt sums, response sums; the same on every tensor-parallel rank.
+    """
+    token_logps = vocab_parallel_log_probs(
+        logits,
+        batch.labels,
+        vocab_size=vocab_size,
+        group=parallel_state.get_tensor_model_parallel_group(),
+        mask=batch.prompt_mask | batch.response_mask,
+    )
+    return sequence_sums(token_logps, batch.prompt_mask, batch.response_mask)
+
+
+def objective_batch(batch: MicroBatch, prompt_logps: Tensor, response_logps: Tensor) -> ObjectiveBatch:
+    """Arrange row sums ``[R]`` by prompt and response ``[P, K]``, with what the data knows about them."""
+    num_responses = int(batch.response_index.max()) + 1
+
+    def by_prompt(values: Tensor) -> Tensor:
+        return to_prompts(values, batch.prompt_index, batch.response_index, batch.num_prompts, num_responses)
+
+    reference = batch.reference
+    return ObjectiveBatch(
+        prompt_logps=by_prompt(prompt_logps),
+        response_logps=by_prompt(response_logps),
+        reference_prompt_logps=None if reference is None else by_prompt(reference[:, 0]),
+        reference_response_logps=None if reference is None else by_prompt(reference[:, 1]),
+        rewards=by_prompt(batch.rewards),
+        lengths=by_prompt(batch.response_mask.sum(-1).float()),
+        valid=valid_entries(batch.prompt_index, batch.response_index, batch.num_prompts, num_responses),
+        ranked=batch.ranked,
+    )
+
+
+def micro_batch_loss(
+    logits: Tensor, batch: MicroBatch, objective: Objective, config: Any, *, vocab_size: int
+) -> LossOutput:
+    """The objective's sums over one micro-batch, from the last pipeline stage's logits ``[R, T, V/TP]``."""
+    prompt_logps, response_logps = sequence_log_probs(logits, batch, vocab_size=vocab_size)
+    return objective.loss(objective_batch(batch, prompt_logps, response_logps), config)
+
+
+def for_schedule(output: LossOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A micro-batch's result in the form that Megatron's schedules take: (sum, count, what to report)."""
+    statistics = {LOSS: torch.stack([output.loss_sum.detach(), output.num_prompts])}
+    statistics.update(output.metrics)
+    return output.loss_sum, output.num_prompts.to(torch.int), statistics
+
+
+def reduce_statistics(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Add up the micro-batches' (sum, count) pairs over the whole global batch.
+
+    A collective over all ranks.
+
+    Args:
+        outputs: one mapping name -> ``[2]`` for each micro-batch; empty before the last pipeline stage.
+
+    Returns:
+        name -> ``[2]`` float64 (sum, count), the same on every rank.
+    """
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    world = torch.distributed.get_world_size()
+    # A data-parallel rank may have had nothing to compute, and only the last stage knows the names.
+    names_by_rank: list[Any] = [None] * world
+    torch.distributed.all_gather_object(names_by_rank, list(outputs[0]) if outputs else [])
+    names = max(names_by_rank, key=len)
+    totals = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+    # Tensor- and context-parallel ranks hold the same statistics: one of each counts.
+    if outputs and parallel_state.get_tensor_and_context_parallel_rank() == 0:
+        totals += torch.stack([torch.stack([output[name] for name in names]) for output in outputs]).double().sum(0)
+    torch.distributed.all_reduce(totals)
+    return dict(zip(names, totals, strict=True))
+
+
+def means(statistics: Mapping[str, Tensor]) -> dict[str, float]:
+    """(sum, count) -> mean; what was never counted is left out."""
+    return {name: (pair[0] / pair[1]).item() for name, pair in statistics.items() if pair[1] > 0}
