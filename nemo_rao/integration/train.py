@@ -7,13 +7,10 @@ exists; then it starts the ranks, which build the model and train.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from nemo_rao.integration.checks import check_architecture
 from nemo_rao.integration.compose import to_yaml
 from nemo_rao.integration.config import RunConfig, objective_config, reference_dir, run_dir
 from nemo_rao.integration.launch import launch, started_externally
+from nemo_rao.integration.talk import is_first_rank, quiet_imports, quiet_third_parties, say
 from nemo_rao.objectives import registry
 
 
@@ -98,7 +96,8 @@ def select_device(config: RunConfig) -> None:
             )
         # Forking after torch has started threads of its own can hang the children.
         torch.set_num_threads(1)
-    cpu.install_if_needed()
+    with quiet_imports():
+        cpu.install_if_needed()
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -153,7 +152,8 @@ def _known(value: float) -> float | None:
 
 
 def _check_model(config: RunConfig, checkpoint: Path | None, key: str, num_tokens: int) -> None:
-    from nemo_rao.integration import build
+    with quiet_imports():
+        from nemo_rao.integration import build
 
     made = build.model_config(config)
     check_architecture(
@@ -193,6 +193,8 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     nemo_logging.setLevel(nemo_logging.WARNING)
     if config.trainer.threads_per_rank is not None:
         torch.set_num_threads(config.trainer.threads_per_rank)
+    # The one place where NeMo reads how long ranks wait for each other.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(config.trainer.timeout_minutes * 60)))
     torch.manual_seed(config.trainer.seed)  # initial weights
     folder, keys = run_dir(config), config.model
     model = build.model(config, prepared.objective_config, prepared.max_steps)
@@ -266,7 +268,6 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     # Set after construction: NeMo copies and stores a trainer's arguments with every checkpoint, and these hold the
     # data. They come first, so that a checkpoint sees the step's metrics.
     trainer.callbacks[:0] = callbacks
-    trainer.strategy._timeout = timedelta(minutes=config.trainer.timeout_minutes)
     trainer.strategy.cluster_environment = (
         SLURMEnvironment(auto_requeue=False) if started_externally() == "slurm" else TorchElasticEnvironment()
     )
@@ -276,37 +277,6 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     trainer.fit(model, module, ckpt_path=str(prepared.resume_from) if prepared.resume_from else None)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-# ------------------------------------------------------------------------------------------------------- talking
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for the run: the parent of forked ranks, or rank 0 of those started from outside."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-
-
-def say(line: str) -> None:
-    """One line for the user, once for a run."""
-    if is_first_rank():
-        print(line, flush=True)
-
-
-def quiet_third_parties() -> None:
-    """Leave the terminal to the run's own lines: libraries may still warn, but not inform."""
-    for name in (
-        "lightning.pytorch",
-        "lightning.fabric",
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.fabric.utilities.rank_zero",
-        "lightning_utilities.core.rank_zero",
-        "nv_one_logger",
-        "torch.distributed",
-    ):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("megatron.core.rerun_state_machine", "megatron.core.dist_checkpointing"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning|nemo|megatron|torch")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,56 @@
+"""What a run says on the terminal: its own lines, and of the libraries' only what is worth a user's attention."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+# Loggers that report every routine step at INFO.
+_CHATTY = (
+    "lightning",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "pytorch_lightning.utilities.rank_zero",
+    "lightning_utilities.core.rank_zero",
+    "nv_one_logger",
+    "torch.distributed",
+)
+# Loggers that warn of what is meant to be so.
+_WARY = ("megatron.core.rerun_state_machine", "megatron.core.dist_checkpointing", "megatron.core.optimizer")
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the run: the parent of forked ranks, or rank 0 of those started from outside."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def say(line: str) -> None:
+    """One line for the user, once for a run."""
+    if is_first_rank():
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Keeps what NeMo and its dependencies say while they are imported (optional parts that are absent) to itself."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def quiet_third_parties() -> None:
+    """Leave the terminal to the run's own lines: libraries may still warn of something, but not inform."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in _WARY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning|nemo|megatron|torch")
