@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from nemo_rao import __version__
-from nemo_rao.errors import RankFailure, UserError
+from nemo_rao.errors import RankFailure, UserError, report
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,12 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = command_parser().parse_args(argv)
         _, parser, run = COMMANDS[given.command]
         return run(parser().parse_intermixed_args(given.arguments))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except RankFailure as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (UserError, RankFailure) as error:
+        return report(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import queue
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ def install_if_needed() -> bool:
     _patch_megatron()
     _patch_nemo()
     _installed = True
-    print("nemo_rao: no CUDA device, Megatron runs on the CPU (local layer spec, gloo)", file=sys.stderr)
+    print("nemo-rao: no CUDA device, Megatron runs on the CPU (local layer spec, gloo)", file=sys.stderr)
     return True
 
 
@@ -170,8 +171,15 @@ def _patch_megatron() -> None:
 
 def _patch_nemo() -> None:
     try:
+        from nemo.collections.llm.peft import lora
+        from nemo.collections.llm.peft import utils as peft_utils
         from nemo.lightning.io import pl as nemo_io
     except ModuleNotFoundError:  # the Megatron layer is usable without NeMo
         return
     # Asserts that CUDA is initialised, then moves stray tensors between CUDA devices: nothing to move here.
     nemo_io._fix_tensors_device = lambda checkpoint: checkpoint
+
+    # The LoRA transform compares every layer's class with Transformer Engine's. That is not usable here, though parts
+    # of NeMo take megatron-core's importable stand-ins for it.
+    lora.te = types.SimpleNamespace(Linear=None)
+    peft_utils.HAVE_TE = False

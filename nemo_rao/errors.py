@@ -1,4 +1,6 @@
-"""The errors that speak to users. Everything else that raises is a mistake of ours."""
+"""The errors that speak to users, and how entry points tell them. Everything else that raises is a mistake of ours."""
+
+import sys
 
 
 class UserError(ValueError):
@@ -10,3 +12,10 @@ class UserError(ValueError):
 
 class RankFailure(RuntimeError):
     """A rank of a run died. The message is what to show: its traceback, or the signal that killed it."""
+
+
+def report(error: UserError | RankFailure) -> int:
+    """Tells on stderr what stopped a run. Returns the exit code: 2, in one line, for input; 1 for a rank."""
+    said = " ".join(str(error).split()) if isinstance(error, UserError) else str(error)
+    print(f"error: {said}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1

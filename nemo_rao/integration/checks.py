@@ -35,6 +35,7 @@ def check_run(config: RunConfig) -> None:
     )
     _check_recompute(config)
     _check_optimizer(config)
+    _check_peft(config)
     _check_checkpoints(config)
     _check_paths(config)
 
@@ -183,6 +184,14 @@ def _check_optimizer(config: RunConfig) -> None:
         raise UserError(
             "model.optim.overlap_param_gather=true needs model.optim.use_distributed_optimizer=true and "
             "model.optim.overlap_grad_reduce=true"
+        )
+
+
+def _check_peft(config: RunConfig) -> None:
+    if config.model.peft.scheme != "none" and config.model.restore_from_path is None:
+        raise UserError(
+            f"model.peft.scheme={config.model.peft.scheme} trains adapters of a model's weights, but "
+            "model.restore_from_path is null; name the checkpoint that they are for"
         )
 
 

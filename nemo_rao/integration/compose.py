@@ -62,6 +62,19 @@ def compose(
     return typed_config(_compose_untyped(name, prepared, folders), where=name)
 
 
+def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The same run with some keys set anew, ``key=value``. Other files of groups can no longer be chosen.
+
+    Raises:
+        UserError: see :func:`compose`.
+    """
+    given = OmegaConf.create(dataclasses.asdict(config))
+    for text in overrides:
+        parsed = _parse(_prepare(_parse(text), groups={}))
+        OmegaConf.update(given, parsed.key_or_group, parsed.value(), force_add=True)
+    return typed_config(given, where="of the overrides")
+
+
 def package_recipes() -> Path:
     """The folder of the package's recipes: inside it once installed, at the top of a checkout otherwise."""
     package = Path(__file__).resolve().parents[1]

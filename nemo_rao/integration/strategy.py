@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ class AlignmentStrategy(nl.MegatronStrategy):
     not, and in the end lets all parameters share one ``step``, which every one of them would advance.
     """
 
-    def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
-        if self.should_restore_optimizer_states(selective_restore=selective_restore):
+    def optimizer_sharded_state_dict(self, is_loading: bool = False, metadata: dict | None = None) -> dict[str, Any]:
+        if is_loading:
             for optimizer in self._optimizers_around_torch_adam():
                 _allocate_state(optimizer.optimizer)
                 _keep_step_when_states_are_set(optimizer)
-        return super().load_checkpoint(checkpoint_path, selective_restore)
+        return super().optimizer_sharded_state_dict(is_loading=is_loading, metadata=metadata)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any], selective_restore: bool = False) -> None:
         super().load_optimizer_state_dict(checkpoint, selective_restore)

@@ -180,8 +180,8 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
     from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from nemo import lightning as nl
-    from nemo.lightning.pytorch.callbacks import ModelTransform
     from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+    from nemo.lightning.resume import AdapterPath
     from nemo.utils import AppState
     from nemo.utils import logging as nemo_logging
 
@@ -215,8 +215,9 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     )
 
     callbacks: list[Any] = [SeedEveryStep(config.trainer.seed)]
-    if keys.peft.scheme != "none":
-        callbacks.append(ModelTransform())
+    if model.model_transform is not None:
+        # Adds the adapters after the reference pass, which so sees the model that they start from.
+        callbacks.append(model.model_transform)
     if model.objective.needs_reference:
         callbacks.append(
             ReferencePass(
@@ -274,7 +275,15 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     AppState().log_dir = folder
     if prepared.start_from is not None and prepared.resume_from is None:
         trainer.strategy.restore_config = RestoreConfig(path=str(prepared.start_from))
-    trainer.fit(model, module, ckpt_path=str(prepared.resume_from) if prepared.resume_from else None)
+    if prepared.resume_from is not None:
+        # A LoRA run's checkpoints hold its adapters alone: the weights below them come from where the run started.
+        adapters_only = model.model_transform is not None
+        trainer.ckpt_path = (
+            AdapterPath(prepared.resume_from, base_model_path=prepared.start_from)
+            if adapters_only
+            else str(prepared.resume_from)
+        )
+    trainer.fit(model, module)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
