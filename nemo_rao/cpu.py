@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import queue
-import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,12 +23,13 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _installed = False
+NOTICE = "no CUDA device, Megatron runs on the CPU (local layer spec, gloo)"
 
 
 def install_if_needed() -> bool:
     """Make Megatron run on the CPU if this machine has no CUDA device. Returns whether it does.
 
-    Safe to call more than once. The first call says on stderr what it did.
+    Safe to call more than once. The caller tells the user (:data:`NOTICE`), once nothing is left to refuse.
     """
     global _installed
     if _installed:
@@ -41,7 +41,6 @@ def install_if_needed() -> bool:
     _patch_megatron()
     _patch_nemo()
     _installed = True
-    print("nemo-rao: no CUDA device, Megatron runs on the CPU (local layer spec, gloo)", file=sys.stderr)
     return True
 
 

@@ -1,4 +1,4 @@
-"""Finding checkpoints on disk, and refusing those of another model before anything is built."""
+"""Finding checkpoints on disk, and refusing damaged ones and those of another model before anything is built."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     finished = [
         folder
         for folder in (run_dir / "checkpoints").glob("*")
-        if (folder / "weights").is_dir() and not folder.with_name(folder.name + _UNFINISHED).exists()
+        if (folder / "weights").is_dir() and not _is_unfinished(folder)
     ]
     return max(finished, key=lambda folder: (_step_of(folder), folder.name), default=None)
+
+
+def _is_unfinished(folder: Path) -> bool:
+    return folder.with_name(folder.name + _UNFINISHED).exists()
 
 
 def _step_of(folder: Path) -> int:
@@ -35,8 +39,10 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path).expanduser().absolute()
     if (folder / "weights").is_dir():
+        if _is_unfinished(folder):
+            raise UserError(f"{key}: {folder} was interrupted while it was written; name a finished checkpoint")
         return folder
     found = last_checkpoint(folder)
     if found is None:
@@ -47,24 +53,29 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     return found
 
 
-def check_checkpoint_shape(checkpoint: Path, config: Any, vocab_size: int, key: str) -> None:
-    """Compare a distributed checkpoint's global shapes with a model config, without loading a tensor.
+def check_checkpoint(checkpoint: Path, config: Any, vocab_size: int, *, key: str, remedy: str) -> None:
+    """Compare a distributed checkpoint's files and global shapes with a model config, without loading a tensor.
 
     Args:
         checkpoint: folder with ``weights/``.
         config: a NeMo GPT config.
         vocab_size: V without padding.
         key: where the user named the checkpoint, for the message.
+        remedy: what to do about other sizes.
 
     Raises:
-        UserError: the checkpoint cannot be read, or has other sizes.
+        UserError: the checkpoint cannot be read, is not whole, or has other sizes.
     """
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
     try:
         tensors = load_tensors_metadata(str(checkpoint / "weights"))
+        damaged = _damaged_files(checkpoint / "weights")
     except Exception as error:  # torch, megatron-core and the file system each raise their own
-        raise UserError(f"{key}: {checkpoint} cannot be read ({error}); name a complete checkpoint") from None
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise UserError(f"{key}: {checkpoint} cannot be read ({reason}); name a complete checkpoint") from None
+    if damaged:
+        raise UserError(f"{key}: {checkpoint} is not whole ({'; '.join(damaged[:3])}); name a complete checkpoint")
     shapes = {name.removeprefix("module."): tuple(tensor.global_shape) for name, tensor in tensors.items()}
     kv_channels = config.kv_channels or config.hidden_size // config.num_attention_heads
     num_groups = config.num_query_groups or config.num_attention_heads
@@ -84,18 +95,30 @@ def check_checkpoint_shape(checkpoint: Path, config: Any, vocab_size: int, key: 
     }
     for name, (found, wanted) in found_and_wanted.items():
         if found is not None and found != wanted:
-            raise UserError(
-                f"{key}: {checkpoint} has {name} {found}, the model {wanted}; set model.config_class and model.arch to "
-                "the checkpoint's"
-            )
+            raise UserError(f"{key}: {checkpoint} has {name} {found}, the model {wanted}; {remedy}")
     rows = _size(shapes, "embedding.word_embeddings.weight", 0)
     if rows is not None and rows < vocab_size:
-        raise UserError(
-            f"{key}: {checkpoint} has {rows} token embeddings, the tokenizer {vocab_size} tokens; name the tokenizer "
-            "that belongs to it"
-        )
+        raise UserError(f"{key}: {checkpoint} has {rows} token embeddings, the tokenizer {vocab_size} tokens; {remedy}")
 
 
 def _size(shapes: dict[str, tuple[int, ...]], name: str, axis: int) -> int | None:
     """A global size; ``None`` where the checkpoint names its tensors otherwise."""
     return shapes[name][axis] if name in shapes and axis < len(shapes[name]) else None
+
+
+def _damaged_files(weights: Path) -> list[str]:
+    """Files of a ``torch_dist`` checkpoint that are missing, or shorter than what its metadata says lies in them."""
+    if not (weights / ".metadata").is_file():
+        return []  # of another format
+    from torch.distributed.checkpoint import FileSystemReader
+
+    ends: dict[str, int] = {}
+    for part in FileSystemReader(weights).read_metadata().storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    damaged = []
+    for name, end in sorted(ends.items()):
+        if not (weights / name).is_file():
+            damaged.append(f"weights/{name} is missing")
+        elif (size := (weights / name).stat().st_size) < end:
+            damaged.append(f"weights/{name} has {size} of {end} bytes")
+    return damaged

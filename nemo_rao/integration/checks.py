@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nemo_rao.data.rows import expand_paths
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import RunConfig, data_parallel_size, objective_names, world_size
+from nemo_rao.integration.config import RunConfig, data_parallel_size, objective_names, run_dir, world_size
 
 
 def check_run(config: RunConfig) -> None:
@@ -223,9 +223,18 @@ def _check_paths(config: RunConfig) -> None:
         raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; give a folder or name of a tokenizer")
     if restore is not None and not Path(restore).expanduser().is_dir():
         raise UserError(f"model.restore_from_path={restore}: no such folder; give the folder of a NeMo checkpoint")
+    _check_results(config)
+
+
+def _check_results(config: RunConfig) -> None:
     name = config.exp_manager.name
     if not name or Path(name).name != name:
         raise UserError(f"exp_manager.name={name}: give one folder's name; the path to it is exp_manager.exp_dir")
+    folder = run_dir(config).absolute()
+    present = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not present.is_dir() or not os.access(present, os.W_OK):
+        what = "cannot be written to" if present.is_dir() else "is not a folder"
+        raise UserError(f"exp_manager.exp_dir={config.exp_manager.exp_dir}: {present} {what}; choose another folder")
 
 
 def _check_data(key: str, value: object) -> None:

@@ -59,8 +59,14 @@ def launch(function: Callable[..., None], args: Sequence[Any], *, num_ranks: int
             "torchrun"
         )
     if num_ranks == 1:
-        os.environ.update(_rank_environment(0, 1, _free_port()))
-        function(*args)
+        mine = _rank_environment(0, 1, _free_port())
+        before = {name: os.environ.get(name) for name in mine}
+        os.environ.update(mine)
+        try:
+            function(*args)
+        finally:  # the next run of this process is not to be taken for a rank that torchrun started
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
         return
     _launch_local(function, args, num_ranks)
 

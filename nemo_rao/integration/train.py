@@ -21,10 +21,10 @@ from nemo_rao.data.dataset import PreferenceData, load_preferences
 from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.data.order import steps_per_epoch
 from nemo_rao.errors import UserError
-from nemo_rao.integration.checkpoints import check_checkpoint_shape, last_checkpoint, resolve_checkpoint
+from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint, resolve_checkpoint
 from nemo_rao.integration.checks import check_architecture
 from nemo_rao.integration.compose import to_yaml
-from nemo_rao.integration.config import RunConfig, objective_config, reference_dir, run_dir
+from nemo_rao.integration.config import RunConfig, objective_config, reference_dir, run_dir, world_size
 from nemo_rao.integration.launch import launch, started_externally
 from nemo_rao.integration.talk import is_first_rank, quiet_imports, quiet_third_parties, say
 from nemo_rao.objectives import registry
@@ -61,8 +61,11 @@ def train(config: RunConfig) -> None:
         RankFailure: a rank failed.
     """
     quiet_third_parties()
+    check_ranks_started(config)
     select_device(config)
     prepared = prepare(config)
+    if import_nemo():
+        say(cpu.NOTICE)
     folder = run_dir(config)
     if prepared.resume_from is not None:
         say(f"continuing from {prepared.resume_from}")
@@ -75,8 +78,30 @@ def train(config: RunConfig) -> None:
         say(f"metrics      {folder / 'metrics.jsonl'}")
 
 
+def check_ranks_started(config: RunConfig) -> None:
+    """Refuses ranks that SLURM or torchrun did not start, or started in another number.
+
+    Raises:
+        UserError: names the launcher and both numbers.
+    """
+    launcher, ranks = started_externally(), world_size(config)
+    if launcher is None:
+        if config.trainer.num_nodes > 1:
+            raise UserError(
+                f"trainer.num_nodes={config.trainer.num_nodes}, but nothing started the other nodes: use srun (one "
+                "task a device) or torchrun"
+            )
+        return
+    started = int(os.environ["WORLD_SIZE" if launcher == "torchrun" else "SLURM_STEP_NUM_TASKS"])
+    if started != ranks:
+        raise UserError(
+            f"{launcher} started {started} ranks, but trainer.devices={config.trainer.devices} x "
+            f"trainer.num_nodes={config.trainer.num_nodes} are {ranks}; make them equal"
+        )
+
+
 def select_device(config: RunConfig) -> None:
-    """Make Megatron run where the recipe says, before anything of it is imported.
+    """Decide what Megatron is to run on, before anything of it is imported.
 
     Raises:
         UserError: GPUs are asked for and there are none.
@@ -96,8 +121,30 @@ def select_device(config: RunConfig) -> None:
             )
         # Forking after torch has started threads of its own can hang the children.
         torch.set_num_threads(1)
+    elif config.trainer.devices > torch.cuda.device_count():
+        raise UserError(
+            f"trainer.devices={config.trainer.devices}, but this machine has {torch.cuda.device_count()} CUDA devices; "
+            "lower it, or set trainer.accelerator=cpu"
+        )
+
+
+def import_nemo() -> bool:
+    """Imports what a run needs of Megatron and NeMo, changed as this machine needs it. Returns whether to run on CPU.
+
+    Not before everything that is wrong with the data has been said: it takes 20 seconds.
+    """
     with quiet_imports():
-        cpu.install_if_needed()
+        on_cpu = cpu.install_if_needed()
+        from nemo_rao.integration import build  # noqa: F401
+
+        try:
+            from nemo.lightning.callback_group import CallbackGroup
+        except ModuleNotFoundError:  # before NeMo 2.6
+            return on_cpu
+    # NeMo's telemetry is on wherever torchrun has set RANK=0, and then fails at the first checkpoint unless NeMo's own
+    # API has described the run to it. It has no exporter anyhow.
+    CallbackGroup.get_instance().callbacks.clear()
+    return on_cpu
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -128,8 +175,7 @@ def prepare(config: RunConfig) -> Prepared:
     start_from = None
     if keys.restore_from_path is not None:
         start_from = resolve_checkpoint(keys.restore_from_path, "model.restore_from_path")
-    _check_model(config, start_from, "model.restore_from_path", len(tokenizer))
-    _check_model(config, resume_from, "exp_manager.name", len(tokenizer))
+    _check_model(config, len(tokenizer), start_from, resume_from)
     return Prepared(
         train=data,
         validation=validation,
@@ -141,7 +187,9 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def _load(config: RunConfig, paths: Any, tokenizer: Any, label: str, needs: Mapping[str, Any]) -> PreferenceData:
-    with tqdm(desc=label, unit="row", disable=not (is_first_rank() and config.trainer.enable_progress_bar)) as bar:
+    # None: hidden unless stderr is a terminal, from which the bar is removed: there an error stands alone too.
+    hidden = None if is_first_rank() and config.trainer.enable_progress_bar else True
+    with tqdm(desc=label, unit="row", leave=False, disable=hidden) as bar:
         data = load_preferences(paths, tokenizer, progress=lambda rows: bar.update(rows - bar.n) and None, **needs)
     say(f"{label}: {data.report}")
     return data
@@ -151,9 +199,9 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _check_model(config: RunConfig, checkpoint: Path | None, key: str, num_tokens: int) -> None:
-    with quiet_imports():
-        from nemo_rao.integration import build
+def _check_model(config: RunConfig, num_tokens: int, start_from: Path | None, resume_from: Path | None) -> None:
+    import_nemo()
+    from nemo_rao.integration import build
 
     made = build.model_config(config)
     check_architecture(
@@ -170,8 +218,14 @@ def _check_model(config: RunConfig, checkpoint: Path | None, key: str, num_token
             f"data.tokenizer has {num_tokens} tokens, more than the {made.vocab_size} of {config.model.config_class}; "
             "name the tokenizer that belongs to the model"
         )
-    if checkpoint is not None:
-        check_checkpoint_shape(checkpoint, made, made.vocab_size or num_tokens, key)
+    vocab_size = made.vocab_size or num_tokens
+    fitting = "set model.config_class, model.arch and data.tokenizer to the checkpoint's"
+    if start_from is not None:
+        check_checkpoint(start_from, made, vocab_size, key="model.restore_from_path", remedy=fitting)
+    if resume_from is not None:
+        other = f"{fitting}, or give this run another exp_manager.name"
+        key = f"exp_manager.name={config.exp_manager.name}"
+        check_checkpoint(resume_from, made, vocab_size, key=key, remedy=other)
 
 
 def run_rank(config: RunConfig, prepared: Prepared) -> None:
