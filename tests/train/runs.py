@@ -1,0 +1,107 @@
+"""Whole training runs for tests: the real entry point in a process of its own, forked after the one import."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..megatron_ranks import import_once
+
+# A Llama of two layers, so small that a step takes milliseconds: its vocabulary is padded, its heads are grouped.
+TINY = (
+    "model.arch.num_layers=2",
+    "model.arch.hidden_size=48",
+    "model.arch.ffn_hidden_size=96",
+    "model.arch.num_attention_heads=4",
+    "model.arch.num_query_groups=2",
+    "model.seq_length=64",
+    "model.optim.lr=1e-3",
+    "model.optim.sched.name=constant",
+    "trainer.enable_progress_bar=false",
+)
+NO_CHECKPOINTS = (
+    "exp_manager.checkpoint_callback_params.save_top_k=0",
+    "exp_manager.checkpoint_callback_params.save_last=false",
+)
+
+
+def parallel(tensor: int, pipeline: int, data: int) -> tuple[str, ...]:
+    """Overrides for TP x PP x DP ranks."""
+    return (
+        f"trainer.devices={tensor * pipeline * data}",
+        f"model.tensor_model_parallel_size={tensor}",
+        f"model.pipeline_model_parallel_size={pipeline}",
+    )
+
+
+def make_data(folder: Path, num_prompts: int = 64) -> tuple[str, ...]:
+    """A small preference set, ragged in its number of responses, with its tokenizer; the overrides that name them."""
+    from nemo_rao.data.synthetic import preferences
+    from nemo_rao.data.tokenizer_training import train_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = list(preferences(num_prompts, 4, seed=3))
+    for row in rows[::3]:
+        del row["responses"][-1]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [row["prompt"] for row in rows] + [answer["content"] for row in rows for answer in row["responses"]]
+    train_tokenizer(texts, folder / "tokenizer", 300)
+    return (f"data.train_path={folder}/train.jsonl", f"data.tokenizer={folder}/tokenizer")
+
+
+def run_training(recipe: str, overrides: Sequence[str]) -> None:
+    """What ``nemo-rao train`` does, in a process of its own."""
+    in_fork(_train, recipe, tuple(overrides))
+
+
+def _train(recipe: str, overrides: Sequence[str]) -> None:
+    from nemo_rao.integration.checks import check_run
+    from nemo_rao.integration.compose import compose
+    from nemo_rao.integration.train import train
+
+    config = compose(recipe, overrides)
+    check_run(config)
+    train(config)
+
+
+def in_fork(function: Callable[..., Any], *args: Any) -> None:
+    """``function(*args)`` in a fork of this process; raises what it raised, with its traceback."""
+    process, failure = start_fork(function, *args)
+    process.join()
+    if process.exitcode != 0:
+        raise AssertionError(failure.recv() if failure.poll() else f"exit code {process.exitcode}")
+
+
+def start_fork(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """The same, without waiting: the process, and the connection on which a traceback arrives."""
+    import_once()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(function, args, sender))
+    process.start()
+    sender.close()
+    return process, receiver
+
+
+def _run(function: Callable[..., Any], args: Sequence[Any], sender: Any) -> None:
+    try:
+        function(*args)
+    except BaseException:
+        sender.send(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+def steps(run_dir: Path) -> list[dict[str, float]]:
+    """The training steps of ``metrics.jsonl``, without what depends on the clock."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in record.items() if name != "tokens_per_second"}
+        for record in records
+        if "loss" in record
+    ]
