@@ -114,6 +114,7 @@ class ObjectiveBatch:
             ``None`` for an objective that declares no need of them. No gradient.
         rewards: ``[P, K]`` float32; NaN where unknown. No gradient.
         lengths: ``[P, K]`` float32, response tokens |y|.
+        prompt_lengths: ``[P, K]`` float32, prompt tokens without t0.
         valid: ``[P, K]`` bool.
         ranked: ``[P]`` bool: the responses' order is a preference, best first.
     """
@@ -124,6 +125,7 @@ class ObjectiveBatch:
     reference_response_logps: Tensor | None
     rewards: Tensor
     lengths: Tensor
+    prompt_lengths: Tensor
     valid: Tensor
     ranked: Tensor
 

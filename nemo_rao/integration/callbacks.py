@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.data_module import AlignmentData
+from nemo_rao.integration.metrics_file import append_metrics, truncate_metrics
 from nemo_rao.mcore.evaluate import evaluate
 from nemo_rao.mcore.fingerprint import weights_fingerprint
 from nemo_rao.mcore.loss import means, reduce_statistics
@@ -135,7 +137,8 @@ class Metrics(pl.Callback):
     """Reduces a step's statistics over the whole global batch and logs them, on every rank alike.
 
     Rank 0 also appends each step's numbers to ``metrics.jsonl`` in the run folder; a resumed run first drops the lines
-    of steps that it computes again.
+    of steps that it computes again. At the end it writes each rank's peak memory to ``memory.json``, in bytes: of the
+    GPU, or of the process where there is none, what it shares with the other ranks included.
 
     Args:
         folder: the run folder.
@@ -176,31 +179,18 @@ class Metrics(pl.Callback):
                     record[name] = float(trainer.callback_metrics[name])
             append_metrics(self._path, record)
 
-
-def append_metrics(path: Path, record: Mapping[str, float]) -> None:
-    """Add one line of JSON in a single write."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl``, without a last one that a kill cut short."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        peaks: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(peaks, peak_memory())
+        if trainer.is_global_zero:
+            self._path.with_name("memory.json").write_text(json.dumps({"peak_bytes_by_rank": peaks}))
 
 
-def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop what was logged after ``last_step``: those steps are computed again."""
-    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.rename(path)
+def peak_memory() -> int:
+    """This rank's peak memory so far, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 class Validation(pl.Callback):

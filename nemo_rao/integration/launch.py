@@ -6,6 +6,7 @@ that fails takes the others down at once, and its own traceback is shown, once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -24,6 +25,9 @@ from nemo_rao.errors import RankFailure, UserError
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+_POLL_SECONDS = 0.5  # in which the end of a rank is noticed at the latest
+
+_Report = tuple[float, str, str]  # when, "user" or "failure", message
 
 
 def started_externally(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -87,12 +91,15 @@ def _launch_local(function: Callable[..., None], args: Sequence[Any], num_ranks:
                 target=_run_rank, args=(function, args, rank, num_ranks, port, sender, os.getpid()), name=f"rank {rank}"
             )
             process.start()
+            with contextlib.suppress(OSError):  # the rank does the same itself; whoever is first
+                os.setpgid(process.pid, process.pid)
             sender.close()
             processes.append(process)
             reports.append(receiver)
         _wait_for_all(processes, reports)
-    finally:
+    except BaseException:
         _stop(processes)
+        raise
 
 
 def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
@@ -123,6 +130,9 @@ def _run_rank(
     report: Connection,
     parent: int,
 ) -> None:
+    # A group of its own, by which what a rank has started is stopped with it.
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
     if sys.platform == "linux":
         # A parent that is killed takes its ranks along.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -154,41 +164,61 @@ def _exit(code: int) -> None:
 
 def _wait_for_all(processes: Sequence[Any], reports: Sequence[Connection]) -> None:
     running = set(range(len(processes)))
+    silent = dict(enumerate(reports))
+    said: dict[int, _Report] = {}
     while running:
-        sentinels = {processes[rank].sentinel: rank for rank in running}
-        for sentinel in wait(list(sentinels)):
-            rank = sentinels[sentinel]  # type: ignore[index]
-            processes[rank].join()
-            running.discard(rank)
-        failed = [rank for rank in range(len(processes)) if rank not in running and processes[rank].exitcode != 0]
-        if failed:
+        # Not without a limit: a sentinel is a pipe, which what a rank has started can hold open after the rank's end.
+        wait([*(processes[rank].sentinel for rank in running), *silent.values()], timeout=_POLL_SECONDS)
+        _receive(silent, said)
+        ended = {rank for rank in running if processes[rank].exitcode is not None}
+        running -= ended
+        if any(processes[rank].exitcode != 0 for rank in ended):
             time.sleep(0.3)  # a rank killed by a signal says nothing itself: see whether there is one
-            raise _failure(processes, reports, failed)
+            _receive(silent, said)
+            raise _failure(processes, said)
 
 
-def _failure(processes: Sequence[Any], reports: Sequence[Connection], failed: Sequence[int]) -> Exception:
-    for rank, process in enumerate(processes):
-        if process.exitcode is not None and process.exitcode < 0:
-            name = signal.Signals(-process.exitcode).name
+def _receive(silent: dict[int, Connection], said: dict[int, _Report]) -> None:
+    """Read what ranks say while they say it: a pipe holds less than a long traceback, and its writer waits."""
+    for rank, report in list(silent.items()):
+        if report.poll():
+            with contextlib.suppress(EOFError, OSError):  # a rank that ended without a word
+                said[rank] = report.recv()
+            del silent[rank]
+
+
+def _failure(processes: Sequence[Any], said: Mapping[int, _Report]) -> Exception:
+    codes = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
+    killed = {rank: signal.Signals(-code).name for rank, code in codes.items() if code < 0}
+    for rank, name in killed.items():
+        # An abort can be a consequence: NCCL's watchdog ends a rank that way when its peer is gone.
+        if name != "SIGABRT":
             hint = " (out of memory?)" if name == "SIGKILL" else ""
             return RankFailure(f"rank {rank} was killed by {name}{hint}")
-    said = sorted((*reports[rank].recv(), rank) for rank in failed if reports[rank].poll())
-    for _, kind, message, _ in said:
+    by_time = sorted((when, rank, kind, message) for rank, (when, kind, message) in said.items())
+    for _, _, kind, message in by_time:
         if kind == "user":
             return UserError(message)
-    if said:  # the others failed because this one was gone
-        _, _, message, rank = said[0]
-        return RankFailure(f"rank {rank} failed:\n{message}")
-    return RankFailure(f"rank {failed[0]} exited with code {processes[failed[0]].exitcode}")
+    ends = [f"rank {rank} was killed by {name}" for rank, name in killed.items()]
+    if by_time:  # the others failed because this one was gone
+        _, rank, _, message = by_time[0]
+        return RankFailure("\n".join([f"rank {rank} failed:", message, *ends]))
+    ends += [f"rank {rank} exited with code {code}" for rank, code in codes.items() if code > 0]
+    return RankFailure(ends[0])
 
 
 def _stop(processes: Sequence[Any]) -> None:
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
+    """End the ranks and what they have started."""
+    _signal_groups(processes, signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_SECONDS
+    while time.monotonic() < deadline and any(process.exitcode is None for process in processes):
+        time.sleep(0.05)
+    _signal_groups(processes, signal.SIGKILL)
     for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.join()
+
+
+def _signal_groups(processes: Sequence[Any], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left in it
+            os.killpg(process.pid, number)

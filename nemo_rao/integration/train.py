@@ -25,6 +25,7 @@ from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint, 
 from nemo_rao.integration.checks import check_architecture
 from nemo_rao.integration.compose import to_yaml
 from nemo_rao.integration.config import RunConfig, objective_config, reference_dir, run_dir, world_size
+from nemo_rao.integration.curves import draw_curves
 from nemo_rao.integration.launch import launch, started_externally
 from nemo_rao.integration.talk import is_first_rank, quiet_imports, quiet_third_parties, say
 from nemo_rao.objectives import registry
@@ -76,6 +77,7 @@ def train(config: RunConfig) -> None:
         say(f"checkpoint   {last_checkpoint(folder)}")
         say(f"TensorBoard  {folder / 'tensorboard'}")
         say(f"metrics      {folder / 'metrics.jsonl'}")
+        say(f"curves       {draw_curves(folder)}")
 
 
 def check_ranks_started(config: RunConfig) -> None:

@@ -69,6 +69,7 @@ def objective_batch(batch: MicroBatch, prompt_logps: Tensor, response_logps: Ten
         reference_response_logps=None if reference is None else by_prompt(reference[:, 1]),
         rewards=by_prompt(batch.rewards),
         lengths=by_prompt(batch.response_mask.sum(-1).float()),
+        prompt_lengths=by_prompt(batch.prompt_mask.sum(-1).float()),
         valid=valid_entries(batch.prompt_index, batch.response_index, batch.num_prompts, num_responses),
         ranked=batch.ranked,
     )

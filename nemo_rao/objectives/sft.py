@@ -1,10 +1,10 @@
 """SFT, supervised fine-tuning on each prompt's best response.
 
-    L = -logp(y) / |y|,    dL / dlogp(y) = -1 / |y|
+    L = -logp(y) / |y| - w logp(x) / |x|,    dL / dlogp(y) = -1 / |y|,    dL / dlogp(x) = -w / |x|
 
 y is the response with the highest reward where all rewards are known, else the first (the only one, or the chosen one
 of a published pair). **Choice** The mean over a response's tokens, then over prompts: a long response weighs as much as
-a short one.
+a short one. w = ``prompt_weight`` is 0, and the prompt is not learned, unless it is set.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_rao.batch import LossOutput, ObjectiveBatch
+from nemo_rao.keys import check, key
 from nemo_rao.objectives.base import Objective
 from nemo_rao.objectives.metrics import pair_metrics
 from nemo_rao.objectives.pairs import select_best, select_pairs, take
@@ -20,13 +21,21 @@ from nemo_rao.objectives.reductions import sum_over_prompts
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """No keys."""
+    """Keys of ``model.sft``."""
+
+    prompt_weight: float = key(0.0, "weight of the prompt's own mean negative log-likelihood, as in pretraining", low=0)
+
+    def __post_init__(self) -> None:
+        check(self, "model.sft")
 
 
 def sft_loss(batch: ObjectiveBatch, config: SFTConfig) -> LossOutput:
     """Loss and metrics of P prompts with up to K responses; where there are pairs, how the rejected ones fare too."""
     index, valid = select_best(batch)
     losses = -take(batch.response_logps, index, valid) / take(batch.lengths, index, valid).clamp(min=1)
+    if config.prompt_weight:
+        prompt_logps = take(batch.prompt_logps, index, valid)
+        losses = losses - config.prompt_weight * prompt_logps / take(batch.prompt_lengths, index, valid).clamp(min=1)
     loss_sum, num_prompts = sum_over_prompts(losses, valid)
     return LossOutput(loss_sum, num_prompts, pair_metrics(batch, select_pairs(batch)))
 

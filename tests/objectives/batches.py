@@ -30,6 +30,7 @@ def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ran
         reference_response_logps=uniform(-90, -30),
         rewards=uniform(-2, 8),
         lengths=uniform(5, 40).round(),
+        prompt_lengths=uniform(3, 30).round()[:, :1].expand(-1, widest),
         valid=valid,
         ranked=torch.full((num_prompts,), ranked),
     )

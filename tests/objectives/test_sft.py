@@ -26,6 +26,19 @@ def test_value_and_gradient_equal_the_formula(rewards_known: bool) -> None:
     assert output.num_prompts == 4 and not prompt_gradient.any()
 
 
+def test_a_prompt_weight_adds_the_prompts_mean_negative_log_likelihood() -> None:
+    batch, weight = make_batch(num_responses=(1, 1)), 0.5
+    expected, gradient = 0.0, torch.zeros_like(batch.prompt_logps)
+    for row in range(2):
+        logp, length = float(batch.response_logps[row, 0]), float(batch.lengths[row, 0])
+        prompt_logp, prompt_length = float(batch.prompt_logps[row, 0]), float(batch.prompt_lengths[row, 0])
+        expected -= logp / length + weight * prompt_logp / prompt_length
+        gradient[row, 0] = -weight / prompt_length
+    output, prompt_gradient, _ = loss_and_gradients(SFT, batch, SFTConfig(prompt_weight=weight))
+    torch.testing.assert_close(output.loss_sum.item(), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(prompt_gradient, gradient, rtol=1e-10, atol=1e-10)
+
+
 def test_gradcheck() -> None:
     batch = make_batch()
 
