@@ -2,7 +2,7 @@
 
     nemo rao train --help
     nemo rao train --factory gpt_rao data.train_path=prefs.jsonl data.tokenizer=./tokenizer model.rao.beta=0.2
-    nemo rao train --factory 'gpt_rao(model=llama3_8b, precision=bf16_mixed)' run.executor=... data.train_path=...
+    nemo rao train --factory 'gpt_rao(model=llama3_8b, precision=bf16_mixed)' run.executor=slurm data.train_path=...
 
 Or in Python, where an executor is an object:
 
