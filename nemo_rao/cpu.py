@@ -1,9 +1,9 @@
 """Megatron without CUDA: everything that has to change, in one place, and nowhere else.
 
-Megatron-core and NeMo address "the current CUDA device" directly. On a machine without one, :func:`install` makes
-that device the CPU: it rewrites device arguments, gives ``torch.cuda`` the few calls that are made unconditionally,
-and switches off the fusions that only Transformer Engine or apex provide. Training then runs megatron-core's real
-model, schedules, DDP, optimizer and checkpoints over gloo.
+Megatron-core and NeMo address "the current CUDA device" directly. On a machine without one, :func:`install_if_needed`
+makes that device the CPU: it rewrites device arguments, gives ``torch.cuda`` the few calls that are made
+unconditionally, and switches off the fusions that only Transformer Engine or apex provide. Training then runs
+megatron-core's real model, schedules, DDP, optimizer and checkpoints over gloo.
 
 Entry points call :func:`install_if_needed` before they import NeMo; no other module imports this one. Nothing is
 changed where CUDA exists.
