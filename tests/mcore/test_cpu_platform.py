@@ -1,0 +1,179 @@
+"""Megatron without CUDA: what asks for a CUDA device gets the CPU, once an entry point wants it and never before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ..megatron_ranks import import_once
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is changed where CUDA exists")
+
+# What Transformer Engine, apex or a CUDA kernel would have to do.
+FUSIONS = (
+    "apply_rope_fusion",
+    "persist_layer_norm",
+    "memory_efficient_layer_norm",
+    "gradient_accumulation_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "masked_softmax_fusion",
+    "cross_entropy_loss_fusion",
+    "tp_comm_overlap",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    import_once()
+
+
+def in_fresh_process(code: str) -> tuple[str, str]:
+    """Standard output and error of a new interpreter."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+# NeMo is left out: the platform serves Megatron alone as well, and NeMo takes long to import.
+INSTALL = """
+import json, sys
+sys.modules["nemo"] = None
+import torch
+from nemo_rao import cpu
+
+before = torch.zeros(1).type()
+first = cpu.install_if_needed()
+from megatron.core.transformer.transformer_config import TransformerConfig
+patched = TransformerConfig.__post_init__, torch.cuda.current_device, torch.overrides._get_current_function_mode()
+second = cpu.install_if_needed()
+again = TransformerConfig.__post_init__, torch.cuda.current_device, torch.overrides._get_current_function_mode()
+modes = torch._C._len_torch_function_stack()
+print(json.dumps([before, first, second, all(a is b for a, b in zip(patched, again)), modes]))
+"""
+
+
+def test_installing_twice_changes_once_and_says_nothing_itself() -> None:
+    output, errors = in_fresh_process(INSTALL)
+    assert json.loads(output.splitlines()[-1]) == ["torch.FloatTensor", True, True, True, 1]
+    assert "nemo" not in errors  # the caller tells the user, once nothing is left to refuse
+
+
+IMPORT = """
+import importlib, json, pkgutil, sys
+import torch
+before = torch.cuda.device_count, torch.cuda.current_device, torch.nn.Module.cuda
+import nemo_rao
+for layer in ("data", "ops", "objectives"):
+    package = importlib.import_module(f"nemo_rao.{layer}")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"nemo_rao.{layer}.{module.name}")
+same = before == (torch.cuda.device_count, torch.cuda.current_device, torch.nn.Module.cuda)
+heavy = [name for name in ("nemo_rao.cpu", "megatron", "nemo") if name in sys.modules]
+print(json.dumps([same, torch._C._len_torch_function_stack(), heavy]))
+"""
+
+
+def test_importing_data_ops_and_objectives_changes_nothing() -> None:
+    output, errors = in_fresh_process(IMPORT)
+    assert json.loads(output.splitlines()[-1]) == [True, 0, []]
+    assert "no CUDA device" not in errors
+
+
+NEW: dict[str, Callable[[], torch.Tensor]] = {
+    "a string": lambda: torch.zeros(1, device="cuda"),
+    "a string with an index": lambda: torch.full((2,), 1.0, device="cuda:0"),
+    "a device": lambda: torch.tensor([1, 2], device=torch.device("cuda", 0)),
+    "an integer": lambda: torch.empty(3, device=0),
+    "the current device": lambda: torch.arange(3, device=torch.cuda.current_device()),
+    "like another": lambda: torch.ones_like(torch.zeros(2), device="cuda"),
+    "new of another": lambda: torch.zeros(2).new_ones(3, device="cuda"),
+    "pinned": lambda: torch.zeros(1, pin_memory=True),
+    "pinned later": lambda: torch.zeros(1).pin_memory(),
+    "cuda()": lambda: torch.zeros(1).cuda(),
+    "cuda() without waiting": lambda: torch.zeros(1).cuda(0, non_blocking=True),
+    "to a string": lambda: torch.zeros(1).to("cuda:0"),
+    "to an integer": lambda: torch.zeros(1).to(0),
+    "to a keyword": lambda: torch.zeros(1).to(device="cuda", dtype=torch.float64),
+    "to a device and type": lambda: torch.zeros(1).to(torch.device("cuda"), torch.float64),
+}
+
+
+@pytest.mark.parametrize("way", NEW)
+def test_what_asks_for_cuda_gets_the_cpu(way: str) -> None:
+    made = NEW[way]()
+    assert made.device == torch.device("cpu")
+    assert not made.is_pinned()
+
+
+def test_a_devices_type_or_a_shape_is_not_mistaken_for_a_device() -> None:
+    assert torch.zeros(2).to(torch.float64).dtype == torch.float64
+    assert torch.zeros(0, 3).shape == (0, 3)
+    assert torch.zeros(2, device="meta").device.type == "meta"
+    assert torch.zeros(2).to("meta").device.type == "meta"
+
+
+def test_modules_stay_where_they_are_and_compute() -> None:
+    layer = torch.nn.Linear(2, 2)
+    assert layer.cuda() is layer
+    moved = torch.nn.Sequential(layer).to("cuda").cuda(0)
+    moved(torch.ones(1, 2, device="cuda")).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.device.type == "cpu"
+
+
+def test_megatrons_names_for_types_are_those_of_cuda() -> None:
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+    assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+    assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+
+
+def test_streams_exist_and_everything_on_them_has_happened() -> None:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        made = torch.ones(1, device="cuda")
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    assert made.item() == 1
+
+
+def test_random_state_of_the_device_is_that_of_the_cpu() -> None:
+    torch.cuda.manual_seed(5)
+    state = torch.cuda.get_rng_state()
+    drawn = torch.rand(4, device="cuda")
+    torch.cuda.set_rng_state(state)
+    assert torch.rand(4).equal(drawn)
+    torch.manual_seed(5)
+    assert torch.rand(4).equal(drawn)
+
+
+def megatron_configs() -> dict[str, Callable[[], object]]:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from nemo.collections import llm
+
+    sizes = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2}
+    wanted = {name: True for name in FUSIONS if name in TransformerConfig.__dataclass_fields__}
+    small = {**sizes, "num_query_groups": 2, "ffn_hidden_size": 16}
+    return {
+        "Megatron, every fusion asked for": lambda: TransformerConfig(**sizes, **wanted),
+        "Llama": lambda: llm.Llama31Config8B(**small),
+        "Llama, every fusion asked for": lambda: llm.Llama32Config1B(**small, **wanted),
+        "Qwen": lambda: llm.Qwen25Config7B(**small),
+        "Mistral": lambda: llm.MistralConfig7B(**small),
+        "Gemma": lambda: llm.Gemma2Config2B(**small),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["Megatron, every fusion asked for", "Llama", "Llama, every fusion asked for", "Qwen", "Mistral", "Gemma"]
+)
+def test_every_config_has_its_fusions_off(name: str) -> None:
+    config = megatron_configs()[name]()
+    on = [fusion for fusion in FUSIONS if fusion in config.__dataclass_fields__ and vars(config)[fusion]]  # type: ignore[attr-defined]
+    assert on == []
+    assert vars(config)["use_cpu_initialization"] is True

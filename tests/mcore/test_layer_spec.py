@@ -1,0 +1,131 @@
+"""The layers without Transformer Engine against Hugging Face's models, under several parallelisms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ..megatron_ranks import import_once, run_ranks
+from . import tiny
+from .tiny import Layout
+
+LAYOUTS = {
+    "TP 1": Layout(),
+    "TP 2": Layout(tensor=2),
+    "TP 2 with sequence parallelism": Layout(tensor=2, sequence_parallel=True),
+    "PP 2": Layout(pipeline=2),
+}
+MODELS: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {"qkv_bias": True}, "tied llama": {"tied": True}}
+
+SAMPLES = tiny.preferences(4)
+NUM_RESPONSES = sum(len(sample.responses) for sample in SAMPLES)
+
+# As Transformer Engine's layers name them: what NeMo's importers look for, and what a GPU's checkpoints hold.
+LAYER_NAMES = {
+    "self_attention.linear_proj.weight",
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.linear_qkv.weight",
+    "mlp.linear_fc1.layer_norm_weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+}
+
+
+def hugging_face(name: str) -> Any:
+    return tiny.qwen2() if name == "qwen2" else tiny.llama(tied=name == "tied llama")
+
+
+def on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, Any]:
+    """For each layout and model: log-probabilities of all rows, gradients' errors, parameter names."""
+    from megatron.core import parallel_state
+
+    from nemo_rao.mcore.forward import evaluation_mode, forward_only
+    from nemo_rao.mcore.loss import sequence_log_probs
+
+    def report(logits: Tensor, batch: Any) -> dict[str, Tensor]:
+        return {"sums": torch.stack(sequence_log_probs(logits, batch, vocab_size=tiny.VOCAB), -1)}
+
+    def loss(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor, dict]:
+        prompt, response = sequence_log_probs(logits, batch, vocab_size=tiny.VOCAB)
+        return -(prompt + response).sum(), torch.tensor(len(response), dtype=torch.int), {}
+
+    found = {}
+    for layout_name, layout in LAYOUTS.items():
+        tiny.enter(layout)
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        mine = [tiny.micro_batch(SAMPLES, [i]) for i in range(rank, len(SAMPLES), size)]
+        for model_name, (weights, gradients) in wanted.items():
+            model = tiny.build(weights, layout, **MODELS[model_name])
+            with evaluation_mode([model]):
+                outputs = forward_only(
+                    [model],
+                    [range(len(SAMPLES))],
+                    make_micro_batch=lambda prompts: tiny.micro_batch(SAMPLES, prompts),
+                    report=report,
+                )
+            computed, _ = tiny.run_schedule(model, mine, loss)
+            found[f"{layout_name}, {model_name}"] = {
+                "sums": [output["sums"] for output in outputs],
+                "errors": tiny.gradient_errors(computed, gradients),
+                "names": sorted(name for name, _ in tiny.whole_names(model)),
+            }
+    return found
+
+
+@pytest.fixture(scope="module")
+def dense() -> dict[str, Any]:
+    """Hugging Face's weights, sums and gradients of the mean over rows."""
+    import_once()
+    results = {}
+    for name in MODELS:
+        model = hugging_face(name)
+        sums = tiny.dense_sums(model, SAMPLES)
+        (-sums.sum() / NUM_RESPONSES).backward()
+        results[name] = {
+            "weights": tiny.whole_tensors(model),
+            "gradients": tiny.whole_tensors(model, gradients=True),
+            "sums": sums.detach().float(),
+        }
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(dense: dict[str, Any]) -> list[dict[str, Any]]:
+    wanted = {name: (result["weights"], result["gradients"]) for name, result in dense.items()}
+    return run_ranks(on_ranks, (wanted,), num_ranks=2)
+
+
+CASES = [(layout, model) for layout in LAYOUTS for model in MODELS]
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_log_probabilities_are_those_of_hugging_face(
+    dense: dict[str, Any], ranks: list[dict[str, Any]], layout: str, model: str
+) -> None:
+    computed = [sums for rank in ranks for sums in rank[f"{layout}, {model}"]["sums"]]
+    assert len(computed) == (1 if layout == "PP 2" else 2)  # the last stage's ranks
+    for sums in computed:
+        torch.testing.assert_close(sums, dense[model]["sums"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_gradients_are_those_of_hugging_face_norms_included(
+    ranks: list[dict[str, Any]], layout: str, model: str
+) -> None:
+    errors = [error for rank in ranks for error in rank[f"{layout}, {model}"]["errors"].items()]
+    norms = [name for name, _ in errors if name.endswith("layer_norm_weight")]
+    assert len(norms) == 2 * tiny.NUM_LAYERS * (1 if layout == "PP 2" else 2)
+    assert max(error for _, error in errors) < 2e-5, sorted(errors, key=lambda item: -item[1])[:5]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_have_transformer_engines_names(ranks: list[dict[str, Any]], model: str) -> None:
+    in_layers = LAYER_NAMES | ({"self_attention.linear_qkv.bias"} if model == "qwen2" else set())
+    expected = {f"decoder.layers.{layer}.{name}" for layer in range(tiny.NUM_LAYERS) for name in in_layers}
+    expected |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
+    if model != "tied llama":
+        expected.add("output_layer.weight")
+    assert ranks[0][f"TP 1, {model}"]["names"] == sorted(expected)
