@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
@@ -79,6 +80,11 @@ def forward_only(
     """
     if not micro_batches:
         return []
+    num_wanted = len(micro_batches)
+    if len(model) > 1:
+        # Interleaved schedules want a multiple of the pipeline's size: the last one is run again, and not reported.
+        num_filling = -num_wanted % parallel_state.get_pipeline_model_parallel_world_size()
+        micro_batches = [*micro_batches, *[micro_batches[-1]] * num_filling]
 
     def forward(data_iterator: Iterator[Sequence[int]], chunk: Any) -> tuple[Tensor, Callable]:
         batch = to_device(make_micro_batch(next(data_iterator)))
@@ -89,7 +95,7 @@ def forward_only(
         return forward_step(chunk, batch), no_loss
 
     iterators = [iter(micro_batches) for _ in model]
-    return get_forward_backward_func()(
+    reports = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(model),
@@ -98,3 +104,4 @@ def forward_only(
         micro_batch_size=1,
         forward_only=True,
     )
+    return reports[:num_wanted]

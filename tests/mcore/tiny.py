@@ -30,6 +30,7 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int | None = None  # model chunks on each rank
     sequence_parallel: bool = False
     vocab_divisible_by: int = 4  # 90 tokens are padded to 92 at TP 1, to 96 at TP 2
 
@@ -41,9 +42,8 @@ def enter(layout: Layout) -> None:
 
     if not torch.distributed.is_initialized():
         init_megatron(tensor=layout.tensor, pipeline=layout.pipeline)
-        return
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline, layout.virtual_pipeline)
     model_parallel_cuda_manual_seed(1234)
 
 
@@ -143,6 +143,7 @@ def config_for(layout: Layout, *, qkv_bias: bool = False, tied: bool = False, dt
         share_embeddings_and_output_weights=tied,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -153,9 +154,10 @@ def config_for(layout: Layout, *, qkv_bias: bool = False, tied: bool = False, dt
     return config
 
 
-def build(whole: Mapping[str, Tensor], layout: Layout, **variant: Any) -> Any:
+def build(whole: Mapping[str, Tensor], layout: Layout, vp_stage: int | None = None, **variant: Any) -> Any:
     """This rank's model chunk with its part of the weights. After :func:`enter`."""
-    model = config_for(layout, **variant).configure_model(SimpleNamespace(vocab_size=VOCAB))
+    config = config_for(layout, **variant)
+    model = config.configure_model(SimpleNamespace(vocab_size=VOCAB), vp_stage=vp_stage)
     with torch.no_grad():
         for name, parameter in whole_names(model):
             part = part_of(name, whole[name], tuple(parameter.shape))
