@@ -44,6 +44,30 @@ class SeedEveryStep(pl.Callback):
         model_parallel_cuda_manual_seed(seed + 10 * parallel_state.get_data_parallel_rank())
 
 
+class KeepSchedule(pl.Callback):
+    """The learning rate follows the recipe, also on resume: a run may be made longer than it was begun.
+
+    A checkpoint restores the scheduler's every attribute, the length of the run included; past that length the
+    learning rate would stay at its minimum without a word. Only the number of steps done is the checkpoint's.
+    """
+
+    _OF_CHECKPOINT = ("last_epoch", "_step_count", "_last_lr", "base_lrs", "optimizer")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            throwaway = torch.optim.SGD([torch.zeros(1)], lr=scheduler.base_lrs[0])
+            of_recipe = pl_module.optim.lr_scheduler.scheduler(pl_module, throwaway)["lr_scheduler"]["scheduler"]
+            vars(scheduler).update(
+                {name: value for name, value in vars(of_recipe).items() if name not in self._OF_CHECKPOINT}
+            )
+            scheduler._get_lr_called_within_step = True  # spares a warning meant for other callers
+            scheduler._last_lr = scheduler.get_lr()
+            scheduler._get_lr_called_within_step = False
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
+
+
 class ReferencePass(pl.Callback):
     """Before the first step, the reference policy's sums; on resume, the same sums from the cache.
 

@@ -242,7 +242,7 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     from nemo.utils import logging as nemo_logging
 
     from nemo_rao.integration import build
-    from nemo_rao.integration.callbacks import Metrics, Progress, ReferencePass, SeedEveryStep, Validation
+    from nemo_rao.integration.callbacks import KeepSchedule, Metrics, Progress, ReferencePass, SeedEveryStep, Validation
     from nemo_rao.integration.data_module import AlignmentData, AlignmentDataModule
 
     quiet_third_parties()
@@ -285,7 +285,7 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
                 vocab_size=model.vocab_size,
             )
         )
-    callbacks.append(Metrics(folder))
+    callbacks += [KeepSchedule(), Metrics(folder)]
     if "validation" in data_sets:
         callbacks.append(
             Validation(
