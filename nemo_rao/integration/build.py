@@ -172,6 +172,11 @@ class StepCheckpoint(ModelCheckpoint):
         # NeMo logs a metric of the same name, which still counts from the step before.
         return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        # NeMo decides by the validation interval of Lightning's own loop, which is not used.
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
 
 def checkpoint_callback(config: RunConfig, folder: Path) -> StepCheckpoint:
     keys = config.exp_manager.checkpoint_callback_params

@@ -160,6 +160,14 @@ def _check_batches(config: RunConfig) -> None:
             f"model.global_batch_size={model.global_batch_size} prompts are not divisible by "
             f"model.micro_batch_size={model.micro_batch_size} x {ranks} data-parallel ranks; change one of them"
         )
+    micro_batches = model.global_batch_size // (model.micro_batch_size * ranks)
+    if model.virtual_pipeline_model_parallel_size is not None and micro_batches % model.pipeline_model_parallel_size:
+        raise UserError(
+            f"model.global_batch_size={model.global_batch_size} makes {micro_batches} micro-batches on each rank; the "
+            f"interleaved schedule needs a multiple of model.pipeline_model_parallel_size="
+            f"{model.pipeline_model_parallel_size}; change a batch size, or unset "
+            "model.virtual_pipeline_model_parallel_size"
+        )
 
 
 def _check_recompute(config: RunConfig) -> None:

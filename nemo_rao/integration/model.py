@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from megatron.core.transformer.module import Float16Module
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo.lightning.pytorch.optim import OptimizerModule
@@ -23,6 +25,9 @@ try:
     HAVE_TRANSFORMER_ENGINE = True
 except ImportError:
     HAVE_TRANSFORMER_ENGINE = False
+
+# Before megatron-core 0.15 the wrapper that casts inputs to 16 bits always casts the logits to a second, fp32 copy.
+_TAKES_FP32_OUTPUT = "fp32_output" in inspect.signature(Float16Module.forward).parameters
 
 
 class MegatronGPTAlignmentModel(GPTModel):
@@ -64,6 +69,12 @@ class MegatronGPTAlignmentModel(GPTModel):
     def vocab_size(self) -> int:
         """V without padding: the columns of the logits that are tokens."""
         return self.config.vocab_size or self.tokenizer.vocab_size
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``GPTModel.forward``, with bf16 logits left in bf16: their log-probabilities accumulate in fp32."""
+        if _TAKES_FP32_OUTPUT and (self.config.bf16 or self.config.fp16):
+            return self.module(*args, **kwargs, fp32_output=False)
+        return super().forward(*args, **kwargs)
 
     def data_step(self, dataloader_iter: Iterator) -> MicroBatch:
         """The next micro-batch, on this rank's device."""

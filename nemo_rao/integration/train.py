@@ -300,9 +300,9 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
 
     loggers: list[Any] = [TensorBoardLogger(folder, name="tensorboard", version="")]
     if config.exp_manager.create_wandb_logger:
-        wandb = dataclasses.asdict(config.exp_manager.wandb_logger_kwargs)
-        wandb["name"] = wandb["name"] or config.exp_manager.name
-        loggers.append(WandbLogger(save_dir=folder, **wandb))
+        wandb_keys = dataclasses.asdict(config.exp_manager.wandb_logger_kwargs)
+        wandb_keys["name"] = wandb_keys["name"] or config.exp_manager.name
+        loggers.append(WandbLogger(save_dir=folder, **wandb_keys))
 
     trainer = nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -340,6 +340,10 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
             else str(prepared.resume_from)
         )
     trainer.fit(model, module)
+    if config.exp_manager.create_wandb_logger and trainer.is_global_zero:
+        import wandb
+
+        wandb.finish()  # a rank ends without the interpreter's own shutdown, which would do it
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 

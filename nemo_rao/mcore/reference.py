@@ -6,8 +6,8 @@ starts from the same weights. Nothing of the model is held twice.
 
 On disk, below the cache folder::
 
-    <key>/part-<rank>-<number>.npz   response numbers and their sums, while a pass is under way
-    <key>/sums.npy                   [responses, 2] float32, when it is complete
+    <key>/part-<first>-<last>-<count>.npz   response numbers and their sums, while a pass is under way
+    <key>/sums.npy                          [responses, 2] float32, when it is complete
 
 Every file is written under a temporary name first. A pass that was interrupted goes on with what its parts lack,
 under any parallelism.
