@@ -1,0 +1,197 @@
+"""What is worked out before a rank exists: data, sizes, checkpoints. Whatever is wrong is said here, once.
+
+In the order of their cost: what the environment tells, then the data, and only then anything that imports NeMo.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nemo_rao import cpu
+from nemo_rao.data.dataset import PreferenceData, load_preferences
+from nemo_rao.data.encode import load_tokenizer
+from nemo_rao.data.order import steps_per_epoch
+from nemo_rao.errors import UserError
+from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint, resolve_checkpoint
+from nemo_rao.integration.checks import check_architecture
+from nemo_rao.integration.config import RunConfig, objective_config, run_dir, world_size
+from nemo_rao.integration.launch import started_externally
+from nemo_rao.integration.talk import is_first_rank, quiet_imports, say
+from nemo_rao.objectives import registry
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every rank needs and the parent has worked out.
+
+    Attributes:
+        train, validation: tokenised data.
+        objective_config: the objective's keys, with what depends on the data resolved.
+        max_steps: optimizer steps of the whole run.
+        resume_from: this run's last checkpoint, or ``None`` at its start.
+        start_from: a checkpoint whose weights the run starts with, or ``None``.
+    """
+
+    train: PreferenceData
+    validation: PreferenceData | None
+    objective_config: Any
+    max_steps: int
+    resume_from: Path | None
+    start_from: Path | None
+
+
+def check_ranks_started(config: RunConfig) -> None:
+    """Refuses ranks that SLURM or torchrun did not start, or started in another number.
+
+    Raises:
+        UserError: names the launcher and both numbers.
+    """
+    launcher, ranks = started_externally(), world_size(config)
+    if launcher is None:
+        if config.trainer.num_nodes > 1:
+            raise UserError(
+                f"trainer.num_nodes={config.trainer.num_nodes}, but nothing started the other nodes: use srun (one "
+                "task a device) or torchrun"
+            )
+        return
+    started = int(os.environ["WORLD_SIZE" if launcher == "torchrun" else "SLURM_STEP_NUM_TASKS"])
+    if started != ranks:
+        raise UserError(
+            f"{launcher} started {started} ranks, but trainer.devices={config.trainer.devices} x "
+            f"trainer.num_nodes={config.trainer.num_nodes} are {ranks}; make them equal"
+        )
+
+
+def select_device(config: RunConfig) -> None:
+    """Decide what Megatron is to run on, before anything of it is imported.
+
+    Raises:
+        UserError: GPUs are asked for and there are none.
+    """
+    if config.trainer.accelerator == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Asks the driver without initialising CUDA, which would not survive the fork of the ranks.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    if not torch.cuda.is_available():
+        if config.trainer.accelerator == "gpu":
+            raise UserError("trainer.accelerator is gpu, but this machine has no CUDA device; set it to cpu")
+        if config.model.context_parallel_size > 1:
+            raise UserError(
+                f"model.context_parallel_size={config.model.context_parallel_size} needs GPUs; set it to 1 on a CPU"
+            )
+        # Forking after torch has started threads of its own can hang the children.
+        torch.set_num_threads(1)
+    elif config.trainer.devices > torch.cuda.device_count():
+        raise UserError(
+            f"trainer.devices={config.trainer.devices}, but this machine has {torch.cuda.device_count()} CUDA devices; "
+            "lower it, or set trainer.accelerator=cpu"
+        )
+
+
+def import_nemo() -> bool:
+    """Imports what a run needs of Megatron and NeMo, changed as this machine needs it. Returns whether to run on CPU.
+
+    Not before everything that is wrong with the data has been said: it takes 20 seconds.
+    """
+    with quiet_imports():
+        on_cpu = cpu.install_if_needed()
+        from nemo_rao.integration import build  # noqa: F401
+
+        try:
+            from nemo.lightning.callback_group import CallbackGroup
+        except ModuleNotFoundError:  # before NeMo 2.6
+            return on_cpu
+    # NeMo's telemetry is on wherever torchrun has set RANK=0, and then fails at the first checkpoint unless NeMo's own
+    # API has described the run to it. It has no exporter anyhow.
+    CallbackGroup.get_instance().callbacks.clear()
+    return on_cpu
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Everything that can be checked and computed without a model. See :func:`train` for the errors."""
+    keys, objective = config.model, registry.get(config.model.objective)
+    tokenizer = load_tokenizer(config.data.tokenizer or "")
+    needs: dict[str, Any] = {
+        "seq_length": keys.seq_length,
+        "num_responses": config.data.num_responses,
+        "min_responses": objective.min_responses,
+        "needs_rewards": objective.needs_rewards,
+        "needs_preference": objective.needs_preference,
+        "needs_shared_first_token": objective.needs_shared_first_token,
+        "needed_by": f"objective {objective.name}",
+        "strict": config.data.strict,
+        "chat_template": config.data.chat_template,
+        "template_arguments": config.data.template_arguments,
+        "reward_field": config.data.reward_field,
+    }
+    data = _load(config, config.data.train_path, tokenizer, "training data", needs)
+    validation = None
+    if config.data.validation_path is not None:
+        validation = _load(config, config.data.validation_path, tokenizer, "validation data", needs)
+
+    per_epoch = steps_per_epoch(len(data), keys.global_batch_size)
+    limits = [config.trainer.max_steps, config.trainer.max_epochs and config.trainer.max_epochs * per_epoch]
+    resume_from = last_checkpoint(run_dir(config)) if config.exp_manager.resume_if_exists else None
+    start_from = None
+    if keys.restore_from_path is not None:
+        start_from = resolve_checkpoint(keys.restore_from_path, "model.restore_from_path")
+    _check_model(config, len(tokenizer), start_from, resume_from)
+    return Prepared(
+        train=data,
+        validation=validation,
+        objective_config=objective.resolve(objective_config(config), _known(data.reward_mean())),
+        max_steps=min(limit for limit in limits if limit is not None),
+        resume_from=resume_from,
+        start_from=start_from,
+    )
+
+
+def _load(config: RunConfig, paths: Any, tokenizer: Any, label: str, needs: Mapping[str, Any]) -> PreferenceData:
+    # None: hidden unless stderr is a terminal, from which the bar is removed: there an error stands alone too.
+    hidden = None if is_first_rank() and config.trainer.enable_progress_bar else True
+    with tqdm(desc=label, unit="row", leave=False, disable=hidden) as bar:
+        data = load_preferences(paths, tokenizer, progress=lambda rows: bar.update(rows - bar.n) and None, **needs)
+    say(f"{label}: {data.report}")
+    return data
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _check_model(config: RunConfig, num_tokens: int, start_from: Path | None, resume_from: Path | None) -> None:
+    import_nemo()
+    from nemo_rao.integration import build
+
+    made = build.model_config(config)
+    check_architecture(
+        config,
+        num_layers=made.num_layers,
+        hidden_size=made.hidden_size,
+        ffn_hidden_size=made.ffn_hidden_size,
+        num_attention_heads=made.num_attention_heads,
+        num_query_groups=made.num_query_groups,
+        kv_channels=made.kv_channels,
+    )
+    if made.vocab_size is not None and made.vocab_size < num_tokens:
+        raise UserError(
+            f"data.tokenizer has {num_tokens} tokens, more than the {made.vocab_size} of {config.model.config_class}; "
+            "name the tokenizer that belongs to the model"
+        )
+    vocab_size = made.vocab_size or num_tokens
+    fitting = "set model.config_class, model.arch and data.tokenizer to the checkpoint's"
+    if start_from is not None:
+        check_checkpoint(start_from, made, vocab_size, key="model.restore_from_path", remedy=fitting)
+    if resume_from is not None:
+        other = f"{fitting}, or give this run another exp_manager.name"
+        key = f"exp_manager.name={config.exp_manager.name}"
+        check_checkpoint(resume_from, made, vocab_size, key=key, remedy=other)
