@@ -171,7 +171,7 @@ class Metrics(pl.Callback):
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
         self._step_started = 0.0
-        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._tokens: Any = 0
         self._latest: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -180,18 +180,18 @@ class Metrics(pl.Callback):
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()
-        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._tokens = 0
 
     def on_megatron_microbatch_start(self, step: MegatronStep, batch: Any, forward_callback: Any) -> None:
         # Real tokens, counted once: on the first stage's first tensor-parallel rank.
         if parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-            self._tokens += (batch.prompt_mask | batch.response_mask).sum().cpu() + batch.tokens.shape[0]
+            self._tokens = self._tokens + (batch.prompt_mask | batch.response_mask).sum() + batch.tokens.shape[0]
 
     def on_megatron_step_end(self, step: MegatronStep, microbatch_outputs: list, reduced: Any) -> None:
         self._latest = means(reduce_statistics(microbatch_outputs))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        tokens = self._tokens.to(pl_module.device)
+        tokens = torch.as_tensor(self._tokens, device=pl_module.device)
         torch.distributed.all_reduce(tokens)
         seconds = time.perf_counter() - self._step_started
         logged = {**self._latest, "tokens_per_second": float(tokens) / seconds}
