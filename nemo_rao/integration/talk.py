@@ -23,9 +23,14 @@ _CHATTY = (
 _WARY = ("megatron.core.rerun_state_machine", "megatron.core.dist_checkpointing", "megatron.core.optimizer")
 
 
+def global_rank() -> int:
+    """This process's rank in the run; 0 for the parent of forked ranks."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for the run: the parent of forked ranks, or rank 0 of those started from outside."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    return global_rank() == 0
 
 
 def say(line: str) -> None:

@@ -17,7 +17,7 @@ from nemo_rao.integration.config import RunConfig, reference_dir, run_dir
 from nemo_rao.integration.curves import draw_curves
 from nemo_rao.integration.launch import launch, started_externally
 from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_nemo, prepare, select_device
-from nemo_rao.integration.talk import is_first_rank, quiet_third_parties, say
+from nemo_rao.integration.talk import global_rank, is_first_rank, quiet_third_parties, say
 
 
 def train(config: RunConfig) -> None:
@@ -53,6 +53,7 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     """One rank's part of a run; its place is in the environment."""
     import torch
     from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from lightning_utilities.core.rank_zero import rank_zero_only
     from nemo import lightning as nl
     from nemo.lightning.pytorch.strategies.utils import RestoreConfig
     from nemo.lightning.resume import AdapterPath
@@ -62,6 +63,7 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     from nemo_rao.integration import build
     from nemo_rao.integration.data_module import AlignmentData, AlignmentDataModule
 
+    vars(rank_zero_only)["rank"] = global_rank()  # read once, at the import, which forked ranks have behind them
     quiet_third_parties()
     nemo_logging.setLevel(nemo_logging.WARNING)
     if config.trainer.threads_per_rank is not None:
