@@ -164,6 +164,9 @@ def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
     if override.is_delete():
         raise UserError(f"{text}: keys cannot be deleted; set {name} to null, where its comment allows that")
     _require_known(name)
+    if name in known_keys() and name not in _hints() and not isinstance(override.value(), dict):
+        # Not left to Hydra: to it a group of that name may exist, registered by another package in this process.
+        raise _not_a_value(name, value)
     if _alternatives(_hints().get(name)) <= {str, types.NoneType} and type(override.value()) in (int, float, bool):
         value = f'"{value}"'  # a name such as 2024_11_21, which Hydra would take for a number
     return f"++{name}={value}"
@@ -235,9 +238,13 @@ def _require_known_keys(config_type: type, given: dict, prefix: str) -> None:
         elif isinstance(value, dict):
             _require_known_keys(hints[name], value, f"{key}.")
         else:
-            first = next(iter(known_keys(hints[name], f"{key}.")), None)
-            remedy = f"set one, such as {first}" if first else "it has none"
-            raise UserError(f"{key}={value}: {key} is a group of keys; {remedy}")
+            raise _not_a_value(key, value)
+
+
+def _not_a_value(group: str, value: Any) -> UserError:
+    first = next((key for key in known_keys() if key.startswith(f"{group}.")), None)
+    remedy = f"set one, such as {first}" if first else "it has none"
+    return UserError(f"{group}={value}: {group} is a group of keys; {remedy}")
 
 
 def _build(config_type: type, values: dict) -> Any:

@@ -253,7 +253,7 @@ def test_what_ranks_have_started_ends_with_them(tmp_path: Path, end: str) -> Non
 
 
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from nemo_rao.integration.launch import launch
 
@@ -264,6 +264,7 @@ def sleep(folder):
     time.sleep(600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     launch(sleep, (sys.argv[1],), num_ranks=2)
 """
 
