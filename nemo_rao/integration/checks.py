@@ -133,10 +133,11 @@ def _check_ranks(config: RunConfig) -> None:
             f"divisible by tensor x pipeline x context parallel size = {tensor} x {pipeline} x {context} = "
             f"{tensor * pipeline * context}; set trainer.devices, or the sizes in model"
         )
-    if model.virtual_pipeline_model_parallel_size is not None and pipeline == 1:
+    virtual = model.virtual_pipeline_model_parallel_size
+    if virtual is not None:
         raise UserError(
-            f"model.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} needs "
-            "model.pipeline_model_parallel_size of at least 2; set it to null"
+            f"model.virtual_pipeline_model_parallel_size={virtual}: training under the "
+            "interleaved schedule is refused, as it does not give the losses of one rank yet; set it to null"
         )
     if context > 1 and trainer.accelerator == "cpu":
         raise UserError(f"model.context_parallel_size={context} needs GPUs; set it to 1 on a CPU")
@@ -159,14 +160,6 @@ def _check_batches(config: RunConfig) -> None:
         raise UserError(
             f"model.global_batch_size={model.global_batch_size} prompts are not divisible by "
             f"model.micro_batch_size={model.micro_batch_size} x {ranks} data-parallel ranks; change one of them"
-        )
-    micro_batches = model.global_batch_size // (model.micro_batch_size * ranks)
-    if model.virtual_pipeline_model_parallel_size is not None and micro_batches % model.pipeline_model_parallel_size:
-        raise UserError(
-            f"model.global_batch_size={model.global_batch_size} makes {micro_batches} micro-batches on each rank; the "
-            f"interleaved schedule needs a multiple of model.pipeline_model_parallel_size="
-            f"{model.pipeline_model_parallel_size}; change a batch size, or unset "
-            "model.virtual_pipeline_model_parallel_size"
         )
 
 

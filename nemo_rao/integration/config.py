@@ -163,7 +163,7 @@ class ModelKeys:
     tensor_model_parallel_size: int = key(1, "ranks that share each layer", low=1)
     pipeline_model_parallel_size: int = key(1, "ranks that share the stack of layers", low=1)
     virtual_pipeline_model_parallel_size: int | None = key(
-        None, "layer groups of each pipeline rank (interleaved schedule); null: one", low=2
+        None, "layer groups of each pipeline rank (interleaved schedule); null: one, all that trains yet", low=2
     )
     context_parallel_size: int = key(1, "ranks that share each sequence; GPUs only", low=1)
     sequence_parallel: bool = key(False, "also split norms and dropout over tensor-parallel ranks; saves memory")

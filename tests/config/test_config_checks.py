@@ -58,10 +58,9 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
             ("num_layers=4", "pipeline_model_parallel_size=3"),
         ),
         (
-            (*TP2_PP2, "model.virtual_pipeline_model_parallel_size=3"),
-            ("num_layers=4", "virtual_pipeline_model_parallel_size=3"),
+            (*TP2_PP2, "model.virtual_pipeline_model_parallel_size=2"),
+            ("virtual_pipeline_model_parallel_size=2", "null"),
         ),
-        (("model.virtual_pipeline_model_parallel_size=2",), ("pipeline_model_parallel_size", "null")),
         (("model.arch.num_query_groups=3",), ("num_attention_heads=4", "num_query_groups=3")),
         (("model.arch.hidden_size=130",), ("hidden_size=130", "num_attention_heads=4")),
         (
