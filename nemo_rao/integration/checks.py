@@ -139,18 +139,21 @@ def _check_ranks(config: RunConfig) -> None:
             f"model.virtual_pipeline_model_parallel_size={virtual}: training under the "
             "interleaved schedule is refused, as it does not give the losses of one rank yet; set it to null"
         )
-    if context > 1 and trainer.accelerator == "cpu":
-        raise UserError(f"model.context_parallel_size={context} needs GPUs; set it to 1 on a CPU")
+    if context > 1:
+        raise UserError(
+            f"model.context_parallel_size={context}: log-probabilities are not added up over context-parallel ranks "
+            "yet; set it to 1"
+        )
     if model.sequence_parallel and tensor == 1:
         raise UserError(
             "model.sequence_parallel=true splits over tensor-parallel ranks, but there is only 1; "
             "set model.tensor_model_parallel_size, or sequence_parallel=false"
         )
-    multiple = (tensor if model.sequence_parallel else 1) * (2 * context if context > 1 else 1)
+    multiple = tensor if model.sequence_parallel else 1
     if model.seq_length % multiple:
         raise UserError(
-            f"model.seq_length={model.seq_length} is not a multiple of {multiple}, which sequence and context "
-            f"parallelism need; take {-(-model.seq_length // multiple) * multiple}"
+            f"model.seq_length={model.seq_length} is not a multiple of {multiple}, which sequence "
+            f"parallelism needs; take {-(-model.seq_length // multiple) * multiple}"
         )
 
 

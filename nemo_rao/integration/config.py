@@ -165,7 +165,7 @@ class ModelKeys:
     virtual_pipeline_model_parallel_size: int | None = key(
         None, "layer groups of each pipeline rank (interleaved schedule); null: one, all that trains yet", low=2
     )
-    context_parallel_size: int = key(1, "ranks that share each sequence; GPUs only", low=1)
+    context_parallel_size: int = key(1, "ranks that share each sequence; 1, all that trains yet", low=1)
     sequence_parallel: bool = key(False, "also split norms and dropout over tensor-parallel ranks; saves memory")
     recompute_granularity: str | None = key(
         None,

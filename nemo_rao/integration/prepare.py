@@ -84,10 +84,6 @@ def select_device(config: RunConfig) -> None:
     if not torch.cuda.is_available():
         if config.trainer.accelerator == "gpu":
             raise UserError("trainer.accelerator is gpu, but this machine has no CUDA device; set it to cpu")
-        if config.model.context_parallel_size > 1:
-            raise UserError(
-                f"model.context_parallel_size={config.model.context_parallel_size} needs GPUs; set it to 1 on a CPU"
-            )
         # Forking after torch has started threads of its own can hang the children.
         torch.set_num_threads(1)
     elif config.trainer.devices > torch.cuda.device_count():

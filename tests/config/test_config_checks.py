@@ -68,8 +68,8 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
             ("ffn_hidden_size=385", "tensor_model_parallel_size=2"),
         ),
         (
-            ("trainer.devices=2", "model.context_parallel_size=2", "trainer.accelerator=cpu"),
-            ("model.context_parallel_size=2", "GPUs"),
+            ("trainer.devices=2", "model.context_parallel_size=2"),
+            ("model.context_parallel_size=2", "set it to 1"),
         ),
         (("model.sequence_parallel=true",), ("model.sequence_parallel", "tensor_model_parallel_size")),
         ((*TP2_PP2, "model.sequence_parallel=true", "model.seq_length=1023"), ("seq_length=1023", "1024")),
