@@ -37,7 +37,7 @@ class Row:
 
     Attributes:
         prompt: messages in the form of Hugging Face chat templates (``role``, ``content``), or plain text,
-            which is tokenised as it stands.
+            which is one user message where a chat template is used, and is tokenised as it stands where not.
         responses: at least one. In pairwise data the chosen response stands first.
         place: where the row came from, for messages to the user ("data.jsonl.gz line 12").
         ranked: the responses' order is a preference, best first (published as chosen/rejected).
