@@ -67,7 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
         "model.micro_batch_size=12",
         "model.optim.lr=7e-5",
         "model.optim.sched.warmup_steps=10",
-        # A wider range of targets than the paper's 0.1 leaves, in nats, is out of so small a model's reach.
+        # Chosen by trial, as the learning rate was, for targets of a few nats: r / 0.3 spans 0 to 3.3.
         "model.rao.beta=0.3",
         "model.rao.log_z0=auto",
     ]
@@ -91,7 +91,8 @@ def _make_data(folder: Path) -> None:
         return
     print(f"making {NUM_PROMPTS} prompts with {NUM_RESPONSES} responses each in {folder}", flush=True)
     write_preferences(folder / "train.jsonl", NUM_PROMPTS, NUM_RESPONSES)
-    write_preferences(folder / "held_out.jsonl", NUM_HELD_OUT, NUM_RESPONSES, split="held_out")
+    # A seed of their own: the settings above were chosen while looking at the held-out prompts of seed 0.
+    write_preferences(folder / "held_out.jsonl", NUM_HELD_OUT, NUM_RESPONSES, seed=1, split="held_out")
     train_tokenizer(texts_of_rows(read_rows(str(folder / "train.jsonl"))), folder / "tokenizer", 320)
 
 
