@@ -8,8 +8,8 @@ Shape legend, used throughout the project:
     T   tokens of the longest row, after padding
     V   vocabulary (``V/TP`` on one tensor-parallel rank)
 
-``Row`` -> (encode) -> ``Sample`` -> (collate) -> ``MicroBatch`` -> (model, log-probs) -> ``ObjectiveBatch``
--> (objective) -> ``LossOutput``.
+``Row`` -> (encode) -> ``Sample`` -> (collate) -> ``MicroBatch`` -> (model) -> ``ModelOutput`` -> (log-probs)
+-> ``ObjectiveBatch`` -> (objective) -> ``LossOutput``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Response:
-    """One answer to a prompt, as text. ``reward`` is the explicit reward r(x, y), ``None`` where the file has none."""
+    """One answer to a prompt, as text.
+
+    Attributes:
+        content: not empty.
+        reward: the explicit reward r(x, y), ``None`` where the file has none. Of an ensemble, its members' mean. A
+            label (desirable or not) is a reward of 1 or 0.
+        ensemble: the rewards of M reward models, where several were named; else empty.
+    """
 
     content: str
     reward: float | None = None
+    ensemble: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,14 @@ class Row:
         responses: at least one. In pairwise data the chosen response stands first.
         place: where the row came from, for messages to the user ("data.jsonl.gz line 12").
         ranked: the responses' order is a preference, best first (published as chosen/rejected).
+        reference_rewards: rewards of further responses, which the reference policy gave to the prompt; often empty.
     """
 
     prompt: str | tuple[Mapping[str, Any], ...]
     responses: tuple[Response, ...]
     place: str
     ranked: bool = False
+    reference_rewards: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,8 @@ class Sample:
         rewards: ``[K]`` float64, NaN where the row has none.
         ranked: see :class:`Row`.
         place: see :class:`Row`.
+        ensemble: ``[K, M]`` float64; M = 0 without an ensemble.
+        reference_rewards: ``[N]`` float64.
     """
 
     prompt: np.ndarray
@@ -66,6 +78,8 @@ class Sample:
     rewards: np.ndarray
     ranked: bool
     place: str
+    ensemble: np.ndarray
+    reference_rewards: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,9 @@ class MicroBatch:
         ranked: ``[P]`` bool: the responses' order is a preference, best first.
         reference: ``[R, 2]`` float32 reference sums (prompt without t0, response), nats; ``None`` where not wanted.
         num_prompts: P.
+        reward_ensemble: ``[R, M]`` float32, the rewards of M reward models; ``None`` without an ensemble.
+        reference_rewards: ``[P, N]`` float32, rewards of the reference policy's own responses, NaN where there are
+            fewer than N; ``None`` where there are none.
     """
 
     tokens: Tensor
@@ -99,6 +116,21 @@ class MicroBatch:
     ranked: Tensor
     reference: Tensor | None
     num_prompts: int
+    reward_ensemble: Tensor | None = None
+    reference_rewards: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What the last pipeline stage makes of a micro-batch.
+
+    Attributes:
+        logits: ``[R, T, V/TP]``, this tensor-parallel rank's part of the vocabulary.
+        values: ``[R]`` float32, the value head's V(x); ``None`` for a model without one.
+    """
+
+    logits: Tensor
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +149,13 @@ class ObjectiveBatch:
         prompt_lengths: ``[P, K]`` float32, prompt tokens without t0.
         valid: ``[P, K]`` bool.
         ranked: ``[P]`` bool: the responses' order is a preference, best first.
+        reward_ensemble: ``[P, K, M]`` float32, the rewards of M reward models; ``None`` without an ensemble.
+        reference_rewards: ``[P, N]`` float32, rewards of the reference policy's own responses to each prompt, NaN where
+            there are fewer than N; ``None`` where there are none.
+        values: ``[P, K]`` float32, the value head's V(x) in the row of that response. Carries the gradient. ``None``
+            for an objective that declares no need of them.
+        mismatched_log_ratio: ``[]`` float32, the mean over the *global* batch's prompts of rho(y') = log pi(y'|x) -
+            log pi_ref(y'|x), y' being a response to another prompt. No gradient. ``None`` where not declared.
     """
 
     prompt_logps: Tensor
@@ -128,6 +167,28 @@ class ObjectiveBatch:
     prompt_lengths: Tensor
     valid: Tensor
     ranked: Tensor
+    reward_ensemble: Tensor | None = None
+    reference_rewards: Tensor | None = None
+    values: Tensor | None = None
+    mismatched_log_ratio: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RewardSummary:
+    """What objectives whose keys depend on the training data ask of its rewards.
+
+    Attributes:
+        mean: over prompts of the mean reward of a prompt's responses; ``None`` where no response has one.
+        low, high: smallest and largest reward; ``None`` likewise.
+        all_labels: every response has a reward, and each is 1 or 0.
+        all_ranked: every prompt's order of responses is a preference.
+    """
+
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    all_labels: bool = False
+    all_ranked: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,11 @@ def collate(
     if reference is not None:
         assert reference.ndim == 2 and reference.shape[1] == 2, reference.shape
         sums = torch.from_numpy(reference[response_ids].astype(np.float32))
+    ensemble = np.concatenate([sample.ensemble for sample in samples])
+    num_reference_rewards = [len(sample.reference_rewards) for sample in samples]
+    reference_rewards = np.full((len(samples), max(num_reference_rewards)), np.nan, dtype=np.float32)
+    for number, sample in enumerate(samples):
+        reference_rewards[number, : num_reference_rewards[number]] = sample.reference_rewards
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -75,4 +80,6 @@ def collate(
         ranked=torch.tensor([sample.ranked for sample in samples], dtype=torch.bool),
         reference=sums,
         num_prompts=len(samples),
+        reward_ensemble=torch.from_numpy(ensemble.astype(np.float32)) if ensemble.shape[1] else None,
+        reference_rewards=torch.from_numpy(reference_rewards) if reference_rewards.shape[1] else None,
     )

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_rao.batch import Row, Sample
+from nemo_rao.batch import RewardSummary, Row, Sample
+from nemo_rao.data.choice import NO_PAIR, PairsBy, Responses, choose_responses, has_pair, prefer_by
 from nemo_rao.data.encode import ChatTemplate, Encoder
+from nemo_rao.data.fields import RewardField
 from nemo_rao.data.rows import Paths, read_rows
 from nemo_rao.errors import UserError
 
@@ -73,6 +75,8 @@ class PreferenceData:
         tokens = array.array("i")  # int32; grows in place
         segment_ends, first_segment = [0], [0]
         rewards: list[float] = []
+        ensemble: list[np.ndarray] = []
+        reference_rewards: list[np.ndarray] = []
         ranked: list[bool] = []
         places: list[str] = []
         for sample in samples:
@@ -80,6 +84,8 @@ class PreferenceData:
                 tokens.frombytes(segment.astype(np.int32).tobytes())
                 segment_ends.append(len(tokens))
             rewards.extend(sample.rewards)
+            ensemble.append(sample.ensemble)
+            reference_rewards.append(sample.reference_rewards)
             ranked.append(sample.ranked)
             places.append(sample.place)
             first_segment.append(len(segment_ends) - 1)
@@ -88,9 +94,12 @@ class PreferenceData:
         self._segment_ends = np.array(segment_ends, dtype=np.int64)  # [segments + 1]
         self._first_segment = np.array(first_segment, dtype=np.int64)  # [N + 1]
         self._rewards = np.array(rewards, dtype=np.float64)  # [all responses]
+        self._ensemble = np.concatenate(ensemble) if ensemble else np.zeros((0, 0))  # [all responses, M]
+        self._reference_rewards = np.concatenate(reference_rewards) if reference_rewards else np.zeros(0)
+        self._reference_reward_ends = np.cumsum([0, *map(len, reference_rewards)])  # [N + 1]
         self._ranked = np.array(ranked, dtype=bool)  # [N]
         self._places = places
-        for shared in (self._tokens, self._rewards):  # samples are views of these
+        for shared in (self._tokens, self._rewards, self._ensemble, self._reference_rewards):  # samples are views
             shared.setflags(write=False)
 
     def __len__(self) -> int:
@@ -111,6 +120,8 @@ class PreferenceData:
             rewards=self._rewards[offset : offset + len(responses)],
             ranked=bool(self._ranked[index]),
             place=self._places[index],
+            ensemble=self._ensemble[offset : offset + len(responses)],
+            reference_rewards=self._reference_rewards[slice(*self._reference_reward_ends[index : index + 2])],
         )
 
     @property
@@ -135,21 +146,21 @@ class PreferenceData:
         """Tokens of the longest prompt with one response; 0 where there is no sample."""
         return int(self.lengths.max(initial=0))
 
-    def reward_mean(self) -> float:
-        """The mean over prompts of the mean reward of a prompt's responses: each prompt counts once, as in the loss.
-
-        Responses without a reward are left out, and so are prompts that have none at all.
-
-        Raises:
-            UserError: no response has a reward.
-        """
+    def reward_summary(self) -> RewardSummary:
+        """What is known of the rewards of all responses."""
         known = ~np.isnan(self._rewards)
+        if not known.any():
+            return RewardSummary(all_ranked=bool(self._ranked.all()))
         sample_of = np.repeat(np.arange(len(self)), np.diff(self._first_segment) - 1)
         counts = np.bincount(sample_of[known], minlength=len(self))
         sums = np.bincount(sample_of[known], weights=self._rewards[known], minlength=len(self))
-        if not counts.any():
-            raise UserError("the data has no rewards, whose mean is needed; add them, or set the value that needs it")
-        return float(np.mean(sums[counts > 0] / counts[counts > 0]))
+        return RewardSummary(
+            mean=float(np.mean(sums[counts > 0] / counts[counts > 0])),
+            low=float(self._rewards[known].min()),
+            high=float(self._rewards[known].max()),
+            all_labels=bool(np.isin(self._rewards, (0, 1)).all()),
+            all_ranked=bool(self._ranked.all()),
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of tokens and boundaries in their order. Reference sums depend on nothing else here, so new
@@ -170,12 +181,16 @@ def load_preferences(
     min_responses: int = 1,
     needs_rewards: bool = False,
     needs_preference: bool = False,
+    needs_pairs: bool = False,
     needs_shared_first_token: bool = False,
     needed_by: str = "the objective",
+    responses: Responses = "all",
+    pairs_by: PairsBy = "auto",
+    seed: int = 0,
     strict: bool = False,
     chat_template: ChatTemplate = "auto",
     template_arguments: Mapping[str, Any] | None = None,
-    reward_field: str | None = None,
+    reward_field: RewardField = None,
     progress: Callable[[int], None] | None = None,
 ) -> PreferenceData:
     """Reads, tokenises and checks a data set.
@@ -189,8 +204,10 @@ def load_preferences(
         needs_rewards: each response must have a reward, or the run stops.
         needs_preference: the responses of each prompt must be comparable, by rewards or by their order, or the run
             stops.
+        needs_pairs: a row of which no response is better than another is dropped and counted.
         needs_shared_first_token: all prompts must begin with the same token t0, or the run stops.
-        needed_by: what asks for these four, for messages ("objective rao").
+        needed_by: what asks for these five, for messages ("objective rao").
+        responses, pairs_by, seed: see :mod:`nemo_rao.data.choice`.
         strict: stop at the first row that would be dropped.
         chat_template, template_arguments: see ``encode.Encoder``.
         reward_field: see ``rows.read_rows``.
@@ -208,18 +225,19 @@ def load_preferences(
     report = LoadReport()
 
     def checked_rows() -> Iterator[Row]:
-        for row in read_rows(paths, reward_field=reward_field):
+        for number, row in enumerate(read_rows(paths, reward_field=reward_field)):
             if num_responses is not None and not row.ranked:
                 row = replace(row, responses=row.responses[:num_responses])
+            row = prefer_by(row, pairs_by)
             _check_responses(row, min_responses, needs_rewards, needs_preference, needed_by)
-            yield row
+            yield choose_responses(row, responses, seed=seed, number=number)
 
     def kept_samples() -> Iterator[Sample]:
         first: Sample | None = None
         for rows in _batches(checked_rows(), ROWS_AT_ONCE):
             for row, sample in zip(rows, encoder.encode_many(rows), strict=True):
                 report.rows_read += 1
-                problem = _why_dropped(row, sample, seq_length)
+                problem = _why_dropped(row, sample, seq_length, needs_pairs)
                 if problem is not None:
                     if strict:
                         raise UserError(f"{problem[1]} (strict: no row may be dropped)")
@@ -262,8 +280,10 @@ def _check_responses(row: Row, min_responses: int, needs_rewards: bool, needs_pr
         )
 
 
-def _why_dropped(row: Row, sample: Sample | UserError, seq_length: int) -> tuple[str, str] | None:
+def _why_dropped(row: Row, sample: Sample | UserError, seq_length: int, needs_pairs: bool) -> tuple[str, str] | None:
     """(reason, what to say about this row), or None to keep it."""
+    if needs_pairs and not has_pair(row):
+        return NO_PAIR, f"{row.place}: all responses have the same reward"
     if isinstance(sample, UserError):
         return NO_BOUNDARY, str(sample)
     if len(sample.prompt) >= seq_length:
@@ -275,6 +295,40 @@ def _why_dropped(row: Row, sample: Sample | UserError, seq_length: int) -> tuple
                 f"seq_length is {seq_length}"
             )
     return None
+
+
+def mismatched(data: PreferenceData, *, seq_length: int, seed: int) -> PreferenceData:
+    """Every prompt with a response to another one: what the log-ratio of unrelated responses is estimated on.
+
+    The other prompt is the next one in a seeded random order, the response one of its own at random: always the same
+    for the same data and seed. **Choice** A response too long for its new prompt is cut there, since no reward belongs
+    to it.
+
+    Raises:
+        UserError: there is only one prompt.
+    """
+    if len(data) < 2:
+        raise UserError("the data has one prompt, but the objective needs responses to other prompts; add data")
+    generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, len(data)])))
+    order = generator.permutation(len(data))
+    draws = generator.random_sample(len(data))
+    others = np.empty(len(data), dtype=np.int64)
+    others[order] = np.roll(order, -1)
+
+    def samples() -> Iterator[Sample]:
+        for index in range(len(data)):
+            sample, other = data[index], data[int(others[index])]
+            response = other.responses[int(draws[index] * len(other.responses))][: seq_length - len(sample.prompt)]
+            yield replace(
+                sample,
+                responses=(response,),
+                rewards=np.full(1, np.nan),
+                ranked=False,
+                ensemble=np.zeros((1, 0)),
+                reference_rewards=np.zeros(0),
+            )
+
+    return PreferenceData(samples())
 
 
 def _different_first_tokens(a: Sample, b: Sample, tokenizer: PreTrainedTokenizerBase, needed_by: str) -> UserError:

@@ -209,6 +209,8 @@ class Encoder:
             ),
             ranked=row.ranked,
             place=row.place,
+            ensemble=np.array([response.ensemble for response in row.responses], dtype=np.float64),
+            reference_rewards=np.array(row.reference_rewards, dtype=np.float64),
         )
 
     # ---------------------------------------------------------------------------------- what the tokenizer does

@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemo_rao.batch import Response
 from nemo_rao.errors import UserError
 
 Record = Mapping[str, Any]
 Messages = tuple[Mapping[str, Any], ...]
+
+RewardField = str | Sequence[str] | None  # a name, the names of an ensemble, or the format's own
 
 LARGEST_REWARD = 3.4e38  # of float32, in which rewards reach the loss
 
@@ -103,10 +106,36 @@ def read_records(value: object, place: str, field: str) -> Sequence[Record]:
     return value
 
 
-def read_reward(record: Record, default: str, chosen: str | None, place: str, inside: str | None) -> float | None:
-    """The reward under the format's own name, or under the user's, which may be a path and must then be there."""
-    if chosen is None:
-        return read_number(record.get(default), place, default if inside is None else f"{inside}.{default}")
+def read_rewarded(
+    record: Record, content: str, default: str, chosen: RewardField, place: str, inside: str | None = None
+) -> Response:
+    """A response with its reward: under the format's own name, or under the user's; several names are an ensemble.
+
+    Where the format's own name is not there, ``label``: true is a reward of 1, false of 0.
+    """
+    if chosen is not None and not isinstance(chosen, str):
+        ensemble = [_chosen_reward(record, name, place, inside) for name in chosen]
+        for name, reward in zip(chosen, ensemble, strict=True):
+            if reward is None:
+                raise UserError(f"{place}: reward field '{name}' has no number; an ensemble needs all: drop the row")
+        known = tuple(reward for reward in ensemble if reward is not None)
+        return Response(content, sum(known) / len(known), known)
+    if isinstance(chosen, str):
+        return Response(content, _chosen_reward(record, chosen, place, inside))
+    if record.get(default) is None and record.get("label") is not None:
+        return Response(content, _read_label(record["label"], place, "label" if inside is None else f"{inside}.label"))
+    field = default if inside is None else f"{inside}.{default}"
+    return Response(content, read_number(record.get(default), place, field))
+
+
+def _read_label(value: object, place: str, field: str) -> float:
+    if value in (0, 1) and isinstance(value, (bool, int)):
+        return float(value)
+    raise UserError(f"{place}: field '{field}' must be true or false, found {describe(value)}")
+
+
+def _chosen_reward(record: Record, chosen: str, place: str, inside: str | None) -> float | None:
+    """The reward under the user's name, which may be a path and must be there."""
     value: Any = record
     for name in [chosen] if chosen in record else chosen.split("."):
         if not isinstance(value, Mapping):
@@ -117,6 +146,17 @@ def read_reward(record: Record, default: str, chosen: str | None, place: str, in
         with contextlib.suppress(ValueError):
             value = None if value == "N/A" else float(value)
     return read_number(value, place, inside or chosen)
+
+
+def read_numbers(value: object, place: str, field: str) -> tuple[float, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{place}: field '{field}' must be a list of numbers, found {describe(value)}")
+    numbers = [read_number(entry, place, f"{field}[{number}]") for number, entry in enumerate(value)]
+    if any(number is None for number in numbers):
+        raise UserError(f"{place}: field '{field}' holds null; drop it, or leave the field out")
+    return tuple(number for number in numbers if number is not None)
 
 
 def read_number(value: object, place: str, field: str) -> float | None:

@@ -13,12 +13,14 @@ from nemo_rao.batch import Response, Row
 from nemo_rao.data.fields import (
     Messages,
     Record,
+    RewardField,
     describe,
     read_messages,
     read_number,
+    read_numbers,
     read_prompt,
     read_records,
-    read_reward,
+    read_rewarded,
     read_text,
     required,
 )
@@ -35,14 +37,14 @@ class Format:
         name: as users know it.
         marks: a record with any of these fields has this format.
         fields: what a record of it looks like, for messages.
-        convert: (record, place, reward field or None) -> Row.
+        convert: (record, place, reward field) -> Row.
         one_response_a_record: consecutive records with the same prompt belong together (see ``rows``).
     """
 
     name: str
     marks: tuple[str, ...]
     fields: str
-    convert: Callable[[Record, str, str | None], Row]
+    convert: Callable[[Record, str, RewardField], Row]
     one_response_a_record: bool = False
 
 
@@ -68,17 +70,26 @@ def recognise(record: object, place: str) -> Format:
 # ---------------------------------------------------------------------------------------------------- the formats
 
 
-def from_canonical(record: Record, place: str, reward_field: str | None) -> Row:
-    """``{"prompt": str | messages, "responses": [{"content": str, "reward": float}, ...]}``; the reward is optional."""
+def from_canonical(record: Record, place: str, reward_field: RewardField) -> Row:
+    """``{"prompt": str | messages, "responses": [{"content": str, "reward": float}, ...]}``.
+
+    Optional are the reward, or ``"label": bool`` in its place, and ``"reference_rewards": [float, ...]``, the rewards
+    of further responses, which the reference policy gave.
+    """
     responses = []
     for number, entry in enumerate(read_records(required(record, "responses", place), place, "responses")):
         field = f"responses[{number}]"
         content = read_text(required(entry, "content", place, field), place, f"{field}.content")
-        responses.append(Response(content, read_reward(entry, "reward", reward_field, place, field)))
-    return Row(read_prompt(required(record, "prompt", place), place, "prompt"), tuple(responses), place)
+        responses.append(read_rewarded(entry, content, "reward", reward_field, place, field))
+    return Row(
+        prompt=read_prompt(required(record, "prompt", place), place, "prompt"),
+        responses=tuple(responses),
+        place=place,
+        reference_rewards=read_numbers(record.get("reference_rewards"), place, "reference_rewards"),
+    )
 
 
-def from_ultrafeedback(record: Record, place: str, reward_field: str | None) -> Row:
+def from_ultrafeedback(record: Record, place: str, reward_field: RewardField) -> Row:
     """``instruction`` and ``completions``, each with ``response`` and ``overall_score``.
 
     ``reward_field`` may be a path into a completion, such as ``fine-grained_score`` or
@@ -89,12 +100,12 @@ def from_ultrafeedback(record: Record, place: str, reward_field: str | None) -> 
     for number, entry in enumerate(read_records(required(record, "completions", place), place, "completions")):
         field = f"completions[{number}]"
         content = read_text(required(entry, "response", place, field), place, f"{field}.response")
-        responses.append(Response(content, read_reward(entry, "overall_score", reward_field, place, field)))
+        responses.append(read_rewarded(entry, content, "overall_score", reward_field, place, field))
     prompt = read_prompt(required(record, "instruction", place), place, "instruction")
     return Row(prompt, tuple(responses), place)
 
 
-def from_nemo_aligner(record: Record, place: str, reward_field: str | None) -> Row:
+def from_nemo_aligner(record: Record, place: str, reward_field: RewardField) -> Row:
     """``prompt``, ``chosen_response``, ``rejected_response``, and optionally ``chosen_reward``, ``rejected_reward``."""
     _no_reward_field(reward_field, "chosen_reward and rejected_reward", place)
     return Row(
@@ -111,7 +122,7 @@ def from_nemo_aligner(record: Record, place: str, reward_field: str | None) -> R
     )
 
 
-def from_chosen_rejected(record: Record, place: str, reward_field: str | None) -> Row:
+def from_chosen_rejected(record: Record, place: str, reward_field: RewardField) -> Row:
     """TRL and UltraFeedback-binarized: ``chosen``, ``rejected``, and optionally ``prompt`` and the two scores.
 
     The two sides are both text or both messages. Messages may hold the answer alone or the whole conversation; the
@@ -150,16 +161,32 @@ def from_chosen_rejected(record: Record, place: str, reward_field: str | None) -
     return Row(read_prompt(prompt, place, "prompt"), responses, place, ranked=True)
 
 
-def from_single_response(record: Record, place: str, reward_field: str | None) -> Row:
+def from_single_response(record: Record, place: str, reward_field: RewardField) -> Row:
     """HelpSteer: ``prompt``, ``response`` and one field per attribute, of which one is the reward."""
     return Row(
         prompt=read_prompt(required(record, "prompt", place), place, "prompt"),
         responses=(
-            Response(
-                content=read_text(record["response"], place, "response"),
-                reward=read_reward(record, HELPSTEER_ATTRIBUTES[0], reward_field, place, None),
+            read_rewarded(
+                record, read_text(record["response"], place, "response"), HELPSTEER_ATTRIBUTES[0], reward_field, place
             ),
         ),
+        place=place,
+    )
+
+
+def from_unpaired(record: Record, place: str, reward_field: RewardField) -> Row:
+    """TRL's unpaired preferences: ``prompt``, ``completion`` (text or one message), ``label`` or ``reward``."""
+    completion = record["completion"]
+    if not isinstance(completion, str):
+        messages = read_messages(completion, place, "completion")
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"{place}: field 'completion' must be one assistant message, found messages of {roles}")
+        completion = messages[0]["content"]
+    content = read_text(completion, place, "completion")
+    return Row(
+        prompt=read_prompt(required(record, "prompt", place), place, "prompt"),
+        responses=(read_rewarded(record, content, "reward", reward_field, place),),
         place=place,
     )
 
@@ -184,6 +211,13 @@ FORMATS = (
         ("response",),
         f"prompt, response, {', '.join(HELPSTEER_ATTRIBUTES)}",
         from_single_response,
+        one_response_a_record=True,
+    ),
+    Format(
+        "unpaired",
+        ("completion",),
+        "prompt, completion, label or reward",
+        from_unpaired,
         one_response_a_record=True,
     ),
 )
@@ -245,7 +279,7 @@ def _split_conversations(
     return before, (chosen[-1]["content"], rejected[-1]["content"])
 
 
-def _no_reward_field(reward_field: str | None, own: str, place: str) -> None:
+def _no_reward_field(reward_field: RewardField, own: str, place: str) -> None:
     if reward_field is not None:
         raise UserError(
             f"{place}: reward field '{reward_field}' cannot be chosen for pairs, whose rewards are {own}; "

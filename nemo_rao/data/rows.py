@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.batch import Row
+from nemo_rao.data.fields import RewardField
 from nemo_rao.data.formats import recognise
 from nemo_rao.errors import UserError
 
@@ -26,14 +27,15 @@ HUB = "hf:"
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def read_rows(paths: Paths, *, reward_field: str | None = None) -> Iterator[Row]:
+def read_rows(paths: Paths, *, reward_field: RewardField = None) -> Iterator[Row]:
     """The rows of one or several sources, in order.
 
     Args:
         paths: a file, a glob, a folder written by ``Dataset.save_to_disk``, ``hf:NAME`` or ``hf:NAME:SPLIT``; or a
             list of these.
         reward_field: where the reward stands, if not where the format has it: a field of the response, or a path
-            into it such as ``annotations.helpfulness.Rating``. It must then be there in every row.
+            into it such as ``annotations.helpfulness.Rating``. It must then be there in every row. A list of these is
+            an ensemble of reward models, whose mean is the reward.
 
     Raises:
         UserError: at once where a file is missing; while reading, for whatever is wrong with a row.
@@ -65,7 +67,7 @@ def expand_paths(paths: Paths) -> list[str]:
     return sources
 
 
-def _rows_of_source(source: str, reward_field: str | None) -> Iterator[Row]:
+def _rows_of_source(source: str, reward_field: RewardField) -> Iterator[Row]:
     """Rows of one source. Consecutive records of one response each and the same prompt become one row."""
     open_row: Row | None = None
     for place, record in _records_of_source(source):

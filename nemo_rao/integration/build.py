@@ -19,9 +19,10 @@ from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.config import RunConfig, objective_config
 from nemo_rao.integration.model import MegatronGPTAlignmentModel, feed_lora_normed_inputs
 from nemo_rao.integration.strategy import AlignmentStrategy
+from nemo_rao.mcore.value_head import VALUE_HEAD
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -82,8 +83,14 @@ class NormedInputLoRA(llm.peft.LoRA):
         return model
 
 
+def _of_value_head(name: str, parameter: torch.nn.Parameter) -> bool:
+    return VALUE_HEAD in name
+
+
 def optimizer(config: RunConfig, max_steps: int) -> MegatronOptimizerModule:
     keys = config.model.optim
+    # A value head's learning rate is a key of the objective that has one; NeMo scales what the schedule starts from.
+    value_lr = getattr(objective_config(config), "value_lr", None)
     if keys.sched.name == "cosine":
         schedule: Any = CosineAnnealingScheduler(
             max_steps=max_steps,
@@ -94,6 +101,8 @@ def optimizer(config: RunConfig, max_steps: int) -> MegatronOptimizerModule:
     else:
         schedule = WarmupPolicyScheduler(max_steps=max_steps, warmup_steps=keys.sched.warmup_steps)
     return MegatronOptimizerModule(
+        scale_lr_cond=_of_value_head if value_lr is not None else None,
+        lr_mult=value_lr / keys.lr if value_lr is not None else 1.0,
         config=OptimizerConfig(
             optimizer=keys.name,
             lr=keys.lr,
@@ -116,11 +125,12 @@ def tokenizer(config: RunConfig) -> AutoTokenizer:
     return AutoTokenizer(str(Path(config.data.tokenizer).expanduser()), trust_remote_code=False)
 
 
-def model(config: RunConfig, objective_config: Any, max_steps: int) -> MegatronGPTAlignmentModel:
+def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignmentModel:
+    """The model that a recipe describes; ``resolved``: the objective's keys, with what the data decides."""
     return MegatronGPTAlignmentModel(
         model_config(config),
         objective=config.model.objective,
-        objective_config=dataclasses.asdict(objective_config),
+        objective_config=dataclasses.asdict(resolved),
         optim=optimizer(config, max_steps),
         tokenizer=tokenizer(config),
         model_transform=lora(config),

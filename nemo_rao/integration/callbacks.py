@@ -22,6 +22,7 @@ from nemo_rao.integration.metrics_file import append_metrics, truncate_metrics
 from nemo_rao.mcore.evaluate import evaluate
 from nemo_rao.mcore.fingerprint import weights_fingerprint
 from nemo_rao.mcore.loss import means, reduce_statistics
+from nemo_rao.mcore.mismatched import mean_log_ratio
 from nemo_rao.mcore.reference import compute_reference, load_reference, reference_key
 
 
@@ -140,6 +141,20 @@ class ReferencePass(pl.Callback):
             )
 
 
+class MismatchedPass(pl.Callback):
+    """Before each step, the mean log-ratio of the step's prompts with responses to others, for the loss to use."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        module = trainer.datamodule
+        mismatched = module.train.mismatched
+        pl_module.mismatched_log_ratio = mean_log_ratio(
+            model_chunks(trainer),
+            module.micro_batches_of_step(trainer.global_step),
+            make_micro_batch=mismatched.micro_batch,
+            vocab_size=pl_module.vocab_size,
+        )
+
+
 class _progress_bar:
     """``with _progress_bar(...) as show: show(done, total)``; silent where ``visible`` is false."""
 
@@ -248,13 +263,23 @@ class Validation(pl.Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
+        chunks, micro_batches = model_chunks(trainer), self._data.micro_batches_of_rank(self._micro_batch_size)
+        log_ratio = None
+        if self._data.mismatched is not None:
+            log_ratio = mean_log_ratio(
+                chunks,
+                micro_batches,
+                make_micro_batch=self._data.mismatched.micro_batch,
+                vocab_size=pl_module.vocab_size,
+            )
         values = evaluate(
-            model_chunks(trainer),
-            self._data.micro_batches_of_rank(self._micro_batch_size),
+            chunks,
+            micro_batches,
             make_micro_batch=self._data.micro_batch,
             objective=pl_module.objective,
             objective_config=pl_module.objective_config,
             vocab_size=pl_module.vocab_size,
+            mismatched_log_ratio=log_ratio,
         )
         named = {f"val/{name}": value for name, value in values.items()}
         if log:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from nemo_rao.data.rows import expand_paths
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import RunConfig, data_parallel_size, objective_names, run_dir, world_size
+from nemo_rao.integration.config import (
+    RunConfig,
+    data_parallel_size,
+    objective_config,
+    objective_names,
+    run_dir,
+    world_size,
+)
+from nemo_rao.objectives import registry
 
 
 def check_run(config: RunConfig) -> None:
@@ -192,6 +200,12 @@ def _check_optimizer(config: RunConfig) -> None:
 
 
 def _check_peft(config: RunConfig) -> None:
+    needs = registry.get(config.model.objective).needs_of(objective_config(config))
+    if config.model.peft.scheme != "none" and needs.values:
+        raise UserError(
+            f"model.peft.scheme={config.model.peft.scheme} trains adapters alone, but objective "
+            f"{config.model.objective} has a value head to train; set it to none"
+        )
     if config.model.peft.scheme != "none" and config.model.restore_from_path is None:
         raise UserError(
             f"model.peft.scheme={config.model.peft.scheme} trains adapters of a model's weights, but "

@@ -220,6 +220,18 @@ class DataConfig:
     validation_path: Any = key(None, "validation data, given alike; null: no validation")
     tokenizer: str | None = key(None, "folder or name of a Hugging Face tokenizer")
     num_responses: int | None = key(None, "K: the first so many responses of each prompt are used; null: all", low=1)
+    responses: str | None = key(
+        None,
+        "which of them; best_worst: by reward; best_random: the best and a worse one, drawn once for each prompt; "
+        "null: best_worst for objectives of pairs, else all",
+        choices=(None, "all", "best_worst", "best_random"),
+    )
+    pairs_by: str = key(
+        "auto",
+        "what makes a response better than another: label (chosen, rejected), or reward, even against labels; auto: "
+        "labels where the data has them, else rewards",
+        choices=("auto", "label", "reward"),
+    )
     chat_template: str = key(
         "auto",
         "auto: through the tokenizer's chat template where it has one; always: refused where it has none; never: "
@@ -227,14 +239,14 @@ class DataConfig:
         choices=("auto", "always", "never"),
     )
     template_arguments: dict[str, Any] = key({}, "passed to the chat template, such as {enable_thinking: false}")
-    reward_field: str | None = key(
+    reward_field: str | list[str] | None = key(
         None,
-        "where a response's reward stands, such as helpfulness or annotations.helpfulness.Rating; null: where the "
-        "data's format has it",
+        "where a response's reward stands, such as helpfulness or annotations.helpfulness.Rating; a list: an ensemble "
+        "of reward models, whose mean is the reward; null: where the data's format has it",
     )
     strict: bool = key(False, "refuse rows that are too long instead of dropping and counting them")
     shuffle: bool = key(True, "draw training prompts in a new order in each epoch; false: the files' order")
-    seed: int = key(1234, "of that order", low=0)
+    seed: int = key(1234, "of that order, and of what is drawn from the data", low=0)
     pad_to_multiple_of: int = key(
         1, "tokens; micro-batches are padded to a multiple of it, and of what the parallelism needs", low=1
     )

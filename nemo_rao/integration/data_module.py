@@ -22,10 +22,19 @@ class AlignmentData:
 
     Attributes:
         reference: ``[responses, 2]`` float32 sums, set by the reference pass; ``None`` for objectives without one.
+        mismatched: the same prompts, each with a response to another one; ``None`` where that is not needed.
     """
 
-    def __init__(self, data: PreferenceData, *, pad_token_id: int, pad_multiple: int) -> None:
+    def __init__(
+        self,
+        data: PreferenceData,
+        *,
+        pad_token_id: int,
+        pad_multiple: int,
+        mismatched: AlignmentData | None = None,
+    ) -> None:
         self.data = data
+        self.mismatched = mismatched
         self.reference: np.ndarray | None = None
         self._pad_token_id = pad_token_id
         self._pad_multiple = pad_multiple
@@ -54,28 +63,14 @@ class AlignmentData:
 class _Stream(IterableDataset):
     """This data-parallel rank's micro-batches from a step on, without end."""
 
-    def __init__(
-        self, data: AlignmentData, *, start_step: int, global_batch_size: int, micro_batch_size: int, seed: int | None
-    ) -> None:
-        self._data = data
+    def __init__(self, module: AlignmentDataModule, start_step: int) -> None:
+        self._module = module
         self._start_step = start_step
-        self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._seed = seed
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        step = self._start_step
-        while True:
-            prompts = global_batch(
-                step,
-                num_samples=len(self._data.data),
-                global_batch_size=self._global_batch_size,
-                seed=self._seed,
-            )
-            for micro_batch in rank_micro_batches(prompts, self._micro_batch_size, rank, size):
-                yield self._data.micro_batch(micro_batch)
-            step += 1
+        for step in itertools.count(self._start_step):
+            for prompts in self._module.micro_batches_of_step(step):
+                yield self._module.train.micro_batch(prompts)
 
 
 class _Sampler(MegatronDataSampler):
@@ -112,11 +107,12 @@ class AlignmentDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        stream = _Stream(
-            self.train,
-            start_step=self.trainer.global_step,
-            global_batch_size=self._global_batch_size,
-            micro_batch_size=self._micro_batch_size,
-            seed=self._seed,
+        return DataLoader(_Stream(self, self.trainer.global_step), batch_size=None)
+
+    def micro_batches_of_step(self, step: int) -> list[list[int]]:
+        """Prompt numbers of this data-parallel rank's micro-batches in an optimizer step, counted from 0."""
+        prompts = global_batch(
+            step, num_samples=len(self.train.data), global_batch_size=self._global_batch_size, seed=self._seed
         )
-        return DataLoader(stream, batch_size=None)
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        return rank_micro_batches(prompts, self._micro_batch_size, rank, size)

@@ -13,10 +13,11 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo.lightning.pytorch.optim import OptimizerModule
 from torch import Tensor, nn
 
-from nemo_rao.batch import MicroBatch
+from nemo_rao.batch import MicroBatch, ModelOutput
 from nemo_rao.mcore.forward import forward_step, to_device
 from nemo_rao.mcore.layer_spec import NormColumnParallelLinear, layer_spec_without_te
 from nemo_rao.mcore.loss import LOSS, configure_loss_scaling, for_schedule, micro_batch_loss
+from nemo_rao.mcore.value_head import add_value_head
 from nemo_rao.objectives import registry
 
 try:
@@ -45,6 +46,11 @@ class MegatronGPTAlignmentModel(GPTModel):
         tokenizer: NeMo tokenizer; its ``vocab_size`` counts where ``config.vocab_size`` is ``None``.
         model_transform: such as ``nemo.collections.llm.peft.LoRA``.
 
+    Attributes:
+        needs: what the objective, under its keys, asks for.
+        mismatched_log_ratio: ``[]`` fp32, nats, of the global batch at hand; to be set before each step where
+            ``needs.mismatched``.
+
     Raises:
         UserError: the objective is unknown, or has no such key or value.
     """
@@ -64,6 +70,15 @@ class MegatronGPTAlignmentModel(GPTModel):
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
         self.objective = registry.get(objective)
         self.objective_config = self.objective.make_config(objective_config or {})
+        self.needs = self.objective.needs_of(self.objective_config)
+        self.mismatched_log_ratio: Tensor | None = None
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        """Build this rank's part of the model, on the last pipeline stage with a value head where one is needed."""
+        built_before = hasattr(self, "module")
+        super().configure_model(vp_stage=vp_stage) if vp_stage is not None else super().configure_model()
+        if self.needs.values and not built_before:
+            add_value_head(self.module)
 
     @property
     def vocab_size(self) -> int:
@@ -81,8 +96,8 @@ class MegatronGPTAlignmentModel(GPTModel):
         batch, *_ = next(dataloader_iter)
         return to_device(batch)
 
-    def forward_step(self, batch: MicroBatch) -> Tensor:
-        """``[R, T, V/TP]`` logits on the last pipeline stage, hidden states before it."""
+    def forward_step(self, batch: MicroBatch) -> Tensor | ModelOutput:
+        """The model's output on the last pipeline stage, hidden states before it."""
         return forward_step(self, batch)
 
     @property
@@ -95,17 +110,22 @@ class MegatronGPTAlignmentModel(GPTModel):
 
 
 class AlignmentLossReduction(MegatronLossReduction):
-    """What NeMo calls with a micro-batch's logits, on the last pipeline stage."""
+    """What NeMo calls with the last pipeline stage's output of a micro-batch."""
 
     def __init__(self, model: MegatronGPTAlignmentModel) -> None:
         super().__init__()
         self._model = model
 
-    def forward(self, batch: MicroBatch, forward_out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, batch: MicroBatch, forward_out: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum over prompts, number of prompts, statistics) of a micro-batch; see :mod:`nemo_rao.mcore.loss`."""
         model = self._model
         output = micro_batch_loss(
-            forward_out, batch, model.objective, model.objective_config, vocab_size=model.vocab_size
+            forward_out,
+            batch,
+            model.objective,
+            model.objective_config,
+            vocab_size=model.vocab_size,
+            mismatched_log_ratio=model.mismatched_log_ratio,
         )
         return for_schedule(output)
 

@@ -5,7 +5,6 @@ In the order of their cost: what the environment tells, then the data, and only 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nemo_rao import cpu
-from nemo_rao.data.dataset import PreferenceData, load_preferences
+from nemo_rao.data.dataset import PreferenceData, load_preferences, mismatched
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.order import steps_per_epoch
 from nemo_rao.errors import UserError
@@ -33,6 +32,7 @@ class Prepared:
 
     Attributes:
         train, validation: tokenised data.
+        mismatched: the same prompts with responses to others, as "train" and "validation"; empty where not needed.
         objective_config: the objective's keys, with what depends on the data resolved.
         max_steps: optimizer steps of the whole run.
         resume_from: this run's last checkpoint, or ``None`` at its start.
@@ -41,6 +41,7 @@ class Prepared:
 
     train: PreferenceData
     validation: PreferenceData | None
+    mismatched: Mapping[str, PreferenceData]
     objective_config: Any
     max_steps: int
     resume_from: Path | None
@@ -115,25 +116,36 @@ def import_nemo() -> bool:
 def prepare(config: RunConfig) -> Prepared:
     """Everything that can be checked and computed without a model. See :func:`train` for the errors."""
     keys, objective = config.model, registry.get(config.model.objective)
+    needs = objective.needs_of(objective_config(config))
     tokenizer = load_tokenizer(config.data.tokenizer or "")
-    needs: dict[str, Any] = {
+    wanted: dict[str, Any] = {
         "seq_length": keys.seq_length,
         "num_responses": config.data.num_responses,
-        "min_responses": objective.min_responses,
-        "needs_rewards": objective.needs_rewards,
-        "needs_preference": objective.needs_preference,
-        "needs_shared_first_token": objective.needs_shared_first_token,
+        "responses": config.data.responses or ("best_worst" if needs.pairs else "all"),
+        "pairs_by": config.data.pairs_by,
+        "seed": config.data.seed,
+        "min_responses": needs.min_responses,
+        "needs_rewards": needs.rewards,
+        "needs_preference": needs.preference,
+        "needs_pairs": needs.preference and needs.min_responses > 1,
+        "needs_shared_first_token": needs.shared_first_token,
         "needed_by": f"objective {objective.name}",
         "strict": config.data.strict,
         "chat_template": config.data.chat_template,
         "template_arguments": config.data.template_arguments,
         "reward_field": config.data.reward_field,
     }
-    data = _load(config, config.data.train_path, tokenizer, "training data", needs)
+    data = _load(config, config.data.train_path, tokenizer, "training data", wanted)
     validation = None
     if config.data.validation_path is not None:
-        validation = _load(config, config.data.validation_path, tokenizer, "validation data", needs)
+        validation = _load(config, config.data.validation_path, tokenizer, "validation data", wanted)
+    others = {}
+    if needs.mismatched:
+        sources = {"train": data} if validation is None else {"train": data, "validation": validation}
+        for name, source in sources.items():
+            others[name] = mismatched(source, seq_length=keys.seq_length, seed=config.data.seed)
 
+    resolved = objective.resolve(objective_config(config), data.reward_summary())
     per_epoch = steps_per_epoch(len(data), keys.global_batch_size)
     limits = [config.trainer.max_steps, config.trainer.max_epochs and config.trainer.max_epochs * per_epoch]
     resume_from = last_checkpoint(run_dir(config)) if config.exp_manager.resume_if_exists else None
@@ -144,24 +156,21 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(
         train=data,
         validation=validation,
-        objective_config=objective.resolve(objective_config(config), _known(data.reward_mean())),
+        mismatched=others,
+        objective_config=resolved,
         max_steps=min(limit for limit in limits if limit is not None),
         resume_from=resume_from,
         start_from=start_from,
     )
 
 
-def _load(config: RunConfig, paths: Any, tokenizer: Any, label: str, needs: Mapping[str, Any]) -> PreferenceData:
+def _load(config: RunConfig, paths: Any, tokenizer: Any, label: str, wanted: Mapping[str, Any]) -> PreferenceData:
     # None: hidden unless stderr is a terminal, from which the bar is removed: there an error stands alone too.
     hidden = None if is_first_rank() and config.trainer.enable_progress_bar else True
     with tqdm(desc=label, unit="row", leave=False, disable=hidden) as bar:
-        data = load_preferences(paths, tokenizer, progress=lambda rows: bar.update(rows - bar.n) and None, **needs)
+        data = load_preferences(paths, tokenizer, progress=lambda rows: bar.update(rows - bar.n) and None, **wanted)
     say(f"{label}: {data.report}")
     return data
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _check_model(config: RunConfig, num_tokens: int, start_from: Path | None, resume_from: Path | None) -> None:

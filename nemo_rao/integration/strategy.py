@@ -1,13 +1,18 @@
-"""NeMo's Megatron strategy, able to resume where the optimizer is torch's own Adam."""
+"""NeMo's Megatron strategy: reads checkpoints where the optimizer is torch's own Adam, or a value head is new."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import load_tensors_metadata
 from nemo import lightning as nl
+from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from torch import Tensor
+
+from nemo_rao.mcore.value_head import VALUE_HEAD, value_heads
 
 
 class AlignmentStrategy(nl.MegatronStrategy):
@@ -17,7 +22,21 @@ class AlignmentStrategy(nl.MegatronStrategy):
     whose state differs from theirs in one entry: each parameter has a 0-dim ``step``. Reading a checkpoint
     (megatron-core 0.15) expects that state to exist already, looks for ``step`` among the stored tensors, where it is
     not, and in the end lets all parameters share one ``step``, which every one of them would advance.
+
+    A run that starts from a checkpoint without a value head starts with a new one.
     """
+
+    def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
+        heads = list(value_heads(self.megatron_parallel))
+        if heads:
+            stored = load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint_path, is_saving=False)))
+            for head in heads:
+                head.stored = any(VALUE_HEAD in name for name in stored)
+        try:
+            return super().load_checkpoint(checkpoint_path, selective_restore)
+        finally:
+            for head in heads:
+                head.stored = True
 
     def optimizer_sharded_state_dict(self, is_loading: bool = False, metadata: dict | None = None) -> dict[str, Any]:
         if is_loading:

@@ -74,13 +74,19 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     folder, keys = run_dir(config), config.model
     model = build.model(config, prepared.objective_config, prepared.max_steps)
 
-    def with_padding(data: PreferenceData) -> AlignmentData:
-        padding = pad_token_id(model.tokenizer.tokenizer)
-        return AlignmentData(data, pad_token_id=padding, pad_multiple=build.pad_multiple(config))
+    padding = pad_token_id(model.tokenizer.tokenizer)
 
-    data_sets = {"training": with_padding(prepared.train)}
+    def with_padding(data: PreferenceData, mismatched: PreferenceData | None = None) -> AlignmentData:
+        return AlignmentData(
+            data,
+            pad_token_id=padding,
+            pad_multiple=build.pad_multiple(config),
+            mismatched=None if mismatched is None else with_padding(mismatched),
+        )
+
+    data_sets = {"training": with_padding(prepared.train, prepared.mismatched.get("train"))}
     if prepared.validation is not None:
-        data_sets["validation"] = with_padding(prepared.validation)
+        data_sets["validation"] = with_padding(prepared.validation, prepared.mismatched.get("validation"))
     module = AlignmentDataModule(
         data_sets["training"],
         micro_batch_size=keys.micro_batch_size,
@@ -135,17 +141,26 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
 
 def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> list[Any]:
     """What happens around the steps, in the order in which it happens."""
-    from nemo_rao.integration.callbacks import KeepSchedule, Metrics, Progress, ReferencePass, SeedEveryStep, Validation
+    from nemo_rao.integration.callbacks import (
+        KeepSchedule,
+        Metrics,
+        MismatchedPass,
+        Progress,
+        ReferencePass,
+        SeedEveryStep,
+        Validation,
+    )
 
     folder, keys = run_dir(config), config.model
     callbacks: list[Any] = [SeedEveryStep(config.trainer.seed)]
     if model.model_transform is not None:
         # Adds the adapters after the reference pass, which so sees the model that they start from.
         callbacks.append(model.model_transform)
-    if model.objective.needs_reference:
+    if model.needs.reference:
+        mismatched = {f"{name}, mismatched": data.mismatched for name, data in data_sets.items() if data.mismatched}
         callbacks.append(
             ReferencePass(
-                data_sets,
+                {**data_sets, **mismatched},
                 cache_dir=reference_dir(config),
                 precision=config.precision.params,
                 micro_batch_size=config.reference.micro_batch_size or keys.micro_batch_size,
@@ -154,6 +169,8 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> l
             )
         )
     callbacks += [KeepSchedule(), Metrics(folder)]
+    if model.needs.mismatched:
+        callbacks.append(MismatchedPass())
     if "validation" in data_sets:
         callbacks.append(
             Validation(

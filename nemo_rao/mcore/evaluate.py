@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_rao.batch import MicroBatch
+from nemo_rao.batch import MicroBatch, ModelOutput
 from nemo_rao.mcore.forward import evaluation_mode, forward_only
 from nemo_rao.mcore.loss import for_schedule, means, micro_batch_loss, reduce_statistics
 from nemo_rao.objectives.base import Objective
@@ -21,6 +21,7 @@ def evaluate(
     objective: Objective,
     objective_config: Any,
     vocab_size: int,
+    mismatched_log_ratio: Tensor | None = None,
 ) -> dict[str, float]:
     """Mean loss and metrics of the current policy. A collective over all ranks.
 
@@ -29,14 +30,22 @@ def evaluate(
         micro_batches: prompt numbers of this data-parallel rank's micro-batches; ranks may have different numbers.
         make_micro_batch: prompt numbers -> micro-batch.
         vocab_size: V without padding.
+        mismatched_log_ratio: ``[]``, over the same data, for the objectives that need it.
 
     Returns:
         name -> mean over the data, the same on every rank.
     """
 
-    def report(logits: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
-        output = micro_batch_loss(logits, batch, objective, objective_config, vocab_size=vocab_size)
-        return for_schedule(output)[2]
+    def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
+        loss = micro_batch_loss(
+            output,
+            batch,
+            objective,
+            objective_config,
+            vocab_size=vocab_size,
+            mismatched_log_ratio=mismatched_log_ratio,
+        )
+        return for_schedule(loss)[2]
 
     with evaluation_mode(model):
         outputs = forward_only(model, micro_batches, make_micro_batch=make_micro_batch, report=report)

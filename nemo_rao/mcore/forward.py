@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from nemo_rao.batch import MicroBatch
+from nemo_rao.batch import MicroBatch, ModelOutput
+from nemo_rao.mcore.value_head import value_heads
 
 
 def to_device(batch: MicroBatch) -> MicroBatch:
@@ -27,7 +28,7 @@ def to_device(batch: MicroBatch) -> MicroBatch:
     return dataclasses.replace(batch, **tensors)
 
 
-def forward_step(model: Any, batch: MicroBatch) -> Tensor:
+def forward_step(model: Any, batch: MicroBatch) -> Tensor | ModelOutput:
     """Run a model chunk on a micro-batch.
 
     Rows are padded on the right and attention is causal, so that no real token sees padding: no mask is needed, with
@@ -37,11 +38,22 @@ def forward_step(model: Any, batch: MicroBatch) -> Tensor:
         model: a Megatron GPT model chunk, or a wrapper that calls one with the same arguments.
 
     Returns:
-        ``[R, T, V/TP]`` logits on the last pipeline stage, ``[T, R, hidden]`` before it.
+        the model's output on the last pipeline stage, hidden states ``[T, R, hidden]`` before it.
     """
     num_rows, num_tokens = batch.tokens.shape
     positions = torch.arange(num_tokens, device=batch.tokens.device).expand(num_rows, num_tokens)
-    return model(input_ids=batch.tokens, position_ids=positions, attention_mask=None, labels=None)
+    output = model(input_ids=batch.tokens, position_ids=positions, attention_mask=None, labels=None)
+    if not _unwrapped(model).post_process:
+        return output
+    head = next(value_heads(model), None)
+    return ModelOutput(logits=output, values=None if head is None else head(batch))
+
+
+def _unwrapped(model: Any) -> Any:
+    """The Megatron model inside its wrappers: distributed data parallel, 16 bits, NeMo's."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 @contextlib.contextmanager
@@ -63,7 +75,7 @@ def forward_only(
     micro_batches: Sequence[Sequence[int]],
     *,
     make_micro_batch: Callable[[Sequence[int]], MicroBatch],
-    report: Callable[[Tensor, MicroBatch], dict[str, Tensor]],
+    report: Callable[[ModelOutput, MicroBatch], dict[str, Tensor]],
 ) -> list[dict[str, Tensor]]:
     """Run micro-batches through the pipeline without a backward pass. A collective of the model-parallel group.
 
@@ -73,7 +85,7 @@ def forward_only(
         model: this rank's model chunks.
         micro_batches: prompt numbers of each micro-batch.
         make_micro_batch: prompt numbers -> micro-batch.
-        report: (logits ``[R, T, V/TP]``, micro-batch) -> what to return of it; called on the last pipeline stage.
+        report: (output, micro-batch) -> what to return of it; called on the last pipeline stage.
 
     Returns:
         one report for each micro-batch on the last pipeline stage, an empty list before it.
@@ -86,11 +98,12 @@ def forward_only(
         num_filling = -num_wanted % parallel_state.get_pipeline_model_parallel_world_size()
         micro_batches = [*micro_batches, *[micro_batches[-1]] * num_filling]
 
-    def forward(data_iterator: Iterator[Sequence[int]], chunk: Any) -> tuple[Tensor, Callable]:
+    def forward(data_iterator: Iterator[Sequence[int]], chunk: Any) -> tuple[Tensor | ModelOutput, Callable]:
         batch = to_device(make_micro_batch(next(data_iterator)))
 
-        def no_loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            return logits.new_zeros(()), torch.zeros((), dtype=torch.int, device=logits.device), report(logits, batch)
+        def no_loss(output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            nothing = output.logits.new_zeros(())
+            return nothing, nothing.int(), report(output, batch)
 
         return forward_step(chunk, batch), no_loss
 

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_rao.batch import LossOutput, MicroBatch, ObjectiveBatch
+from nemo_rao.batch import LossOutput, MicroBatch, ModelOutput, ObjectiveBatch
 from nemo_rao.objectives.base import Objective
 from nemo_rao.ops.segments import sequence_sums, to_prompts, valid_entries
 from nemo_rao.ops.vocab_parallel import vocab_parallel_log_probs
@@ -54,8 +54,15 @@ def sequence_log_probs(logits: Tensor, batch: MicroBatch, *, vocab_size: int) ->
     return sequence_sums(token_logps, batch.prompt_mask, batch.response_mask)
 
 
-def objective_batch(batch: MicroBatch, prompt_logps: Tensor, response_logps: Tensor) -> ObjectiveBatch:
-    """Arrange row sums ``[R]`` by prompt and response ``[P, K]``, with what the data knows about them."""
+def objective_batch(
+    batch: MicroBatch,
+    prompt_logps: Tensor,
+    response_logps: Tensor,
+    *,
+    values: Tensor | None = None,
+    mismatched_log_ratio: Tensor | None = None,
+) -> ObjectiveBatch:
+    """Arrange row sums and values ``[R]`` by prompt and response ``[P, K]``, with what the data knows about them."""
     num_responses = int(batch.response_index.max()) + 1
 
     def by_prompt(values: Tensor) -> Tensor:
@@ -72,15 +79,32 @@ def objective_batch(batch: MicroBatch, prompt_logps: Tensor, response_logps: Ten
         prompt_lengths=by_prompt(batch.prompt_mask.sum(-1).float()),
         valid=valid_entries(batch.prompt_index, batch.response_index, batch.num_prompts, num_responses),
         ranked=batch.ranked,
+        reward_ensemble=None if batch.reward_ensemble is None else by_prompt(batch.reward_ensemble),
+        reference_rewards=batch.reference_rewards,
+        values=None if values is None else by_prompt(values),
+        mismatched_log_ratio=mismatched_log_ratio,
     )
 
 
 def micro_batch_loss(
-    logits: Tensor, batch: MicroBatch, objective: Objective, config: Any, *, vocab_size: int
+    output: ModelOutput,
+    batch: MicroBatch,
+    objective: Objective,
+    config: Any,
+    *,
+    vocab_size: int,
+    mismatched_log_ratio: Tensor | None = None,
 ) -> LossOutput:
-    """The objective's sums over one micro-batch, from the last pipeline stage's logits ``[R, T, V/TP]``."""
-    prompt_logps, response_logps = sequence_log_probs(logits, batch, vocab_size=vocab_size)
-    return objective.loss(objective_batch(batch, prompt_logps, response_logps), config)
+    """The objective's sums over one micro-batch, from the last pipeline stage's output.
+
+    ``mismatched_log_ratio``: ``[]``, of the global batch (:func:`nemo_rao.mcore.mismatched.mean_log_ratio`), for the
+    objectives that need it.
+    """
+    prompt_logps, response_logps = sequence_log_probs(output.logits, batch, vocab_size=vocab_size)
+    arranged = objective_batch(
+        batch, prompt_logps, response_logps, values=output.values, mismatched_log_ratio=mismatched_log_ratio
+    )
+    return objective.loss(arranged, config)
 
 
 def for_schedule(output: LossOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

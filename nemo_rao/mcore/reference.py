@@ -27,7 +27,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_rao.batch import MicroBatch
+from nemo_rao.batch import MicroBatch, ModelOutput
 from nemo_rao.mcore.forward import evaluation_mode, forward_only
 from nemo_rao.mcore.loss import sequence_log_probs
 
@@ -123,8 +123,8 @@ def _sums_of(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Part by part: prompts done, response numbers ``[n]``, sums ``[n, 2]``; n = 0 before the last pipeline stage."""
 
-    def report(logits: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
-        sums = sequence_log_probs(logits, batch, vocab_size=vocab_size)
+    def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
+        sums = sequence_log_probs(output.logits, batch, vocab_size=vocab_size)
         return {"responses": batch.response_ids, "sums": torch.stack(sums, dim=-1)}
 
     per_part = micro_batch_size * micro_batches_per_part

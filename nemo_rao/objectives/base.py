@@ -1,4 +1,4 @@
-"""What an objective is: a name, its keys, a pure loss function, and what it needs of the data."""
+"""What an objective is: a name, its keys, a pure loss function, and what it needs of data and model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,56 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from nemo_rao.batch import LossOutput, ObjectiveBatch
+from nemo_rao.batch import LossOutput, ObjectiveBatch, RewardSummary
 from nemo_rao.errors import UserError
+from nemo_rao.keys import check
 
 
-def keep(config: Any, reward_mean: float | None) -> Any:
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Base of all objectives' keys: frozen, and refusing wrong values when it is made.
+
+    Attributes:
+        block: the name of its group of keys, ``model.<block>``: that of its objective.
+    """
+
+    block: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check(self, f"model.{self.block}")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective, under given keys, asks for. What it does not ask for may be missing from the batch.
+
+    Attributes:
+        reference: the reference policy's log-probabilities.
+        rewards: of every response, an explicit reward.
+        preference: that a prompt's responses can be compared, or told good from bad: all have rewards, or their order
+            is a preference.
+        pairs: it compares two responses at a time; more than two are reduced to the best and the worst when data is
+            loaded, unless the data's keys ask otherwise.
+        min_responses: of every prompt.
+        shared_first_token: all prompts begin with the same token t0, since the loss compares prompts'
+            log-probabilities, which are known but for that of t0.
+        values: V(x) of a value head.
+        mismatched: the mean log-ratio of mismatched prompts and responses, over the global batch.
+    """
+
+    reference: bool = False
+    rewards: bool = False
+    preference: bool = False
+    pairs: bool = False
+    min_responses: int = 1
+    shared_first_token: bool = False
+    values: bool = False
+    mismatched: bool = False
+
+
+def keep(config: Any, rewards: RewardSummary) -> Any:
     """The ``resolve`` of objectives whose keys do not depend on the data."""
     return config
 
@@ -23,30 +66,29 @@ class Objective:
 
     Attributes:
         name: in the registry, and of the keys: ``model.<name>.<key>``.
-        config_type: a frozen dataclass of keys that refuses wrong values when it is made.
+        config_type: the keys.
         loss: ``(batch, config) -> LossOutput``. Pure. Its metrics have the same names for every batch. What it does
-            not need may be missing from the batch: reference sums are ``None``, rewards NaN.
-        needs_reference: of the batch, the reference policy's log-probabilities.
-        needs_rewards: of every response, an explicit reward.
-        needs_preference: of every prompt, that its responses can be compared: all have rewards, or their order is a
-            preference.
-        min_responses: of every prompt.
-        needs_shared_first_token: all prompts begin with the same token t0, since the loss compares prompts'
-            log-probabilities, which are known but for that of t0.
-        resolve: ``(config, reward_mean) -> config`` with every key fixed that the data decides; to be called once
-            before training. ``reward_mean`` is the training set's mean over prompts of the mean reward of a prompt's
-            responses, ``None`` where rewards are missing; raises :class:`UserError` if it is missed.
+            not need may be missing from the batch: ``None``, rewards NaN.
+        needs: ``config -> Needs``, or what it needs whatever its keys.
+        formula: of one prompt's loss, for the reference page.
+        source: the paper, with equation where there is one.
+        checked: what value and gradient are held against in the tests.
+        resolve: ``(config, rewards of the training data) -> config`` with every key fixed that the data decides; called
+            once before training. Raises :class:`UserError` where keys and rewards do not go together.
     """
 
     name: str
-    config_type: type
+    config_type: type[ObjectiveConfig]
     loss: Callable[[ObjectiveBatch, Any], LossOutput]
-    needs_reference: bool
-    needs_rewards: bool = False
-    needs_preference: bool = False
-    min_responses: int = 1
-    needs_shared_first_token: bool = False
-    resolve: Callable[[Any, float | None], Any] = keep
+    needs: Needs | Callable[[Any], Needs]
+    formula: str
+    source: str
+    checked: str
+    resolve: Callable[[Any, RewardSummary], Any] = keep
+
+    def needs_of(self, config: Any) -> Needs:
+        """What it needs under these keys."""
+        return self.needs if isinstance(self.needs, Needs) else self.needs(config)
 
     def make_config(self, keys: Mapping[str, Any]) -> Any:
         """A config with some keys set.

@@ -1,9 +1,10 @@
 """Metrics that objectives share, each a ``[2]`` tensor (sum, count) without gradient.
 
-Of prompts that have a pair (:mod:`nemo_rao.objectives.pairs`; for K > 2 the best and the worst response), counted
-once each; a prompt with one response, or with none better than another, does not count:
+Of prompts that have a pair (:mod:`nemo_rao.objectives.pairs`; for K > 2 the best and the worst response, whichever the
+loss compares), counted once each; a prompt with one response, or with none better than another, does not count:
 
-    rewards/chosen, rewards/rejected    implicit reward beta * rho(y) = beta * (logp(y) - logp_ref(y)), beta included
+    rewards/chosen, rewards/rejected    implicit reward: beta * rho(y) = beta * (logp(y) - logp_ref(y)), beta included;
+                                        without a reference, the term that the loss compares in its place
     rewards/margins                     chosen - rejected
     rewards/accuracies                  1 where the margin is > 0, else 0
     logps/chosen, logps/rejected        log pi(y | x), summed over tokens, nats
@@ -12,19 +13,27 @@ once each; a prompt with one response, or with none better than another, does no
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nemo_rao.batch import ObjectiveBatch
-from nemo_rao.objectives.pairs import Pairs
+from nemo_rao.objectives.pairs import BestAndWorst, best_and_worst
 from nemo_rao.objectives.reductions import metric, sum_over_prompts
 
 
-def implicit_reward_metrics(implicit_rewards: Tensor, pairs: Pairs) -> dict[str, Tensor]:
-    """``rewards/*``.
+def shared_metrics(batch: ObjectiveBatch, implicit_rewards: Tensor) -> dict[str, Tensor]:
+    """All of them.
 
     Args:
-        implicit_rewards: ``[P, K]``, beta included, finite in invalid entries.
+        implicit_rewards: ``[P, K]``, beta included; anything in invalid entries.
     """
+    pairs = best_and_worst(batch)
+    return implicit_reward_metrics(implicit_rewards, pairs) | pair_metrics(batch, pairs)
+
+
+def implicit_reward_metrics(implicit_rewards: Tensor, pairs: BestAndWorst) -> dict[str, Tensor]:
+    """``rewards/*``."""
+    implicit_rewards = implicit_rewards.detach()
     chosen, rejected = pairs.of_chosen(implicit_rewards), pairs.of_rejected(implicit_rewards)
     return {
         "rewards/chosen": metric(sum_over_prompts(chosen, pairs.valid)),
@@ -34,11 +43,12 @@ def implicit_reward_metrics(implicit_rewards: Tensor, pairs: Pairs) -> dict[str,
     }
 
 
-def pair_metrics(batch: ObjectiveBatch, pairs: Pairs) -> dict[str, Tensor]:
+def pair_metrics(batch: ObjectiveBatch, pairs: BestAndWorst) -> dict[str, Tensor]:
     """``logps/*`` and ``data/*``, for which no reference is needed."""
     metrics = {}
     for name, of in (("chosen", pairs.of_chosen), ("rejected", pairs.of_rejected)):
         metrics[f"logps/{name}"] = metric(sum_over_prompts(of(batch.response_logps), pairs.valid))
         rewards = of(batch.rewards)
-        metrics[f"data/reward_{name}"] = metric(sum_over_prompts(rewards, pairs.valid & ~rewards.isnan()))
+        known = pairs.valid & ~rewards.isnan()
+        metrics[f"data/reward_{name}"] = metric(sum_over_prompts(torch.where(known, rewards, 0), known))
     return metrics

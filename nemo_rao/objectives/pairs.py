@@ -1,9 +1,9 @@
-"""Which of a prompt's K responses is the chosen one (w) and which the rejected one (l).
+"""Which of a prompt's K responses is better than which.
 
-Where all of a prompt's responses have an explicit reward, the best and the worst of them; of equal ones the first.
-Else, where their order is a preference, the first and the last. **Choice**: a prompt whose best and worst rewards are
-equal has no pair, even if its order is a preference: a tie says that the order means nothing. Shape legend: see
-:mod:`nemo_rao.batch`.
+Where a prompt's order is a preference (labels: chosen, rejected), the earlier of two responses is the better one. Else,
+where all of a prompt's responses have an explicit reward, the one with the higher reward. **Choice**: labels go before
+rewards (``data.pairs_by=reward`` makes the loader forget the labels); responses with equal rewards are no pair, and a
+prompt without a pair takes no part in a loss of pairs. Shape legend: see :mod:`nemo_rao.batch`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,26 @@ from nemo_rao.batch import ObjectiveBatch
 
 
 @dataclass(frozen=True)
-class Pairs:
+class AllPairs:
+    """Every pair of a prompt's responses of which one is better.
+
+    Attributes:
+        valid: ``[P, K, K]`` bool: [p, i, j] is true where response i is better than response j.
+    """
+
+    valid: Tensor
+
+    def of_chosen(self, values: Tensor) -> Tensor:
+        """``[P, K]`` -> ``[P, K, K]``, the better response's value; 0 with zero gradient where there is no pair."""
+        return torch.where(self.valid, values[:, :, None], 0)
+
+    def of_rejected(self, values: Tensor) -> Tensor:
+        """``[P, K]`` -> ``[P, K, K]``, the worse response's value; 0 with zero gradient where there is no pair."""
+        return torch.where(self.valid, values[:, None, :], 0)
+
+
+@dataclass(frozen=True)
+class BestAndWorst:
     """One pair a prompt, at most.
 
     Attributes:
@@ -30,36 +49,46 @@ class Pairs:
     valid: Tensor
 
     def of_chosen(self, values: Tensor) -> Tensor:
-        """``[P, K]`` -> ``[P]``, the chosen responses' values; 0 with zero gradient where there is no pair."""
+        """``[P, K]`` -> ``[P]``, the best responses' values; 0 with zero gradient where there is no pair."""
         return take(values, self.chosen, self.valid)
 
     def of_rejected(self, values: Tensor) -> Tensor:
-        """``[P, K]`` -> ``[P]``, the rejected responses' values; 0 with zero gradient where there is no pair."""
+        """``[P, K]`` -> ``[P]``, the worst responses' values; 0 with zero gradient where there is no pair."""
         return take(values, self.rejected, self.valid)
 
 
-def select_pairs(batch: ObjectiveBatch) -> Pairs:
-    """The best and the worst response of each prompt, by rewards or by order; see the module's description."""
-    by_reward = _all_rewards_known(batch)
-    best, worst = _extreme(batch.rewards, batch.valid), _extreme(-batch.rewards, batch.valid)
-    rewards = torch.where(batch.valid & by_reward[:, None], batch.rewards, 0)
-    differ = _gather(rewards, best) > _gather(rewards, worst)
+def all_pairs(batch: ObjectiveBatch) -> AllPairs:
+    """Every pair of each prompt's valid responses, by labels or by rewards; see the module's description."""
+    num_responses = batch.valid.shape[-1]
+    earlier = torch.ones(num_responses, num_responses, dtype=torch.bool, device=batch.valid.device).triu(1)
+    rewards = _comparable_rewards(batch)
+    higher = (rewards[:, :, None] > rewards[:, None, :]) & rewards_known(batch)[:, None, None]
+    both_valid = batch.valid[:, :, None] & batch.valid[:, None, :]
+    return AllPairs(both_valid & torch.where(batch.ranked[:, None, None], earlier, higher))
+
+
+def best_and_worst(batch: ObjectiveBatch) -> BestAndWorst:
+    """The best and the worst response of each prompt; of equal rewards, the first. For metrics, whatever the loss."""
+    rewards, by_reward = _comparable_rewards(batch), rewards_known(batch)
+    best, worst = _extreme(rewards, batch.valid), _extreme(-rewards, batch.valid)
+    differ = by_reward & (_gather(rewards, best) > _gather(rewards, worst))
     first, last = _first(batch.valid), _last(batch.valid)
-    return Pairs(
-        chosen=torch.where(by_reward, best, first),
-        rejected=torch.where(by_reward, worst, last),
-        valid=torch.where(by_reward, differ, batch.ranked & (first != last) & batch.valid.any(-1)),
+    return BestAndWorst(
+        chosen=torch.where(batch.ranked, first, best),
+        rejected=torch.where(batch.ranked, last, worst),
+        valid=batch.valid.any(-1) & torch.where(batch.ranked, first != last, differ),
     )
 
 
 def select_best(batch: ObjectiveBatch) -> tuple[Tensor, Tensor]:
-    """The best response of each prompt: by rewards where all are known, of equal ones the first; else the first.
+    """The best response of each prompt: by labels, else by rewards where all are known, else the first.
 
     Returns:
         ``([P], [P])``: its index in [0, K), and whether the prompt has a response at all.
     """
-    best = _extreme(batch.rewards, batch.valid)
-    return torch.where(_all_rewards_known(batch), best, _first(batch.valid)), batch.valid.any(-1)
+    by_reward = rewards_known(batch) & ~batch.ranked
+    best = _extreme(_comparable_rewards(batch), batch.valid)
+    return torch.where(by_reward, best, _first(batch.valid)), batch.valid.any(-1)
 
 
 def take(values: Tensor, index: Tensor, valid: Tensor) -> Tensor:
@@ -67,14 +96,19 @@ def take(values: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, _gather(values, index), 0)
 
 
-def _all_rewards_known(batch: ObjectiveBatch) -> Tensor:
-    """``[P]`` bool; also true of a prompt without responses, which never has a pair."""
+def rewards_known(batch: ObjectiveBatch) -> Tensor:
+    """``[P]`` bool: all of the prompt's responses have a reward. Also true of a prompt without responses."""
     return (~batch.rewards.isnan() | ~batch.valid).all(-1)
+
+
+def _comparable_rewards(batch: ObjectiveBatch) -> Tensor:
+    """``[P, K]``, 0 in place of what is unknown or invalid."""
+    return torch.where(batch.valid & ~batch.rewards.isnan(), batch.rewards, 0)
 
 
 def _extreme(values: Tensor, valid: Tensor) -> Tensor:
     """``[P]``: where the largest valid value is, the first of equal ones."""
-    return torch.where(valid & ~values.isnan(), values, -torch.inf).argmax(-1)
+    return torch.where(valid, values, -torch.inf).argmax(-1)
 
 
 def _first(valid: Tensor) -> Tensor:

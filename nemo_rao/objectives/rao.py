@@ -22,25 +22,34 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_rao.batch import LossOutput, ObjectiveBatch
+from nemo_rao.batch import LossOutput, ObjectiveBatch, RewardSummary
 from nemo_rao.errors import UserError
-from nemo_rao.keys import check, key
-from nemo_rao.objectives.base import Objective
-from nemo_rao.objectives.metrics import implicit_reward_metrics, pair_metrics
-from nemo_rao.objectives.pairs import select_pairs
-from nemo_rao.objectives.reductions import log_ratio, metric, sum_of_prompt_means, sum_over_prompts
+from nemo_rao.keys import key
+from nemo_rao.objectives.base import Needs, Objective, ObjectiveConfig
+from nemo_rao.objectives.metrics import shared_metrics
+from nemo_rao.objectives.pairs import best_and_worst
+from nemo_rao.objectives.reductions import (
+    log_ratio,
+    metric,
+    response_log_ratio,
+    rewarded,
+    sum_of_prompt_means,
+    sum_over_prompts,
+)
 
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class RAOConfig:
+class RAOConfig(ObjectiveConfig):
+    block = "rao"
+
     beta: float = key(0.1, "reward per nat of log-ratio to the reference", low=0, exclusive=True)
     log_z0: float | str = key(50.0, "nats, the start of log Z(x); auto: mean reward of the training data / beta")
     prefix_gradient: bool = key(False, "also train the prompt's log-probability through log Z(x) (Eq. 8)")
 
     def __post_init__(self) -> None:
-        check(self, "model.rao")
+        super().__post_init__()
         if isinstance(self.log_z0, str) and self.log_z0 != AUTO:
             raise UserError(f"model.rao.log_z0={self.log_z0!r}: must be a number, in nats, or {AUTO}")
 
@@ -60,42 +69,42 @@ def rao_loss(batch: ObjectiveBatch, config: RAOConfig) -> LossOutput:
     """
     assert not isinstance(config.log_z0, str), "log_z0: auto is to be resolved before training"
     prompt_log_ratio = log_ratio(batch.prompt_logps, batch.reference_prompt_logps, batch.valid)
-    response_log_ratio = log_ratio(batch.response_logps, batch.reference_response_logps, batch.valid)
+    rho = response_log_ratio(batch)
     # Z normalises: trained, it would let the policy meet its targets by making prompts more or less probable.
     log_z = config.log_z0 + (prompt_log_ratio if config.prefix_gradient else prompt_log_ratio.detach())
-    r_hat = config.beta * (response_log_ratio + log_z)
+    r_hat = config.beta * (rho + log_z)
 
-    rewarded = batch.valid & ~batch.rewards.isnan()
-    error = torch.where(rewarded, batch.rewards, 0) - r_hat
-    loss_sum, num_prompts = sum_of_prompt_means(error.square(), rewarded)
+    valid = rewarded(batch)
+    error = torch.where(valid, batch.rewards, 0) - r_hat
+    loss_sum, num_prompts = sum_of_prompt_means(error.square(), valid)
 
-    pairs = select_pairs(batch)
+    pairs = best_and_worst(batch)
     metrics = {
-        "rao/target_error": metric(sum_of_prompt_means(error.abs(), rewarded)),
-        "rao/log_z": metric(sum_of_prompt_means(log_z, rewarded)),
-        "rao/prompt_logratio": metric(sum_of_prompt_means(prompt_log_ratio, rewarded)),
+        "rao/target_error": metric(sum_of_prompt_means(error.abs(), valid)),
+        "rao/log_z": metric(sum_of_prompt_means(log_z, valid)),
+        "rao/prompt_logratio": metric(sum_of_prompt_means(prompt_log_ratio, valid)),
         "rao/r_hat_chosen": metric(sum_over_prompts(pairs.of_chosen(r_hat), pairs.valid)),
         "rao/r_hat_rejected": metric(sum_over_prompts(pairs.of_rejected(r_hat), pairs.valid)),
     }
-    metrics |= implicit_reward_metrics(config.beta * response_log_ratio, pairs) | pair_metrics(batch, pairs)
-    return LossOutput(loss_sum, num_prompts, metrics)
+    return LossOutput(loss_sum, num_prompts, metrics | shared_metrics(batch, config.beta * rho))
 
 
-def resolve_log_z0(config: RAOConfig, reward_mean: float | None) -> RAOConfig:
+def resolve_log_z0(config: RAOConfig, rewards: RewardSummary) -> RAOConfig:
     """``log_z0: auto`` -> mean(r) / beta."""
     if config.log_z0 != AUTO:
         return config
-    if reward_mean is None:
+    if rewards.mean is None:
         raise UserError("model.rao.log_z0=auto: needs a reward of every training response; set a number of nats")
-    return dataclasses.replace(config, log_z0=reward_mean / config.beta)
+    return dataclasses.replace(config, log_z0=rewards.mean / config.beta)
 
 
 RAO = Objective(
     name="rao",
     config_type=RAOConfig,
     loss=rao_loss,
-    needs_reference=True,
-    needs_rewards=True,
-    needs_shared_first_token=True,
+    needs=Needs(reference=True, rewards=True, shared_first_token=True),
+    formula="(r − β(ρ + log Z))², log Z = log_z0 + sg(ρ_x)",
+    source="RAO, ACL 2026 long.2027, Algorithm 1",
+    checked="formula, gradient by hand, finite differences; its invariances through the whole model",
     resolve=resolve_log_z0,
 )

@@ -8,8 +8,14 @@ from collections.abc import Mapping
 from nemo_rao.errors import UserError
 from nemo_rao.objectives.base import Objective
 from nemo_rao.objectives.dpo import DPO
+from nemo_rao.objectives.groups import AGRO, KIMI, NCA, QRPO, RPO_PARTITION
+from nemo_rao.objectives.pairwise import CAL_DPO, DPO_SHIFT, DPOP, HINGE, IPO, R_DPO, SPPO
 from nemo_rao.objectives.rao import RAO
+from nemo_rao.objectives.reference_free import ALPHAPO, ORPO, SIMPO, SLIC
+from nemo_rao.objectives.robust_po import ROBUST_PO
+from nemo_rao.objectives.rpo import RPO
 from nemo_rao.objectives.sft import SFT
+from nemo_rao.objectives.single import DRO, KTO
 
 
 def table(*objectives: Objective) -> Mapping[str, Objective]:
@@ -22,6 +28,26 @@ def table(*objectives: Objective) -> Mapping[str, Objective]:
 OBJECTIVES = table(
     RAO,
     DPO,
+    IPO,
+    CAL_DPO,
+    SLIC,
+    HINGE,
+    SIMPO,
+    ALPHAPO,
+    ORPO,
+    DPOP,
+    DPO_SHIFT,
+    R_DPO,
+    SPPO,
+    ROBUST_PO,
+    RPO,
+    DRO,
+    KTO,
+    RPO_PARTITION,
+    KIMI,
+    AGRO,
+    QRPO,
+    NCA,
     SFT,
 )
 

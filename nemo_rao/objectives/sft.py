@@ -2,8 +2,8 @@
 
     L = -logp(y) / |y| - w logp(x) / |x|,    dL / dlogp(y) = -1 / |y|,    dL / dlogp(x) = -w / |x|
 
-y is the response with the highest reward where all rewards are known, else the first (the only one, or the chosen one
-of a published pair). **Choice** The mean over a response's tokens, then over prompts: a long response weighs as much as
+y is the chosen response of a published pair, else the response with the highest reward where all rewards are known,
+else the first. **Choice** The mean over a response's tokens, then over prompts: a long response weighs as much as
 a short one. w = ``prompt_weight`` is 0, and the prompt is not learned, unless it is set.
 """
 
@@ -12,21 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_rao.batch import LossOutput, ObjectiveBatch
-from nemo_rao.keys import check, key
-from nemo_rao.objectives.base import Objective
+from nemo_rao.keys import key
+from nemo_rao.objectives.base import Needs, Objective, ObjectiveConfig
 from nemo_rao.objectives.metrics import pair_metrics
-from nemo_rao.objectives.pairs import select_best, select_pairs, take
+from nemo_rao.objectives.pairs import best_and_worst, select_best, take
 from nemo_rao.objectives.reductions import sum_over_prompts
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Keys of ``model.sft``."""
+class SFTConfig(ObjectiveConfig):
+    block = "sft"
 
     prompt_weight: float = key(0.0, "weight of the prompt's own mean negative log-likelihood, as in pretraining", low=0)
-
-    def __post_init__(self) -> None:
-        check(self, "model.sft")
 
 
 def sft_loss(batch: ObjectiveBatch, config: SFTConfig) -> LossOutput:
@@ -37,7 +34,15 @@ def sft_loss(batch: ObjectiveBatch, config: SFTConfig) -> LossOutput:
         prompt_logps = take(batch.prompt_logps, index, valid)
         losses = losses - config.prompt_weight * prompt_logps / take(batch.prompt_lengths, index, valid).clamp(min=1)
     loss_sum, num_prompts = sum_over_prompts(losses, valid)
-    return LossOutput(loss_sum, num_prompts, pair_metrics(batch, select_pairs(batch)))
+    return LossOutput(loss_sum, num_prompts, pair_metrics(batch, best_and_worst(batch)))
 
 
-SFT = Objective(name="sft", config_type=SFTConfig, loss=sft_loss, needs_reference=False)
+SFT = Objective(
+    name="sft",
+    config_type=SFTConfig,
+    loss=sft_loss,
+    needs=Needs(),
+    formula="−logπ(y)/|y| of the best (or only) response",
+    source="maximum likelihood, averaged over tokens",
+    checked="cross-entropy of `transformers`; formula, finite differences",
+)

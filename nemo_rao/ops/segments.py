@@ -32,13 +32,13 @@ def to_prompts(
     """Rows arranged by prompt and response.
 
     Args:
-        values: ``[R]``.
+        values: ``[R]``, or ``[R, M]``.
         prompt_index, response_index: ``[R]`` int64, where each row goes; no two rows to one place.
 
     Returns:
-        ``[P, K]``, zero where no row goes; see :func:`valid_entries`.
+        ``[P, K]``, or ``[P, K, M]``; zero where no row goes, see :func:`valid_entries`.
     """
-    empty = values.new_zeros(num_prompts, num_responses)
+    empty = values.new_zeros(num_prompts, num_responses, *values.shape[1:])
     return empty.index_put((prompt_index, response_index), values)
 
 

@@ -38,7 +38,7 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (("model.objective=roa",), ("model.objective=roa", "did you mean rao?")),
+        (("model.objective=kot",), ("model.objective=kot", "did you mean kto?")),
         (("trainer.max_epochs=null",), ("trainer.max_steps", "trainer.max_epochs")),
         (("trainer.max_steps=5", "model.optim.sched.warmup_steps=9"), ("warmup_steps=9", "trainer.max_steps=5")),
         (("exp_manager.checkpoint_callback_params.save_top_k=3",), ("save_top_k=3", "monitor")),

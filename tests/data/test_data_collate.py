@@ -18,6 +18,8 @@ samples = st.lists(
             rewards=np.array([np.nan if i == 2 else i / 4 for i in range(len(responses))]),
             ranked=ranked,
             place="somewhere",
+            ensemble=np.array([[i / 2, i / 8] for i in range(len(responses))]),
+            reference_rewards=np.arange(len(prompt), dtype=np.float64),
         ),
         tokens,
         st.lists(tokens, min_size=1, max_size=4),
@@ -58,11 +60,18 @@ def test_masks_select_exactly_the_prompt_without_t0_and_the_response(samples, pa
         assert batch.reference is not None and batch.reference[row].tolist() == [2.0 * number, 2.0 * number + 1]
         reward = float(samples[p].rewards[k])
         assert batch.rewards[row] == reward or (np.isnan(reward) and batch.rewards[row].isnan())
+        assert batch.reward_ensemble is not None and batch.reward_ensemble[row].tolist() == [k / 2, k / 8]
+    assert batch.reference_rewards is not None
+    for p, sample in enumerate(samples):
+        known = batch.reference_rewards[p, : len(sample.reference_rewards)]
+        assert known.tolist() == sample.reference_rewards.tolist()
+        assert batch.reference_rewards[p, len(known) :].isnan().all()
     assert batch.ranked.tolist() == [sample.ranked for sample in samples]
     assert {t.dtype for t in (batch.tokens, batch.labels, batch.prompt_index, batch.response_index)} == {torch.int64}
     assert (batch.rewards.dtype, batch.reference.dtype) == (torch.float32, torch.float32)
 
 
-def test_without_reference_sums_there_are_none():
-    sample = Sample(np.array([1]), (np.array([2]),), np.array([0.0]), False, "p")
-    assert collate([sample], [0], pad_token_id=PAD).reference is None
+def test_what_the_data_does_not_have_is_none():
+    sample = Sample(np.array([1]), (np.array([2]),), np.array([0.0]), False, "p", np.zeros((1, 0)), np.zeros(0))
+    batch = collate([sample], [0], pad_token_id=PAD)
+    assert (batch.reference, batch.reward_ensemble, batch.reference_rewards) == (None, None, None)

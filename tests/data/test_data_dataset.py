@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from nemo_rao.batch import Sample
+from nemo_rao.batch import RewardSummary, Sample
 from nemo_rao.data.dataset import NO_BOUNDARY, PROMPT_TOO_LONG, TOO_LONG, PreferenceData, load_preferences
 from nemo_rao.data.encode import Encoder
 from nemo_rao.data.rows import read_rows
@@ -20,7 +20,8 @@ def record(prompt="Hi?", *rewards, content="Hello there {}"):
 def sample(prompt, *responses, rewards=None, place="p"):
     rewards = [0.0] * len(responses) if rewards is None else rewards
     arrays = tuple(np.array(response, np.int32) for response in responses)
-    return Sample(np.array(prompt, np.int32), arrays, np.array(rewards, np.float64), False, place)
+    nothing = np.zeros((len(arrays), 0)), np.zeros(0)
+    return Sample(np.array(prompt, np.int32), arrays, np.array(rewards, np.float64), False, place, *nothing)
 
 
 RECORDS = [record("a", 1, 0.5, 0), record("b c d", 0.25), record("e", 0.5, 0.75)]
@@ -55,12 +56,11 @@ def test_the_store_gives_back_every_sample(load, tokenizers, write_lines):
 
 
 def test_reward_mean_counts_each_prompt_once(load):
-    assert load(RECORDS).reward_mean() == pytest.approx((0.5 + 0.25 + 0.625) / 3)
-    assert load([*RECORDS, record("x", None, 1.0), record("y", None)]).reward_mean() == pytest.approx(
+    assert load(RECORDS).reward_summary().mean == pytest.approx((0.5 + 0.25 + 0.625) / 3)
+    assert load([*RECORDS, record("x", None, 1.0), record("y", None)]).reward_summary().mean == pytest.approx(
         (0.5 + 0.25 + 0.625 + 1.0) / 4
     )
-    with pytest.raises(UserError, match="no rewards"):
-        load([record("x", None)]).reward_mean()
+    assert load([record("x", None)]).reward_summary() == RewardSummary()
 
 
 def test_the_fingerprint_sees_tokens_boundaries_and_order_but_not_rewards():

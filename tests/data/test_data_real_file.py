@@ -48,7 +48,7 @@ def test_every_kept_answer_is_found_again_in_its_tokens(rows, tokenizers):
             assert tokenizers["own"].decode(tokens) == f"{response.content}<|end|>"
     kept = [by_place[sample.place] for sample in data]
     expected = np.mean([np.mean([response.reward for response in row.responses[:2]]) for row in kept])
-    assert data.reward_mean() == pytest.approx(expected)
+    assert data.reward_summary().mean == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama_3"])

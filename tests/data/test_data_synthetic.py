@@ -112,7 +112,7 @@ def test_a_trained_tokenizer_encodes_the_data_with_a_shared_first_token(tmp_path
     assert len(data) == 100 and data.num_responses == 400
     assert data[0].prompt[0] == tokenizer.bos_token_id
     assert all(response[-1] == tokenizer.eos_token_id for response in data[0].responses)
-    assert 0.3 < data.reward_mean() < 0.9
+    assert 0.3 < data.reward_summary().mean < 0.9
 
 
 @settings(max_examples=100, deadline=None)

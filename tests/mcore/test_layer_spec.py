@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_rao.batch import ModelOutput
+
 from ..megatron_ranks import import_once, run_ranks
 from . import tiny
 from .tiny import Layout
@@ -45,11 +47,11 @@ def on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> 
     from nemo_rao.mcore.forward import evaluation_mode, forward_only
     from nemo_rao.mcore.loss import sequence_log_probs
 
-    def report(logits: Tensor, batch: Any) -> dict[str, Tensor]:
-        return {"sums": torch.stack(sequence_log_probs(logits, batch, vocab_size=tiny.VOCAB), -1)}
+    def report(output: ModelOutput, batch: Any) -> dict[str, Tensor]:
+        return {"sums": torch.stack(sequence_log_probs(output.logits, batch, vocab_size=tiny.VOCAB), -1)}
 
-    def loss(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor, dict]:
-        prompt, response = sequence_log_probs(logits, batch, vocab_size=tiny.VOCAB)
+    def loss(output: ModelOutput, batch: Any) -> tuple[Tensor, Tensor, dict]:
+        prompt, response = sequence_log_probs(output.logits, batch, vocab_size=tiny.VOCAB)
         return -(prompt + response).sum(), torch.tensor(len(response), dtype=torch.int), {}
 
     found = {}

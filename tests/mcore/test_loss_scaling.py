@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rao.batch import LossOutput
+from nemo_rao.batch import LossOutput, ModelOutput
 from nemo_rao.objectives import registry
 
 from ..megatron_ranks import import_once, run_ranks
@@ -54,8 +54,8 @@ def split_on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]
         for name, (weights, gradients) in wanted.items():
             objective, config = registry.get(name), make_config(name)
 
-            def loss(logits: Tensor, batch: Any, objective: Any = objective, config: Any = config) -> Any:
-                return for_schedule(micro_batch_loss(logits, batch, objective, config, vocab_size=tiny.VOCAB))
+            def loss(output: ModelOutput, batch: Any, objective: Any = objective, config: Any = config) -> Any:
+                return for_schedule(micro_batch_loss(output, batch, objective, config, vocab_size=tiny.VOCAB))
 
             computed, reported = tiny.run_schedule(tiny.build(weights, layout), batches, loss)
             found[split, name] = {

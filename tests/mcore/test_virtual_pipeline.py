@@ -17,12 +17,12 @@ INTERLEAVED = Layout(pipeline=2, virtual_pipeline=2)
 
 def sums_of_the_first(weights: dict[str, Tensor]) -> list[list[Tensor]]:
     """For 1 to 5 micro-batches, each of one prompt: the sums that this rank reports."""
-    from nemo_rao.batch import MicroBatch
+    from nemo_rao.batch import MicroBatch, ModelOutput
     from nemo_rao.mcore.forward import evaluation_mode, forward_only
     from nemo_rao.mcore.loss import sequence_log_probs
 
-    def report(logits: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
-        return {"sums": torch.stack(sequence_log_probs(logits, batch, vocab_size=tiny.VOCAB), -1)}
+    def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
+        return {"sums": torch.stack(sequence_log_probs(output.logits, batch, vocab_size=tiny.VOCAB), -1)}
 
     tiny.enter(INTERLEAVED)
     chunks = [tiny.build(weights, INTERLEAVED, vp_stage=stage) for stage in range(2)]

@@ -200,7 +200,7 @@ def run_schedule(
     """One step of Megatron's own schedule, DDP and ``finalize_model_grads``, without the optimizer.
 
     Args:
-        loss: (logits, micro-batch) -> what the schedule's loss function returns.
+        loss: (output, micro-batch) -> what the schedule's loss function returns.
 
     Returns:
         this rank's gradients by :func:`whole_names`, and what the micro-batches reported.
@@ -215,7 +215,7 @@ def run_schedule(
 
     def step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable]:
         batch = next(iterator)
-        return forward_step(chunk, batch), lambda logits: loss(logits, batch)
+        return forward_step(chunk, batch), lambda output: loss(output, batch)
 
     reported = get_forward_backward_func()(
         forward_step_func=step,
@@ -253,7 +253,8 @@ def preferences(num_prompts: int = 7, seed: int = 0) -> list[Sample]:
         tokens[0] = 1
         responses = tuple(rng.integers(2, VOCAB, rng.integers(1, 12)).astype(np.int32) for _ in range(count))
         rewards = np.full(count, 0.5) if prompt % 3 == 1 else rng.random(count)
-        samples.append(Sample(tokens, responses, rewards, ranked=False, place=f"row {prompt}"))
+        nothing = np.zeros((len(responses), 0)), np.zeros(0)
+        samples.append(Sample(tokens, responses, rewards, False, f"row {prompt}", *nothing))
     return samples
 
 

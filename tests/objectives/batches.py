@@ -11,6 +11,7 @@ from torch import Tensor
 from nemo_rao.batch import ObjectiveBatch
 
 GRADIENT_FIELDS = ("prompt_logps", "response_logps")
+GLOBAL_FIELDS = ("mismatched_log_ratio",)  # of the global batch, no prompt's own
 
 
 def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ranked: bool = False) -> ObjectiveBatch:
@@ -33,6 +34,8 @@ def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ran
         prompt_lengths=uniform(3, 30).round()[:, :1].expand(-1, widest),
         valid=valid,
         ranked=torch.full((num_prompts,), ranked),
+        values=uniform(-1, 3)[:, :1].expand(-1, widest),
+        mismatched_log_ratio=uniform(0, 4)[0, 0] if num_prompts else torch.tensor(1.0, dtype=torch.float64),
     )
     return masked(batch, 0.0)
 
@@ -47,7 +50,9 @@ def each_tensor(batch: ObjectiveBatch, change: Callable[[Tensor], Tensor]) -> Ob
     changed = {
         field.name: change(tensor)
         for field in dataclasses.fields(batch)
-        if isinstance(tensor := getattr(batch, field.name), Tensor) and tensor.is_floating_point()
+        if isinstance(tensor := getattr(batch, field.name), Tensor)
+        and tensor.is_floating_point()
+        and field.name not in GLOBAL_FIELDS
     }
     return dataclasses.replace(batch, **changed)
 
@@ -55,7 +60,10 @@ def each_tensor(batch: ObjectiveBatch, change: Callable[[Tensor], Tensor]) -> Ob
 def select(batch: ObjectiveBatch, prompts: Tensor) -> ObjectiveBatch:
     """Some of the batch's prompts, in the order given."""
     tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return ObjectiveBatch(**{name: None if tensor is None else tensor[prompts] for name, tensor in tensors.items()})
+    selected = {
+        name: tensor if tensor is None or name in GLOBAL_FIELDS else tensor[prompts] for name, tensor in tensors.items()
+    }
+    return ObjectiveBatch(**selected)
 
 
 def permute_responses(batch: ObjectiveBatch, order: Tensor) -> ObjectiveBatch:

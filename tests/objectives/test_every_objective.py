@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_rao.batch import RewardSummary
 from nemo_rao.errors import UserError
 from nemo_rao.objectives.registry import OBJECTIVES, get, table
 
@@ -97,8 +98,9 @@ def test_metrics_are_pairs_without_gradient_and_named_alike_for_every_batch(name
 def test_float32_in_float32_out(name: str) -> None:
     objective, batch = OBJECTIVES[name], make_batch()
     single = {
-        field.name: tensor.float() if (tensor := getattr(batch, field.name)).is_floating_point() else tensor
+        field.name: tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
         for field in dataclasses.fields(batch)
+        for tensor in [getattr(batch, field.name)]
     }
     output = objective.loss(dataclasses.replace(batch, **single), objective.config_type())
     assert {output.loss_sum.dtype, output.num_prompts.dtype, *(p.dtype for p in output.metrics.values())} == {
@@ -111,9 +113,14 @@ def test_float32_in_float32_out(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_what_is_not_needed_may_be_missing(name: str) -> None:
     objective, batch = OBJECTIVES[name], make_batch(ranked=True)
-    if not objective.needs_reference:
+    needs = objective.needs_of(objective.config_type())
+    if not needs.reference:
         batch = dataclasses.replace(batch, reference_prompt_logps=None, reference_response_logps=None)
-    if not objective.needs_rewards:
+    if not needs.values:
+        batch = dataclasses.replace(batch, values=None)
+    if not needs.mismatched:
+        batch = dataclasses.replace(batch, mismatched_log_ratio=None)
+    if not needs.rewards:
         batch = dataclasses.replace(batch, rewards=torch.full_like(batch.rewards, torch.nan))
     output, _, gradient = loss_and_gradients(objective, batch, objective.config_type())
     assert output.loss_sum.isfinite() and output.num_prompts > 0
@@ -125,7 +132,7 @@ def test_an_objective_is_found_under_its_own_name_and_starts_from_defaults(name:
     assert get(name).name == name
     config = get(name).make_config({})
     assert config == get(name).config_type()
-    assert get(name).resolve(config, 1.0) == config
+    assert get(name).resolve(config, RewardSummary(1.0, 0.0, 1.0, all_labels=True)) == config
     assert type(config).__dataclass_params__.frozen
 
 

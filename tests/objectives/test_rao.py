@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from nemo_rao.batch import RewardSummary
 from nemo_rao.errors import UserError
 from nemo_rao.objectives.rao import RAO, RAOConfig
 
@@ -143,7 +144,7 @@ def test_metrics_are_means_over_prompts() -> None:
 def test_auto_log_z0_starts_the_mean_target_at_zero() -> None:
     batch = make_batch()
     reward_mean = float((batch.rewards.sum(-1) / batch.valid.sum(-1)).mean())  # over prompts, of means over responses
-    config = RAO.resolve(RAOConfig(beta=0.3, log_z0="auto"), reward_mean)
+    config = RAO.resolve(RAOConfig(beta=0.3, log_z0="auto"), RewardSummary(reward_mean))
     targets = batch.rewards / config.beta - config.log_z0  # rho at which the loss is zero, where rho_x = 0
     mean_target = (torch.where(batch.valid, targets, 0).sum(-1) / batch.valid.sum(-1)).mean()
     assert abs(mean_target) < 1e-12
@@ -156,7 +157,7 @@ def test_a_number_for_log_z0_is_kept() -> None:
 
 def test_auto_log_z0_without_rewards_is_refused() -> None:
     with pytest.raises(UserError, match=r"model\.rao\.log_z0=auto.*reward"):
-        RAO.resolve(RAOConfig(log_z0="auto"), None)
+        RAO.resolve(RAOConfig(log_z0="auto"), RewardSummary())
 
 
 def test_unresolved_auto_log_z0_is_our_mistake() -> None:

@@ -22,3 +22,23 @@ def start(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Pa
         "gpt_sft", [*TINY, *data, f"exp_manager.exp_dir={folder}", "exp_manager.name=sft", "trainer.max_steps=2"]
     )
     return folder / "sft"
+
+
+TABLE = pytest.StashKey[list[tuple[str, ...]]]()
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> list[tuple[str, ...]]:
+    """Rows (objective, metric, before, after), printed at the end of the session."""
+    return request.config.stash.setdefault(TABLE, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(TABLE, [])
+    if not rows:
+        return
+    terminalreporter.section("every objective, 20 steps on 2 ranks (TP 2)")
+    rows = [("objective", "its metric", "before", "after"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))

@@ -1,0 +1,78 @@
+"""Which of a prompt's K responses are used, and what says that one is better than another.
+
+    responses   all: every response
+                best_worst: the best and the worst by reward; of equal ones the first
+                best_random: the best, and one of those worse than it, drawn once for each prompt
+    pairs_by    auto: labels (chosen, rejected) where the data has them, else rewards
+                label: labels, which every row must have
+                reward: rewards, which every response must have, even against the labels
+
+Rows of two responses are left as they are. Where all rewards are equal there is no best response: the first two stay.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Literal
+
+from nemo_rao.batch import Row
+from nemo_rao.errors import UserError
+
+Responses = Literal["all", "best_worst", "best_random"]
+PairsBy = Literal["auto", "label", "reward"]
+
+NO_PAIR = "no response better than another"
+
+
+def prefer_by(row: Row, pairs_by: PairsBy) -> Row:
+    """The row with its order a preference, or not, as ``pairs_by`` says.
+
+    Raises:
+        UserError: it has no labels, or a response has no reward, where these are to decide.
+    """
+    if pairs_by == "label" and not row.ranked:
+        raise UserError(
+            f"{row.place}: has no labels (chosen, rejected), but data.pairs_by is label; set it to reward or auto"
+        )
+    if pairs_by == "reward":
+        _require_rewards(row, "data.pairs_by is reward")
+        return replace(row, ranked=False)
+    return row
+
+
+def choose_responses(row: Row, responses: Responses, *, seed: int, number: int) -> Row:
+    """The row with the responses that are used.
+
+    Args:
+        seed, number: the draw of ``best_random`` is a function of these: of the data's seed, and of the row's number.
+
+    Raises:
+        UserError: a response has no reward by which to choose.
+    """
+    if responses == "all" or len(row.responses) <= 2:
+        return row
+    _require_rewards(row, f"data.responses is {responses}")
+    rewards = [response.reward or 0.0 for response in row.responses]
+    best = rewards.index(max(rewards))
+    others = [at for at, reward in enumerate(rewards) if reward < rewards[best]]
+    if not others:
+        return replace(row, responses=row.responses[:2])
+    if responses == "best_worst":
+        other = rewards.index(min(rewards))
+    else:
+        other = random.Random(f"nemo_rao response {seed} {number}").choice(others)
+    return replace(row, responses=(row.responses[best], row.responses[other]))
+
+
+def has_pair(row: Row) -> bool:
+    """One of its responses is better than another. Of a row that can be compared."""
+    return row.ranked or len({response.reward for response in row.responses}) > 1
+
+
+def _require_rewards(row: Row, why: str) -> None:
+    for number, response in enumerate(row.responses, start=1):
+        if response.reward is None:
+            raise UserError(
+                f"{row.place}: response {number} has no reward, and {why}; add it, or name the field it stands in"
+            )

@@ -1,0 +1,74 @@
+"""Every objective through the real Megatron model on two ranks: it learns under TP 2, and PP 2 gives the same steps."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.objectives.registry import OBJECTIVES
+
+from .runs import NO_CHECKPOINTS, TINY, parallel, run_training, steps
+
+FALLS, RISES = -1, 1
+# Objective -> the metric that is its own, and where it goes. Of all others: the margin of the implicit rewards rises.
+OWN = {
+    "rao": ("rao/target_error", FALLS),
+    "robust_po": ("robust_po/target_error", FALLS),
+    "rpo": ("rpo/target_error", FALLS),
+    "dro": ("dro/target_error", FALLS),
+    "rpo_partition": ("rpo_partition/target_error", FALLS),
+    "kimi": ("kimi/target_error", FALLS),
+    "agro": ("agro/deviation", FALLS),
+    "qrpo": ("qrpo/target_error", FALLS),
+    "sft": ("logps/chosen", RISES),
+}
+KEYS = {"rao": ("log_z0=auto",), "kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
+
+
+def train(name: str, layout: tuple[str, ...], folder: Path, start: Path, *extra: str) -> Path:
+    overrides = [
+        *TINY,
+        *NO_CHECKPOINTS,
+        *layout,
+        f"model.objective={name}",
+        *(f"model.{name}.{key}" for key in KEYS.get(name, ())),
+        "model.global_batch_size=8",
+        "model.micro_batch_size=8",
+        f"model.restore_from_path={start}",
+        f"exp_manager.exp_dir={folder}",
+        f"exp_manager.name={name}",
+        "trainer.max_epochs=null",
+        *extra,
+    ]
+    run_training("gpt_rao", overrides)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_twenty_steps_move_its_own_metric_the_right_way(
+    name: str, data: tuple[str, ...], start: Path, table: list[tuple[str, ...]]
+) -> None:
+    metric, direction = OWN.get(name, ("rewards/margins", RISES))
+    train_path = Path(data[0].partition("=")[2])
+    validation_path = train_path.with_name("some.jsonl")
+    with train_path.open() as rows:
+        validation_path.write_text("".join(itertools.islice(rows, 16)))
+    folder = start.parent / "objectives"
+    run = train(
+        name, parallel(2, 1, 1), folder, start, *data, f"data.validation_path={validation_path}", "trainer.max_steps=20"
+    )
+    validations = [record for record in read_metrics(run / "metrics.jsonl") if f"val/{metric}" in record]
+    before, after = (record[f"val/{metric}"] for record in validations)
+    table.append((name, metric, f"{before:.4f}", f"{after:.4f}"))
+    assert [record["step"] for record in validations] == [0, 20]
+    assert (after - before) * direction > 0, (before, after)
+
+    other = train(name, parallel(1, 2, 1), folder / "pp", start, *data, "trainer.max_steps=3")
+    for one, same in zip(steps(run)[:3], steps(other), strict=True):
+        for key, value in one.items():
+            if key == "lr" or (key == "rewards/accuracies" and one["step"] == 1):
+                continue  # which of two equal rewards is greater is rounding
+            assert same[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
