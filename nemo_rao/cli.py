@@ -35,12 +35,21 @@ def train_parser() -> Parser:
         "--print-config", action="store_true", help="print the full recipe, each key with its comment, and stop"
     )
     parser.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="train a grid of runs, one after the other: keys with several values, such as model.dpo.beta=0.05,0.1, or "
+        "a published grid, search=dpo; with --print-config, list them",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a key of the recipe, or a group such as model=llama3_8b"
     )
     return parser
 
 
 def train(arguments: argparse.Namespace) -> int:
+    if arguments.multirun:
+        return train_grid(arguments)
     from nemo_rao.integration.compose import compose, to_yaml
 
     config = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
@@ -54,6 +63,18 @@ def train(arguments: argparse.Namespace) -> int:
 
     run(config)
     return 0
+
+
+def train_grid(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.sweep import check, plan, run_sweep
+
+    sweep = plan(arguments.config_name, arguments.overrides, arguments.config_dir)
+    if arguments.print_config:
+        for run in sweep.runs:
+            print(run.name, *run.overrides)
+        return 0
+    check(sweep)
+    return run_sweep(sweep)
 
 
 def demo_parser() -> Parser:

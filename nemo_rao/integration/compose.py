@@ -6,8 +6,10 @@ It does not know the keys: what it has composed is laid over the defaults here, 
 ``tuple``, and their messages name types of their own.) Every mistake gives one line, a :class:`UserError`.
 """
 
+import copy
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import types
@@ -20,8 +22,9 @@ import yaml
 from hydra import version as hydra_version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, ValueType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
@@ -48,18 +51,60 @@ def compose(
     Raises:
         UserError: one line that names the file, group or key, and what is allowed.
     """
-    folders = [package_recipes()]
-    if config_dir is not None:
-        own = Path(config_dir).expanduser().resolve()
-        if not own.is_dir():
-            raise UserError(f"--config-dir {config_dir}: no such folder")
-        folders.insert(0, own)
-    name = config_name.removesuffix(".yaml").removesuffix(".yml")
-    if name not in (known := recipe_names(folders)):
-        raise UserError(f"no recipe named {name!r}{_did_you_mean(name, known)}; there are {', '.join(known)}")
+    name, folders = _find(config_name, config_dir)
     groups = _groups(folders)
-    prepared = [_prepare(_parse(text), groups) for text in overrides]
-    return typed_config(_compose_untyped(name, prepared, folders), where=name)
+    composed, grid = _compose_untyped(name, [_prepare(_parse(text), groups) for text in overrides], folders)
+    if grid:
+        raise UserError(
+            f"recipe {name}: a grid of {' and '.join(grid)} is several runs (search=, or hydra.sweeper.params); add "
+            "--multirun to the command nemo-rao train, or leave the grid out"
+        )
+    return typed_config(composed, where=name)
+
+
+def compose_grid(
+    config_name: str, overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None
+) -> list[tuple[tuple[str, ...], RunConfig]]:
+    """The runs of a grid: of each the overrides that are its own, and its config. The last key changes first.
+
+    A grid is made of overrides with several values, in Hydra's syntax (``0.05,0.1``, ``choice(a,b)``, ``range(1,4)``),
+    and of the same in ``hydra.sweeper.params`` of the recipe or of a group's file (``search=dpo``); what is set in
+    ``overrides`` replaces that. Without any, there is one run, without overrides of its own.
+
+    Args:
+        config_name, overrides, config_dir: see :func:`compose`.
+
+    Raises:
+        UserError: see :func:`compose`; a mistake in one run is told with that run's overrides.
+    """
+    name, folders = _find(config_name, config_dir)
+    groups = _groups(folders)
+    given = [_parse(text) for text in overrides]
+    for text, read in zip(overrides, given, strict=True):
+        if read.input_line != text and "," in text:  # no syntax of Hydra's, so taken as it stands
+            raise UserError(f'{text}: cannot be read as several values; put each in quotes: \'key="a=1","b=2"\'')
+    fixed = [_prepare(one, groups) for one in given if not one.is_sweep_override()]
+    _, grid = _compose_untyped(name, fixed, folders)
+    by_key = {one.key_or_group: one for one in [*(_parse(f"{key}={value}") for key, value in grid.items()), *given]}
+    once = [_prepare(one, groups) for one in by_key.values() if not one.is_sweep_override()]
+    combinations = _combinations([one for one in by_key.values() if one.is_sweep_override()])
+
+    of_groups: dict[tuple[str, ...], DictConfig] = {}  # what Hydra has composed, by the choices of groups
+    runs = []
+    for own in combinations:
+        try:
+            choices = tuple(text for text in own if text.partition("=")[0] in groups)
+            if choices not in of_groups:
+                prepared = [_prepare(_parse(text), groups) for text in choices]
+                of_groups[choices], its_grid = _compose_untyped(name, [*once, *prepared], folders)
+                if its_grid != grid:
+                    raise UserError("a file with a grid of its own is chosen once, not swept over")
+            values = copy.deepcopy(of_groups[choices])
+            _update(values, [text for text in own if text not in choices])
+            runs.append((own, typed_config(values, where=name)))
+        except UserError as error:
+            raise UserError(f"{' '.join(own)}: {error}" if own else str(error)) from None
+    return runs
 
 
 def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -69,10 +114,14 @@ def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         UserError: see :func:`compose`.
     """
     given = OmegaConf.create(dataclasses.asdict(config))
+    _update(given, overrides)
+    return typed_config(given, where="of the overrides")
+
+
+def _update(values: DictConfig, overrides: Sequence[str]) -> None:
     for text in overrides:
         parsed = _parse(_prepare(_parse(text), groups={}))
-        OmegaConf.update(given, parsed.key_or_group, parsed.value(), force_add=True)
-    return typed_config(given, where="of the overrides")
+        OmegaConf.update(values, parsed.key_or_group, parsed.value(), force_add=True)
 
 
 def package_recipes() -> Path:
@@ -102,7 +151,7 @@ def typed_config(given: DictConfig, *, where: str) -> RunConfig:
         raise UserError(f"recipe {where}: it must be groups of keys, such as trainer: {{max_steps: 100}}")
     _require_known_keys(RunConfig, overrides, prefix="")
     try:
-        merged = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(RunConfig())), overrides)
+        merged = OmegaConf.merge(_defaults(), overrides)
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or where}: {_first_line(error)}") from None
@@ -130,6 +179,38 @@ def known_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, Key
 # ---------------------------------------------------------------------------------------------- overrides and Hydra
 
 
+def _find(config_name: str, config_dir: str | os.PathLike[str] | None) -> tuple[str, list[Path]]:
+    """The recipe's name, and the folders in which it and the files of groups are looked for."""
+    folders = [package_recipes()]
+    if config_dir is not None:
+        own = Path(config_dir).expanduser().resolve()
+        if not own.is_dir():
+            raise UserError(f"--config-dir {config_dir}: no such folder")
+        folders.insert(0, own)
+    name = config_name.removesuffix(".yaml").removesuffix(".yml")
+    if name not in (known := recipe_names(folders)):
+        raise UserError(f"no recipe named {name!r}{_did_you_mean(name, known)}; there are {', '.join(known)}")
+    return name, folders
+
+
+def _combinations(swept: Sequence[Override]) -> list[tuple[str, ...]]:
+    """Every combination of the values of these overrides, each a tuple of ``key=value``; of none, the empty one."""
+    for one in swept:
+        values = one.value()
+        if one.value_type in (ValueType.INTERVAL_SWEEP, ValueType.GLOB_CHOICE_SWEEP) or (
+            isinstance(values, (ChoiceSweep, RangeSweep)) and values.shuffle
+        ):
+            # A shuffled list would be another one on every rank that is started from outside.
+            raise UserError(f"{one.input_line}: only a list of values in their order is swept over; write them out")
+    try:
+        [found] = BasicSweeper.split_arguments(list(swept), max_batch_size=None)
+    except (HydraException, ValueError) as error:
+        raise UserError(f"{' '.join(str(one.input_line) for one in swept)}: {_first_line(error)}") from None
+    if not found:
+        raise UserError(f"{' '.join(str(one.input_line) for one in swept)}: a range without values; widen it")
+    return [tuple(text.lstrip("+") for text in combination) for combination in found]
+
+
 def _parse(text: str) -> Override:
     """One override, read as Hydra reads it; a text it cannot read, such as a path with ``~`` or ``=``, as it stands."""
     name, equals, value = text.partition("=")
@@ -153,14 +234,17 @@ def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
     name = override.key_or_group
     value = text.partition("=")[2]
     if override.is_sweep_override():
-        raise UserError(f"{text}: one value at a time is set here; a list is written {name}=[{value}], and {QUOTING}")
+        raise UserError(
+            f"{text}: one value at a time is set here; --multirun makes a run of each, a list is written "
+            f"{name}=[{value}], and {QUOTING}"
+        )
     if name in groups and isinstance(choice := override.value(), str):
         if choice.removesuffix(".yaml") not in groups[name]:
             options = groups[name]
             raise UserError(
                 f"{name}={choice}: no such file{_did_you_mean(choice, options)}; there are {', '.join(options)}"
             )
-        return text
+        return f"{name}={choice}" if override.package is None else text
     if override.is_delete():
         raise UserError(f"{text}: keys cannot be deleted; set {name} to null, where its comment allows that")
     _require_known(name)
@@ -183,8 +267,10 @@ def _takes_text(name: str) -> bool:
     return bool(_alternatives(_hints().get(name)) & {str, Any})
 
 
-def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> DictConfig:
-    """What Hydra makes of a recipe.
+def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> tuple[DictConfig, dict[str, str]]:
+    """What Hydra makes of a recipe, and the grid in it (``hydra.sweeper.params``: key -> values as they are written).
+
+    A group that the recipe does not choose from is added to it: ``search=dpo`` is to work as ``+search=dpo`` does.
 
     ``hydra.compose`` is not used: it would let plugins extend the search path, and the one that comes with
     multi-storage-client prints a traceback into every run without such a storage. It would also change global state.
@@ -198,6 +284,11 @@ def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path
     hydra_version.setbase("1.3")
     try:
         loader = ConfigLoaderImpl(search_path)
+        if any(not text.startswith("++") for text in overrides):
+            chosen = loader.compute_defaults_list(name, [], RunMode.RUN).overrides.known_choices
+            overrides = [
+                text if text.startswith("++") or text.partition("=")[0] in chosen else f"+{text}" for text in overrides
+            ]
         composed = loader.load_configuration(name, list(overrides), run_mode=RunMode.RUN, from_shell=False)
     except yaml.YAMLError as error:
         raise UserError(f"recipe {name}: invalid YAML: {' '.join(str(error).split())}") from None
@@ -209,7 +300,9 @@ def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path
         raise UserError(f"recipe {name}: there is no {missing}.yaml{near}; there are {', '.join(options)}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"recipe {name}: {_first_line(error)}") from None
-    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+    values = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    return values, {str(key): str(value) for key, value in grid.items()}
 
 
 def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
@@ -222,6 +315,11 @@ def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------- typed from untyped
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    return OmegaConf.create(dataclasses.asdict(RunConfig()))
 
 
 def _require_known_keys(config_type: type, given: dict, prefix: str) -> None:
@@ -278,11 +376,11 @@ def _unknown_key(name: str) -> UserError:
 # ------------------------------------------------------------------------------------------------------ type hints
 
 
-def _keys_of(config_type: type) -> Iterator[tuple[str, Any, KeySpec]]:
+@functools.cache
+def _keys_of(config_type: type) -> tuple[tuple[str, Any, KeySpec], ...]:
     """(name, type, spec) of each key of a config class."""
     hints = typing.get_type_hints(config_type)
-    for field in dataclasses.fields(config_type):
-        yield field.name, hints[field.name], field.metadata["key"]
+    return tuple((field.name, hints[field.name], field.metadata["key"]) for field in dataclasses.fields(config_type))
 
 
 def _is_section(hint: Any) -> TypeGuard[type]:
@@ -338,7 +436,8 @@ def _shown(value: Any) -> str:
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    nearest.sort(key=lambda other: sorted(other) != sorted(name))  # letters that have changed places come first
     return f", did you mean {nearest[0]}" if nearest else ""
 
 

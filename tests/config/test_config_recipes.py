@@ -7,32 +7,28 @@ import pytest
 import yaml
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import compose, known_keys, package_recipes, recipe_names, to_yaml
+from nemo_rao.integration.compose import compose, known_keys, package_recipes, to_yaml
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-RECIPES = recipe_names([CONF])
-GROUP_FILES = [(file.parent.name, file.stem) for file in sorted(CONF.glob("*/*.yaml"))]
+# Without search/: what those files hold are several values of a key (test_config_sweeps.py).
+GROUP_FILES = [(file.parent.name, file.stem) for file in sorted(CONF.glob("*/*.yaml")) if file.parent.name != "search"]
+FREE = "model.arch.extra."  # a key in which further ones stand
 
 
 def test_the_recipes_of_a_checkout_are_those_at_its_top() -> None:
     assert package_recipes() == CONF
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_each_recipe_composes_with_the_objective_of_its_name(name: str) -> None:
-    config = compose(name)
-    assert name == f"gpt_{config.model.objective}" == config.exp_manager.name
-
-
 @pytest.mark.parametrize(("group", "choice"), GROUP_FILES)
 def test_each_group_file_composes_and_sets_what_it_says(group: str, choice: str) -> None:
     content = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
+    content.pop("defaults", None)
     if "@package _global_" not in (CONF / group / f"{choice}.yaml").read_text():
         content = {group: content}
     # What the file sets is what the composed recipe has, unless a later group of gpt_rao sets it too (model over lr).
     config = compose("gpt_rao", [f"{group}={choice}"])
     later = {"model.optim.lr"} if group == "objective" else set()
-    assert dotted(content).keys() <= known_keys().keys()
+    assert {key for key in dotted(content) if not key.startswith(FREE)} <= known_keys().keys()
     printed = dotted(yaml.safe_load(to_yaml(config)))
     assert {k: v for k, v in dotted(content).items() if k not in later and printed[k] != pytest.approx(v)} == {}
 
@@ -56,7 +52,7 @@ def test_each_file_says_at_its_top_what_it_is_for(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["gpt_rao", "gpt_dpo", "gpt_rpo", "gpt_slic_eurollm_9b"])
 def test_a_printed_recipe_has_each_key_with_its_comment_and_is_a_recipe_itself(name: str, tmp_path: Path) -> None:
     config = compose(name, ["model.arch.extra={a: 1}", 'exp_manager.name="a: #b"', "data.train_path=[x.jsonl,y.jsonl]"])
     text = to_yaml(config)

@@ -56,8 +56,10 @@ def train_and_die(recipe: str, given: Sequence[str]) -> None:
         ("gpt_rao", parallel(2, 2, 1), ()),
         ("gpt_dpo", parallel(1, 1, 2), ()),
         ("gpt_rao", parallel(1, 2, 1), ("model.peft.scheme=lora",)),
+        ("gpt_rao", parallel(1, 2, 1), ("model.objective=dro", "model.dro.value_lr=0.01")),
+        ("gpt_rao", parallel(2, 1, 1), ("model.objective=kto", "model.kto.threshold=0.6")),
     ],
-    ids=["RAO, TP 2 x PP 2", "DPO, DP 2", "RAO with LoRA, PP 2"],
+    ids=["RAO, TP 2 x PP 2", "DPO, DP 2", "RAO with LoRA, PP 2", "DRO and its value head, PP 2", "KTO, TP 2"],
 )
 def test_a_run_killed_within_a_step_continues_bitwise(
     recipe: str, ranks: Sequence[str], extra: Sequence[str], data: tuple[str, ...], start: Path, tmp_path: Path
@@ -112,10 +114,11 @@ def test_an_unfinished_checkpoint_is_never_resumed_from(data: tuple[str, ...], s
     assert older is None or older.name.startswith("step=3")
 
 
+@pytest.mark.parametrize("objective", ["rao", "dro"])
 def test_a_longer_run_goes_on_under_another_parallelism_and_its_own_schedule(
-    data: tuple[str, ...], start: Path, tmp_path: Path
+    objective: str, data: tuple[str, ...], start: Path, tmp_path: Path
 ) -> None:
-    constant = ("model.arch.hidden_dropout=0", "model.optim.sched.name=constant")
+    constant = ("model.arch.hidden_dropout=0", "model.optim.sched.name=constant", f"model.objective={objective}")
     whole = overrides(tmp_path / "whole", data, start, *constant)
     run_training("gpt_rao", whole)
     split = overrides(tmp_path / "split", data, start, *constant)

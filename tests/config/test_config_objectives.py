@@ -1,0 +1,74 @@
+"""Every objective has its settings and its recipe, and the RAO paper's runs are there, each within its grid."""
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nemo_rao.integration.checks import check_run
+from nemo_rao.integration.compose import compose, recipe_names
+from nemo_rao.integration.config import RunConfig, objective_config, objective_names
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+RECIPES = recipe_names([CONF])
+PAPER_OBJECTIVES = ("rao", "dpo", "ipo", "slic", "simpo", "orpo", "robust_po", "dro")
+PAPER_MODELS = {"llama3_8b": "Llama3Config8B", "qwen2_5_7b": "Qwen25Config7B", "eurollm_9b": "LlamaConfig"}
+PAPER_RUNS = [(objective, model) for objective in PAPER_OBJECTIVES for model in PAPER_MODELS]
+
+
+@functools.cache
+def recipe(name: str) -> RunConfig:
+    return compose(name)
+
+
+def test_every_objective_has_its_settings_and_its_recipe_and_no_recipe_is_without_an_objective() -> None:
+    of_papers = {f"gpt_{objective}_{model}" for objective, model in PAPER_RUNS}
+    assert {path.stem for path in CONF.glob("objective/*.yaml")} == set(objective_names())
+    assert set(RECIPES) == {f"gpt_{name}" for name in objective_names()} | of_papers
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_trains_the_objective_of_its_name_and_passes_the_checks_of_a_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    config = copy.deepcopy(recipe(name))
+    config.data.train_path, config.data.tokenizer = f"{tmp_path}/train.jsonl", str(tmp_path)
+    check_run(config)
+    objective = config.model.objective
+    assert config.exp_manager.name == name
+    assert name == f"gpt_{objective}" or name.removeprefix(f"gpt_{objective}_") in PAPER_MODELS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_opens_with_one_line_about_it_and_its_command(name: str) -> None:
+    first, *others = (CONF / f"{name}.yaml").read_text().splitlines()
+    assert first.startswith("# ") and first.endswith(".")
+    assert any(line.startswith(f"#   nemo-rao train --config-name {name} ") for line in others)
+
+
+@pytest.mark.parametrize(("objective", "model"), PAPER_RUNS)
+def test_the_papers_runs_share_their_setting(objective: str, model: str) -> None:
+    config = recipe(f"gpt_{objective}_{model}")
+    assert (config.model.objective, config.model.config_class) == (objective, PAPER_MODELS[model])
+    assert (config.model.seq_length, config.trainer.max_epochs, config.data.num_responses) == (2048, 3, 2)
+    assert (config.precision.params, config.trainer.devices) == ("bf16", 8)
+
+
+def test_rao_has_the_reported_values() -> None:
+    for model in PAPER_MODELS:
+        config = recipe(f"gpt_rao_{model}")
+        keys = objective_config(config)
+        assert (keys.beta, keys.log_z0, config.model.optim.lr) == (0.1, 50.0, 5e-7)
+
+
+@pytest.mark.parametrize("objective", PAPER_OBJECTIVES)
+def test_the_papers_run_is_one_of_its_objectives_grid(objective: str) -> None:
+    config = recipe(f"gpt_{objective}_llama3_8b")
+    grid = yaml.safe_load((CONF / "search" / f"{objective}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    for key, values in grid.items():
+        value: Any = config
+        for part in key.split("."):
+            value = vars(value)[part]
+        assert value in map(float, str(values).split(",")), key
