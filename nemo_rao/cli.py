@@ -97,14 +97,30 @@ def demo(arguments: argparse.Namespace) -> int:
     return run(arguments) or 0
 
 
+def objectives_parser() -> Parser:
+    return Parser(
+        prog="nemo-rao objectives",
+        description="Print every objective with its formula, needs, keys and source, as Markdown.",
+        allow_abbrev=False,
+    )
+
+
+def objectives(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.objectives_page import page
+
+    print(page(), end="")
+    return 0
+
+
 COMMANDS: dict[str, tuple[str, Callable[[], Parser], Callable[[argparse.Namespace], int]]] = {
     "train": ("train a model from a recipe", train_parser, train),
+    "objectives": ("print the objectives, their formulas and keys", objectives_parser, objectives),
     "demo": ("fine-tune and align a small model on this machine, and compare", demo_parser, demo),
 }
 
 
 def command_parser() -> Parser:
-    listing = "\n".join(f"  {name:8}{summary}" for name, (summary, _, _) in COMMANDS.items())
+    listing = "\n".join(f"  {name:12}{summary}" for name, (summary, _, _) in COMMANDS.items())
     parser = Parser(
         prog="nemo-rao",
         description="Align Megatron GPT models with explicit rewards.",

@@ -408,18 +408,18 @@ def _hints(config_type: type = RunConfig, prefix: str = "") -> dict[str, Any]:
 def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
     for field in dataclasses.fields(config):
         spec, value = field.metadata["key"], vars(config)[field.name]
-        beside = "  # " + spec.comment + _limits(spec)
+        beside = "  # " + spec.comment + limits(spec)
         if dataclasses.is_dataclass(value):
             yield f"{indent}{field.name}:{beside}"
             yield from _yaml_lines(value, indent + "  ")
         else:
-            yield f"{indent}{field.name}: {_shown(value)}{beside}"
+            yield f"{indent}{field.name}: {shown(value)}{beside}"
 
 
-def _limits(spec: KeySpec) -> str:
+def limits(spec: KeySpec) -> str:
     """What the key allows, for its comment: `` [> 0, <= 1]``."""
     if spec.choices is not None:
-        return f" [{' | '.join(map(_shown, spec.choices))}]"
+        return f" [{' | '.join(map(shown, spec.choices))}]"
     equal = "" if spec.exclusive else "="
     bounds = [
         f"{sign}{equal} {bound:g}"
@@ -429,7 +429,7 @@ def _limits(spec: KeySpec) -> str:
     return f" [{', '.join(bounds)}]" if bounds else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as YAML on one line."""
     text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=math.inf)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -3,7 +3,7 @@
     Delta   = rho(w) - rho(l),    rho(y) = logp(y) - logp_ref(y)
     dpo     = -ls(beta Delta),                                               dL/dDelta = -beta s(-beta Delta)
     cDPO    = -(1 - eps) ls(beta Delta) - eps ls(-beta Delta)                (Mitchell 2023, conservative DPO)
-    robust  = [-(1 - eps) ls(beta Delta) + eps ls(-beta Delta)] / (1 - 2 eps)    (Chowdhury et al. 2024, Eq. 12)
+    robust  = [-(1 - eps) ls(beta Delta) + eps ls(-beta Delta)] / (1 - 2 eps)    (Chowdhury et al. 2024)
 
 s = logistic, ls = log s, w and l the chosen and rejected response, eps = ``label_smoothing``, the probability that
 they are the wrong way round. cDPO is what eps > 0 gives; ``robust: true`` gives the third, an unbiased estimate of the
@@ -52,6 +52,6 @@ DPO = Objective(
     loss=loss_of_pairs(dpo_loss, beta_rho),
     needs=WITH_REFERENCE,
     formula="−(1−ε)·lσ(βΔ) − ε·lσ(−βΔ); `robust`: [−(1−ε)·lσ(βΔ) + ε·lσ(−βΔ)]/(1−2ε)",
-    source="Rafailov et al. 2023, Eq. 7; Mitchell 2023 (cDPO); Chowdhury et al. 2024, Eq. 12 (robust)",
+    source="Rafailov et al. 2023, Eq. 7; Mitchell 2023 (cDPO); Chowdhury et al. 2024 (robust)",
     checked="TRL `sigmoid`, `aot` of single pairs (cDPO) and `robust`; formula, gradient by hand, finite differences",
 )

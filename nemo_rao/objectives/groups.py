@@ -109,7 +109,7 @@ KIMI = Objective(
     loss=kimi_loss,
     needs=Needs(reference=True, rewards=True, min_responses=2),
     formula="(r − r̄ − τρ)², r̄ the mean of the prompt's rewards",
-    source="Kimi Team 2025 (k1.5), Eq. 3",
+    source="Kimi Team 2025 (k1.5)",
     checked="formula, gradient by hand, finite differences",
 )
 
@@ -253,6 +253,6 @@ NCA = Objective(
     loss=nca_loss,
     needs=Needs(reference=True, preference=True, min_responses=2),
     formula="−Σ_k softmax(r/α)_k·lσ(βρ_k) − (1/K)·Σ_k lσ(−βρ_k)",
-    source="Chen et al. 2024 (NCA), Eq. 12",
+    source="Chen et al. 2024 (NCA)",
     checked="TRL `nca_pair` (K = 2, labels); formula, gradient by hand, finite differences",
 )

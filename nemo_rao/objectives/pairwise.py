@@ -168,7 +168,7 @@ R_DPO = Objective(
     loss=loss_of_pairs(r_dpo_loss, beta_rho),
     needs=WITH_REFERENCE,
     formula="−lσ(βΔ + α(|y_w| − |y_l|))",
-    source="Park et al. 2024 (R-DPO), Eq. 9",
+    source="Park et al. 2024 (R-DPO)",
     checked="formula, gradient by hand, finite differences",
 )
 
@@ -222,7 +222,7 @@ SPPO = Objective(
     loss=loss_of_pairs(sppo_loss, lambda responses, config: responses.rho / config.eta),
     needs=sppo_needs,
     formula="(ρ_w − η(P_w − ½))² + (ρ_l − η(P_l − ½))²",
-    source="Wu et al. 2024 (SPPO), Eq. 4.6",
+    source="Wu et al. 2024 (SPPO)",
     checked="TRL `sppo_hard` (labels, η = 1/β); formula, gradient by hand, finite differences",
     resolve=require_probabilities,
 )

@@ -37,7 +37,7 @@ SLIC = Objective(
     loss=loss_of_pairs(slic_loss, lambda responses, config: responses.logp),
     needs=WITHOUT_REFERENCE,
     formula="max(0, δ − logπ(w) + logπ(l)) − λ·logπ(w)",
-    source="Zhao et al. 2023 (SLiC-HF), Eq. 2, regularised on the chosen response",
+    source="Zhao et al. 2023 (SLiC-HF), regularised on the chosen response",
     checked="TRL's CPO `hinge` plus its NLL; formula, gradient by hand, finite differences",
 )
 
@@ -102,7 +102,7 @@ ALPHAPO = Objective(
     ),
     needs=WITHOUT_REFERENCE,
     formula="−lσ(β(R_w − R_l) − γ), R = (1 − p^−α)/α, p = exp(logπ(y)/|y|); α = 0: simpo",
-    source="Gupta et al. 2025 (AlphaPO), Eq. 6",
+    source="Gupta et al. 2025 (AlphaPO)",
     checked="TRL `alphapo`, where that is finite; formula, gradient by hand, finite differences",
 )
 

@@ -1,4 +1,4 @@
-"""Robust preference optimization: distillation of one or several reward models (Fisch et al. 2024, Eq. 7 and 9).
+"""Robust preference optimization: distillation of one or several reward models (Fisch et al. 2024).
 
     L = min over models m of (r_m(w) - r_m(l) - beta Delta)^2  - gamma mean logp(w),    Delta = rho(w) - rho(l)
 
@@ -54,6 +54,6 @@ ROBUST_PO = Objective(
     loss=robust_po_loss,
     needs=Needs(reference=True, rewards=True, preference=True, pairs=True, min_responses=2),
     formula="min_m (r_m(w) − r_m(l) − βΔ)² − γ·logπ(w)/|w|",
-    source="Fisch et al. 2024 (robust preference optimization through reward model distillation), Eq. 7 and 9",
+    source="Fisch et al. 2024 (robust preference optimization through reward model distillation)",
     checked="rpo `sq` with η = 1; formula, gradient by hand, finite differences",
 )

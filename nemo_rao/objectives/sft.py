@@ -44,5 +44,5 @@ SFT = Objective(
     needs=Needs(),
     formula="−logπ(y)/|y| of the best (or only) response",
     source="maximum likelihood, averaged over tokens",
-    checked="cross-entropy of `transformers`; formula, finite differences",
+    checked="TRL's `sft`; formula, finite differences",
 )

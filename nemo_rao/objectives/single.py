@@ -56,7 +56,7 @@ DRO = Objective(
     loss=dro_loss,
     needs=Needs(reference=True, rewards=True, values=True),
     formula="(1/τ)·½(r − sg V − τρ)² + ½(V − r + τ·sg ρ)²",
-    source="Richemond et al. 2024 (DRO-V), Eq. 6 and 7",
+    source="Richemond et al. 2024 (DRO-V)",
     checked="formula, gradients by hand (of the value too), finite differences",
 )
 
@@ -138,7 +138,7 @@ KTO = Objective(
     needs=kto_needs,
     formula="desirable: λ_D(1 − σ(β(ρ − z₀))); undesirable: λ_U(1 − σ(β(z₀ − ρ))); z₀ = max(0, mean ρ(y'|x), y' of "
     "another prompt)",
-    source="Ethayarajh et al. 2024 (KTO), Eq. 8",
+    source="Ethayarajh et al. 2024 (KTO)",
     checked="TRL's KTO; formula, gradient by hand, finite differences",
     resolve=require_labels,
 )
