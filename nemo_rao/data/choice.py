@@ -70,9 +70,14 @@ def has_pair(row: Row) -> bool:
     return row.ranked or len({response.reward for response in row.responses}) > 1
 
 
+def where_to_add_rewards(row: Row) -> str:
+    """The remedy for a response without a reward. The fields of pairs cannot be chosen."""
+    if row.ranked:
+        return "add score_chosen and score_rejected (NeMo-Aligner: chosen_reward and rejected_reward)"
+    return "add it, or name the field it stands in by data.reward_field"
+
+
 def _require_rewards(row: Row, why: str) -> None:
     for number, response in enumerate(row.responses, start=1):
         if response.reward is None:
-            raise UserError(
-                f"{row.place}: response {number} has no reward, and {why}; add it, or name the field it stands in"
-            )
+            raise UserError(f"{row.place}: response {number} has no reward, and {why}; {where_to_add_rewards(row)}")

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_rao.batch import RewardSummary, Row, Sample
-from nemo_rao.data.choice import NO_PAIR, PairsBy, Responses, choose_responses, has_pair, prefer_by
+from nemo_rao.data.choice import (
+    NO_PAIR,
+    PairsBy,
+    Responses,
+    choose_responses,
+    has_pair,
+    prefer_by,
+    where_to_add_rewards,
+)
 from nemo_rao.data.encode import ChatTemplate, Encoder
 from nemo_rao.data.fields import RewardField
 from nemo_rao.data.rows import Paths, read_rows
@@ -218,8 +226,8 @@ def load_preferences(
     """
     if num_responses is not None and num_responses < min_responses:
         raise UserError(
-            f"num_responses is {num_responses}, but {needed_by} needs at least {min_responses} responses a prompt; "
-            "raise it"
+            f"data.num_responses is {num_responses}, but {needed_by} needs at least {min_responses} responses a "
+            "prompt; raise it"
         )
     encoder = Encoder(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
     report = LoadReport()
@@ -270,13 +278,13 @@ def _check_responses(row: Row, min_responses: int, needs_rewards: bool, needs_pr
         for number, response in enumerate(row.responses, start=1):
             if response.reward is None:
                 raise UserError(
-                    f"{row.place}: response {number} has no reward, which {needed_by} needs; add it, "
-                    "or name the field it stands in"
+                    f"{row.place}: response {number} has no reward, which {needed_by} needs; "
+                    f"{where_to_add_rewards(row)}"
                 )
     if needs_preference and not row.ranked and any(response.reward is None for response in row.responses):
         raise UserError(
             f"{row.place}: its responses have neither an order (chosen, rejected) nor a reward each, and {needed_by} "
-            "compares them; add rewards, or name the field they stand in"
+            "compares them; add rewards (or labels), or name the field they stand in by data.reward_field"
         )
 
 
@@ -308,7 +316,10 @@ def mismatched(data: PreferenceData, *, seq_length: int, seed: int) -> Preferenc
         UserError: there is only one prompt.
     """
     if len(data) < 2:
-        raise UserError("the data has one prompt, but the objective needs responses to other prompts; add data")
+        raise UserError(
+            f"{data[0].place}: the only prompt that is left, but the objective compares with responses to other "
+            "prompts; add data"
+        )
     generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, len(data)])))
     order = generator.permutation(len(data))
     draws = generator.random_sample(len(data))

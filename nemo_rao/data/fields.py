@@ -114,12 +114,14 @@ def read_rewarded(
     Where the format's own name is not there, ``label``: true is a reward of 1, false of 0.
     """
     if chosen is not None and not isinstance(chosen, str):
-        ensemble = [_chosen_reward(record, name, place, inside) for name in chosen]
-        for name, reward in zip(chosen, ensemble, strict=True):
+        ensemble: list[float] = []
+        for name in chosen:
+            reward = _chosen_reward(record, name, place, inside)
             if reward is None:
-                raise UserError(f"{place}: reward field '{name}' has no number; an ensemble needs all: drop the row")
-        known = tuple(reward for reward in ensemble if reward is not None)
-        return Response(content, sum(known) / len(known), known)
+                field = name if inside is None else f"{inside}.{name}"
+                raise UserError(f"{place}: field '{field}' has no number, and an ensemble needs all; drop the row")
+            ensemble.append(reward)
+        return Response(content, sum(ensemble) / len(ensemble), tuple(ensemble))
     if isinstance(chosen, str):
         return Response(content, _chosen_reward(record, chosen, place, inside))
     if record.get(default) is None and record.get("label") is not None:
@@ -153,10 +155,13 @@ def read_numbers(value: object, place: str, field: str) -> tuple[float, ...]:
         return ()
     if not isinstance(value, (list, tuple)):
         raise UserError(f"{place}: field '{field}' must be a list of numbers, found {describe(value)}")
-    numbers = [read_number(entry, place, f"{field}[{number}]") for number, entry in enumerate(value)]
-    if any(number is None for number in numbers):
-        raise UserError(f"{place}: field '{field}' holds null; drop it, or leave the field out")
-    return tuple(number for number in numbers if number is not None)
+    numbers: list[float] = []
+    for at, entry in enumerate(value):
+        number = read_number(entry, place, f"{field}[{at}]")
+        if number is None:
+            raise UserError(f"{place}: field '{field}[{at}]' is null; drop it, or leave '{field}' out")
+        numbers.append(number)
+    return tuple(numbers)
 
 
 def read_number(value: object, place: str, field: str) -> float | None:

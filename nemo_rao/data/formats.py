@@ -281,7 +281,8 @@ def _split_conversations(
 
 def _no_reward_field(reward_field: RewardField, own: str, place: str) -> None:
     if reward_field is not None:
+        names = [reward_field] if isinstance(reward_field, str) else reward_field
         raise UserError(
-            f"{place}: reward field '{reward_field}' cannot be chosen for pairs, whose rewards are {own}; "
-            "leave the reward field unset"
+            f"{place}: reward field {', '.join(map(repr, names))} cannot be chosen for pairs, whose rewards are {own}; "
+            "leave data.reward_field unset"
         )

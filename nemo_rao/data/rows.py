@@ -38,8 +38,14 @@ def read_rows(paths: Paths, *, reward_field: RewardField = None) -> Iterator[Row
             an ensemble of reward models, whose mean is the reward.
 
     Raises:
-        UserError: at once where a file is missing; while reading, for whatever is wrong with a row.
+        UserError: at once where a file is missing or ``reward_field`` names nothing; while reading, for whatever is
+            wrong with a row.
     """
+    names = [reward_field] if isinstance(reward_field, str) else reward_field
+    if names is not None and not (names and all(names)):
+        raise UserError(
+            f"data.reward_field={reward_field!r} names no field; name one, or a list for an ensemble, or set it to null"
+        )
     sources = expand_paths(paths)
     return (row for source in sources for row in _rows_of_source(source, reward_field))
 

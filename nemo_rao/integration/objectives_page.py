@@ -34,8 +34,8 @@ no pair; a prompt without any pair is dropped and counted when the data is loade
 
 **Data without pairs.** `prompt`, `completion` and `label` (true, false) or `reward`, one row a response. kto takes
 labels, or rewards with `model.kto.threshold`; rao, dro, rpo_partition and qrpo take single responses with rewards. qrpo
-takes the quantile of a reward among the row's `reference_rewards`, a list, or where there is none among the prompt's own
-responses. `data.reward_field=[a,b]` is an ensemble of reward models: robust_po takes the nearest for each pair, all
+takes the quantile of a reward among the row's `reference_rewards`, a list, or where there is none among the prompt's
+own responses. `data.reward_field=[a,b]` is an ensemble of reward models: robust_po takes the nearest for each pair, all
 others the mean.
 
 **Needs.** *reference*: the reference policy's log-probabilities, computed once before the first step and kept on disk;

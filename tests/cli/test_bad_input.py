@@ -254,6 +254,176 @@ def test_whatever_needs_no_model_class_is_told_before_nemo_or_megatron_is_import
     assert len(done.stderr.splitlines()) == len(cases), done.stderr
 
 
+# ------------------------------------------------------------------------------ what an objective asks of keys and data
+
+PAIR = {"prompt": "Sort: b a", "chosen": "a b", "rejected": "b a"}
+SCORED = PAIR | {"score_chosen": 7.0, "score_rejected": 0.5}
+UNPAIRED = {"prompt": "Sort: b a", "completion": "a b", "label": True}
+NEITHER = row(("a b", None), ("b a", None))
+
+
+@pytest.fixture
+def refused_early(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """As ``refused``, for an objective, before anything of a model is made."""
+
+    def no_model(*_: Any) -> None:
+        raise AssertionError("a model's config was made")
+
+    monkeypatch.setattr("nemo_rao.integration.prepare._check_model", no_model)
+    return lambda objective, *overrides: refused(f"model.objective={objective}", *overrides, recipe="gpt_dpo")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model.ipo.lambda=1", ("unknown key model.ipo.lambda;",)),
+        ("model.simpo.bta=1", ("unknown key model.simpo.bta", "did you mean model.simpo.beta?")),
+        ("model.ipo.sft_wieght=1", ("unknown key model.ipo.sft_wieght", "did you mean model.ipo.sft_weight?")),
+        ("model.kto.desirable_wieght=1", ("unknown key", "did you mean model.kto.desirable_weight?")),
+        ("model.dpop=0.1", ("model.dpop=0.1", "is a group of keys", "model.dpop.")),
+        ("model.rpo.beta=0", ("model.rpo.beta=0", "> 0")),
+        ("model.rpo.eta=0", ("model.rpo.eta=0", "> 0")),
+        ("model.rpo.distance=kl", ("model.rpo.distance='kl'", "'bwd', 'fwd', 'sq', 'sqloo'")),
+        ("model.sppo.eta=-1", ("model.sppo.eta=-1", "> 0")),
+        ("model.sppo.win_probability=scores", ("model.sppo.win_probability='scores'", "'labels'", "'bradley_terry'")),
+        ("model.ipo.beta=0", ("model.ipo.beta=0", "> 0")),
+        ("model.cal_dpo.beta=-0.1", ("model.cal_dpo.beta=-0.1", "> 0")),
+        ("model.simpo.beta=0", ("model.simpo.beta=0", "> 0")),
+        ("model.robust_po.beta=-1", ("model.robust_po.beta=-1", "> 0")),
+        ("model.nca.alpha=0", ("model.nca.alpha=0", "> 0")),
+        ("model.dro.tau=0", ("model.dro.tau=0", "> 0")),
+        ("model.kimi.tau=-0.5", ("model.kimi.tau=-0.5", "> 0")),
+        ("model.rpo_partition.tau=0", ("model.rpo_partition.tau=0", "> 0")),
+        ("model.orpo.lam=-1", ("model.orpo.lam=-1", ">= 0")),
+        ("model.dpo_shift.f=0", ("model.dpo_shift.f=0", "> 0")),
+        ("model.dpo_shift.f=1.5", ("model.dpo_shift.f=1.5", "<= 1")),
+        ("model.dpo.label_smoothing=0.5", ("model.dpo.label_smoothing=0.5", "< 0.5")),
+        ("model.ipo.length_normalized=maybe", ("model.ipo.length_normalized='maybe'", "true or false")),
+        ("data.responses=worst", ("data.responses='worst'", "null, 'all', 'best_worst', 'best_random'")),
+        ("data.pairs_by=rewards", ("data.pairs_by='rewards'", "'auto', 'label', 'reward'")),
+        ("data.reward_field=[]", ("data.reward_field=[]", "names no field", "null")),
+    ],
+)
+def test_a_wrong_key_or_value_of_an_objective_or_of_what_it_compares_is_named(
+    refused_early: Callable[..., str], override: str, parts: Sequence[str]
+) -> None:
+    has(refused_early("dpo", override), *parts)
+
+
+def test_a_value_head_cannot_be_trained_beside_adapters(refused_early: Callable[..., str]) -> None:
+    message = refused_early("dro", "model.peft.scheme=lora")
+    has(message, "model.peft.scheme=lora", "objective dro has a value head", "set it to none")
+
+
+@pytest.mark.parametrize("objective", ["orpo", "simpo", "sppo", "robust_po", "agro", "nca"])
+@pytest.mark.parametrize("single", [row(("a b", 1.0)), UNPAIRED], ids=["canonical", "unpaired"])
+def test_objectives_that_compare_responses_refuse_a_prompt_with_one(
+    refused_early: Callable[..., str], tmp_path: Path, objective: str, single: Any
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", GOOD, single)
+    has(refused_early(objective, rows), "rows.jsonl line 2: has 1 responses", f"objective {objective} needs at least 2")
+
+
+def test_as_many_responses_as_an_objective_compares_must_be_asked_for(refused_early: Callable[..., str]) -> None:
+    has(refused_early("simpo", "data.num_responses=1"), "data.num_responses is 1", "simpo needs at least 2", "raise it")
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "sppo", "nca", "kto"])
+def test_objectives_of_labels_refuse_a_prompt_with_neither_labels_nor_rewards(
+    refused_early: Callable[..., str], tmp_path: Path, objective: str
+) -> None:
+    message = refused_early(objective, write_rows(tmp_path / "rows.jsonl", PAIR, NEITHER))
+    has(message, "rows.jsonl line 2", "neither an order (chosen, rejected) nor a reward", f"objective {objective}")
+    has(message, "add rewards", "data.reward_field")
+
+
+@pytest.mark.parametrize(
+    ("objective", "overrides"),
+    [(name, ()) for name in ("robust_po", "kimi", "agro", "dro", "qrpo", "rpo", "rpo_partition", "rao")]
+    + [("sppo", ("model.sppo.win_probability=bradley_terry",)), ("kto", ("model.kto.threshold=0.5",))],
+)
+def test_objectives_of_rewards_refuse_pairs_without_scores(
+    refused_early: Callable[..., str], tmp_path: Path, objective: str, overrides: Sequence[str]
+) -> None:
+    message = refused_early(objective, write_rows(tmp_path / "rows.jsonl", SCORED, PAIR), *overrides)
+    has(message, "rows.jsonl line 2: response 1 has no reward", f"objective {objective} needs")
+    has(message, "add score_chosen and score_rejected")
+
+
+def test_rewards_that_are_no_probabilities_are_refused_where_they_are_to_be(
+    refused_early: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", PAIR | {"score_chosen": 1, "score_rejected": 0}, SCORED)
+    message = refused_early("sppo", "model.sppo.win_probability=rewards", rows)
+    has(message, "model.sppo.win_probability=rewards", "a reward of 7", "no probability", "bradley_terry or labels")
+
+
+def test_rewards_that_are_no_labels_are_refused_by_kto_without_a_threshold(
+    refused_early: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", UNPAIRED, row(("a b", 0.5), prompt="Sort: c b"))
+    has(refused_early("kto", rows), "model.kto.threshold is null", "not labels (1 or 0)", "set the reward above which")
+
+
+def test_one_prompt_is_too_few_for_responses_to_others(refused_early: Callable[..., str], tmp_path: Path) -> None:
+    has(
+        refused_early("kto", write_rows(tmp_path / "rows.jsonl", PAIR)),
+        "rows.jsonl line 1: the only prompt",
+        "add data",
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs_by", "first", "second", "parts"),
+    [
+        ("label", PAIR, GOOD, ("has no labels (chosen, rejected)", "set it to reward or auto")),
+        ("label", PAIR, UNPAIRED, ("has no labels (chosen, rejected)", "set it to reward or auto")),
+        ("reward", SCORED, PAIR, ("response 1 has no reward", "add score_chosen and score_rejected")),
+        ("reward", SCORED, NEITHER, ("response 1 has no reward", "data.reward_field")),
+    ],
+)
+def test_what_is_to_tell_the_better_response_must_be_there(
+    refused_early: Callable[..., str], tmp_path: Path, pairs_by: str, first: Any, second: Any, parts: Sequence[str]
+) -> None:
+    message = refused_early("dpo", f"data.pairs_by={pairs_by}", write_rows(tmp_path / "rows.jsonl", first, second))
+    has(message, "rows.jsonl line 2", f"data.pairs_by is {pairs_by}", *parts)
+
+
+def test_data_in_which_no_response_is_better_is_refused(refused_early: Callable[..., str], tmp_path: Path) -> None:
+    equal = row(("a b", 1.0), ("b a", 1.0))
+    message = refused_early("ipo", write_rows(tmp_path / "rows.jsonl", equal, equal))
+    has(message, "rows.jsonl: no rows left", "2 dropped", "no response better than another", "line 1")
+    message = refused_early("ipo", "data.strict=true", write_rows(tmp_path / "rows.jsonl", GOOD, equal))
+    has(message, "rows.jsonl line 2: all responses have the same reward", "no row may be dropped")
+
+
+@pytest.mark.parametrize(
+    ("second", "part"),
+    [
+        (("kind",), "line 2: field 'responses[0].honest' is missing (fields found: content, kind)"),
+        ((), "line 2: field 'responses[0].kind' is missing"),
+    ],
+)
+def test_a_member_of_a_reward_ensemble_that_is_missing_is_named(
+    refused_early: Callable[..., str], tmp_path: Path, second: Sequence[str], part: str
+) -> None:
+    def rated(*names: str) -> dict:
+        answers = [{"content": text} | dict.fromkeys(names, number) for number, text in enumerate(("b a", "a b"))]
+        return {"prompt": "Sort: b a", "responses": answers}
+
+    rows = write_rows(tmp_path / "rows.jsonl", rated("kind", "honest"), rated(*second))
+    has(refused_early("robust_po", "data.reward_field=[kind,honest]", rows), "rows.jsonl", part, "add it")
+
+
+def test_an_ensemble_cannot_be_named_for_pairs(refused_early: Callable[..., str], tmp_path: Path) -> None:
+    message = refused_early("robust_po", "data.reward_field=[kind,honest]", write_rows(tmp_path / "rows.jsonl", SCORED))
+    has(
+        message,
+        "rows.jsonl line 1: reward field 'kind', 'honest' cannot be chosen for pairs",
+        "leave data.reward_field",
+    )
+
+
 # ------------------------------------------------------------------------------------------- what needs a model class
 
 

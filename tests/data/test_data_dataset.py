@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from nemo_rao.batch import RewardSummary, Sample
-from nemo_rao.data.dataset import NO_BOUNDARY, PROMPT_TOO_LONG, TOO_LONG, PreferenceData, load_preferences
+from nemo_rao.data.choice import NO_PAIR
+from nemo_rao.data.collate import collate
+from nemo_rao.data.dataset import (
+    NO_BOUNDARY,
+    PROMPT_TOO_LONG,
+    TOO_LONG,
+    PreferenceData,
+    load_preferences,
+    mismatched,
+)
 from nemo_rao.data.encode import Encoder
 from nemo_rao.data.rows import read_rows
 from nemo_rao.errors import UserError
@@ -160,3 +169,220 @@ def test_prompts_with_different_first_tokens_are_refused_with_both_rows(load, to
 def test_an_empty_file_is_refused(load):
     with pytest.raises(UserError, match=r"data.jsonl: no rows left to train on; 0 of 0 rows kept"):
         load([])
+
+
+# ------------------------------------------------------------------------------------------- what rewards are like
+
+PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+SCORED = PAIR | {"score_chosen": 3, "score_rejected": -1}
+
+
+@pytest.mark.parametrize(
+    ("records", "summary"),
+    [
+        ([record("a", 4, 1), record("b", -2)], RewardSummary(mean=0.25, low=-2, high=4)),
+        ([record("a", 1, 0), record("b", 1)], RewardSummary(mean=0.75, low=0, high=1, all_labels=True)),
+        ([record("a", 1, 0), record("b", 0.5)], RewardSummary(mean=0.5, low=0, high=1)),
+        ([record("a", 1, None), record("b", 0)], RewardSummary(mean=0.5, low=0, high=1)),  # one has no label
+        ([PAIR, PAIR], RewardSummary(all_ranked=True)),
+        ([PAIR, record("a", None)], RewardSummary()),
+        ([SCORED, PAIR], RewardSummary(mean=1, low=-1, high=3, all_ranked=True)),
+        ([SCORED, record("a", 7)], RewardSummary(mean=4, low=-1, high=7)),
+        (
+            [PAIR | {"score_chosen": 1, "score_rejected": 0}],
+            RewardSummary(mean=0.5, low=0, high=1, all_labels=True, all_ranked=True),
+        ),
+        (
+            [{"prompt": "p", "completion": "x", "label": True}, {"prompt": "q", "completion": "y", "label": False}],
+            RewardSummary(mean=0.5, low=0, high=1, all_labels=True),
+        ),
+    ],
+)
+def test_the_reward_summary_tells_mean_range_and_whether_all_are_labels_or_ranked(records, summary, load):
+    assert load(records).reward_summary() == summary
+
+
+def test_the_reward_summary_is_of_what_is_kept(load):
+    long = record("x", 100, 0, content="word " * 80 + "{}")
+    data = load([long, record("a", 3, 1, 2)], responses="best_worst")
+    assert data.reward_summary() == RewardSummary(mean=2, low=1, high=3)
+
+
+# ------------------------------------------------------------------------------------------------ rows without a pair
+
+EQUAL = record("same", 0.5, 0.5, 0.5)
+
+
+def test_rows_of_equal_rewards_are_dropped_and_counted_where_pairs_are_needed(load):
+    scored_alike = PAIR | {"score_chosen": 1, "score_rejected": 1}  # its labels make the pair
+    records = [RECORDS[0], EQUAL, scored_alike, PAIR, EQUAL]
+    data = load(records, needs_pairs=True)
+    assert [sample.place.rpartition(" ")[2] for sample in data] == ["1", "3", "4"]
+    assert (data.report.rows_read, data.report.rows_kept, data.report.dropped) == (5, 3, {NO_PAIR: 2})
+    message = "2 dropped (no response better than another; first: "
+    assert message in str(data.report)
+    assert str(data.report).endswith("data.jsonl line 2: all responses have the same reward)")
+    assert len(load(records)) == 5
+
+
+def test_a_pair_counts_as_one_by_its_rewards_where_these_are_to_decide(load):
+    scored_alike = PAIR | {"score_chosen": 1, "score_rejected": 1}
+    data = load([scored_alike, SCORED], needs_pairs=True, pairs_by="reward")
+    assert data.report.dropped == {NO_PAIR: 1} and data[0].rewards.tolist() == [3.0, -1.0]
+
+
+def test_only_the_responses_that_are_used_can_make_a_pair(load):
+    later = record("x", 0.5, 0.5, 1.0)
+    assert load([later, RECORDS[0]], needs_pairs=True, num_responses=2).report.dropped == {NO_PAIR: 1}
+    assert load([later, RECORDS[0]], needs_pairs=True).report.dropped == {}
+
+
+def test_strict_stops_at_a_row_without_a_pair(load):
+    with pytest.raises(UserError, match=r"data.jsonl line 2: all responses have the same reward \(strict"):
+        load([RECORDS[0], EQUAL], needs_pairs=True, strict=True)
+    assert len(load([RECORDS[0], EQUAL], strict=True)) == 2
+
+
+def test_data_without_any_pair_is_refused(load):
+    with pytest.raises(UserError, match=r"no rows left to train on; .*2 dropped \(no response better than another"):
+        load([EQUAL, EQUAL], needs_pairs=True)
+
+
+@pytest.mark.parametrize(
+    ("bad", "options", "message"),
+    [
+        (record("x", None, None), {"needs_preference": True}, "neither an order .* nor a reward each, and objective o"),
+        (record("x", 1, None), {"needs_preference": True}, "neither an order .* add rewards .*data.reward_field"),
+        (PAIR, {"needs_rewards": True}, "response 1 has no reward, which objective o needs; add score_chosen and"),
+        (
+            record("x", None),
+            {"needs_rewards": True},
+            "response 1 has no reward, which objective o needs; add it, or name the field .* data.reward_field",
+        ),
+        (record("x", 1, 0), {"pairs_by": "label"}, "has no labels"),
+        (PAIR, {"pairs_by": "reward"}, "response 1 has no reward, and data.pairs_by is reward"),
+        (record("x", 1, None, 0), {"responses": "best_worst"}, "response 2 has no reward, and data.responses is best"),
+        (record("x", 1, None, 0), {"responses": "best_random"}, "response 2 has no reward, and data.responses is best"),
+    ],
+)
+def test_a_row_that_cannot_be_compared_or_rewarded_as_asked_is_named(bad, options, message, load):
+    fine = PAIR if options.get("pairs_by") == "label" else record("f", 1, 0)
+    with pytest.raises(UserError, match=f"data.jsonl line 2: .*{message}"):
+        load([fine, bad], needed_by="objective o", **options)
+
+
+def test_labels_alone_are_a_preference_and_a_row_of_rewards_one_too(load):
+    assert len(load([PAIR, record("x", 1, 0)], needs_preference=True, needs_pairs=True, min_responses=2)) == 2
+
+
+# ------------------------------------------------------------------------------- ensembles and rewards of the reference
+
+
+def ensemble_record(prompt, *members, **fields):
+    entries = [{"content": f"Hello there {at}", "a": a, "b": b} for at, (a, b) in enumerate(members)]
+    return {"prompt": prompt, "responses": entries} | fields
+
+
+ENSEMBLES = [
+    ensemble_record("a", (1, 2), (3, 5), (0, -4), reference_rewards=[0.5, 1.5]),
+    ensemble_record("b", (7, 8)),
+    ensemble_record("c", (6, 6), (9, 1), reference_rewards=[4, 3, 2]),
+]
+
+
+def test_ensembles_and_reference_rewards_stay_with_their_sample(load):
+    data = load(ENSEMBLES, reward_field=["a", "b"])
+    for index, expected in (
+        (0, [[1, 2], [3, 5], [0, -4]]),
+        (1, [[7, 8]]),
+        (2, [[6, 6], [9, 1]]),
+        (-1, [[6, 6], [9, 1]]),
+    ):
+        assert data[index].ensemble.tolist() == expected
+        assert data[index].rewards.tolist() == [sum(pair) / 2 for pair in expected]
+    assert [sample.reference_rewards.tolist() for sample in data] == [[0.5, 1.5], [], [4.0, 3.0, 2.0]]
+    for values in (data[0].ensemble, data[0].reference_rewards):
+        with pytest.raises(ValueError, match="read-only"):
+            values[0] = 0
+    without = load(RECORDS)
+    assert [sample.ensemble.shape for sample in without] == [(3, 0), (1, 0), (2, 0)]
+    assert all(sample.reference_rewards.size == 0 for sample in without)
+
+
+def test_an_ensembles_rewards_follow_the_responses_that_are_used(load):
+    data = load(ENSEMBLES, reward_field=["a", "b"], responses="best_worst")
+    assert data[0].ensemble.tolist() == [[3, 5], [0, -4]]
+    assert data[2].ensemble.tolist() == [[6, 6], [9, 1]]
+
+
+def test_a_micro_batch_of_loaded_data_holds_ensembles_by_response_and_reference_rewards_by_prompt(load):
+    data = load(ENSEMBLES, reward_field=["a", "b"])
+    batch = collate([data[2], data[1], data[0]], [data.response_offset(index) for index in (2, 1, 0)], pad_token_id=0)
+    assert batch.reward_ensemble.tolist() == [[6, 6], [9, 1], [7, 8], [1, 2], [3, 5], [0, -4]]
+    assert batch.rewards.tolist() == [6, 5, 7.5, 1.5, 4, -2]
+    nothing = float("nan")
+    expected = np.array([[4, 3, 2], [nothing] * 3, [0.5, 1.5, nothing]], dtype=np.float32)
+    assert np.array_equal(batch.reference_rewards.numpy(), expected, equal_nan=True)
+    assert collate([data[1]], [0], pad_token_id=0).reference_rewards is None
+    assert collate(list(load(RECORDS)), [0, 3, 4], pad_token_id=0).reward_ensemble is None
+
+
+# ------------------------------------------------------------------------------------------------ mismatched responses
+
+
+def numbered(size):
+    """Prompts [1000 + n], each with 1 to 3 responses, whose tokens tell where they come from: 10 n + k, twice."""
+    return PreferenceData(
+        sample([1000 + n, 1], *([10 * n + k] * 2 for k in range(1 + n % 3)), place=f"line {n}") for n in range(size)
+    )
+
+
+def sources(data):
+    """Of each prompt, (where its response comes from, which one it is there)."""
+    return [divmod(int(sample.responses[0][0]), 10) for sample in data]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 11])
+def test_every_prompt_is_given_one_response_to_another_and_every_prompt_gives_one(size):
+    for seed in range(20):
+        data = mismatched(numbered(size), seq_length=64, seed=seed)
+        assert [sample.prompt.tolist() for sample in data] == [[1000 + n, 1] for n in range(size)]
+        assert [sample.place for sample in data] == [f"line {n}" for n in range(size)]
+        assert all(len(sample.responses) == 1 and len(sample.responses[0]) == 2 for sample in data)
+        others = [source for source, _ in sources(data)]
+        assert all(source != n for n, source in enumerate(others))
+        assert sorted(others) == list(range(size))
+        assert all(response <= source % 3 for source, response in sources(data))
+
+
+def test_mismatched_responses_are_the_same_for_the_same_seed_and_others_for_another():
+    data = numbered(12)
+    drawn = [mismatched(data, seq_length=64, seed=seed).fingerprint() for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 3
+
+
+def test_any_response_of_the_other_prompt_may_be_drawn():
+    drawn = [sources(mismatched(numbered(3), seq_length=64, seed=seed))[1] for seed in range(60)]
+    assert set(drawn) == {(0, 0), (2, 0), (2, 1), (2, 2)}
+
+
+def test_a_mismatched_response_is_cut_at_seq_length_and_no_sooner():
+    data = PreferenceData([sample([1] * 6, [10, 11]), sample([2], [20, 21, 22, 23, 24, 25, 26])])
+    for seq_length, first in ((13, 7), (10, 4), (8, 2), (7, 1)):
+        cut = mismatched(data, seq_length=seq_length, seed=0)
+        assert cut[0].responses[0].tolist() == [20, 21, 22, 23, 24, 25, 26][:first]
+        assert cut[1].responses[0].tolist() == [10, 11]
+        assert cut.max_length <= seq_length
+
+
+def test_mismatched_responses_have_no_reward_of_any_kind_and_no_rank(load):
+    for data in (load(ENSEMBLES, reward_field=["a", "b"]), load([SCORED, PAIR | {"prompt": "q"}])):
+        for made in mismatched(data, seq_length=64, seed=0):
+            assert np.isnan(made.rewards).all() and made.rewards.shape == (1,)
+            assert (made.ranked, made.ensemble.shape, made.reference_rewards.size) == (False, (1, 0), 0)
+
+
+def test_one_prompt_alone_is_refused_with_its_place(load):
+    with pytest.raises(UserError, match=r"data.jsonl line 2: the only prompt that is left, .*; add data"):
+        mismatched(load([record("word " * 80, 1), RECORDS[0]]), seq_length=64, seed=0)

@@ -157,6 +157,106 @@ def test_helpsteer_rows_are_not_grouped_across_files(write_lines):
     assert [len(row.responses) for row in read_rows(paths)] == [1, 1]
 
 
+def test_completions_of_one_prompt_that_follow_each_other_are_one_row(write_lines):
+    def record(prompt, completion, label):
+        return {"prompt": prompt, "completion": completion, "label": label}
+
+    path = write_lines(
+        [record("a", "x", True), record("a", "y", False), record("b", "z", False), record("a", "w", True)]
+    )
+    rows = list(read_rows(path))
+    assert [(row.prompt, contents(row)) for row in rows] == [
+        ("a", [("x", 1.0), ("y", 0.0)]),
+        ("b", [("z", 0.0)]),
+        ("a", [("w", 1.0)]),
+    ]
+    assert [row.place for row in rows] == [f"{path} line {line}" for line in (1, 3, 4)]
+    assert not any(row.ranked for row in rows)  # the order of completions is no preference
+
+
+@pytest.mark.parametrize(
+    ("fields", "reward"),
+    [
+        ({"label": True}, 1.0),
+        ({"label": False}, 0.0),
+        ({"label": 1}, 1.0),
+        ({"label": 0}, 0.0),
+        ({"reward": 0.25}, 0.25),
+        ({"reward": 0.25, "label": True}, 0.25),  # the reward says more
+        ({"reward": 0, "label": True}, 0.0),
+        ({"reward": None, "label": True}, 1.0),
+        ({"label": None}, None),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["unpaired", "canonical"])
+def test_a_label_is_a_reward_of_1_or_0_where_there_is_no_reward(kind, fields, reward, write_lines):
+    unpaired = {"prompt": "Hi?", "completion": "Hello!"} | fields
+    canonical = {"prompt": "Hi?", "responses": [{"content": "Hello!"} | fields]}
+    (row,) = read_rows(write_lines([unpaired if kind == "unpaired" else canonical]))
+    assert row == Row("Hi?", (Response("Hello!", reward),), row.place)
+
+
+def test_a_completion_is_text_or_one_assistant_message_whatever_the_prompt(write_lines):
+    messages = [SYSTEM, USER]
+    for prompt, completion in [("Hi?", "Hello!"), ("Hi?", [GOOD]), (messages, [GOOD]), (messages, "Hello!")]:
+        (row,) = read_rows(write_lines([{"prompt": prompt, "completion": completion, "label": True}]))
+        assert row.prompt == (prompt if isinstance(prompt, str) else tuple(prompt))
+        assert contents(row) == [("Hello!", 1.0)]
+
+
+def test_completions_of_one_conversation_are_one_row(write_lines):
+    records = [{"prompt": [SYSTEM, USER], "completion": [entry], "label": entry is GOOD} for entry in (BAD, GOOD)]
+    (row,) = read_rows(write_lines(records))
+    assert contents(row) == [("What?", 0.0), ("Hello!", 1.0)]
+
+
+def test_a_chosen_reward_field_goes_before_label_and_reward_of_a_completion(write_lines):
+    record = {"prompt": "Hi?", "completion": "Hello!", "label": True, "reward": 5, "scores": {"kind": 0.5}}
+    (row,) = read_rows(write_lines([record]), reward_field="scores.kind")
+    assert contents(row) == [("Hello!", 0.5)]
+
+
+def test_reference_rewards_are_those_of_the_row_or_none(write_lines):
+    given = [{"reference_rewards": [1, -0.5, 2.25]}, {"reference_rewards": []}, {"reference_rewards": None}, {}]
+    rows = list(read_rows(write_lines([CANONICAL | fields for fields in given])))
+    assert [row.reference_rewards for row in rows] == [(1.0, -0.5, 2.25), (), (), ()]
+    assert all(contents(row) == [("Hello!", 1.0), ("What?", 0.25)] for row in rows)
+
+
+# ----------------------------------------------------------------------------------------------------- ensembles
+
+
+def test_several_reward_fields_are_an_ensemble_whose_mean_is_the_reward(write_lines):
+    scored = [{"content": "x", "reward": 9, "a": 1, "b": {"c": 4}}, {"content": "y", "a": -2, "b": {"c": 0.5}}]
+    (row,) = read_rows(write_lines([{"prompt": "Hi?", "responses": scored}]), reward_field=["a", "b.c"])
+    assert [(response.reward, response.ensemble) for response in row.responses] == [
+        (2.5, (1.0, 4.0)),
+        (-0.75, (-2.0, 0.5)),
+    ]
+    (row,) = read_rows(write_lines([{"prompt": "Hi?", "responses": scored}]), reward_field=["b.c", "a"])
+    assert row.responses[0].ensemble == (4.0, 1.0)
+
+
+def test_ensembles_are_read_from_every_format_of_single_rewards(write_lines):
+    scores = {"helpfulness": 4, "verbosity": 1}
+    for record in (
+        {"instruction": "Hi?", "completions": [{"response": "x"} | scores]},
+        {"instruction": "Hi?", "completions": {"response": ["x"], "helpfulness": [4], "verbosity": [1]}},
+        {"prompt": "Hi?", "response": "x"} | scores,
+        {"prompt": "Hi?", "completion": "x", "label": False} | scores,
+    ):
+        (row,) = read_rows(write_lines([record]), reward_field=["helpfulness", "verbosity"])
+        assert row.responses == (Response("x", 2.5, (4.0, 1.0)),)
+
+
+def test_a_list_of_one_reward_field_is_an_ensemble_of_one_and_a_name_none(write_lines):
+    path = write_lines([CANONICAL])
+    for field, ensemble in ((["reward"], (1.0,)), ("reward", ()), (None, ())):
+        (row,) = read_rows(path, reward_field=field)
+        assert row.responses[0] == Response("Hello!", 1.0, ensemble)
+
+
 # ---------------------------------------------------------------------------------------------------------- files
 
 
@@ -290,6 +390,7 @@ def responses(*entries):
 
 
 PAIR = {"prompt": "Hi?", "chosen": "Hello!", "rejected": "What?"}
+UNPAIRED = {"prompt": "Hi?", "completion": "Hello!"}
 
 
 @pytest.mark.parametrize(
@@ -357,6 +458,44 @@ PAIR = {"prompt": "Hi?", "chosen": "Hello!", "rejected": "What?"}
         ),
         ({"prompt": "Hi?", "response": "x", "helpfulness": "high"}, "helpfulness", "must be a number"),
         ({"instruction": "a", "completions": {"response": ["x"], "overall_score": []}}, "completions", "lengths"),
+        # labels
+        (
+            responses({"content": "x", "label": "yes"}),
+            "responses[0].label",
+            "must be true or false, found text ('yes')",
+        ),
+        (responses({"content": "x", "label": 2}), "responses[0].label", "must be true or false, found a number (2)"),
+        (UNPAIRED | {"label": "true"}, "label", "must be true or false, found text ('true')"),
+        (UNPAIRED | {"label": 0.5}, "label", "must be true or false, found a number (0.5)"),
+        (UNPAIRED | {"label": [True]}, "label", "must be true or false, found a list"),
+        (UNPAIRED | {"reward": True}, "reward", "must be a number, found a boolean (True)"),
+        # completions
+        ({"completion": "x", "label": True}, "prompt", "is missing"),
+        (UNPAIRED | {"completion": None}, "completion", "must be text or a list of messages, found null"),
+        (UNPAIRED | {"completion": 7}, "completion", "must be text or a list of messages, found a number (7)"),
+        (UNPAIRED | {"completion": " "}, "completion", "is empty"),
+        (UNPAIRED | {"completion": []}, "completion", "is empty"),
+        (UNPAIRED | {"completion": [GOOD | {"content": ""}]}, "completion", "is empty"),
+        (UNPAIRED | {"completion": [GOOD, BAD]}, "completion", "one assistant message, found messages of assistant, a"),
+        (
+            UNPAIRED | {"completion": [USER, GOOD]},
+            "completion",
+            "one assistant message, found messages of user, assist",
+        ),
+        (UNPAIRED | {"completion": [USER]}, "completion", "must be one assistant message, found messages of user"),
+        # reference rewards
+        (CANONICAL | {"reference_rewards": 1.5}, "reference_rewards", "must be a list of numbers, found a number"),
+        (
+            CANONICAL | {"reference_rewards": {"a": 1}},
+            "reference_rewards",
+            "must be a list of numbers, found an object",
+        ),
+        (CANONICAL | {"reference_rewards": "1, 2"}, "reference_rewards", "must be a list of numbers, found text"),
+        (CANONICAL | {"reference_rewards": [1, "2"]}, "reference_rewards[1]", "must be a number, found text ('2')"),
+        (CANONICAL | {"reference_rewards": [True]}, "reference_rewards[0]", "must be a number, found a boolean"),
+        (CANONICAL | {"reference_rewards": [[1]]}, "reference_rewards[0]", "must be a number, found a list"),
+        (CANONICAL | {"reference_rewards": [0, float("nan")]}, "reference_rewards[1]", "must be a finite number"),
+        (CANONICAL | {"reference_rewards": [0, None]}, "reference_rewards[1]", "is null; drop it, or leave"),
     ],
 )
 def test_a_bad_field_is_named_with_file_and_line(record, field, complaint, write_lines):
@@ -375,3 +514,37 @@ def test_a_chosen_reward_field_must_be_there_and_lead_somewhere(write_lines):
     assert "line 1: reward field 'x' cannot be chosen for pairs" in fails(
         write_lines([PAIR], "2.jsonl"), reward_field="x"
     )
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        (responses({"content": "x", "a": 1, "b": 2}, {"content": "y", "a": 1}), "field 'responses[1].b' is missing"),
+        (responses({"content": "x", "a": None, "b": 2}), "field 'responses[0].a' is null"),
+        (responses({"content": "x", "a": 1, "b": "2"}), "field 'responses[0].b' must be a number, found text ('2')"),
+        (UNPAIRED | {"a": 1, "label": True}, "field 'b' is missing (fields found: prompt, completion, a, label)"),
+        (PAIR | {"a": 1, "b": 2}, "reward field 'a', 'b' cannot be chosen for pairs, whose rewards are score_chosen"),
+        (
+            {"prompt": "Hi?", "chosen_response": "x", "rejected_response": "y", "a": 1, "b": 2},
+            "reward field 'a', 'b' cannot be chosen for pairs, whose rewards are chosen_reward and rejected_reward",
+        ),
+    ],
+)
+def test_every_member_of_an_ensemble_must_be_there_in_every_response(record, complaint, write_lines):
+    path = write_lines([responses({"content": "x", "a": 1, "b": 2}), record])
+    assert fails(path, reward_field=["a", "b"]).startswith(f"{path} line 2: {complaint}")
+
+
+def test_a_rating_that_is_not_available_is_refused_in_an_ensemble_alone(write_lines):
+    ratings = {"help": {"Rating": "4"}, "honesty": {"Rating": "N/A"}}
+    path = write_lines([{"instruction": "Hi?", "completions": [{"response": "x", "annotations": ratings}]}])
+    honesty = "annotations.honesty.Rating"
+    assert next(iter(read_rows(path, reward_field=honesty))).responses[0].reward is None
+    message = fails(path, reward_field=["annotations.help.Rating", honesty])
+    assert message.startswith(f"{path} line 1: field 'completions[0].{honesty}' has no number, and an ensemble needs")
+
+
+@pytest.mark.parametrize("nothing", [[], "", ["reward", ""]])
+def test_a_reward_field_without_a_name_is_refused_before_any_file_is_read(nothing, write_lines):
+    with pytest.raises(UserError, match=r"data\.reward_field=.* names no field"):
+        read_rows(write_lines([CANONICAL]), reward_field=nothing)
