@@ -144,3 +144,23 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 def test_two_objectives_of_one_name_are_our_mistake() -> None:
     with pytest.raises(AssertionError, match="duplicate"):
         table(get("rao"), get("rao"))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "need", "expected"),
+    [
+        ("rpo", {}, "reference", True),
+        ("rpo", {"use_reference": False}, "reference", False),
+        ("rpo", {"explicit": "constant"}, "rewards", False),
+        ("rpo", {"distance": "sqloo"}, "pairs", False),
+        ("rpo", {"distance": "sq"}, "pairs", True),
+        ("sppo", {}, "rewards", False),
+        ("sppo", {"win_probability": "rewards"}, "rewards", True),
+        ("kto", {}, "preference", True),
+        ("kto", {"threshold": 1.0}, "rewards", True),
+        ("simpo", {}, "reference", False),
+    ],
+)
+def test_what_is_needed_follows_from_the_keys(name: str, keys: dict, need: str, expected: bool) -> None:
+    objective = get(name)
+    assert getattr(objective.needs_of(objective.make_config(keys)), need) is expected

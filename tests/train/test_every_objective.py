@@ -56,7 +56,8 @@ def test_twenty_steps_move_its_own_metric_the_right_way(
     validation_path = train_path.with_name("some.jsonl")
     with train_path.open() as rows:
         validation_path.write_text("".join(itertools.islice(rows, 16)))
-    folder = start.parent / "objectives"
+    needs = OBJECTIVES[name].needs_of(OBJECTIVES[name].config_type())
+    folder = start.parent / ("objectives" if needs.reference else "reference-free objectives")
     run = train(
         name, parallel(2, 1, 1), folder, start, *data, f"data.validation_path={validation_path}", "trainer.max_steps=20"
     )
@@ -65,6 +66,7 @@ def test_twenty_steps_move_its_own_metric_the_right_way(
     table.append((name, metric, f"{before:.4f}", f"{after:.4f}"))
     assert [record["step"] for record in validations] == [0, 20]
     assert (after - before) * direction > 0, (before, after)
+    assert (folder / "reference").exists() == needs.reference
 
     other = train(name, parallel(1, 2, 1), folder / "pp", start, *data, "trainer.max_steps=3")
     for one, same in zip(steps(run)[:3], steps(other), strict=True):
