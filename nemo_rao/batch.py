@@ -31,7 +31,8 @@ class Response:
         content: not empty.
         reward: the explicit reward r(x, y), ``None`` where the file has none. Of an ensemble, its members' mean. A
             label (desirable or not) is a reward of 1 or 0.
-        ensemble: the rewards of M reward models, where several were named; else empty.
+        ensemble: the rewards of M reward models, or M attributes, where several were named; else empty. NaN where
+            the file has null.
     """
 
     content: str
@@ -125,12 +126,15 @@ class ModelOutput:
     """What the last pipeline stage makes of a micro-batch.
 
     Attributes:
-        logits: ``[R, T, V/TP]``, this tensor-parallel rank's part of the vocabulary.
+        logits: ``[R, T, V/TP]``, this tensor-parallel rank's part of the vocabulary; ``None`` for a reward model, which
+            has none.
         values: ``[R]`` float32, the value head's V(x); ``None`` for a model without one.
+        scores: ``[R, A]`` float32, a reward model's scores; ``None`` for other models.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     values: Tensor | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,8 @@ class ObjectiveBatch:
             there are fewer than N; ``None`` where there are none.
         values: ``[P, K]`` float32, the value head's V(x) in the row of that response. Carries the gradient. ``None``
             for an objective that declares no need of them.
+        scores: ``[P, K, A]`` float32, a reward model's scores. Carries the gradient. ``None`` for an objective that
+            declares no need of them; for one that does, log-probabilities are 0.
         mismatched_log_ratio: ``[]`` float32, the mean over the *global* batch's prompts of rho(y') = log pi(y'|x) -
             log pi_ref(y'|x), y' being a response to another prompt. No gradient. ``None`` where not declared.
     """
@@ -170,6 +176,7 @@ class ObjectiveBatch:
     reward_ensemble: Tensor | None = None
     reference_rewards: Tensor | None = None
     values: Tensor | None = None
+    scores: Tensor | None = None
     mismatched_log_ratio: Tensor | None = None
 
 
@@ -182,6 +189,7 @@ class RewardSummary:
         low, high: smallest and largest reward; ``None`` likewise.
         all_labels: every response has a reward, and each is 1 or 0.
         all_ranked: every prompt's order of responses is a preference.
+        num_columns: rewards of each response: 1, or the members of the ensemble.
     """
 
     mean: float | None = None
@@ -189,6 +197,7 @@ class RewardSummary:
     high: float | None = None
     all_labels: bool = False
     all_ranked: bool = False
+    num_columns: int = 1
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import array
 import functools
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -158,7 +159,7 @@ class PreferenceData:
         """What is known of the rewards of all responses."""
         known = ~np.isnan(self._rewards)
         if not known.any():
-            return RewardSummary(all_ranked=bool(self._ranked.all()))
+            return RewardSummary(all_ranked=bool(self._ranked.all()), num_columns=self._ensemble.shape[1] or 1)
         sample_of = np.repeat(np.arange(len(self)), np.diff(self._first_segment) - 1)
         counts = np.bincount(sample_of[known], minlength=len(self))
         sums = np.bincount(sample_of[known], weights=self._rewards[known], minlength=len(self))
@@ -168,6 +169,7 @@ class PreferenceData:
             high=float(self._rewards[known].max()),
             all_labels=bool(np.isin(self._rewards, (0, 1)).all()),
             all_ranked=bool(self._ranked.all()),
+            num_columns=self._ensemble.shape[1] or 1,
         )
 
     def fingerprint(self) -> str:
@@ -276,7 +278,7 @@ def _check_responses(row: Row, min_responses: int, needs_rewards: bool, needs_pr
         )
     if needs_rewards:
         for number, response in enumerate(row.responses, start=1):
-            if response.reward is None:
+            if response.reward is None or any(math.isnan(reward) for reward in response.ensemble):
                 raise UserError(
                     f"{row.place}: response {number} has no reward, which {needed_by} needs; "
                     f"{where_to_add_rewards(row)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,17 +112,14 @@ def read_rewarded(
 ) -> Response:
     """A response with its reward: under the format's own name, or under the user's; several names are an ensemble.
 
-    Where the format's own name is not there, ``label``: true is a reward of 1, false of 0.
+    A member of an ensemble may be null, which is NaN; the reward is the mean of the others. Where the format's own name
+    is not there, ``label``: true is a reward of 1, false of 0.
     """
     if chosen is not None and not isinstance(chosen, str):
-        ensemble: list[float] = []
-        for name in chosen:
-            reward = _chosen_reward(record, name, place, inside)
-            if reward is None:
-                field = name if inside is None else f"{inside}.{name}"
-                raise UserError(f"{place}: field '{field}' has no number, and an ensemble needs all; drop the row")
-            ensemble.append(reward)
-        return Response(content, sum(ensemble) / len(ensemble), tuple(ensemble))
+        columns = [_chosen_reward(record, name, place, inside, may_be_null=True) for name in chosen]
+        known = [reward for reward in columns if reward is not None]
+        ensemble = tuple(math.nan if reward is None else reward for reward in columns)
+        return Response(content, sum(known) / len(known) if known else None, ensemble)
     if isinstance(chosen, str):
         return Response(content, _chosen_reward(record, chosen, place, inside))
     if record.get(default) is None and record.get("label") is not None:
@@ -136,10 +134,14 @@ def _read_label(value: object, place: str, field: str) -> float:
     raise UserError(f"{place}: field '{field}' must be true or false, found {describe(value)}")
 
 
-def _chosen_reward(record: Record, chosen: str, place: str, inside: str | None) -> float | None:
+def _chosen_reward(
+    record: Record, chosen: str, place: str, inside: str | None, may_be_null: bool = False
+) -> float | None:
     """The reward under the user's name, which may be a path and must be there."""
     value: Any = record
     for name in [chosen] if chosen in record else chosen.split("."):
+        if may_be_null and isinstance(value, Mapping) and name in value and value[name] is None:
+            return None
         if not isinstance(value, Mapping):
             raise UserError(f"{place}: reward field '{chosen}' leads into {describe(value)}; name another reward field")
         value = required(value, name, place, inside)

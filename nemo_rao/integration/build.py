@@ -22,7 +22,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.integration.config import RunConfig, objective_config
 from nemo_rao.integration.model import MegatronGPTAlignmentModel, feed_lora_normed_inputs
 from nemo_rao.integration.strategy import AlignmentStrategy
-from nemo_rao.mcore.value_head import VALUE_HEAD
+from nemo_rao.mcore.heads import VALUE_HEAD
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

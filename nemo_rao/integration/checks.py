@@ -201,10 +201,10 @@ def _check_optimizer(config: RunConfig) -> None:
 
 def _check_peft(config: RunConfig) -> None:
     needs = registry.get(config.model.objective).needs_of(objective_config(config))
-    if config.model.peft.scheme != "none" and needs.values:
+    if config.model.peft.scheme != "none" and (needs.values or needs.scores):
         raise UserError(
             f"model.peft.scheme={config.model.peft.scheme} trains adapters alone, but objective "
-            f"{config.model.objective} has a value head to train; set it to none"
+            f"{config.model.objective} has a head to train; set it to none"
         )
     if config.model.peft.scheme != "none" and config.model.restore_from_path is None:
         raise UserError(

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.config import RunConfig, objective_names
 from nemo_rao.keys import KeySpec, check
 
 QUOTING = "text with commas or brackets is put in quotes twice: 'key=\"a, b\"'"
@@ -362,7 +362,12 @@ def _build(config_type: type, values: dict) -> Any:
 
 def _unknown_key(name: str) -> UserError:
     keys = list(known_keys())
-    last = name.rpartition(".")[2]
+    group, _, last = name.rpartition(".")
+    if group.removeprefix("model.") in objective_names():  # another objective's key of that name would be no help
+        own = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == group}
+        near = difflib.get_close_matches(last, own, n=1)
+        remedy = f"did you mean {own[near[0]]}?" if near else f"the keys of {group} are {', '.join(own)}"
+        return UserError(f"unknown key {name}; {remedy}")
     nearest = (
         difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
         or [key for key in keys if key.rpartition(".")[2] == last][:3]

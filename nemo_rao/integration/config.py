@@ -244,7 +244,9 @@ class DataConfig:
         "where a response's reward stands, such as helpfulness or annotations.helpfulness.Rating; a list: an ensemble "
         "of reward models, whose mean is the reward; null: where the data's format has it",
     )
-    strict: bool = key(False, "refuse rows that are too long instead of dropping and counting them")
+    strict: bool = key(
+        False, "refuse rows that would be dropped and counted: too long, without a boundary in tokens, without a pair"
+    )
     shuffle: bool = key(True, "draw training prompts in a new order in each epoch; false: the files' order")
     seed: int = key(1234, "of that order, and of what is drawn from the data", low=0)
     pad_to_multiple_of: int = key(

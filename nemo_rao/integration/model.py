@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from nemo_rao.batch import MicroBatch, ModelOutput
 from nemo_rao.mcore.forward import forward_step, to_device
+from nemo_rao.mcore.heads import add_score_head, add_value_head
 from nemo_rao.mcore.layer_spec import NormColumnParallelLinear, layer_spec_without_te
 from nemo_rao.mcore.loss import LOSS, configure_loss_scaling, for_schedule, micro_batch_loss
-from nemo_rao.mcore.value_head import add_value_head
 from nemo_rao.objectives import registry
 
 try:
@@ -74,11 +74,15 @@ class MegatronGPTAlignmentModel(GPTModel):
         self.mismatched_log_ratio: Tensor | None = None
 
     def configure_model(self, vp_stage: int | None = None) -> None:
-        """Build this rank's part of the model, on the last pipeline stage with a value head where one is needed."""
+        """Build this rank's part of the model, on the last pipeline stage with the head that is needed."""
         built_before = hasattr(self, "module")
         super().configure_model(vp_stage=vp_stage) if vp_stage is not None else super().configure_model()
-        if self.needs.values and not built_before:
+        if built_before:
+            return
+        if self.needs.values:
             add_value_head(self.module)
+        if self.needs.scores:
+            add_score_head(self.module, self.needs.scores)
 
     @property
     def vocab_size(self) -> int:

@@ -30,7 +30,7 @@ pairs), however the batch is split over micro-batches and ranks.
 the higher reward. `data.pairs_by=reward` lets rewards decide even against labels, `data.pairs_by=label` refuses data
 without labels. Of K > 2 responses, objectives of pairs are given the best and the worst; `data.responses=best_random`
 gives them the best and a worse one drawn once, `data.responses=all` every pair. Ties: responses with equal rewards are
-no pair; a prompt without any pair is dropped and counted when the data is loaded. Labels make a pair of equal rewards.
+no pair; objectives of pairs drop and count a prompt without any. Labels make a pair of equal rewards.
 
 **Data without pairs.** `prompt`, `completion` and `label` (true, false) or `reward`, one row a response. kto takes
 labels, or rewards with `model.kto.threshold`; rao, dro, rpo_partition and qrpo take single responses with rewards. qrpo
@@ -41,7 +41,8 @@ others the mean.
 **Needs.** *reference*: the reference policy's log-probabilities, computed once before the first step and kept on disk;
 where it is not named, no such pass is run. *rewards*: of every response. *preference*: labels or rewards. *K ≥ 2*: two
 responses to every prompt. *t0*: all prompts begin with the same token. *value head*: a linear head on the last pipeline
-stage, with a learning rate of its own, saved with the model. *mismatched*: a forward pass before each step over the
+stage, with a learning rate of its own, saved with the model. *score head*: a reward model's, in the place of the output
+layer. *mismatched*: a forward pass before each step over the
 batch's prompts with responses to other prompts.
 
 """
@@ -74,7 +75,9 @@ def _needs(needs: Needs) -> str:
         ("preference", needs.preference and not needs.rewards),
         (f"K ≥ {needs.min_responses}", needs.min_responses > 1),
         ("t0", needs.shared_first_token),
+        ("rewards, some may be null", needs.attributes),
         ("value head", needs.values),
+        ("score head", needs.scores > 0),
         ("mismatched", needs.mismatched),
     )
     return ", ".join(name for name, needed in named if needed) or "–"

@@ -127,7 +127,7 @@ def prepare(config: RunConfig) -> Prepared:
         "min_responses": needs.min_responses,
         "needs_rewards": needs.rewards,
         "needs_preference": needs.preference,
-        "needs_pairs": needs.preference and needs.min_responses > 1,
+        "needs_pairs": needs.pairs,
         "needs_shared_first_token": needs.shared_first_token,
         "needed_by": f"objective {objective.name}",
         "strict": config.data.strict,
@@ -146,6 +146,8 @@ def prepare(config: RunConfig) -> Prepared:
             others[name] = mismatched(source, seq_length=keys.seq_length, seed=config.data.seed)
 
     resolved = objective.resolve(objective_config(config), data.reward_summary())
+    if validation is not None:
+        objective.resolve(objective_config(config), validation.reward_summary())
     per_epoch = steps_per_epoch(len(data), keys.global_batch_size)
     limits = [config.trainer.max_steps, config.trainer.max_epochs and config.trainer.max_epochs * per_epoch]
     resume_from = last_checkpoint(run_dir(config)) if config.exp_manager.resume_if_exists else None

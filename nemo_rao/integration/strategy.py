@@ -1,4 +1,4 @@
-"""NeMo's Megatron strategy: reads checkpoints where the optimizer is torch's own Adam, or a value head is new."""
+"""NeMo's Megatron strategy: reads checkpoints where the optimizer is torch's own Adam, or a head is new."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo import lightning as nl
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from torch import Tensor
 
-from nemo_rao.mcore.value_head import VALUE_HEAD, value_heads
+from nemo_rao.mcore.heads import HEADS, heads
 
 
 class AlignmentStrategy(nl.MegatronStrategy):
@@ -23,19 +23,19 @@ class AlignmentStrategy(nl.MegatronStrategy):
     (megatron-core 0.15) expects that state to exist already, looks for ``step`` among the stored tensors, where it is
     not, and in the end lets all parameters share one ``step``, which every one of them would advance.
 
-    A run that starts from a checkpoint without a value head starts with a new one.
+    A run that starts from a checkpoint without its head (see :mod:`nemo_rao.mcore.heads`) starts with a new one.
     """
 
     def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
-        heads = list(value_heads(self.megatron_parallel))
-        if heads:
+        new = list(heads(self.megatron_parallel))
+        if new:
             stored = load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint_path, is_saving=False)))
-            for head in heads:
-                head.stored = any(VALUE_HEAD in name for name in stored)
+            for head in new:
+                head.stored = any(name in key for name in HEADS for key in stored)
         try:
             return super().load_checkpoint(checkpoint_path, selective_restore)
         finally:
-            for head in heads:
+            for head in new:
                 head.stored = True
 
     def optimizer_sharded_state_dict(self, is_loading: bool = False, metadata: dict | None = None) -> dict[str, Any]:

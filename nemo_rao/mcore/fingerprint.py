@@ -14,7 +14,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from nemo_rao.mcore.value_head import VALUE_HEAD
+from nemo_rao.mcore.heads import HEADS
 
 _CHUNK = 1 << 22  # elements hashed at once; bounds the int64 temporaries to a few tens of MiB
 # Odd 64-bit constants of the splitmix64 generator, as signed integers.
@@ -27,7 +27,7 @@ _BITS_DTYPE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def weights_fingerprint(sharded_state_dict: Mapping[str, Any], *, vocab_size: int) -> str:
     """Hash a distributed policy's weights. A collective: every rank calls it and gets the same answer.
 
-    A value head is no part of the policy and is left out.
+    Value and score heads are no part of the policy and are left out.
 
     Args:
         sharded_state_dict: this rank's model chunks, as megatron-core's ``sharded_state_dict()`` returns them.
@@ -41,7 +41,8 @@ def weights_fingerprint(sharded_state_dict: Mapping[str, Any], *, vocab_size: in
     total = torch.zeros((), dtype=torch.int64)
     for shard in _shards(state):
         # Every replica of a shard holds the same values; exactly one of them has an all-zero replica id.
-        if VALUE_HEAD not in shard.key and _is_main_replica(shard.replica_id):
+        of_head = any(head in shard.key for head in HEADS)
+        if not of_head and _is_main_replica(shard.replica_id):
             total = total + _hash_shard(shard, vocab_size).cpu()
     if torch.distributed.is_initialized():
         if torch.cuda.is_available():

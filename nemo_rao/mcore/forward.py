@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
-from nemo_rao.mcore.value_head import value_heads
+from nemo_rao.mcore.heads import SCORE_HEAD, VALUE_HEAD
 
 
 def to_device(batch: MicroBatch) -> MicroBatch:
@@ -43,10 +43,13 @@ def forward_step(model: Any, batch: MicroBatch) -> Tensor | ModelOutput:
     num_rows, num_tokens = batch.tokens.shape
     positions = torch.arange(num_tokens, device=batch.tokens.device).expand(num_rows, num_tokens)
     output = model(input_ids=batch.tokens, position_ids=positions, attention_mask=None, labels=None)
-    if not _unwrapped(model).post_process:
+    unwrapped = _unwrapped(model)
+    if not unwrapped.post_process:
         return output
-    head = next(value_heads(model), None)
-    return ModelOutput(logits=output, values=None if head is None else head(batch))
+    if (head := getattr(unwrapped, SCORE_HEAD, None)) is not None:
+        return ModelOutput(logits=None, scores=head(batch))
+    head = getattr(unwrapped, VALUE_HEAD, None)
+    return ModelOutput(logits=output, values=None if head is None else head(batch)[:, 0])
 
 
 def _unwrapped(model: Any) -> Any:
@@ -102,7 +105,7 @@ def forward_only(
         batch = to_device(make_micro_batch(next(data_iterator)))
 
         def no_loss(output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            nothing = output.logits.new_zeros(())
+            nothing = torch.zeros((), device=batch.tokens.device)
             return nothing, nothing.int(), report(output, batch)
 
         return forward_step(chunk, batch), no_loss

@@ -60,9 +60,10 @@ def objective_batch(
     response_logps: Tensor,
     *,
     values: Tensor | None = None,
+    scores: Tensor | None = None,
     mismatched_log_ratio: Tensor | None = None,
 ) -> ObjectiveBatch:
-    """Arrange row sums and values ``[R]`` by prompt and response ``[P, K]``, with what the data knows about them."""
+    """Arrange row sums and values ``[R]``, and scores ``[R, A]``, by prompt and response, with what the data knows."""
     num_responses = int(batch.response_index.max()) + 1
 
     def by_prompt(values: Tensor) -> Tensor:
@@ -82,6 +83,7 @@ def objective_batch(
         reward_ensemble=None if batch.reward_ensemble is None else by_prompt(batch.reward_ensemble),
         reference_rewards=batch.reference_rewards,
         values=None if values is None else by_prompt(values),
+        scores=None if scores is None else by_prompt(scores),
         mismatched_log_ratio=mismatched_log_ratio,
     )
 
@@ -100,9 +102,17 @@ def micro_batch_loss(
     ``mismatched_log_ratio``: ``[]``, of the global batch (:func:`nemo_rao.mcore.mismatched.mean_log_ratio`), for the
     objectives that need it.
     """
-    prompt_logps, response_logps = sequence_log_probs(output.logits, batch, vocab_size=vocab_size)
+    if output.logits is None:
+        prompt_logps = response_logps = torch.zeros_like(batch.rewards)
+    else:
+        prompt_logps, response_logps = sequence_log_probs(output.logits, batch, vocab_size=vocab_size)
     arranged = objective_batch(
-        batch, prompt_logps, response_logps, values=output.values, mismatched_log_ratio=mismatched_log_ratio
+        batch,
+        prompt_logps,
+        response_logps,
+        values=output.values,
+        scores=output.scores,
+        mismatched_log_ratio=mismatched_log_ratio,
     )
     return objective.loss(arranged, config)
 

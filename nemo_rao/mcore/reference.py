@@ -124,6 +124,7 @@ def _sums_of(
     """Part by part: prompts done, response numbers ``[n]``, sums ``[n, 2]``; n = 0 before the last pipeline stage."""
 
     def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
+        assert output.logits is not None
         sums = sequence_log_probs(output.logits, batch, vocab_size=vocab_size)
         return {"responses": batch.response_ids, "sums": torch.stack(sums, dim=-1)}
 

@@ -41,7 +41,9 @@ class Needs:
         min_responses: of every prompt.
         shared_first_token: all prompts begin with the same token t0, since the loss compares prompts'
             log-probabilities, which are known but for that of t0.
+        attributes: of every response, several rewards, of which some may be missing (null, NaN).
         values: V(x) of a value head.
+        scores: numbers of each response from the score head of a reward model; 0: it is no reward model.
         mismatched: the mean log-ratio of mismatched prompts and responses, over the global batch.
     """
 
@@ -51,7 +53,9 @@ class Needs:
     pairs: bool = False
     min_responses: int = 1
     shared_first_token: bool = False
+    attributes: bool = False
     values: bool = False
+    scores: int = 0
     mismatched: bool = False
 
 
@@ -74,7 +78,8 @@ class Objective:
         source: the paper, with equation where there is one.
         checked: what value and gradient are held against in the tests.
         resolve: ``(config, rewards of the training data) -> config`` with every key fixed that the data decides; called
-            once before training. Raises :class:`UserError` where keys and rewards do not go together.
+            once before training, and once with the validation data's, whose outcome is not used. Raises
+            :class:`UserError` where keys and rewards do not go together.
     """
 
     name: str

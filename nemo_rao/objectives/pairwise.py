@@ -203,7 +203,7 @@ def require_probabilities(config: SPPOConfig, rewards: RewardSummary) -> SPPOCon
         for reward in (rewards.low, rewards.high):
             if not 0 <= reward <= 1:
                 raise UserError(
-                    f"model.sppo.win_probability=rewards: the training data has a reward of {reward:g}, which is no "
+                    f"model.sppo.win_probability=rewards: the data has a reward of {reward:g}, which is no "
                     "probability; set it to bradley_terry or labels, or name another data.reward_field"
                 )
     return config

@@ -12,6 +12,7 @@ from nemo_rao.objectives.groups import AGRO, KIMI, NCA, QRPO, RPO_PARTITION
 from nemo_rao.objectives.pairwise import CAL_DPO, DPO_SHIFT, DPOP, HINGE, IPO, R_DPO, SPPO
 from nemo_rao.objectives.rao import RAO
 from nemo_rao.objectives.reference_free import ALPHAPO, ORPO, SIMPO, SLIC
+from nemo_rao.objectives.reward_model import RM, RM_REGRESSION
 from nemo_rao.objectives.robust_po import ROBUST_PO
 from nemo_rao.objectives.rpo import RPO
 from nemo_rao.objectives.sft import SFT
@@ -49,6 +50,8 @@ OBJECTIVES = table(
     QRPO,
     NCA,
     SFT,
+    RM,
+    RM_REGRESSION,
 )
 
 

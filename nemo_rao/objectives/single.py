@@ -118,7 +118,7 @@ def require_labels(config: KTOConfig, rewards: RewardSummary) -> KTOConfig:
     """Refuses rewards that are no labels, where no threshold makes labels of them."""
     if config.threshold is None and not (rewards.all_labels or rewards.all_ranked):
         raise UserError(
-            "model.kto.threshold is null, but the training data's rewards are not labels (1 or 0) and its responses "
+            "model.kto.threshold is null, but the data's rewards are not labels (1 or 0) and its responses "
             "are not all pairs of chosen and rejected; set the reward above which a response is desirable"
         )
     return config

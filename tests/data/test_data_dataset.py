@@ -309,6 +309,18 @@ def test_ensembles_and_reference_rewards_stay_with_their_sample(load):
     assert all(sample.reference_rewards.size == 0 for sample in without)
 
 
+@pytest.mark.parametrize("null", [None, {"Rating": None}, {"Rating": "N/A"}])
+def test_an_ensemble_with_a_null_is_refused_where_rewards_are_needed(null, load):
+    def rated(rating):
+        return {"instruction": "a", "completions": [{"response": "x", "help": 1, "honesty": rating}]}
+
+    field = ["help", "honesty" if null is None else "honesty.Rating"]
+    records = [rated(2 if null is None else {"Rating": "2"}), rated(null)]
+    assert load(records[:1], needs_rewards=True, reward_field=field)[0].ensemble.tolist() == [[1, 2]]
+    with pytest.raises(UserError, match=r"data\.jsonl line 2: "):
+        load(records, needs_rewards=True, reward_field=field)
+
+
 def test_an_ensembles_rewards_follow_the_responses_that_are_used(load):
     data = load(ENSEMBLES, reward_field=["a", "b"], responses="best_worst")
     assert data[0].ensemble.tolist() == [[3, 5], [0, -4]]

@@ -211,6 +211,12 @@ def test_completions_of_one_conversation_are_one_row(write_lines):
     assert contents(row) == [("What?", 0.0), ("Hello!", 1.0)]
 
 
+def test_a_row_of_another_format_is_never_joined_to_a_completion_of_its_prompt(write_lines):
+    completion = {"prompt": "Hi?", "completion": "Yes?", "label": True}
+    rows = list(read_rows(write_lines([completion, CANONICAL, completion, PAIR])))
+    assert [(len(row.responses), row.ranked) for row in rows] == [(1, False), (2, False), (1, False), (2, True)]
+
+
 def test_a_chosen_reward_field_goes_before_label_and_reward_of_a_completion(write_lines):
     record = {"prompt": "Hi?", "completion": "Hello!", "label": True, "reward": 5, "scores": {"kind": 0.5}}
     (row,) = read_rows(write_lines([record]), reward_field="scores.kind")
@@ -467,6 +473,7 @@ UNPAIRED = {"prompt": "Hi?", "completion": "Hello!"}
         (responses({"content": "x", "label": 2}), "responses[0].label", "must be true or false, found a number (2)"),
         (UNPAIRED | {"label": "true"}, "label", "must be true or false, found text ('true')"),
         (UNPAIRED | {"label": 0.5}, "label", "must be true or false, found a number (0.5)"),
+        (UNPAIRED | {"label": 1.0}, "label", "must be true or false, found a number (1.0)"),
         (UNPAIRED | {"label": [True]}, "label", "must be true or false, found a list"),
         (UNPAIRED | {"reward": True}, "reward", "must be a number, found a boolean (True)"),
         # completions
@@ -520,7 +527,6 @@ def test_a_chosen_reward_field_must_be_there_and_lead_somewhere(write_lines):
     ("record", "complaint"),
     [
         (responses({"content": "x", "a": 1, "b": 2}, {"content": "y", "a": 1}), "field 'responses[1].b' is missing"),
-        (responses({"content": "x", "a": None, "b": 2}), "field 'responses[0].a' is null"),
         (responses({"content": "x", "a": 1, "b": "2"}), "field 'responses[0].b' must be a number, found text ('2')"),
         (UNPAIRED | {"a": 1, "label": True}, "field 'b' is missing (fields found: prompt, completion, a, label)"),
         (PAIR | {"a": 1, "b": 2}, "reward field 'a', 'b' cannot be chosen for pairs, whose rewards are score_chosen"),
@@ -533,15 +539,6 @@ def test_a_chosen_reward_field_must_be_there_and_lead_somewhere(write_lines):
 def test_every_member_of_an_ensemble_must_be_there_in_every_response(record, complaint, write_lines):
     path = write_lines([responses({"content": "x", "a": 1, "b": 2}), record])
     assert fails(path, reward_field=["a", "b"]).startswith(f"{path} line 2: {complaint}")
-
-
-def test_a_rating_that_is_not_available_is_refused_in_an_ensemble_alone(write_lines):
-    ratings = {"help": {"Rating": "4"}, "honesty": {"Rating": "N/A"}}
-    path = write_lines([{"instruction": "Hi?", "completions": [{"response": "x", "annotations": ratings}]}])
-    honesty = "annotations.honesty.Rating"
-    assert next(iter(read_rows(path, reward_field=honesty))).responses[0].reward is None
-    message = fails(path, reward_field=["annotations.help.Rating", honesty])
-    assert message.startswith(f"{path} line 1: field 'completions[0].{honesty}' has no number, and an ensemble needs")
 
 
 @pytest.mark.parametrize("nothing", [[], "", ["reward", ""]])

@@ -38,12 +38,12 @@ def on_ranks(weights: dict[str, Tensor]) -> dict[str, Any]:
 
     from nemo_rao.mcore.fingerprint import weights_fingerprint
     from nemo_rao.mcore.forward import evaluation_mode
+    from nemo_rao.mcore.heads import add_value_head, heads
     from nemo_rao.mcore.mismatched import mean_log_ratio
-    from nemo_rao.mcore.value_head import add_value_head, value_heads
 
     def loss(output: ModelOutput, batch: Any) -> tuple[Tensor, Tensor, dict]:
         """Half the sum of V^2; nothing of it may reach the policy."""
-        assert output.values is not None
+        assert output.values is not None and output.logits is not None
         reported = {"values": output.values.detach(), "responses": batch.response_ids}
         total = 0.5 * output.values.square().sum() + 0 * output.logits.float().sum()
         return total, torch.tensor(len(output.values), dtype=torch.int), reported
@@ -61,7 +61,7 @@ def on_ranks(weights: dict[str, Tensor]) -> dict[str, Any]:
             vocab_size=tiny.VOCAB,
         )
         add_value_head(model)
-        for head in value_heads(model):
+        for head in heads(model):
             assert not head.weight.any() and not head.bias.any(), "V starts at 0"
             head.weight.data, head.bias.data = head_weights()
         with evaluation_mode([model]):
@@ -79,7 +79,7 @@ def on_ranks(weights: dict[str, Tensor]) -> dict[str, Any]:
             "head": of_head,
             "policy": max((float(g.abs().max()) for key, g in gradients.items() if key not in of_head), default=0.0),
             "stored": sorted(key for key in state if "value_head" in key),
-            "has head": bool(list(value_heads(model))),
+            "has head": bool(list(heads(model))),
             "fingerprints": (before, after),
         }
     return found

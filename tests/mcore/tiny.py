@@ -226,7 +226,8 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=False,
     )
-    return {name: parameter.main_grad.clone() for name, parameter in whole_names(model)}, reported
+    trained = ((name, parameter) for name, parameter in whole_names(model) if parameter.requires_grad)
+    return {name: parameter.main_grad.clone() for name, parameter in trained}, reported
 
 
 def gradient_errors(gradients: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, float]:

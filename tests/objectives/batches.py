@@ -35,6 +35,7 @@ def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ran
         valid=valid,
         ranked=torch.full((num_prompts,), ranked),
         values=uniform(-1, 3)[:, :1].expand(-1, widest),
+        scores=uniform(-2, 2)[:, :, None],
         mismatched_log_ratio=uniform(0, 4)[0, 0] if num_prompts else torch.tensor(1.0, dtype=torch.float64),
     )
     return masked(batch, 0.0)
@@ -42,7 +43,11 @@ def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ran
 
 def masked(batch: ObjectiveBatch, value: float) -> ObjectiveBatch:
     """The batch with ``value`` in all invalid entries."""
-    return each_tensor(batch, lambda tensor: tensor.masked_fill(~batch.valid, value))
+
+    def fill(tensor: Tensor) -> Tensor:
+        return tensor.masked_fill(~batch.valid.view(*batch.valid.shape, *[1] * (tensor.dim() - 2)), value)
+
+    return each_tensor(batch, fill)
 
 
 def each_tensor(batch: ObjectiveBatch, change: Callable[[Tensor], Tensor]) -> ObjectiveBatch:
@@ -74,7 +79,11 @@ def permute_responses(batch: ObjectiveBatch, order: Tensor) -> ObjectiveBatch:
 
 def with_gradients(batch: ObjectiveBatch) -> ObjectiveBatch:
     """The batch with fresh leaves for policy log-probabilities."""
-    leaves = {name: getattr(batch, name).detach().clone().requires_grad_() for name in GRADIENT_FIELDS}
+    leaves = {
+        name: tensor.detach().clone().requires_grad_()
+        for name in (*GRADIENT_FIELDS, "scores")  # the losses of reward models depend on nothing else
+        if (tensor := getattr(batch, name)) is not None
+    }
     return dataclasses.replace(batch, **leaves)
 
 

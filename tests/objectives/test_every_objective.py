@@ -120,9 +120,15 @@ def test_what_is_not_needed_may_be_missing(name: str) -> None:
         batch = dataclasses.replace(batch, values=None)
     if not needs.mismatched:
         batch = dataclasses.replace(batch, mismatched_log_ratio=None)
-    if not needs.rewards:
+    if not needs.rewards and not needs.attributes:
         batch = dataclasses.replace(batch, rewards=torch.full_like(batch.rewards, torch.nan))
-    output, _, gradient = loss_and_gradients(objective, batch, objective.config_type())
+    if needs.scores:
+        scores = batch.scores.clone().requires_grad_()
+        output = objective.loss(dataclasses.replace(batch, scores=scores), objective.config_type())
+        (gradient,) = torch.autograd.grad(output.loss_sum, scores)
+    else:
+        batch = dataclasses.replace(batch, scores=None)
+        output, _, gradient = loss_and_gradients(objective, batch, objective.config_type())
     assert output.loss_sum.isfinite() and output.num_prompts > 0
     assert gradient.isfinite().all() and gradient.any()
 
@@ -132,7 +138,8 @@ def test_an_objective_is_found_under_its_own_name_and_starts_from_defaults(name:
     assert get(name).name == name
     config = get(name).make_config({})
     assert config == get(name).config_type()
-    assert get(name).resolve(config, RewardSummary(1.0, 0.0, 1.0, all_labels=True)) == config
+    resolved = get(name).resolve(config, RewardSummary(1.0, 0.0, 1.0, all_labels=True))
+    assert resolved == dataclasses.replace(config, **({"num_attributes": 1} if name == "rm_regression" else {}))
     assert type(config).__dataclass_params__.frozen
 
 

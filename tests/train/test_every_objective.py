@@ -24,6 +24,8 @@ OWN = {
     "agro": ("agro/deviation", FALLS),
     "qrpo": ("qrpo/target_error", FALLS),
     "sft": ("logps/chosen", RISES),
+    "rm": ("rm/accuracy", RISES),
+    "rm_regression": ("rm/error", FALLS),
 }
 KEYS = {"rao": ("log_z0=auto",), "kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
 

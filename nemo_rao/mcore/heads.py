@@ -1,0 +1,143 @@
+"""Linear heads beside the vocabulary's: numbers per row, from the last hidden state, on the last pipeline stage.
+
+    value_head    V(x) of dro, at the position that predicts the response's first token: all of the prompt and nothing
+                  of the response. **Choice** It reads a detached state: the value loss trains the head alone, and the
+                  policy's weights follow the policy loss alone.
+    score_head    a reward model's scores, at the response's end token: all of prompt and response. It trains the
+                  whole model, stands in the place of the output layer, and has no bias, as the sequence classifiers of
+                  `transformers` have none.
+
+The value head starts at 0, the score head at random. Both read the state after the final norm. Every tensor-parallel
+rank holds all of a head, since it is a few rows; it counts once in gradient norms and checkpoints. It is no weight of
+the policy: fingerprints leave it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from torch import Tensor, nn
+
+from nemo_rao.batch import MicroBatch
+
+# Their names in the model, in checkpoints, and in the optimizer's parameter groups.
+VALUE_HEAD, SCORE_HEAD = "value_head", "score_head"
+HEADS = (VALUE_HEAD, SCORE_HEAD)
+Position = Literal["prompt", "response"]
+
+
+class LinearHead(nn.Module):
+    """``[R, outputs]`` numbers of a micro-batch's rows.
+
+    Args:
+        config: the model's.
+        num_outputs: numbers per row.
+        position: where they are read: at the end of the prompt, or of the response.
+        detached: nothing of the gradient passes into the model.
+        bias: beside the weight.
+
+    Attributes:
+        stored: the checkpoint that is being read has the head; where not, it keeps the values that it has.
+    """
+
+    def __init__(self, config: Any, *, num_outputs: int, position: Position, detached: bool, bias: bool) -> None:
+        super().__init__()
+        like = {"dtype": config.params_dtype, "device": _device()}
+        self.weight = nn.Parameter(torch.zeros(num_outputs, config.hidden_size, **like))
+        self.bias = nn.Parameter(torch.zeros(num_outputs, **like)) if bias else None
+        self.stored = True
+        self._sequence_parallel = config.sequence_parallel
+        self._position = position
+        self._detached = detached
+        self._hidden: Tensor | None = None
+
+    def watch(self, output_layer: nn.Module) -> None:
+        """Read what enters the output layer, ``[T, R, H]`` (``[T/TP, R, H]`` with sequence parallelism)."""
+        output_layer.register_forward_pre_hook(self._read)
+
+    def _read(self, output_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._hidden = inputs[0].detach() if self._detached else inputs[0]
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """``[R, outputs]`` fp32, of the forward pass just run on ``batch``; the same on all tensor-parallel ranks."""
+        assert self._hidden is not None, "no forward pass was run"
+        hidden, self._hidden = self._hidden, None
+        if self._position == "prompt":
+            at = batch.response_mask.int().argmax(-1)  # predicts the response's first token
+        else:
+            positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+            at = torch.where(batch.response_mask, positions, 0).amax(-1) + 1  # the end token itself
+        rows = torch.arange(at.shape[0], device=at.device)
+        if self._sequence_parallel:
+            length, rank = hidden.shape[0], parallel_state.get_tensor_model_parallel_rank()
+            inside = (at // length == rank)[:, None]
+            # A sum over ranks; backward, each rank's part has the whole gradient, as every rank has the whole loss.
+            state = reduce_from_tensor_model_parallel_region(torch.where(inside, hidden[at % length, rows], 0))
+        else:
+            state = hidden[at, rows]
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(state.float(), self.weight.float(), bias)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As megatron-core's modules have it; empty where the checkpoint to be read has no head."""
+        if not self.stored:
+            return {}
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        if any(name.startswith(prefix) for name in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def add_value_head(model: Any) -> None:
+    """Give a Megatron GPT model chunk its value head, where it is the last pipeline stage's."""
+    if not model.post_process:
+        return
+    head = LinearHead(model.config, num_outputs=1, position="prompt", detached=True, bias=True)
+    head.watch(model.output_layer)
+    setattr(model, VALUE_HEAD, head)
+
+
+def add_score_head(model: Any, num_scores: int) -> None:
+    """Give a Megatron GPT model chunk its score head, where it is the last pipeline stage's.
+
+    The output layer is skipped: the model then returns its hidden states, ``[R, T, H]``. Its weight stays in the model,
+    and in checkpoints, as it is.
+    """
+    if not model.post_process:
+        return
+    head = LinearHead(model.config, num_outputs=num_scores, position="response", detached=False, bias=False)
+    # From a generator of its own: the same on every tensor-parallel rank, whatever was drawn before.
+    start = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(num_scores)) * 0.02
+    head.weight.data.copy_(start)
+    head.watch(model.output_layer)
+    setattr(model, SCORE_HEAD, head)
+    output_layer = model.output_layer
+    own = getattr(output_layer, "weight", None)
+    shared_over_stages = own is not None and model.share_embeddings_and_output_weights
+    if own is not None and not shared_over_stages:
+        own.requires_grad_(False)
+
+    def skip(hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+        # The copy of tied embeddings on the last stage is to have a gradient, which Megatron adds to the first stage's.
+        return (hidden + 0 * own.sum() if shared_over_stages and own is not None else hidden), None
+
+    output_layer.forward = skip
+
+
+def heads(model: nn.Module) -> Iterator[LinearHead]:
+    """The heads of a model or a wrapper of one: on the last pipeline stage, none elsewhere."""
+    return (module for module in model.modules() if isinstance(module, LinearHead))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
