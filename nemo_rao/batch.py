@@ -33,11 +33,13 @@ class Response:
             label (desirable or not) is a reward of 1 or 0.
         ensemble: the rewards of M reward models, or M attributes, where several were named; else empty. NaN where
             the file has null.
+        continuation: of a conversation, the messages after this answer; the assistant's are answers too.
     """
 
     content: str
     reward: float | None = None
     ensemble: tuple[float, ...] = ()
+    continuation: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Sample:
         place: see :class:`Row`.
         ensemble: ``[K, M]`` float64; M = 0 without an ensemble.
         reference_rewards: ``[N]`` float64.
+        answers: of conversations, for each response ``[response tokens]`` bool, true where the assistant speaks (with
+            its end tokens); ``None`` where every response is one answer.
     """
 
     prompt: np.ndarray
@@ -81,6 +85,7 @@ class Sample:
     place: str
     ensemble: np.ndarray
     reference_rewards: np.ndarray
+    answers: tuple[np.ndarray, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,8 @@ class MicroBatch:
         tokens: ``[R, T]`` int64.
         labels: ``[R, T]`` int64; 0 where nothing is predicted.
         prompt_mask: ``[R, T]`` bool, true where a prompt token other than t0 is predicted.
-        response_mask: ``[R, T]`` bool, true where a response token (its end token included) is predicted.
+        response_mask: ``[R, T]`` bool, true where a response token (its end token included) is predicted; of a
+            conversation, where the assistant's are.
         prompt_index: ``[R]`` int64 in [0, P): the row's prompt.
         response_index: ``[R]`` int64 in [0, K): the row's place among its prompt's responses.
         response_ids: ``[R]`` int64: the response's number in the whole data set, by which reference sums are found.

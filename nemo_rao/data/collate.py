@@ -47,13 +47,13 @@ def collate(
     row = 0
     for sample in samples:
         prompt_end = len(sample.prompt)
-        for response in sample.responses:
+        for number, response in enumerate(sample.responses):
             end = prompt_end + len(response)
             tokens[row, :prompt_end] = sample.prompt
             tokens[row, prompt_end:end] = response
             labels[row, : end - 1] = tokens[row, 1:end]
             prompt_mask[row, : prompt_end - 1] = True
-            response_mask[row, prompt_end - 1 : end - 1] = True
+            response_mask[row, prompt_end - 1 : end - 1] = True if sample.answers is None else sample.answers[number]
             row += 1
 
     prompt_index = np.repeat(np.arange(len(samples)), num_responses)

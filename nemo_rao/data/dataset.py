@@ -86,12 +86,15 @@ class PreferenceData:
         rewards: list[float] = []
         ensemble: list[np.ndarray] = []
         reference_rewards: list[np.ndarray] = []
+        answers: dict[int, np.ndarray] = {}  # segment -> where it is an answer, of conversations
         ranked: list[bool] = []
         places: list[str] = []
         for sample in samples:
             for segment in (sample.prompt, *sample.responses):
                 tokens.frombytes(segment.astype(np.int32).tobytes())
                 segment_ends.append(len(tokens))
+            for number, mask in enumerate(sample.answers or (), start=1):
+                answers[first_segment[-1] + number] = mask
             rewards.extend(sample.rewards)
             ensemble.append(sample.ensemble)
             reference_rewards.append(sample.reference_rewards)
@@ -106,6 +109,7 @@ class PreferenceData:
         self._ensemble = np.concatenate(ensemble) if ensemble else np.zeros((0, 0))  # [all responses, M]
         self._reference_rewards = np.concatenate(reference_rewards) if reference_rewards else np.zeros(0)
         self._reference_reward_ends = np.cumsum([0, *map(len, reference_rewards)])  # [N + 1]
+        self._answers = answers
         self._ranked = np.array(ranked, dtype=bool)  # [N]
         self._places = places
         for shared in (self._tokens, self._rewards, self._ensemble, self._reference_rewards):  # samples are views
@@ -131,6 +135,9 @@ class PreferenceData:
             place=self._places[index],
             ensemble=self._ensemble[offset : offset + len(responses)],
             reference_rewards=self._reference_rewards[slice(*self._reference_reward_ends[index : index + 2])],
+            answers=tuple(self._answers[segment] for segment in range(first + 1, end))
+            if first + 1 in self._answers
+            else None,
         )
 
     @property
@@ -179,6 +186,8 @@ class PreferenceData:
         digest.update(np.array([len(self), len(self._segment_ends)], dtype="<i8").tobytes())
         for values, kind in ((self._first_segment, "<i8"), (self._segment_ends, "<i8"), (self._tokens, "<i4")):
             digest.update(np.ascontiguousarray(values, dtype=kind).data)
+        for segment, mask in self._answers.items():
+            digest.update(np.array([segment], dtype="<i8").tobytes() + np.packbits(mask).tobytes())
         return digest.hexdigest()
 
 
@@ -339,6 +348,7 @@ def mismatched(data: PreferenceData, *, seq_length: int, seed: int) -> Preferenc
                 ranked=False,
                 ensemble=np.zeros((1, 0)),
                 reference_rewards=np.zeros(0),
+                answers=None,
             )
 
     return PreferenceData(samples())

@@ -63,6 +63,10 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def _is_chat(row: Row) -> bool:
+    return any(response.continuation for response in row.responses)
+
+
 class Encoder:
     """Turns rows into samples with one tokenizer.
 
@@ -127,11 +131,16 @@ class Encoder:
         Raises:
             UserError: the chat template or this choice of ``chat_template`` does not take the row's messages.
         """
+        chats = {at: self._encode_chat(row) for at, row in enumerate(rows) if _is_chat(row)}
         texts: list[str] = []
-        for row in rows:
-            texts.extend(self._render(row))
+        for at, row in enumerate(rows):
+            if at not in chats:
+                texts.extend(self._render(row))
         tokens = iter(self._tokenise(texts))
-        return [self._split(row, [next(tokens) for _ in range(1 + len(row.responses))]) for row in rows]
+        return [
+            chats[at] if at in chats else self._split(row, [next(tokens) for _ in range(1 + len(row.responses))])
+            for at, row in enumerate(rows)
+        ]
 
     # -------------------------------------------------------------------------------------------------- one row
 
@@ -149,6 +158,53 @@ class Encoder:
         return [self._apply_template(messages, True, row.place)] + [
             self._apply_template(answer, False, row.place) for answer in answers
         ]
+
+    def _encode_chat(self, row: Row) -> Sample | BoundaryError:
+        """A conversation: one row of tokens, with every answer marked from its generation prompt to its end token."""
+        if not self.uses_template:
+            self._render(row)  # raises
+        prompt = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else list(row.prompt)
+        (response,) = row.responses
+        messages = [*prompt, {"role": "assistant", "content": response.content}, *response.continuation]
+        turns = [at for at in range(len(prompt), len(messages)) if messages[at]["role"] == "assistant"]
+        texts = [self._apply_template(messages, False, row.place)]
+        for at in turns:
+            texts.append(self._apply_template(messages[:at], True, row.place))
+            texts.append(self._apply_template(messages[: at + 1], False, row.place))
+        whole, *around = self._tokenise(texts)
+        is_answer = np.zeros(len(whole), dtype=bool)
+        for number, (before, after) in enumerate(zip(around[::2], around[1::2], strict=True), start=1):
+            is_last, answer = number == len(turns), after[len(before) :]
+            if self._template_ends or is_last:
+                answer = self._up_to_end(answer)
+            end = len(before) + len(answer)
+            fits = np.array_equal(whole[: len(before)], before) and np.array_equal(after[: len(before)], before)
+            if is_last and not self._template_ends:  # it is given the end token that the template does not
+                whole, is_answer = np.append(whole, answer[-1:]), np.append(is_answer, False)
+            if not fits or not np.array_equal(whole[len(before) : end], answer):
+                return BoundaryError(
+                    f"{row.place}: answer {number} of the conversation has no boundary in tokens: the chat template "
+                    "renders earlier messages otherwise once others follow; use another template, or drop the row"
+                )
+            is_answer[len(before) : end] = True
+        first = len(around[0])
+        return Sample(
+            prompt=whole[:first],
+            responses=(whole[first:end],),
+            rewards=np.full(1, np.nan),
+            ranked=False,
+            place=row.place,
+            ensemble=np.zeros((1, 0)),
+            reference_rewards=np.zeros(0),
+            answers=(is_answer[first:end],),
+        )
+
+    def _up_to_end(self, response: np.ndarray) -> np.ndarray:
+        """The response with its end token, and without what a template adds behind it."""
+        ends = np.flatnonzero(response == self.end_token_id)
+        if 0 < self._template_ends <= len(ends):
+            return response[: ends[-self._template_ends] + 1]
+        return np.append(response, np.int32(self.end_token_id))
 
     def _apply_template(self, messages: list[Any], add_generation_prompt: bool, place: str) -> str:
         import jinja2
@@ -190,12 +246,7 @@ class Encoder:
                     f"{row.place}: response {number + 1} has no boundary in tokens: the prompt's tokens are not the "
                     f"first tokens of prompt and response together; {self._boundary_remedy}, or drop the row"
                 )
-            response = whole[len(prompt) :]
-            ends = np.flatnonzero(response == self.end_token_id)
-            if 0 < self._template_ends <= len(ends):
-                response = response[: ends[-self._template_ends] + 1]
-            else:
-                response = np.append(response, np.int32(self.end_token_id))
+            response = self._up_to_end(whole[len(prompt) :])
             if len(response) < 2:
                 return BoundaryError(
                     f"{row.place}: response {number + 1} has no token of its own before the end token; drop the row"

@@ -191,6 +191,26 @@ def from_unpaired(record: Record, place: str, reward_field: RewardField) -> Row:
     )
 
 
+def from_messages(record: Record, place: str, reward_field: RewardField) -> Row:
+    """UltraChat and other chats: ``messages``, of which every one by the assistant is an answer to be learned.
+
+    What follows the last answer is left out.
+    """
+    if reward_field is not None:
+        raise UserError(f"{place}: a conversation has no reward field; leave data.reward_field unset")
+    messages = read_messages(record["messages"], place, "messages")
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers or answers[0] == 0:
+        raise UserError(
+            f"{place}: field 'messages' must hold an assistant message with another one before it; drop the row"
+        )
+    for number in answers:
+        read_text(messages[number]["content"], place, f"messages[{number}].content")
+    first, last = answers[0], answers[-1]
+    response = Response(messages[first]["content"], continuation=messages[first + 1 : last + 1])
+    return Row(read_prompt(messages[:first], place, "messages"), (response,), place)
+
+
 FORMATS = (
     Format("canonical", ("responses",), "prompt, responses[content, reward]", from_canonical),
     Format("UltraFeedback", ("completions",), "instruction, completions[response, overall_score]", from_ultrafeedback),
@@ -213,6 +233,7 @@ FORMATS = (
         from_single_response,
         one_response_a_record=True,
     ),
+    Format("chats", ("messages",), "messages", from_messages),
     Format(
         "unpaired",
         ("completion",),

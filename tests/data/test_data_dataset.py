@@ -1,6 +1,7 @@
 """Loading: what is kept, what is dropped and counted, what stops the run; and the flat store of samples."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -398,3 +399,24 @@ def test_mismatched_responses_have_no_reward_of_any_kind_and_no_rank(load):
 def test_one_prompt_alone_is_refused_with_its_place(load):
     with pytest.raises(UserError, match=r"data.jsonl line 2: the only prompt that is left, .*; add data"):
         mismatched(load([record("word " * 80, 1), RECORDS[0]]), seq_length=64, seed=0)
+
+
+def test_a_conversations_answers_stay_with_it_and_count_for_the_fingerprint(load):
+    from nemo_rao.data.collate import collate
+
+    turns = [
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "Hello there 1"},
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "Hello there 2"},
+    ]
+    data = load([record("a", 0.5), {"messages": turns}])
+    assert data[0].answers is None
+    (marked,) = data[1].answers
+    assert len(marked) == len(data[1].responses[0]) and marked[0] and marked[-1] and not marked.all()
+    batch = collate([data[0], data[1]], [0, 1], pad_token_id=0)
+    start = len(data[1].prompt) - 1
+    assert batch.response_mask[1, start : start + len(marked)].tolist() == marked.tolist()
+    assert batch.response_mask[1].sum() == marked.sum() and not (batch.response_mask & batch.prompt_mask).any()
+    whole = PreferenceData([replace(data[1], answers=None)])
+    assert whole.fingerprint() != PreferenceData([data[1]]).fingerprint()

@@ -149,3 +149,70 @@ def test_padding_falls_back_on_the_end_token(tokenizer_folder):
     assert pad_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|pad|>")
     tokenizer.pad_token = None
     assert pad_token_id(tokenizer) == tokenizer.eos_token_id
+
+
+# ---------------------------------------------------------------------------------------------------- conversations
+
+
+CHAT = (
+    {"role": "assistant", "content": "I am well, thank you!"},
+    {"role": "user", "content": "What is the answer?"},
+    {"role": "assistant", "content": "The answer is 42."},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "é 漢字 🦊"},
+)
+
+
+def chat_row() -> Row:
+    return Row(MULTI_TURN[:2], (Response(CHAT[0]["content"], continuation=CHAT[1:]),), "chat.jsonl line 3")
+
+
+@pytest.mark.parametrize("name", ["own", "chatml", "llama_3", "phi_3"])
+def test_of_a_conversation_every_answer_is_marked_with_its_end_token_and_nothing_else(name, tokenizers):
+    tokenizer = tokenizers[name]
+    encoder = Encoder(tokenizer)
+    sample = encoder.encode(chat_row())
+    whole = tokenizer.apply_chat_template([*MULTI_TURN[:2], *CHAT])
+    ours = sample.prompt.tolist() + sample.responses[0].tolist()
+    assert whole[: len(ours)] == ours and sample.responses[0][-1] == encoder.end_token_id
+    assert sample.prompt.tolist() == tokenizer.apply_chat_template(list(MULTI_TURN[:2]), add_generation_prompt=True)
+    (marked,) = sample.answers
+    starts = np.flatnonzero(np.diff(np.concatenate([[False], marked]).astype(int)) == 1)
+    answers = [sample.responses[0][start:] for start in starts]
+    lengths = [int(np.argmin(np.append(marked[start:], False))) for start in starts]
+    texts = [tokenizer.decode(answer[:length]) for answer, length in zip(answers, lengths, strict=True)]
+    assert [text.replace(END[name], "").strip() for text in texts] == [turn["content"] for turn in CHAT[::2]]
+    assert all(answer[length - 1] == encoder.end_token_id for answer, length in zip(answers, lengths, strict=True))
+
+
+def test_without_an_end_of_turn_in_the_template_the_last_answer_alone_gets_the_end_token(tokenizers):
+    sample = Encoder(tokenizers["no_end"]).encode(chat_row())
+    end = tokenizers["no_end"].eos_token_id
+    assert sample.responses[0].tolist().count(end) == 1 and sample.responses[0][-1] == end
+    assert sample.answers[0][-1] and 0 < sample.answers[0].sum() < len(sample.answers[0])
+
+
+def test_conversations_and_single_answers_are_encoded_side_by_side(tokenizers):
+    rows = [row(MULTI_TURN, *ANSWERS), chat_row(), row("Hello?", "Yes.")]
+    together = Encoder(tokenizers["chatml"]).encode_many(rows)
+    for one, sample in zip(rows, together, strict=True):
+        alone = Encoder(tokenizers["chatml"]).encode(one)
+        assert np.array_equal(alone.prompt, sample.prompt)
+        assert all(map(np.array_equal, alone.responses, sample.responses))
+        assert (sample.answers is None) == (one is not rows[1])
+
+
+def test_a_template_that_renders_earlier_answers_otherwise_is_refused(tokenizers):
+    import copy
+
+    tokenizer = copy.deepcopy(tokenizers["chatml"])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content'] +", "(message['content'] if loop.last or message['role'] != 'assistant' else '...') +"
+    )
+    with pytest.raises(BoundaryError, match=r"chat.jsonl line 3: answer 1 of the conversation has no boundary"):
+        Encoder(tokenizer).encode(chat_row())
+
+
+def test_a_conversation_needs_a_chat_template(tokenizers):
+    with pytest.raises(UserError, match="needs a chat template"):
+        Encoder(tokenizers["plain"]).encode(chat_row())

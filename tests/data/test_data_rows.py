@@ -545,3 +545,37 @@ def test_every_member_of_an_ensemble_must_be_there_in_every_response(record, com
 def test_a_reward_field_without_a_name_is_refused_before_any_file_is_read(nothing, write_lines):
     with pytest.raises(UserError, match=r"data\.reward_field=.* names no field"):
         read_rows(write_lines([CANONICAL]), reward_field=nothing)
+
+
+# ------------------------------------------------------------------------------------------------------------ chats
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi?"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye?"},
+    {"role": "assistant", "content": "Bye."},
+    {"role": "user", "content": "Wait"},
+]
+
+
+def test_a_chat_is_a_prompt_with_its_first_answer_and_what_follows_up_to_the_last(write_lines):
+    (row,) = read_rows(write_lines([{"prompt": "Hi?", "prompt_id": "7", "messages": TURNS}]))
+    assert row.prompt == tuple(TURNS[:2])
+    assert row.responses == (Response("Hello.", continuation=tuple(TURNS[3:5])),)
+    (row,) = read_rows(write_lines([{"messages": TURNS[:3]}]))
+    assert row.responses == (Response("Hello."),)
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        (TURNS[:2], "must hold an assistant message"),
+        (TURNS[2:4], "must hold an assistant message with another one before it"),
+        ([*TURNS[:3], TURNS[3], {"role": "assistant", "content": " "}], r"messages\[4\].content' is empty"),
+    ],
+)
+def test_a_chat_without_an_answer_is_refused(write_lines, messages, complaint):
+    with pytest.raises(UserError, match=complaint):
+        list(read_rows(write_lines([{"messages": messages}])))

@@ -50,6 +50,30 @@ def test_kto_learns_from_unpaired_completions_with_labels(data: tuple[str, ...],
     assert {"kto/reward_desirable", "kto/reward_undesirable"} <= first.keys()
 
 
+def test_fine_tuning_learns_every_answer_of_a_conversation(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
+    """Both answers weigh by their tokens: the loss lies between those of the two alone."""
+
+    def chat(first: int, second: int | None) -> Callable[[dict], list[dict[str, Any]]]:
+        def change(row: dict) -> list[dict[str, Any]]:
+            messages = [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["responses"][first]["content"]},
+            ]
+            if second is not None:
+                messages += [messages[0], {"role": "assistant", "content": row["responses"][second]["content"]}]
+            return [{"messages": messages}]
+
+        return change
+
+    long = ("model.seq_length=160", "model.global_batch_size=64", "model.micro_batch_size=16", "trainer.max_steps=3")
+    made = rewritten(data, tmp_path / "chats.jsonl", chat(0, 1))
+    course = train("sft", made, start, tmp_path / "chats", *long)
+    assert course[-1]["loss"] < course[0]["loss"]
+    single = rewritten(data, tmp_path / "single.jsonl", chat(0, None))
+    first = train("sft", single, start, tmp_path / "single", *long)[0]["loss"]
+    assert course[0]["loss"] != pytest.approx(first, rel=1e-3), "the second answer counts"
+
+
 def test_robust_po_takes_the_nearest_of_several_reward_models(
     data: tuple[str, ...], start: Path, tmp_path: Path
 ) -> None:
