@@ -1,7 +1,7 @@
 """The command ``nemo-rao``. Nothing but the standard library is imported until a command has been read.
 
-Exit codes: 0 done; 1 a rank failed, its traceback on stderr; 2 input that cannot be used, told in one line on stderr,
-nothing written; 130 interrupted.
+Exit codes: 0 done; 1 a rank failed, its traceback on stderr, or scoring did, told in one line; 2 input that cannot be
+used, told in one line on stderr, nothing written; 130 interrupted.
 """
 
 import argparse
@@ -112,9 +112,179 @@ def objectives(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def import_hf_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao import-hf",
+        description="Make a NeMo checkpoint of a Hugging Face model (Llama, Mistral, Qwen2; safetensors), with its "
+        "tokenizer and a file of the recipe group model. No code that the model brings along is run.",
+        epilog="then: nemo-rao train --config-dir DEST --config-name gpt_rao model=imported data.train_path=...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder of the model, or its name on huggingface.co, ORG/NAME")
+    parser.add_argument("dest", metavar="DEST", help="folder to make")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read weights from .bin files where there are no safetensors; pickles can run code: trust who made them",
+    )
+    return parser
+
+
+def import_hf(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.hugging_face_import import main as run
+
+    return run(arguments)
+
+
+def export_hf_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao export-hf",
+        description="Make a Hugging Face model, with tokenizer and chat template, of a NeMo checkpoint. Adapters of a "
+        "run with model.peft.scheme=lora are merged into the weights they were trained on. NeMo's checkpoints contain "
+        "pickles: export only what you trust.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="NeMo checkpoint, or folder of a run: its last one")
+    parser.add_argument("dest", metavar="DEST", help="folder to make")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="number format of the weights (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--adapters", action="store_true", help="write the adapters alone, as a folder of the package peft"
+    )
+    return parser
+
+
+def export_hf(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.hugging_face_export import main as run
+
+    return run(arguments)
+
+
+def score_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao score",
+        description="Put rewards on the responses of a file: those of a rule, of a chat model as judge, or columns "
+        "that the file has. The same command again goes on where it was stopped.",
+        epilog="example: nemo-rao score prefs.jsonl scored.jsonl --scorer r_1=rule:my_rules.exact_match "
+        "--scorer r_2=judge:judge.yaml --standardize global; then nemo-rao train ... data.train_path=scored.jsonl",
+        allow_abbrev=False,
+    )
+    parser.add_argument("input", metavar="INPUT", help="a file, pattern or data set, as data.train_path takes it")
+    parser.add_argument("output", metavar="OUTPUT", help="the rows with their rewards: .jsonl or .jsonl.gz")
+    parser.add_argument(
+        "--scorer",
+        action="append",
+        required=True,
+        metavar="[NAME=]KIND:WHAT",
+        help="rule:MODULE:FUNCTION, a Python function (prompt, response) -> number, looked for in this folder first; "
+        "it is imported and run, so name none that you do not trust. judge:FILE.yaml, a chat model behind an "
+        "OpenAI-compatible endpoint. column:FIELD, a field of the responses; column alone, the reward they have. "
+        "Several are several columns, and their mean is the reward",
+    )
+    parser.add_argument("--weight", action="append", default=[], metavar="NAME=W", help="in the mean (default: 1)")
+    parser.add_argument(
+        "--standardize",
+        choices=("none", "global", "prompt"),
+        default="none",
+        help="give each column mean 0 and standard deviation 1: over the whole file, or over each prompt's responses",
+    )
+    parser.add_argument(
+        "--statistics", metavar="FILE", help="with global: by the means and deviations in this .stats.json, not its own"
+    )
+    parser.add_argument("--shift", type=float, default=0.0, metavar="X", help="then subtract X from each column")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="Y", help="then divide by Y, above 0")
+    parser.add_argument("--strict", action="store_true", help="stop at a response that gets no score")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
+    parser.add_argument(
+        "--rows-at-once", type=int, default=32, metavar="N", help="rows scored, then written (default: %(default)s)"
+    )
+    return parser
+
+
+def score(arguments: argparse.Namespace) -> int:
+    from nemo_rao.scoring.run import main as run
+
+    return run(arguments)
+
+
+def generate_parser() -> Parser:
+    from nemo_rao.generation.settings import GenerateSettings, add_options
+
+    parser = Parser(
+        prog="nemo-rao generate",
+        description="Sample responses from a model, as rows that can be scored and trained on. The same command again "
+        "goes on where it was stopped.",
+        epilog="example: nemo-rao generate ./policy prompts.jsonl responses.jsonl --num-responses 4",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder in Hugging Face's format, with safetensors")
+    parser.add_argument(
+        "prompts", metavar="PROMPTS", help="a file that training reads, or rows with prompt (text or messages) alone"
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="file of rows to write, such as responses.jsonl")
+    add_options(parser, GenerateSettings)
+    return parser
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    from nemo_rao.generation.settings import GenerateSettings, from_options
+
+    settings = from_options(arguments, GenerateSettings)
+    from nemo_rao.generation.generate import generate as run
+
+    run(arguments.model, arguments.prompts, arguments.output, settings)
+    return 0
+
+
+def evaluate_parser() -> Parser:
+    from nemo_rao.generation.settings import EvaluateSettings, add_options
+
+    parser = Parser(
+        prog="nemo-rao evaluate",
+        description="Write a model's answers for AlpacaEval and MT-Bench, and run tasks of lm-evaluation-harness. The "
+        "same command again goes on where it was stopped.",
+        epilog="example: nemo-rao evaluate ./policy --task alpaca_eval --instructions alpaca_eval.json "
+        "--task gsm8k --task mmlu --out results",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder in Hugging Face's format, with safetensors")
+    parser.add_argument(
+        "--task",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="alpaca_eval, mt_bench, or a task of lm-evaluation-harness such as mmlu; may be given several times",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of answers and results.json")
+    parser.add_argument("--name", metavar="NAME", help="the model's name in answers (default: its folder's)")
+    parser.add_argument("--instructions", metavar="FILE", help="alpaca_eval: AlpacaEval's alpaca_eval.json or the like")
+    parser.add_argument("--questions", metavar="FILE", help="mt_bench: FastChat's question.jsonl")
+    parser.add_argument("--include-path", metavar="DIR", help="folder of your own lm-evaluation-harness tasks (YAML)")
+    add_options(parser, EvaluateSettings)
+    return parser
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from nemo_rao.generation.settings import EvaluateSettings, from_options
+
+    settings = from_options(arguments, EvaluateSettings)
+    from nemo_rao.generation.evaluate import Asked
+    from nemo_rao.generation.evaluate import evaluate as run
+
+    files = Asked(arguments.task, arguments.name, arguments.instructions, arguments.questions, arguments.include_path)
+    run(arguments.model, arguments.out, files, settings)
+    return 0
+
+
 COMMANDS: dict[str, tuple[str, Callable[[], Parser], Callable[[argparse.Namespace], int]]] = {
     "train": ("train a model from a recipe", train_parser, train),
+    "import-hf": ("make a NeMo checkpoint of a Hugging Face model", import_hf_parser, import_hf),
+    "export-hf": ("make a Hugging Face model of a NeMo checkpoint", export_hf_parser, export_hf),
     "objectives": ("print the objectives, their formulas and keys", objectives_parser, objectives),
+    "score": ("put rewards on the responses of a file", score_parser, score),
+    "generate": ("sample responses from a model, to score and train on", generate_parser, generate),
+    "evaluate": ("answer benchmarks with a model, or run them", evaluate_parser, evaluate),
     "demo": ("fine-tune and align a small model on this machine, and compare", demo_parser, demo),
 }
 

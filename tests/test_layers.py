@@ -20,7 +20,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": FOUNDATION,
     "mcore": FOUNDATION | {"data", "ops", "objectives"},
     "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu"},
-    "cli": {"errors", "integration"},
+    "scoring": FOUNDATION | {"data"},
+    "generation": FOUNDATION | {"data"},
+    "cli": {"errors", "generation", "integration", "scoring"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -33,8 +35,10 @@ HEAVY: dict[str, set[str]] = {
     "nemo_run": {"integration"},
     "hydra": {"integration"},
     "omegaconf": {"integration"},
-    "transformers": {"data", "integration"},
-    "torch": {"batch", "data", "ops", "objectives", "mcore", "integration", "cpu"},
+    "transformers": {"data", "generation", "integration"},
+    "vllm": {"generation"},
+    "lm_eval": {"generation"},
+    "torch": {"batch", "data", "generation", "ops", "objectives", "mcore", "integration", "cpu"},
 }
 
 
