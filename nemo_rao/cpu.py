@@ -163,6 +163,8 @@ def _patch_megatron() -> None:
         for name, value in _WITHOUT_FUSIONS.items():
             if name in config.__dataclass_fields__:
                 setattr(config, name, value)
+        if isinstance(config.window_size, list):  # as recipes and NeMo write it; masks are cached by it
+            config.window_size = tuple(config.window_size)
         original(config)
 
     TransformerConfig.__post_init__ = without_fusions

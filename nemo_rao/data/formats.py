@@ -73,8 +73,8 @@ def recognise(record: object, place: str) -> Format:
 def from_canonical(record: Record, place: str, reward_field: RewardField) -> Row:
     """``{"prompt": str | messages, "responses": [{"content": str, "reward": float}, ...]}``.
 
-    Optional are the reward, or ``"label": bool`` in its place, and ``"reference_rewards": [float, ...]``, the rewards
-    of further responses, which the reference policy gave.
+    Optional are the reward, or ``"label": bool`` in its place; ``"reference_rewards": [float, ...]``, the rewards of
+    further responses, which the reference policy gave; and ``"ranked": true`` where the order is a preference.
     """
     responses = []
     for number, entry in enumerate(read_records(required(record, "responses", place), place, "responses")):
@@ -86,6 +86,7 @@ def from_canonical(record: Record, place: str, reward_field: RewardField) -> Row
         responses=tuple(responses),
         place=place,
         reference_rewards=read_numbers(record.get("reference_rewards"), place, "reference_rewards"),
+        ranked=record.get("ranked") is True,
     )
 
 

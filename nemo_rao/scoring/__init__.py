@@ -1,0 +1,15 @@
+"""Rewards for the responses of a file. Each module does one step; nothing is imported here.
+
+    scorer      what a scorer is, a row as scorers see it, `NAME=KIND:ARGUMENT`
+    rule        a Python function                             -> rewards
+    column      rewards that the file has                     -> rewards
+    judge       a chat model and what it is asked             -> rewards
+    endpoint    HTTP to such a model: retries, concurrency;     answers (asynchronous)
+    answers     answers on disk, so that nothing is asked twice
+    part_file   what is scored so far, row by row; a run that was killed goes on from it
+    statistics  distributions of columns, agreement with labels and with each other
+    finish      part file -> standardised rewards -> the output and its statistics
+    run         the command `nemo-rao score`
+
+``judges/`` holds judges that a user's YAML file can be based on.
+"""

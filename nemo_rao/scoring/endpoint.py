@@ -1,0 +1,161 @@
+"""Questions to an OpenAI-compatible endpoint, several at once, each asked again while there is hope of an answer.
+
+Asynchronous on one thread, so that Ctrl-C or a failure ends all that is under way at once. (Considered: the client of
+the `openai` package, which repeats requests itself, and `tenacity`; neither is in the pinned set, and what is needed
+of them are the twenty lines of :meth:`Endpoint.ask`. urllib3's ``Retry`` has no jitter in the pinned release.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import random
+import ssl
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+import httpx
+
+from nemo_rao.scoring.scorer import ScoringFailure
+
+AGAIN = frozenset({408, 409, 425, 429})  # and 5xx
+NO_ANSWER = frozenset({400, 413, 422})  # this question is refused, such as one that is too long
+LONGEST_WAIT = 60.0  # seconds between two requests; an endpoint may ask for five times as long
+
+T = TypeVar("T")
+
+
+class Endpoint:
+    """Asks ``{base_url}/chat/completions``.
+
+    Args:
+        base_url: with the version, such as ``http://localhost:8000/v1``.
+        api_key: sent as bearer token, and never shown: it is taken out of whatever the endpoint says.
+        concurrency: requests under way at once.
+        timeout: seconds for one request, from its start to the last byte.
+        retries: further requests after one that failed for reasons that may pass.
+        backoff: seconds before the first of them at most, doubled each time; drawn between half of that and all.
+    """
+
+    def __init__(
+        self, base_url: str, api_key: str | None, *, concurrency: int, timeout: float, retries: int, backoff: float
+    ) -> None:
+        self.url = base_url.rstrip("/") + "/chat/completions"
+        self.num_requests = 0
+        self._api_key, self._timeout, self._retries, self._backoff = api_key, timeout, retries, backoff
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise
+        self._client = httpx.AsyncClient(
+            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            verify=_certificates(),
+            timeout=None,  # of single reads and writes; the whole request has one, in `_post`
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+        )
+        self._loop = asyncio.new_event_loop()
+        self._free = asyncio.Semaphore(concurrency)
+        self._answered = False
+
+    def run(self, questions: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """Waits for all of them. Where one fails, or Ctrl-C is pressed, the others are given up."""
+        return self._loop.run_until_complete(self._all(questions))
+
+    async def _all(self, questions: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        tasks = [asyncio.ensure_future(question) for question in questions]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def ask(self, request: Mapping[str, Any], place: str) -> str:
+        """The text of the answer; empty where the endpoint refuses this question alone.
+
+        Raises:
+            ScoringFailure: the key is refused, the endpoint or the model is not there, or every retry failed.
+        """
+        async with self._free:
+            said = ""
+            for retry in range(self._retries + 1):
+                wait = min(LONGEST_WAIT, self._backoff * 2**retry) * random.uniform(0.5, 1.0)
+                try:
+                    response = await self._post(request)
+                except asyncio.TimeoutError:
+                    said = f"no answer within {self._timeout:g} s"
+                except httpx.TransportError as error:
+                    said = f"{type(error).__name__}: {error}"
+                except (httpx.InvalidURL, httpx.HTTPError) as error:
+                    raise self._failure(place, f"{type(error).__name__}: {error}; check base_url") from None
+                else:
+                    if response.status_code == 200:
+                        answer = _text(response)
+                        if answer is not None:
+                            self._answered = True
+                            return answer
+                        said = f"an answer that is no chat completion ({self._begin(response)}); check base_url"
+                    elif response.status_code in AGAIN or response.status_code >= 500:
+                        said = f"{response.status_code} ({self._begin(response)})"
+                        wait = max(wait, _asked_to_wait(response))
+                    elif response.status_code in NO_ANSWER and self._answered:
+                        return ""
+                    else:
+                        raise self._failure(place, self._refusal(response))
+                if retry < self._retries:
+                    await asyncio.sleep(wait)
+            times = "once" if not self._retries else f"{self._retries + 1} times"
+            raise self._failure(place, f"asked {times}, the last time: {said}")
+
+    async def _post(self, request: Mapping[str, Any]) -> httpx.Response:
+        self.num_requests += 1
+        return await asyncio.wait_for(self._client.post(self.url, json=request), self._timeout)
+
+    def _refusal(self, response: httpx.Response) -> str:
+        said = f"{response.status_code} ({self._begin(response)})"
+        if response.status_code in (401, 403):
+            sent = "no key was sent; set api_key_variable" if self._api_key is None else "check the key"
+            return f"{said}: {sent}"
+        return f"{said}; check base_url, model and parameters"
+
+    def _failure(self, place: str, said: str) -> ScoringFailure:
+        return ScoringFailure(f"{place}: judge at {self.url}: {self._without_key(said)}")
+
+    def _begin(self, response: httpx.Response) -> str:
+        text = " ".join(self._without_key(response.text).split())
+        return text if len(text) <= 160 else text[:157] + "..."
+
+    def _without_key(self, text: str) -> str:
+        return text if self._api_key is None else text.replace(self._api_key, "***")
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._end())
+        self._loop.close()
+
+    async def _end(self) -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}  # after Ctrl-C
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._client.aclose()
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Reading them takes a tenth of a second, so it is done once."""
+    return httpx.create_ssl_context()
+
+
+def _text(response: httpx.Response) -> str | None:
+    """The answer's text; empty for one without (a refusal, say), ``None`` where the body is no chat completion."""
+    try:
+        content = response.json()["choices"][0]["message"].get("content")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
+    return content if isinstance(content, str) else ""
+
+
+def _asked_to_wait(response: httpx.Response) -> float:
+    """Seconds that the endpoint asks to be left alone."""
+    try:
+        return min(max(float(response.headers.get("retry-after", "0")), 0.0), 5 * LONGEST_WAIT)
+    except ValueError:  # a date
+        return 0.0

@@ -1,0 +1,202 @@
+"""From the part file to the output: standardise the columns, average them into ``reward``, keep the statistics.
+
+    column as written  =  (standardised column - shift) / scale
+    reward             =  the columns' mean as written, weighted
+
+Standardised: ``none`` as it is; ``global`` minus the column's mean, over its standard deviation, both over the whole
+file (or as another file's statistics state them); ``prompt`` the same over the prompt's own responses. Where all are
+equal they become 0. A response that lacks a column has no reward: a mean of the others would be another quantity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from nemo_rao.data.fields import LARGEST_REWARD
+from nemo_rao.errors import UserError
+from nemo_rao.scoring.part_file import PartFile
+from nemo_rao.scoring.scorer import Scores, ScoringFailure
+
+STANDARDIZE = ("none", "global", "prompt")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How columns become rewards.
+
+    Attributes:
+        standardize: one of ``STANDARDIZE``.
+        shift, scale: applied after that.
+        weights: column -> its weight in the mean.
+        stated: column -> (mean, sd) for ``global``; empty: the file's own.
+    """
+
+    standardize: str = "none"
+    shift: float = 0.0
+    scale: float = 1.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    stated: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Refuses what cannot be applied to these columns."""
+        if not math.isfinite(self.shift):
+            raise UserError(f"--shift {self.shift}: must be finite")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise UserError(f"--scale {self.scale:g}: must be > 0, and finite")
+        for name, weight in self.weights.items():
+            if name not in columns:
+                raise UserError(f"--weight {name}={weight:g}: no scorer has this name; there are {', '.join(columns)}")
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"--weight {name}={weight:g}: must be >= 0, and finite")
+        if not sum(self.weights.get(name, 1.0) for name in columns) > 0:
+            raise UserError("--weight: all are 0; leave one above it")
+
+    def columns(self, raw: Mapping[str, Scores], means: Mapping[str, tuple[float, float]]) -> dict[str, Scores]:
+        """One row's columns as they are written; ``means``: column -> (mean, sd) over the file."""
+        scaled = {}
+        for name, scores in raw.items():
+            mean, sd = 0.0, 1.0
+            if self.standardize == "global":
+                mean, sd = means[name]
+            elif self.standardize == "prompt":
+                mean, sd = _mean_and_sd([score for score in scores if score is not None])
+            divisor = sd if sd > 0 else 1.0
+            scaled[name] = tuple(
+                None if score is None else ((score - mean) / divisor - self.shift) / self.scale for score in scores
+            )
+        return scaled
+
+    def reward(self, columns: Sequence[tuple[str, float | None]]) -> float | None:
+        """The mean of one response's columns; those of weight 0 may be missing."""
+        weighted = [(self.weights.get(name, 1.0), score) for name, score in columns]
+        weighted = [(weight, score) for weight, score in weighted if weight > 0]
+        total = math.fsum(weight for weight, _ in weighted)
+        if any(score is None for _, score in weighted):
+            return None
+        return math.fsum(weight / total * score for weight, score in weighted if score is not None)
+
+
+def _mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+    if not values or min(values) == max(values):  # rounding would leave a deviation where there is none
+        return (values[0] if values else 0.0), 0.0
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+
+
+def stated_statistics(path: str, columns: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """(mean, sd) of each column from another output's ``.stats.json``."""
+    try:
+        found = json.loads(Path(path).expanduser().read_text())["columns"]
+        return {name: (float(found[name]["mean"]), float(found[name]["sd"])) for name in columns}
+    except OSError as error:
+        raise UserError(f"--statistics {path}: cannot be read ({error.strerror})") from None
+    except KeyError as error:
+        raise UserError(
+            f"--statistics {path}: has no {error} for the columns {', '.join(columns)}; name the .stats.json of an "
+            "output with these columns"
+        ) from None
+    except (ValueError, TypeError):
+        raise UserError(f"--statistics {path}: is no .stats.json of nemo-rao score; name one") from None
+
+
+def write_output(part: PartFile, output: Path, names: Sequence[str], scaling: Scaling) -> dict[str, Any]:
+    """Writes OUTPUT and OUTPUT.stats.json, each at once or not at all. Returns the statistics.
+
+    Raises:
+        ScoringFailure: the disk is full, or a reward too large; the part file is kept.
+    """
+    from nemo_rao.scoring.statistics import Collector
+
+    statistics_path = output.with_name(f"{output.name}.stats.json")
+    unfinished = {path: path.with_name(f"{path.name}.unfinished") for path in (statistics_path, output)}
+    packed = output.name.endswith(".gz")
+    try:
+        with contextlib.closing(Collector(names, output.parent)) as before:
+            for record in part.records():
+                before.add(_columns(record, names), bool(record.get("ranked")))
+            statistics = before.as_json()
+        of_file = {name: (one["mean"], one["sd"]) for name, one in statistics["columns"].items() if one["count"]}
+        means = dict.fromkeys(names, (0.0, 1.0)) | of_file | dict(scaling.stated)
+        with (
+            contextlib.closing(Collector(["reward"], output.parent)) as after,
+            _synced(unfinished[output], packed) as file,
+        ):
+            for number, record in enumerate(part.records(), start=1):
+                _put_rewards(record, names, scaling, means, f"{output} row {number}")
+                after.add({"reward": _scores(record, "reward")}, bool(record.get("ranked")))
+                file.write((json.dumps(record) + "\n").encode())
+            rewards = after.as_json()
+        statistics = {
+            "rows": part.num_rows,
+            "standardize": scaling.standardize,
+            "standardized_by": {name: {"mean": means[name][0], "sd": means[name][1]} for name in names}
+            if scaling.standardize == "global"
+            else None,
+            "shift": scaling.shift,
+            "scale": scaling.scale,
+            "weights": {name: scaling.weights.get(name, 1.0) for name in names},
+            "columns": statistics["columns"],
+            "reward": rewards["columns"]["reward"],
+            "agreement_with_labels": statistics["agreement_with_labels"] | rewards["agreement_with_labels"],
+            "agreement_between": statistics["agreement_between"],
+        }
+        with _synced(unfinished[statistics_path], packed=False) as file:
+            file.write((json.dumps(statistics, indent=2) + "\n").encode())
+        for path, written in unfinished.items():  # the output last: where it is, its statistics are
+            os.replace(written, path)
+    except OSError as error:
+        raise ScoringFailure(f"{output}: cannot be written ({error.strerror}); make room") from None
+    finally:
+        for written in unfinished.values():
+            with contextlib.suppress(OSError):
+                written.unlink(missing_ok=True)
+    return statistics
+
+
+def _scores(record: Mapping[str, Any], name: str) -> Scores:
+    return tuple(response[name] for response in record["responses"])
+
+
+def _columns(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Scores]:
+    return {name: _scores(record, name) for name in names}
+
+
+def _put_rewards(
+    record: dict[str, Any],
+    names: Sequence[str],
+    scaling: Scaling,
+    means: Mapping[str, tuple[float, float]],
+    place: str,
+) -> None:
+    """Puts the columns as they are written, and ``reward``, into the record's responses."""
+    columns = scaling.columns(_columns(record, names), means)
+    for number, response in enumerate(record["responses"]):
+        own = {name: columns[name][number] for name in names}
+        reward = scaling.reward(list(own.items()))
+        for value in (*own.values(), reward):
+            if value is not None and not abs(value) <= LARGEST_REWARD:
+                raise ScoringFailure(f"{place}, response {number + 1}: a reward of {value:g}; choose another --scale")
+        content = response.pop("content")
+        response.clear()
+        response.update({"content": content, "reward": reward} | own)
+
+
+@contextlib.contextmanager
+def _synced(path: Path, packed: bool) -> Iterator[IO[bytes]]:
+    """A file to write to, on the disk when it is left; ``packed``: compressed."""
+    with open(path, "wb") as plain:
+        if packed:
+            with gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0) as file:
+                yield file  # type: ignore[misc]
+        else:
+            yield plain
+        plain.flush()
+        os.fsync(plain.fileno())
