@@ -164,8 +164,8 @@ def export_hf(arguments: argparse.Namespace) -> int:
 def score_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao score",
-        description="Put rewards on the responses of a file: those of a rule, of a chat model as judge, or columns "
-        "that the file has. The same command again goes on where it was stopped.",
+        description="Put rewards on the responses of a file: those of a rule, of a chat model as judge, of a trained "
+        "reward model or policy, or columns that the file has. The same command again goes on where it was stopped.",
         epilog="example: nemo-rao score prefs.jsonl scored.jsonl --scorer r_1=rule:my_rules.exact_match "
         "--scorer r_2=judge:judge.yaml --standardize global; then nemo-rao train ... data.train_path=scored.jsonl",
         allow_abbrev=False,
@@ -179,7 +179,8 @@ def score_parser() -> Parser:
         metavar="[NAME=]KIND:WHAT",
         help="rule:MODULE:FUNCTION, a Python function (prompt, response) -> number, looked for in this folder first; "
         "it is imported and run, so name none that you do not trust. judge:FILE.yaml, a chat model behind an "
-        "OpenAI-compatible endpoint. column:FIELD, a field of the responses; column alone, the reward they have. "
+        "OpenAI-compatible endpoint. model:RUN_FOLDER, a trained reward model, or the implicit reward of a trained "
+        "policy. column:FIELD, a field of the responses; column alone, the reward they have. "
         "Several are several columns, and their mean is the reward",
     )
     parser.add_argument("--weight", action="append", default=[], metavar="NAME=W", help="in the mean (default: 1)")
@@ -203,9 +204,14 @@ def score_parser() -> Parser:
 
 
 def score(arguments: argparse.Namespace) -> int:
+    from nemo_rao.scoring.run import KINDS
     from nemo_rao.scoring.run import main as run
 
-    return run(arguments)
+    if not any(":" in spec and spec.partition(":")[0].rpartition("=")[2] == "model" for spec in arguments.scorer):
+        return run(arguments)
+    from nemo_rao.integration.score_model import model_kind  # costs only those who score with a model
+
+    return run(arguments, {**KINDS, "model": model_kind(arguments.input)})
 
 
 def generate_parser() -> Parser:

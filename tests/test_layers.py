@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": FOUNDATION,
     "objectives": FOUNDATION,
     "mcore": FOUNDATION | {"data", "ops", "objectives"},
-    "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu"},
+    "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "scoring"},
     "scoring": FOUNDATION | {"data"},
     "generation": FOUNDATION | {"data"},
     "cli": {"errors", "generation", "integration", "scoring"},

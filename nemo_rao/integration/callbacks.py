@@ -127,7 +127,7 @@ class ReferencePass(pl.Callback):
                 )
 
     def _compute(self, trainer: pl.Trainer, data_set: AlignmentData, key: str, name: str) -> Any:
-        with _progress_bar(f"reference log-probs ({name})", trainer.is_global_zero) as show:
+        with progress_bar(f"reference log-probs ({name})", trainer.is_global_zero) as show:
             return compute_reference(
                 model_chunks(trainer),
                 prompts=data_set.responses_of_prompts(),
@@ -155,8 +155,8 @@ class MismatchedPass(pl.Callback):
         )
 
 
-class _progress_bar:
-    """``with _progress_bar(...) as show: show(done, total)``; silent where ``visible`` is false."""
+class progress_bar:
+    """``with progress_bar(...) as show: show(done, total)``; silent where ``visible`` is false."""
 
     def __init__(self, label: str, visible: bool) -> None:
         self._bar = tqdm(desc=label, unit="prompt", disable=not visible, dynamic_ncols=True)

@@ -124,6 +124,24 @@ def _update(values: DictConfig, overrides: Sequence[str]) -> None:
         OmegaConf.update(values, parsed.key_or_group, parsed.value(), force_add=True)
 
 
+def load_recipe(path: Path) -> RunConfig:
+    """A whole recipe as a run has saved it, ``recipe.yaml``.
+
+    Raises:
+        UserError: it is no recipe of this version.
+    """
+    try:
+        given = OmegaConf.load(path)
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{path}: is no recipe")
+    try:
+        return typed_config(given, where=str(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def package_recipes() -> Path:
     """The folder of the package's recipes: inside it once installed, at the top of a checkout otherwise."""
     package = Path(__file__).resolve().parents[1]

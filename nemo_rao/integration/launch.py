@@ -42,13 +42,21 @@ def started_externally(environ: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
-def launch(function: Callable[..., None], args: Sequence[Any], *, num_ranks: int, num_nodes: int = 1) -> None:
+def launch(
+    function: Callable[..., None],
+    args: Sequence[Any],
+    *,
+    num_ranks: int,
+    num_nodes: int = 1,
+    in_children: bool = False,
+) -> None:
     """Run ``function(*args)`` on every rank and return when all are done.
 
     Args:
         function: what a rank does; finds its place in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
         num_ranks: ranks on this machine.
         num_nodes: machines; more than one only under SLURM or torchrun.
+        in_children: a single rank, too, is a process of its own, which leaves this one as it was.
 
     Raises:
         UserError: several nodes without a launcher that starts them; or a rank raised it.
@@ -62,7 +70,7 @@ def launch(function: Callable[..., None], args: Sequence[Any], *, num_ranks: int
             f"trainer.num_nodes is {num_nodes}, but nothing started the other nodes: use srun (one task a device) or "
             "torchrun"
         )
-    if num_ranks == 1:
+    if num_ranks == 1 and not in_children:
         mine = _rank_environment(0, 1, _free_port())
         before = {name: os.environ.get(name) for name in mine}
         os.environ.update(mine)

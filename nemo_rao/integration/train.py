@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +49,11 @@ def train(config: RunConfig) -> None:
         say(f"curves       {draw_curves(folder)}")
 
 
-def run_rank(config: RunConfig, prepared: Prepared) -> None:
-    """One rank's part of a run; its place is in the environment."""
+def set_up_rank(config: RunConfig) -> None:
+    """What a rank does before it builds anything; its place is in the environment."""
     import torch
-    from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from lightning_utilities.core.rank_zero import rank_zero_only
-    from nemo import lightning as nl
-    from nemo.lightning.pytorch.strategies.utils import RestoreConfig
-    from nemo.lightning.resume import AdapterPath
-    from nemo.utils import AppState
     from nemo.utils import logging as nemo_logging
-
-    from nemo_rao.integration import build
-    from nemo_rao.integration.data_module import AlignmentData, AlignmentDataModule
 
     vars(rank_zero_only)["rank"] = global_rank()  # read once, at the import, which forked ranks have behind them
     quiet_third_parties()
@@ -71,9 +63,71 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     # The one place where NeMo reads how long ranks wait for each other.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(config.trainer.timeout_minutes * 60)))
     torch.manual_seed(config.trainer.seed)  # initial weights
+
+
+def make_trainer(
+    config: RunConfig,
+    *,
+    max_steps: int,
+    folder: Path,
+    callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
+    start_from: Path | None = None,
+) -> Any:
+    """NeMo's trainer over the recipe's ranks.
+
+    Args:
+        folder: of results.
+        callbacks: what NeMo may copy and store with every checkpoint: nothing that holds data.
+        start_from: a checkpoint whose weights are read before the first step.
+    """
+    import torch
+    from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from nemo import lightning as nl
+    from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+    from nemo.utils import AppState
+
+    from nemo_rao.integration import build
+
+    trainer = nl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.num_nodes,
+        max_steps=max_steps,
+        max_epochs=-1,
+        strategy=build.strategy(config),
+        plugins=build.precision(config),
+        callbacks=list(callbacks),
+        logger=list(loggers),
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,  # validation is a callback: it sees every prompt once, however many ranks there are
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=1,
+    )
+    trainer.strategy.cluster_environment = (
+        SLURMEnvironment(auto_requeue=False) if started_externally() == "slurm" else TorchElasticEnvironment()
+    )
+    AppState().log_dir = folder
+    if start_from is not None:
+        trainer.strategy.restore_config = RestoreConfig(path=str(start_from))
+    return trainer
+
+
+def run_rank(config: RunConfig, prepared: Prepared) -> None:
+    """One rank's part of a run; its place is in the environment."""
+    import torch
+    from nemo.lightning.resume import AdapterPath
+
+    from nemo_rao.integration import build
+    from nemo_rao.integration.data_module import AlignmentData, AlignmentDataModule
+
+    set_up_rank(config)
     folder, keys = run_dir(config), config.model
     model = build.model(config, prepared.objective_config, prepared.max_steps)
-
     padding = pad_token_id(model.tokenizer.tokenizer)
 
     def with_padding(data: PreferenceData, mismatched: PreferenceData | None = None) -> AlignmentData:
@@ -94,34 +148,17 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
         seq_length=keys.seq_length,
         seed=config.data.seed if config.data.shuffle else None,
     )
-
-    trainer = nl.Trainer(
-        accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.num_nodes,
+    trainer = make_trainer(
+        config,
         max_steps=prepared.max_steps,
-        max_epochs=-1,
-        strategy=build.strategy(config),
-        plugins=build.precision(config),
+        folder=folder,
         callbacks=[build.checkpoint_callback(config, folder)],
-        logger=_loggers(config, folder),
-        log_every_n_steps=config.trainer.log_every_n_steps,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,  # validation is a callback: it sees every prompt once, however many ranks there are
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        accumulate_grad_batches=1,
+        loggers=_loggers(config, folder),
+        start_from=prepared.start_from if prepared.resume_from is None else None,
     )
     # Set after construction: NeMo copies and stores a trainer's arguments with every checkpoint, and these hold the
     # data. They come first, so that a checkpoint sees the step's metrics.
     trainer.callbacks[:0] = _callbacks(config, model, data_sets)
-    trainer.strategy.cluster_environment = (
-        SLURMEnvironment(auto_requeue=False) if started_externally() == "slurm" else TorchElasticEnvironment()
-    )
-    AppState().log_dir = folder
-    if prepared.start_from is not None and prepared.resume_from is None:
-        trainer.strategy.restore_config = RestoreConfig(path=str(prepared.start_from))
     if prepared.resume_from is not None:
         # A LoRA run's checkpoints hold its adapters alone: the weights below them come from where the run started.
         adapters_only = model.model_transform is not None

@@ -147,7 +147,7 @@ def _sums_of(
     numbers: Callable[[ModelOutput, MicroBatch], Tensor],
     width: int,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Part by part: prompts done, response numbers ``[n]``, sums ``[n, width]``; n = 0 before the last stage."""
+    """Part by part: prompts done, response numbers ``[n]``, sums ``[n, width]``; n = 0 before the last."""
 
     def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
         return {"responses": batch.response_ids, "sums": numbers(output, batch)}
@@ -181,7 +181,7 @@ def _write_part(folder: Path, responses: np.ndarray, sums: np.ndarray) -> None:
 
 
 def _read_parts(folder: Path, num_responses: int, width: int) -> np.ndarray:
-    """``[responses, width]`` float32, NaN where no part has the response. A part that cannot be read counts as absent."""
+    """Part by part: prompts done, response numbers ``[n]``, sums ``[n, width]``; n = 0 before the last stage."""
     sums = np.full((num_responses, width), np.nan, dtype=np.float32)
     for path in sorted(folder.glob("part-*.npz")):
         try:
@@ -196,9 +196,7 @@ def _merge(folder: Path, num_responses: int, width: int) -> None:
     sums = _read_parts(folder, num_responses, width)
     missing = int((~np.isfinite(sums)).any(axis=1).sum())
     if missing:
-        raise FloatingPointError(
-            f"the model's numbers of {missing} of {num_responses} responses are not finite"
-        )
+        raise FloatingPointError(f"the model's numbers of {missing} of {num_responses} responses are not finite")
     temporary = folder / f".{_SUMS}.{os.getpid()}.tmp"
     with temporary.open("wb") as file:
         np.save(file, sums)
