@@ -181,7 +181,7 @@ def _write_part(folder: Path, responses: np.ndarray, sums: np.ndarray) -> None:
 
 
 def _read_parts(folder: Path, num_responses: int, width: int) -> np.ndarray:
-    """Part by part: prompts done, response numbers ``[n]``, sums ``[n, width]``; n = 0 before the last stage."""
+    """``[responses, width]`` float32, NaN where no part has the response. What cannot be read counts as absent."""
     sums = np.full((num_responses, width), np.nan, dtype=np.float32)
     for path in sorted(folder.glob("part-*.npz")):
         try:
