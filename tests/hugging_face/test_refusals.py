@@ -1,0 +1,199 @@
+"""What cannot be converted is refused in one line that names it, with exit code 2, and nothing is left on the disk."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_rao.cli import main
+
+from ..megatron_ranks import import_once
+from ..train.runs import in_fork
+from .models import make_model
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the commands set for their process, they are to set for one test alone."""
+    for name in ("CUDA_VISIBLE_DEVICES", "USE_TF", "USE_FLAX"):
+        monkeypatch.setenv(name, "0" if name.startswith("USE") else "")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", data / "tokenizer", tmp_path_factory.mktemp("whole") / "model", max_shard_size="100KB")
+
+
+@pytest.fixture
+def source(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "source")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line that says why, where the exit code is 2."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def shard(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[0]
+
+
+def cut(file: Path, num_bytes: int) -> None:
+    with file.open("r+b") as opened:
+        opened.truncate(num_bytes)
+
+
+def change(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def without_a_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(shard(folder))
+    del tensors[next(name for name in tensors if "layers.0" in name)]
+    save_file(tensors, shard(folder))
+
+
+def pickled(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle that is never opened")
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (shutil.rmtree, "no such folder"),
+    "no config.json": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "config.json cut off": (lambda folder: cut(folder / "config.json", 40), "config.json cannot be read"),
+    "another architecture": (
+        lambda folder: change(folder, architectures=["GPT2LMHeadModel"], model_type="gpt2"),
+        "GPT2LMHeadModel, which cannot be imported; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM can",
+    ),
+    "a missing shard": (lambda folder: shard(folder).unlink(), "model-00001-of-00004.safetensors is missing"),
+    "a truncated shard": (lambda folder: cut(shard(folder), 9000), "is not whole: 9000 of"),
+    "an empty shard": (lambda folder: cut(shard(folder), 0), "is no safetensors file"),
+    "a missing tensor": (without_a_tensor, "has no tensor model.layers.0"),
+    "other sizes": (lambda folder: change(folder, hidden_size=64), "config.json asks for [300, 64]"),
+    "a layer too many": (lambda folder: change(folder, num_hidden_layers=1), "for which the model has no place"),
+    "other positions": (
+        lambda folder: change(folder, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+        "rope_scaling (yarn)",
+    ),
+    "quantized": (lambda folder: change(folder, quantization_config={"bits": 4}), "quantization_config"),
+    "pickles alone": (pickled, "--allow-pickle"),
+    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("token*")], "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_imported_is_refused_in_one_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    spoil, said = BAD[name]
+    spoil(source)
+    assert said in refusal(capsys, "import-hf", source, tmp_path / "made")
+    assert not set(tmp_path.iterdir()) - {source}
+
+
+@pytest.mark.parametrize("command", ["import-hf", "export-hf"])
+def test_a_folder_with_something_in_it_is_not_written_to(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, converted: dict[str, Any]
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "mine").write_text("mine")
+    given = source if command == "import-hf" else converted["llama"].imported
+    assert "is not an empty folder" in refusal(capsys, command, given, tmp_path / "made")
+    assert [file.name for file in (tmp_path / "made").iterdir()] == ["mine"]
+
+
+def test_what_is_no_checkpoint_is_not_exported(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is neither a NeMo checkpoint" in refusal(capsys, "export-hf", source, tmp_path / "made")
+
+
+def test_a_damaged_checkpoint_is_not_exported(
+    converted: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, spoil, said in (
+        ("cut", lambda folder: cut(folder / "weights" / "__0_0.distcp", 1000), "is not whole"),
+        ("nameless", lambda folder: (folder / "context" / "model.yaml").unlink(), "model.yaml is missing"),
+        (
+            "another",
+            lambda folder: (folder / "context" / "model.yaml").write_text(
+                (folder / "context" / "model.yaml").read_text().replace("model.llama.LlamaConfig", "model.gemma.Gemma")
+            ),
+            "is a Gemma, which cannot be exported",
+        ),
+    ):
+        spoil(shutil.copytree(converted["llama"].imported, tmp_path / name))
+        assert said in refusal(capsys, "export-hf", tmp_path / name, tmp_path / "made")
+    assert "--adapters" in refusal(capsys, "export-hf", converted["llama"].imported, tmp_path / "made", "--adapters")
+    assert not (tmp_path / "made").exists()
+
+
+def on_a_disk_that_fills(arguments: list[str], largest: int) -> None:
+    """No file may grow beyond ``largest`` bytes: what a full disk does, in a form that one process can be given."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    assert main(arguments) == 2
+
+
+@pytest.mark.parametrize(("command", "said"), [("import-hf", "a write was cut short"), ("export-hf", "File too large")])
+def test_a_disk_that_fills_leaves_nothing_behind(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str, said: str, converted: dict[str, Any]
+) -> None:
+    import_once()
+    given = source if command == "import-hf" else converted["llama"].imported
+    capfd.readouterr()
+    in_fork(on_a_disk_that_fills, [command, str(given), str(tmp_path / "made")], 50_000)
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and f"could not be written ({said})" in error[0]
+    assert set(tmp_path.iterdir()) == {source}
+
+
+def test_code_that_a_model_brings_along_is_not_run(source: Path, tmp_path: Path) -> None:
+    for name in ("configuration_evil", "modeling_evil", "tokenization_evil"):
+        (source / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    change(
+        source,
+        auto_map={"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"},
+    )
+    import_once()
+    in_fork(_import, [str(source), str(tmp_path / "made")])
+    assert (tmp_path / "made" / "weights").is_dir()
+    assert not (tmp_path / "ran").exists()
+    assert "auto_map" not in (tmp_path / "made" / "tokenizer" / "config.json").read_text()
+
+
+def test_pickled_weights_are_read_where_that_is_asked_for(data: Path, tmp_path: Path) -> None:
+    source = make_model("llama", data / "tokenizer", tmp_path / "source", safe_serialization=False)
+    import_once()
+    in_fork(_import, [str(source), str(tmp_path / "made"), "--allow-pickle"])
+    assert (tmp_path / "made" / "weights").is_dir()
+
+
+def _import(arguments: list[str]) -> None:
+    assert main(["import-hf", *arguments]) == 0
+
+
+@pytest.mark.parametrize("command", ["import-hf", "export-hf"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys; from nemo_rao.cli import main\n"
+        f"try: main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'nemo', 'megatron'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)
