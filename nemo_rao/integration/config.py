@@ -82,6 +82,7 @@ class ExpManagerConfig:
     name: str = key("default", "folder of this run, in exp_dir")
     resume_if_exists: bool = key(True, "continue from the newest checkpoint of a run of this name")
     create_tensorboard_logger: bool = key(True, "a TensorBoard log is always written", choices=(True,))
+    draw_curves: bool = key(True, "draw curves.png when the run has ended")
     create_wandb_logger: bool = key(False, "also log to Weights & Biases")
     wandb_logger_kwargs: WandbConfig = section(WandbConfig, "Weights & Biases")
     checkpoint_callback_params: CheckpointConfig = section(CheckpointConfig, "which checkpoints are kept")

@@ -109,8 +109,9 @@ def main(arguments: argparse.Namespace) -> int:
         say(f"adapters  {destination}")
         say(f'to load   peft.PeftModel.from_pretrained(model, "{destination}"), model: what the run started from')
     else:
+        kind = "SequenceClassification" if _SCORE_HEAD in shapes else "CausalLM"
         say(f"model    {destination}")
-        say(f'to load  transformers.AutoModelForCausalLM.from_pretrained("{destination}")')
+        say(f'to load  transformers.AutoModelFor{kind}.from_pretrained("{destination}")')
     return 0
 
 
@@ -194,6 +195,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 _LAYERS = "decoder.layers."
+_SCORE_HEAD = "score_head.weight"  # of a reward model
 
 
 def _check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -213,7 +215,7 @@ def _check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None
         )
     if missing:
         raise UserError(f"CHECKPOINT: {base.folder} has no tensor {missing[0]}; name a {base.family.architecture}")
-    left_behind = sorted(name for name in set(shapes) - wanted if not name.endswith("_extra_state"))
+    left_behind = sorted(name for name in set(shapes) - wanted - {_SCORE_HEAD} if not name.endswith("_extra_state"))
     if left_behind:
         say(f"not exported, as transformers has no place for it: {', '.join(left_behind)}")
 
@@ -351,9 +353,35 @@ def _write_model(
         bias = io.state_transform(source_key=MEGATRON_BIAS, target_key=HF_BIASES, fn=TransformFns.split_qkv_bias)
         io.apply_transforms(source, target, mapping={}, transforms=[bias])
     target.tie_weights()
-    target.generation_config = _generation_config(base, tokenizer)
+    if _SCORE_HEAD in source.state_dict():
+        target = _classifier(target, source.state_dict()[_SCORE_HEAD], tokenizer)
+    else:
+        target.generation_config = _generation_config(base, tokenizer)
     say("writing")
     target.save_pretrained(folder)
+
+
+def _classifier(model: Any, head: Any, tokenizer: Any) -> Any:
+    """A reward model as a sequence classifier: a label for each of the head's scores, the scores its logits."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.modeling_utils import no_init_weights
+
+    from nemo_rao.data.encode import Encoder
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = len(head)
+    # It reads the last token that is no padding. Where the end token pads, too, one row at a time is all it can do.
+    ends = {Encoder(tokenizer).end_token_id, tokenizer.eos_token_id}
+    config.pad_token_id = None if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
+    with no_init_weights():
+        classifier = AutoModelForSequenceClassification.from_config(config, torch_dtype=model.dtype)
+    classifier.model.load_state_dict(model.model.state_dict())
+    with torch.no_grad():
+        classifier.score.weight.copy_(head)
+    return classifier
 
 
 def _generation_config(base: Described, tokenizer: Any) -> Any:

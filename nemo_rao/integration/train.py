@@ -46,7 +46,8 @@ def train(config: RunConfig) -> None:
         say(f"checkpoint   {last_checkpoint(folder)}")
         say(f"TensorBoard  {folder / 'tensorboard'}")
         say(f"metrics      {folder / 'metrics.jsonl'}")
-        say(f"curves       {draw_curves(folder)}")
+        if config.exp_manager.draw_curves:
+            say(f"curves       {draw_curves(folder)}")
 
 
 def set_up_rank(config: RunConfig) -> None:

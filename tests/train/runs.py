@@ -23,6 +23,7 @@ TINY = (
     "model.optim.lr=1e-3",
     "model.optim.sched.name=constant",
     "trainer.enable_progress_bar=false",
+    "exp_manager.draw_curves=false",
 )
 NO_CHECKPOINTS = (
     "exp_manager.checkpoint_callback_params.save_top_k=0",

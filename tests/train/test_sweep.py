@@ -33,7 +33,16 @@ def contents(folder: Path) -> dict[str, int]:
 def test_two_betas_from_one_start_share_one_reference_pass_and_are_trained_once(
     data: tuple[str, ...], start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", "-m", "--config-name", "gpt_dpo", *TINY, *data, f"model.restore_from_path={start}"]
+    command = [
+        "train",
+        "-m",
+        "--config-name",
+        "gpt_dpo",
+        *TINY,
+        "exp_manager.draw_curves=true",
+        *data,
+        f"model.restore_from_path={start}",
+    ]
     command += [f"exp_manager.exp_dir={tmp_path}", "trainer.max_steps=2", "model.dpo.beta=0.05,0.5"]
     in_fork(sweep, command, 0)
     folders = [tmp_path / "gpt_dpo-beta=0.05", tmp_path / "gpt_dpo-beta=0.5"]

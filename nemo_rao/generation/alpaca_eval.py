@@ -1,0 +1,106 @@
+"""AlpacaEval 2: a policy's answers in the form that ``alpaca_eval --model_outputs`` takes.
+
+    [{"instruction": ..., "output": ..., "generator": ..., "dataset": ...}, ...]
+
+https://github.com/tatsu-lab/alpaca_eval. Its 805 instructions are licensed CC BY-NC and are not shipped: the user names
+the file. Judging is theirs: it asks a model by OpenAI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.data.fields import read_text, required
+from nemo_rao.errors import UserError
+from nemo_rao.generation.part_file import PartFile, work_through
+from nemo_rao.generation.policy import Policy, Question
+from nemo_rao.generation.prompts import read_records, with_system
+from nemo_rao.generation.settings import EvaluateSettings
+
+DATASET = "alpaca_eval"  # of instructions whose file has no `dataset`
+
+
+class AlpacaEval:
+    """The benchmark with a user's instructions.
+
+    Args:
+        path: a JSON array or JSON Lines, each with ``instruction`` and perhaps ``dataset``.
+        model_name: becomes ``generator``.
+        settings: of sampling.
+    """
+
+    name = "alpaca_eval"
+
+    def __init__(self, path: str | None, model_name: str, settings: EvaluateSettings) -> None:
+        if path is None:
+            raise UserError(
+                "task alpaca_eval needs --instructions FILE: alpaca_eval.json of the data set tatsu-lab/alpaca_eval, "
+                "or rows with `instruction`"
+            )
+        self.model_name, self._settings = model_name, settings
+        self._max_new_tokens = settings.max_new_tokens or 2048
+        self._examples = [
+            (
+                place,
+                read_text(required(record, "instruction", place), place, "instruction"),
+                str(record.get("dataset") or DATASET),
+            )
+            for place, record in read_records(path)
+        ][: settings.limit]
+        self.file_name = "alpaca_eval.json"
+        self.identity = {
+            "digest_of_instructions": hashlib.sha256(
+                json.dumps([example[1:] for example in self._examples]).encode()
+            ).hexdigest()[:32],
+            "temperature": settings.temperature,
+            "max_new_tokens": self._max_new_tokens,
+        }
+
+    def check(self, policy: Policy) -> None:
+        """Refuse what the chat template does not take."""
+        for number in range(len(self._examples)):
+            policy.check(self._question(number))
+
+    def answer(self, policy: Policy, part: PartFile) -> None:
+        """Answers what ``part`` does not have yet. A record: ``[output, tokens, cut]``."""
+
+        def produce(numbers: Sequence[int]) -> list[Any]:
+            answers = policy.answer([self._question(number) for number in numbers], self._max_new_tokens)
+            # An instruction without room for an answer has an empty one: the judge counts on all.
+            return [["", 0, True] if found is None else [found.text, found.num_tokens, found.cut] for found in answers]
+
+        work_through(part, range(len(self._examples)), self._settings.batch_size, produce, self.name)
+
+    def whole(self, records: Sequence[Any]) -> str:
+        """The file for the judge."""
+        outputs = [
+            {"instruction": instruction, "output": output.strip(), "generator": self.model_name, "dataset": dataset}
+            for (_, instruction, dataset), (output, _, _) in zip(self._examples, records, strict=True)
+        ]
+        return json.dumps(outputs, ensure_ascii=False, indent=2) + "\n"
+
+    def metrics(self, records: Sequence[Any]) -> Mapping[str, float]:
+        """What can be told without a judge."""
+        return {
+            "answers": len(records),
+            "mean_tokens": sum(num_tokens for _, num_tokens, _ in records) / len(records),
+            "cut": sum(cut for _, _, cut in records) / len(records),
+        }
+
+    def judge_command(self, folder: Path) -> str:
+        """How AlpacaEval 2 judges the file (its default annotator since 2.0, named here so that it stays that one)."""
+        file = shlex.quote(str(folder / self.file_name))
+        return (
+            "pip install alpaca-eval && OPENAI_API_KEY=... "
+            f"alpaca_eval --model_outputs {file} --annotators_config weighted_alpaca_eval_gpt4_turbo"
+        )
+
+    def _question(self, number: int) -> Question:
+        place, instruction, _ = self._examples[number]
+        content = with_system(instruction, self._settings.system)
+        return Question(content, place, (number, 0, 0), self._settings.temperature)

@@ -1,0 +1,174 @@
+"""``nemo-rao evaluate``: benchmarks of a policy. Each task's result is kept as soon as it is finished.
+
+alpaca_eval, mt_bench      answers in the form that these projects judge
+any other name             a task of lm-evaluation-harness, run here
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.errors import UserError
+from nemo_rao.generation.alpaca_eval import AlpacaEval
+from nemo_rao.generation.harness import Harness, task_manager
+from nemo_rao.generation.model_folder import check_folder
+from nemo_rao.generation.mt_bench import MtBench
+from nemo_rao.generation.part_file import PartFile, check_place, part_path, write_whole
+from nemo_rao.generation.policy import Policy
+from nemo_rao.generation.settings import EvaluateSettings
+
+Benchmark = AlpacaEval | MtBench
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be evaluated: tasks (commas separate them, too), the model's name in answers, and the tasks' files."""
+
+    tasks: Sequence[str]
+    name: str | None = None
+    instructions: str | None = None
+    questions: str | None = None
+    include_path: str | None = None
+
+
+class Results:
+    """``results.json``: the model, and of each finished task how it was run and what came out.
+
+    Raises:
+        UserError: the file there is of another model, or is damaged.
+    """
+
+    def __init__(self, folder: Path, model: str, fingerprint: str) -> None:
+        self.folder, self._path = folder, folder / RESULTS
+        self._kept: dict[str, Any] = {"model": model, "digest_of_model": fingerprint, "tasks": {}}
+        if not self._path.exists():
+            check_place(self._path)
+            return
+        try:
+            before = json.loads(self._path.read_text("utf-8"))
+            of_model, tasks = before["digest_of_model"], dict(before["tasks"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{self._path}: was not written by this command, or is damaged; give another --out"
+            ) from None
+        if of_model != fingerprint:
+            raise UserError(f"{self._path}: has the results of another model; give another --out")
+        self._kept["tasks"] = tasks
+
+    def has(self, task: str, settings: Mapping[str, Any]) -> bool:
+        """Whether the task is finished.
+
+        Raises:
+            UserError: it was run with other settings.
+        """
+        before = self._kept["tasks"].get(task)
+        if before is None:
+            return False
+        for name, value in json.loads(json.dumps(settings)).items():
+            if before["settings"].get(name) != value:
+                raise UserError(
+                    f"{self._path}: has {task} with another {name.removeprefix('digest_of_')}; "
+                    "give the same again, or another --out"
+                )
+        return True
+
+    def add(self, task: str, settings: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        self._kept["tasks"][task] = {"settings": dict(settings), **found}
+        write_whole(self._path, json.dumps(self._kept, ensure_ascii=False, indent=2) + "\n")
+
+    def metrics(self, task: str) -> Mapping[str, float]:
+        return self._kept["tasks"][task]["metrics"]
+
+
+def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> None:
+    """Runs the tasks that ``out/results.json`` does not have yet, and prints a table.
+
+    Raises:
+        UserError: before any weights are loaded, for whatever is wrong with model, tasks, files or settings; later,
+            where a file cannot be written or the harness cannot run a task.
+    """
+    folder = check_folder(model)
+    tasks = list(dict.fromkeys(name.strip() for given in asked.tasks for name in given.split(",") if name.strip()))
+    if not tasks:
+        raise UserError("--task names none; give alpaca_eval, mt_bench, or a task of lm-evaluation-harness")
+    name = folder.name if asked.name is None else asked.name
+    if not name.strip() or "/" in name or name.startswith("."):
+        raise UserError(f"--name {name!r}: becomes the name of a file; choose one without / and without leading dot")
+    benchmarks: dict[str, Benchmark] = {}
+    if AlpacaEval.name in tasks:
+        benchmarks[AlpacaEval.name] = AlpacaEval(asked.instructions, name, settings)
+    if MtBench.name in tasks:
+        benchmarks[MtBench.name] = MtBench(asked.questions, name, settings)
+    of_harness = [task for task in tasks if task not in benchmarks]
+    if of_harness:
+        if settings.engine == "vllm":
+            raise UserError(
+                f"engine='vllm': task {of_harness[0]} is run on `transformers`; evaluate it in a command of its own"
+            )
+        settings = dataclasses.replace(settings, engine="transformers")
+    manager = task_manager(of_harness, asked.include_path) if of_harness else None
+    policy = Policy(folder, settings)
+    harness = Harness(policy, manager, settings)
+    works = {task: _work(policy, task, benchmarks.get(task), harness) for task in tasks}
+    results = Results(Path(out).expanduser(), model, policy.fingerprint)
+    todo = [task for task in tasks if not results.has(task, works[task])]
+    for task in todo:
+        if task in benchmarks:
+            benchmarks[task].check(policy)
+            path = results.folder / benchmarks[task].file_name
+            if not part_path(path).exists():  # else the answers are ours, and a kill came before their result was kept
+                check_place(path)
+    for task in todo:
+        if task in benchmarks:
+            _answer(benchmarks[task], policy, results, works[task])
+        else:
+            results.add(task, works[task], harness.run(task))
+    print_table(name, {task: results.metrics(task) for task in tasks})
+    for task, benchmark in benchmarks.items():
+        print(f"To judge {task}: {benchmark.judge_command(results.folder)}", flush=True)
+
+
+def _answer(benchmark: Benchmark, policy: Policy, results: Results, work: Mapping[str, Any]) -> None:
+    """Answers a benchmark, goes on with what is there of it, and keeps the file for its judge."""
+    path = results.folder / benchmark.file_name
+    with PartFile(part_path(path), work) as part:
+        benchmark.answer(policy, part)
+        write_whole(path, benchmark.whole(part.records))
+        found = {"metrics": dict(benchmark.metrics(part.records)), "answers": str(path)}
+    results.add(benchmark.name, work, found)
+    part.path.unlink(missing_ok=True)
+
+
+def _work(policy: Policy, task: str, benchmark: Benchmark | None, harness: Harness) -> dict[str, Any]:
+    """What a task's result is a function of."""
+    common = {"command": task, "version": 1, "digest_of_model": policy.fingerprint, "engine": policy.engine_name}
+    if benchmark is None:
+        return common | harness.identity()
+    keys = ("seed", "system", "chat_template", "top_p", "top_k")
+    chosen = {name: getattr(policy.settings, name) for name in keys}
+    return common | chosen | benchmark.identity | {"model_name": benchmark.model_name}
+
+
+def print_table(name: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Task, metric, value and standard error, one metric a row."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "metric", "value", "± error", title=name)
+    for task, values in metrics.items():
+        first = True
+        for metric, value in values.items():
+            if "_stderr" in metric:
+                continue
+            base, _, kind = metric.partition(",")
+            error = values.get(f"{base}_stderr,{kind}" if kind else f"{base}_stderr")
+            shown = f"{value:.0f}" if metric == "answers" else f"{value:.4f}"
+            table.add_row(task if first else "", metric, shown, "" if error is None else f"{error:.4f}")
+            first = False
+    Console().print(table)

@@ -1,0 +1,131 @@
+"""Tasks of lm-evaluation-harness (``lm_eval``), run by that library on the policy's weights.
+
+The RAO paper's Table 3 reports ``mmlu``, ``gsm8k``, ``arc_easy``, ``arc_challenge``, ``mathqa`` and ``social_iqa``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_rao.errors import UserError
+from nemo_rao.generation.policy import Policy
+from nemo_rao.generation.settings import EvaluateSettings
+
+
+def task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
+    """Finds the tasks; imports the library, but loads no model and no data.
+
+    Raises:
+        UserError: the library is not installed, or has no such task.
+    """
+    if include_path is not None and not os.path.isdir(include_path):
+        raise UserError(f"--include-path {include_path}: no such folder; give one with YAML files of tasks")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            f"task {tasks[0]}: is run by lm-evaluation-harness, which is not installed; "
+            "pip install 'nemo-rao[eval]' (tasks without it: alpaca_eval, mt_bench)"
+        )
+    from lm_eval.tasks import TaskManager
+
+    try:
+        manager = TaskManager(include_path=include_path)
+    except Exception as error:  # whatever a user's YAML can cause
+        raise UserError(f"--include-path {include_path}: lm_eval cannot read it ({_one_line(error)})") from None
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = ", ".join(name for name in manager.all_tasks if task in name)[:200]
+            raise UserError(
+                f"task {task}: lm_eval has none of this name{f' (it has {near})' if near else ''}; `lm_eval ls tasks` "
+                "lists them, --include-path adds your own"
+            )
+    return manager
+
+
+class Harness:
+    """The policy's weights in the form that the library takes, loaded once for all tasks.
+
+    Args:
+        policy: whose engine is `transformers`.
+        manager: from :func:`task_manager`.
+        settings: batch size, number of examples, few-shot examples, chat template.
+    """
+
+    def __init__(self, policy: Policy, manager: Any, settings: EvaluateSettings) -> None:
+        self._policy, self._manager, self._settings = policy, manager, settings
+        self._model: Any = None
+
+    def identity(self) -> dict[str, Any]:
+        """What the results are a function of, besides the model."""
+        import lm_eval
+
+        keys = ("limit", "num_fewshot", "apply_chat_template", "system", "seed")
+        return {name: getattr(self._settings, name) for name in keys} | {"lm_eval": lm_eval.__version__}
+
+    def run(self, task: str) -> dict[str, Any]:
+        """The task's metrics, of its sub-tasks too: ``{"metrics": {...}, "subtasks": {...}, "versions": {...}}``."""
+        from lm_eval import simple_evaluate
+
+        settings = self._settings
+        try:
+            found = simple_evaluate(
+                model=self._loaded(),
+                tasks=[task],
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                apply_chat_template=settings.apply_chat_template,
+                system_instruction=settings.system,
+                task_manager=self._manager,
+                log_samples=False,
+                random_seed=settings.seed,
+                numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed,
+                fewshot_random_seed=settings.seed,
+            )
+        except UserError:
+            raise
+        except Exception as error:  # data that cannot be downloaded, a task's own mistakes, memory
+            raise UserError(
+                f"task {task}: lm_eval stopped with {type(error).__name__}: {_one_line(error)}; tasks that were "
+                "finished are kept in results.json"
+            ) from None
+        results = dict(found["results"]) | dict(found.get("groups") or {})
+        return {
+            "metrics": _numbers(results.pop(task)),
+            "subtasks": {name: _numbers(values) for name, values in results.items()},
+            "versions": dict(found.get("versions") or {}),
+            "num_fewshot": dict(found.get("n-shot") or {}),
+        }
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            from lm_eval.models.huggingface import HFLM
+
+            from nemo_rao.generation.with_transformers import TransformersEngine
+
+            engine = self._policy.engine
+            assert isinstance(engine, TransformersEngine)
+            self._model = HFLM(
+                pretrained=engine.model,
+                tokenizer=self._policy.tokenizer,
+                batch_size=self._settings.batch_size,
+                trust_remote_code=False,
+            )
+        return self._model
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """``{"acc,none": 0.5, "alias": ...}`` -> ``{"acc": 0.5}``; a filter other than ``none`` stays in the name."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in values.items()
+        if "," in name and isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

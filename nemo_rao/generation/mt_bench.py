@@ -1,0 +1,153 @@
+"""MT-Bench: a policy's answers in the form that FastChat's ``llm_judge`` takes, one question a line.
+
+    {"question_id": 81, "answer_id": ..., "model_id": ..., "choices": [{"index": 0, "turns": [...]}], "tstamp": ...}
+
+https://github.com/lm-sys/FastChat, fastchat/llm_judge. Each turn sees the turns before it with their answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.data.fields import Messages, describe, read_text, required
+from nemo_rao.errors import UserError
+from nemo_rao.generation.part_file import PartFile, work_through
+from nemo_rao.generation.policy import Policy, Question
+from nemo_rao.generation.prompts import read_records
+from nemo_rao.generation.settings import EvaluateSettings
+
+# FastChat's `temperature_config`; 0 is greedy. Other categories have 0.7.
+TEMPERATURES: Mapping[str, float] = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+OTHER_TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question of several turns."""
+
+    place: str
+    question_id: Any
+    category: str
+    turns: tuple[str, ...]
+
+
+class MtBench:
+    """The benchmark with the user's copy of its questions.
+
+    Args:
+        path: FastChat's ``question.jsonl``: ``question_id``, ``category``, ``turns``.
+        model_name: becomes ``model_id``, and the name of the file, from which FastChat takes it.
+        settings: of sampling; the temperature is the category's.
+    """
+
+    name = "mt_bench"
+
+    def __init__(self, path: str | None, model_name: str, settings: EvaluateSettings) -> None:
+        if path is None:
+            raise UserError(
+                "task mt_bench needs --questions FILE: FastChat's fastchat/llm_judge/data/mt_bench/question.jsonl"
+            )
+        if settings.chat_template == "never":
+            raise UserError(
+                "chat_template='never': mt_bench has several turns, which need a chat template; leave it at auto"
+            )
+        self.model_name, self._settings = model_name, settings
+        self._max_new_tokens = settings.max_new_tokens or 1024
+        self._examples = [_example(place, record) for place, record in read_records(path)][: settings.limit]
+        self.file_name = f"mt_bench/{model_name}.jsonl"
+        self.identity = {
+            "digest_of_questions": hashlib.sha256(
+                json.dumps([[e.question_id, e.category, e.turns] for e in self._examples]).encode()
+            ).hexdigest()[:32],
+            "max_new_tokens": self._max_new_tokens,
+        }
+
+    def check(self, policy: Policy) -> None:
+        """Refuse what the chat template does not take, a second turn included."""
+        for number, example in enumerate(self._examples):
+            policy.check(self._question(number, ["An answer."] * (len(example.turns) - 1)))
+
+    def answer(self, policy: Policy, part: PartFile) -> None:
+        """Answers what ``part`` does not have yet. A record: answers by turn, their tokens, whether cut, the time."""
+
+        def produce(numbers: Sequence[int]) -> list[Any]:
+            turns: dict[int, list[str]] = {number: [] for number in numbers}
+            tokens: dict[int, list[int]] = {number: [] for number in numbers}
+            cut: dict[int, list[bool]] = {number: [] for number in numbers}
+            for turn in range(max(len(self._examples[number].turns) for number in numbers)):
+                asked = [number for number in numbers if turn < len(self._examples[number].turns)]
+                answers = policy.answer([self._question(n, turns[n]) for n in asked], self._max_new_tokens)
+                for number, found in zip(asked, answers, strict=True):
+                    turns[number].append("" if found is None else found.text.strip())
+                    tokens[number].append(0 if found is None else found.num_tokens)
+                    cut[number].append(found is None or found.cut)
+            return [[turns[number], tokens[number], cut[number], time.time()] for number in numbers]
+
+        work_through(part, range(len(self._examples)), self._settings.batch_size, produce, self.name)
+
+    def whole(self, records: Sequence[Any]) -> Iterator[str]:
+        """The file for the judge."""
+        for example, (turns, _, _, tstamp) in zip(self._examples, records, strict=True):
+            told = json.dumps([example.question_id, self.model_name, turns])
+            line = {
+                "question_id": example.question_id,
+                "answer_id": hashlib.sha256(told.encode()).hexdigest()[:22],
+                "model_id": self.model_name,
+                "choices": [{"index": 0, "turns": turns}],
+                "tstamp": tstamp,
+            }
+            yield json.dumps(line, ensure_ascii=False) + "\n"
+
+    def metrics(self, records: Sequence[Any]) -> Mapping[str, float]:
+        """What can be told without a judge."""
+        tokens = [count for _, counts, _, _ in records for count in counts]
+        cut = [was_cut for _, _, cuts, _ in records for was_cut in cuts]
+        return {"answers": len(tokens), "mean_tokens": sum(tokens) / len(tokens), "cut": sum(cut) / len(cut)}
+
+    def judge_command(self, folder: Path) -> str:
+        """How FastChat judges the file."""
+        return (
+            f"copy {folder / self.file_name} to data/mt_bench/model_answer/ in FastChat's fastchat/llm_judge, and "
+            f"there OPENAI_API_KEY=... python gen_judgment.py --model-list {self.model_name} && "
+            f"python show_result.py --model-list {self.model_name}"
+        )
+
+    def _question(self, number: int, answers: Sequence[str]) -> Question:
+        """The turn after those that were answered, with the conversation before it."""
+        example = self._examples[number]
+        messages: list[dict[str, str]] = []
+        if self._settings.system is not None:
+            messages.append({"role": "system", "content": self._settings.system})
+        for turn, answer in zip(example.turns, answers, strict=False):
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+        messages.append({"role": "user", "content": example.turns[len(answers)]})
+        temperature = TEMPERATURES.get(example.category, OTHER_TEMPERATURE)
+        content: Messages = tuple(messages)
+        return Question(content, example.place, (number, len(answers), 0), temperature)
+
+
+def _example(place: str, record: Mapping[str, Any]) -> Example:
+    turns = required(record, "turns", place)
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{place}: field 'turns' must be a list of texts, found {describe(turns)}")
+    return Example(
+        place=place,
+        question_id=required(record, "question_id", place),
+        category=read_text(required(record, "category", place), place, "category"),
+        turns=tuple(read_text(turn, place, f"turns[{number}]") for number, turn in enumerate(turns)),
+    )

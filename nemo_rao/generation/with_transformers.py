@@ -1,0 +1,149 @@
+"""Generation with Hugging Face's own loop, in batches padded on the left; the draws are ours.
+
+Each response has its own sequence of uniform numbers u_t, made from the seed and the response's stream. Token t is the
+inverse of the cumulative distribution at u_t: the first token v, in the vocabulary's order, with P(token <= v) > u_t.
+What else is in the batch reaches it only through rounding of logits: in fp32 hardly ever; in bf16 another batch size
+gives most responses another course within some dozens of tokens. (Considered: ``do_sample`` with a seed, which draws
+for the batch as a whole.)
+
+Shapes: R requests of a batch, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_rao.errors import UserError
+from nemo_rao.generation.engine import Continuation, Request, first_stop
+from nemo_rao.generation.settings import PolicySettings
+
+
+def load_model(folder: Path) -> Any:
+    """The causal language model in the folder, in the precision of its weights, on the GPU where there is one.
+
+    Raises:
+        UserError: `transformers` cannot load it.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), torch_dtype="auto", trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    except torch.OutOfMemoryError:
+        raise UserError(f"model {folder}: does not fit into the GPU's memory; use a larger one") from None
+    except Exception as error:  # many kinds: a class that is not known, shapes that differ, code of its own
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model {folder}: `transformers` cannot load it ({type(error).__name__}: {reason}); give a folder with a "
+            "causal language model"
+        ) from None
+
+
+class TransformersEngine:
+    """See :class:`nemo_rao.generation.engine.Engine`."""
+
+    name = "transformers"
+
+    def __init__(
+        self, folder: Path, settings: PolicySettings, stop: Collection[int], num_tokens: int, padding: int
+    ) -> None:
+        import transformers
+
+        self.model = load_model(folder)
+        # A chat model's folder brings temperature, penalties and the like of its own, none of which was asked for.
+        self.model.generation_config = transformers.GenerationConfig(
+            eos_token_id=sorted(stop), pad_token_id=padding, do_sample=False
+        )
+        self._settings, self._stop, self._num_tokens, self._padding = settings, frozenset(stop), num_tokens, padding
+
+    def generate(self, requests: Sequence[Request]) -> list[Continuation]:
+        found: dict[int, Continuation] = {}
+        # Requests near the end of the model's context have less room than others, and go by themselves.
+        for limit in sorted({request.max_new_tokens for request in requests}):
+            numbers = [at for at, request in enumerate(requests) if request.max_new_tokens == limit]
+            for start in range(0, len(numbers), self._settings.batch_size):
+                batch = numbers[start : start + self._settings.batch_size]
+                try:
+                    found.update(zip(batch, self._batch([requests[at] for at in batch], limit), strict=True))
+                except torch.OutOfMemoryError:
+                    raise UserError(
+                        f"batch_size={self._settings.batch_size}: {len(batch)} sequences do not fit into the GPU's "
+                        "memory; give the same command with a smaller --batch-size, and it goes on where it was"
+                    ) from None
+        return [found[at] for at in range(len(requests))]
+
+    @torch.inference_mode()
+    def _batch(self, requests: Sequence[Request], limit: int) -> list[Continuation]:
+        """One call of the model's own ``generate`` for R requests."""
+        width = max(len(request.tokens) for request in requests)
+        tokens = np.full((len(requests), width), self._padding, dtype=np.int64)
+        mask = np.zeros((len(requests), width), dtype=np.int64)
+        for row, request in enumerate(requests):
+            tokens[row, width - len(request.tokens) :] = request.tokens
+            mask[row, width - len(request.tokens) :] = 1
+        draws = np.stack([uniforms(self._settings.seed, request.stream, limit) for request in requests])
+        device = self.model.device
+        temperature = torch.tensor([[request.temperature] for request in requests], device=device)
+        uniforms_RT = torch.from_numpy(draws).to(device)
+
+        def choose(input_ids: Tensor, scores: Tensor) -> Tensor:
+            """Leaves each row the token that is drawn, so that taking the largest takes it. ``[R, V]`` both."""
+            logits = scores.clone()
+            logits[:, self._num_tokens :] = -torch.inf
+            settings = self._settings
+            chosen = draw(
+                logits, uniforms_RT[:, input_ids.shape[1] - width], temperature, settings.top_k, settings.top_p
+            )
+            return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+        output = self.model.generate(
+            input_ids=torch.from_numpy(tokens).to(device),
+            attention_mask=torch.from_numpy(mask).to(device),
+            max_new_tokens=limit,
+            logits_processor=[choose],
+        )
+        return [first_stop(row, self._stop) for row in output[:, width:].tolist()]
+
+
+def uniforms(seed: int, stream: Sequence[int], count: int) -> np.ndarray:
+    """``[count]`` float64 in [0, 1): the draws of one response, of which any beginning is the same for any count."""
+    return np.random.default_rng([seed, *stream]).random(count)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: int, top_p: float) -> Tensor:
+    """One token a row.
+
+    Args:
+        logits: ``[R, V]``, of which -inf is never drawn.
+        uniform: ``[R]`` float64 in [0, 1).
+        temperature: ``[R, 1]``; 0: the row's largest logit.
+        top_k: only the k largest; 0: all.
+        top_p: only the largest ones that together reach this probability, at least one.
+
+    Returns:
+        ``[R]`` int64.
+    """
+    scaled = logits.float() / torch.where(temperature > 0, temperature, 1.0)
+    if 0 < top_k < scaled.shape[1]:
+        smallest = scaled.topk(top_k, dim=1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
+    probabilities = scaled.softmax(dim=1).double()
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
+        before = ordered.cumsum(dim=1) - ordered
+        probabilities = probabilities.masked_fill((before >= top_p).gather(1, order.argsort(dim=1)), 0.0)
+    cumulative = probabilities.cumsum(dim=1)
+    total = cumulative[:, -1:]
+    # Below the total even where the product is rounded up, so that no token without probability is found.
+    wanted = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+    return torch.where(temperature[:, 0] > 0, drawn, logits.argmax(dim=1))
