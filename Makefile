@@ -55,7 +55,7 @@ format: install
 constraints:
 	@command -v uv >/dev/null || { echo "error: this target needs uv (https://docs.astral.sh/uv)" >&2; exit 2; }
 	@head=$$(sed -n '/^#/p' constraints.txt) && \
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-emit-package nemo-rao \
+	uv pip compile pyproject.toml --extra dev --extra eval --universal --python-version 3.10 --no-emit-package nemo-rao \
 	  --no-header --no-annotate --quiet --output-file constraints.txt && \
 	{ echo "$$head"; sed '/^#/d' constraints.txt; } > constraints.new && mv constraints.new constraints.txt
 

@@ -76,7 +76,7 @@ def expand_paths(paths: Paths) -> list[str]:
 def _rows_of_source(source: str, reward_field: RewardField) -> Iterator[Row]:
     """Rows of one source. Consecutive records of one response each and the same prompt become one row."""
     open_row: Row | None = None
-    for place, record in _records_of_source(source):
+    for place, record in read_records_of(source):
         known = recognise(record, place)
         row = known.convert(record, place, reward_field)  # type: ignore[arg-type]
         if open_row is not None:
@@ -93,7 +93,7 @@ def _rows_of_source(source: str, reward_field: RewardField) -> Iterator[Row]:
         yield open_row
 
 
-def _records_of_source(source: str) -> Iterator[tuple[str, Any]]:
+def read_records_of(source: str) -> Iterator[tuple[str, Any]]:
     """(place, record) of one source, whatever its kind."""
     if source.startswith(HUB):
         return _numbered(source, _hub_dataset(source))

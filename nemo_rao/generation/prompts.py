@@ -63,7 +63,7 @@ def read_records(path: str) -> list[tuple[str, Mapping[str, Any]]]:
             raise UserError(f"{path}: cannot be read as a JSON array ({error}); copy or download it again") from None
         if whole is not None:
             return _objects([(f"{path} item {number}", record) for number, record in enumerate(whole, start=1)], path)
-    return _objects([found for source in rows.expand_paths(path) for found in rows._records_of_source(source)], path)
+    return _objects([found for source in rows.expand_paths(path) for found in rows.read_records_of(source)], path)
 
 
 def with_system(content: str | Messages, system: str | None) -> str | Messages:
@@ -85,7 +85,7 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
 def _prompts_of_source(source: str) -> Iterator[Prompt]:
     """Consecutive records of one response each and the same prompt are one prompt, as they are one row in training."""
     before: str | Messages | None = None
-    for place, record in rows._records_of_source(source):
+    for place, record in rows.read_records_of(source):
         if isinstance(record, Mapping) and "prompt" in record and not _MARKS & set(record):
             content = read_prompt(record["prompt"], place, "prompt")
             before = None

@@ -32,6 +32,7 @@ def main(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     data = out / "data"
     common = [
+        "model=demo_llama",
         f"exp_manager.exp_dir={out}",
         f"data.train_path={data / 'train.jsonl'}",
         f"data.validation_path={data / 'held_out.jsonl'}",
@@ -39,8 +40,6 @@ def main(arguments: argparse.Namespace) -> int:
         "trainer.devices=4",
         "model.tensor_model_parallel_size=2",
         "model.pipeline_model_parallel_size=2",
-        "model.arch.num_layers=2",
-        "model.seq_length=64",
         "exp_manager.checkpoint_callback_params.save_top_k=1",
         "exp_manager.checkpoint_callback_params.monitor=val/loss",
         "exp_manager.checkpoint_callback_params.every_n_train_steps=100",
@@ -63,8 +62,6 @@ def main(arguments: argparse.Namespace) -> int:
         "trainer.max_epochs=null",
         "trainer.max_steps=300",
         "trainer.val_check_interval=75",
-        "model.global_batch_size=24",
-        "model.micro_batch_size=12",
         "model.optim.lr=7e-5",
         "model.optim.sched.warmup_steps=10",
         # Chosen by trial, as the learning rate was, for targets of a few nats: r / 0.3 spans 0 to 3.3.

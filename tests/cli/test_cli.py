@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from nemo_rao import __version__
-from nemo_rao.cli import main
+from nemo_rao.cli import COMMANDS, main
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["demo", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
 def test_help_imports_nothing_but_the_standard_library(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom nemo_rao.cli import main\n"
