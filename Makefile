@@ -10,6 +10,7 @@
 #   TORCH_INDEX_URL  a further package index, asked before PyPI's CUDA build of torch is taken. A machine without a GPU
 #                    saves gigabytes with TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
+#   TEST_PROCESSES   that share the test files; each imports NeMo, and its multi-rank tests use two to four cores
 
 SHELL := /bin/bash
 VENV ?= .venv
@@ -17,6 +18,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(
 TORCH_INDEX_URL ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -46,7 +48,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .

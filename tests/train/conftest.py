@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,17 +25,19 @@ def start(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Pa
     return folder / "sft"
 
 
-TABLE = pytest.StashKey[list[tuple[str, ...]]]()
+# A test's row (objective, metric, before, after) goes with its report, from whichever process to the one that prints.
+ROW = "row of the table of objectives"
 
 
 @pytest.fixture
-def table(request: pytest.FixtureRequest) -> list[tuple[str, ...]]:
-    """Rows (objective, metric, before, after), printed at the end of the session."""
-    return request.config.stash.setdefault(TABLE, [])
+def table(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Called with the cells of this test's row of the table that is printed at the end of the session."""
+    return lambda *cells: request.node.user_properties.append((ROW, cells))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash.get(TABLE, [])
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    rows = [cells for report in reports for name, cells in report.user_properties if name == ROW]
     if not rows:
         return
     terminalreporter.section("every objective, 20 steps on 2 ranks (TP 2)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def train(name: str, layout: tuple[str, ...], folder: Path, start: Path, *extra:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_twenty_steps_move_its_own_metric_the_right_way(
-    name: str, data: tuple[str, ...], start: Path, table: list[tuple[str, ...]]
+    name: str, data: tuple[str, ...], start: Path, table: Callable[..., None]
 ) -> None:
     metric, direction = OWN.get(name, ("rewards/margins", RISES))
     train_path = Path(data[0].partition("=")[2])
@@ -65,7 +66,7 @@ def test_twenty_steps_move_its_own_metric_the_right_way(
     )
     validations = [record for record in read_metrics(run / "metrics.jsonl") if f"val/{metric}" in record]
     before, after = (record[f"val/{metric}"] for record in validations)
-    table.append((name, metric, f"{before:.4f}", f"{after:.4f}"))
+    table(name, metric, f"{before:.4f}", f"{after:.4f}")
     assert [record["step"] for record in validations] == [0, 20]
     assert (after - before) * direction > 0, (before, after)
     assert (folder / "reference").exists() == needs.reference
