@@ -1,6 +1,32 @@
-"""Set before anything is imported: tests fork ranks, and neither of these thread pools survives a fork."""
+"""What all tests share: an environment that survives forks, and the table at the end of the session."""
 
 import os
+from collections.abc import Callable
 
+import pytest
+
+# Before anything is imported: tests fork ranks, and neither of these thread pools survives a fork.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+# A test's row (objective, metric, before, after) goes with its report, from whichever process to the one that prints.
+ROW = "row of the table of objectives"
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Called with the cells of this test's row of the table that is printed at the end of the session."""
+    return lambda *cells: request.node.user_properties.append((ROW, cells))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    rows = [cells for report in reports for name, cells in report.user_properties if name == ROW]
+    if not rows:
+        return
+    terminalreporter.section("every objective, 20 steps on 2 ranks (TP 2)")
+    rows = [("objective", "its metric", "before", "after"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
