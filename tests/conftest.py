@@ -10,7 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-# A test's row (objective, metric, before, after) goes with its report, from whichever process to the one that prints.
+# A test's row of the table goes with its report, from whichever process runs it to the one that prints.
 ROW = "row of the table of objectives"
 
 
@@ -25,8 +25,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = [cells for report in reports for name, cells in report.user_properties if name == ROW]
     if not rows:
         return
-    terminalreporter.section("every objective, 20 steps on 2 ranks (TP 2)")
-    rows = [("objective", "its metric", "before", "after"), *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    terminalreporter.section("every objective, 20 steps on 2 ranks")
+    rows = [("objective", "layout", "its metric", "before", "after"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))

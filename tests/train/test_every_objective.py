@@ -1,4 +1,4 @@
-"""Every objective through the real Megatron model on two ranks: it learns under TP 2, and PP 2 gives the same steps."""
+"""Every objective through the real Megatron model on two ranks: it learns under TP 2 and PP 2, by the same steps."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ OWN = {
     "rm": ("rm/accuracy", RISES),
     "rm_regression": ("rm/error", FALLS),
 }
+LAYOUTS = {"TP 2": parallel(2, 1, 1), "PP 2": parallel(1, 2, 1)}
 KEYS = {"rao": ("log_z0=auto",), "kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
 
 
@@ -61,18 +62,19 @@ def test_twenty_steps_move_its_own_metric_the_right_way(
         validation_path.write_text("".join(itertools.islice(rows, 16)))
     needs = OBJECTIVES[name].needs_of(OBJECTIVES[name].config_type())
     folder = start.parent / ("objectives" if needs.reference else "reference-free objectives")
-    run = train(
-        name, parallel(2, 1, 1), folder, start, *data, f"data.validation_path={validation_path}", "trainer.max_steps=20"
-    )
-    validations = [record for record in read_metrics(run / "metrics.jsonl") if f"val/{metric}" in record]
-    before, after = (record[f"val/{metric}"] for record in validations)
-    table(name, metric, f"{before:.4f}", f"{after:.4f}")
-    assert [record["step"] for record in validations] == [0, 20]
-    assert (after - before) * direction > 0, (before, after)
-    assert (folder / "reference").exists() == needs.reference
+    overrides = (*data, f"data.validation_path={validation_path}", "trainer.max_steps=20")
+    courses = []
+    for layout, sizes in LAYOUTS.items():
+        run = train(name, sizes, folder / layout.replace(" ", ""), start, *overrides)
+        validations = [record for record in read_metrics(run / "metrics.jsonl") if f"val/{metric}" in record]
+        before, after = (record[f"val/{metric}"] for record in validations)
+        table(name, layout, metric, f"{before:.4f}", f"{after:.4f}")
+        assert [record["step"] for record in validations] == [0, 20]
+        assert (after - before) * direction > 0, (layout, before, after)
+        assert (run.parent / "reference").exists() == needs.reference
+        courses.append(steps(run))
 
-    other = train(name, parallel(1, 2, 1), folder / "pp", start, *data, "trainer.max_steps=3")
-    for one, same in zip(steps(run)[:3], steps(other), strict=True):
+    for one, same in zip(*(course[:3] for course in courses), strict=True):
         for key, value in one.items():
             if key == "lr" or (key == "rewards/accuracies" and one["step"] == 1):
                 continue  # which of two equal rewards is greater is rounding
