@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,8 @@ from nemo_rao.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_T = TypeVar("_T")
 
 ROWS_AT_ONCE = 64  # tokenised in one call
 
@@ -220,7 +222,8 @@ def load_preferences(
         seq_length: tokens. A row of which any response, with its prompt, is longer is dropped and counted.
         num_responses: keep the first so many responses of each prompt; None keeps all. Pairs are kept as they are.
         min_responses: each prompt must have so many, or the run stops.
-        needs_rewards: each response must have a reward, or the run stops.
+        needs_rewards: each response must have a reward, or the run stops. A row that is dropped for its length or its
+            boundary needs none: the model that scores a file cannot read such a response, either.
         needs_preference: the responses of each prompt must be comparable, by rewards or by their order, or the run
             stops.
         needs_pairs: a row of which no response is better than another is dropped and counted.
@@ -243,20 +246,26 @@ def load_preferences(
     encoder = Encoder(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
     report = LoadReport()
 
-    def checked_rows() -> Iterator[Row]:
+    def checked_rows() -> Iterator[tuple[Row, UserError | None]]:
         for number, row in enumerate(read_rows(paths, reward_field=reward_field)):
             if num_responses is not None and not row.ranked:
                 row = replace(row, responses=row.responses[:num_responses])
-            row = prefer_by(row, pairs_by)
-            _check_responses(row, min_responses, needs_rewards, needs_preference, needed_by)
-            yield choose_responses(row, responses, seed=seed, number=number)
+            try:
+                preferred = prefer_by(row, pairs_by)
+                _check_responses(preferred, min_responses, needs_rewards, needs_preference, needed_by)
+                yield choose_responses(preferred, responses, seed=seed, number=number), None
+            except UserError as complaint:
+                yield row, complaint
 
     def kept_samples() -> Iterator[Sample]:
         first: Sample | None = None
-        for rows in _batches(checked_rows(), ROWS_AT_ONCE):
-            for row, sample in zip(rows, encoder.encode_many(rows), strict=True):
+        for batch in _batches(checked_rows(), ROWS_AT_ONCE):
+            rows = [row for row, _ in batch]
+            for (row, complaint), sample in zip(batch, encoder.encode_many(rows), strict=True):
                 report.rows_read += 1
-                problem = _why_dropped(row, sample, seq_length, needs_pairs)
+                problem = _why_dropped(row, sample, seq_length, needs_pairs and complaint is None)
+                if problem is None and complaint is not None:
+                    raise complaint
                 if problem is not None:
                     if strict:
                         raise UserError(f"{problem[1]} (strict: no row may be dropped)")
@@ -362,6 +371,6 @@ def _different_first_tokens(a: Sample, b: Sample, tokenizer: PreTrainedTokenizer
     )
 
 
-def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+def _batches(rows: Iterator[_T], size: int) -> Iterator[list[_T]]:
     while batch := list(itertools.islice(rows, size)):
         yield batch

@@ -6,7 +6,7 @@ beta * rho(y) = beta * (logp(y) - logp_ref(y)); the reference is the checkpoint 
 The run's recipe.yaml says all that is needed: sizes, tokenizer, parallelism, precision. The whole file is scored in
 one forward-only pass over its ranks before the first row is written. What the pass has computed lies beside the output
 (``model_scores/``) and is continued after an interruption. A response that is too long for the model, or has no
-boundary in tokens, gets no score.
+boundary in tokens, gets no score; the prompt's others do.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rao.batch import ModelOutput, Row
+from nemo_rao.batch import ModelOutput, Row, Sample
 from nemo_rao.data.rows import read_rows
 from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.integration.compose import load_recipe
@@ -81,20 +81,15 @@ class ModelScorer:
         """Place of a row -> its responses' scores."""
         rows = list(read_rows(self._path))
         data, kept = _tokenised(rows, self._job.config)
-        numbers: list[Scores] = []
+        scores: dict[str, list[float | None]] = {row.place: [None] * len(row.responses) for row in rows}
         if len(data):
             try:
                 columns = [_numbers(self._job, checkpoint, data, self._folder) for checkpoint in self._job.checkpoints]
             except RankFailure as failure:
                 raise ScoringFailure(f"the model's pass failed; the same command continues it: {failure}") from None
-            values = self._job.score(columns)
-            for index in range(len(data)):
-                first = data.response_offset(index)
-                numbers.append(tuple(map(float, values[first : first + len(data[index].responses)])))
-        scores: dict[str, Scores] = {row.place: (None,) * len(row.responses) for row in rows}
-        for row_number, of_row in zip(kept, numbers, strict=True):
-            scores[rows[row_number].place] = of_row
-        return scores
+            for (row_number, response_number), value in zip(kept, self._job.score(columns), strict=True):
+                scores[rows[row_number].place][response_number] = float(value)
+        return {place: tuple(of_row) for place, of_row in scores.items()}
 
 
 @dataclass(frozen=True)
@@ -168,9 +163,9 @@ def _digest(checkpoint: Path) -> str:
     return hashlib.sha256(repr((str(checkpoint), stamps)).encode()).hexdigest()
 
 
-def _tokenised(rows: Sequence[Row], config: RunConfig) -> tuple[PreferenceData, list[int]]:
-    """The rows that fit the model, and their numbers."""
-    from nemo_rao.data.dataset import PreferenceData
+def _tokenised(rows: Sequence[Row], config: RunConfig) -> tuple[PreferenceData, list[tuple[int, int]]]:
+    """The responses that the model can read, and for each, in the data's order, (row, response) numbers in ``rows``."""
+    from nemo_rao.data.dataset import ROWS_AT_ONCE, PreferenceData
     from nemo_rao.data.encode import Encoder, load_tokenizer
 
     keys = config.data
@@ -179,14 +174,43 @@ def _tokenised(rows: Sequence[Row], config: RunConfig) -> tuple[PreferenceData, 
         chat_template=keys.chat_template,  # type: ignore[arg-type]
         template_arguments=keys.template_arguments,
     )
-    samples, kept = [], []
-    for number, sample in enumerate(encoder.encode_many(rows)):
-        if isinstance(sample, UserError):
-            continue
-        if len(sample.prompt) + max(map(len, sample.responses)) <= config.model.seq_length:
-            samples.append(sample)
-            kept.append(number)
-    return PreferenceData(samples), kept
+    kept: list[tuple[int, int]] = []
+
+    def samples() -> Iterator[Sample]:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            batch = rows[start : start + ROWS_AT_ONCE]
+            for row_number, (row, whole) in enumerate(zip(batch, encoder.encode_many(batch), strict=True), start):
+                numbers = list(range(len(row.responses)))
+                if isinstance(whole, UserError):  # at least one response has no boundary
+                    single = encoder.encode_many([replace(row, responses=(response,)) for response in row.responses])
+                    readable = [(at, sample) for at, sample in enumerate(single) if isinstance(sample, Sample)]
+                    if not readable:
+                        continue
+                    numbers = [at for at, _ in readable]
+                    whole = replace(readable[0][1], responses=tuple(sample.responses[0] for _, sample in readable))
+                room = config.model.seq_length - len(whole.prompt)
+                fits = [at for at, response in enumerate(whole.responses) if len(response) <= room]
+                if fits:
+                    kept.extend((row_number, numbers[at]) for at in fits)
+                    yield _unrewarded(whole, fits)
+
+    return PreferenceData(samples()), kept
+
+
+def _unrewarded(sample: Sample, responses: Sequence[int]) -> Sample:
+    """The prompt with some of its responses, and nothing of what the file says of them."""
+    import numpy as np
+
+    return Sample(
+        prompt=sample.prompt,
+        responses=tuple(sample.responses[at] for at in responses),
+        rewards=np.full(len(responses), np.nan),
+        ranked=False,
+        place=sample.place,
+        ensemble=np.zeros((len(responses), 0)),
+        reference_rewards=np.zeros(0),
+        answers=None if sample.answers is None else tuple(sample.answers[at] for at in responses),
+    )
 
 
 def _numbers(job: _Job, checkpoint: Path, data: PreferenceData, folder: Path) -> np.ndarray:

@@ -272,6 +272,25 @@ def test_a_row_that_cannot_be_compared_or_rewarded_as_asked_is_named(bad, option
         load([fine, bad], needed_by="objective o", **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"needs_rewards": True},
+        {"needs_preference": True, "needs_pairs": True},
+        {"responses": "best_worst"},
+        {"pairs_by": "reward"},
+    ],
+    ids=["rewards", "preference", "choice", "order"],
+)
+def test_a_row_dropped_for_its_length_needs_no_reward(options, load):
+    long = {"content": "word " * 80, "reward": None}
+    unscored = {"prompt": "x", "responses": [{"content": "short", "reward": 1}, long, {"content": "b", "reward": 0}]}
+    data = load([record("a", 1, 0), unscored], **options)
+    assert data.report.dropped == {TOO_LONG: 1} and len(data) == 1
+    with pytest.raises(UserError, match=r"line 2: prompt and response 2 have .*strict"):
+        load([record("a", 1, 0), unscored], strict=True, **options)
+
+
 def test_labels_alone_are_a_preference_and_a_row_of_rewards_one_too(load):
     assert len(load([PAIR, record("x", 1, 0)], needs_preference=True, needs_pairs=True, min_responses=2)) == 2
 

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_rao.integration.metrics_file import read_metrics
 
-from .runs import TINY, in_fork, parallel, run_training
+from .runs import NO_CHECKPOINTS, TINY, in_fork, parallel, run_training
 
 
 def score(*arguments: str) -> None:
@@ -61,6 +61,37 @@ def test_the_margins_of_the_scored_file_are_those_of_validation(
         margins.append(found[given.index(max(given))] - found[given.index(min(given))])
     assert sum(margins) / len(margins) == pytest.approx(expected["val/rewards/margins"], rel=1e-4, abs=1e-6)
     assert expected["val/rewards/margins"] != 0
+
+
+def test_a_file_with_responses_too_long_for_the_model_is_scored_and_trains(
+    data: tuple[str, ...], start: Path, tmp_path: Path
+) -> None:
+    """One response of a prompt that is too long costs its prompt's others nothing, and RAO drops that prompt."""
+    with Path(data[0].partition("=")[2]).open() as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, 9)]
+    answers = rows[4]["responses"]
+    answers.insert(1, {"content": "many words " * 60, "reward": 0.5})
+    given, scored = tmp_path / "given.jsonl", tmp_path / "scored.jsonl"
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = [*TINY, *NO_CHECKPOINTS, data[1], f"model.restore_from_path={start}", f"exp_manager.exp_dir={tmp_path}"]
+    rm = [*TINY, *data, f"model.restore_from_path={start}", f"exp_manager.exp_dir={tmp_path}"]
+    run_training("gpt_rm", [*rm, "exp_manager.name=rm", "trainer.max_steps=1"])
+    score(str(given), str(scored), "--scorer", f"model:{tmp_path / 'rm'}")
+
+    found = [[answer["reward"] for answer in json.loads(line)["responses"]] for line in scored.open()]
+    assert [[value is None for value in row] for row in found] == [
+        [(number, at) == (4, 1) for at in range(len(row["responses"]))] for number, row in enumerate(rows)
+    ]
+    alone = tmp_path / "alone.jsonl"  # without the long one the others have the same scores
+    del answers[1]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score(str(given), str(alone), "--scorer", f"model:{tmp_path / 'rm'}")
+    del found[4][1]
+    assert [[answer["reward"] for answer in json.loads(line)["responses"]] for line in alone.open()] == [
+        pytest.approx(row, rel=1e-5, abs=1e-6) for row in found
+    ]
+    run_training("gpt_rao", [*shared, f"data.train_path={scored}", "exp_manager.name=rao", "trainer.max_steps=2"])
+    assert len([r for r in read_metrics(tmp_path / "rao" / "metrics.jsonl") if "loss" in r]) == 2
 
 
 def test_a_run_that_cannot_score_is_refused(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
