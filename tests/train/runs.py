@@ -106,3 +106,14 @@ def steps(run_dir: Path) -> list[dict[str, float]]:
         for record in records
         if "loss" in record
     ]
+
+
+def score(*arguments: str) -> None:
+    """``nemo-rao score`` with these arguments, in a process of its own."""
+    in_fork(_score, arguments)
+
+
+def _score(arguments: Sequence[str]) -> None:
+    from nemo_rao.cli import main
+
+    assert main(["score", *arguments]) == 0

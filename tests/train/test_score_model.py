@@ -10,17 +10,7 @@ import pytest
 
 from nemo_rao.integration.metrics_file import read_metrics
 
-from .runs import NO_CHECKPOINTS, TINY, in_fork, parallel, run_training
-
-
-def score(*arguments: str) -> None:
-    in_fork(_score, arguments)
-
-
-def _score(arguments: tuple[str, ...]) -> None:
-    from nemo_rao.cli import main
-
-    assert main(["score", *arguments]) == 0
+from .runs import NO_CHECKPOINTS, TINY, parallel, run_training, score
 
 
 @pytest.mark.parametrize(
