@@ -77,6 +77,57 @@ def train_grid(arguments: argparse.Namespace) -> int:
     return run_sweep(sweep)
 
 
+def compare_rewards_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao compare-rewards",
+        description="Train reward models from the base model and from the fine-tuned one, and a DPO policy from the "
+        "fine-tuned one, each on a small and on a large part of the data, and compare the loss and the accuracy of "
+        "their rewards on the same held-out pairs: Table 1 of the RAO paper. The same command again trains what is not "
+        "finished.",
+        epilog="example: nemo-rao compare-rewards --base llama --sft runs/sft --pairs 10000 --pairs all "
+        "model=llama3_8b data.train_path=prefs.jsonl data.validation_path=held_out.jsonl data.tokenizer=./tokenizer "
+        "--rm model.optim.lr=5e-6 --dpo model.dpo.beta=0.1",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--base",
+        required=True,
+        metavar="CHECKPOINT",
+        help="the base model: a NeMo checkpoint, or the folder of a run for its last one; random: random weights",
+    )
+    parser.add_argument("--sft", required=True, metavar="CHECKPOINT", help="the fine-tuned model, named alike")
+    parser.add_argument(
+        "--pairs",
+        action="append",
+        metavar="N",
+        help="pairs to train on, drawn from data.train_path, or all; may be given several times (default: 10000, all)",
+    )
+    parser.add_argument(
+        "--out",
+        default="runs/compare_rewards",
+        metavar="DIR",
+        help="folder of the runs and of comparison.json and comparison.md (default: %(default)s)",
+    )
+    for objective, runs in (("rm", "the reward models'"), ("dpo", "the DPO")):
+        parser.add_argument(
+            f"--{objective}", action="append", default=[], metavar="key=value", help=f"a key of {runs} runs alone"
+        )
+    parser.add_argument("--config-dir", metavar="DIR", help="folder of your own recipes, looked into first")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="a key of all runs, or a group such as model=llama3_8b; data.validation_path are the held-out pairs",
+    )
+    return parser
+
+
+def compare_rewards(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.compare_rewards import main as run
+
+    return run(arguments)
+
+
 def demo_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao demo",
@@ -140,8 +191,7 @@ def export_hf_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao export-hf",
         description="Make a Hugging Face model, with tokenizer and chat template, of a NeMo checkpoint. Adapters of a "
-        "run with model.peft.scheme=lora are merged into the weights they were trained on. NeMo's checkpoints contain "
-        "pickles: export only what you trust.",
+        "run with model.peft.scheme=lora are merged into the weights they were trained on.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="NeMo checkpoint, or folder of a run: its last one")
@@ -151,6 +201,11 @@ def export_hf_parser() -> Parser:
     )
     parser.add_argument(
         "--adapters", action="store_true", help="write the adapters alone, as a folder of the package peft"
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read a checkpoint whose pickles name more than tensors and numbers; they can run code",
     )
     return parser
 
@@ -179,7 +234,7 @@ def score_parser() -> Parser:
         metavar="[NAME=]KIND:WHAT",
         help="rule:MODULE:FUNCTION, a Python function (prompt, response) -> number, looked for in this folder first; "
         "it is imported and run, so name none that you do not trust. judge:FILE.yaml, a chat model behind an "
-        "OpenAI-compatible endpoint. model:RUN_FOLDER, a trained reward model, or the implicit reward of a trained "
+        "OpenAI-compatible endpoint, or in a folder and run here. model:RUN_FOLDER, a trained reward model, or the implicit reward of a trained "
         "policy. column:FIELD, a field of the responses; column alone, the reward they have. "
         "Several are several columns, and their mean is the reward",
     )
@@ -289,6 +344,11 @@ COMMANDS: dict[str, tuple[str, Callable[[], Parser], Callable[[argparse.Namespac
     "export-hf": ("make a Hugging Face model of a NeMo checkpoint", export_hf_parser, export_hf),
     "objectives": ("print the objectives, their formulas and keys", objectives_parser, objectives),
     "score": ("put rewards on the responses of a file", score_parser, score),
+    "compare-rewards": (
+        "train reward models and DPO, and compare their rewards",
+        compare_rewards_parser,
+        compare_rewards,
+    ),
     "generate": ("sample responses from a model, to score and train on", generate_parser, generate),
     "evaluate": ("answer benchmarks with a model, or run them", evaluate_parser, evaluate),
     "demo": ("fine-tune and align a small model on this machine, and compare", demo_parser, demo),
@@ -296,7 +356,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Parser], Callable[[argparse.Namespac
 
 
 def command_parser() -> Parser:
-    listing = "\n".join(f"  {name:12}{summary}" for name, (summary, _, _) in COMMANDS.items())
+    listing = "\n".join(f"  {name:17}{summary}" for name, (summary, _, _) in COMMANDS.items())
     parser = Parser(
         prog="nemo-rao",
         description="Align Megatron GPT models with explicit rewards.",

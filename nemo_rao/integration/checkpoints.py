@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
+from nemo_rao.integration.pickles import refuse_code
 
 _UNFINISHED = "-unfinished"  # NeMo's marker file beside a checkpoint that is being written or removed
 
@@ -53,7 +54,9 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     return found
 
 
-def check_checkpoint(checkpoint: Path, config: Any, vocab_size: int, *, key: str, remedy: str) -> None:
+def check_checkpoint(
+    checkpoint: Path, config: Any, vocab_size: int, *, key: str, remedy: str, trusted: bool = False
+) -> None:
     """Compare a distributed checkpoint's files and global shapes with a model config, without loading a tensor.
 
     Args:
@@ -62,12 +65,15 @@ def check_checkpoint(checkpoint: Path, config: Any, vocab_size: int, *, key: str
         vocab_size: V without padding.
         key: where the user named the checkpoint, for the message.
         remedy: what to do about other sizes.
+        trusted: its pickles may name anything; see :mod:`nemo_rao.integration.pickles`.
 
     Raises:
-        UserError: the checkpoint cannot be read, is not whole, or has other sizes.
+        UserError: the checkpoint cannot be read, could run code, is not whole, or has other sizes.
     """
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
+    if not trusted:
+        refuse_code(checkpoint, key)
     try:
         tensors = load_tensors_metadata(str(checkpoint / "weights"))
         damaged = _damaged_files(checkpoint / "weights")

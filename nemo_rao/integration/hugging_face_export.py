@@ -1,7 +1,7 @@
 """``nemo-rao export-hf``: a NeMo checkpoint becomes a folder that ``transformers`` loads, or adapters for ``peft``.
 
 What the model is stands as text in the checkpoint's ``context/model.yaml``, which NeMo writes beside its pickled twin:
-that one is never read. The weights' own format, torch_dist, has pickled metadata, which reading them executes.
+that one is never read. The weights' own format, torch_dist, has pickles, which are looked at first (:mod:`nemo_rao.integration.pickles`).
 
 Adapters of a LoRA run are merged, ``W + alpha / dim * B A`` in fp32, into the weights that the run started from; their
 place stands beside the adapters, in ``weights/adapter_metadata.json``.
@@ -20,6 +20,7 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint
+from nemo_rao.integration.pickles import refuse_code
 from nemo_rao.integration.hugging_face import (
     FAMILIES,
     HF_BIASES,
@@ -88,7 +89,10 @@ def main(arguments: argparse.Namespace) -> int:
     remedy = "the checkpoint's context/ and weights/ are not of one model"
     with quiet_imports():
         import megatron.core.dist_checkpointing  # noqa: F401  # what the check reads with
-    check_checkpoint(base.folder, base.config, vocab_size, key="CHECKPOINT", remedy=remedy)
+    if not arguments.allow_pickle:
+        for folder in {base.folder, described.folder}:
+            refuse_code(folder, "CHECKPOINT")
+    check_checkpoint(base.folder, base.config, vocab_size, key="CHECKPOINT", remedy=remedy, trusted=True)
     shapes = {name: shape for name, (shape, _) in _stored(base.folder).items()}
     _check_names(base, shapes)
     if described.lora is not None:

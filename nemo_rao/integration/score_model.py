@@ -24,6 +24,7 @@ from nemo_rao.data.rows import read_rows
 from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.integration.compose import load_recipe
 from nemo_rao.integration.config import RunConfig, objective_config
+from nemo_rao.integration.pickles import refuse_code
 from nemo_rao.objectives import registry
 from nemo_rao.scoring.scorer import InputRow, Kind, Place, Scores, ScoringFailure
 
@@ -123,6 +124,8 @@ def _job(run: str) -> _Job:
     own = last_checkpoint(folder)
     if own is None:
         raise UserError(f"{run}: no finished checkpoint in checkpoints/; train it first")
+    if not config.model.allow_pickle:
+        refuse_code(own, run)
     keys = objective_config(config)
     needs = registry.get(config.model.objective).needs_of(keys)
     if needs.scores:
@@ -139,6 +142,8 @@ def _job(run: str) -> _Job:
     if config.model.restore_from_path is None:
         raise UserError(f"{run}: started from random weights, no reference; give a run that started from a model")
     start = resolve_checkpoint(config.model.restore_from_path, f"{run}/recipe.yaml: model.restore_from_path")
+    if not config.model.allow_pickle:
+        refuse_code(start, f"{run}/recipe.yaml: model.restore_from_path")
     return _Job(config, keys, (own, start), 2, lambda columns: beta * (columns[0][:, 1] - columns[1][:, 1]))
 
 

@@ -1,0 +1,126 @@
+"""Checkpoints of NeMo's format contain pickles, and a pickle can run code while it is read.
+
+    weights/.metadata    which tensor lies where; torch unpickles it without a question
+    weights/*.distcp     tensors, and beside them small objects (Transformer Engine's ``_extra_state``), unpickled alike
+    weights/common.pt    step numbers and the like
+
+Before any of them is read in earnest, each is read here by an unpickler that knows only what such a checkpoint
+consists of: torch's own records of shapes and places, numbers, tensors. Whatever names anything else is refused,
+wherever it comes from: a folder's origin cannot be seen, and a mark of ours could be forged. ``context/`` is not read
+at all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.errors import UserError
+
+# Modules of which every class may be named: plain records and enumerations.
+_RECORDS = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+)
+_NAMES = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    ("collections", "ChainMap"),
+}
+
+
+def refuse_code(checkpoint: Path, key: str) -> None:
+    """Refuse a checkpoint that could run code. Reads metadata and small objects, no tensor.
+
+    Args:
+        checkpoint: folder with ``weights/``; nothing is said of files that are missing.
+        key: where the user named it, for the message.
+
+    Raises:
+        UserError: a pickle of it names what no checkpoint needs, or cannot be read at all.
+    """
+    weights = checkpoint / "weights"
+    file = weights / ".metadata"
+    try:
+        if file.is_file():
+            metadata = _Records(io.BytesIO(file.read_bytes())).load()
+            for index, place in _objects(metadata):
+                file = weights / place.relative_path
+                if file.is_file():
+                    _read_object(file, place.offset, place.length, index.fqn)
+        file = weights / "common.pt"
+        if file.is_file():
+            _read_object(file, 0, file.stat().st_size, "it")
+    except _Refused as refused:
+        raise UserError(
+            f"{key}: {file} is a pickle that names {refused}, which no checkpoint needs and which could run code; use "
+            f"another checkpoint, or model.allow_pickle=true (export-hf: --allow-pickle) if you trust whoever made it"
+        ) from None
+    except _Short as short:
+        raise UserError(f"{key}: {checkpoint} is not whole ({short}); name a complete checkpoint") from None
+    except Exception as error:  # torch, pickle and the file system each raise their own
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise UserError(f"{key}: {file} cannot be read ({reason}); name a complete checkpoint") from None
+
+
+class _Refused(Exception):
+    """Its text: what a pickle names."""
+
+
+class _Short(Exception):
+    """Its text: which file ends too early."""
+
+
+class _Records(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if "." not in name:  # a name with dots walks from one object to another
+            if (module, name) in _NAMES:
+                return getattr(importlib.import_module(module), name)
+            if module in _RECORDS:
+                found = getattr(importlib.import_module(module), name, None)
+                if isinstance(found, type) and found.__module__ == module:
+                    return found
+            if module == "torch" and _is_dtype(name):
+                return super().find_class(module, name)
+        raise _Refused(f"{module}.{name}")
+
+
+def _is_dtype(name: str) -> bool:
+    import torch
+
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def _objects(metadata: Any) -> list[tuple[Any, Any]]:
+    """(index, place) of what is stored beside the tensors."""
+    kinds = metadata.state_dict_metadata
+    return [
+        (index, place)
+        for index, place in metadata.storage_data.items()
+        if type(kinds.get(index.fqn)).__name__ == "BytesStorageMetadata"
+    ]
+
+
+def _read_object(file: Path, offset: int, length: int, name: str) -> None:
+    import torch
+
+    with file.open("rb") as opened:
+        opened.seek(offset)
+        stored = io.BytesIO(opened.read(length))
+    if len(stored.getvalue()) < length:
+        raise _Short(f"weights/{file.name} has {file.stat().st_size} of {offset + length} bytes")
+    try:
+        torch.load(stored, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(stored.getvalue()))
+        if unsafe:
+            raise _Refused(f"{', '.join(unsafe)} (in {name})") from None
+        raise error

@@ -1,0 +1,100 @@
+"""No checkpoint runs code by being read: pickles that could are refused before anything else reads them."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_rao.errors import UserError
+from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint
+from nemo_rao.integration.pickles import refuse_code
+
+from .runs import in_fork
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self._path),)
+
+
+@pytest.fixture
+def checkpoint(start: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(resolve_checkpoint(str(start), "start"), copy, symlinks=False)
+    return copy
+
+
+def test_a_checkpoint_of_ours_passes(checkpoint: Path) -> None:
+    assert list((checkpoint / "weights").glob("*.distcp"))
+    refuse_code(checkpoint, "KEY")
+
+
+def in_metadata(checkpoint: Path, bomb: Any) -> None:
+    file = checkpoint / "weights" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.planner_data = bomb
+    file.write_bytes(pickle.dumps(metadata))
+
+
+def in_common(checkpoint: Path, bomb: Any) -> None:
+    file = checkpoint / "weights" / "common.pt"
+    torch.save(torch.load(file) | {"callbacks": bomb}, file)
+
+
+def in_object(checkpoint: Path, bomb: Any) -> None:
+    """An ``_extra_state``: at the end of a file, where the metadata says it is."""
+    file = checkpoint / "weights" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    index = next(index for index in metadata.storage_data if "_extra_state" in index.fqn)
+    place = metadata.storage_data[index]
+    held = io.BytesIO()
+    torch.save(bomb, held)
+    shard = checkpoint / "weights" / place.relative_path
+    place.offset, place.length = shard.stat().st_size, len(held.getvalue())
+    with shard.open("ab") as opened:
+        opened.write(held.getvalue())
+    file.write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("plant", [in_metadata, in_common, in_object])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(plant: Any, checkpoint: Path, tmp_path: Path) -> None:
+    in_fork(plant, checkpoint, Bomb(tmp_path / "ran"))
+    in_fork(_refused, checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+def _refused(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match=r"KEY: .* is a pickle that names posix.mkdir.* model.allow_pickle=true"):
+        check_checkpoint(checkpoint, None, 0, key="KEY", remedy="")
+
+
+def test_a_name_that_walks_to_another_module_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "weights" / ".metadata").write_bytes(
+        b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x08os.mkdir\x93\x8c"
+        + bytes([len(str(tmp_path / "ran"))])
+        + str(tmp_path / "ran").encode()
+        + b"\x85R."
+    )
+    with pytest.raises(UserError, match="names torch.distributed.checkpoint.metadata.os.mkdir"):
+        refuse_code(checkpoint, "KEY")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_a_damaged_pickle_is_told(name: str, checkpoint: Path) -> None:
+    file = checkpoint / "weights" / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"KEY: .*{name} cannot be read .*; name a complete checkpoint"):
+        refuse_code(checkpoint, "KEY")
