@@ -23,20 +23,19 @@ def pairs_of(path: Path) -> list[dict[str, str]]:
     pairs = []
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        ranked = sorted(row["responses"], key=lambda answer: answer["reward"])
-        pairs.append({"prompt": row["prompt"], "chosen": ranked[-1]["content"], "rejected": ranked[0]["content"]})
+        best = max(row["responses"], key=lambda answer: answer["reward"])
+        worst = min(row["responses"], key=lambda answer: answer["reward"])
+        pairs.append({"prompt": row["prompt"], "chosen": best["content"], "rejected": worst["content"]})
     return pairs
 
 
-def trl_steps(model: Path, pairs: list[dict[str, str]], folder: Path) -> list[dict[str, Any]]:
-    import datasets
-    from transformers import AutoModelForCausalLM
-    from trl import DPOConfig, DPOTrainer
+def conversations(pairs: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """As TRL takes them."""
 
     def message(role: str, content: str) -> list[dict[str, str]]:
         return [{"role": role, "content": content}]
 
-    rows = [
+    return [
         {
             "prompt": message("user", pair["prompt"]),
             "chosen": message("assistant", pair["chosen"]),
@@ -44,6 +43,14 @@ def trl_steps(model: Path, pairs: list[dict[str, str]], folder: Path) -> list[di
         }
         for pair in pairs
     ]
+
+
+def trl_steps(model: Path, pairs: list[dict[str, str]], folder: Path) -> list[dict[str, Any]]:
+    import datasets
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    rows = conversations(pairs)
     config = DPOConfig(
         output_dir=str(folder),
         beta=BETA,

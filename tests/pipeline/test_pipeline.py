@@ -11,8 +11,10 @@ import torch
 from nemo_rao.data.encode import Encoder, load_tokenizer
 from nemo_rao.data.rows import read_rows
 from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.objectives import registry
 
 from ..hugging_face.models import command, make_model
+from ..hugging_face.test_trl_dpo import conversations, pairs_of
 from ..megatron_ranks import import_once
 from ..train.runs import make_data
 
@@ -49,10 +51,12 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = f"data.train_path={folder / 'train.jsonl'}"
     two = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
     train("gpt_sft", "sft", data)
-    train("gpt_rm", "rm", data, *two, f"model.restore_from_path={folder / 'sft'}")
+    same = f"data.validation_path={folder / 'train.jsonl'}"
+    train("gpt_rm", "rm", data, same, *two, f"model.restore_from_path={folder / 'sft'}")
     command("score", folder / "train.jsonl", folder / "scored.jsonl", "--scorer", f"model:{folder / 'rm'}")
     scored = f"data.train_path={folder / 'scored.jsonl'}"
-    train("gpt_rao", "rao", scored, *two, f"model.restore_from_path={folder / 'sft'}", "model.rao.log_z0=auto")
+    same = f"data.validation_path={folder / 'scored.jsonl'}"
+    train("gpt_rao", "rao", scored, same, *two, f"model.restore_from_path={folder / 'sft'}", "model.rao.log_z0=auto")
     command("export-hf", folder / "rao", folder / "policy")
     command("export-hf", folder / "rm", folder / "reward_model")
     command(
@@ -71,7 +75,7 @@ def test_the_scored_file_has_the_rewards_that_rao_was_trained_on(pipeline: Path)
     assert all(reward is not None for of_row in rewards for reward in of_row)
     assert len({reward for of_row in rewards for reward in of_row}) > len(rows)
     mean = sum(sum(of_row) / len(of_row) for of_row in rewards) / len(rewards)
-    first = read_metrics(pipeline / "rao" / "metrics.jsonl")[0]
+    first = next(record for record in read_metrics(pipeline / "rao" / "metrics.jsonl") if "loss" in record)
     assert first["rao/log_z"] == pytest.approx(mean / 0.1, rel=1e-3, abs=1e-4), "auto: the mean reward over beta"
 
 
@@ -88,6 +92,53 @@ def test_transformers_gives_the_reward_models_scores(pipeline: Path) -> None:
             with torch.no_grad():
                 score = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
             assert float(score) == pytest.approx(response.reward, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_reads_the_exported_reward_model_and_policy(pipeline: Path, tmp_path: Path) -> None:
+    """Its trainers take both as they are, and measure what our validation measured at the end of the runs."""
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    def last(run: str) -> dict[str, float]:
+        return [record for record in read_metrics(pipeline / run / "metrics.jsonl") if "val/loss" in record][-1]
+
+    shared = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "max_length": None,
+    }
+    rows = datasets.Dataset.from_list(conversations(pairs_of(pipeline / "train.jsonl")))
+    rewards = RewardTrainer(
+        AutoModelForSequenceClassification.from_pretrained(pipeline / "reward_model"),
+        args=RewardConfig(
+            per_device_eval_batch_size=len(rows),
+            center_rewards_coefficient=registry.get("rm").make_config({}).center,
+            **shared,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=load_tokenizer(pipeline / "reward_model"),
+    ).evaluate()
+    assert rewards["eval_loss"] == pytest.approx(last("rm")["val/loss"], rel=1e-4)
+    assert rewards["eval_margin"] == pytest.approx(last("rm")["val/rewards/margins"], rel=1e-3, abs=1e-5)
+    assert rewards["eval_accuracy"] == pytest.approx(last("rm")["val/rewards/accuracies"])
+
+    # Our RAO's chosen and rejected are the best and the worst by the model's scores.
+    rows = datasets.Dataset.from_list(conversations(pairs_of(pipeline / "scored.jsonl")))
+    policy = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(pipeline / "policy"),
+        args=DPOConfig(per_device_eval_batch_size=len(rows), **shared),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=load_tokenizer(pipeline / "policy"),
+    ).evaluate()
+    for part in ("chosen", "rejected"):
+        assert policy[f"eval_logps/{part}"] == pytest.approx(last("rao")[f"val/logps/{part}"], rel=1e-4), part
 
 
 def test_the_samples_of_the_exported_policy_are_rows_that_can_be_scored_and_trained_on(pipeline: Path) -> None:
