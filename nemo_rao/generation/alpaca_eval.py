@@ -17,10 +17,11 @@ from typing import Any
 
 from nemo_rao.data.fields import read_text, required
 from nemo_rao.errors import UserError
-from nemo_rao.generation.part_file import PartFile, work_through
 from nemo_rao.generation.policy import Policy, Question
+from nemo_rao.generation.progress import work_through
 from nemo_rao.generation.prompts import read_records, with_system
 from nemo_rao.generation.settings import EvaluateSettings
+from nemo_rao.part_file import PartFile
 
 DATASET = "alpaca_eval"  # of instructions whose file has no `dataset`
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
+from nemo_rao.files import check_place, write_atomically
 from nemo_rao.generation.alpaca_eval import AlpacaEval
 from nemo_rao.generation.harness import Harness, task_manager
 from nemo_rao.generation.model_folder import check_folder
 from nemo_rao.generation.mt_bench import MtBench
-from nemo_rao.generation.part_file import PartFile, check_place, part_path, write_whole
 from nemo_rao.generation.policy import Policy
 from nemo_rao.generation.settings import EvaluateSettings
+from nemo_rao.part_file import PartFile, part_path
 
 Benchmark = AlpacaEval | MtBench
 RESULTS = "results.json"
@@ -80,7 +81,7 @@ class Results:
 
     def add(self, task: str, settings: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         self._kept["tasks"][task] = {"settings": dict(settings), **found}
-        write_whole(self._path, json.dumps(self._kept, ensure_ascii=False, indent=2) + "\n")
+        write_atomically(self._path, json.dumps(self._kept, ensure_ascii=False, indent=2) + "\n")
 
     def metrics(self, task: str) -> Mapping[str, float]:
         return self._kept["tasks"][task]["metrics"]
@@ -139,10 +140,10 @@ def _answer(benchmark: Benchmark, policy: Policy, results: Results, work: Mappin
     path = results.folder / benchmark.file_name
     with PartFile(part_path(path), work) as part:
         benchmark.answer(policy, part)
-        write_whole(path, benchmark.whole(part.records))
-        found = {"metrics": dict(benchmark.metrics(part.records)), "answers": str(path)}
-    results.add(benchmark.name, work, found)
-    part.path.unlink(missing_ok=True)
+        records = list(part.records())
+        write_atomically(path, benchmark.whole(records))
+        results.add(benchmark.name, work, {"metrics": dict(benchmark.metrics(records)), "answers": str(path)})
+        part.remove()
 
 
 def _work(policy: Policy, task: str, benchmark: Benchmark | None, harness: Harness) -> dict[str, Any]:

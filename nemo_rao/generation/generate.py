@@ -10,11 +10,13 @@ from typing import Any
 
 from nemo_rao.data.rows import JSON_LINES
 from nemo_rao.errors import UserError
+from nemo_rao.files import check_place, write_atomically
 from nemo_rao.generation.model_folder import check_folder
-from nemo_rao.generation.part_file import PartFile, check_place, part_path, work_through, write_whole
 from nemo_rao.generation.policy import Answer, Policy, Question
+from nemo_rao.generation.progress import work_through
 from nemo_rao.generation.prompts import Prompt, digest_of, read_prompts
 from nemo_rao.generation.settings import GenerateSettings
+from nemo_rao.part_file import PartFile, part_path
 
 # Changed when the same settings would give other responses than before.
 _VERSION = 1
@@ -39,15 +41,15 @@ def generate(model: str, prompts_path: str, output: str, settings: GenerateSetti
         at_once = max(1, settings.batch_size // settings.num_responses)
         numbered = list(enumerate(prompts))
         work_through(part, numbered, at_once, lambda items: respond(policy, items, settings), "generate")
-        kept = [record for record in part.records if record["responses"]]
-        if not kept:
+        records = list(part.records())
+        if not any(record["responses"] for record in records):
             raise UserError(
-                f"{output}: no prompt got {settings.num_responses} usable responses ({_skipped(part.records)}); "
+                f"{output}: no prompt got {settings.num_responses} usable responses ({_skipped(records)}); "
                 "look at the model and its chat template, or shorten the prompts"
             )
-        write_whole(path, rows_of(prompts, part.records))
-    part.path.unlink(missing_ok=True)
-    print(report(path, part.records), flush=True)
+        write_atomically(path, rows_of(prompts, records))
+        part.remove()
+    print(report(path, records), flush=True)
 
 
 def respond(policy: Policy, items: Sequence[tuple[int, Prompt]], settings: GenerateSettings) -> list[dict[str, Any]]:

@@ -42,6 +42,29 @@ def check_folder(given: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def check_architecture(folder: Path) -> None:
+    """Refuse, by its configuration alone, what `transformers` does not run as a causal language model.
+
+    Raises:
+        UserError: a kind of model that it does not know, or knows for other tasks only.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    kind = _json(folder / "config.json")["model_type"]
+    try:
+        configuration = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # many kinds: a type that is not known, code of its own, values out of range
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model {folder}: `transformers` cannot read the configuration of this {kind} ({reason}); give a model of "
+            "a kind that it has, or install a release that has this one"
+        ) from None
+    if type(configuration) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"model {folder}: {kind} is no causal language model that `transformers` has; give one that generates text"
+        )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files with the model's weights, in order of their names; all are there."""
     if (folder / WEIGHTS).is_file():

@@ -17,7 +17,13 @@ from nemo_rao.data.encode import BoundaryError, Encoder, load_tokenizer, pad_tok
 from nemo_rao.data.fields import Messages
 from nemo_rao.errors import UserError
 from nemo_rao.generation.engine import Continuation, Engine, Request, choose_engine, open_engine
-from nemo_rao.generation.model_folder import check_folder, context_length, fingerprint, stop_tokens
+from nemo_rao.generation.model_folder import (
+    check_architecture,
+    check_folder,
+    context_length,
+    fingerprint,
+    stop_tokens,
+)
 from nemo_rao.generation.settings import PolicySettings
 
 
@@ -69,6 +75,8 @@ class Policy:
         self.folder = check_folder(folder)
         self.settings = settings
         self.engine_name = choose_engine(settings.engine)
+        if self.engine_name == "transformers":  # vLLM has models of its own
+            check_architecture(self.folder)
         self.fingerprint = fingerprint(self.folder)
         self._context = context_length(self.folder)
         self.tokenizer = load_tokenizer(self.folder)

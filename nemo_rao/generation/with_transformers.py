@@ -77,7 +77,7 @@ class TransformersEngine:
                 except torch.OutOfMemoryError:
                     raise UserError(
                         f"batch_size={self._settings.batch_size}: {len(batch)} sequences do not fit into the GPU's "
-                        "memory; give the same command with a smaller --batch-size, and it goes on where it was"
+                        "memory; make it smaller, and the same command goes on where it was"
                     ) from None
         return [found[at] for at in range(len(requests))]
 

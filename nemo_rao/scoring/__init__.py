@@ -4,9 +4,11 @@
     rule        a Python function                             -> rewards
     column      rewards that the file has                     -> rewards
     judge       a chat model and what it is asked             -> rewards
-    endpoint    HTTP to such a model: retries, concurrency;     answers (asynchronous)
+    judge_config  the file that describes it, judge.yaml
+    chat        the interface of chat models                  -> answers
+    endpoint    one behind HTTP: retries, concurrency (asynchronous)
+    local_model   one in a folder, run here, in batches
     answers     answers on disk, so that nothing is asked twice
-    part_file   what is scored so far, row by row; a run that was killed goes on from it
     statistics  distributions of columns, agreement with labels and with each other
     finish      part file -> standardised rewards -> the output and its statistics
     run         the command `nemo-rao score`

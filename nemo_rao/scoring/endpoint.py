@@ -2,7 +2,7 @@
 
 Asynchronous on one thread, so that Ctrl-C or a failure ends all that is under way at once. (Considered: the client of
 the `openai` package, which repeats requests itself, and `tenacity`; neither is in the pinned set, and what is needed
-of them are the twenty lines of :meth:`Endpoint.ask`. urllib3's ``Retry`` has no jitter in the pinned release.)
+of them are the twenty lines of ``Endpoint._answer``. urllib3's ``Retry`` has no jitter in the pinned release.)
 """
 
 from __future__ import annotations
@@ -12,74 +12,87 @@ import functools
 import logging
 import random
 import ssl
-from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 import httpx
 
+from nemo_rao.scoring.chat import ChatQuestion
+from nemo_rao.scoring.judge_config import JudgeConfig
 from nemo_rao.scoring.scorer import ScoringFailure
 
 AGAIN = frozenset({408, 409, 425, 429})  # and 5xx
 NO_ANSWER = frozenset({400, 413, 422})  # this question is refused, such as one that is too long
 LONGEST_WAIT = 60.0  # seconds between two requests; an endpoint may ask for five times as long
 
-T = TypeVar("T")
-
 
 class Endpoint:
-    """Asks ``{base_url}/chat/completions``.
+    """Asks ``{base_url}/chat/completions``; see :class:`nemo_rao.scoring.chat.Chat`.
 
     Args:
-        base_url: with the version, such as ``http://localhost:8000/v1``.
-        api_key: sent as bearer token, and never shown: it is taken out of whatever the endpoint says.
-        concurrency: requests under way at once.
-        timeout: seconds for one request, from its start to the last byte.
-        retries: further requests after one that failed for reasons that may pass.
-        backoff: seconds before the first of them at most, doubled each time; drawn between half of that and all.
+        config: checked, with base_url and model. ``timeout`` is for one request, from its start to the last byte; the
+            wait before another is drawn between half of what ``backoff`` gives and all.
+        api_key: sent as bearer token, and never shown: it is taken out of whatever the endpoint says. ``None``: none
+            is sent.
     """
 
-    def __init__(
-        self, base_url: str, api_key: str | None, *, concurrency: int, timeout: float, retries: int, backoff: float
-    ) -> None:
-        self.url = base_url.rstrip("/") + "/chat/completions"
+    varies = True  # even at temperature 0: servers compute what they are asked together
+
+    def __init__(self, config: JudgeConfig, api_key: str | None) -> None:
+        assert config.base_url is not None and config.model is not None
+        self.url = config.base_url.rstrip("/") + "/chat/completions"
+        self.name = config.model
+        self.identity: Mapping[str, Any] = {"model": config.model}
         self.num_requests = 0
-        self._api_key, self._timeout, self._retries, self._backoff = api_key, timeout, retries, backoff
+        self._api_key, self._timeout, self._retries, self._backoff = (
+            api_key,
+            config.timeout,
+            config.retries,
+            config.backoff,
+        )
+        limit = {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
+        self._fields = {"model": config.model, "temperature": config.temperature} | limit | config.parameters
         logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise
         self._client = httpx.AsyncClient(
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
             verify=_certificates(),
             timeout=None,  # of single reads and writes; the whole request has one, in `_post`
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            limits=httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency),
         )
         self._loop = asyncio.new_event_loop()
-        self._free = asyncio.Semaphore(concurrency)
+        self._free = asyncio.Semaphore(config.concurrency)
         self._answered = False
 
-    def run(self, questions: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-        """Waits for all of them. Where one fails, or Ctrl-C is pressed, the others are given up."""
-        return self._loop.run_until_complete(self._all(questions))
+    def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, str], None]) -> None:
+        """Where one question fails, or Ctrl-C is pressed, the others are given up."""
 
-    async def _all(self, questions: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        async def one(number: int, question: ChatQuestion) -> None:
+            keep(number, await self._answer(question))
+
+        self._loop.run_until_complete(self._all([one(*item) for item in enumerate(questions)]))
+
+    async def _all(self, questions: Sequence[Coroutine[Any, Any, None]]) -> None:
         tasks = [asyncio.ensure_future(question) for question in questions]
         try:
-            return list(await asyncio.gather(*tasks))
+            await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def ask(self, request: Mapping[str, Any], place: str) -> str:
+    async def _answer(self, question: ChatQuestion) -> str:
         """The text of the answer; empty where the endpoint refuses this question alone.
 
         Raises:
             ScoringFailure: the key is refused, the endpoint or the model is not there, or every retry failed.
         """
+        place = question.place
         async with self._free:
             said = ""
             for retry in range(self._retries + 1):
                 wait = min(LONGEST_WAIT, self._backoff * 2**retry) * random.uniform(0.5, 1.0)
                 try:
-                    response = await self._post(request)
+                    response = await self._post(question)
                 except asyncio.TimeoutError:
                     said = f"no answer within {self._timeout:g} s"
                 except httpx.TransportError as error:
@@ -105,8 +118,9 @@ class Endpoint:
             times = "once" if not self._retries else f"{self._retries + 1} times"
             raise self._failure(place, f"asked {times}, the last time: {said}")
 
-    async def _post(self, request: Mapping[str, Any]) -> httpx.Response:
+    async def _post(self, question: ChatQuestion) -> httpx.Response:
         self.num_requests += 1
+        request = {"messages": list(question.messages)} | self._fields
         return await asyncio.wait_for(self._client.post(self.url, json=request), self._timeout)
 
     def _refusal(self, response: httpx.Response) -> str:

@@ -11,18 +11,17 @@ equal they become 0. A response that lacks a column has no reward: a mean of the
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nemo_rao.data.fields import LARGEST_REWARD
 from nemo_rao.errors import UserError
-from nemo_rao.scoring.part_file import PartFile
+from nemo_rao.files import told, written_atomically
+from nemo_rao.part_file import PartFile
 from nemo_rao.scoring.scorer import Scores, ScoringFailure
 
 STANDARDIZE = ("none", "global", "prompt")
@@ -111,14 +110,13 @@ def write_output(part: PartFile, output: Path, names: Sequence[str], scaling: Sc
     """Writes OUTPUT and OUTPUT.stats.json, each at once or not at all. Returns the statistics.
 
     Raises:
-        ScoringFailure: the disk is full, or a reward too large; the part file is kept.
+        UserError: the disk is full.
+        ScoringFailure: a reward is too large.
     """
     from nemo_rao.scoring.statistics import Collector
 
     statistics_path = output.with_name(f"{output.name}.stats.json")
-    unfinished = {path: path.with_name(f"{path.name}.unfinished") for path in (statistics_path, output)}
-    packed = output.name.endswith(".gz")
-    try:
+    with told(output):  # what statistics collect on the disk
         with contextlib.closing(Collector(names, output.parent)) as before:
             for record in part.records():
                 before.add(_columns(record, names), bool(record.get("ranked")))
@@ -127,37 +125,29 @@ def write_output(part: PartFile, output: Path, names: Sequence[str], scaling: Sc
         means = dict.fromkeys(names, (0.0, 1.0)) | of_file | dict(scaling.stated)
         with (
             contextlib.closing(Collector(["reward"], output.parent)) as after,
-            _synced(unfinished[output], packed) as file,
+            # The output last: where it is, its statistics are.
+            written_atomically(statistics_path, output) as (statistics_file, file),
         ):
             for number, record in enumerate(part.records(), start=1):
                 _put_rewards(record, names, scaling, means, f"{output} row {number}")
                 after.add({"reward": _scores(record, "reward")}, bool(record.get("ranked")))
                 file.write((json.dumps(record) + "\n").encode())
             rewards = after.as_json()
-        statistics = {
-            "rows": part.num_rows,
-            "standardize": scaling.standardize,
-            "standardized_by": {name: {"mean": means[name][0], "sd": means[name][1]} for name in names}
-            if scaling.standardize == "global"
-            else None,
-            "shift": scaling.shift,
-            "scale": scaling.scale,
-            "weights": {name: scaling.weights.get(name, 1.0) for name in names},
-            "columns": statistics["columns"],
-            "reward": rewards["columns"]["reward"],
-            "agreement_with_labels": statistics["agreement_with_labels"] | rewards["agreement_with_labels"],
-            "agreement_between": statistics["agreement_between"],
-        }
-        with _synced(unfinished[statistics_path], packed=False) as file:
-            file.write((json.dumps(statistics, indent=2) + "\n").encode())
-        for path, written in unfinished.items():  # the output last: where it is, its statistics are
-            os.replace(written, path)
-    except OSError as error:
-        raise ScoringFailure(f"{output}: cannot be written ({error.strerror}); make room") from None
-    finally:
-        for written in unfinished.values():
-            with contextlib.suppress(OSError):
-                written.unlink(missing_ok=True)
+            statistics = {
+                "rows": part.num_records,
+                "standardize": scaling.standardize,
+                "standardized_by": {name: {"mean": means[name][0], "sd": means[name][1]} for name in names}
+                if scaling.standardize == "global"
+                else None,
+                "shift": scaling.shift,
+                "scale": scaling.scale,
+                "weights": {name: scaling.weights.get(name, 1.0) for name in names},
+                "columns": statistics["columns"],
+                "reward": rewards["columns"]["reward"],
+                "agreement_with_labels": statistics["agreement_with_labels"] | rewards["agreement_with_labels"],
+                "agreement_between": statistics["agreement_between"],
+            }
+            statistics_file.write((json.dumps(statistics, indent=2) + "\n").encode())
     return statistics
 
 
@@ -187,16 +177,3 @@ def _put_rewards(
         content = response.pop("content")
         response.clear()
         response.update({"content": content, "reward": reward} | own)
-
-
-@contextlib.contextmanager
-def _synced(path: Path, packed: bool) -> Iterator[IO[bytes]]:
-    """A file to write to, on the disk when it is left; ``packed``: compressed."""
-    with open(path, "wb") as plain:
-        if packed:
-            with gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0) as file:
-                yield file  # type: ignore[misc]
-        else:
-            yield plain
-        plain.flush()
-        os.fsync(plain.fileno())

@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from nemo_rao.batch import Row
 from nemo_rao.data.rows import HUB, JSON_LINES, expand_paths
 from nemo_rao.errors import UserError
+from nemo_rao.part_file import PartFile, part_path
 from nemo_rao.scoring.column import COLUMN, ColumnScorer
 from nemo_rao.scoring.finish import Scaling, stated_statistics, write_output
-from nemo_rao.scoring.part_file import PartFile, part_path, record
 from nemo_rao.scoring.rule import RULE
-from nemo_rao.scoring.scorer import InputRow, Kind, Place, Scorer, ScoringFailure, make_scorers, read_input
+from nemo_rao.scoring.scorer import InputRow, Kind, Place, Scorer, Scores, ScoringFailure, make_scorers, read_input
+
+VERSION = 2  # changed when the same scorers would leave another part file than before
 
 
 def _make_judge(path: str, place: Place) -> Scorer:
@@ -103,15 +106,13 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
         scaling = _scaling(job, list(scorers))
         fields = list(dict.fromkeys(name for scorer in scorers.values() for name in scorer.fields))
         num_rows, notes = _check_rows(job.input, fields, scorers)
-        identities = {name: scorer.identity for name, scorer in scorers.items()}
-        part = PartFile(part_path(job.output), _digest(job.input), identities)
-        held.callback(part.close)
-        if part.num_rows:
-            print(f"goes on after {part.num_rows} of {num_rows} rows", flush=True)
+        part = held.enter_context(PartFile(part_path(job.output), _work(job.input, scorers)))
+        if part.num_records:
+            print(f"goes on after {part.num_records} of {num_rows} rows", flush=True)
         try:
             _score_rows(part, read_input(job.input, fields), num_rows, scorers, job)
             statistics = write_output(part, job.output, list(scorers), scaling)
-        except (ScoringFailure, UserError) as error:  # a UserError where the input has changed meanwhile
+        except (ScoringFailure, UserError) as error:  # a full disk, an input that has changed meanwhile, ...
             raise ScoringFailure(f"{error}. {_kept(part, num_rows)}") from error
         except KeyboardInterrupt:
             print(f"interrupted. {_kept(part, num_rows)}", file=sys.stderr)
@@ -133,40 +134,52 @@ def _score_rows(
     """Scores the rows that are not in the part file yet, and puts them there, in order."""
     from tqdm import tqdm
 
-    unscored = itertools.islice(rows, part.num_rows, None)
+    unscored = itertools.islice(rows, part.num_records, None)
     shown = sys.stderr.isatty()  # elsewhere, a line a minute
     with tqdm(
         total=num_rows,
-        initial=part.num_rows,
+        initial=part.num_records,
         unit="row",
         leave=shown,
         delay=0 if shown else 60,
         mininterval=0.5 if shown else 60,
     ) as bar:
-        try:
-            while batch := list(itertools.islice(unscored, job.rows_at_once)):
-                columns = {name: scorer.score(batch) for name, scorer in scorers.items()}
-                scores = [{name: column[at] for name, column in columns.items()} for at in range(len(batch))]
-                for row, own in zip(batch, scores, strict=True):
-                    for name, values in own.items():
-                        assert len(values) == len(row.responses), f"scorer {name}: a score for each response"
-                        if job.strict and None in values:
-                            number = values.index(None) + 1
-                            raise ScoringFailure(
-                                f"{row.place}, response {number}: {name} gave no score, and with --strict none may be "
-                                "missing; leave that out, or drop the row"
-                            )
-                part.append(batch, scores)
-                bar.update(len(batch))
-            part.sync()
-        except KeyboardInterrupt:
-            with contextlib.suppress(ScoringFailure):
-                part.sync()
-            raise
+        while batch := list(itertools.islice(unscored, job.rows_at_once)):
+            columns = {name: scorer.score(batch) for name, scorer in scorers.items()}
+            scores = [{name: column[at] for name, column in columns.items()} for at in range(len(batch))]
+            for row, own in zip(batch, scores, strict=True):
+                for name, values in own.items():
+                    assert len(values) == len(row.responses), f"scorer {name}: a score for each response"
+                    if job.strict and None in values:
+                        number = values.index(None) + 1
+                        raise ScoringFailure(
+                            f"{row.place}, response {number}: {name} gave no score, and with --strict none may be "
+                            "missing; leave that out, or drop the row"
+                        )
+            part.append(_record(row, own) for row, own in zip(batch, scores, strict=True))
+            bar.update(len(batch))
 
 
 def _kept(part: PartFile, num_rows: int) -> str:
-    return f"{part.num_rows} of {num_rows} rows are kept in {part.path}; the same command goes on from there"
+    return f"{part.num_records} of {num_rows} rows are kept in {part.path}; the same command goes on from there"
+
+
+def _record(row: Row, columns: Mapping[str, Scores]) -> dict[str, Any]:
+    """The row in the canonical format, without ``reward``: an item of the part file."""
+    responses = [
+        {"content": response.content} | {name: scores[number] for name, scores in columns.items()}
+        for number, response in enumerate(row.responses)
+    ]
+    prompt = row.prompt if isinstance(row.prompt, str) else [dict(message) for message in row.prompt]
+    ranked = {"ranked": True} if row.ranked else {}
+    return {"prompt": prompt, "responses": responses} | ranked
+
+
+def _work(path: str, scorers: Mapping[str, Scorer]) -> dict[str, Any]:
+    """What the scores are a function of."""
+    identities = {f"digest_of_scorer {name}": scorer.identity for name, scorer in scorers.items()}
+    own = {"command": "score", "version": VERSION, "digest_of_input": _digest(path), "columns": list(scorers)}
+    return own | identities
 
 
 # ----------------------------------------------------------------------------------- checks before anything is scored
@@ -240,7 +253,7 @@ def _check_rows(path: str, fields: Sequence[str], scorers: Mapping[str, Scorer])
 
 def _check_json(row: InputRow) -> None:
     try:
-        json.dumps(record(row, {}))
+        json.dumps(_record(row, {}))
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{row.place}: the prompt's messages cannot be written as JSON ({error}); drop the row"

@@ -13,9 +13,9 @@ import pytest
 from nemo_rao.cli import main
 from nemo_rao.data.encode import Encoder, load_tokenizer
 from nemo_rao.data.rows import read_rows
-from nemo_rao.errors import UserError
-from nemo_rao.generation.part_file import PartFile, work_through
+from nemo_rao.generation.progress import work_through
 from nemo_rao.generation.with_transformers import TransformersEngine
+from nemo_rao.part_file import PartFile
 from tests.generation.conftest import read_lines
 
 OPTIONS = ("--num-responses=3", "--max-new-tokens=16", "--engine=transformers")
@@ -135,12 +135,7 @@ def test_batches_are_the_same_items_wherever_a_run_was_killed(tmp_path: Path) ->
         part.append([0, 10, 20, 30])
     with PartFile(tmp_path / "part", {}) as part:
         work_through(part, range(8), 3, produce, "")
-        assert groups == [[3, 4, 5], [6, 7]] and part.records == [0, 10, 20, 30, 40, 50, 60, 70]
-
-
-def test_a_part_that_another_process_writes_is_left_alone(tmp_path: Path) -> None:
-    with PartFile(tmp_path / "part", {}), pytest.raises(UserError, match="another process is writing it"):
-        PartFile(tmp_path / "part", {})
+        assert groups == [[3, 4, 5], [6, 7]] and list(part.records()) == [0, 10, 20, 30, 40, 50, 60, 70]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +256,9 @@ def test_prompts_that_cannot_be_used_are_told_with_their_line(
         ("shard", "model-2.safetensors is missing"),
         ("tokenizer", "give a folder with a Hugging Face tokenizer"),
         ("end token", "has no end token"),
+        ("of a kind there is not", "cannot read the configuration of this lama"),
+        ("of another task", "t5 is no causal language model"),
+        ("code of its own", "cannot read the configuration of this mine"),
     ],
 )
 def test_a_folder_that_is_no_whole_model_is_told(
@@ -281,6 +279,14 @@ def test_a_folder_that_is_no_whole_model_is_told(
         (model / "model.safetensors").rename(model / "model-1.safetensors")
         index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif damage == "of a kind there is not":
+        (model / "config.json").write_text(json.dumps({"model_type": "lama"}))
+    elif damage == "of another task":
+        (model / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    elif damage == "code of its own":
+        own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+        (model / "config.json").write_text(json.dumps(own))
+        (model / "mine.py").write_text("raise SystemExit('was run')")
     elif damage == "tokenizer":
         for file in model.glob("*token*"):
             file.unlink()
@@ -333,7 +339,6 @@ def begun(model: Path, prompts: str, folder: Path) -> Path:
     assert generate(model, prompts, folder / "begun.jsonl") == 0
     (folder / "begun.jsonl").unlink()
     from nemo_rao.generation.generate import work_of
-    from nemo_rao.generation.part_file import PartFile
     from nemo_rao.generation.policy import Policy
     from nemo_rao.generation.prompts import read_prompts
     from nemo_rao.generation.settings import GenerateSettings

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from nemo_rao.scoring.judge import fill, load_judge
-from nemo_rao.scoring.scorer import Pair
+from nemo_rao.scoring.judge import fill, make
+from nemo_rao.scoring.judge_config import load_judge
+from nemo_rao.scoring.scorer import Pair, Place
 from tests.scoring.conftest import read_lines, write_judge, write_lines, write_rows
 from tests.scoring.judge_server import JudgeServer, Reply, by_number, completion, error
 
@@ -47,6 +48,14 @@ def test_a_request_carries_temperature_0_the_key_and_the_keys_of_the_file(
     assert request["temperature"] == 0 and request["top_p"] == 0.5 and request["max_tokens"] == 1024
     assert request["model"] == "small" and request["messages"][0] == {"role": "system", "content": "Be fair."}
     assert not any(b"secret-123" in file.read_bytes() for file in Path().iterdir())
+
+
+def test_another_temperature_is_sent_and_is_another_question(judge: JudgeServer, command: Command) -> None:
+    write_rows("in.jsonl", 1, 1)
+    for temperature in (0, 0.7):
+        scorer = write_judge(judge.url, temperature=temperature)
+        assert command("in.jsonl", "out.jsonl", "--overwrite", "--scorer", scorer)[0] == 0
+    assert [request["temperature"] for request in judge.requests] == [0, 0.7]
 
 
 def test_braces_in_texts_and_template_stay_as_they_are() -> None:
@@ -212,10 +221,7 @@ def test_the_packages_judges_can_be_used(judge: JudgeServer, command: Command) -
 def test_the_default_pattern_takes_the_last_score_in_range(
     answer: str, score: float | None, judge: JudgeServer
 ) -> None:
-    from nemo_rao.scoring.judge import JudgeScorer
-
-    config, _ = load_judge(write_judge(judge.url, low=-1).removeprefix("judge:"))
-    scorer = JudgeScorer(config, None, Path())
+    scorer = make(write_judge(judge.url, low=-1).removeprefix("judge:"), Place(Path()))
     try:
         assert scorer.parse(answer) == score
     finally:
@@ -239,6 +245,8 @@ def test_the_default_pattern_takes_the_last_score_in_range(
         ({"base_url": "http://u:pw@host/v1"}, ("base_url holds a password",)),
         ({"based_on": "nope"}, ("based_on='nope'", "helpfulness, translation")),
         ({"parameters": {"temperature": 1}}, ("parameters.temperature",)),
+        ({"batch_size": 4}, ("batch_size is of a model_folder", "leave it out")),
+        ({"model_folder": "m"}, ("base_url is of an endpoint", "leave one of them out")),
         ({"api_key_variable": "NOT_SET"}, ("NOT_SET", "not set; export it")),
         ({"api_key_variable": "BROKEN"}, ("BROKEN", "export it anew")),
     ],

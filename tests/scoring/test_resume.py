@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nemo_rao.scoring.part_file import PartFile
+from nemo_rao.part_file import PartFile
 from tests.scoring.conftest import read_lines, write_judge, write_lines, write_rows
 from tests.scoring.judge_server import JudgeServer, Reply, by_number, error
 
@@ -133,15 +133,15 @@ def stopped_run(command: Command, *arguments: str) -> None:
 @pytest.mark.parametrize(
     ("change", "scorers", "parts"),
     [
-        (lambda: write_rows("in.jsonl", 7), ["a=rule:rules_that_stop:score"], ("an input of other content",)),
-        (lambda: None, ["b=rule:rules_that_stop:score"], ("with the columns a, not b",)),
-        (lambda: None, ["a=rule:json:dumps"], ("scorer a was another",)),
+        (lambda: write_rows("in.jsonl", 7), ["a=rule:rules_that_stop:score"], ("begun with another input",)),
+        (lambda: None, ["b=rule:rules_that_stop:score"], ("begun with columns=['a'], not columns=['b']",)),
+        (lambda: None, ["a=rule:json:dumps"], ("begun with another scorer a",)),
         (
             lambda: Path("rules_that_stop.py").write_text(COUNTING + "# changed\n"),
             ["a=rule:rules_that_stop:score"],
-            ("scorer a was another (its file or its keys",),
+            ("begun with another scorer a",),
         ),
-        (lambda: PART.write_text('{"mine": 1}\n'), ["a=rule:rules_that_stop:score"], ("is no part of",)),
+        (lambda: PART.write_text('{"mine": 1}\n'), ["a=rule:rules_that_stop:score"], ("line 1: was not written by",)),
     ],
 )
 def test_a_part_file_of_other_scores_is_refused_and_named(
@@ -152,7 +152,7 @@ def test_a_part_file_of_other_scores_is_refused_and_named(
     before = PART.read_bytes()
     code, _, message = command("in.jsonl", "out.jsonl", *(text for one in scorers for text in ("--scorer", one)))
     assert code == 2 and message.count("\n") == 1
-    assert all(part in message for part in ("error: out.jsonl.part.jsonl: ", *parts, "remove")), message
+    assert all(part in message for part in ("error: out.jsonl.part.jsonl", *parts, "delete")), message
     assert PART.read_bytes() == before
 
 
@@ -167,13 +167,12 @@ def test_a_header_cut_short_or_an_empty_part_file_is_begun_anew(command: Command
 
 def test_two_runs_do_not_write_the_same_output(command: Command) -> None:
     stopped_run(command)
-    header = json.loads(PART.read_text().splitlines()[0])
-    held = PartFile(PART, header["input"], header["scorers"])
+    held = PartFile(PART, json.loads(PART.read_text().splitlines()[0])["part_of"])
     try:
         code, _, message = command("in.jsonl", "out.jsonl", "--scorer", "a=rule:rules_that_stop:score")
     finally:
         held.close()
-    assert code == 2 and "another nemo-rao score is writing it" in message
+    assert code == 2 and "another process is writing it" in message
 
 
 def test_a_full_disk_is_told_in_one_line_and_what_is_scored_is_kept(command: Command) -> None:
@@ -205,9 +204,10 @@ def test_a_disk_that_fills_at_the_last_write_keeps_the_scores(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("nemo_rao.scoring.finish.os.replace", full)
+        patch.setattr("nemo_rao.files.os.replace", full)
         code, _, message = command(*arguments)
     assert code == 1 and "No space left on device" in message and "6 of 6 rows are kept" in message
-    assert sorted(path.name for path in Path().glob("out*")) == [PART.name]
+    left = {path.name for path in Path().iterdir() if path.name != "__pycache__"}
+    assert left == {"in.jsonl", "rules_of_two.py", PART.name}
     code, output, _ = command(*arguments)
     assert code == 0 and "goes on after 6 of 6 rows" in output

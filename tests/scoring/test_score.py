@@ -222,7 +222,7 @@ FINE = ("in.jsonl", "out.jsonl", "--scorer", "rule:bad_rules:fine")
         (("in.jsonl", "out.txt", *FINE[2:]), ("out.txt", ".jsonl.gz")),
         (("in.jsonl", "in.jsonl", *FINE[2:], "--overwrite"), ("in.jsonl", "choose another output")),
         (("*.jsonl", *FINE[1:]), ("*.jsonl: matches", "another folder")),
-        (("in.jsonl", "bad_rules.py/out.jsonl", *FINE[2:]), ("cannot be written to", "choose another output")),
+        (("in.jsonl", "bad_rules.py/out.jsonl", *FINE[2:]), ("cannot be written (", "choose another output")),
         ((*FINE, "--scale", "0"), ("--scale 0", "> 0")),
         ((*FINE, "--shift", "nan"), ("--shift nan", "finite")),
         ((*FINE, "--weight", "fine"), ("--weight fine", "NAME=NUMBER")),

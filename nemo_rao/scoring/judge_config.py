@@ -1,0 +1,191 @@
+"""judge.yaml: who is asked, what, and how an answer becomes a number. All of it is checked before anything is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nemo_rao.errors import UserError
+from nemo_rao.generation.settings import EngineName
+from nemo_rao.keys import check, key
+
+JUDGES = Path(__file__).with_name("judges")
+# Keys of one kind of judge alone.
+OF_ENDPOINT = ("base_url", "model", "api_key_variable", "concurrency", "timeout", "retries", "backoff")
+OF_FOLDER = ("model_folder", "engine", "batch_size")
+PARAMETERS_OF_FOLDER = ("seed", "top_p", "top_k")
+
+
+@dataclass
+class JudgeConfig:
+    based_on: str | None = key(None, "a judge of the package, whose keys hold where this file has none")
+    base_url: str | None = key(None, "of an OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    model: str | None = key(None, "name of the model there")
+    api_key_variable: str | None = key(None, "environment variable that holds the key; null: none is sent")
+    model_folder: str | None = key(
+        None, "instead of these three, a chat model in Hugging Face's format, with safetensors, run in this process"
+    )
+    system: str | None = key(None, "system message; null: none")
+    template: str | None = key(None, "the question; {prompt} and {response} stand for the texts")
+    pattern: str = key(
+        r"(?i)score\**:\s*\**\s*(-?\d+(?:\.\d+)?)", "regular expression whose one group is the score; the last match"
+    )
+    low: float = key(0.0, "lowest score; an answer out of range counts as none")
+    high: float = key(10.0, "highest score")
+    attempts: int = key(
+        2, "times a question is asked until its answer holds a score; model_folder at temperature 0: once", low=1
+    )
+    max_tokens: int | None = key(1024, "tokens of an answer; null: the endpoint's own limit, and none is sent", low=1)
+    temperature: float = key(0.0, "divides the logits of an answer's tokens; 0: the most probable token", low=0.0)
+    parameters: dict[str, Any] = key(
+        {}, "further fields of the request, such as {top_p: 1.0}; of model_folder: seed, top_p, top_k"
+    )
+    concurrency: int = key(16, "questions under way at once", low=1, high=1024)
+    timeout: float = key(120.0, "seconds for one answer", low=0, exclusive=True)
+    retries: int = key(6, "further requests after a timeout, a lost connection, 408, 409, 429 or 5xx", low=0)
+    backoff: float = key(1.0, "seconds before the first of them at most; doubled each time, up to 60", low=0)
+    engine: EngineName = key(
+        "auto",
+        "what runs model_folder; auto: vLLM where it is installed and there is a GPU",
+        choices=typing.get_args(EngineName),
+    )
+    batch_size: int = key(16, "questions that model_folder answers at once", low=1)
+    cache: str | None = key(None, "file of answers, shared by runs; null: judge_answers.sqlite beside the output")
+
+    def messages(self, question: str) -> tuple[Mapping[str, str], ...]:
+        """A question as the judge is asked it."""
+        system = ({"role": "system", "content": self.system},) if self.system else ()
+        return (*system, {"role": "user", "content": question})
+
+
+def load_judge(path: str) -> tuple[JudgeConfig, str | None]:
+    """The judge that a YAML file describes, and its API key.
+
+    Raises:
+        UserError: no such file, an unknown key or a wrong value, keys of both kinds of judge, or an environment
+            variable that is not set.
+    """
+    values = _with_base(_read_yaml(Path(path).expanduser()), path)
+    config = JudgeConfig(**values)
+    try:
+        check(config)
+        _check_kind(values)
+        _check_together(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return config, _api_key(config, path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a YAML file that describes a judge") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be keys and values, such as base_url, model and template")
+    return values
+
+
+def _with_base(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """The values of a file, all of known keys, over those of the judge that it is based on."""
+    known = [one.name for one in dataclasses.fields(JudgeConfig)]
+    for name in values:
+        if name in ("api_key", "key", "token"):
+            raise UserError(
+                f"{path}: {name} stands in no file; put it into an environment variable and name that, "
+                "api_key_variable: NAME"
+            )
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{path}: unknown key {name}{hint}; there are {', '.join(known)}")
+    if (base := values.get("based_on")) is not None:
+        there = sorted(file.stem for file in JUDGES.glob("*.yaml"))
+        if base not in there:
+            raise UserError(f"{path}: based_on={base!r}: there are {', '.join(there)}")
+        values = _read_yaml(JUDGES / f"{base}.yaml") | values
+    return values
+
+
+def _check_kind(values: Mapping[str, Any]) -> None:
+    """Refuse, beside the keys of one kind of judge, those that only the other has."""
+    in_folder = values.get("model_folder") is not None
+    for name in OF_ENDPOINT if in_folder else OF_FOLDER:
+        if values.get(name) is None:
+            continue
+        if in_folder:
+            raise UserError(f"{name} is of an endpoint, and model_folder names a model here; leave one of them out")
+        raise UserError(f"{name} is of a model_folder, and none is set; leave it out, or name a model_folder")
+
+
+def _check_together(config: JudgeConfig) -> None:
+    if config.model_folder is None:
+        _check_endpoint(config)
+    else:
+        _check_folder(config)
+    if not config.template:
+        raise UserError("template is not set; add it")
+    if "{response}" not in config.template:
+        raise UserError("template does not ask about {response}; put it where the response is to stand")
+    try:
+        groups = re.compile(config.pattern).groups
+    except re.error as error:
+        raise UserError(f"pattern={config.pattern!r}: no regular expression ({error})") from None
+    if groups != 1:
+        raise UserError(f"pattern={config.pattern!r}: has {groups} groups; one must hold the score, (?:...) is none")
+    if not config.low < config.high:
+        raise UserError(f"low={config.low:g} must be below high={config.high:g}")
+
+
+def _check_endpoint(config: JudgeConfig) -> None:
+    if not config.base_url:
+        raise UserError("base_url is not set; add it, or model_folder")
+    if not config.model:
+        raise UserError("model is not set; add it")
+    try:
+        url = urlsplit(config.base_url)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable or url.query or url.fragment:
+        raise UserError(f"base_url={config.base_url!r}: must be like http://localhost:8000/v1")
+    if url.username or url.password:
+        raise UserError("base_url holds a password; put the key into an environment variable (api_key_variable)")
+    if taken := {"model", "messages", "temperature", "stream", "n", "max_tokens"} & config.parameters.keys():
+        raise UserError(
+            f"parameters.{min(taken)} cannot be set; model, temperature, max_tokens and template are keys of their own"
+        )
+
+
+def _check_folder(config: JudgeConfig) -> None:
+    if not config.model_folder:
+        raise UserError("model_folder is empty; name a folder")
+    if config.max_tokens is None:
+        raise UserError("max_tokens is null, as only an endpoint may have it; set it for a model_folder")
+    for name in config.parameters:
+        if name not in PARAMETERS_OF_FOLDER:
+            raise UserError(f"parameters.{name}: of a model_folder there are {', '.join(PARAMETERS_OF_FOLDER)}")
+
+
+def _api_key(config: JudgeConfig, path: str) -> str | None:
+    name = config.api_key_variable
+    if name is None:
+        return None
+    api_key = os.environ.get(name, "").strip()
+    if not api_key:
+        raise UserError(f"{path}: api_key_variable={name}: this environment variable is not set; export it")
+    if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise UserError(f"{path}: api_key_variable={name}: holds what no key has (blanks, line ends); export it anew")
+    return api_key

@@ -1,0 +1,68 @@
+"""A chat model in a folder of Hugging Face's format as judge, run in this process: ``transformers``, or vLLM.
+
+Its weights are loaded when the first question is asked. Only safetensors are read, and no code of the folder's is run.
+At temperature 0 an answer is a function of the question, but for rounding: weights in bf16 may answer otherwise in
+another batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nemo_rao.errors import UserError
+from nemo_rao.generation.policy import Policy, Question
+from nemo_rao.generation.settings import PolicySettings
+from nemo_rao.keys import check
+from nemo_rao.scoring.chat import ChatQuestion
+from nemo_rao.scoring.judge_config import JudgeConfig
+
+
+class LocalModel:
+    """See :class:`nemo_rao.scoring.chat.Chat`.
+
+    Args:
+        config: checked, with model_folder and max_tokens.
+
+    Raises:
+        UserError: the folder holds no whole chat model, or its chat template does not take the judge's messages.
+    """
+
+    def __init__(self, config: JudgeConfig) -> None:
+        assert config.model_folder is not None and config.max_tokens is not None
+        settings = PolicySettings(
+            batch_size=config.batch_size, engine=config.engine, chat_template="always", **config.parameters
+        )
+        check(settings, "parameters")
+        self._policy = Policy(config.model_folder, settings)
+        self._batch_size, self._max_tokens, self._temperature = config.batch_size, config.max_tokens, config.temperature
+        self.name = self._policy.folder.name
+        self.identity: Mapping[str, Any] = {"model": self._policy.fingerprint, "engine": self._policy.engine_name}
+        self.varies = config.temperature > 0
+        self.num_requests = 0
+        try:
+            self._policy.check(self._question(ChatQuestion(config.messages("a question"), "system and template", ())))
+        except UserError as error:
+            raise UserError(f"{error}{'; or set system to null' if config.system else ''}") from None
+
+    def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, str], None]) -> None:
+        from tqdm import tqdm
+
+        # Questions of like lengths go together, to fill batches less; the longest first, as they need most memory.
+        order = sorted(range(len(questions)), key=lambda at: -len(questions[at].messages[-1]["content"]))
+        shown = sys.stderr.isatty()
+        with tqdm(total=len(questions), unit="answer", leave=False, position=1, disable=not shown) as bar:
+            for start in range(0, len(order), self._batch_size):
+                batch = order[start : start + self._batch_size]
+                answers = self._policy.answer([self._question(questions[at]) for at in batch], self._max_tokens)
+                self.num_requests += len(batch)
+                for at, answer in zip(batch, answers, strict=True):
+                    keep(at, "" if answer is None else answer.text)  # none: the question fills the model's context
+                bar.update(len(batch))
+
+    def _question(self, asked: ChatQuestion) -> Question:
+        return Question(asked.messages, asked.place, asked.stream, self._temperature)
+
+    def close(self) -> None:
+        pass
