@@ -234,9 +234,9 @@ def score_parser() -> Parser:
         metavar="[NAME=]KIND:WHAT",
         help="rule:MODULE:FUNCTION, a Python function (prompt, response) -> number, looked for in this folder first; "
         "it is imported and run, so name none that you do not trust. judge:FILE.yaml, a chat model behind an "
-        "OpenAI-compatible endpoint, or in a folder and run here. model:RUN_FOLDER, a trained reward model, or the implicit reward of a trained "
-        "policy. column:FIELD, a field of the responses; column alone, the reward they have. "
-        "Several are several columns, and their mean is the reward",
+        "OpenAI-compatible endpoint, or in a folder and run here. model:RUN_FOLDER, a trained reward model, or the "
+        "implicit reward of a trained policy. column:FIELD, a field of the responses; column alone, the reward they "
+        "have. Several are several columns, and their mean is the reward",
     )
     parser.add_argument("--weight", action="append", default=[], metavar="NAME=W", help="in the mean (default: 1)")
     parser.add_argument(

@@ -7,21 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "nemo_rao"
-FOUNDATION = {"batch", "errors", "keys"}
+FOUNDATION = {"batch", "errors", "keys", "files", "part_file"}
 
 # Layer -> the layers it may import, besides itself. Everything that imports appears here.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "keys": {"errors"},
     "batch": set(),
+    "files": {"errors"},
+    "part_file": {"errors", "files"},
     "cpu": set(),
     "data": FOUNDATION,
     "ops": FOUNDATION,
     "objectives": FOUNDATION,
     "mcore": FOUNDATION | {"data", "ops", "objectives"},
-    "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "scoring"},
-    "scoring": FOUNDATION | {"data"},
     "generation": FOUNDATION | {"data"},
+    "scoring": FOUNDATION | {"data", "generation"},  # a judge may be a model that generates here
+    "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "scoring"},
     "cli": {"errors", "generation", "integration", "scoring"},
     "__main__": {"cli"},
     "__init__": set(),

@@ -156,6 +156,15 @@ class ModelKeys:
     restore_from_path: str | None = key(
         None, "folder of a NeMo checkpoint to start from; null: random weights from trainer.seed"
     )
+    allow_pickle: bool = key(
+        False,
+        "read checkpoints whose pickles name more than tensors and numbers; they can run code: trust whoever made them",
+    )
+    fused_log_probs: bool = key(
+        True,
+        "compute log-probabilities from the last hidden states, block by block, and never hold the logits; false: from "
+        "whole logits",
+    )
     seq_length: int = key(
         1024, "tokens; rows that are longer, prompt and response together, are dropped and counted", low=2
     )
@@ -220,6 +229,12 @@ class DataConfig:
     )
     validation_path: Any = key(None, "validation data, given alike; null: no validation")
     tokenizer: str | None = key(None, "folder or name of a Hugging Face tokenizer")
+    num_prompts: int | None = key(
+        None,
+        "train on so many of the training prompts that are kept, drawn once by data.seed; a smaller number draws a "
+        "part of what a larger one does; null: all",
+        low=1,
+    )
     num_responses: int | None = key(None, "K: the first so many responses of each prompt are used; null: all", low=1)
     responses: str | None = key(
         None,
@@ -252,6 +267,15 @@ class DataConfig:
     seed: int = key(1234, "of that order, and of what is drawn from the data", low=0)
     pad_to_multiple_of: int = key(
         1, "tokens; micro-batches are padded to a multiple of it, and of what the parallelism needs", low=1
+    )
+    packing: bool = key(
+        False,
+        "put a micro-batch's rows behind each other into one sequence, in which none sees another: no padding to "
+        "compute",
+    )
+    prefix_sharing: bool = key(
+        False,
+        "compute a prompt once for all its responses; not with Transformer Engine, whose attention has no form for it",
     )
 
 

@@ -1,7 +1,8 @@
 """``nemo-rao export-hf``: a NeMo checkpoint becomes a folder that ``transformers`` loads, or adapters for ``peft``.
 
 What the model is stands as text in the checkpoint's ``context/model.yaml``, which NeMo writes beside its pickled twin:
-that one is never read. The weights' own format, torch_dist, has pickles, which are looked at first (:mod:`nemo_rao.integration.pickles`).
+that one is never read. The weights' own format, torch_dist, has pickles, which are looked at first
+(:mod:`nemo_rao.integration.pickles`).
 
 Adapters of a LoRA run are merged, ``W + alpha / dim * B A`` in fp32, into the weights that the run started from; their
 place stands beside the adapters, in ``weights/adapter_metadata.json``.
@@ -20,7 +21,6 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint
-from nemo_rao.integration.pickles import refuse_code
 from nemo_rao.integration.hugging_face import (
     FAMILIES,
     HF_BIASES,
@@ -34,6 +34,7 @@ from nemo_rao.integration.hugging_face import (
     on_cpu_alone,
     written_whole,
 )
+from nemo_rao.integration.pickles import refuse_code
 from nemo_rao.integration.talk import quiet_imports, quiet_third_parties, say
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from nemo_rao import cpu
@@ -113,13 +114,43 @@ def import_nemo() -> bool:
     return on_cpu
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Everything that can be checked and computed without a model. See :func:`train` for the errors."""
-    keys, objective = config.model, registry.get(config.model.objective)
+@dataclass(frozen=True)
+class LoadedData:
+    """What a run's files hold.
+
+    Attributes:
+        train: all of it, before ``data.num_prompts`` are drawn.
+        validation: or ``None``.
+        num_tokens: of the tokenizer.
+    """
+
+    train: PreferenceData
+    validation: PreferenceData | None
+    num_tokens: int
+
+
+def load_data(config: RunConfig) -> LoadedData:
+    """Reads, tokenises and checks a run's data. See :func:`train` for the errors."""
+    tokenizer, wanted = load_tokenizer(config.data.tokenizer or ""), _wanted(config)
+    validation = None
+    train = _load(config, config.data.train_path, tokenizer, "training data", wanted)
+    if config.data.validation_path is not None:
+        validation = _load(config, config.data.validation_path, tokenizer, "validation data", wanted)
+    return LoadedData(train, validation, len(tokenizer))
+
+
+def data_identity(config: RunConfig) -> str:
+    """The same text for runs for which :func:`load_data` gives the same."""
+    paths = (config.data.train_path, config.data.validation_path, config.data.tokenizer)
+    return repr((paths, {name: value for name, value in _wanted(config).items() if name != "needed_by"}))
+
+
+def _wanted(config: RunConfig) -> dict[str, Any]:
+    """What a run asks of its rows; see :func:`nemo_rao.data.dataset.load_preferences`."""
+    objective = registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
-    tokenizer = load_tokenizer(config.data.tokenizer or "")
-    wanted: dict[str, Any] = {
-        "seq_length": keys.seq_length,
+    return {
+        "seq_length": config.model.seq_length,
         "num_responses": config.data.num_responses,
         "responses": config.data.responses or ("best_worst" if needs.pairs else "all"),
         "pairs_by": config.data.pairs_by,
@@ -135,10 +166,20 @@ def prepare(config: RunConfig) -> Prepared:
         "template_arguments": config.data.template_arguments,
         "reward_field": config.data.reward_field,
     }
-    data = _load(config, config.data.train_path, tokenizer, "training data", wanted)
-    validation = None
-    if config.data.validation_path is not None:
-        validation = _load(config, config.data.validation_path, tokenizer, "validation data", wanted)
+
+
+def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
+    """Everything that can be checked and computed without a model. See :func:`train` for the errors.
+
+    Args:
+        loaded: what :func:`load_data` gives, where it is known; it is read otherwise.
+    """
+    keys, objective = config.model, registry.get(config.model.objective)
+    needs = objective.needs_of(objective_config(config))
+    loaded = loaded or load_data(config)
+    data, validation = loaded.train, loaded.validation
+    if config.data.num_prompts is not None:
+        data = draw_prompts(data, config.data.num_prompts, seed=config.data.seed)
     others = {}
     if needs.mismatched:
         sources = {"train": data} if validation is None else {"train": data, "validation": validation}
@@ -154,7 +195,7 @@ def prepare(config: RunConfig) -> Prepared:
     start_from = None
     if keys.restore_from_path is not None:
         start_from = resolve_checkpoint(keys.restore_from_path, "model.restore_from_path")
-    _check_model(config, len(tokenizer), start_from, resume_from)
+    _check_model(config, loaded.num_tokens, start_from, resume_from)
     return Prepared(
         train=data,
         validation=validation,
@@ -164,6 +205,26 @@ def prepare(config: RunConfig) -> Prepared:
         resume_from=resume_from,
         start_from=start_from,
     )
+
+
+def draw_prompts(data: PreferenceData, num_prompts: int, *, seed: int) -> PreferenceData:
+    """``num_prompts`` of the prompts, drawn by the seed, in the data's order; fewer of them are a part of more.
+
+    Drawn rather than the first ones: files are often sorted by where their rows come from.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if num_prompts > len(data):
+        raise UserError(
+            f"data.num_prompts={num_prompts}, but the training data has only {len(data)} ({data.report}); lower it, "
+            "or set it to null for all"
+        )
+    # RandomState: its stream is frozen, see nemo_rao.data.order.
+    generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed])))
+    drawn = np.sort(generator.permutation(len(data))[:num_prompts])
+    say(f"training data: {num_prompts} of {len(data)} prompts drawn (data.num_prompts)")
+    return PreferenceData((data[index] for index in drawn), data.report)
 
 
 def _load(config: RunConfig, paths: Any, tokenizer: Any, label: str, wanted: Mapping[str, Any]) -> PreferenceData:
@@ -195,10 +256,11 @@ def _check_model(config: RunConfig, num_tokens: int, start_from: Path | None, re
             "name the tokenizer that belongs to the model"
         )
     vocab_size = made.vocab_size or num_tokens
+    trusted = config.model.allow_pickle
     fitting = "set model.config_class, model.arch and data.tokenizer to the checkpoint's"
     if start_from is not None:
-        check_checkpoint(start_from, made, vocab_size, key="model.restore_from_path", remedy=fitting)
+        check_checkpoint(start_from, made, vocab_size, key="model.restore_from_path", remedy=fitting, trusted=trusted)
     if resume_from is not None:
         other = f"{fitting}, or give this run another exp_manager.name"
         key = f"exp_manager.name={config.exp_manager.name}"
-        check_checkpoint(resume_from, made, vocab_size, key=key, remedy=other)
+        check_checkpoint(resume_from, made, vocab_size, key=key, remedy=other, trusted=trusted)

@@ -7,6 +7,8 @@ loss compares), counted once each; a prompt with one response, or with none bett
                                         without a reference, the term that the loss compares in its place
     rewards/margins                     chosen - rejected
     rewards/accuracies                  1 where the margin is > 0, else 0
+    rewards/log_loss, rewards/brier     of the probability p = sigmoid(margin) that Bradley and Terry give the pair:
+                                        -log p, nats, and (1 - p)^2; log 2 and 0.25 for a reward that knows nothing
     logps/chosen, logps/rejected        log pi(y | x), summed over tokens, nats
     data/reward_chosen, _rejected       explicit reward, of those pairs that have one
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from nemo_rao.batch import ObjectiveBatch
 from nemo_rao.objectives.pairs import BestAndWorst, best_and_worst
@@ -35,11 +38,14 @@ def implicit_reward_metrics(implicit_rewards: Tensor, pairs: BestAndWorst) -> di
     """``rewards/*``."""
     implicit_rewards = implicit_rewards.detach()
     chosen, rejected = pairs.of_chosen(implicit_rewards), pairs.of_rejected(implicit_rewards)
+    margins = chosen - rejected
     return {
         "rewards/chosen": metric(sum_over_prompts(chosen, pairs.valid)),
         "rewards/rejected": metric(sum_over_prompts(rejected, pairs.valid)),
-        "rewards/margins": metric(sum_over_prompts(chosen - rejected, pairs.valid)),
+        "rewards/margins": metric(sum_over_prompts(margins, pairs.valid)),
         "rewards/accuracies": metric(sum_over_prompts((chosen > rejected).to(chosen.dtype), pairs.valid)),
+        "rewards/log_loss": metric(sum_over_prompts(-logsigmoid(margins), pairs.valid)),
+        "rewards/brier": metric(sum_over_prompts(torch.sigmoid(-margins).square(), pairs.valid)),
     }
 
 

@@ -1,6 +1,7 @@
 """RAO against its formula in plain Python, and what must hold whatever the numbers."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -121,6 +122,7 @@ def test_metrics_are_means_over_prompts() -> None:
             chosen.append(max(entries, key=lambda entry: entry.reward))
             rejected.append(min(entries, key=lambda entry: entry.reward))
     beta = config.beta
+    margins = [beta * (w.rho - z.rho) for w, z in zip(chosen, rejected, strict=True)]
     expected = {
         "rao/target_error": (error, 4),
         "rao/log_z": (log_z, 4),
@@ -129,8 +131,10 @@ def test_metrics_are_means_over_prompts() -> None:
         "rao/r_hat_rejected": (sum(beta * (e.rho + e.rho_x + config.log_z0) for e in rejected), 3),
         "rewards/chosen": (sum(beta * e.rho for e in chosen), 3),
         "rewards/rejected": (sum(beta * e.rho for e in rejected), 3),
-        "rewards/margins": (sum(beta * (w.rho - z.rho) for w, z in zip(chosen, rejected, strict=True)), 3),
+        "rewards/margins": (sum(margins), 3),
         "rewards/accuracies": (sum(w.rho > z.rho for w, z in zip(chosen, rejected, strict=True)), 3),
+        "rewards/log_loss": (sum(math.log1p(math.exp(-margin)) for margin in margins), 3),
+        "rewards/brier": (sum((1 / (1 + math.exp(margin))) ** 2 for margin in margins), 3),
         "logps/chosen": (sum(e.logp for e in chosen), 3),
         "logps/rejected": (sum(e.logp for e in rejected), 3),
         "data/reward_chosen": (sum(e.reward for e in chosen), 3),

@@ -57,6 +57,8 @@ def test_accuracy_confidence_and_brier_are_those_of_the_pairs() -> None:
         "rm/confidence": [right + (1 - wrong), 2],
         "rm/brier": [(1 - right) ** 2 + (1 - wrong) ** 2, 2],
         "rewards/margins": [2.0 - 1.0, 2],
+        "rewards/log_loss": [-math.log(right) - math.log(wrong), 2],
+        "rewards/brier": [(1 - right) ** 2 + (1 - wrong) ** 2, 2],
     }
     for name, value in expected.items():
         assert metrics[name].tolist() == pytest.approx(value, rel=1e-12), name
