@@ -5,7 +5,8 @@ Shape legend, used throughout the project:
     P   prompts in a micro-batch
     K   the largest number of responses to one of these prompts
     R   rows of the micro-batch: one per (prompt, response), so R <= P * K
-    T   tokens of the longest row, after padding
+    B   sequences that the model computes: R, or P where prompts are shared, or 1 where they are packed
+    T   tokens of the longest sequence, after padding
     V   vocabulary (``V/TP`` on one tensor-parallel rank)
 
 ``Row`` -> (encode) -> ``Sample`` -> (collate) -> ``MicroBatch`` -> (model) -> ``ModelOutput`` -> (log-probs)
@@ -90,16 +91,33 @@ class Sample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """P prompts with all their responses, padded on the right; what one forward pass computes.
+    """P prompts with all their responses, as sequences padded on the right; what one forward pass computes.
 
-    Position t predicts ``labels[:, t] = tokens[:, t + 1]``; both masks select positions by what they predict.
+    Three layouts (:mod:`nemo_rao.data.collate`): a sequence is a row; or a prompt with all its responses, the prompt's
+    tokens standing there once; or all of them, packed. Every token belongs to a segment, a run of tokens that see those
+    before them in the segment, and those of the one segment that it continues, a shared prompt; nothing else.
+
+    Position t predicts ``labels[:, t]``, the next token of its row; both masks select positions by what they predict.
+    A place is a position counted through the whole micro-batch, b * T + t.
 
     Attributes:
-        tokens: ``[R, T]`` int64.
-        labels: ``[R, T]`` int64; 0 where nothing is predicted.
-        prompt_mask: ``[R, T]`` bool, true where a prompt token other than t0 is predicted.
-        response_mask: ``[R, T]`` bool, true where a response token (its end token included) is predicted; of a
+        tokens: ``[B, T]`` int64.
+        labels: ``[B, T]`` int64; 0 where nothing is predicted.
+        position_ids: ``[B, T]`` int64, positions within the row, from 0; anything in padding.
+        segments: ``[S, 3]`` int64: tokens, number of the segment that it continues (-1: none), 1 for padding; in
+            their order, they fill all sequences. ``None`` where each sequence is one row.
+        longest_segment: tokens.
+        prompt_mask: ``[B, T]`` bool, true where a prompt token other than t0 is predicted.
+        response_mask: ``[B, T]`` bool, true where a response token (its end token included) is predicted; of a
             conversation, where the assistant's are.
+        prompt_places: ``[G, longest]`` int64, the places in ``prompt_mask`` of each of the prompts that are computed
+            (G = P where they are shared, else R); -1 behind the last one.
+        prompt_group: ``[R]`` int64 in [0, G): the one that the row continues.
+        response_places: ``[R, longest]`` int64, the places in ``response_mask`` of each row; -1 behind the last one.
+        boundary: ``[R]`` int64, the place that predicts the response's first token.
+        end: ``[R]`` int64, the place of the response's last token.
+        num_tokens: tokens that are computed, without padding.
+        num_row_tokens: tokens of all rows, prompt and response; more than are computed where prompts are shared.
         prompt_index: ``[R]`` int64 in [0, P): the row's prompt.
         response_index: ``[R]`` int64 in [0, K): the row's place among its prompt's responses.
         response_ids: ``[R]`` int64: the response's number in the whole data set, by which reference sums are found.
@@ -114,8 +132,18 @@ class MicroBatch:
 
     tokens: Tensor
     labels: Tensor
+    position_ids: Tensor
+    segments: Tensor | None
+    longest_segment: int
     prompt_mask: Tensor
     response_mask: Tensor
+    prompt_places: Tensor
+    prompt_group: Tensor
+    response_places: Tensor
+    boundary: Tensor
+    end: Tensor
+    num_tokens: int
+    num_row_tokens: int
     prompt_index: Tensor
     response_index: Tensor
     response_ids: Tensor
@@ -132,13 +160,17 @@ class ModelOutput:
     """What the last pipeline stage makes of a micro-batch.
 
     Attributes:
-        logits: ``[R, T, V/TP]``, this tensor-parallel rank's part of the vocabulary; ``None`` for a reward model, which
-            has none.
+        logits: ``[B, T, V/TP]``, this tensor-parallel rank's part of the vocabulary; ``None`` where they are never
+            computed: log-probabilities come from ``hidden``, or it is a reward model, which has none.
+        hidden: ``[T, B, H]`` (``[T/TP, B, H]`` with sequence parallelism), what would enter the output layer.
+        output_weight: ``[V/TP, H]`` of the output layer, with ``hidden``.
         values: ``[R]`` float32, the value head's V(x); ``None`` for a model without one.
         scores: ``[R, A]`` float32, a reward model's scores; ``None`` for other models.
     """
 
     logits: Tensor | None
+    hidden: Tensor | None = None
+    output_weight: Tensor | None = None
     values: Tensor | None = None
     scores: Tensor | None = None
 
@@ -151,6 +183,7 @@ class ObjectiveBatch:
 
     Attributes:
         prompt_logps: ``[P, K]`` float32, sum of log pi(x_t | x_<t) over t >= 1, in the row of that response; nats.
+            Carries the gradient, and is not 0, for objectives that declare so.
         response_logps: ``[P, K]`` float32, sum of log pi(y_t | x, y_<t); nats. Carries the gradient.
         reference_prompt_logps, reference_response_logps: ``[P, K]`` float32, the same sums of the reference policy;
             ``None`` for an objective that declares no need of them. No gradient.

@@ -1,13 +1,51 @@
-"""Samples to one padded micro-batch: a prompt's responses stand in consecutive rows."""
+"""Samples to one micro-batch: which tokens the model computes, and what it predicts where.
+
+Four layouts, of the same log-probabilities; x, y are the tokens of a prompt and of a response, y' of another one:
+
+    rows                    [x y    pad]  [x y' pad]  [u v    pad]      a sequence for each response
+    packed                  [x y x y' u v pad]                          one sequence, rows behind each other
+    shared prompts          [x y y' pad]  [u v    pad]                  a sequence for each prompt
+    packed, shared prompts  [x y y' u v pad]
+
+Where prompts are shared, a prompt stands there once, without its last token, and each response begins with a copy of
+that token: it is what predicts the response's first one, so that every position predicts one token. Positions continue
+from the prompt in each response. Nothing sees another row (:class:`nemo_rao.batch.MicroBatch`, ``segments``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, Sample
+
+NO_SEGMENT = -1
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens that stand together in a sequence.
+
+    Attributes:
+        tokens, labels: ``[n]``; a label for each token, 0 for what predicts nothing.
+        first_position: of its tokens in their row.
+        prompt: its first so many labels are tokens of a prompt.
+        tells_prompt: it stands for a prompt's log-probability; one of a prompt's segments does, or one of each row's.
+        answers: ``[n - prompt]`` bool, which of the other labels count; None for a prompt alone.
+        continues: it continues the segment before its prompt's first response.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    first_position: int
+    prompt: int
+    tells_prompt: bool
+    answers: np.ndarray | None
+    continues: bool = False
 
 
 def collate(
@@ -16,18 +54,20 @@ def collate(
     *,
     pad_token_id: int,
     pad_multiple: int = 1,
-    pad_to: int | None = None,
+    packed: bool = False,
+    shared_prompts: bool = False,
     reference: np.ndarray | None = None,
 ) -> MicroBatch:
-    """Pads to the longest row, rounded up to a multiple.
+    """The micro-batch of some prompts; sequences are padded to the longest, rounded up to a multiple.
 
     Args:
         samples: the P prompts; they may differ in their number of responses.
         first_response_ids: ``[P]`` the number of each prompt's first response in the whole data set
             (``PreferenceData.response_offset``).
-        pad_token_id: fills ``tokens`` after a row's end; nothing is predicted there.
+        pad_token_id: fills ``tokens`` after a sequence's end; nothing is predicted there.
         pad_multiple: tokens. T is a multiple of it, as tensor, sequence and context parallelism need.
-        pad_to: tokens. T is at least this, for pipelines that want one shape throughout.
+        packed: all rows stand in one sequence.
+        shared_prompts: a prompt's tokens stand there once for all its responses.
         reference: ``[all responses, 2]`` reference sums in nats, indexed by response number, or None.
 
     Returns:
@@ -35,27 +75,15 @@ def collate(
     """
     assert samples and len(samples) == len(first_response_ids), (len(samples), len(first_response_ids))
     assert pad_multiple >= 1, pad_multiple
+    sequences = [list(_shared(sample)) for sample in samples] if shared_prompts else list(_rows(samples))
+    if packed:
+        sequences = [[segment for sequence in sequences for segment in sequence]]
+    longest = max(sum(len(segment.tokens) for segment in sequence) for sequence in sequences)
+    layout = _Layout(len(sequences), -(-longest // pad_multiple) * pad_multiple, pad_token_id)
+    for number, sequence in enumerate(sequences):
+        layout.add(number, sequence)
+
     num_responses = [len(sample.responses) for sample in samples]
-    longest = max(len(sample.prompt) + max(map(len, sample.responses)) for sample in samples)
-    length = -(-max(longest, pad_to or 0) // pad_multiple) * pad_multiple
-
-    shape = sum(num_responses), length
-    tokens = np.full(shape, pad_token_id, dtype=np.int64)
-    labels = np.zeros(shape, dtype=np.int64)
-    prompt_mask = np.zeros(shape, dtype=bool)
-    response_mask = np.zeros(shape, dtype=bool)
-    row = 0
-    for sample in samples:
-        prompt_end = len(sample.prompt)
-        for number, response in enumerate(sample.responses):
-            end = prompt_end + len(response)
-            tokens[row, :prompt_end] = sample.prompt
-            tokens[row, prompt_end:end] = response
-            labels[row, : end - 1] = tokens[row, 1:end]
-            prompt_mask[row, : prompt_end - 1] = True
-            response_mask[row, prompt_end - 1 : end - 1] = True if sample.answers is None else sample.answers[number]
-            row += 1
-
     prompt_index = np.repeat(np.arange(len(samples)), num_responses)
     response_index = np.concatenate([np.arange(number) for number in num_responses])
     response_ids = np.asarray(first_response_ids, dtype=np.int64)[prompt_index] + response_index
@@ -69,10 +97,20 @@ def collate(
     for number, sample in enumerate(samples):
         reference_rewards[number, : num_reference_rewards[number]] = sample.reference_rewards
     return MicroBatch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        prompt_mask=torch.from_numpy(prompt_mask),
-        response_mask=torch.from_numpy(response_mask),
+        tokens=torch.from_numpy(layout.tokens),
+        labels=torch.from_numpy(layout.labels),
+        position_ids=torch.from_numpy(layout.position_ids),
+        segments=torch.tensor(layout.segments) if packed or shared_prompts else None,
+        longest_segment=max(size for size, _, _ in layout.segments),
+        prompt_mask=torch.from_numpy(layout.prompt_mask),
+        response_mask=torch.from_numpy(layout.response_mask),
+        prompt_places=_ragged(layout.prompt_places),
+        prompt_group=torch.from_numpy(prompt_index if shared_prompts else np.arange(len(prompt_index))),
+        response_places=_ragged(layout.response_places),
+        boundary=torch.tensor(layout.boundary),
+        end=torch.tensor(layout.end),
+        num_tokens=sum(len(segment.tokens) for sequence in sequences for segment in sequence),
+        num_row_tokens=sum(len(s.prompt) * len(s.responses) + sum(map(len, s.responses)) for s in samples),
         prompt_index=torch.from_numpy(prompt_index.astype(np.int64)),
         response_index=torch.from_numpy(response_index.astype(np.int64)),
         response_ids=torch.from_numpy(response_ids),
@@ -83,3 +121,79 @@ def collate(
         reward_ensemble=torch.from_numpy(ensemble.astype(np.float32)) if ensemble.shape[1] else None,
         reference_rewards=torch.from_numpy(reference_rewards) if reference_rewards.shape[1] else None,
     )
+
+
+def _rows(samples: Sequence[Sample]) -> Iterator[list[_Segment]]:
+    """A segment for each row."""
+    for sample in samples:
+        for number, response in enumerate(sample.responses):
+            tokens = np.concatenate([sample.prompt, response])
+            labels = np.append(tokens[1:], 0)
+            yield [_Segment(tokens, labels, 0, len(sample.prompt) - 1, True, _answers(sample, number))]
+
+
+def _shared(sample: Sample) -> Iterator[_Segment]:
+    """The prompt but for its last token, then that token with each response."""
+    last = len(sample.prompt) - 1
+    if last:
+        yield _Segment(sample.prompt[:last], sample.prompt[1:], 0, last, True, None)
+    for number, response in enumerate(sample.responses):
+        tokens, labels = np.append(sample.prompt[last], response), np.append(response, 0)
+        tells_prompt = last == 0 and number == 0  # that of no token, 0
+        yield _Segment(tokens, labels, last, 0, tells_prompt, _answers(sample, number), continues=last > 0)
+
+
+def _answers(sample: Sample, number: int) -> np.ndarray:
+    """``[response tokens + 1]``: the labels that count; the one behind the end token does not."""
+    counted = np.ones(len(sample.responses[number]), bool) if sample.answers is None else sample.answers[number]
+    return np.append(counted, False)
+
+
+class _Layout:
+    """The arrays of a micro-batch, filled sequence by sequence."""
+
+    def __init__(self, num_sequences: int, length: int, pad_token_id: int) -> None:
+        shape = num_sequences, length
+        self._length = length
+        self.tokens = np.full(shape, pad_token_id, dtype=np.int64)
+        self.labels = np.zeros(shape, dtype=np.int64)
+        self.position_ids = np.zeros(shape, dtype=np.int64)
+        self.prompt_mask = np.zeros(shape, dtype=bool)
+        self.response_mask = np.zeros(shape, dtype=bool)
+        self.segments: list[tuple[int, int, int]] = []
+        self.prompt_places: list[np.ndarray] = []
+        self.response_places: list[np.ndarray] = []
+        self.boundary: list[int] = []
+        self.end: list[int] = []
+
+    def add(self, number: int, sequence: Sequence[_Segment]) -> None:
+        start, prompt = 0, NO_SEGMENT
+        for segment in sequence:
+            end, boundary = start + len(segment.tokens), start + segment.prompt
+            self.tokens[number, start:end] = segment.tokens
+            self.labels[number, start:end] = segment.labels
+            self.position_ids[number, start:end] = segment.first_position + np.arange(end - start)
+            self.prompt_mask[number, start:boundary] = True
+            place = number * self._length
+            if segment.tells_prompt:
+                self.prompt_places.append(place + np.arange(start, boundary))
+            if segment.answers is None:
+                prompt = len(self.segments)
+            else:
+                self.response_mask[number, boundary:end] = segment.answers
+                self.response_places.append(place + boundary + np.flatnonzero(segment.answers))
+                self.boundary.append(place + boundary)
+                self.end.append(place + end - 1)
+            self.segments.append((end - start, prompt if segment.continues else NO_SEGMENT, 0))
+            start = end
+        self.position_ids[number, start:] = np.arange(self._length - start)
+        if start < self._length:
+            self.segments.append((self._length - start, NO_SEGMENT, 1))
+
+
+def _ragged(places: Sequence[np.ndarray]) -> Tensor:
+    """``[len(places), longest]`` int64, -1 behind each one's last."""
+    padded = np.full((len(places), max(map(len, places))), -1, dtype=np.int64)
+    for number, found in enumerate(places):
+        padded[number, : len(found)] = found
+    return torch.from_numpy(padded)

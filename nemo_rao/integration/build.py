@@ -134,6 +134,7 @@ def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignm
         optim=optimizer(config, max_steps),
         tokenizer=tokenizer(config),
         model_transform=lora(config),
+        fused_log_probs=config.model.fused_log_probs,
     )
 
 
@@ -202,6 +203,15 @@ def checkpoint_callback(config: RunConfig, folder: Path) -> StepCheckpoint:
         save_optim_on_train_end=True,  # a finished run can be extended
         verbose=False,
     )
+
+
+def batch_layout(config: RunConfig) -> dict[str, Any]:
+    """How micro-batches are laid out, as arguments of :func:`nemo_rao.data.collate.collate`."""
+    return {
+        "pad_multiple": pad_multiple(config),
+        "packed": config.data.packing,
+        "shared_prompts": config.data.prefix_sharing,
+    }
 
 
 def pad_multiple(config: RunConfig) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -175,6 +176,12 @@ class progress_bar:
 class Metrics(pl.Callback):
     """Reduces a step's statistics over the whole global batch and logs them, on every rank alike.
 
+    Beside the objective's own:
+
+        tokens_per_second        of the batch's rows, prompt and response, whatever the layout; over all ranks
+        data/token_efficiency    tokens that were computed, over those with padding
+        data/tokens_shared       fraction of the rows' tokens that was not computed, as prompts were shared
+
     Rank 0 also appends each step's numbers to ``metrics.jsonl`` in the run folder; a resumed run first drops the lines
     of steps that it computes again. At the end it writes each rank's peak memory to ``memory.json``, in bytes: of the
     GPU, or of the process where there is none, what it shares with the other ranks included.
@@ -186,7 +193,7 @@ class Metrics(pl.Callback):
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
         self._step_started = 0.0
-        self._tokens: Any = 0
+        self._tokens = np.zeros(3)
         self._latest: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -195,12 +202,12 @@ class Metrics(pl.Callback):
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()
-        self._tokens = 0
+        self._tokens = np.zeros(3)
 
     def on_megatron_microbatch_start(self, step: MegatronStep, batch: Any, forward_callback: Any) -> None:
-        # Real tokens, counted once: on the first stage's first tensor-parallel rank.
+        # Counted once: on the first stage's first tensor-parallel rank.
         if parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-            self._tokens = self._tokens + (batch.prompt_mask | batch.response_mask).sum() + batch.tokens.shape[0]
+            self._tokens += (batch.num_row_tokens, batch.num_tokens, batch.tokens.numel())
 
     def on_megatron_step_end(self, step: MegatronStep, microbatch_outputs: list, reduced: Any) -> None:
         self._latest = means(reduce_statistics(microbatch_outputs))
@@ -208,8 +215,14 @@ class Metrics(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         tokens = torch.as_tensor(self._tokens, device=pl_module.device)
         torch.distributed.all_reduce(tokens)
+        of_rows, computed, with_padding = tokens.tolist()
         seconds = time.perf_counter() - self._step_started
-        logged = {**self._latest, "tokens_per_second": float(tokens) / seconds}
+        logged = {
+            **self._latest,
+            "tokens_per_second": of_rows / seconds,
+            "data/token_efficiency": computed / with_padding,
+            "data/tokens_shared": 1 - computed / of_rows,
+        }
         pl_module.log_dict(logged, batch_size=1)
         if trainer.is_global_zero:
             record = {"step": trainer.global_step, **logged}

@@ -5,6 +5,7 @@ machine together. Nothing is written. A :class:`UserError` names the key, its va
 """
 
 import difflib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def check_run(config: RunConfig) -> None:
         kv_channels=arch.kv_channels,
     )
     _check_recompute(config)
+    _check_layout(config)
     _check_optimizer(config)
     _check_peft(config)
     _check_checkpoints(config)
@@ -182,6 +184,14 @@ def _check_recompute(config: RunConfig) -> None:
     ):
         if value is not None and model.recompute_granularity != "full":
             raise UserError(f"model.{name}={value} goes with model.recompute_granularity=full; set that, or drop this")
+
+
+def _check_layout(config: RunConfig) -> None:
+    if config.data.prefix_sharing and importlib.util.find_spec("transformer_engine") is not None:
+        raise UserError(
+            "data.prefix_sharing=true: Transformer Engine's attention cannot share a prompt between responses; set it "
+            "to false (data.packing=true packs rows there)"
+        )
 
 
 def _check_optimizer(config: RunConfig) -> None:

@@ -23,6 +23,9 @@ class AlignmentData:
     Attributes:
         reference: ``[responses, 2]`` float32 sums, set by the reference pass; ``None`` for objectives without one.
         mismatched: the same prompts, each with a response to another one; ``None`` where that is not needed.
+
+    Args:
+        pad_token_id, pad_multiple, packed, shared_prompts: see :func:`nemo_rao.data.collate.collate`.
     """
 
     def __init__(
@@ -31,6 +34,8 @@ class AlignmentData:
         *,
         pad_token_id: int,
         pad_multiple: int,
+        packed: bool = False,
+        shared_prompts: bool = False,
         mismatched: AlignmentData | None = None,
     ) -> None:
         self.data = data
@@ -38,6 +43,8 @@ class AlignmentData:
         self.reference: np.ndarray | None = None
         self._pad_token_id = pad_token_id
         self._pad_multiple = pad_multiple
+        self._packed = packed
+        self._shared_prompts = shared_prompts
 
     def micro_batch(self, prompts: Sequence[int]) -> MicroBatch:
         """The prompts with these numbers, with all their responses."""
@@ -46,6 +53,8 @@ class AlignmentData:
             [self.data.response_offset(i) for i in prompts],
             pad_token_id=self._pad_token_id,
             pad_multiple=self._pad_multiple,
+            packed=self._packed,
+            shared_prompts=self._shared_prompts,
             reference=self.reference,
         )
 

@@ -18,6 +18,7 @@ from nemo_rao.mcore.forward import forward_step, to_device
 from nemo_rao.mcore.heads import add_score_head, add_value_head
 from nemo_rao.mcore.layer_spec import NormColumnParallelLinear, layer_spec_without_te
 from nemo_rao.mcore.loss import LOSS, configure_loss_scaling, for_schedule, micro_batch_loss
+from nemo_rao.mcore.output_layer import fuse_output_layer
 from nemo_rao.objectives import registry
 
 try:
@@ -45,6 +46,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         optim: NeMo optimizer module.
         tokenizer: NeMo tokenizer; its ``vocab_size`` counts where ``config.vocab_size`` is ``None``.
         model_transform: such as ``nemo.collections.llm.peft.LoRA``.
+        fused_log_probs: never hold the logits, see :mod:`nemo_rao.mcore.output_layer`.
 
     Attributes:
         needs: what the objective, under its keys, asks for.
@@ -63,6 +65,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         optim: OptimizerModule | None = None,
         tokenizer: Any = None,
         model_transform: Callable[[nn.Module], nn.Module] | None = None,
+        fused_log_probs: bool = True,
     ) -> None:
         configure_loss_scaling(config)
         if not HAVE_TRANSFORMER_ENGINE:
@@ -72,6 +75,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         self.objective_config = self.objective.make_config(objective_config or {})
         self.needs = self.objective.needs_of(self.objective_config)
         self.mismatched_log_ratio: Tensor | None = None
+        self._fused_log_probs = fused_log_probs
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Build this rank's part of the model, on the last pipeline stage with the head that is needed."""
@@ -83,6 +87,8 @@ class MegatronGPTAlignmentModel(GPTModel):
             add_value_head(self.module)
         if self.needs.scores:
             add_score_head(self.module, self.needs.scores)
+        elif self._fused_log_probs:
+            fuse_output_layer(self.module)
 
     @property
     def vocab_size(self) -> int:

@@ -265,8 +265,7 @@ def _run_rank(
             def numbers(output: ModelOutput, batch: MicroBatch) -> Tensor:
                 if output.scores is not None:
                     return output.scores
-                assert output.logits is not None
-                return torch.stack(sequence_log_probs(output.logits, batch, vocab_size=pl_module.vocab_size), dim=-1)
+                return torch.stack(sequence_log_probs(output, batch, vocab_size=pl_module.vocab_size), dim=-1)
 
             with progress_bar("scores", trainer.is_global_zero) as show:
                 compute_numbers(
@@ -286,7 +285,7 @@ def _run_rank(
     set_up_rank(config)
     model = build.model(config, keys, max_steps=1)
     padding = pad_token_id(model.tokenizer.tokenizer)
-    scored = AlignmentData(data, pad_token_id=padding, pad_multiple=build.pad_multiple(config))
+    scored = AlignmentData(data, pad_token_id=padding, **build.batch_layout(config))
     module = AlignmentDataModule(
         scored,
         micro_batch_size=config.model.micro_batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from nemo_rao import cpu
 from nemo_rao.data.dataset import PreferenceData
 from nemo_rao.data.encode import pad_token_id
+from nemo_rao.files import write_atomically
 from nemo_rao.integration.checkpoints import last_checkpoint
 from nemo_rao.integration.compose import to_yaml
 from nemo_rao.integration.config import RunConfig, reference_dir, run_dir
@@ -41,6 +43,7 @@ def train(config: RunConfig) -> None:
         say(f"continuing from {prepared.resume_from}")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "recipe.yaml", to_yaml(config))
+    write_atomically(data_file(folder), json.dumps(_data_record(prepared), indent=2) + "\n")
     launch(run_rank, (config, prepared), num_ranks=config.trainer.devices, num_nodes=config.trainer.num_nodes)
     if is_first_rank():
         say(f"checkpoint   {last_checkpoint(folder)}")
@@ -48,6 +51,20 @@ def train(config: RunConfig) -> None:
         say(f"metrics      {folder / 'metrics.jsonl'}")
         if config.exp_manager.draw_curves:
             say(f"curves       {draw_curves(folder)}")
+
+
+def data_file(folder: Path) -> Path:
+    """Beside ``recipe.yaml``: how many prompts a run was trained and validated on, and the fingerprint of each."""
+    return folder / "data.json"
+
+
+def _data_record(prepared: Prepared) -> dict[str, Any]:
+    data_sets = {"training": prepared.train, "validation": prepared.validation}
+    return {
+        name: {"num_prompts": len(data), "fingerprint": data.fingerprint(), "report": str(data.report)}
+        for name, data in data_sets.items()
+        if data is not None
+    }
 
 
 def set_up_rank(config: RunConfig) -> None:
@@ -131,17 +148,17 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     model = build.model(config, prepared.objective_config, prepared.max_steps)
     padding = pad_token_id(model.tokenizer.tokenizer)
 
-    def with_padding(data: PreferenceData, mismatched: PreferenceData | None = None) -> AlignmentData:
+    def laid_out(data: PreferenceData, mismatched: PreferenceData | None = None) -> AlignmentData:
         return AlignmentData(
             data,
             pad_token_id=padding,
-            pad_multiple=build.pad_multiple(config),
-            mismatched=None if mismatched is None else with_padding(mismatched),
+            mismatched=None if mismatched is None else laid_out(mismatched),
+            **build.batch_layout(config),
         )
 
-    data_sets = {"training": with_padding(prepared.train, prepared.mismatched.get("train"))}
+    data_sets = {"training": laid_out(prepared.train, prepared.mismatched.get("train"))}
     if prepared.validation is not None:
-        data_sets["validation"] = with_padding(prepared.validation, prepared.mismatched.get("validation"))
+        data_sets["validation"] = laid_out(prepared.validation, prepared.mismatched.get("validation"))
     module = AlignmentDataModule(
         data_sets["training"],
         micro_batch_size=keys.micro_batch_size,
@@ -232,10 +249,3 @@ def _loggers(config: RunConfig, folder: Path) -> list[Any]:
         wandb_keys["name"] = wandb_keys["name"] or config.exp_manager.name
         loggers.append(WandbLogger(save_dir=folder, **wandb_keys))
     return loggers
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.rename(path)

@@ -13,7 +13,9 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
+from nemo_rao.mcore.attention import segments_told
 from nemo_rao.mcore.heads import SCORE_HEAD, VALUE_HEAD
+from nemo_rao.mcore.output_layer import output_layer_input, unfuse_adapted_output_layer
 
 
 def to_device(batch: MicroBatch) -> MicroBatch:
@@ -31,25 +33,29 @@ def to_device(batch: MicroBatch) -> MicroBatch:
 def forward_step(model: Any, batch: MicroBatch) -> Tensor | ModelOutput:
     """Run a model chunk on a micro-batch.
 
-    Rows are padded on the right and attention is causal, so that no real token sees padding: no mask is needed, with
-    Transformer Engine or without.
+    Sequences are padded on the right and attention is causal, so that no real token sees padding: rows of their own
+    need no mask, with Transformer Engine or without. What segments see is told to the attention layers
+    (:mod:`nemo_rao.mcore.attention`).
 
     Args:
         model: a Megatron GPT model chunk, or a wrapper that calls one with the same arguments.
 
     Returns:
-        the model's output on the last pipeline stage, hidden states ``[T, R, hidden]`` before it.
+        the model's output on the last pipeline stage, hidden states ``[T, B, hidden]`` before it.
     """
-    num_rows, num_tokens = batch.tokens.shape
-    positions = torch.arange(num_tokens, device=batch.tokens.device).expand(num_rows, num_tokens)
-    output = model(input_ids=batch.tokens, position_ids=positions, attention_mask=None, labels=None)
     unwrapped = _unwrapped(model)
+    unfuse_adapted_output_layer(unwrapped)
+    with segments_told(unwrapped, batch) as arguments:
+        output = model(input_ids=batch.tokens, position_ids=batch.position_ids, labels=None, **arguments)
     if not unwrapped.post_process:
         return output
     if (head := getattr(unwrapped, SCORE_HEAD, None)) is not None:
         return ModelOutput(logits=None, scores=head(batch))
     head = getattr(unwrapped, VALUE_HEAD, None)
-    return ModelOutput(logits=output, values=None if head is None else head(batch)[:, 0])
+    values = None if head is None else head(batch)[:, 0]
+    if (fused := output_layer_input(unwrapped)) is not None:
+        return ModelOutput(logits=None, hidden=fused[0], output_weight=fused[1], values=values)
+    return ModelOutput(logits=output, values=values)
 
 
 def _unwrapped(model: Any) -> Any:

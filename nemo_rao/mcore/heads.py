@@ -56,7 +56,7 @@ class LinearHead(nn.Module):
         self._hidden: Tensor | None = None
 
     def watch(self, output_layer: nn.Module) -> None:
-        """Read what enters the output layer, ``[T, R, H]`` (``[T/TP, R, H]`` with sequence parallelism)."""
+        """Read what enters the output layer, ``[T, B, H]`` (``[T/TP, B, H]`` with sequence parallelism)."""
         output_layer.register_forward_pre_hook(self._read)
 
     def _read(self, output_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -66,19 +66,15 @@ class LinearHead(nn.Module):
         """``[R, outputs]`` fp32, of the forward pass just run on ``batch``; the same on all tensor-parallel ranks."""
         assert self._hidden is not None, "no forward pass was run"
         hidden, self._hidden = self._hidden, None
-        if self._position == "prompt":
-            at = batch.response_mask.int().argmax(-1)  # predicts the response's first token
-        else:
-            positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-            at = torch.where(batch.response_mask, positions, 0).amax(-1) + 1  # the end token itself
-        rows = torch.arange(at.shape[0], device=at.device)
+        places = batch.boundary if self._position == "prompt" else batch.end
+        sequences, at = places // batch.tokens.shape[1], places % batch.tokens.shape[1]
         if self._sequence_parallel:
             length, rank = hidden.shape[0], parallel_state.get_tensor_model_parallel_rank()
             inside = (at // length == rank)[:, None]
             # A sum over ranks; backward, each rank's part has the whole gradient, as every rank has the whole loss.
-            state = reduce_from_tensor_model_parallel_region(torch.where(inside, hidden[at % length, rows], 0))
+            state = reduce_from_tensor_model_parallel_region(torch.where(inside, hidden[at % length, sequences], 0))
         else:
-            state = hidden[at, rows]
+            state = hidden[at, sequences]
         bias = None if self.bias is None else self.bias.float()
         return nn.functional.linear(state.float(), self.weight.float(), bias)
 
@@ -110,7 +106,7 @@ def add_value_head(model: Any) -> None:
 def add_score_head(model: Any, num_scores: int) -> None:
     """Give a Megatron GPT model chunk its score head, where it is the last pipeline stage's.
 
-    The output layer is skipped: the model then returns its hidden states, ``[R, T, H]``. Its weight stays in the model,
+    The output layer is skipped: the model then returns its hidden states, ``[B, T, H]``. Its weight stays in the model,
     and in checkpoints, as it is.
     """
     if not model.post_process:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -29,6 +28,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 from torch.nn import Parameter
+
+from nemo_rao.mcore.attention import SegmentAttention
 
 
 def _norm_parameters(config: TransformerConfig, size: int) -> tuple[Parameter, Parameter | None]:
@@ -101,7 +102,7 @@ def layer_spec_without_te(config: TransformerConfig, vp_stage: int | None = None
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=NormColumnParallelLinear,
-                    core_attention=DotProductAttention,
+                    core_attention=SegmentAttention,
                     linear_proj=RowParallelLinear,
                     q_layernorm=query_key_norm,
                     k_layernorm=query_key_norm,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nemo_rao.batch import LossOutput, MicroBatch, ModelOutput, ObjectiveBatch
 from nemo_rao.objectives.base import Objective
-from nemo_rao.ops.segments import sequence_sums, to_prompts, valid_entries
+from nemo_rao.ops.linear_log_probs import linear_vocab_parallel_log_probs
+from nemo_rao.ops.segments import sums_at, to_prompts, valid_entries
 from nemo_rao.ops.vocab_parallel import vocab_parallel_log_probs
 
 LOSS = "loss"
@@ -33,25 +34,56 @@ def configure_loss_scaling(config: TransformerConfig) -> None:
     config.moe_token_dispatcher_type = "alltoall"
 
 
-def sequence_log_probs(logits: Tensor, batch: MicroBatch, *, vocab_size: int) -> tuple[Tensor, Tensor]:
+def sequence_log_probs(
+    output: ModelOutput,
+    batch: MicroBatch,
+    *,
+    vocab_size: int,
+    prompts: bool = True,
+    prompt_gradient: bool = True,
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of every prompt (without t0) and response, in nats, float32.
 
     Args:
-        logits: ``[R, T, V/TP]``, this tensor-parallel rank's part of the vocabulary.
-        batch: labels and masks ``[R, T]``.
+        output: logits, or what they would be computed from.
+        batch: labels and masks ``[B, T]``.
         vocab_size: V without padding.
+        prompts: those of the prompts are wanted; where not, nothing is computed for their tokens, and they are 0.
+        prompt_gradient: they carry one; where not, nothing is computed backward for their tokens.
 
     Returns:
         ``([R], [R])``: prompt sums, response sums; the same on every tensor-parallel rank.
     """
-    token_logps = vocab_parallel_log_probs(
-        logits,
-        batch.labels,
+
+    def log_probs(mask: Tensor) -> Tensor:
+        return _token_log_probs(output, batch, mask, vocab_size)
+
+    together = prompts and (prompt_gradient or not torch.is_grad_enabled())
+    logps = log_probs(batch.prompt_mask | batch.response_mask if together else batch.response_mask)
+    response_logps = sums_at(logps, batch.response_places)
+    if not prompts:
+        return torch.zeros_like(response_logps), response_logps
+    if not together:
+        with torch.no_grad():
+            logps = log_probs(batch.prompt_mask)
+    return sums_at(logps, batch.prompt_places)[batch.prompt_group], response_logps
+
+
+def _token_log_probs(output: ModelOutput, batch: MicroBatch, mask: Tensor, vocab_size: int) -> Tensor:
+    """``[B, T]`` float32, nats; 0 where ``mask`` is false."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if output.logits is not None:
+        return vocab_parallel_log_probs(output.logits, batch.labels, vocab_size=vocab_size, group=group, mask=mask)
+    assert output.hidden is not None and output.output_weight is not None, "a model without log-probabilities"
+    return linear_vocab_parallel_log_probs(
+        output.hidden,
+        output.output_weight,
+        batch.labels.t(),
         vocab_size=vocab_size,
-        group=parallel_state.get_tensor_model_parallel_group(),
-        mask=batch.prompt_mask | batch.response_mask,
-    )
-    return sequence_sums(token_logps, batch.prompt_mask, batch.response_mask)
+        group=group,
+        mask=mask.t(),
+        sequence_parallel=output.hidden.shape[0] != batch.tokens.shape[1],
+    ).t()
 
 
 def objective_batch(
@@ -76,8 +108,8 @@ def objective_batch(
         reference_prompt_logps=None if reference is None else by_prompt(reference[:, 0]),
         reference_response_logps=None if reference is None else by_prompt(reference[:, 1]),
         rewards=by_prompt(batch.rewards),
-        lengths=by_prompt(batch.response_mask.sum(-1).float()),
-        prompt_lengths=by_prompt(batch.prompt_mask.sum(-1).float()),
+        lengths=by_prompt((batch.response_places >= 0).sum(-1).float()),
+        prompt_lengths=by_prompt((batch.prompt_places >= 0).sum(-1).float()[batch.prompt_group]),
         valid=valid_entries(batch.prompt_index, batch.response_index, batch.num_prompts, num_responses),
         ranked=batch.ranked,
         reward_ensemble=None if batch.reward_ensemble is None else by_prompt(batch.reward_ensemble),
@@ -102,10 +134,17 @@ def micro_batch_loss(
     ``mismatched_log_ratio``: ``[]``, of the global batch (:func:`nemo_rao.mcore.mismatched.mean_log_ratio`), for the
     objectives that need it.
     """
-    if output.logits is None:
+    needs = objective.needs_of(config)
+    if needs.scores:
         prompt_logps = response_logps = torch.zeros_like(batch.rewards)
     else:
-        prompt_logps, response_logps = sequence_log_probs(output.logits, batch, vocab_size=vocab_size)
+        prompt_logps, response_logps = sequence_log_probs(
+            output,
+            batch,
+            vocab_size=vocab_size,
+            prompts=needs.prompt_logps,
+            prompt_gradient=needs.prompt_gradient,
+        )
     arranged = objective_batch(
         batch,
         prompt_logps,

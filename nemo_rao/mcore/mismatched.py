@@ -39,8 +39,8 @@ def mean_log_ratio(
     """
 
     def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
-        assert output.logits is not None and batch.reference is not None
-        _, response_logps = sequence_log_probs(output.logits, batch, vocab_size=vocab_size)
+        assert batch.reference is not None
+        _, response_logps = sequence_log_probs(output, batch, vocab_size=vocab_size, prompts=False)
         log_ratio = response_logps - batch.reference[:, 1]
         return {_LOG_RATIO: torch.stack([log_ratio.sum(), log_ratio.new_tensor(len(log_ratio))])}
 

@@ -68,8 +68,7 @@ def compute_reference(model: Sequence[Any], *, vocab_size: int, **arguments: Any
     """
 
     def sums(output: ModelOutput, batch: MicroBatch) -> Tensor:
-        assert output.logits is not None
-        return torch.stack(sequence_log_probs(output.logits, batch, vocab_size=vocab_size), dim=-1)
+        return torch.stack(sequence_log_probs(output, batch, vocab_size=vocab_size), dim=-1)
 
     return compute_numbers(model, numbers=sums, width=2, **arguments)
 

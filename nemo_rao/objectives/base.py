@@ -45,6 +45,8 @@ class Needs:
         values: V(x) of a value head.
         scores: numbers of each response from the score head of a reward model; 0: it is no reward model.
         mismatched: the mean log-ratio of mismatched prompts and responses, over the global batch.
+        prompt_logps: log-probabilities of prompts; 0 for an objective that does not declare it.
+        prompt_gradient: they carry a gradient.
     """
 
     reference: bool = False
@@ -57,6 +59,8 @@ class Needs:
     values: bool = False
     scores: int = 0
     mismatched: bool = False
+    prompt_logps: bool = False
+    prompt_gradient: bool = False
 
 
 def keep(config: Any, rewards: RewardSummary) -> Any:

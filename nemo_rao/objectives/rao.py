@@ -98,11 +98,22 @@ def resolve_log_z0(config: RAOConfig, rewards: RewardSummary) -> RAOConfig:
     return dataclasses.replace(config, log_z0=rewards.mean / config.beta)
 
 
+def needs_of_rao(config: RAOConfig) -> Needs:
+    """``prefix_gradient`` trains through the prompts' log-probabilities, too."""
+    return Needs(
+        reference=True,
+        rewards=True,
+        shared_first_token=True,
+        prompt_logps=True,
+        prompt_gradient=config.prefix_gradient,
+    )
+
+
 RAO = Objective(
     name="rao",
     config_type=RAOConfig,
     loss=rao_loss,
-    needs=Needs(reference=True, rewards=True, shared_first_token=True),
+    needs=needs_of_rao,
     formula="(r − β(ρ + log Z))², log Z = log_z0 + sg(ρ_x)",
     source="RAO, ACL 2026 long.2027, Algorithm 1",
     checked="formula, gradient by hand, finite differences; its invariances through the whole model",

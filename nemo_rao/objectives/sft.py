@@ -37,11 +37,16 @@ def sft_loss(batch: ObjectiveBatch, config: SFTConfig) -> LossOutput:
     return LossOutput(loss_sum, num_prompts, pair_metrics(batch, best_and_worst(batch)))
 
 
+def needs_of_sft(config: SFTConfig) -> Needs:
+    """Prompts are learned where they have a weight."""
+    return Needs(prompt_logps=config.prompt_weight > 0, prompt_gradient=config.prompt_weight > 0)
+
+
 SFT = Objective(
     name="sft",
     config_type=SFTConfig,
     loss=sft_loss,
-    needs=Needs(),
+    needs=needs_of_sft,
     formula="−logπ(y)/|y| of the best (or only) response",
     source="maximum likelihood, averaged over tokens",
     checked="TRL's `sft`; formula, finite differences",

@@ -1,6 +1,6 @@
 """From token log-probabilities to one number per prompt and response, arranged by prompt.
 
-    [R, T] --sequence_sums--> [R], [R] --to_prompts--> [P, K]
+    [B, T] --sums_at--> [R] --to_prompts--> [P, K]
 
 All functions are differentiable; what a mask leaves out gets exactly zero gradient, whatever value stands there.
 Shape legend: see :mod:`nemo_rao.batch`.
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 
-def sequence_sums(logps: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of log-probabilities over each row's prompt, without t0, and over its response.
+def sums_at(logps: Tensor, places: Tensor) -> Tensor:
+    """Sums of log-probabilities over listed places: of each prompt without t0, or of each response.
 
     Args:
-        logps: ``[R, T]``, nats; anything, NaN included, where both masks are false.
-        prompt_mask, response_mask: ``[R, T]`` bool, of :class:`nemo_rao.batch.MicroBatch`.
+        logps: ``[B, T]``, nats; anything, NaN included, at places that are not listed.
+        places: ``[S, longest]`` int64, b * T + t; -1 for none. No place stands in two rows, and the order in which a
+            row is added up, and its gradient, are the same on every device and for every layout of the batch.
 
     Returns:
-        ``([R], [R])``: prompt sums, response sums.
+        ``[S]``.
     """
-    # Not a product with the mask: 0 * NaN is NaN, in the sum and in the gradient.
-    return torch.where(prompt_mask, logps, 0).sum(-1), torch.where(response_mask, logps, 0).sum(-1)
+    # Not a product with a mask: 0 * NaN is NaN, in the sum and in the gradient.
+    return torch.where(places >= 0, logps.flatten()[places.clamp(min=0)], 0).sum(-1)
 
 
 def to_prompts(

@@ -14,8 +14,6 @@ chunk of tokens at a time. Backward computes them anew from the saved logits and
 the gradient chunk by chunk. At no time does a second copy of the logits exist, but for that gradient.
 
 Communication: one all-gather of ``[N, 3]`` in forward (each rank's maximum, sum and target logit), none in backward.
-Gathering beats reducing here: a sum can only be reduced once the maximum is known, which costs a second exchange, and
-all ranks combine the same numbers in the same order, so that they agree bitwise.
 
 Considered instead: Megatron's ``vocab_parallel_cross_entropy``, which overwrites the logits, holds them in fp32 at
 once, takes the padding columns into the softmax and needs three exchanges.
@@ -23,13 +21,14 @@ once, takes the padding columns into the softmax and needs three exchanges.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from nemo_rao.ops.vocabulary import chunks, columns_of_rank, empty_statistics, over_all_ranks, owned, selected
 
 CHUNK_BYTES = 128 * 2**20
 """Default size of a chunk of logits in fp32."""
@@ -64,18 +63,9 @@ def vocab_parallel_log_probs(
         ``[...]`` float32, or float64 for float64 logits; the same on every rank of ``group``.
     """
     assert logits.shape[:-1] == targets.shape and targets.ndim > 0, (logits.shape, targets.shape)
-    assert mask is None or mask.shape == targets.shape, (mask.shape, targets.shape)
-    num_ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    width = logits.shape[-1]
-    assert 0 < vocab_size <= width * num_ranks, (vocab_size, width, num_ranks)
-
-    positions = (torch.ones_like(targets, dtype=torch.bool) if mask is None else mask).nonzero(as_tuple=True)
-    chosen = targets[positions].long()
-    assert bool(((chosen >= 0) & (chosen < vocab_size)).all()), f"a target is outside [0, {vocab_size})"
-    num_columns = min(max(vocab_size - rank * width, 0), width)
-    return _LogProbs.apply(
-        logits, chosen - rank * width, positions, num_columns, group if num_ranks > 1 else None, chunk_bytes
-    )
+    columns = columns_of_rank(logits.shape[-1], vocab_size, group)
+    positions, chosen = selected(targets, mask, vocab_size)
+    return _LogProbs.apply(logits, chosen - columns.first, positions, columns.num, columns.group, chunk_bytes)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -96,30 +86,18 @@ class _LogProbs(torch.autograd.Function):
         columns = logits[..., :num_columns]
         rows_per_chunk = _rows_per_chunk(num_columns, dtype, chunk_bytes)
 
-        # Of each token: this rank's largest logit, the sum of exp(x - largest), the target's logit or 0.
-        local = logits.new_zeros(local_targets.shape[0], 3, dtype=dtype)
-        local[:, 0] = torch.finfo(dtype).min  # finite, so that nothing below subtracts infinities
+        local = empty_statistics(local_targets.shape[0], logits, dtype)
         if num_columns > 0:
-            for rows in _chunks(local_targets.shape[0], rows_per_chunk):
+            for rows in chunks(local_targets.shape[0], rows_per_chunk):
                 chunk_nv = _read(columns, positions, rows, dtype)
                 largest = chunk_nv.amax(-1).clamp_(min=torch.finfo(dtype).min)
-                column, is_here = _owned(local_targets[rows], num_columns)
+                column, is_here = owned(local_targets[rows], num_columns)
                 target_logits = chunk_nv.gather(1, column[:, None])[:, 0]
                 local[rows, 0] = largest
                 local[rows, 1] = chunk_nv.sub_(largest[:, None]).exp_().sum(-1)
                 local[rows, 2] = torch.where(is_here, target_logits, 0)
 
-        if group is None:
-            largest, total, target_logits = local.unbind(-1)
-        else:
-            num_ranks = dist.get_world_size(group)
-            gathered = local.new_empty(num_ranks * local.shape[0], 3)
-            dist.all_gather_into_tensor(gathered, local, group=group)
-            by_rank = gathered.view(num_ranks, -1, 3)
-            largest = by_rank[..., 0].amax(0)
-            total = (by_rank[..., 1] * (by_rank[..., 0] - largest).exp()).sum(0)
-            target_logits = by_rank[..., 2].sum(0)  # one rank has it, the others add 0
-
+        largest, total, target_logits = over_all_ranks(local, group)
         ctx.save_for_backward(logits, local_targets, largest, total, *positions)
         ctx.num_columns, ctx.rows_per_chunk = num_columns, rows_per_chunk
         logps = logits.new_zeros(logits.shape[:-1], dtype=dtype)
@@ -133,12 +111,12 @@ class _LogProbs(torch.autograd.Function):
         logits_grad = torch.zeros_like(logits)
         if ctx.num_columns > 0:
             columns, columns_grad = logits[..., : ctx.num_columns], logits_grad[..., : ctx.num_columns]
-            for rows in _chunks(local_targets.shape[0], ctx.rows_per_chunk):
+            for rows in chunks(local_targets.shape[0], ctx.rows_per_chunk):
                 here = tuple(index[rows] for index in positions)
                 upstream = grad[here]
                 chunk_nv = _read(columns, positions, rows, largest.dtype)
                 chunk_nv.sub_(largest[rows, None]).exp_().mul_((-upstream / total[rows])[:, None])
-                column, is_here = _owned(local_targets[rows], ctx.num_columns)
+                column, is_here = owned(local_targets[rows], ctx.num_columns)
                 chunk_nv.scatter_add_(1, column[:, None], torch.where(is_here, upstream, 0)[:, None])
                 columns_grad[here] = chunk_nv.to(logits.dtype)
         return logits_grad, None, None, None, None, None
@@ -148,16 +126,6 @@ def _rows_per_chunk(num_columns: int, dtype: torch.dtype, chunk_bytes: int) -> i
     return max(1, chunk_bytes // (max(1, num_columns) * dtype.itemsize))
 
 
-def _chunks(num_rows: int, rows_per_chunk: int) -> Iterator[slice]:
-    return (slice(start, start + rows_per_chunk) for start in range(0, num_rows, rows_per_chunk))
-
-
 def _read(columns: Tensor, positions: tuple[Tensor, ...] | list[Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
     """``[n, v]``: the logits of some positions, always a copy, which the caller may overwrite."""
     return columns[tuple(index[rows] for index in positions)].to(dtype)
-
-
-def _owned(local_targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """``([n], [n])``: the target's column on this rank, any where it has none; whether it has one."""
-    is_here = (local_targets >= 0) & (local_targets < num_columns)
-    return torch.where(is_here, local_targets, 0), is_here

@@ -1,11 +1,13 @@
 """A micro-batch against a reconstruction that goes token by token."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rao.batch import Sample
+from nemo_rao.batch import MicroBatch, Sample
 from nemo_rao.data.collate import collate
 
 PAD = 99
@@ -30,37 +32,50 @@ samples = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(samples=samples, pad_multiple=st.sampled_from([1, 4, 16]), pad_to=st.sampled_from([None, 5, 20]), data=st.data())
-def test_masks_select_exactly_the_prompt_without_t0_and_the_response(samples, pad_multiple, pad_to, data):
+LAYOUTS = [{"packed": packed, "shared_prompts": shared} for packed in (False, True) for shared in (False, True)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(samples=samples, pad_multiple=st.sampled_from([1, 4, 16]), layout=st.sampled_from(LAYOUTS), data=st.data())
+def test_every_layout_predicts_each_rows_tokens_from_what_stands_before_them_there(samples, pad_multiple, layout, data):
     firsts = [data.draw(st.integers(0, 40)) for _ in samples]
     reference = np.arange(100, dtype=np.float64).reshape(50, 2)
-    batch = collate(samples, firsts, pad_token_id=PAD, pad_multiple=pad_multiple, pad_to=pad_to, reference=reference)
+    batch = collate(samples, firsts, pad_token_id=PAD, pad_multiple=pad_multiple, reference=reference, **layout)
 
     pairs = [(p, k) for p, sample in enumerate(samples) for k in range(len(sample.responses))]
-    longest = max(len(samples[p].prompt) + len(samples[p].responses[k]) for p, k in pairs)
-    length = max(longest, pad_to or 0)
-    while length % pad_multiple:
-        length += 1
-    assert batch.tokens.shape == (len(pairs), length)
+    seen = visible(batch)
+    tokens, labels, positions = batch.tokens.flatten(), batch.labels.flatten(), batch.position_ids.flatten()
     assert batch.num_prompts == len(samples)
+    assert batch.tokens.shape[0] == 1 if layout["packed"] else len(samples) if layout["shared_prompts"] else len(pairs)
+    assert batch.tokens.shape[1] % pad_multiple == 0
     for row, (p, k) in enumerate(pairs):
         prompt, response = samples[p].prompt.tolist(), samples[p].responses[k].tolist()
         whole = prompt + response
-        assert batch.tokens[row].tolist() == whole + [PAD] * (length - len(whole))
-        assert batch.labels[row][batch.prompt_mask[row]].tolist() == prompt[1:]
-        assert batch.labels[row][batch.response_mask[row]].tolist() == response
-        for t in range(length):
-            predicted = t + 1  # the position whose token is predicted at t
-            assert batch.labels[row, t] == (whole[predicted] if predicted < len(whole) else 0)
-            assert batch.prompt_mask[row, t] == (predicted < len(prompt))
-            assert batch.response_mask[row, t] == (len(prompt) <= predicted < len(whole))
+        places = [
+            *[place for place in batch.prompt_places[batch.prompt_group[row]].tolist() if place >= 0],
+            *[place for place in batch.response_places[row].tolist() if place >= 0],
+        ]
+        assert len(places) == len(whole) - 1
+        for t, place in enumerate(places):
+            assert labels[place] == whole[t + 1] and positions[place] == t
+            assert [int(tokens[other]) for other in seen[place]] == whole[: t + 1]
+            assert batch.prompt_mask.flatten()[place] == (t + 1 < len(prompt))
+            assert batch.response_mask.flatten()[place] == (t + 1 >= len(prompt))
+        assert batch.boundary[row] == places[len(prompt) - 1] and batch.end[row] == places[-1] + 1
+        assert [int(tokens[other]) for other in seen[int(batch.end[row])]] == whole
         number = firsts[p] + k
         assert (batch.prompt_index[row], batch.response_index[row], batch.response_ids[row]) == (p, k, number)
         assert batch.reference is not None and batch.reference[row].tolist() == [2.0 * number, 2.0 * number + 1]
         reward = float(samples[p].rewards[k])
         assert batch.rewards[row] == reward or (np.isnan(reward) and batch.rewards[row].isnan())
         assert batch.reward_ensemble is not None and batch.reward_ensemble[row].tolist() == [k / 2, k / 8]
+    selected = (batch.prompt_mask.sum() + batch.response_mask.sum()).item()
+    assert selected == sum((batch.prompt_places >= 0).sum(-1)) + sum((batch.response_places >= 0).sum(-1))
+    assert not (batch.prompt_mask & batch.response_mask).any()
+    assert batch.num_row_tokens == sum(len(samples[p].prompt) + len(samples[p].responses[k]) for p, k in pairs)
+    shared = sum((len(sample.prompt) - 1) * (len(sample.responses) - 1) for sample in samples)
+    assert batch.num_tokens == batch.num_row_tokens - shared * layout["shared_prompts"]
+    assert (batch.tokens == PAD).sum() == batch.tokens.numel() - batch.num_tokens
     assert batch.reference_rewards is not None
     for p, sample in enumerate(samples):
         known = batch.reference_rewards[p, : len(sample.reference_rewards)]
@@ -69,6 +84,35 @@ def test_masks_select_exactly_the_prompt_without_t0_and_the_response(samples, pa
     assert batch.ranked.tolist() == [sample.ranked for sample in samples]
     assert {t.dtype for t in (batch.tokens, batch.labels, batch.prompt_index, batch.response_index)} == {torch.int64}
     assert (batch.rewards.dtype, batch.reference.dtype) == (torch.float32, torch.float32)
+
+
+def visible(batch: MicroBatch) -> list[list[int]]:
+    """For each place, those that it sees, in their order."""
+    num_sequences, length = batch.tokens.shape
+    if batch.segments is None:
+        return [list(range(b * length, b * length + t + 1)) for b in range(num_sequences) for t in range(length)]
+    seen: list[list[int]] = []
+    runs: list[list[int]] = []
+    for size, continued, _ in batch.segments.tolist():
+        before = runs[continued] if continued >= 0 else []
+        runs.append(list(range(len(seen), len(seen) + size)))
+        seen += [before + runs[-1][: t + 1] for t in range(size)]
+    assert len(seen) == num_sequences * length
+    return seen
+
+
+@given(samples=samples, layout=st.sampled_from(LAYOUTS))
+def test_of_conversations_only_the_answers_are_predicted(samples, layout):
+    rng = np.random.default_rng(0)
+    chats = [replace(s, answers=tuple(rng.random(len(r)) < 0.5 for r in s.responses)) for s in samples]
+    batch = collate(chats, [0] * len(chats), pad_token_id=PAD, **layout)
+    row = 0
+    for chat in chats:
+        for response, answers in zip(chat.responses, chat.answers, strict=True):
+            places = batch.response_places[row]
+            assert batch.labels.flatten()[places[places >= 0]].tolist() == response[answers].tolist()
+            row += 1
+    assert batch.response_mask.sum() == (batch.response_places >= 0).sum()
 
 
 def test_what_the_data_does_not_have_is_none():

@@ -1,7 +1,12 @@
-"""The layers without Transformer Engine against Hugging Face's models, under several parallelisms."""
+"""The layers without Transformer Engine against Hugging Face's models, under several parallelisms.
+
+Rows of their own or packed, prompts shared or not, with logits or without: the same log-probabilities and gradients.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -22,6 +27,12 @@ LAYOUTS = {
 }
 MODELS: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {"qkv_bias": True}, "tied llama": {"tied": True}}
 
+# How the batch is laid out, and whether log-probabilities are fused with the output layer.
+VARIANTS = [
+    {"fused": fused, "packed": packed, "shared_prompts": shared}
+    for fused, packed, shared in itertools.product((False, True), repeat=3)
+]
+
 SAMPLES = tiny.preferences(4)
 NUM_RESPONSES = sum(len(sample.responses) for sample in SAMPLES)
 
@@ -41,35 +52,38 @@ def hugging_face(name: str) -> Any:
 
 
 def on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, Any]:
-    """For each layout and model: log-probabilities of all rows, gradients' errors, parameter names."""
+    """For each layout, model and variant: log-probabilities of all rows, gradients' errors, parameter names."""
     from megatron.core import parallel_state
 
     from nemo_rao.mcore.forward import evaluation_mode, forward_only
     from nemo_rao.mcore.loss import sequence_log_probs
 
     def report(output: ModelOutput, batch: Any) -> dict[str, Tensor]:
-        return {"sums": torch.stack(sequence_log_probs(output.logits, batch, vocab_size=tiny.VOCAB), -1)}
+        return {"sums": torch.stack(sequence_log_probs(output, batch, vocab_size=tiny.VOCAB), -1)}
 
     def loss(output: ModelOutput, batch: Any) -> tuple[Tensor, Tensor, dict]:
-        prompt, response = sequence_log_probs(output.logits, batch, vocab_size=tiny.VOCAB)
+        prompt, response = sequence_log_probs(output, batch, vocab_size=tiny.VOCAB)
         return -(prompt + response).sum(), torch.tensor(len(response), dtype=torch.int), {}
 
     found = {}
     for layout_name, layout in LAYOUTS.items():
         tiny.enter(layout)
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        mine = [tiny.micro_batch(SAMPLES, [i]) for i in range(rank, len(SAMPLES), size)]
-        for model_name, (weights, gradients) in wanted.items():
-            model = tiny.build(weights, layout, **MODELS[model_name])
+        mine = range(rank, len(SAMPLES), size)
+        for (model_name, (weights, gradients)), variant in itertools.product(wanted.items(), VARIANTS):
+            model = tiny.build(weights, layout, fused=variant["fused"], **MODELS[model_name])
+            make = functools.partial(tiny.micro_batch, SAMPLES, **{k: v for k, v in variant.items() if k != "fused"})
             with evaluation_mode([model]):
                 outputs = forward_only(
                     [model],
                     [range(len(SAMPLES))],
-                    make_micro_batch=lambda prompts: tiny.micro_batch(SAMPLES, prompts),
+                    make_micro_batch=make,
                     report=report,
                 )
-            computed, _ = tiny.run_schedule(model, mine, loss)
-            found[f"{layout_name}, {model_name}"] = {
+            # The last micro-batch of two prompts, where there are so many.
+            split = [[i] for i in mine[:-2]] + [list(mine[-2:])]
+            computed, _ = tiny.run_schedule(model, [make(prompts) for prompts in split], loss)
+            found[f"{layout_name}, {model_name}, {VARIANTS.index(variant)}"] = {
                 "sums": [output["sums"] for output in outputs],
                 "errors": tiny.gradient_errors(computed, gradients),
                 "names": sorted(name for name, _ in tiny.whole_names(model)),
@@ -100,24 +114,28 @@ def ranks(dense: dict[str, Any]) -> list[dict[str, Any]]:
     return run_ranks(on_ranks, (wanted,), num_ranks=2)
 
 
-CASES = [(layout, model) for layout in LAYOUTS for model in MODELS]
+CASES = [(layout, model, variant) for layout in LAYOUTS for model in MODELS for variant in range(len(VARIANTS))]
 
 
-@pytest.mark.parametrize(("layout", "model"), CASES)
+def name_of(case: Any) -> str:
+    return "+".join(key for key, on in VARIANTS[case].items() if on) or "rows" if isinstance(case, int) else case
+
+
+@pytest.mark.parametrize(("layout", "model", "variant"), CASES, ids=name_of)
 def test_log_probabilities_are_those_of_hugging_face(
-    dense: dict[str, Any], ranks: list[dict[str, Any]], layout: str, model: str
+    dense: dict[str, Any], ranks: list[dict[str, Any]], layout: str, model: str, variant: int
 ) -> None:
-    computed = [sums for rank in ranks for sums in rank[f"{layout}, {model}"]["sums"]]
+    computed = [sums for rank in ranks for sums in rank[f"{layout}, {model}, {variant}"]["sums"]]
     assert len(computed) == (1 if layout == "PP 2" else 2)  # the last stage's ranks
     for sums in computed:
         torch.testing.assert_close(sums, dense[model]["sums"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("layout", "model"), CASES)
+@pytest.mark.parametrize(("layout", "model", "variant"), CASES, ids=name_of)
 def test_gradients_are_those_of_hugging_face_norms_included(
-    ranks: list[dict[str, Any]], layout: str, model: str
+    ranks: list[dict[str, Any]], layout: str, model: str, variant: int
 ) -> None:
-    errors = [error for rank in ranks for error in rank[f"{layout}, {model}"]["errors"].items()]
+    errors = [error for rank in ranks for error in rank[f"{layout}, {model}, {variant}"]["errors"].items()]
     norms = [name for name, _ in errors if name.endswith("layer_norm_weight")]
     assert len(norms) == 2 * tiny.NUM_LAYERS * (1 if layout == "PP 2" else 2)
     assert max(error for _, error in errors) < 2e-5, sorted(errors, key=lambda item: -item[1])[:5]
@@ -130,4 +148,5 @@ def test_parameters_have_transformer_engines_names(ranks: list[dict[str, Any]], 
     expected |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
     if model != "tied llama":
         expected.add("output_layer.weight")
-    assert ranks[0][f"TP 1, {model}"]["names"] == sorted(expected)
+    for variant in range(len(VARIANTS)):
+        assert ranks[0][f"TP 1, {model}, {variant}"]["names"] == sorted(expected)

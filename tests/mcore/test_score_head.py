@@ -21,6 +21,12 @@ LAYOUTS: dict[str, tuple[Layout, list[list[list[int]]]]] = {
     "PP 2": (Layout(pipeline=2), [[[0], [1, 2], [3, 4, 5], [6]]]),
     "DP 2": (Layout(), [[[0, 1, 2], [3]], [[4, 5], [6]]]),
 }
+# Of the others, each row is a sequence of its own.
+BATCHES = {
+    "TP 2, sequence parallel": {"packed": True, "shared_prompts": True},
+    "PP 2": {"shared_prompts": True},
+    "DP 2": {"packed": True},
+}
 TIED = {"llama": False, "tied llama": True}
 CENTER = 0.01
 
@@ -43,7 +49,10 @@ def on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> 
     found = {}
     for layout_name, (layout, by_rank) in LAYOUTS.items():
         tiny.enter(layout)
-        batches = [tiny.micro_batch(SAMPLES, prompts) for prompts in by_rank[parallel_state.get_data_parallel_rank()]]
+        batches = [
+            tiny.micro_batch(SAMPLES, prompts, **BATCHES.get(layout_name, {}))
+            for prompts in by_rank[parallel_state.get_data_parallel_rank()]
+        ]
         for model_name, (weights, gradients) in wanted.items():
             model = tiny.build(weights, layout, tied=TIED[model_name])
             add_score_head(model, 1)

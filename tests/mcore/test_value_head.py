@@ -27,6 +27,14 @@ LAYOUTS: dict[str, tuple[Layout, list[list[list[int]]]]] = {
 }
 
 
+# Of the others, each row is a sequence of its own.
+BATCHES = {
+    "TP 2, sequence parallel": {"packed": True, "shared_prompts": True},
+    "PP 2": {"shared_prompts": True},
+    "DP 2": {"packed": True},
+}
+
+
 def head_weights() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(1, tiny.HIDDEN, generator=generator), torch.randn(1, generator=generator)
@@ -70,7 +78,7 @@ def on_ranks(weights: dict[str, Tensor]) -> dict[str, Any]:
         gradients: dict[str, Tensor] = {}
         reported: list[dict[str, Tensor]] = []
         if len(by_rank[-1]):
-            batches = [tiny.micro_batch(SAMPLES, prompts) for prompts in mine]
+            batches = [tiny.micro_batch(SAMPLES, prompts, **BATCHES.get(name, {})) for prompts in mine]
             gradients, reported = tiny.run_schedule(model, batches, loss)
         of_head = {key: value for key, value in gradients.items() if "value_head" in key}
         found[name] = {

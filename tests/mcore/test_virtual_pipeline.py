@@ -22,7 +22,7 @@ def sums_of_the_first(weights: dict[str, Tensor]) -> list[list[Tensor]]:
     from nemo_rao.mcore.loss import sequence_log_probs
 
     def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
-        return {"sums": torch.stack(sequence_log_probs(output.logits, batch, vocab_size=tiny.VOCAB), -1)}
+        return {"sums": torch.stack(sequence_log_probs(output, batch, vocab_size=tiny.VOCAB), -1)}
 
     tiny.enter(INTERLEAVED)
     chunks = [tiny.build(weights, INTERLEAVED, vp_stage=stage) for stage in range(2)]

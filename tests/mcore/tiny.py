@@ -154,8 +154,16 @@ def config_for(layout: Layout, *, qkv_bias: bool = False, tied: bool = False, dt
     return config
 
 
-def build(whole: Mapping[str, Tensor], layout: Layout, vp_stage: int | None = None, **variant: Any) -> Any:
-    """This rank's model chunk with its part of the weights. After :func:`enter`."""
+def build(
+    whole: Mapping[str, Tensor], layout: Layout, vp_stage: int | None = None, *, fused: bool = False, **variant: Any
+) -> Any:
+    """This rank's model chunk with its part of the weights. After :func:`enter`.
+
+    Args:
+        fused: without logits.
+    """
+    from nemo_rao.mcore.output_layer import fuse_output_layer
+
     config = config_for(layout, **variant)
     model = config.configure_model(SimpleNamespace(vocab_size=VOCAB), vp_stage=vp_stage)
     with torch.no_grad():
@@ -164,6 +172,8 @@ def build(whole: Mapping[str, Tensor], layout: Layout, vp_stage: int | None = No
             # What stands in the padding of the vocabulary must not matter.
             parameter.fill_(7.0)
             parameter[: part.shape[0]].copy_(part)
+    if fused:
+        fuse_output_layer(model)
     return model
 
 
@@ -268,7 +278,9 @@ def response_numbers(samples: Sequence[Sample]) -> list[list[int]]:
     return numbers
 
 
-def micro_batch(samples: Sequence[Sample], prompts: Sequence[int], reference: np.ndarray | None = None) -> MicroBatch:
+def micro_batch(
+    samples: Sequence[Sample], prompts: Sequence[int], reference: np.ndarray | None = None, **layout: bool
+) -> MicroBatch:
     """The micro-batch of these prompts, its length even, as sequence parallelism needs."""
     numbers = response_numbers(samples)
     return collate(
@@ -277,6 +289,7 @@ def micro_batch(samples: Sequence[Sample], prompts: Sequence[int], reference: np
         pad_token_id=0,
         pad_multiple=2,
         reference=reference,
+        **layout,
     )
 
 

@@ -2,33 +2,31 @@
 
 import torch
 
-from nemo_rao.ops.segments import sequence_sums, to_prompts, valid_entries
+from nemo_rao.ops.segments import sums_at, to_prompts, valid_entries
 
-# Two prompts, of two responses and one: rows of 6 positions, some of padding.
-PROMPT_MASK = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
-RESPONSE_MASK = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+# Places 2 to 4, 8 and 12 to 17 of [3, 6]; of one sequence there is nothing to add up.
+PLACES = torch.tensor([[2, 3, 4, -1, -1, -1], [8, -1, -1, -1, -1, -1], [12, 13, 14, 15, 16, 17], [-1] * 6])
 PROMPT_INDEX = torch.tensor([0, 0, 1])
 RESPONSE_INDEX = torch.tensor([0, 1, 0])
 
 
-def test_sums_are_those_of_each_mask() -> None:
+def test_sums_are_those_of_the_places_that_are_listed() -> None:
     logps = -torch.arange(1.0, 19).view(3, 6)
-    prompt, response = sequence_sums(logps, PROMPT_MASK, RESPONSE_MASK)
-    assert prompt.tolist() == [-(1 + 2), -(7 + 8), 0]
-    assert response.tolist() == [-(3 + 4 + 5), -9, -(13 + 14 + 15 + 16 + 17 + 18)]
+    assert sums_at(logps, PLACES).tolist() == [-(3 + 4 + 5), -9, -(13 + 14 + 15 + 16 + 17 + 18), 0]
 
 
-def test_masked_positions_get_exactly_zero_gradient_whatever_stands_there() -> None:
-    logps = torch.full((3, 6), torch.nan)
-    logps[1] = -torch.inf
-    kept = PROMPT_MASK | RESPONSE_MASK
-    logps[kept] = -1.0
-    logps.requires_grad_()
-    prompt, response = sequence_sums(logps, PROMPT_MASK, RESPONSE_MASK)
-    assert prompt.tolist() == [-2, -2, 0] and response.tolist() == [-3, -1, -6]
-    (3 * prompt + 5 * response.square()).sum().backward()
-    expected = 3 * PROMPT_MASK - 10 * torch.tensor([[3], [1], [6]]) * RESPONSE_MASK
-    assert torch.equal(logps.grad, expected.float())
+def test_other_places_get_exactly_zero_gradient_whatever_stands_there() -> None:
+    listed = PLACES[PLACES >= 0]
+    logps = torch.full((18,), torch.nan)
+    logps[::2] = -torch.inf
+    logps[listed] = -1.0
+    logps = logps.view(3, 6).requires_grad_()
+    sums = sums_at(logps, PLACES)
+    assert sums.tolist() == [-3, -1, -6, 0]
+    sums.square().sum().backward()
+    expected = torch.zeros(18)
+    expected[listed] = torch.tensor([-6.0] * 3 + [-2] + [-12] * 6)
+    assert torch.equal(logps.grad, expected.view(3, 6))
 
 
 def test_rows_go_to_their_prompt_and_response_with_their_gradient() -> None:
@@ -47,8 +45,7 @@ def test_rows_may_stand_in_any_order() -> None:
 
 
 def test_gradcheck_from_tokens_to_prompts() -> None:
-    def arranged(logps: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        sums = sequence_sums(logps, PROMPT_MASK, RESPONSE_MASK)
-        return tuple(to_prompts(row, PROMPT_INDEX, RESPONSE_INDEX, 2, 3) for row in sums)
+    def arranged(logps: torch.Tensor) -> torch.Tensor:
+        return to_prompts(sums_at(logps, PLACES[:3]), PROMPT_INDEX, RESPONSE_INDEX, 2, 3)
 
     assert torch.autograd.gradcheck(arranged, (torch.randn(3, 6, dtype=torch.float64, requires_grad=True),))

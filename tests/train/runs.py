@@ -31,6 +31,9 @@ NO_CHECKPOINTS = (
 )
 
 
+NOT_OF_THE_STEP = ("tokens_per_second", "data/token_efficiency", "data/tokens_shared")
+
+
 def parallel(tensor: int, pipeline: int, data: int) -> tuple[str, ...]:
     """Overrides for TP x PP x DP ranks."""
     return (
@@ -99,10 +102,10 @@ def _run(function: Callable[..., Any], args: Sequence[Any], sender: Any) -> None
 
 
 def steps(run_dir: Path) -> list[dict[str, float]]:
-    """The training steps of ``metrics.jsonl``, without what depends on the clock."""
+    """The training steps of ``metrics.jsonl``, without what depends on the clock or on the batches' layout."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in record.items() if name != "tokens_per_second"}
+        {name: value for name, value in record.items() if name not in NOT_OF_THE_STEP}
         for record in records
         if "loss" in record
     ]

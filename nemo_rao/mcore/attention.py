@@ -1,0 +1,129 @@
+"""Attention over segments: tokens of a packed sequence see their own row, and a shared prompt once for all responses.
+
+What a token may see is a table of segments (:class:`nemo_rao.batch.MicroBatch`), not a mask of T x T: each segment is
+attended to by itself, so that neither other rows nor padding cost anything. It reaches the attention layers in the
+place of Megatron's attention mask, which its layers pass on untouched, and which activation recomputation keeps.
+
+    without Transformer Engine    :class:`SegmentAttention`, by PyTorch's scaled dot product attention
+    with it                       rows in its THD format (``PackedSeqParams``); a shared prompt has no such form
+
+Rotary embeddings are those of the positions within the row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch import Tensor
+
+from nemo_rao.batch import MicroBatch
+
+
+@contextlib.contextmanager
+def segments_told(model: Any, batch: MicroBatch) -> Iterator[dict[str, Any]]:
+    """The arguments by which a Megatron GPT model chunk is told the micro-batch's segments, for one forward pass."""
+    if batch.segments is None:
+        yield {"attention_mask": None}
+        return
+    if not _attends_to_segments(model):
+        yield {"attention_mask": None, "packed_seq_params": _thd(batch)}
+        return
+
+    def of_rows(module: Any, arguments: Any, output: Tensor) -> Tensor:
+        """``[T, 1, 1, D]`` angles of positions 0 .. T-1 -> ``[T, B, 1, D]``, those of each token's position."""
+        return output[:, 0][batch.position_ids.t()]
+
+    hook = model.rotary_pos_emb.register_forward_hook(of_rows)
+    try:
+        yield {"attention_mask": batch.segments}
+    finally:
+        hook.remove()
+
+
+def _attends_to_segments(model: Any) -> bool:
+    return any(isinstance(module, SegmentAttention) for module in model.modules())
+
+
+def _thd(batch: MicroBatch) -> PackedSeqParams:
+    """Rows behind each other, padding the last of them, as Transformer Engine takes them."""
+    assert batch.segments is not None and batch.tokens.shape[0] == 1, "THD is one sequence"
+    lengths = batch.segments[:, 0]
+    ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = batch.longest_segment
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+class SegmentAttention(DotProductAttention):
+    """Megatron's own attention, which also takes a table of segments in the place of a mask."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *arguments: Any,
+        **keywords: Any,
+    ) -> Tensor:
+        """``[T, B, heads * D]`` from queries ``[T, B, heads, D]``, keys and values ``[T, B, groups, D]``.
+
+        Args:
+            attention_mask: a table of segments ``[S, 3]`` int64, or what Megatron's attention takes.
+        """
+        if attention_mask is None or attention_mask.dtype != torch.int64:
+            return super().forward(query, key, value, attention_mask, *arguments, **keywords)
+        assert self.softmax_offset is None, "attention sinks are not known here"
+        length, num_sequences = query.shape[:2]
+        table = attention_mask.tolist()
+        sizes = [size for size, _, _ in table]
+        # [B * T, heads, D], split where segments end: one copy, and one in backward.
+        queries, keys, values = (
+            part.transpose(0, 1).reshape(num_sequences * length, *part.shape[2:]).split(sizes)
+            for part in (query, key, value)
+        )
+        attended = []
+        for number, (_, continued, is_padding) in enumerate(table):
+            if is_padding:
+                attended.append(torch.zeros_like(queries[number]))
+                continue
+            of_segment = keys[number], values[number]
+            if continued >= 0:
+                of_segment = torch.cat([keys[continued], keys[number]]), torch.cat([values[continued], values[number]])
+            attended.append(self._attend(queries[number], *of_segment))
+        merged = torch.cat(attended).view(num_sequences, length, -1)
+        return merged.transpose(0, 1).contiguous()
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """``[n, heads, D]`` from n queries that are the last of m keys and values ``[m, groups, D]``."""
+        num_queries, num_keys = len(query), len(key)
+        window = self.scale_mask_softmax.window_size
+        mask = None
+        if num_queries < num_keys or window is not None:
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+            mask = mask.tril(num_keys - num_queries)
+            if window is not None:
+                mask = mask.triu(num_keys - num_queries - window[0])
+        dropout = self.attention_dropout.p if self.training else 0.0
+        # Without sequence parallelism each rank drops out its own heads' weights, from a generator of its own.
+        forked = dropout and not self.config.sequence_parallel
+        with tensor_parallel.get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
+            attended = F.scaled_dot_product_attention(
+                query.transpose(0, 1)[None],
+                key.transpose(0, 1)[None],
+                value.transpose(0, 1)[None],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1),
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        return attended[0].transpose(0, 1)

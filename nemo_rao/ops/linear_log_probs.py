@@ -1,0 +1,283 @@
+"""Log-probabilities of given tokens from hidden states and the output weight: the logits never exist.
+
+Shape legend: ``T`` positions, ``N`` of them that are computed, ``n`` tokens and ``c`` vocabulary columns of one block;
+``H`` hidden size, ``r`` low rank, ``F = H + r`` features; ``v`` vocabulary columns of this rank, padding left out.
+
+Per token, with x its features, W the weight, z = W x the logits, y the target, M the largest logit of all ranks and
+g the gradient that comes in:
+
+    log p(y) = (z_y - M) - log S,    S = sum_j exp(z_j - M)
+    dz_j     = g ([j = y] - exp(z_j - M) / S),    dx = W^T dz,    dW = sum over tokens of dz x^T
+
+Blocks. Both passes walk the vocabulary in slabs of c columns, and inside each slab the tokens in chunks of n, so that
+only ``[n, c]`` logits are held. Forward keeps M and S as it goes (M may grow: S is scaled down with it). Backward
+computes the logits anew, one product more than with saved ones. With the vocabulary outside, each slab's dW is finished
+in one go, and the weight is read once; dx of all tokens is what accumulates. n and c follow from a budget in bytes
+(:func:`nemo_rao.ops.blocks.block_sizes`), which holds whatever T and V are. Besides, a token takes a few dozen bytes,
+and 4 F more for its dx in backward.
+
+Precision. Logits, statistics, dx and dW are float32 (float64 where hidden is) and summed over blocks without being
+rounded to 16 bits in between; what 16-bit products read is told in :mod:`nemo_rao.ops.blocks`.
+
+Communication over the tensor-parallel ranks: one all-gather of ``[N, 3]`` in forward; in backward one all-reduce of dx
+``[N, F]``, of the tokens that were asked for alone, in float32, so that it is rounded once and not on each rank. With
+sequence parallelism hidden is all-gathered in both passes (saved is the rank's own part alone, as in Megatron), and dx
+is reduce-scattered.
+
+Considered instead: Megatron's fused cross entropy, which still needs the logits; Liger's fused linear cross entropy,
+which computes gradients in forward, before it is known what the loss asks of each token; Apple's cut cross-entropy,
+which needs Triton. Neither of the last two adds to Megatron's ``main_grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemo_rao.ops.blocks import Blocks, add_product
+from nemo_rao.ops.vocabulary import Columns, columns_of_rank, empty_statistics, over_all_ranks, owned, selected
+
+CPU_WORKSPACE_BYTES = 32 * 2**20
+CUDA_WORKSPACE_BYTES = 512 * 2**20
+
+
+def linear_vocab_parallel_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    mask: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    sequence_parallel: bool = False,
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """log p(target) of every position, in nats, under softmax(hidden @ weight.T).
+
+    A collective of ``group`` in forward and, where hidden or u needs a gradient, in backward: all of its ranks call it
+    with the same targets and mask. Backward expects the same incoming gradient on all of them, as it is where each
+    computes the same loss. Gradients of hidden and u are whole (summed over the ranks), those of weight and b are of
+    the rank's own rows. On a GPU the host waits once for the device, to list the positions and check the targets.
+
+    A weight with ``main_grad`` (Megatron's distributed data parallel) has its gradient added there, and autograd gets a
+    placeholder, by the protocol of Megatron's own linear layers: ``grad_added_to_main_grad``, ``zero_out_wgrad``.
+
+    Args:
+        hidden: ``[..., H]`` of any float type and memory layout, the same on every rank. Never changed.
+        weight: ``[V/TP, H]`` of hidden's type; rank i of ``group`` holds rows ``[i * V/TP, (i + 1) * V/TP)``.
+        targets: ``[...]`` integers in [0, vocab_size), the same on every rank.
+        vocab_size: V without padding. Rows from there on take no part in the softmax and get zero gradient.
+        group: the tensor-parallel ranks; ``None`` for one.
+        mask: ``[...]`` bool. Where false, nothing is computed: the result and the gradients are zero, whatever hidden
+            state and target stand there.
+        low_rank: u ``[..., r]``, b ``[V/TP, r]``, which add ``u @ b.T`` to the logits: LoRA on the output layer, its
+            scale inside u. As adapters have it, u is of all positions, also with ``sequence_parallel``.
+        sequence_parallel: hidden is ``[T/TP, ...]``, the rank's part of dimension 0; all else is ``[T, ...]``.
+        workspace_bytes: what the blocks may take at a time; ``None`` for 32 MiB on a CPU, where they should stay in
+            the caches, and 512 MiB on a GPU, where products should be large.
+
+    Returns:
+        ``[...]`` float32, or float64 for float64 hidden states; the same on every rank of ``group``.
+    """
+    assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
+    assert weight.ndim == 2 and hidden.shape[-1] == weight.shape[1], (hidden.shape, weight.shape)
+    columns = columns_of_rank(weight.shape[0], vocab_size, group)
+    gathered = sequence_parallel and columns.group is not None
+    num_parts = dist.get_world_size(columns.group) if gathered else 1
+    assert targets.ndim > 0 and targets.shape[0] == num_parts * hidden.shape[0], (hidden.shape, targets.shape)
+    assert hidden.shape[1:-1] == targets.shape[1:], (hidden.shape, targets.shape)
+    u, b = (None, None) if low_rank is None else low_rank
+    if u is not None and b is not None:
+        assert u.shape == (*targets.shape, b.shape[1]) and b.shape[0] == weight.shape[0], (u.shape, b.shape)
+    if workspace_bytes is None:
+        workspace_bytes = CUDA_WORKSPACE_BYTES if hidden.is_cuda else CPU_WORKSPACE_BYTES
+    positions, chosen = selected(targets, mask, vocab_size)
+    return _LinearLogProbs.apply(
+        hidden, weight, u, b, chosen - columns.first, positions, targets.shape, columns, gathered, workspace_bytes
+    )
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """:func:`linear_vocab_parallel_log_probs` at listed positions, zero elsewhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        u: Tensor | None,
+        b: Tensor | None,
+        local_targets: Tensor,
+        positions: tuple[Tensor, ...],
+        shape: torch.Size,
+        columns: Columns,
+        gathered: bool,
+        workspace_bytes: int,
+    ) -> Tensor:
+        """``local_targets`` ``[N]`` count from this rank's first column; ``positions`` index them in ``shape``."""
+        whole = _all_gather(hidden, columns.group) if gathered else hidden
+        blocks = Blocks(whole, weight, u, b, positions, columns.num, workspace_bytes)
+        local_n3 = empty_statistics(len(local_targets), hidden, blocks.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for slab in blocks.slabs():
+                weight_cf = blocks.weight_of(slab)
+                for rows in blocks.chunks():
+                    logits_nc = blocks.logits(blocks.features_of(rows), weight_cf)
+                    _add_to_statistics(local_n3[rows], logits_nc, local_targets[rows] - slab.start)
+        largest, total, target_logits = over_all_ranks(local_n3, columns.group)
+
+        ctx.save_for_backward(hidden, weight, u, b, local_targets, largest, total, *positions)
+        ctx.columns, ctx.gathered, ctx.workspace_bytes = columns, gathered, workspace_bytes
+        ctx.parameter = weight  # a saved tensor may come back as a copy, without Megatron's attributes
+        logps = hidden.new_zeros(shape, dtype=blocks.dtype)
+        logps[positions] = (target_logits - largest) - total.log()
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, u, b, local_targets, largest, total, *positions = ctx.saved_tensors
+        positions, group, size = tuple(positions), ctx.columns.group, hidden.shape[-1]
+        needs_hidden, needs_weight, needs_u, needs_b = ctx.needs_input_grad[:4]
+        whole = _all_gather(hidden, group) if ctx.gathered else hidden
+
+        # Hidden's features are the first H, u's the others.
+        wanted = slice(0 if needs_hidden else size, size + (u.shape[-1] if needs_u else 0))
+        features_grad = hidden.new_zeros(len(local_targets), wanted.stop - wanted.start, dtype=total.dtype)
+        # Of each weight: where its gradient is summed, and the features that it multiplies.
+        sums = [(_sum_of(ctx.parameter), slice(0, size))] if needs_weight else []
+        if needs_b:
+            sums.append((torch.zeros_like(b), slice(size, None)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            _add_gradients(
+                features_grad,
+                sums,
+                Blocks(whole, weight, u, b, positions, ctx.columns.num, ctx.workspace_bytes),
+                wanted=wanted,
+                local_targets=local_targets,
+                largest=largest,
+                total=total,
+                upstream=grad[positions],
+            )
+
+        hidden_part, u_part = features_grad.tensor_split([size - wanted.start], dim=1)
+        hidden_grad = u_grad = None
+        if group is not None and (needs_u or (needs_hidden and not ctx.gathered)):
+            # All at once; of a gathered hidden, u's part alone.
+            u_part = u_part.contiguous() if ctx.gathered else u_part
+            dist.all_reduce(u_part if ctx.gathered else features_grad, group=group)
+        if needs_hidden:
+            if ctx.gathered:
+                whole_grad = _put(hidden_part, positions, torch.zeros_like(whole, dtype=total.dtype))
+                hidden_grad = _reduce_scatter(whole_grad, group).to(hidden.dtype)
+            else:
+                hidden_grad = _put(hidden_part, positions, torch.zeros_like(hidden))
+        if needs_u:
+            u_grad = _put(u_part, positions, torch.zeros_like(u))
+        weight_grad = _for_autograd(ctx.parameter, sums[0][0]) if needs_weight else None
+        return hidden_grad, weight_grad, u_grad, sums[-1][0] if needs_b else None, *[None] * 6
+
+
+def _add_to_statistics(statistics_n3: Tensor, logits_nc: Tensor, targets: Tensor) -> None:
+    """Take further columns into statistics in place; overwrites the logits. ``targets`` count from the first column."""
+    largest = torch.maximum(statistics_n3[:, 0], logits_nc.amax(-1))
+    column, is_here = owned(targets, logits_nc.shape[1])
+    statistics_n3[:, 2] += torch.where(is_here, logits_nc.gather(1, column[:, None])[:, 0], 0)
+    statistics_n3[:, 1] *= (statistics_n3[:, 0] - largest).exp_()
+    statistics_n3[:, 1] += logits_nc.sub_(largest[:, None]).exp_().sum(-1)
+    statistics_n3[:, 0] = largest
+
+
+def _add_gradients(
+    features_grad: Tensor,
+    sums: Sequence[tuple[Tensor, slice]],
+    blocks: Blocks,
+    *,
+    wanted: slice,
+    local_targets: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    upstream: Tensor,
+) -> None:
+    """Add all tokens' gradients up, in place.
+
+    Args:
+        features_grad: of the ``wanted`` features, ``[N, wanted]``.
+        sums: weights' gradients ``[V/TP, part of F]``, and the features that each of them multiplies.
+        local_targets, largest, total, upstream: ``[N]``.
+    """
+    scale = -upstream / total
+    wide_sums = [blocks.like_a_slab(weight_sum) for weight_sum, _ in sums]
+    for slab in blocks.slabs():
+        weight_cf = blocks.weight_of(slab)
+        slab_sums = [
+            weight_sum[slab] if wide is None else wide[: len(weight_cf)].copy_(weight_sum[slab])
+            for wide, (weight_sum, _) in zip(wide_sums, sums, strict=True)
+        ]
+        for rows in blocks.chunks():
+            features_nf = blocks.features_of(rows)
+            # exp(z - M) - S [j = y], which the scale makes g ([j = y] - exp(z - M) / S).
+            grad_nc = blocks.logits(features_nf, weight_cf).sub_(largest[rows, None]).exp_()
+            column, is_here = owned(local_targets[rows] - slab.start, len(weight_cf))
+            grad_nc.scatter_add_(1, column[:, None], torch.where(is_here, -total[rows], 0)[:, None])
+            grad_nc = blocks.scaled(grad_nc, scale[rows])
+            if features_grad.shape[1] > 0:
+                add_product(features_grad[rows], grad_nc, weight_cf[:, wanted])
+            for slab_sum, (_, features) in zip(slab_sums, sums, strict=True):
+                add_product(slab_sum, grad_nc.T, features_nf[:, features])
+        for slab_sum, (weight_sum, _) in zip(slab_sums, sums, strict=True):
+            if slab_sum.dtype != weight_sum.dtype:
+                weight_sum[slab].copy_(slab_sum)
+
+
+def _put(part: Tensor, positions: tuple[Tensor, ...], into: Tensor) -> Tensor:
+    """``part`` ``[N, F]`` at its positions of ``into`` ``[..., F]``, in the latter's type."""
+    into[positions] = part.to(into.dtype)
+    return into
+
+
+# ------------------------------------------------------------------------------------- Megatron's main_grad
+
+
+def _sum_of(weight: Tensor) -> Tensor:
+    """Where the weight's gradient is added up: Megatron's own sum over micro-batches, or zeros."""
+    main_grad = getattr(weight, "main_grad", None)
+    return torch.zeros_like(weight) if main_grad is None else main_grad
+
+
+def _for_autograd(weight: Any, weight_sum: Tensor) -> Tensor | None:
+    """What to return as the weight's gradient: :func:`_sum_of`, or a placeholder where that is in ``main_grad``.
+
+    As Megatron's linear layers do. Its data-parallel hook wants ``weight.grad`` to exist, and adds it to ``main_grad``
+    if ``grad_added_to_main_grad`` is unset, or if ``zero_out_wgrad`` says that the embedding shares the weight: then
+    autograd has added the embedding's gradient to what is returned here, which must be zeros.
+    """
+    if weight_sum is not getattr(weight, "main_grad", None):
+        return weight_sum
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+# --------------------------------------------------------------------------------------- sequence parallelism
+
+
+def _all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``[T/TP, ...]`` of every rank -> ``[T, ...]``."""
+    whole = part.new_empty(dist.get_world_size(group) * part.shape[0], *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+    return whole
+
+
+def _reduce_scatter(whole: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``[T, ...]`` -> this rank's ``[T/TP, ...]`` of the sum over ranks."""
+    part = whole.new_empty(whole.shape[0] // dist.get_world_size(group), *whole.shape[1:])
+    dist.reduce_scatter_tensor(part, whole, group=group)
+    return part
