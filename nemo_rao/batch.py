@@ -97,8 +97,8 @@ class MicroBatch:
     tokens standing there once; or all of them, packed. Every token belongs to a segment, a run of tokens that see those
     before them in the segment, and those of the one segment that it continues, a shared prompt; nothing else.
 
-    Position t predicts ``labels[:, t]``, the next token of its row; both masks select positions by what they predict.
-    A place is a position counted through the whole micro-batch, b * T + t.
+    Position t predicts ``labels[:, t]``, the next token of its row. A place is a position counted through the whole
+    micro-batch, b * T + t; it is a prompt's or a response's by what it predicts.
 
     Attributes:
         tokens: ``[B, T]`` int64.
@@ -107,13 +107,12 @@ class MicroBatch:
         segments: ``[S, 3]`` int64: tokens, number of the segment that it continues (-1: none), 1 for padding; in
             their order, they fill all sequences. ``None`` where each sequence is one row.
         longest_segment: tokens.
-        prompt_mask: ``[B, T]`` bool, true where a prompt token other than t0 is predicted.
-        response_mask: ``[B, T]`` bool, true where a response token (its end token included) is predicted; of a
-            conversation, where the assistant's are.
-        prompt_places: ``[G, longest]`` int64, the places in ``prompt_mask`` of each of the prompts that are computed
-            (G = P where they are shared, else R); -1 behind the last one.
+        prompt_places: ``[G, longest]`` int64, where the tokens of a prompt, other than t0, are predicted, of each of
+            the prompts that are computed (G = P where they are shared, else R); -1 behind the last one.
         prompt_group: ``[R]`` int64 in [0, G): the one that the row continues.
-        response_places: ``[R, longest]`` int64, the places in ``response_mask`` of each row; -1 behind the last one.
+        response_places: ``[R, longest]`` int64, where the response's tokens are predicted, its end token included; of
+            a conversation, where the assistant's are. -1 behind the last one.
+        all_prompt_places, all_response_places: ``[N]`` int64, the same without the -1, one after the other.
         boundary: ``[R]`` int64, the place that predicts the response's first token.
         end: ``[R]`` int64, the place of the response's last token.
         num_tokens: tokens that are computed, without padding.
@@ -135,11 +134,11 @@ class MicroBatch:
     position_ids: Tensor
     segments: Tensor | None
     longest_segment: int
-    prompt_mask: Tensor
-    response_mask: Tensor
     prompt_places: Tensor
     prompt_group: Tensor
     response_places: Tensor
+    all_prompt_places: Tensor
+    all_response_places: Tensor
     boundary: Tensor
     end: Tensor
     num_tokens: int

@@ -10,6 +10,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-combination",
+        action="store_true",
+        help="parity over every parallelism and layout of the batch, not a selection of them: some ten minutes more",
+    )
+
+
 # A test's row of the table goes with its report, from whichever process runs it to the one that prints.
 ROW = "row of the table of objectives"
 

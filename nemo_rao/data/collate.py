@@ -102,11 +102,11 @@ def collate(
         position_ids=torch.from_numpy(layout.position_ids),
         segments=torch.tensor(layout.segments) if packed or shared_prompts else None,
         longest_segment=max(size for size, _, _ in layout.segments),
-        prompt_mask=torch.from_numpy(layout.prompt_mask),
-        response_mask=torch.from_numpy(layout.response_mask),
         prompt_places=_ragged(layout.prompt_places),
         prompt_group=torch.from_numpy(prompt_index if shared_prompts else np.arange(len(prompt_index))),
         response_places=_ragged(layout.response_places),
+        all_prompt_places=torch.from_numpy(np.concatenate(layout.prompt_places)),
+        all_response_places=torch.from_numpy(np.concatenate(layout.response_places)),
         boundary=torch.tensor(layout.boundary),
         end=torch.tensor(layout.end),
         num_tokens=sum(len(segment.tokens) for sequence in sequences for segment in sequence),
@@ -158,8 +158,6 @@ class _Layout:
         self.tokens = np.full(shape, pad_token_id, dtype=np.int64)
         self.labels = np.zeros(shape, dtype=np.int64)
         self.position_ids = np.zeros(shape, dtype=np.int64)
-        self.prompt_mask = np.zeros(shape, dtype=bool)
-        self.response_mask = np.zeros(shape, dtype=bool)
         self.segments: list[tuple[int, int, int]] = []
         self.prompt_places: list[np.ndarray] = []
         self.response_places: list[np.ndarray] = []
@@ -173,14 +171,12 @@ class _Layout:
             self.tokens[number, start:end] = segment.tokens
             self.labels[number, start:end] = segment.labels
             self.position_ids[number, start:end] = segment.first_position + np.arange(end - start)
-            self.prompt_mask[number, start:boundary] = True
             place = number * self._length
             if segment.tells_prompt:
                 self.prompt_places.append(place + np.arange(start, boundary))
             if segment.answers is None:
                 prompt = len(self.segments)
             else:
-                self.response_mask[number, boundary:end] = segment.answers
                 self.response_places.append(place + boundary + np.flatnonzero(segment.answers))
                 self.boundary.append(place + boundary)
                 self.end.append(place + end - 1)

@@ -63,7 +63,7 @@ def _thd(batch: MicroBatch) -> PackedSeqParams:
 
 
 class SegmentAttention(DotProductAttention):
-    """Megatron's own attention, which also takes a table of segments in the place of a mask."""
+    """Megatron's attention by PyTorch's fused kernels, which never hold T x T weights; it takes a table of segments."""
 
     def forward(
         self,
@@ -77,17 +77,19 @@ class SegmentAttention(DotProductAttention):
         """``[T, B, heads * D]`` from queries ``[T, B, heads, D]``, keys and values ``[T, B, groups, D]``.
 
         Args:
-            attention_mask: a table of segments ``[S, 3]`` int64, or what Megatron's attention takes.
+            attention_mask: ``None`` for causal attention, a table of segments ``[S, 3]`` int64, or what else Megatron's
+                own attention takes, which then is asked.
         """
-        if attention_mask is None or attention_mask.dtype != torch.int64:
+        if self.softmax_offset is not None or (attention_mask is not None and attention_mask.dtype != torch.int64):
             return super().forward(query, key, value, attention_mask, *arguments, **keywords)
-        assert self.softmax_offset is None, "attention sinks are not known here"
+        if attention_mask is None:
+            return self._attend(query, key, value).flatten(2)
         length, num_sequences = query.shape[:2]
         table = attention_mask.tolist()
         sizes = [size for size, _, _ in table]
-        # [B * T, heads, D], split where segments end: one copy, and one in backward.
+        # [B * T, 1, heads, D], split where segments end: one copy, and one in backward.
         queries, keys, values = (
-            part.transpose(0, 1).reshape(num_sequences * length, *part.shape[2:]).split(sizes)
+            part.transpose(0, 1).reshape(num_sequences * length, 1, *part.shape[2:]).split(sizes)
             for part in (query, key, value)
         )
         attended = []
@@ -103,7 +105,7 @@ class SegmentAttention(DotProductAttention):
         return merged.transpose(0, 1).contiguous()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``[n, heads, D]`` from n queries that are the last of m keys and values ``[m, groups, D]``."""
+        """``[n, B, heads, D]`` from n queries that are the last of m keys and values ``[m, B, groups, D]``."""
         num_queries, num_keys = len(query), len(key)
         window = self.scale_mask_softmax.window_size
         mask = None
@@ -117,13 +119,13 @@ class SegmentAttention(DotProductAttention):
         forked = dropout and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
             attended = F.scaled_dot_product_attention(
-                query.transpose(0, 1)[None],
-                key.transpose(0, 1)[None],
-                value.transpose(0, 1)[None],
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None,
                 scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1),
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=query.shape[2] != key.shape[2],
             )
-        return attended[0].transpose(0, 1)
+        return attended.permute(2, 0, 1, 3)

@@ -46,7 +46,7 @@ def sequence_log_probs(
 
     Args:
         output: logits, or what they would be computed from.
-        batch: labels and masks ``[B, T]``.
+        batch: labels, and what is predicted where.
         vocab_size: V without padding.
         prompts: those of the prompts are wanted; where not, nothing is computed for their tokens, and they are 0.
         prompt_gradient: they carry one; where not, nothing is computed backward for their tokens.
@@ -55,34 +55,35 @@ def sequence_log_probs(
         ``([R], [R])``: prompt sums, response sums; the same on every tensor-parallel rank.
     """
 
-    def log_probs(mask: Tensor) -> Tensor:
-        return _token_log_probs(output, batch, mask, vocab_size)
+    def log_probs(*places: Tensor) -> Tensor:
+        return _token_log_probs(output, batch, torch.cat(places), vocab_size)
 
     together = prompts and (prompt_gradient or not torch.is_grad_enabled())
-    logps = log_probs(batch.prompt_mask | batch.response_mask if together else batch.response_mask)
+    logps = log_probs(*[batch.all_prompt_places] * together, batch.all_response_places)
     response_logps = sums_at(logps, batch.response_places)
     if not prompts:
         return torch.zeros_like(response_logps), response_logps
     if not together:
         with torch.no_grad():
-            logps = log_probs(batch.prompt_mask)
+            logps = log_probs(batch.all_prompt_places)
     return sums_at(logps, batch.prompt_places)[batch.prompt_group], response_logps
 
 
-def _token_log_probs(output: ModelOutput, batch: MicroBatch, mask: Tensor, vocab_size: int) -> Tensor:
-    """``[B, T]`` float32, nats; 0 where ``mask`` is false."""
-    group = parallel_state.get_tensor_model_parallel_group()
+def _token_log_probs(output: ModelOutput, batch: MicroBatch, places: Tensor, vocab_size: int) -> Tensor:
+    """``[B, T]`` float32, nats; 0 but at the ``[N]`` places."""
+    length = batch.tokens.shape[1]
+    at_b, at_t = places // length, places % length
+    common = {"vocab_size": vocab_size, "group": parallel_state.get_tensor_model_parallel_group()}
     if output.logits is not None:
-        return vocab_parallel_log_probs(output.logits, batch.labels, vocab_size=vocab_size, group=group, mask=mask)
+        return vocab_parallel_log_probs(output.logits, batch.labels, positions=(at_b, at_t), **common)
     assert output.hidden is not None and output.output_weight is not None, "a model without log-probabilities"
     return linear_vocab_parallel_log_probs(
         output.hidden,
         output.output_weight,
         batch.labels.t(),
-        vocab_size=vocab_size,
-        group=group,
-        mask=mask.t(),
-        sequence_parallel=output.hidden.shape[0] != batch.tokens.shape[1],
+        positions=(at_t, at_b),
+        sequence_parallel=output.hidden.shape[0] != length,
+        **common,
     ).t()
 
 

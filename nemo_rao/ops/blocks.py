@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nemo_rao.ops.vocabulary import chunks
+from nemo_rao.ops.vocabulary import Positions, chunks
 
 
 class Blocks:
@@ -41,7 +41,7 @@ class Blocks:
         weight: Tensor,
         u: Tensor | None,
         b: Tensor | None,
-        positions: tuple[Tensor, ...],
+        positions: Positions,
         num_columns: int,
         workspace_bytes: int,
     ) -> None:

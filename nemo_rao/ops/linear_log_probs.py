@@ -40,7 +40,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_rao.ops.blocks import Blocks, add_product
-from nemo_rao.ops.vocabulary import Columns, columns_of_rank, empty_statistics, over_all_ranks, owned, selected
+from nemo_rao.ops.vocabulary import (
+    Columns,
+    Positions,
+    columns_of_rank,
+    empty_statistics,
+    over_all_ranks,
+    owned,
+    selected,
+)
 
 CPU_WORKSPACE_BYTES = 32 * 2**20
 CUDA_WORKSPACE_BYTES = 512 * 2**20
@@ -54,6 +62,7 @@ def linear_vocab_parallel_log_probs(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
     mask: Tensor | None = None,
+    positions: Positions | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     sequence_parallel: bool = False,
     workspace_bytes: int | None = None,
@@ -63,7 +72,7 @@ def linear_vocab_parallel_log_probs(
     A collective of ``group`` in forward and, where hidden or u needs a gradient, in backward: all of its ranks call it
     with the same targets and mask. Backward expects the same incoming gradient on all of them, as it is where each
     computes the same loss. Gradients of hidden and u are whole (summed over the ranks), those of weight and b are of
-    the rank's own rows. On a GPU the host waits once for the device, to list the positions and check the targets.
+    the rank's own rows. Without ``positions``, a GPU is waited for once, to list them and to check the targets.
 
     A weight with ``main_grad`` (Megatron's distributed data parallel) has its gradient added there, and autograd gets a
     placeholder, by the protocol of Megatron's own linear layers: ``grad_added_to_main_grad``, ``zero_out_wgrad``.
@@ -76,6 +85,8 @@ def linear_vocab_parallel_log_probs(
         group: the tensor-parallel ranks; ``None`` for one.
         mask: ``[...]`` bool. Where false, nothing is computed: the result and the gradients are zero, whatever hidden
             state and target stand there.
+        positions: in the place of a mask, the N of them that are computed, where the caller knows them: a GPU is not
+            waited for, and targets are not checked.
         low_rank: u ``[..., r]``, b ``[V/TP, r]``, which add ``u @ b.T`` to the logits: LoRA on the output layer, its
             scale inside u. As adapters have it, u is of all positions, also with ``sequence_parallel``.
         sequence_parallel: hidden is ``[T/TP, ...]``, the rank's part of dimension 0; all else is ``[T, ...]``.
@@ -97,7 +108,7 @@ def linear_vocab_parallel_log_probs(
         assert u.shape == (*targets.shape, b.shape[1]) and b.shape[0] == weight.shape[0], (u.shape, b.shape)
     if workspace_bytes is None:
         workspace_bytes = CUDA_WORKSPACE_BYTES if hidden.is_cuda else CPU_WORKSPACE_BYTES
-    positions, chosen = selected(targets, mask, vocab_size)
+    positions, chosen = selected(targets, mask, positions, vocab_size)
     return _LinearLogProbs.apply(
         hidden, weight, u, b, chosen - columns.first, positions, targets.shape, columns, gathered, workspace_bytes
     )
@@ -114,7 +125,7 @@ class _LinearLogProbs(torch.autograd.Function):
         u: Tensor | None,
         b: Tensor | None,
         local_targets: Tensor,
-        positions: tuple[Tensor, ...],
+        positions: Positions,
         shape: torch.Size,
         columns: Columns,
         gathered: bool,
@@ -236,7 +247,7 @@ def _add_gradients(
                 weight_sum[slab].copy_(slab_sum)
 
 
-def _put(part: Tensor, positions: tuple[Tensor, ...], into: Tensor) -> Tensor:
+def _put(part: Tensor, positions: Positions, into: Tensor) -> Tensor:
     """``part`` ``[N, F]`` at its positions of ``into`` ``[..., F]``, in the latter's type."""
     into[positions] = part.to(into.dtype)
     return into

@@ -28,7 +28,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_rao.ops.vocabulary import chunks, columns_of_rank, empty_statistics, over_all_ranks, owned, selected
+from nemo_rao.ops.vocabulary import (
+    Positions,
+    chunks,
+    columns_of_rank,
+    empty_statistics,
+    over_all_ranks,
+    owned,
+    selected,
+)
 
 CHUNK_BYTES = 128 * 2**20
 """Default size of a chunk of logits in fp32."""
@@ -41,13 +49,14 @@ def vocab_parallel_log_probs(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
     mask: Tensor | None = None,
+    positions: Positions | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """log p(target) of every position, in nats.
 
     A collective of ``group`` in forward: all of its ranks call it with the same targets and mask. Backward expects the
     same incoming gradient on all of them, as it is where each computes the same loss; each returns the gradient of its
-    own columns. On a GPU the host waits once for the device, to list the positions and check the targets.
+    own columns. Without ``positions``, a GPU is waited for once, to list them and to check the targets.
 
     Args:
         logits: ``[..., V/TP]`` of any float type and memory layout; rank i of ``group`` holds columns
@@ -57,6 +66,8 @@ def vocab_parallel_log_probs(
         group: the tensor-parallel ranks; ``None`` for one.
         mask: ``[...]`` bool. Where false, nothing is computed: the result and the gradient are zero, whatever logits
             and target stand there.
+        positions: in the place of a mask, the N of them that are computed, where the caller knows them: a GPU is not
+            waited for, and targets are not checked.
         chunk_bytes: fp32 logits that are held at once, in bytes; at least one token's.
 
     Returns:
@@ -64,7 +75,7 @@ def vocab_parallel_log_probs(
     """
     assert logits.shape[:-1] == targets.shape and targets.ndim > 0, (logits.shape, targets.shape)
     columns = columns_of_rank(logits.shape[-1], vocab_size, group)
-    positions, chosen = selected(targets, mask, vocab_size)
+    positions, chosen = selected(targets, mask, positions, vocab_size)
     return _LogProbs.apply(logits, chosen - columns.first, positions, columns.num, columns.group, chunk_bytes)
 
 
@@ -76,7 +87,7 @@ class _LogProbs(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         local_targets: Tensor,
-        positions: tuple[Tensor, ...],
+        positions: Positions,
         num_columns: int,
         group: dist.ProcessGroup | None,
         chunk_bytes: int,

@@ -38,11 +38,21 @@ def columns_of_rank(width: int, vocab_size: int, group: dist.ProcessGroup | None
     return Columns(first, min(max(vocab_size - first, 0), width), group if num_ranks > 1 else None)
 
 
-def selected(targets: Tensor, mask: Tensor | None, vocab_size: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """``(index of [...] for each dimension, each [N]; targets [N] int64)`` where ``mask`` is true, row by row.
+Positions = tuple[Tensor, ...]
+"""N places of a tensor: for each of its leading dimensions an index ``[N]`` int64."""
 
-    On a GPU the host waits once for the device, to list the positions and check the targets.
+
+def selected(
+    targets: Tensor, mask: Tensor | None, positions: Positions | None, vocab_size: int
+) -> tuple[Positions, Tensor]:
+    """``(positions, targets [N] int64)``: those that are given, else where ``mask`` is true, row by row.
+
+    To list positions and check the targets, on a GPU the host waits once for the device; it does not for positions that
+    are given, whose targets are taken on trust.
     """
+    if positions is not None:
+        assert mask is None and len(positions) == targets.ndim, (mask, len(positions), targets.shape)
+        return positions, targets[positions].long()
     assert mask is None or mask.shape == targets.shape, (mask.shape, targets.shape)
     positions = (torch.ones_like(targets, dtype=torch.bool) if mask is None else mask).nonzero(as_tuple=True)
     chosen = targets[positions].long()

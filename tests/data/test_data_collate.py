@@ -59,8 +59,8 @@ def test_every_layout_predicts_each_rows_tokens_from_what_stands_before_them_the
         for t, place in enumerate(places):
             assert labels[place] == whole[t + 1] and positions[place] == t
             assert [int(tokens[other]) for other in seen[place]] == whole[: t + 1]
-            assert batch.prompt_mask.flatten()[place] == (t + 1 < len(prompt))
-            assert batch.response_mask.flatten()[place] == (t + 1 >= len(prompt))
+            assert (place in batch.all_prompt_places) == (t + 1 < len(prompt))
+            assert (place in batch.all_response_places) == (t + 1 >= len(prompt))
         assert batch.boundary[row] == places[len(prompt) - 1] and batch.end[row] == places[-1] + 1
         assert [int(tokens[other]) for other in seen[int(batch.end[row])]] == whole
         number = firsts[p] + k
@@ -69,9 +69,13 @@ def test_every_layout_predicts_each_rows_tokens_from_what_stands_before_them_the
         reward = float(samples[p].rewards[k])
         assert batch.rewards[row] == reward or (np.isnan(reward) and batch.rewards[row].isnan())
         assert batch.reward_ensemble is not None and batch.reward_ensemble[row].tolist() == [k / 2, k / 8]
-    selected = (batch.prompt_mask.sum() + batch.response_mask.sum()).item()
-    assert selected == sum((batch.prompt_places >= 0).sum(-1)) + sum((batch.response_places >= 0).sum(-1))
-    assert not (batch.prompt_mask & batch.response_mask).any()
+    for listed, of_rows in (
+        (batch.all_prompt_places, batch.prompt_places),
+        (batch.all_response_places, batch.response_places),
+    ):
+        assert listed.tolist() == of_rows[of_rows >= 0].tolist()
+    everywhere = batch.all_prompt_places.tolist() + batch.all_response_places.tolist()
+    assert len(set(everywhere)) == len(everywhere)
     assert batch.num_row_tokens == sum(len(samples[p].prompt) + len(samples[p].responses[k]) for p, k in pairs)
     shared = sum((len(sample.prompt) - 1) * (len(sample.responses) - 1) for sample in samples)
     assert batch.num_tokens == batch.num_row_tokens - shared * layout["shared_prompts"]
@@ -112,7 +116,6 @@ def test_of_conversations_only_the_answers_are_predicted(samples, layout):
             places = batch.response_places[row]
             assert batch.labels.flatten()[places[places >= 0]].tolist() == response[answers].tolist()
             row += 1
-    assert batch.response_mask.sum() == (batch.response_places >= 0).sum()
 
 
 def test_what_the_data_does_not_have_is_none():

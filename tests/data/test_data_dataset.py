@@ -434,8 +434,8 @@ def test_a_conversations_answers_stay_with_it_and_count_for_the_fingerprint(load
     (marked,) = data[1].answers
     assert len(marked) == len(data[1].responses[0]) and marked[0] and marked[-1] and not marked.all()
     batch = collate([data[0], data[1]], [0, 1], pad_token_id=0)
-    start = len(data[1].prompt) - 1
-    assert batch.response_mask[1, start : start + len(marked)].tolist() == marked.tolist()
-    assert batch.response_mask[1].sum() == marked.sum() and not (batch.response_mask & batch.prompt_mask).any()
+    start = batch.tokens.shape[1] + len(data[1].prompt) - 1
+    assert batch.response_places[1][: marked.sum()].tolist() == (start + marked.nonzero()[0]).tolist()
+    assert (batch.response_places[1] >= 0).sum() == marked.sum()
     whole = PreferenceData([replace(data[1], answers=None)])
     assert whole.fingerprint() != PreferenceData([data[1]]).fingerprint()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nemo_rao.data.collate import collate
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import Encoder
 from nemo_rao.data.rows import read_rows
@@ -62,3 +63,27 @@ def test_boundaries_equal_those_of_apply_chat_template(name, rows, tokenizers):
             whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response.content}])
             end = len(whole) - whole[::-1].index(encoder.end_token_id)
             assert whole[:end] == [*sample.prompt, *tokens]
+
+
+def test_packed_batches_hardly_compute_padding_and_shared_prompts_save_what_they_are(tokenizers):
+    data = load_preferences(FILE, tokenizers["own"], seq_length=2048)
+
+    def tokens(**layout: bool) -> tuple[int, int, int]:
+        """Of the rows, computed, and computed with padding, over a pass in micro-batches of two prompts."""
+        batches = [
+            collate([data[i], data[i + 1]], [data.response_offset(i), 0], pad_token_id=0, pad_multiple=16, **layout)
+            for i in range(0, len(data) - 1, 2)
+        ]
+        return (
+            sum(batch.num_row_tokens for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            sum(batch.tokens.numel() for batch in batches),
+        )
+
+    of_rows, computed, with_padding = tokens()
+    assert of_rows == computed and computed / with_padding < 0.8
+    for shared in (False, True):
+        same_rows, computed, with_padding = tokens(packed=True, shared_prompts=shared)
+        assert same_rows == of_rows and computed / with_padding >= 0.95
+        prompts = sum((len(s.prompt) - 1) * (len(s.responses) - 1) for s in list(data)[: len(data) // 2 * 2])
+        assert of_rows - computed == prompts * shared

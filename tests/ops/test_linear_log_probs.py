@@ -495,7 +495,8 @@ def _main_grads(tensor: int, sequence_parallel: bool, tied: bool, overlap: bool)
                 batch = tiny.micro_batch(samples, prompts)
                 positions = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
                 output = wrapped(input_ids=batch.tokens, position_ids=positions, attention_mask=None, labels=None)
-                mask = batch.prompt_mask | batch.response_mask
+                mask = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+                mask.view(-1)[torch.cat([batch.all_prompt_places, batch.all_response_places])] = True
                 if fused:
                     logps = linear_vocab_parallel_log_probs(
                         output.transpose(0, 1),

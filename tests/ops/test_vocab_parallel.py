@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nemo_rao.ops.linear_log_probs import linear_vocab_parallel_log_probs
 from nemo_rao.ops.vocab_parallel import vocab_parallel_log_probs
 
 from .gloo_ranks import run_ranks
@@ -275,3 +276,31 @@ def test_log_probs_without_gradient_need_no_graph() -> None:
         logps = vocab_parallel_log_probs(torch.zeros(2, 8, requires_grad=True), torch.zeros(2).long(), vocab_size=8)
     assert not logps.requires_grad
     torch.testing.assert_close(logps, torch.full((2,), -math.log(8)))
+
+
+def test_listed_positions_are_those_of_a_mask_in_any_order() -> None:
+    """Here and in the fused function, value and gradient."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(5, 3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (5, 3), generator=generator)
+    mask = torch.rand(5, 3, generator=generator) < 0.6
+    upstream = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    order = torch.randperm(int(mask.sum()), generator=generator)
+    listed = tuple(index[order] for index in mask.nonzero(as_tuple=True))
+    for function, inputs in (
+        (
+            lambda **where: vocab_parallel_log_probs(hidden @ weight.T, targets, vocab_size=11, **where),
+            (hidden, weight),
+        ),
+        (
+            lambda **where: linear_vocab_parallel_log_probs(hidden, weight, targets, vocab_size=11, **where),
+            (hidden, weight),
+        ),
+    ):
+        expected, got = function(mask=mask), function(positions=listed)
+        assert expected.any() and torch.equal(got, expected)
+        for wanted, have in zip(
+            torch.autograd.grad(expected, inputs, upstream), torch.autograd.grad(got, inputs, upstream), strict=True
+        ):
+            torch.testing.assert_close(have, wanted, rtol=1e-13, atol=1e-13)

@@ -1,8 +1,13 @@
-"""The same loss, gradient norm and metrics however the model and the batch are split."""
+"""The same loss, gradient norm and metrics however the model and the batch are split, and the batch is laid out.
+
+All combinations of the three switches are run on one rank, and under every split with ``--every-combination``; else
+under every split as recipes have them, and with all of them on.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 
 import pytest
@@ -22,17 +27,28 @@ LAYOUTS = {  # name: (TP, PP, DP), micro-batch size
     "DP 2, small micro-batches": ((1, 1, 2), 1),
     "TP 2, sequence parallel": ((2, 1, 1), 2),
 }
+SWITCHES = ("model.fused_log_probs", "data.packing", "data.prefix_sharing")
+PLAIN, DEFAULT, ALL_ON = (False, False, False), (True, False, False), (True, True, True)
+EVERY = list(itertools.product((False, True), repeat=len(SWITCHES)))
 TOLERANCE = 1e-5
 # Differences of log-probabilities may be as near to zero as they like; fp32 sums of their size, tens of nats, are known
 # to a few millionths. In nats; rewards are multiplied by beta, 0.1.
 ROUNDING = {"rewards/": 1e-6, "rao/prompt_logratio": 1e-5}
 
 
+def switches_on(switches: tuple[bool, ...]) -> str:
+    return "+".join(name.partition(".")[2] for name, on in zip(SWITCHES, switches, strict=True) if on) or "plain"
+
+
 @functools.cache
-def train(recipe: str, layout: str, data: tuple[str, ...], start: Path) -> list[dict[str, float]]:
+def train(
+    recipe: str, layout: str, switches: tuple[bool, ...], data: tuple[str, ...], start: Path
+) -> list[dict[str, float]]:
     sizes, micro_batch_size = LAYOUTS[layout]
     # A folder of its own: the reference pass, too, runs under this layout.
-    folder = start.parent / f"{recipe} {layout}".replace(" ", "_").replace(",", "")
+    folder = start.parent / f"{recipe} {layout} {''.join('ny'[on] for on in switches)}".replace(" ", "_").replace(
+        ",", ""
+    )
     extra = ["model.sequence_parallel=true"] if "sequence parallel" in layout else []
     overrides = [
         *TINY,
@@ -40,6 +56,7 @@ def train(recipe: str, layout: str, data: tuple[str, ...], start: Path) -> list[
         *NO_CHECKPOINTS,
         *parallel(*sizes),
         *extra,
+        *(f"{name}={on}" for name, on in zip(SWITCHES, switches, strict=True)),
         f"model.micro_batch_size={micro_batch_size}",
         "model.global_batch_size=8",
         f"model.restore_from_path={start}",
@@ -51,10 +68,29 @@ def train(recipe: str, layout: str, data: tuple[str, ...], start: Path) -> list[
     return steps(folder / "run")
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one rank"])
-@pytest.mark.parametrize("recipe", ["gpt_rao", "gpt_dpo"])
-def test_five_steps_are_those_of_one_rank(recipe: str, layout: str, data: tuple[str, ...], start: Path) -> None:
-    expected, got = train(recipe, "one rank", data, start), train(recipe, layout, data, start)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "switches" not in metafunc.fixturenames:
+        return
+    if metafunc.config.getoption("every_combination"):
+        cases = list(itertools.product(("gpt_rao", "gpt_dpo"), LAYOUTS, EVERY))
+    else:
+        cases = [("gpt_rao", "one rank", switches) for switches in EVERY]
+        cases += itertools.product(("gpt_rao", "gpt_dpo"), LAYOUTS, (DEFAULT,))
+        cases += itertools.product(("gpt_rao",), [name for name in LAYOUTS if "small" not in name], (ALL_ON,))
+        cases += [("gpt_dpo", "TP 2 x PP 2", ALL_ON), ("gpt_dpo", "DP 2, small micro-batches", ALL_ON)]
+    metafunc.parametrize(
+        ("recipe", "layout", "switches"),
+        [case for case in dict.fromkeys(cases) if case[1:] != ("one rank", PLAIN)],
+        ids=lambda value: switches_on(value) if isinstance(value, tuple) else value,
+    )
+
+
+def test_five_steps_are_those_of_one_rank(
+    recipe: str, layout: str, switches: tuple[bool, ...], data: tuple[str, ...], start: Path
+) -> None:
+    """The one rank computes whole logits of rows of their own."""
+    expected = train(recipe, "one rank", PLAIN, data, start)
+    got = train(recipe, layout, switches, data, start)
     assert len(expected) == len(got) == 5
     for want, have in zip(expected, got, strict=True):
         assert want.keys() == have.keys()
@@ -68,5 +104,5 @@ def test_five_steps_are_those_of_one_rank(recipe: str, layout: str, data: tuple[
 
 @pytest.mark.parametrize("recipe", ["gpt_rao", "gpt_dpo"])
 def test_five_steps_change_the_loss(recipe: str, data: tuple[str, ...], start: Path) -> None:
-    losses = [step["loss"] for step in train(recipe, "one rank", data, start)]
+    losses = [step["loss"] for step in train(recipe, "one rank", PLAIN, data, start)]
     assert max(losses) > 1.01 * min(losses)
