@@ -72,6 +72,7 @@ class SegmentAttention(DotProductAttention):
         value: Tensor,
         attention_mask: Tensor | None,
         *arguments: Any,
+        packed_seq_params: PackedSeqParams | None = None,
         **keywords: Any,
     ) -> Tensor:
         """``[T, B, heads * D]`` from queries ``[T, B, heads, D]``, keys and values ``[T, B, groups, D]``.
@@ -79,7 +80,14 @@ class SegmentAttention(DotProductAttention):
         Args:
             attention_mask: ``None`` for causal attention, a table of segments ``[S, 3]`` int64, or what else Megatron's
                 own attention takes, which then is asked.
+            packed_seq_params: in the place of both, segments in the THD format; tensors are ``[T, heads, D]`` then, and
+                the result is ``[T, heads * D]``.
         """
+        if packed_seq_params is not None:
+            lengths = packed_seq_params.cu_seqlens_q.diff().to(torch.int64)
+            table = F.pad(torch.stack([lengths, torch.full_like(lengths, -1)], dim=-1), (0, 1))
+            whole = self.forward(query[:, None], key[:, None], value[:, None], table)
+            return whole[:, 0]
         if self.softmax_offset is not None or (attention_mask is not None and attention_mask.dtype != torch.int64):
             return super().forward(query, key, value, attention_mask, *arguments, **keywords)
         if attention_mask is None:

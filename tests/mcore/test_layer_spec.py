@@ -141,6 +141,34 @@ def test_gradients_are_those_of_hugging_face_norms_included(
     assert max(error for _, error in errors) < 2e-5, sorted(errors, key=lambda item: -item[1])[:5]
 
 
+def in_thd(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Sums of packed rows by their table of segments, and in the format that Transformer Engine takes."""
+    from nemo_rao.mcore import attention
+    from nemo_rao.mcore.forward import evaluation_mode, forward_step
+    from nemo_rao.mcore.loss import sequence_log_probs
+
+    tiny.enter(Layout(tensor=2))
+    model = tiny.build(weights, Layout(tensor=2))
+    batch = tiny.micro_batch(SAMPLES, range(len(SAMPLES)), packed=True)
+    found, told = {}, []
+    for name in ("segments", "thd"):
+        with evaluation_mode([model]):
+            output = forward_step(model, batch)
+            found[name] = torch.stack(sequence_log_probs(output, batch, vocab_size=tiny.VOCAB), -1)
+        attention._attends_to_segments = lambda model: False  # as of a model of Transformer Engine's layers
+        with attention.segments_told(model, batch) as arguments:
+            told.append(sorted(arguments))
+    return {**found, "told": told}
+
+
+def test_packed_rows_in_the_thd_format_are_the_same(dense: dict[str, Any]) -> None:
+    """Megatron's own handling of it: rotary positions, shapes. Its attention, on a GPU, is Transformer Engine's."""
+    for found in run_ranks(in_thd, (dense["llama"]["weights"],), num_ranks=2):
+        assert found["told"] == [["attention_mask", "packed_seq_params"]] * 2
+        for name in ("segments", "thd"):
+            torch.testing.assert_close(found[name], dense["llama"]["sums"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_parameters_have_transformer_engines_names(ranks: list[dict[str, Any]], model: str) -> None:
     in_layers = LAYER_NAMES | ({"self_attention.linear_qkv.bias"} if model == "qwen2" else set())
