@@ -3,6 +3,7 @@
 #   make demo      install, then the demonstration: SFT, then RAO, on four local ranks of this machine's CPU
 #   make test      install, then ruff, mypy and the test suite
 #   make lint      ruff and mypy alone;  make format  applies ruff's fixes
+#   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
 #   make clean     removes caches and builds;  make distclean  removes .venv too
 #
 # Variables, as in `make install PYTHON=python3.12`:
@@ -10,6 +11,7 @@
 #   TORCH_INDEX_URL  a further package index, asked before PyPI's CUDA build of torch is taken. A machine without a GPU
 #                    saves gigabytes with TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
+#   BENCH            of benchmarks/, such as step;  BENCH_ARGS  passed to it
 #   TEST_PROCESSES   that share the test files; each imports NeMo, and its multi-rank tests use two to four cores
 
 SHELL := /bin/bash
@@ -18,13 +20,15 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(
 TORCH_INDEX_URL ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH ?= log_probs step scaling start_up profile_step
+BENCH_ARGS ?=
 TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install demo test lint format constraints clean distclean
+.PHONY: install demo test lint format bench bench-page constraints clean distclean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -53,6 +57,12 @@ test: lint
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: install
+	set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(BENCH_ARGS); done
+
+bench-page: install
+	$(BIN)/python -m benchmarks.page > docs/performance.md.new && mv docs/performance.md.new docs/performance.md
 
 constraints:
 	@command -v uv >/dev/null || { echo "error: this target needs uv (https://docs.astral.sh/uv)" >&2; exit 2; }

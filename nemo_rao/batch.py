@@ -124,6 +124,7 @@ class MicroBatch:
         ranked: ``[P]`` bool: the responses' order is a preference, best first.
         reference: ``[R, 2]`` float32 reference sums (prompt without t0, response), nats; ``None`` where not wanted.
         num_prompts: P.
+        max_responses: K.
         reward_ensemble: ``[R, M]`` float32, the rewards of M reward models; ``None`` without an ensemble.
         reference_rewards: ``[P, N]`` float32, rewards of the reference policy's own responses, NaN where there are
             fewer than N; ``None`` where there are none.
@@ -150,6 +151,7 @@ class MicroBatch:
     ranked: Tensor
     reference: Tensor | None
     num_prompts: int
+    max_responses: int
     reward_ensemble: Tensor | None = None
     reference_rewards: Tensor | None = None
 

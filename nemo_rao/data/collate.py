@@ -118,6 +118,7 @@ def collate(
         ranked=torch.tensor([sample.ranked for sample in samples], dtype=torch.bool),
         reference=sums,
         num_prompts=len(samples),
+        max_responses=max(num_responses),
         reward_ensemble=torch.from_numpy(ensemble.astype(np.float32)) if ensemble.shape[1] else None,
         reference_rewards=torch.from_numpy(reference_rewards) if reference_rewards.shape[1] else None,
     )

@@ -63,6 +63,7 @@ def linear_vocab_parallel_log_probs(
     group: dist.ProcessGroup | None = None,
     mask: Tensor | None = None,
     positions: Positions | None = None,
+    num_trained: int | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     sequence_parallel: bool = False,
     workspace_bytes: int | None = None,
@@ -87,6 +88,8 @@ def linear_vocab_parallel_log_probs(
             state and target stand there.
         positions: in the place of a mask, the N of them that are computed, where the caller knows them: a GPU is not
             waited for, and targets are not checked.
+        num_trained: the first so many of ``positions`` carry a gradient, the others are constants, for which nothing is
+            computed backward; ``None`` for all.
         low_rank: u ``[..., r]``, b ``[V/TP, r]``, which add ``u @ b.T`` to the logits: LoRA on the output layer, its
             scale inside u. As adapters have it, u is of all positions, also with ``sequence_parallel``.
         sequence_parallel: hidden is ``[T/TP, ...]``, the rank's part of dimension 0; all else is ``[T, ...]``.
@@ -109,8 +112,10 @@ def linear_vocab_parallel_log_probs(
     if workspace_bytes is None:
         workspace_bytes = CUDA_WORKSPACE_BYTES if hidden.is_cuda else CPU_WORKSPACE_BYTES
     positions, chosen = selected(targets, mask, positions, vocab_size)
+    assert num_trained is None or 0 <= num_trained <= len(chosen), (num_trained, len(chosen))
+    local_targets = chosen - columns.first
     return _LinearLogProbs.apply(
-        hidden, weight, u, b, chosen - columns.first, positions, targets.shape, columns, gathered, workspace_bytes
+        hidden, weight, u, b, local_targets, positions, num_trained, targets.shape, columns, gathered, workspace_bytes
     )
 
 
@@ -126,6 +131,7 @@ class _LinearLogProbs(torch.autograd.Function):
         b: Tensor | None,
         local_targets: Tensor,
         positions: Positions,
+        num_trained: int | None,
         shape: torch.Size,
         columns: Columns,
         gathered: bool,
@@ -143,7 +149,8 @@ class _LinearLogProbs(torch.autograd.Function):
                     _add_to_statistics(local_n3[rows], logits_nc, local_targets[rows] - slab.start)
         largest, total, target_logits = over_all_ranks(local_n3, columns.group)
 
-        ctx.save_for_backward(hidden, weight, u, b, local_targets, largest, total, *positions)
+        of_tokens = (local_targets, largest, total, *positions)
+        ctx.save_for_backward(hidden, weight, u, b, *(values[:num_trained] for values in of_tokens))
         ctx.columns, ctx.gathered, ctx.workspace_bytes = columns, gathered, workspace_bytes
         ctx.parameter = weight  # a saved tensor may come back as a copy, without Megatron's attributes
         logps = hidden.new_zeros(shape, dtype=blocks.dtype)
@@ -192,7 +199,7 @@ class _LinearLogProbs(torch.autograd.Function):
         if needs_u:
             u_grad = _put(u_part, positions, torch.zeros_like(u))
         weight_grad = _for_autograd(ctx.parameter, sums[0][0]) if needs_weight else None
-        return hidden_grad, weight_grad, u_grad, sums[-1][0] if needs_b else None, *[None] * 6
+        return hidden_grad, weight_grad, u_grad, sums[-1][0] if needs_b else None, *[None] * 7
 
 
 def _add_to_statistics(statistics_n3: Tensor, logits_nc: Tensor, targets: Tensor) -> None:

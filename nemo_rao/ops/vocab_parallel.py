@@ -50,6 +50,7 @@ def vocab_parallel_log_probs(
     group: dist.ProcessGroup | None = None,
     mask: Tensor | None = None,
     positions: Positions | None = None,
+    num_trained: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """log p(target) of every position, in nats.
@@ -68,6 +69,8 @@ def vocab_parallel_log_probs(
             and target stand there.
         positions: in the place of a mask, the N of them that are computed, where the caller knows them: a GPU is not
             waited for, and targets are not checked.
+        num_trained: the first so many of ``positions`` carry a gradient, the others are constants, for which nothing is
+            computed backward; ``None`` for all.
         chunk_bytes: fp32 logits that are held at once, in bytes; at least one token's.
 
     Returns:
@@ -76,7 +79,10 @@ def vocab_parallel_log_probs(
     assert logits.shape[:-1] == targets.shape and targets.ndim > 0, (logits.shape, targets.shape)
     columns = columns_of_rank(logits.shape[-1], vocab_size, group)
     positions, chosen = selected(targets, mask, positions, vocab_size)
-    return _LogProbs.apply(logits, chosen - columns.first, positions, columns.num, columns.group, chunk_bytes)
+    assert num_trained is None or 0 <= num_trained <= len(chosen), (num_trained, len(chosen))
+    return _LogProbs.apply(
+        logits, chosen - columns.first, positions, num_trained, columns.num, columns.group, chunk_bytes
+    )
 
 
 class _LogProbs(torch.autograd.Function):
@@ -88,6 +94,7 @@ class _LogProbs(torch.autograd.Function):
         logits: Tensor,
         local_targets: Tensor,
         positions: Positions,
+        num_trained: int | None,
         num_columns: int,
         group: dist.ProcessGroup | None,
         chunk_bytes: int,
@@ -109,7 +116,10 @@ class _LogProbs(torch.autograd.Function):
                 local[rows, 2] = torch.where(is_here, target_logits, 0)
 
         largest, total, target_logits = over_all_ranks(local, group)
-        ctx.save_for_backward(logits, local_targets, largest, total, *positions)
+        trained = slice(num_trained)
+        ctx.save_for_backward(
+            logits, local_targets[trained], largest[trained], total[trained], *(index[trained] for index in positions)
+        )
         ctx.num_columns, ctx.rows_per_chunk = num_columns, rows_per_chunk
         logps = logits.new_zeros(logits.shape[:-1], dtype=dtype)
         logps[positions] = (target_logits - largest) - total.log()
@@ -130,7 +140,7 @@ class _LogProbs(torch.autograd.Function):
                 column, is_here = owned(local_targets[rows], ctx.num_columns)
                 chunk_nv.scatter_add_(1, column[:, None], torch.where(is_here, upstream, 0)[:, None])
                 columns_grad[here] = chunk_nv.to(logits.dtype)
-        return logits_grad, None, None, None, None, None
+        return logits_grad, *[None] * 6
 
 
 def _rows_per_chunk(num_columns: int, dtype: torch.dtype, chunk_bytes: int) -> int:

@@ -304,3 +304,23 @@ def test_listed_positions_are_those_of_a_mask_in_any_order() -> None:
             torch.autograd.grad(expected, inputs, upstream), torch.autograd.grad(got, inputs, upstream), strict=True
         ):
             torch.testing.assert_close(have, wanted, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("num_trained", [0, 4])
+def test_constants_have_their_value_and_no_gradient(num_trained: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(9, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (9,), generator=generator)
+    upstream = torch.randn(9, generator=generator, dtype=torch.float64)
+    order = torch.randperm(9, generator=generator)
+    kept = torch.zeros(9, dtype=torch.bool).index_fill(0, order[:num_trained], True)
+    for function in (
+        lambda **where: vocab_parallel_log_probs(hidden @ weight.T, targets, vocab_size=11, **where),
+        lambda **where: linear_vocab_parallel_log_probs(hidden, weight, targets, vocab_size=11, **where),
+    ):
+        everything, got = function(), function(positions=(order,), num_trained=num_trained)
+        torch.testing.assert_close(got, everything, rtol=1e-13, atol=1e-13)
+        expected = torch.autograd.grad(everything, (hidden, weight), upstream * kept)
+        for wanted, have in zip(expected, torch.autograd.grad(got, (hidden, weight), upstream), strict=True):
+            torch.testing.assert_close(have, wanted, rtol=1e-12, atol=1e-13)

@@ -1,0 +1,229 @@
+"""Time and peak memory of log-probabilities from hidden states: ours, fused and through logits, Megatron's, and dense.
+
+    python -m benchmarks.log_probs                                   # a few minutes on two cores
+    python -m benchmarks.log_probs --tokens 4096 --hidden 4096 --vocab 32000 128256 --dtype bfloat16 float32 --tp 1 2
+
+Every variant computes log p(target) ``[T]`` from hidden states ``[T, H]`` and the output weight ``[V/TP, H]``, of one
+type, and from ones the gradients of both:
+
+- dense: ``log_softmax`` of all logits in float32, and ``gather``; on one rank alone.
+- megatron: megatron-core's column-parallel projection and ``vocab_parallel_cross_entropy``.
+- through_logits: the same projection, and ours of ``nemo_rao.ops.vocab_parallel``.
+- fused: ours of ``nemo_rao.ops.linear_log_probs``.
+
+Time: all variants in turn in one process, on the same inputs. Memory: each variant in a process of its own; what is
+held at most in forward and backward on top of the inputs and of the two gradients that come out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.measure import PeakMemory, clock, device, environment, on_ranks, paired_ratio, times_in_turn
+
+RESULTS = Path(__file__).parent / "results" / "log_probs.json"
+VARIANTS = ("dense", "megatron", "through_logits", "fused")
+BASELINE, OURS = "megatron", "fused"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """One row of the table.
+
+    Attributes:
+        tokens: T.
+        hidden: H.
+        vocab: V, a multiple of tp.
+        tp: tensor-parallel ranks.
+        dtype: of hidden states and weight.
+    """
+
+    tokens: int
+    hidden: int
+    vocab: int
+    tp: int
+    dtype: str
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of one rank's logits in 16 bits, the unit of all figures of memory."""
+        return self.tokens * self.vocab // self.tp * 2
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states and targets, the same on each rank, and this rank's rows of the weight."""
+        generator = torch.Generator(device()).manual_seed(0)
+        options: dict[str, Any] = {"generator": generator, "device": device(), "dtype": getattr(torch, self.dtype)}
+        hidden = torch.randn(self.tokens, self.hidden, **options)
+        targets = torch.randint(self.vocab, (self.tokens,), generator=generator, device=device())
+        generator.manual_seed(1 + dist.get_rank())
+        weight = torch.randn(self.vocab // self.tp, self.hidden, **options).mul_(self.hidden**-0.5)
+        return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+    @property
+    def warm_up(self) -> Size:
+        """The same in small: loads libraries, so that their memory is not counted."""
+        return dataclasses.replace(self, tokens=32, vocab=128 * self.tp)
+
+
+# --------------------------------------------------------------------------------------------- variants
+
+
+def log_probs(variant: str, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """``[T]`` log p(target), by one of :data:`VARIANTS`."""
+    if variant == "fused":
+        from nemo_rao.ops.linear_log_probs import linear_vocab_parallel_log_probs
+
+        return linear_vocab_parallel_log_probs(hidden, weight, targets, vocab_size=vocab_size, group=dist.group.WORLD)
+    if variant == "dense":
+        return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    logits = _project(hidden, weight)
+    if variant == "through_logits":
+        from nemo_rao.ops.vocab_parallel import vocab_parallel_log_probs
+
+        return vocab_parallel_log_probs(logits, targets, vocab_size=vocab_size, group=dist.group.WORLD)
+    assert variant == "megatron", variant
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    # As GPTModel.compute_language_model_loss calls it, on logits [T, R, V/TP] of the compute type.
+    return -vocab_parallel_cross_entropy(logits[:, None], targets[:, None])[:, 0]
+
+
+def _project(hidden: Tensor, weight: Tensor) -> Tensor:
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as linear
+
+    return linear(
+        hidden,
+        weight,
+        bias=None,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=dist.get_world_size() > 1,
+        sequence_parallel=False,
+        tp_group=dist.group.WORLD,
+    )
+
+
+def _enter_megatron(size: Size) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about Transformer Engine and apex, which are not used here
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(size.tp)
+
+
+# -------------------------------------------------------------------------------------------- measuring
+
+
+def measure_memory(variant: str, size: Size) -> dict[str, int]:
+    """Peak bytes of this rank above inputs and gradients. Inside a rank."""
+    if variant in ("megatron", "through_logits"):
+        _enter_megatron(size)
+    for each in (size.warm_up, size):
+        hidden, weight, targets = each.inputs()
+        with PeakMemory() as peak:
+            logps = log_probs(variant, hidden, weight, targets, each.vocab)
+            forward = peak.so_far()
+            logps.sum().backward()
+    gradients = hidden.nbytes + weight.nbytes
+    return {"forward": forward, "forward_and_backward": peak.num_bytes - gradients}
+
+
+def measure_times(variants: list[str], size: Size, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Seconds of each variant in each round. Inside a rank."""
+    _enter_megatron(size)
+    hidden, weight, targets = size.inputs()
+
+    def run(variant: str) -> Mapping[str, float]:
+        hidden.grad = weight.grad = None
+        dist.barrier()
+        start = clock()
+        logps = log_probs(variant, hidden, weight, targets, size.vocab)
+        middle = clock()
+        logps.sum().backward()
+        end = clock()
+        return {"forward": middle - start, "backward": end - middle, "forward_and_backward": end - start}
+
+    work: dict[str, Callable[[], Mapping[str, float]]] = {name: functools.partial(run, name) for name in variants}
+    return times_in_turn(work, repeats=repeats)
+
+
+def measure(size: Size, *, repeats: int, threads: int) -> dict[str, Any]:
+    """One row: seconds, ratios to :data:`BASELINE`'s, bytes, ratios to the logits'."""
+    variants = [name for name in VARIANTS if size.tp == 1 or name != "dense"]
+    on = functools.partial(on_ranks, num_ranks=size.tp, threads=threads)
+    rounds = on(measure_times, (variants, size, repeats))
+    row: dict[str, Any] = {**dataclasses.asdict(size), "logits_bytes": size.logits_bytes, "variants": {}}
+    for name in variants:
+        memory = on(measure_memory, (name, size))
+        phases = {phase: [seconds[phase] for seconds in rounds[name]] for phase in rounds[name][0]}
+        baseline = [seconds["forward_and_backward"] for seconds in rounds[BASELINE]]
+        row["variants"][name] = {
+            "seconds": {
+                phase: {"min": min(seconds), "median": statistics.median(seconds)} for phase, seconds in phases.items()
+            },
+            f"time_over_{BASELINE}": paired_ratio(phases["forward_and_backward"], baseline),
+            "peak_bytes": memory,
+            "peak_over_logits": {phase: peak / size.logits_bytes for phase, peak in memory.items()},
+        }
+    return row
+
+
+def print_header() -> None:
+    print(f"{'T':>6} {'H':>5} {'V':>7} {'TP':>2} {'dtype':>8}  {'variant':<14}", end=" ")
+    print(f"{'seconds':>8} {'x ' + BASELINE:>10} {'MiB':>8} {'x logits':>8}", flush=True)
+
+
+def print_row(row: Mapping[str, Any]) -> None:
+    for name, figures in row["variants"].items():
+        both = "forward_and_backward"
+        print(f"{row['tokens']:>6} {row['hidden']:>5} {row['vocab']:>7} {row['tp']:>2} {row['dtype']:>8}", end="  ")
+        print(f"{name:<14} {figures['seconds'][both]['min']:>8.3f}", end=" ")
+        print(f"{figures[f'time_over_{BASELINE}']['median']:>10.2f}", end=" ")
+        print(f"{figures['peak_bytes'][both] / 2**20:>8.0f} {figures['peak_over_logits'][both]:>8.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="T")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512], help="H")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[128_256], help="V")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="tensor-parallel ranks")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], help="of hidden states and weight")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds that are timed, after one that is not")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of all ranks together"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file")
+    arguments = parser.parse_args()
+
+    rows = []
+    print_header()
+    keys = ("tokens", "hidden", "vocab", "tp", "dtype")
+    for values in itertools.product(*(getattr(arguments, key) for key in keys)):
+        rows.append(measure(Size(*values), repeats=arguments.repeats, threads=arguments.threads))
+        print_row(rows[-1])
+    report = {
+        **environment(["torch", "megatron-core"]),
+        "threads": arguments.threads,
+        "repeats": arguments.repeats,
+        "rows": rows,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""docs/performance.md, written from the figures in benchmarks/results; a test holds them together.
+
+python -m benchmarks.page > docs/performance.md      # what `make bench-page` does
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_Report = Mapping[str, Any]
+
+BEFORE = """\
+# Performance
+
+`make bench` measures everything on this page on the machine at hand, `make bench BENCH=step` one part of it, and
+`make bench-page` writes the page from the figures in `benchmarks/results/`. Nothing on it is typed in by hand.
+
+**How.** What is compared runs in one go, from the same weights, on the same rows in the same order, with the same
+threads and precision; sides take turns, a round of each after a round of the other, and what is compared are rounds
+next to each other. *Ratio* is the median of their ratios, *of minima* that of the fastest rounds, *of CPU* that of
+processor time, all threads together, which other users of the same cores disturb least. Below 1 ours is faster.
+The figures at hand are of a machine whose cores others used heavily at the time: differences of a tenth mean nothing.
+A plus behind a commit says that files were changed since.
+"""
+
+NO_GPU = """\
+**No GPU yet.** All figures are of a processor without a GPU, on models of a few million weights. They compare
+implementations of the same mathematics; they do not tell what a large model does on GPUs, where attention,
+communication and 16-bit arithmetic weigh otherwise. The same commands run there, and use bf16.
+"""
+
+STEP_NOTES = """\
+A *sample* is a prompt with all its K responses. *Memory* is what the process holds at most on top of what it held
+before it read data and model: weights, optimizer, gradients and activations. *Reference pass* is ours, once before the
+first step, kept on disk for later runs; TRL's default runs the reference policy in every step, with
+`precompute_ref_log_probs=True` once, too. *Of padded*: tokens that are computed over those with padding. *Shared*: the
+rows' tokens that need not be computed.
+
+SFT sees the same rows as RAO with the same K: each row is a prompt with a single response, a step holds K times as many
+prompts, and the loss is on the responses. TRL has its own defaults but for the precision, the rows' order and the
+schedule; its `gradient_checkpointing`, on by default, computes every layer's forward pass twice to save memory, and
+ours is off by default, so that it is listed without, too.
+
+Why they differ. RAO computes beside what SFT does the prompts' log-probabilities, forward alone: the output layer's
+forward pass over the prompts' tokens, a few percent of these models' step and less of larger ones'. TRL's step has the
+reference policy's forward pass and, with checkpointing, a second forward pass of its own; it pads all rows of a batch
+to the longest. Neither side holds logits. How much packing saves follows from *of padded*: it grows with the
+differences in length and with the rows of a micro-batch. Memory on a CPU includes what the C library keeps of freed
+memory.
+"""
+
+BOUNDS = """\
+## What bounds a step
+
+Shares of an RAO step's time under PyTorch's profiler. Matrix products and attention are what the mathematics asks for;
+the rest is overhead that could be smaller. The profiler itself adds to what is between operators.
+"""
+
+
+def page() -> str:
+    reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    parts = [BEFORE]
+    if not any(_on_gpu(report) for report in reports.values()):
+        parts.append(NO_GPU)
+    parts.append(_where(reports))
+    steps = {name: report for name, report in reports.items() if report.get("benchmark", name).startswith("step")}
+    parts.append(_goals(reports))
+    for number, (name, report) in enumerate(steps.items()):
+        parts.append(_step(name, report, notes=number == 0))
+    if "profile_step" in reports:
+        parts.append(BOUNDS)
+        parts.append(_profile(reports["profile_step"]))
+    if "log_probs" in reports:
+        parts.append(_log_probs(reports["log_probs"]))
+    if "scaling" in reports:
+        parts.append(_scaling(reports["scaling"]))
+    if "start_up" in reports:
+        parts.append(_start_up(reports["start_up"]))
+    return "\n".join(part.strip() + "\n" for part in parts if part)
+
+
+def _on_gpu(report: _Report) -> bool:
+    return "NVIDIA" in report["device"]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _where(reports: Mapping[str, _Report]) -> str:
+    def versions(report: _Report) -> str:
+        return ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+
+    rows = [
+        [
+            f"`{name}`",
+            f"{report['device']} ({report['cpus']} cores), threads: {report['threads']}",
+            report.get("date", ""),
+            report.get("commit", ""),
+            versions(report),
+        ]
+        for name, report in reports.items()
+    ]
+    return "## Where\n\n" + _table(["result", "device", "date", "commit", "versions"], rows)
+
+
+# ------------------------------------------------------------------------------------------------- steps
+
+
+def _goals(reports: Mapping[str, _Report]) -> str:
+    """What the project wants beside every measurement of it; no result is left out."""
+    goals = (
+        ("RAO takes at most 1.05 times SFT over the same rows", "rao", " / sft", 1.05),
+        ("RAO makes at least 1.5 times the samples of TRL's DPO at its defaults", "rao", " / trl_dpo", 1 / 1.5),
+        ("DPO makes at least 1.5 times the samples of TRL's DPO at its defaults", "dpo", " / trl_dpo", 1 / 1.5),
+        ("packing and sharing make at least 1.4 times the samples of rows", "rao, packed+shared", " / rao", 1 / 1.4),
+    )
+    found = [
+        (goal, limit, result, name, ratio)
+        for goal, start, baseline, limit in goals
+        for result, report in reports.items()
+        for name, ratio in report.get("ratios", {}).items()
+        if name.startswith(start) and baseline in name and ", " not in name.partition(" / trl_dpo")[2]
+    ]
+    # RAO computes all that SFT does, and more: what is below 1 is the measurement's error.
+    error = max([0.0, *(1 - min(ratio.values()) for *_, name, ratio in found if " / sft" in name)])
+    rows = [
+        [goal, result, f"`{name}`", *_ratio(ratio), f"{limit:.2f}", _reached(ratio.values(), limit, error)]
+        for goal, limit, result, name, ratio in found
+    ]
+    header = ["goal", "result", "times compared", "ratio", "of minima", "of CPU", "at most", "reached"]
+    note = (
+        f"RAO computes all that SFT does and more, so that a ratio of the two below 1 is error: up to {error:.0%} "
+        "here. *Reached* is told only where all three figures say the same with that much to spare."
+    )
+    return f"## Goals\n\n{note}\n\n" + _table(header, rows)
+
+
+def _reached(ratios: Iterable[float], limit: float, error: float) -> str:
+    low, high = min(values := list(ratios)), max(values)
+    if high * (1 + error) <= limit:
+        return "yes"
+    return "**no**" if low > limit * (1 + error) else "undecided"
+
+
+def _ratio(ratio: Mapping[str, float]) -> list[str]:
+    return [f"{ratio[name]:.2f}" for name in ("median", "of_minima", "of_cpu_minima")]
+
+
+def _step(name: str, report: _Report, *, notes: bool) -> str:
+    arguments, lengths = report["arguments"], report["lengths"]
+    data = arguments["data"] or "made-up answers whose lengths are as uneven as real ones"
+    rows = []
+    for variant, figures in report["variants"].items():
+        reference, efficiency = figures.get("reference_seconds"), figures.get("data/token_efficiency")
+        rows.append(
+            [
+                variant,
+                f"{figures['samples_per_second']['median']:.2f}",
+                f"{figures['samples_per_second']['max']:.2f}",
+                f"{figures['cpu_seconds']['min']:.2f}",
+                f"{figures['peak_bytes'] / 2**20:.0f} MiB",
+                f"{reference:.2f} s" if reference else "",
+                f"{efficiency:.2f}" if efficiency is not None else "",
+                f"{figures['data/tokens_shared']:.2f}" if efficiency is not None else "",
+            ]
+        )
+    header = ["step", "samples/s", "best", "CPU s a round", "memory", "reference pass", "of padded", "shared"]
+    ratios = [[f"`{compared}`", *_ratio(ratio)] for compared, ratio in report["ratios"].items()]
+    return "\n".join(
+        [
+            f"## Steps: {'made-up answers' if name == 'step' else name.removeprefix('step_').replace('_', ' ')}\n",
+            f"`python -m benchmarks.step{'' if name == 'step' else f' --name {name} --data FILE'}`: {data}; "
+            f"{arguments['prompts']} prompts, {arguments['batch']} in a step, in {arguments['micro_batches']} "
+            f"micro-batch{'es' if arguments['micro_batches'] > 1 else ''}; rows of {lengths['row_mean']:.0f} tokens, "
+            f"at most {lengths['row_longest']:.0f}, prompts of {lengths['prompt_mean']:.0f}. A Llama of "
+            f"{arguments['layers']} layers, {arguments['hidden']} channels and {arguments['vocab']} tokens; "
+            f"{len(next(iter(report['variants'].values()))['seconds'])} rounds.\n",
+            *([STEP_NOTES] if notes else []),
+            _table(header, rows),
+            "",
+            _table(["times compared", "ratio", "of minima", "of CPU"], ratios),
+        ]
+    )
+
+
+def _profile(report: _Report) -> str:
+    layouts = report["layouts"]
+    kinds = sorted(
+        {kind for layout in layouts.values() for kind in layout["shares"]},
+        key=lambda kind: -max(layout["shares"].get(kind, 0) for layout in layouts.values()),
+    )
+    shares = [[kind, *(f"{layout['shares'].get(kind, 0):.1%}" for layout in layouts.values())] for kind in kinds]
+    waits = [
+        [f"`{one['operator']}`", name, f"{one['calls']}", f"`{one['line'].replace('|', chr(92) + '|')}`"]
+        for name, layout in layouts.items()
+        for one in layout["waits"]
+        if one["calls"] > 1
+    ]
+    micro_batches = report["arguments"]["micro_batches"]
+    return "\n".join(
+        [
+            _table(["share of the step", *layouts], shares),
+            "",
+            "Calls of PyTorch from Python in a step: "
+            + ", ".join(f"{layout['torch_calls']} ({name})" for name, layout in layouts.items())
+            + ".\n",
+            f"What makes the host wait for the device in a step of {micro_batches} micro-batches (nothing on a CPU; "
+            "on a GPU each drains the queue):\n",
+            _table(["operator", "layout", "calls", "line"], waits),
+        ]
+    )
+
+
+# --------------------------------------------------------------------------------------- further results
+
+
+def _log_probs(report: _Report) -> str:
+    rows = [
+        [
+            f"{row['tokens']} × {row['hidden']} × {row['vocab']}, TP {row['tp']}, {row['dtype']}",
+            name.replace("_", " "),
+            f"{figures['seconds']['forward_and_backward']['min']:.3f}",
+            f"{figures['time_over_megatron']['median']:.2f}",
+            f"{figures['peak_bytes']['forward_and_backward'] / 2**20:.0f} MiB",
+            f"{figures['peak_over_logits']['forward_and_backward']:.2f}",
+        ]
+        for row in report["rows"]
+        for name, figures in row["variants"].items()
+    ]
+    header = ["T × H × V", "variant", "seconds", "over Megatron's", "memory", "over 16-bit logits"]
+    return (
+        "## Log-probabilities\n\n`python -m benchmarks.log_probs`: forward and backward from hidden states and the "
+        "output weight.\n\n" + _table(header, rows)
+    )
+
+
+def _scaling(report: _Report) -> str:
+    base, parts = report["base"], []
+    names = {"K": "responses", "T": "tokens of a row", "m": "micro-batches of the same batch", "ranks": "ranks"}
+    for table, rows in report["tables"].items():
+        if table != "bubble":
+            parts.append(_growth(table, names[table], rows))
+    text = ", ".join(f"{name} = {value}" for name, value in base.items())
+    return (
+        f"## Scaling\n\n`python -m benchmarks.scaling`: an RAO step, one thing changed at a time from {text}. Rows are "
+        "equally long, nothing is padded. Ranks have a thread each and share one machine's memory.\n\n"
+        + "\n\n".join(parts)
+        + ("\n\n" + _bubble(report["tables"]["bubble"]) if "bubble" in report["tables"] else "")
+    )
+
+
+def _growth(table: str, name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    def label(row: Mapping[str, Any]) -> str:
+        return f"TP {row['tp']}, PP {row['pp']}" if table == "ranks" else str(row[table])
+
+    first = rows[0]
+    cells = [
+        [
+            label(row),
+            f"{row['seconds']['min']:.2f}",
+            f"{row['seconds']['min'] / first['seconds']['min']:.2f}",
+            f"{row['peak_bytes'] / 2**20:.0f} MiB",
+        ]
+        for row in rows
+    ]
+    header = [name if table == "ranks" else f"{table}, {name}", "seconds", "over the first", "memory of a rank"]
+    return _table(header, cells)
+
+
+def _bubble(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [
+        [
+            str(row["m"]),
+            f"{row['idle']['measured']['median']:.3f}",
+            f"{row['idle']['measured']['min']:.3f}",
+            f"{row['idle']['formula']:.3f}",
+            f"{row['idle']['of_these_stages']:.3f}",
+        ]
+        for row in rows
+    ]
+    return (
+        "**The pipeline's bubble**, PP 2: the fraction of the schedule in which a stage computes nothing, from the "
+        "stages' own busy times. *Formula*: (p − 1) / (m + p − 1), which takes stages to be equal. *Of these stages*: "
+        "the same schedule played with the times of each stage and no communication.\n\n"
+        + _table(["micro-batches m", "measured", "least", "formula", "of these stages"], cells)
+    )
+
+
+def _start_up(report: _Report) -> str:
+    first, again = (report["runs"][which] for which in ("first", "again"))
+    rows = [[part, f"{first[part]['min']:.2f}", f"{again[part]['min']:.2f}"] for part in first]
+    found = "the reference pass and the tokenised data" if report["data_cache"] else "the reference pass"
+    return (
+        "## Start-up\n\n`python -m benchmarks.start_up`: seconds from the command to the end of the first step, the "
+        f"fastest of {report['arguments']['repeats']} runs. *Again*: another run from the same weights on the same "
+        f"data, {report['arguments']['prompts']} prompts, which finds {found} done. Few runs on "
+        "busy cores: parts that do the same in both columns differ by chance alone, and so may the totals.\n\n"
+        + _table(["part", "first", "again"], rows)
+    )
+
+
+if __name__ == "__main__":
+    print(page(), end="")

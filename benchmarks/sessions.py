@@ -1,0 +1,138 @@
+"""Training runs that are held between steps, so that several take turns: A B C A B C ..., one at a time.
+
+Each run is a process of its own, which stays where it is until it is told to take its next round of steps. A machine
+that slows down for a while so slows all of them, and a round of one is compared with the same round of another.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from benchmarks.measure import PeakMemory, clock
+
+_TIMEOUT_SECONDS = 1800.0
+
+
+class Turn:
+    """In a run's process: waits for its turn, and counts what it takes.
+
+    Args:
+        steps: of a round.
+    """
+
+    def __init__(self, connection: Connection, steps: int) -> None:
+        self._connection, self._steps = connection, steps
+        self._memory = PeakMemory()
+        self._step, self._round_started, self._cpu_started = 0, 0.0, 0.0
+        self.notes: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Called once all is imported, before data and model are read: memory counts from here on."""
+        self._memory.__enter__()
+
+    def peak_bytes(self) -> int:
+        return self._memory.so_far()
+
+    def between_steps(self) -> None:
+        """Called at the start of each step."""
+        if self._step % self._steps == 0:
+            now, cpu = clock(), time.process_time()
+            seconds = now - self._round_started if self._step else 0.0
+            cpu_seconds = cpu - self._cpu_started if self._step else 0.0
+            self._connection.send(
+                {
+                    "seconds": seconds,
+                    "cpu_seconds": cpu_seconds,
+                    "peak_bytes": self.peak_bytes(),
+                    "notes": self.notes,
+                }
+            )
+            self._connection.recv()
+            self._round_started, self._cpu_started = clock(), time.process_time()
+        self._step += 1
+
+
+class Session:
+    """A run in a process of its own, held before its first step once this is made.
+
+    Args:
+        function: called there with a :class:`Turn` and ``args``; trains, calling ``Turn.between_steps``.
+        steps: of a round.
+        forked: from a server that has imported Megatron once; else a fresh interpreter.
+    """
+
+    def __init__(self, function: Callable[..., None], args: Sequence[Any], *, steps: int, forked: bool) -> None:
+        context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(function, args, steps, theirs))
+        self._process.start()
+        theirs.close()
+        self.started = self._receive()
+
+    def round(self) -> dict[str, Any]:
+        """One round: seconds, processor seconds, peak bytes so far, the run's notes."""
+        self._connection.send("go")
+        return self._receive()
+
+    def stop(self) -> None:
+        """At once; its ranks end with it."""
+        self._process.kill()
+        self._process.join()
+
+    def _receive(self) -> dict[str, Any]:
+        if not self._connection.poll(_TIMEOUT_SECONDS):
+            raise TimeoutError("a run takes no step")
+        try:
+            return self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"a run has ended with exit code {self._process.exitcode}") from None
+
+
+def _run(function: Callable[..., None], args: Sequence[Any], steps: int, connection: Connection) -> None:
+    function(Turn(connection, steps), *args)
+    os._exit(1)  # it was not to end by itself
+
+
+def in_child(function: Callable[..., None], *args: Any) -> None:
+    """``function(*args)`` in a fork of the server that has imported Megatron; it must end with exit code 0."""
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{function.__name__} ended with exit code {process.exitcode}")
+
+
+def prepare_server() -> None:
+    """To be called first: what forks are made of imports Megatron and NeMo once, and starts no thread."""
+    # Threads of an OpenMP or tokenizer pool do not survive a fork, and whoever waits for them hangs.
+    os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"})
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.preload"])
+
+
+def in_turn(
+    sessions: dict[str, Session], *, repeats: int, minutes: float = math.inf, warm_up: int = 1
+) -> dict[str, list[dict[str, Any]]]:
+    """name -> its rounds, those of warming up left out. All sessions are stopped.
+
+    Args:
+        minutes: after which no further round is begun, once one counts.
+    """
+    end = time.monotonic() + 60 * minutes
+    try:
+        rounds = []
+        for number in range(warm_up + repeats):
+            if number > warm_up and time.monotonic() > end:
+                break
+            rounds.append({name: session.round() for name, session in sessions.items()})
+            print(f"{time.strftime('%X')} round {number + 1} of {warm_up + repeats}", flush=True)
+    finally:
+        for session in sessions.values():
+            session.stop()
+    return {name: [one[name] for one in rounds[warm_up:]] for name in sessions}

@@ -1,0 +1,85 @@
+"""``nemo-rao train`` up to the end of its first step, with the seconds of its parts.
+
+    python -m benchmarks.start_up_command BEGIN REPORT key=value ...
+
+BEGIN is when the command was started (``time.time()``), REPORT the JSON file to write. Nothing heavy is imported before
+the command itself does it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Parts:
+    """Seconds of named parts, and from the beginning to now. What is in a part is in no other: parts do not nest."""
+
+    def __init__(self, begin: float) -> None:
+        self.begin, self.seconds = begin, {"interpreter": time.time() - begin}
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            start = time.time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.time() - start
+
+        return wrapper
+
+    def write(self, report: Path) -> None:
+        total = time.time() - self.begin
+        rest = total - sum(self.seconds.values())
+        report.write_text(json.dumps({**self.seconds, "everything else": rest, "total": total}))
+
+
+def main() -> None:
+    begin, report, overrides = float(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    parts = Parts(begin)
+
+    def imports() -> Any:
+        from nemo_rao.integration import prepare, train
+
+        return train, prepare
+
+    train, prepare = parts.timed("import of PyTorch and ours", imports)()
+    prepare.load_data = parts.timed("data and tokenizer", prepare.load_data)
+    prepare.import_nemo = parts.timed("import of NeMo and Megatron", prepare.import_nemo)
+    train.import_nemo = prepare.import_nemo
+    made = train._callbacks
+
+    def callbacks(*arguments: Any) -> list[Any]:
+        import lightning.pytorch as pl
+
+        from nemo_rao.integration.callbacks import ReferencePass
+
+        class FirstStep(pl.Callback):
+            def on_train_batch_start(self, *arguments: Any) -> None:
+                self._start = time.time()
+
+            def on_train_batch_end(self, *arguments: Any) -> None:
+                parts.seconds["first step"] = time.time() - self._start
+                parts.write(report)
+                os._exit(0)
+
+        found = made(*arguments)
+        for callback in found:
+            if isinstance(callback, ReferencePass):
+                timed = parts.timed("reference pass", callback.on_train_start)
+                callback.on_train_start = timed  # type: ignore[method-assign]
+        return [*found, FirstStep()]
+
+    train._callbacks = callbacks
+    from nemo_rao.cli import main as command
+
+    sys.exit(command(["train", *overrides]))
+
+
+if __name__ == "__main__":
+    main()
