@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what a file system refuses told in one line.
+"""Files and folders that are whole or not there, and what a file system refuses told in one line.
 
 Not the standard library's ``tempfile``: its files are readable by their owner alone, and stay so under their new name.
 """
@@ -6,10 +6,13 @@ Not the standard library's ``tempfile``: its files are readable by their owner a
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import gzip
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -64,6 +67,97 @@ def written_atomically(*paths: Path) -> Iterator[list[IO[bytes]]]:
             for name in temporary:
                 with contextlib.suppress(OSError):
                     name.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_atomically(path: Path) -> Iterator[Path]:
+    """A folder to write files to, under a temporary name. When they are on the disk it takes its own name; where
+    another process was first, that one's folder stays, and this one is dropped.
+
+    If anything fails before that, nothing is left of it. The folders above it are made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with told(path, ""):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.iterdir():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            try:
+                temporary.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path, *, unfinished: bool) -> None:
+    """Removes a folder where that is allowed; no reader sees half of it.
+
+    Args:
+        unfinished: also what killed processes have left of it. Only where nobody is writing it.
+    """
+    removed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with contextlib.suppress(OSError):
+        path.rename(removed)
+    for folder in path.parent.glob(f".{path.name}.*.tmp") if unfinished else [removed]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Lets one process in; those that come with the same path wait until it has left, or has died. The folders above
+    the path are there meanwhile; nothing is left of them where they stay empty.
+
+    Not the package ``filelock``: on file systems without locks it tries for ever; here nobody waits there.
+
+    Args:
+        waiting: called once by a process that has to wait.
+
+    Returns:
+        whether this process is alone.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as held:
+        alone = False
+        with contextlib.suppress(OSError):
+            held.callback(_remove_if_empty, [folder for folder in lock.parents if not folder.exists()])
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(_locked(lock, waiting))
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # closing alone leaves it with what was forked meanwhile
+            held.callback(lock.unlink, missing_ok=True)
+            alone = True
+        yield alone
+
+
+def _remove_if_empty(folders: Iterable[Path]) -> None:
+    """The inner ones first."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _locked(path: Path, waiting: Callable[[], None]) -> IO[bytes]:
+    """The open file, locked for this process until it is closed."""
+    while True:
+        file = open(path, "ab")  # noqa: SIM115
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # who had it has removed it: those who come now lock another
 
 
 @contextlib.contextmanager

@@ -4,9 +4,12 @@
     formats   one record of a published data set          -> Row
     rows      files, globs, `datasets` names              -> Row after Row
     encode    a Row and a tokenizer                       -> Sample (exact prompt and response boundaries)
-    dataset   all Samples, checked, in flat arrays        -> PreferenceData and its LoadReport
+    dataset   all Samples, checked                        -> PreferenceData and its LoadReport
+    store     PreferenceData: flat arrays                 <-> a folder, memory-mapped
+    cache     what was loaded before                      -> the same PreferenceData, without reading its files' rows
     order     seed and step                               -> the numbers of the samples of each micro-batch
     collate   the Samples of a micro-batch                -> MicroBatch
+    prefetch  the next micro-batches, on a thread
 
 ``synthetic`` and ``tokenizer_training`` make a small preference set and a tokenizer, so that every recipe can run
 where there is neither data nor a model.

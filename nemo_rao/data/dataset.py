@@ -1,4 +1,4 @@
-"""All samples of a data set, checked against what the objective needs and kept in a few flat arrays.
+"""All samples of a data set, checked against what the objective needs.
 
 Rows that do not fit are dropped and counted, never truncated: a response cut short would carry a reward that was
 given to another one. Rows that show a mistake in the data stop the run with their place.
@@ -6,19 +6,16 @@ given to another one. Rows that show a mistake in the data stop the run with the
 
 from __future__ import annotations
 
-import array
-import functools
-import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from nemo_rao.batch import RewardSummary, Row, Sample
+from nemo_rao.batch import Row, Sample
 from nemo_rao.data.choice import (
     NO_PAIR,
     PairsBy,
@@ -31,6 +28,7 @@ from nemo_rao.data.choice import (
 from nemo_rao.data.encode import ChatTemplate, Encoder
 from nemo_rao.data.fields import RewardField
 from nemo_rao.data.rows import Paths, read_rows
+from nemo_rao.data.store import LoadReport, PreferenceData
 from nemo_rao.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,154 +41,6 @@ ROWS_AT_ONCE = 64  # tokenised in one call
 PROMPT_TOO_LONG = "prompt alone as long as seq_length"
 TOO_LONG = "prompt and response longer than seq_length"
 NO_BOUNDARY = "no boundary in tokens between prompt and response"
-
-
-@dataclass
-class LoadReport:
-    """What became of the rows read. ``str()`` gives one line for the user.
-
-    Attributes:
-        rows_read: rows (prompts) in the files.
-        rows_kept: of these, those in the data.
-        dropped: reason -> rows.
-        examples: reason -> what was said about the first row dropped for it.
-        inner_ends: kept responses with the end token also inside them, which then looks like an early end.
-    """
-
-    rows_read: int = 0
-    rows_kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
-    inner_ends: int = 0
-
-    def drop(self, reason: str, example: str) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.examples.setdefault(reason, example)
-
-    def __str__(self) -> str:
-        parts = [f"{self.rows_kept} of {self.rows_read} rows kept"]
-        parts += [f"{rows} dropped ({reason}; first: {self.examples[reason]})" for reason, rows in self.dropped.items()]
-        if self.inner_ends:
-            parts.append(f"{self.inner_ends} responses hold the end token inside")
-        return "; ".join(parts)
-
-
-class PreferenceData:
-    """N samples in memory as flat arrays: 4 bytes a token and little else.
-
-    A sample's segments (its prompt, then its responses) follow each other in ``tokens``; ``segment_ends`` delimits
-    them, ``first_segment`` says where a sample's begin. ``report`` says what was dropped on the way here.
-    """
-
-    def __init__(self, samples: Iterable[Sample], report: LoadReport | None = None) -> None:
-        tokens = array.array("i")  # int32; grows in place
-        segment_ends, first_segment = [0], [0]
-        rewards: list[float] = []
-        ensemble: list[np.ndarray] = []
-        reference_rewards: list[np.ndarray] = []
-        answers: dict[int, np.ndarray] = {}  # segment -> where it is an answer, of conversations
-        ranked: list[bool] = []
-        places: list[str] = []
-        for sample in samples:
-            for segment in (sample.prompt, *sample.responses):
-                tokens.frombytes(segment.astype(np.int32).tobytes())
-                segment_ends.append(len(tokens))
-            for number, mask in enumerate(sample.answers or (), start=1):
-                answers[first_segment[-1] + number] = mask
-            rewards.extend(sample.rewards)
-            ensemble.append(sample.ensemble)
-            reference_rewards.append(sample.reference_rewards)
-            ranked.append(sample.ranked)
-            places.append(sample.place)
-            first_segment.append(len(segment_ends) - 1)
-        self.report = report if report is not None else LoadReport(len(places), len(places))
-        self._tokens = np.frombuffer(tokens, dtype=np.int32)
-        self._segment_ends = np.array(segment_ends, dtype=np.int64)  # [segments + 1]
-        self._first_segment = np.array(first_segment, dtype=np.int64)  # [N + 1]
-        self._rewards = np.array(rewards, dtype=np.float64)  # [all responses]
-        self._ensemble = np.concatenate(ensemble) if ensemble else np.zeros((0, 0))  # [all responses, M]
-        self._reference_rewards = np.concatenate(reference_rewards) if reference_rewards else np.zeros(0)
-        self._reference_reward_ends = np.cumsum([0, *map(len, reference_rewards)])  # [N + 1]
-        self._answers = answers
-        self._ranked = np.array(ranked, dtype=bool)  # [N]
-        self._places = places
-        for shared in (self._tokens, self._rewards, self._ensemble, self._reference_rewards):  # samples are views
-            shared.setflags(write=False)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> Sample:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        index = int(index) % len(self)
-        first, end = self._first_segment[index : index + 2]
-        prompt, *responses = (
-            self._tokens[self._segment_ends[segment] : self._segment_ends[segment + 1]] for segment in range(first, end)
-        )
-        offset = self.response_offset(index)
-        return Sample(
-            prompt=prompt,
-            responses=tuple(responses),
-            rewards=self._rewards[offset : offset + len(responses)],
-            ranked=bool(self._ranked[index]),
-            place=self._places[index],
-            ensemble=self._ensemble[offset : offset + len(responses)],
-            reference_rewards=self._reference_rewards[slice(*self._reference_reward_ends[index : index + 2])],
-            answers=tuple(self._answers[segment] for segment in range(first + 1, end))
-            if first + 1 in self._answers
-            else None,
-        )
-
-    @property
-    def num_responses(self) -> int:
-        """Responses of all samples; they are numbered from 0 in the order of the samples."""
-        return len(self._rewards)
-
-    def response_offset(self, index: int) -> int:
-        """The number of a sample's first response in the whole data set (``MicroBatch.response_ids``)."""
-        return int(self._first_segment[index]) - index
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """``[N]`` int64 tokens of each sample's longest row: its prompt with its longest response."""
-        sizes = np.diff(self._segment_ends)
-        return np.array(
-            [sizes[a] + sizes[a + 1 : b].max() for a, b in itertools.pairwise(self._first_segment)], dtype=np.int64
-        )
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest prompt with one response; 0 where there is no sample."""
-        return int(self.lengths.max(initial=0))
-
-    def reward_summary(self) -> RewardSummary:
-        """What is known of the rewards of all responses."""
-        known = ~np.isnan(self._rewards)
-        if not known.any():
-            return RewardSummary(all_ranked=bool(self._ranked.all()), num_columns=self._ensemble.shape[1] or 1)
-        sample_of = np.repeat(np.arange(len(self)), np.diff(self._first_segment) - 1)
-        counts = np.bincount(sample_of[known], minlength=len(self))
-        sums = np.bincount(sample_of[known], weights=self._rewards[known], minlength=len(self))
-        return RewardSummary(
-            mean=float(np.mean(sums[counts > 0] / counts[counts > 0])),
-            low=float(self._rewards[known].min()),
-            high=float(self._rewards[known].max()),
-            all_labels=bool(np.isin(self._rewards, (0, 1)).all()),
-            all_ranked=bool(self._ranked.all()),
-            num_columns=self._ensemble.shape[1] or 1,
-        )
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of tokens and boundaries in their order. Reference sums depend on nothing else here, so new
-        rewards for the same responses leave it as it is."""
-        digest = hashlib.sha256(b"nemo_rao preference data 1\n")
-        digest.update(np.array([len(self), len(self._segment_ends)], dtype="<i8").tobytes())
-        for values, kind in ((self._first_segment, "<i8"), (self._segment_ends, "<i8"), (self._tokens, "<i4")):
-            digest.update(np.ascontiguousarray(values, dtype=kind).data)
-        for segment, mask in self._answers.items():
-            digest.update(np.array([segment], dtype="<i8").tobytes() + np.packbits(mask).tobytes())
-        return digest.hexdigest()
 
 
 def load_preferences(

@@ -63,6 +63,19 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def depends_on_the_day(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> bool:
+    """Whether the same text has other tokens tomorrow, since the chat template shows a date that cannot be given."""
+    return chat_template != "never" and _asks_for_the_day(tokenizer) and not _takes_a_day(tokenizer)
+
+
+def _asks_for_the_day(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _takes_a_day(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return "date_string" in str(tokenizer.chat_template)
+
+
 def _is_chat(row: Row) -> bool:
     return any(response.continuation for response in row.responses)
 
@@ -103,7 +116,7 @@ class Encoder:
                 "use a chat model's tokenizer, or chat_template 'never' for plain text"
             )
         self._arguments = dict(template_arguments or {})
-        if self.uses_template and "strftime_now" in (text := str(tokenizer.chat_template)) and "date_string" in text:
+        if self.uses_template and _asks_for_the_day(tokenizer) and _takes_a_day(tokenizer):
             self._arguments.setdefault("date_string", "26 Jul 2024")
         # How many end tokens the template itself puts behind an answer; 0: none, the end token is appended.
         self._template_ends = 0

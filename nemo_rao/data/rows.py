@@ -172,8 +172,13 @@ def _hub_dataset(source: str) -> Iterable[Any]:
     return _only_split(loaded, source, f"{HUB}{name}:")
 
 
+def is_saved_dataset(folder: str) -> bool:
+    """Whether ``save_to_disk`` of the `datasets` package wrote the folder."""
+    return any(Path(folder, name).exists() for name in ("state.json", "dataset_dict.json"))
+
+
 def _saved_dataset(folder: str) -> Iterable[Any]:
-    if not any(Path(folder, name).exists() for name in ("state.json", "dataset_dict.json")):
+    if not is_saved_dataset(folder):
         raise UserError(
             f"{folder}: a folder that `save_to_disk` of the `datasets` package did not write; "
             f"give its files, for instance {os.path.join(folder, '*.jsonl')}"

@@ -194,7 +194,9 @@ class Metrics(pl.Callback):
         self._path = folder / "metrics.jsonl"
         self._step_started = 0.0
         self._tokens = np.zeros(3)
+        self._names: list[str] = []  # of the objective's statistics, since they were first seen
         self._latest: dict[str, float] = {}
+        self._tokens_of_rows = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -210,19 +212,19 @@ class Metrics(pl.Callback):
             self._tokens += (batch.num_row_tokens, batch.num_tokens, batch.tokens.numel())
 
     def on_megatron_step_end(self, step: MegatronStep, microbatch_outputs: list, reduced: Any) -> None:
-        self._latest = means(reduce_statistics(microbatch_outputs))
+        of_rows, computed, with_padding = self._tokens.tolist()
+        tokens = {
+            "data/token_efficiency": (computed, with_padding),
+            "data/tokens_shared": (of_rows - computed, of_rows),
+        }
+        statistics = reduce_statistics(microbatch_outputs, names=self._names, of_rank=tokens)
+        self._names = [name for name in statistics if name not in tokens]
+        self._latest = means(statistics)
+        self._tokens_of_rows = statistics["data/tokens_shared"][1].item()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        tokens = torch.as_tensor(self._tokens, device=pl_module.device)
-        torch.distributed.all_reduce(tokens)
-        of_rows, computed, with_padding = tokens.tolist()
         seconds = time.perf_counter() - self._step_started
-        logged = {
-            **self._latest,
-            "tokens_per_second": of_rows / seconds,
-            "data/token_efficiency": computed / with_padding,
-            "data/tokens_shared": 1 - computed / of_rows,
-        }
+        logged = {**self._latest, "tokens_per_second": self._tokens_of_rows / seconds}
         pl_module.log_dict(logged, batch_size=1)
         if trainer.is_global_zero:
             record = {"step": trainer.global_step, **logged}

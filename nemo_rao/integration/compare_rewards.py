@@ -68,8 +68,9 @@ SET_HERE = {
 
 # Keys, or the beginnings of keys, in which a run may go on otherwise than it has begun, see _check_settings.
 MAY_CHANGE = (
-    *("trainer.", "exp_manager.", "reference.", "model.micro_batch_size", "model.tensor_model_parallel_size"),
-    *("model.pipeline_model_parallel_size", "model.sequence_parallel", "model.recompute_", "model.allow_pickle"),
+    *("trainer.", "exp_manager.", "reference.", "data.cache", "model.micro_batch_size"),
+    *("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel"),
+    *("model.recompute_", "model.allow_pickle"),
 )
 
 # Column -> metric of the validation.

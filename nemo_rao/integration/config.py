@@ -263,6 +263,10 @@ class DataConfig:
     strict: bool = key(
         False, "refuse rows that would be dropped and counted: too long, without a boundary in tokens, without a pair"
     )
+    cache: bool = key(
+        True, "keep tokenised data on disk, for other runs and the next start; false: tokenise at every start"
+    )
+    cache_dir: str | None = key(None, "folder of tokenised data; null: exp_dir/tokenised")
     shuffle: bool = key(True, "draw training prompts in a new order in each epoch; false: the files' order")
     seed: int = key(1234, "of that order, and of what is drawn from the data", low=0)
     pad_to_multiple_of: int = key(
@@ -345,7 +349,13 @@ def run_dir(config: RunConfig) -> Path:
 
 def reference_dir(config: RunConfig) -> Path:
     """The folder of reference log-probabilities, shared by all runs of ``exp_dir``: they are found by fingerprint."""
-    given = config.reference.cache_dir
-    return (
-        Path(given).expanduser() if given is not None else Path(config.exp_manager.exp_dir).expanduser() / "reference"
-    )
+    return _shared_dir(config, config.reference.cache_dir, "reference")
+
+
+def data_cache_dir(config: RunConfig) -> Path | None:
+    """The folder of tokenised data, shared by all runs of ``exp_dir``; ``None``: nothing is kept."""
+    return _shared_dir(config, config.data.cache_dir, "tokenised") if config.data.cache else None
+
+
+def _shared_dir(config: RunConfig, given: str | None, name: str) -> Path:
+    return Path(given).expanduser() if given is not None else Path(config.exp_manager.exp_dir).expanduser() / name

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from nemo_rao.batch import MicroBatch
 from nemo_rao.data.collate import collate
-from nemo_rao.data.dataset import PreferenceData
 from nemo_rao.data.order import every_sample_once, global_batch, rank_micro_batches
+from nemo_rao.data.prefetch import Prefetcher
+from nemo_rao.data.store import PreferenceData
+from nemo_rao.mcore.forward import made_ahead
 
 
 class AlignmentData:
@@ -77,6 +79,12 @@ class _Stream(IterableDataset):
         self._start_step = start_step
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        # A generator: nothing is made before the first one is asked for, when the reference sums are there.
+        with made_ahead(self._micro_batches()) as ahead:
+            self._module.ahead = ahead
+            yield from ahead
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
         for step in itertools.count(self._start_step):
             for prompts in self._module.micro_batches_of_step(step):
                 yield self._module.train.micro_batch(prompts)
@@ -107,6 +115,7 @@ class AlignmentDataModule(pl.LightningDataModule):
         self._micro_batch_size = micro_batch_size
         self._global_batch_size = global_batch_size
         self._seed = seed
+        self.ahead: Prefetcher[MicroBatch] | None = None  # of the loader in use
         self.data_sampler = _Sampler(
             seq_len=seq_length,
             micro_batch_size=micro_batch_size,
@@ -117,6 +126,18 @@ class AlignmentDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         return DataLoader(_Stream(self, self.trainer.global_step), batch_size=None)
+
+    def teardown(self, stage: str) -> None:
+        self._stop()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        # Said, not left to the loader's end: Lightning, or the traceback of what went wrong, may hold on to it.
+        if self.ahead is not None:
+            self.ahead.close()
+            self.ahead = None
 
     def micro_batches_of_step(self, step: int) -> list[list[int]]:
         """Prompt numbers of this data-parallel rank's micro-batches in an optimizer step, counted from 0."""

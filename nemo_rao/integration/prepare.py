@@ -15,13 +15,15 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_rao import cpu
-from nemo_rao.data.dataset import PreferenceData, load_preferences, mismatched
+from nemo_rao.data.cache import DataCache
+from nemo_rao.data.dataset import load_preferences, mismatched
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.order import steps_per_epoch
+from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint, resolve_checkpoint
 from nemo_rao.integration.checks import check_architecture
-from nemo_rao.integration.config import RunConfig, objective_config, run_dir, world_size
+from nemo_rao.integration.config import RunConfig, data_cache_dir, objective_config, run_dir, world_size
 from nemo_rao.integration.launch import started_externally
 from nemo_rao.integration.talk import is_first_rank, quiet_imports, say
 from nemo_rao.objectives import registry
@@ -130,12 +132,33 @@ class LoadedData:
 
 
 def load_data(config: RunConfig) -> LoadedData:
-    """Reads, tokenises and checks a run's data. See :func:`train` for the errors."""
-    tokenizer, wanted = load_tokenizer(config.data.tokenizer or ""), _wanted(config)
-    validation = None
-    train = _load(config, config.data.train_path, tokenizer, "training data", wanted)
+    """Reads, tokenises and checks a run's data, or reads it back. See :func:`train` for the errors."""
+    tokenizer, wanted, folder = load_tokenizer(config.data.tokenizer or ""), _wanted(config), data_cache_dir(config)
+    cache = None if folder is None else DataCache(folder, tokenizer)
+
+    def load(paths: Any, label: str) -> PreferenceData:
+        # None: hidden unless stderr is a terminal, from which the bar is removed: there an error stands alone too.
+        hidden = None if is_first_rank() and config.trainer.enable_progress_bar else True
+        with tqdm(desc=label, unit="row", leave=False, disable=hidden) as bar:
+
+            def progress(rows: int) -> None:
+                bar.update(rows - bar.n)
+
+            if cache is None:
+                data, remark = load_preferences(paths, tokenizer, progress=progress, **wanted), ""
+            else:
+                data, remark = cache.load(
+                    paths,
+                    progress=progress,
+                    waiting=lambda: say(f"{label}: another process is reading it; waiting for it"),
+                    **wanted,
+                )
+        say(f"{label}: {data.report}{remark}")
+        return data
+
+    train, validation = load(config.data.train_path, "training data"), None
     if config.data.validation_path is not None:
-        validation = _load(config, config.data.validation_path, tokenizer, "validation data", wanted)
+        validation = load(config.data.validation_path, "validation data")
     return LoadedData(train, validation, len(tokenizer))
 
 
@@ -225,15 +248,6 @@ def draw_prompts(data: PreferenceData, num_prompts: int, *, seed: int) -> Prefer
     drawn = np.sort(generator.permutation(len(data))[:num_prompts])
     say(f"training data: {num_prompts} of {len(data)} prompts drawn (data.num_prompts)")
     return PreferenceData((data[index] for index in drawn), data.report)
-
-
-def _load(config: RunConfig, paths: Any, tokenizer: Any, label: str, wanted: Mapping[str, Any]) -> PreferenceData:
-    # None: hidden unless stderr is a terminal, from which the bar is removed: there an error stands alone too.
-    hidden = None if is_first_rank() and config.trainer.enable_progress_bar else True
-    with tqdm(desc=label, unit="row", leave=False, disable=hidden) as bar:
-        data = load_preferences(paths, tokenizer, progress=lambda rows: bar.update(rows - bar.n) and None, **wanted)
-    say(f"{label}: {data.report}")
-    return data
 
 
 def _check_model(config: RunConfig, num_tokens: int, start_from: Path | None, resume_from: Path | None) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_rao.batch import MicroBatch
-    from nemo_rao.data.dataset import PreferenceData
+    from nemo_rao.data.store import PreferenceData
 
 _FORMAT = "model-scores-1"
 
@@ -170,8 +170,9 @@ def _digest(checkpoint: Path) -> str:
 
 def _tokenised(rows: Sequence[Row], config: RunConfig) -> tuple[PreferenceData, list[tuple[int, int]]]:
     """The responses that the model can read, and for each, in the data's order, (row, response) numbers in ``rows``."""
-    from nemo_rao.data.dataset import ROWS_AT_ONCE, PreferenceData
+    from nemo_rao.data.dataset import ROWS_AT_ONCE
     from nemo_rao.data.encode import Encoder, load_tokenizer
+    from nemo_rao.data.store import PreferenceData
 
     keys = config.data
     encoder = Encoder(

@@ -85,9 +85,8 @@ class SegmentAttention(DotProductAttention):
         """
         if packed_seq_params is not None:
             lengths = packed_seq_params.cu_seqlens_q.diff().to(torch.int64)
-            table = F.pad(torch.stack([lengths, torch.full_like(lengths, -1)], dim=-1), (0, 1))
-            whole = self.forward(query[:, None], key[:, None], value[:, None], table)
-            return whole[:, 0]
+            segments = F.pad(torch.stack([lengths, torch.full_like(lengths, -1)], dim=-1), (0, 1))
+            return self.forward(query[:, None], key[:, None], value[:, None], segments)[:, 0]
         if self.softmax_offset is not None or (attention_mask is not None and attention_mask.dtype != torch.int64):
             return super().forward(query, key, value, attention_mask, *arguments, **keywords)
         if attention_mask is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,33 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
+from nemo_rao.data.prefetch import Prefetcher
 from nemo_rao.mcore.attention import segments_told
 from nemo_rao.mcore.heads import SCORE_HEAD, VALUE_HEAD
 from nemo_rao.mcore.output_layer import output_layer_input, unfuse_adapted_output_layer
+
+
+def made_ahead(batches: Iterable[MicroBatch]) -> Prefetcher[MicroBatch]:
+    """Micro-batches made on a thread; where there is a GPU, in page-locked memory: no copy to it is waited for."""
+    return Prefetcher(_page_locked(batches, torch.cuda.current_device()) if torch.cuda.is_available() else batches)
+
+
+def _page_locked(batches: Iterable[MicroBatch], device: int) -> Iterator[MicroBatch]:
+    torch.cuda.set_device(device)  # each thread has its own; another would get a context on the first GPU
+    for batch in batches:
+        yield _each_tensor(batch, Tensor.pin_memory)
 
 
 def to_device(batch: MicroBatch) -> MicroBatch:
     """The micro-batch with its tensors on this rank's device."""
     if not torch.cuda.is_available():
         return batch
+    return _each_tensor(batch, lambda tensor: tensor.cuda(non_blocking=True))
+
+
+def _each_tensor(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch:
     tensors: dict[str, Any] = {
-        field.name: value.cuda(non_blocking=True)
+        field.name: change(value)
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor)
     }
@@ -107,8 +123,8 @@ def forward_only(
         num_filling = -num_wanted % parallel_state.get_pipeline_model_parallel_world_size()
         micro_batches = [*micro_batches, *[micro_batches[-1]] * num_filling]
 
-    def forward(data_iterator: Iterator[Sequence[int]], chunk: Any) -> tuple[Tensor | ModelOutput, Callable]:
-        batch = to_device(make_micro_batch(next(data_iterator)))
+    def forward(data_iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor | ModelOutput, Callable]:
+        batch = to_device(next(data_iterator))
 
         def no_loss(output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             nothing = torch.zeros((), device=batch.tokens.device)
@@ -116,14 +132,15 @@ def forward_only(
 
         return forward_step(chunk, batch), no_loss
 
-    iterators = [iter(micro_batches) for _ in model]
-    reports = get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=list(model),
-        num_microbatches=len(micro_batches),
-        seq_length=1,  # not read: micro-batches tell each other their shapes (variable_seq_lengths)
-        micro_batch_size=1,
-        forward_only=True,
-    )
+    with contextlib.ExitStack() as threads:
+        iterators = [threads.enter_context(made_ahead(map(make_micro_batch, micro_batches))) for _ in model]
+        reports = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(model),
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # not read: micro-batches tell each other their shapes (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=True,
+        )
     return reports[:num_wanted]

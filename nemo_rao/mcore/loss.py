@@ -54,26 +54,27 @@ def sequence_log_probs(
     Returns:
         ``([R], [R])``: prompt sums, response sums; the same on every tensor-parallel rank.
     """
-
-    def log_probs(*places: Tensor) -> Tensor:
-        return _token_log_probs(output, batch, torch.cat(places), vocab_size)
-
-    together = prompts and (prompt_gradient or not torch.is_grad_enabled())
-    logps = log_probs(*[batch.all_prompt_places] * together, batch.all_response_places)
+    places, num_trained = batch.all_response_places, len(batch.all_response_places)
+    if prompts:
+        places = torch.cat([places, batch.all_prompt_places])
+    logps = _token_log_probs(output, batch, places, len(places) if prompt_gradient else num_trained, vocab_size)
     response_logps = sums_at(logps, batch.response_places)
     if not prompts:
         return torch.zeros_like(response_logps), response_logps
-    if not together:
-        with torch.no_grad():
-            logps = log_probs(batch.all_prompt_places)
     return sums_at(logps, batch.prompt_places)[batch.prompt_group], response_logps
 
 
-def _token_log_probs(output: ModelOutput, batch: MicroBatch, places: Tensor, vocab_size: int) -> Tensor:
-    """``[B, T]`` float32, nats; 0 but at the ``[N]`` places."""
+def _token_log_probs(
+    output: ModelOutput, batch: MicroBatch, places: Tensor, num_trained: int, vocab_size: int
+) -> Tensor:
+    """``[B, T]`` float32, nats; 0 but at the ``[N]`` places, of which the first so many carry a gradient."""
     length = batch.tokens.shape[1]
     at_b, at_t = places // length, places % length
-    common = {"vocab_size": vocab_size, "group": parallel_state.get_tensor_model_parallel_group()}
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "group": parallel_state.get_tensor_model_parallel_group(),
+        "num_trained": num_trained,
+    }
     if output.logits is not None:
         return vocab_parallel_log_probs(output.logits, batch.labels, positions=(at_b, at_t), **common)
     assert output.hidden is not None and output.output_weight is not None, "a model without log-probabilities"
@@ -97,7 +98,7 @@ def objective_batch(
     mismatched_log_ratio: Tensor | None = None,
 ) -> ObjectiveBatch:
     """Arrange row sums and values ``[R]``, and scores ``[R, A]``, by prompt and response, with what the data knows."""
-    num_responses = int(batch.response_index.max()) + 1
+    num_responses = batch.max_responses
 
     def by_prompt(values: Tensor) -> Tensor:
         return to_prompts(values, batch.prompt_index, batch.response_index, batch.num_prompts, num_responses)
@@ -164,31 +165,50 @@ def for_schedule(output: LossOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]
     return output.loss_sum, output.num_prompts.to(torch.int), statistics
 
 
-def reduce_statistics(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def reduce_statistics(
+    outputs: Sequence[Mapping[str, Tensor]],
+    *,
+    names: Sequence[str] = (),
+    of_rank: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, Tensor]:
     """Add up the micro-batches' (sum, count) pairs over the whole global batch.
 
     A collective over all ranks.
 
     Args:
         outputs: one mapping name -> ``[2]`` for each micro-batch; empty before the last pipeline stage.
+        names: those of ``outputs``, where every rank knows them from an earlier call: an objective's are always the
+            same. Without them they are gathered first, as Python objects, which costs more than the sum.
+        of_rank: further pairs, under the same names on every rank, of which each rank gives its own part.
 
     Returns:
-        name -> ``[2]`` float64 (sum, count), the same on every rank.
+        name -> ``[2]`` float64 (sum, count), the same on every rank; those of ``of_rank`` come last.
     """
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    world = torch.distributed.get_world_size()
-    # A data-parallel rank may have had nothing to compute, and only the last stage knows the names.
-    names_by_rank: list[Any] = [None] * world
-    torch.distributed.all_gather_object(names_by_rank, list(outputs[0]) if outputs else [])
-    names = max(names_by_rank, key=len)
-    totals = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+    names, of_rank = names or _gathered_names(outputs), of_rank or {}
+    totals = torch.zeros(len(names) + len(of_rank), 2, dtype=torch.float64, device=device)
     # Tensor- and context-parallel ranks hold the same statistics: one of each counts.
     if outputs and parallel_state.get_tensor_and_context_parallel_rank() == 0:
-        totals += torch.stack([torch.stack([output[name] for name in names]) for output in outputs]).double().sum(0)
+        assert all(set(output) == set(names) for output in outputs), (names, [list(output) for output in outputs])
+        stacked = torch.stack([torch.stack([output[name] for name in names]) for output in outputs])
+        totals[: len(names)] += stacked.double().sum(0)
+    for number, pair in enumerate(of_rank.values(), start=len(names)):
+        totals[number] += totals.new_tensor(pair)
     torch.distributed.all_reduce(totals)
-    return dict(zip(names, totals, strict=True))
+    return dict(zip([*names, *of_rank], totals, strict=True))
+
+
+def _gathered_names(outputs: Sequence[Mapping[str, Tensor]]) -> Sequence[str]:
+    """The names that any rank has: a data-parallel rank may have had nothing to compute, and only the last pipeline
+    stage has statistics at all."""
+    by_rank: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(by_rank, list(outputs[0]) if outputs else [])
+    return max(by_rank, key=len)
 
 
 def means(statistics: Mapping[str, Tensor]) -> dict[str, float]:
     """(sum, count) -> mean; what was never counted is left out."""
-    return {name: (pair[0] / pair[1]).item() for name, pair in statistics.items() if pair[1] > 0}
+    if not statistics:
+        return {}
+    pairs = torch.stack(list(statistics.values())).tolist()  # in one copy from the GPU
+    return {name: total / count for name, (total, count) in zip(statistics, pairs, strict=True) if count > 0}

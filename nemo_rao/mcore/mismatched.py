@@ -46,5 +46,5 @@ def mean_log_ratio(
 
     with evaluation_mode(model):
         outputs = forward_only(model, micro_batches, make_micro_batch=make_micro_batch, report=report)
-    total, count = reduce_statistics(outputs)[_LOG_RATIO]
+    total, count = reduce_statistics(outputs, names=[_LOG_RATIO])[_LOG_RATIO]
     return (total / count).float()

@@ -167,3 +167,62 @@ def test_statistics_are_added_up_once_whoever_has_them() -> None:
         "tensor-parallel copies": ({"loss": [3, 2], "accuracy": [0, 0]}, {"loss": 1.5}),
     }
     assert run_ranks(reduce_on_ranks, num_ranks=2) == [expected, expected]
+
+
+def reduce_under_known_names_on_ranks() -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    from nemo_rao.mcore.loss import means, reduce_statistics
+
+    def numbers(*pairs: float) -> dict[str, Tensor]:
+        return {"loss": torch.tensor(pairs[:2]), "accuracy": torch.tensor(pairs[2:])}
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("names are gathered again")
+
+    tiny.enter(Layout())
+    rank, found = torch.distributed.get_rank(), {}
+    names = list(reduce_statistics([] if rank == 0 else [numbers(3, 2, 1, 1)]))
+    gather, torch.distributed.all_gather_object = torch.distributed.all_gather_object, refuse
+    # The names' order is the first call's, whatever a mapping's own.
+    turned = dict(reversed(numbers(4, 1, 0, 2).items()))
+    found["rank 0 has something now"] = reduce_statistics(
+        [numbers(1, 1, 2, 4), turned] if rank == 0 else [], names=names
+    )
+    found["nobody has anything"] = reduce_statistics([], names=names)
+    own = {"tokens": (3 + rank, 10)}
+    found["each rank has its own"] = reduce_statistics([numbers(1, 1, 2, 4)], names=names, of_rank=own)
+    tiny.enter(Layout(pipeline=2))
+    last = parallel_state.is_pipeline_last_stage()
+    # Tokens are the first stage's to count, statistics the last one's.
+    own = {"tokens": (0, 0) if last else (3, 10)}
+    found["stages"] = reduce_statistics([numbers(3, 2, 1, 1)] if last else [], names=names, of_rank=own)
+    tiny.enter(Layout(tensor=2))
+    own = {"tokens": (3, 10) if rank == 0 else (0, 0)}
+    found["tensor-parallel copies"] = reduce_statistics([numbers(3, 2, 0, 0)], names=names, of_rank=own)
+    torch.distributed.all_gather_object = gather
+    found["names not known, nobody has any"] = reduce_statistics([], names=[], of_rank={"tokens": (3, 10)})
+    return {
+        name: ({key: pair.tolist() for key, pair in reduced.items()}, means(reduced)) for name, reduced in found.items()
+    }
+
+
+def test_names_that_are_known_are_not_gathered_again_and_the_numbers_are_the_same() -> None:
+    expected: dict[str, Any] = {
+        "rank 0 has something now": ({"loss": [5, 2], "accuracy": [2, 6]}, {"loss": 2.5, "accuracy": 2 / 6}),
+        "nobody has anything": ({"loss": [0, 0], "accuracy": [0, 0]}, {}),
+        "each rank has its own": (
+            {"loss": [2, 2], "accuracy": [4, 8], "tokens": [7, 20]},
+            {"loss": 1.0, "accuracy": 0.5, "tokens": 0.35},
+        ),
+        "stages": (
+            {"loss": [3, 2], "accuracy": [1, 1], "tokens": [3, 10]},
+            {"loss": 1.5, "accuracy": 1.0, "tokens": 0.3},
+        ),
+        "tensor-parallel copies": (
+            {"loss": [3, 2], "accuracy": [0, 0], "tokens": [3, 10]},
+            {"loss": 1.5, "tokens": 0.3},
+        ),
+        "names not known, nobody has any": ({"tokens": [6, 20]}, {"tokens": 0.3}),
+    }
+    assert run_ranks(reduce_under_known_names_on_ranks, num_ranks=2) == [expected, expected]

@@ -50,8 +50,10 @@ def test_two_betas_from_one_start_share_one_reference_pass_and_are_trained_once(
         *(folder.name for folder in folders),
         "gpt_dpo.sweep.jsonl",
         "reference",
+        "tokenised",
     }
     assert len(list((tmp_path / "reference").iterdir())) == 1
+    assert len(list((tmp_path / "tokenised").iterdir())) == 1
     found = rows(tmp_path)
     assert [(row["overrides"], row["state"], row["step"]) for row in found] == [
         ({"model.dpo.beta": 0.05}, "finished", 2),

@@ -1,0 +1,137 @@
+"""Loading around real runs: rows are tokenised once, and micro-batches are made ahead without changing a step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .runs import NO_CHECKPOINTS, TINY, _train, in_fork, run_training, steps
+
+
+def overrides(folder: Path, data: Sequence[str], name: str, *extra: str) -> list[str]:
+    return [
+        *TINY,
+        *NO_CHECKPOINTS,
+        *data,
+        data[0].replace("train_path", "validation_path"),
+        f"exp_manager.exp_dir={folder}",
+        f"exp_manager.name={name}",
+        "trainer.max_steps=2",
+        "data.num_prompts=40",
+        "model.global_batch_size=8",
+        "model.micro_batch_size=2",
+        *extra,
+    ]
+
+
+def told(captured: str) -> list[str]:
+    return [line for line in captured.splitlines() if " data: " in line]
+
+
+def test_a_run_started_again_tokenises_nothing_and_takes_the_same_steps_bit_for_bit(
+    data: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_training("gpt_rao", overrides(tmp_path, data, "without", "data.cache=false"))
+    lines = told(capfd.readouterr().out)
+    assert not (tmp_path / "tokenised").exists()
+    assert lines == [
+        "training data: 64 of 64 rows kept",
+        "validation data: 64 of 64 rows kept",
+        "training data: 40 of 64 prompts drawn (data.num_prompts)",
+    ]
+    run_training("gpt_rao", overrides(tmp_path, data, "first"))
+    # The same rows, loaded in the same way: validation finds what was just written.
+    assert told(capfd.readouterr().out) == [lines[0], f"{lines[1]} (read from cache)", lines[2]]
+    in_fork(train_without_tokeniser, overrides(tmp_path, data, "again"))
+    assert told(capfd.readouterr().out) == [*(f"{line} (read from cache)" for line in lines[:2]), lines[2]]
+    expected = steps(tmp_path / "without")
+    assert len(expected) == 2
+    assert steps(tmp_path / "first") == steps(tmp_path / "again") == expected
+    records = [(tmp_path / name / "data.json").read_text() for name in ("without", "first", "again")]
+    assert len(set(records)) == 1
+    assert len(list((tmp_path / "tokenised").iterdir())) == 1
+    assert len(list((tmp_path / "reference").iterdir())) == 2, "reference sums are found by the same fingerprints"
+
+
+def train_without_tokeniser(given: Sequence[str]) -> None:
+    from nemo_rao.data.encode import Encoder
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("tokenises")
+
+    Encoder.encode_many = fail  # type: ignore[method-assign, assignment]
+    _train("gpt_rao", given)
+
+
+def test_micro_batches_are_made_ahead_in_the_order_of_the_steps_and_the_thread_ends_with_the_run(
+    data: tuple[str, ...], tmp_path: Path
+) -> None:
+    """And the names of the steps' statistics are gathered once, beside those of the validation at start and end."""
+    in_fork(train_and_watch, overrides(tmp_path, data, "run"))
+
+
+def train_and_watch(given: Sequence[str]) -> None:
+    from nemo_rao.integration.data_module import AlignmentData, AlignmentDataModule
+    from nemo_rao.integration.model import MegatronGPTAlignmentModel
+    from nemo_rao.mcore import loss
+
+    made: list[tuple[str, list[int]]] = []
+    used: list[list[int]] = []
+    expected: list[list[int]] = []
+    gathered: list[list[str]] = []
+    make, step, gather = AlignmentData.micro_batch, MegatronGPTAlignmentModel.data_step, loss._gathered_names
+
+    def micro_batch(self: AlignmentData, prompts: Sequence[int]) -> Any:
+        made.append((threading.current_thread().name, list(prompts)))
+        return make(self, prompts)
+
+    def data_step(self: Any, dataloader_iter: Any) -> Any:
+        batch = step(self, dataloader_iter)
+        used.append(batch.response_ids.tolist())
+        if not expected:
+            module: AlignmentDataModule = self.trainer.datamodule
+            ids = module.train.responses_of_prompts()
+            for number in range(2):
+                for prompts in module.micro_batches_of_step(number):
+                    expected.append([response for prompt in prompts for response in ids[prompt]])
+        assert [thread.name for thread in threading.enumerate()].count("prefetch") == 1
+        return batch
+
+    def gathered_names(outputs: Any) -> Sequence[str]:
+        gathered.append(list(gather(outputs)))
+        return gathered[-1]
+
+    loss._gathered_names = gathered_names
+    AlignmentData.micro_batch = micro_batch  # type: ignore[method-assign]
+    MegatronGPTAlignmentModel.data_step = data_step  # type: ignore[method-assign]
+    _train("gpt_rao", given)
+    assert len(expected) == 8 and used == expected
+    assert {thread for thread, _ in made} == {"prefetch"}
+    assert len(gathered) == 3 and gathered[0] == gathered[1] == gathered[2] != []
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_mistake_while_a_micro_batch_is_made_ends_the_run_with_its_traceback(
+    data: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)a_mistake_of_ours.*ZeroDivisionError.*no thread is left"):
+        in_fork(train_and_fail, overrides(tmp_path, data, "run"))
+
+
+def train_and_fail(given: Sequence[str]) -> None:
+    from nemo_rao.integration.data_module import AlignmentDataModule
+
+    def a_mistake_of_ours(self: AlignmentDataModule, step: int) -> Any:
+        return rows(self, step) if step < 1 else 1 / 0
+
+    rows = AlignmentDataModule.micro_batches_of_step
+    AlignmentDataModule.micro_batches_of_step = a_mistake_of_ours  # type: ignore[method-assign]
+    try:
+        _train("gpt_rao", given)
+    except ZeroDivisionError as error:
+        assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+        raise AssertionError("no thread is left") from error
