@@ -48,8 +48,13 @@ def train_parser() -> Parser:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    if arguments.multirun:
-        return train_grid(arguments)
+    from nemo_rao.integration.job import supervised
+
+    with supervised():
+        return train_grid(arguments) if arguments.multirun else train_one(arguments)
+
+
+def train_one(arguments: argparse.Namespace) -> int:
     from nemo_rao.integration.compose import compose, to_yaml
 
     config = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
@@ -75,6 +80,113 @@ def train_grid(arguments: argparse.Namespace) -> int:
         return 0
     check(sweep)
     return run_sweep(sweep)
+
+
+def plan_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao plan",
+        description="Tell what a recipe would take, without running it: memory of each rank, communication, FLOPs and "
+        "time of a step, and where it does not fit, the nearest settings that do. Exit code 0: it fits, 1: it does "
+        "not.",
+        epilog="example: nemo-rao plan --config-name gpt_rao_llama3_8b --gpu h100 model.micro_batch_size=2",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config-name", default="gpt_rao", metavar="NAME", help="recipe (default: %(default)s)")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder of your own recipes, looked into first")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100, h200 or b200 (default: %(default)s)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU, in the place of --gpu's")
+    parser.add_argument(
+        "--peak-tflops", type=float, metavar="N", help="of a GPU, in the run's number format, in the place of --gpu's"
+    )
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, metavar="SHARE", help="model FLOPs over the peak's (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="kept free for the CUDA context, NCCL and fragmentation; an assumption (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens-per-row",
+        type=int,
+        metavar="N",
+        help="mean tokens of prompt and response (default: model.seq_length, the most there can be)",
+    )
+    parser.add_argument(
+        "--responses", type=int, metavar="K", help="of each prompt (default: data.num_responses, or 2 where it is null)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the plan there, in bytes and seconds")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="a key of the recipe, or a group such as model=llama3_8b"
+    )
+    return parser
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.plan import main as run
+
+    return run(arguments)
+
+
+def launch_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao launch",
+        description="Train on a cluster: submit the run as a SLURM job that survives time limits, pre-emption and the "
+        "loss of nodes, and follow it. With cluster=local, or none, it is trained here.",
+        epilog="example: nemo-rao launch --config-dir my_recipes --config-name gpt_rao_llama3_8b cluster=my_cluster "
+        "cluster.time=8:00:00 data.train_path=/data/prefs.jsonl",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config-name", default="gpt_rao", metavar="NAME", help="recipe (default: %(default)s)")
+    parser.add_argument(
+        "--config-dir", metavar="DIR", help="folder of your own recipes and of cluster/NAME.yaml, looked into first"
+    )
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="a grid of runs, as of nemo-rao train: a job array, a run each"
+    )
+    parser.add_argument(
+        "--dependency",
+        metavar="WHAT",
+        help="wait for other jobs: as sbatch takes it, afterok:17, or the folder of a launched run, after whose end "
+        "this one may start from its checkpoint",
+    )
+    parser.add_argument("--detach", action="store_true", help="submit, and do not follow")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the batch script, and submit nothing")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="cluster=NAME or cluster=FILE.yaml, cluster.KEY=VALUE, and keys of the recipe",
+    )
+    return parser
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    from nemo_rao.cluster.launch import main as run
+
+    return run(arguments)
+
+
+def status_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao status",
+        description="Tell of runs: their jobs, the last step and its metrics, the last checkpoint.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/gpt_rao")
+    parser.add_argument("--follow", action="store_true", help="go on until its job has ended; Ctrl-C does not end it")
+    parser.add_argument(
+        "--poll-seconds", type=float, default=5.0, metavar="S", help="between two looks (default: %(default)s)"
+    )
+    return parser
+
+
+def status(arguments: argparse.Namespace) -> int:
+    from nemo_rao.cluster.status import main as run
+
+    return run(arguments)
 
 
 def compare_rewards_parser() -> Parser:
@@ -340,6 +452,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[], Parser], Callable[[argparse.Namespace], int]]] = {
     "train": ("train a model from a recipe", train_parser, train),
+    "plan": ("tell what a recipe takes, and settings that fit", plan_parser, plan),
+    "launch": ("train a model on a cluster, as a SLURM job", launch_parser, launch),
+    "status": ("tell of runs: jobs, last step, metrics", status_parser, status),
     "import-hf": ("make a NeMo checkpoint of a Hugging Face model", import_hf_parser, import_hf),
     "export-hf": ("make a Hugging Face model of a NeMo checkpoint", export_hf_parser, export_hf),
     "objectives": ("print the objectives, their formulas and keys", objectives_parser, objectives),

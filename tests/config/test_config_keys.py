@@ -8,7 +8,14 @@ import pytest
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.compose import compose, known_keys
-from nemo_rao.integration.config import RunConfig, objective_config, objective_names, reference_dir, run_dir
+from nemo_rao.integration.config import (
+    RunConfig,
+    data_cache_dir,
+    objective_config,
+    objective_names,
+    reference_dir,
+    run_dir,
+)
 from nemo_rao.keys import check
 
 
@@ -135,6 +142,12 @@ def test_reference_log_probabilities_are_shared_by_the_runs_of_a_folder() -> Non
     assert run_dir(config) == Path("/results/a")
     assert reference_dir(config) == Path("/results/reference")
     assert reference_dir(compose("gpt_rao", ["reference.cache_dir=/cache"])) == Path("/cache")
+
+
+def test_tokenised_data_is_shared_by_the_runs_of_a_folder_unless_it_is_not_to_be_kept() -> None:
+    assert data_cache_dir(compose("gpt_rao", ["exp_manager.exp_dir=/results"])) == Path("/results/tokenised")
+    assert data_cache_dir(compose("gpt_rao", ["data.cache_dir=/cache"])) == Path("/cache")
+    assert data_cache_dir(compose("gpt_rao", ["data.cache_dir=/cache", "data.cache=false"])) is None
 
 
 def test_defaults_are_in_the_dataclasses_alone() -> None:

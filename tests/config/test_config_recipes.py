@@ -10,8 +10,13 @@ from nemo_rao.errors import UserError
 from nemo_rao.integration.compose import compose, known_keys, package_recipes, to_yaml
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-# Without search/: what those files hold are several values of a key (test_config_sweeps.py).
-GROUP_FILES = [(file.parent.name, file.stem) for file in sorted(CONF.glob("*/*.yaml")) if file.parent.name != "search"]
+# Without search/: what those files hold are several values of a key (test_config_sweeps.py); without cluster/: they are
+# no part of a recipe (tests/slurm).
+GROUP_FILES = [
+    (file.parent.name, file.stem)
+    for file in sorted(CONF.glob("*/*.yaml"))
+    if file.parent.name not in ("search", "cluster")
+]
 FREE = "model.arch.extra."  # a key in which further ones stand
 
 

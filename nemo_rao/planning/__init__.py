@@ -1,0 +1,10 @@
+"""What a run will take before it is started: memory of each rank, communication, FLOPs, and settings that fit.
+
+Arithmetic alone: neither torch nor NeMo is imported, and NeMo's config classes are read as source.
+
+    nemo_classes -> network -> setting        what is planned
+    parameters -> buffers                     exact: tensors of a rank, Megatron's buffers, the optimizer's shares
+    activations, log_probs -> memory          bytes at the peak of a step, stage by stage
+    communication, compute                    bytes sent, FLOPs, pipeline bubble, time at a stated MFU
+    advise -> report                          the nearest settings that fit; the table and the JSON
+"""

@@ -1,0 +1,113 @@
+"""The nearest settings that fit: as few keys changed as possible, and among these the ones that cost least.
+
+Every combination of the changes below is a candidate. Its cost is the sum of theirs; they stand in the order of what
+they do to a run: first those that change nothing but memory, then those that cost time, then those that need more
+GPUs or train something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_rao.planning.memory import peak
+from nemo_rao.planning.setting import Setting
+
+# Field of the setting -> key of the recipe.
+KEYS = {
+    "fused_log_probs": "model.fused_log_probs",
+    "use_distributed_optimizer": "model.optim.use_distributed_optimizer",
+    "sequence_parallel": "model.sequence_parallel",
+    "micro_batch_size": "model.micro_batch_size",
+    "recompute_granularity": "model.recompute_granularity",
+    "tensor": "model.tensor_model_parallel_size",
+    "pipeline": "model.pipeline_model_parallel_size",
+    "nodes": "trainer.num_nodes",
+    "param_bytes": "precision.params",
+    "lora": "model.peft.scheme",
+}
+MOST = 4096  # of the sizes that are doubled, so that the search ends
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A setting that fits.
+
+    Attributes:
+        overrides: ``key=value``, to be added to the command.
+        setting: with them.
+        bytes: at the peak of the rank that needs most.
+    """
+
+    overrides: tuple[str, ...]
+    setting: Setting
+    bytes: int
+
+
+def advise(setting: Setting, limit: int) -> Iterator[Advice]:
+    """Settings that take at most ``limit`` bytes, nearest first; none that only adds to one before it."""
+    changes = _changes(setting)
+    combinations = [
+        (sum(cost for cost, _ in chosen), {name: value for _, own in chosen for name, value in own.items()})
+        for chosen in itertools.product(*changes)
+    ]
+    combinations.sort(key=lambda one: (one[0], len(one[1])))
+    found: list[Mapping[str, Any]] = []
+    for _, values in combinations:
+        if not values or any(before.keys() <= values.keys() for before in found):
+            continue
+        candidate = dataclasses.replace(setting, **values)
+        if candidate.possible() and (needed := peak(candidate)) <= limit:
+            found.append(values)
+            shown = {name: value for name, value in values.items() if name in KEYS}
+            yield Advice(tuple(f"{KEYS[n]}={_shown(n, v)}" for n, v in shown.items()), candidate, needed)
+
+
+def _changes(setting: Setting) -> list[list[tuple[float, dict[str, Any]]]]:
+    """For each key what it may become, with the cost; not to change it costs nothing."""
+    changes: list[list[tuple[float, dict[str, Any]]]] = []
+
+    def add(*options: tuple[float, dict[str, Any]]) -> None:
+        changes.append([(0.0, {}), *options])
+
+    if not setting.fused_log_probs:
+        add((1, {"fused_log_probs": True}))
+    if not setting.use_distributed_optimizer:
+        add((1, {"use_distributed_optimizer": True}))
+    if not setting.sequence_parallel:
+        add((1, {"sequence_parallel": True}))
+    batch = setting.micro_batch_size
+    sizes = [batch // times for times in _doubled(batch) if batch % times == 0]
+    add(*((1 + 0.1 * number, {"micro_batch_size": size}) for number, size in enumerate(sizes)))
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if setting.recompute_granularity is None:
+        add((1, {"recompute_granularity": "selective"}), (2, full))
+    elif setting.recompute_granularity == "selective":
+        add((2, full))
+    sizes = [setting.tensor * n for n in _doubled(setting.devices // setting.tensor)]
+    add(*((3 + number, {"tensor": size}) for number, size in enumerate(sizes)))
+    sizes = [setting.pipeline * n for n in _doubled(setting.network.layers // setting.pipeline)]
+    add(*((4 + number, {"pipeline": size}) for number, size in enumerate(sizes)))
+    sizes = [setting.nodes * n for n in _doubled(min(64, MOST // setting.ranks))]
+    add(*((6 + 2 * number, {"nodes": size}) for number, size in enumerate(sizes)))
+    if setting.param_bytes == 4:
+        add((5, {"param_bytes": 2}))
+    if setting.lora is None and setting.lora_offered is not None:
+        add((8, {"lora": setting.lora_offered}))
+    return changes
+
+
+def _doubled(most: int) -> list[int]:
+    """2, 4, 8, ... up to ``most``."""
+    return list(itertools.takewhile(lambda size: size <= most, (2**power for power in range(1, 32))))
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "param_bytes":
+        return "bf16"
+    if name == "lora":
+        return "lora"
+    return str(value).lower() if isinstance(value, bool) else str(value)

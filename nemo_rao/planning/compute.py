@@ -1,0 +1,86 @@
+"""FLOPs of a step, the pipeline's bubble, and the time at a stated MFU.
+
+A multiplication and an addition are two. Model FLOPs are those of the network's own matrix products (Chowdhery et al.
+2022, appendix B; attention over all T x T pairs): forward once; backward once for inputs and once for weights that are
+trained. Executed FLOPs add what is computed again: recomputed layers, attention's scores in its backward pass, logits
+that were left out. MFU is model FLOPs over what the GPUs could do in the step's whole time, bubble and communication
+included, so that it alone gives the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_rao.planning.activations import recomputed_layers
+from nemo_rao.planning.parameters import is_target
+from nemo_rao.planning.setting import Setting
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of a whole step, over all ranks.
+
+    Attributes:
+        model: by which MFU is measured.
+        executed: with what is computed again.
+        reference: of the reference pass over the same prompts, done once and not in each step; 0 without one.
+    """
+
+    model: int
+    executed: int
+    reference: int
+
+
+def flops(setting: Setting) -> Flops:
+    network, tokens = setting.network, setting.step_tokens
+    layers = network.layers * _linear(setting) * tokens
+    adapters = network.layers * _adapters(setting) * tokens
+    attention = network.layers * 4 * setting.length * network.query * tokens
+    output = 0 if setting.scores else 2 * network.hidden * network.vocabulary(setting.tensor) * tokens
+    forward = layers + adapters + attention + output
+    trained = 2 if setting.lora is None else 1  # products of a backward pass: of the inputs alone where frozen
+    model = forward + trained * (layers + output) + 2 * (attention + adapters)
+    again = attention // 2  # the scores, one of two products
+    if setting.fused_log_probs:
+        again += output
+    if setting.recompute_granularity == "selective":
+        again += attention
+    share = recomputed_layers(setting) * setting.pipeline
+    again += (layers + adapters + attention) * share // network.layers
+    mismatched = forward // setting.responses if setting.mismatched else 0
+    return Flops(model + mismatched, model + mismatched + again, forward if setting.reference else 0)
+
+
+def bubble(setting: Setting) -> float:
+    """Share of a step in which a stage waits, by 1F1B: (p - 1) / (m + p - 1) (Narayanan et al. 2021)."""
+    waits = setting.pipeline - 1
+    return waits / (setting.num_micro_batches + waits)
+
+
+def seconds(count: int, setting: Setting, *, peak_tflops: float, mfu: float) -> float:
+    """Time of so many model FLOPs on all ranks."""
+    return count / (setting.ranks * peak_tflops * 1e12 * mfu)
+
+
+def _linear(setting: Setting) -> int:
+    """FLOPs a token of a layer's linear layers, forward."""
+    return sum(2 * inputs * outputs for inputs, outputs in _widths(setting).values())
+
+
+def _adapters(setting: Setting) -> int:
+    lora = setting.lora
+    if lora is None:
+        return 0
+    adapted = [sum(sides) for name, sides in _widths(setting).items() if is_target(name, lora)]
+    return sum(2 * lora.dim * sides for sides in adapted)
+
+
+def _widths(setting: Setting) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of a layer's linear layers."""
+    network = setting.network
+    return {
+        "linear_qkv": (network.hidden, network.query + 2 * network.key),
+        "linear_proj": (network.query, network.hidden),
+        "linear_fc1": (network.hidden, network.fc1),
+        "linear_fc2": (network.ffn, network.hidden),
+    }

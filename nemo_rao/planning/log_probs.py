@@ -1,0 +1,44 @@
+"""Memory of the log-probabilities on the last stage: with the logits left out, or from whole logits.
+
+Left out (:mod:`nemo_rao.ops.linear_log_probs`): the hidden states, gathered where the sequence is split, their gradient
+in fp32, a few dozen bytes a token, and the workspace of the blocks. Whole: the logits in the weights' type, in the
+model's layout and in the one it returns, then their gradient, and a chunk in fp32.
+"""
+
+from __future__ import annotations
+
+from nemo_rao.planning.activations import FP32, stream_tokens
+from nemo_rao.planning.setting import Setting
+
+CHUNK_BYTES = 128 * 2**20  # of fp32 logits (nemo_rao.ops.vocab_parallel)
+_STATISTICS = 48  # bytes a token: places, targets, sums
+
+
+def log_prob_bytes(setting: Setting) -> int:
+    """Bytes at the peak between the last stage's forward and backward pass, what it keeps for them included."""
+    network, n, b = setting.network, setting.micro_batch_tokens, setting.param_bytes
+    hidden = stream_tokens(setting) * network.hidden * b
+    if setting.scores:
+        return hidden
+    if setting.fused_log_probs:
+        gathered = n * network.hidden * b if setting.sequence_parallel else 0
+        # The tokens' gradient in fp32, and the one that is returned: fp32 before it is scattered over the ranks.
+        gradients = n * network.hidden * (FP32 + (FP32 if setting.sequence_parallel else b))
+        return hidden + gathered + gradients + n * _STATISTICS + _blocks(setting)
+    logits = whole_logits(setting)
+    return hidden + 2 * logits + min(CHUNK_BYTES, logits * FP32 // b) + n * _STATISTICS
+
+
+def _blocks(setting: Setting) -> int:
+    """Bytes of the blocks: the workspace, or what all tokens and columns take where that is less."""
+    columns = setting.network.vocabulary(setting.tensor) // setting.tensor
+    apart = setting.param_bytes if setting.param_bytes < FP32 else 0  # the types that products read and give differ
+    cell, side = FP32 + apart, (2 * FP32 + apart) * setting.network.hidden
+    n = setting.micro_batch_tokens
+    return min(setting.workspace_bytes, n * columns * cell + (n + columns) * side)
+
+
+def whole_logits(setting: Setting) -> int:
+    """Bytes of a micro-batch's logits on one rank."""
+    vocabulary = setting.network.vocabulary(setting.tensor) // setting.tensor
+    return setting.micro_batch_tokens * vocabulary * setting.param_bytes

@@ -1,0 +1,68 @@
+"""The peak of a step on a rank of each pipeline stage.
+
+    states + micro-batches in flight x what each keeps + the larger of: log-probabilities; a layer's backward pass
+
+The last two never stand together: log-probabilities are done when the last layer's backward pass begins, and
+recomputation has not begun before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_rao.planning import activations
+from nemo_rao.planning.buffers import stage_states
+from nemo_rao.planning.log_probs import log_prob_bytes
+from nemo_rao.planning.setting import Setting
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of a rank of one pipeline stage.
+
+    Attributes:
+        weights, gradients, optimizer: held throughout, exact.
+        in_flight: micro-batches whose activations are held at once.
+        activations: of all of these.
+        log_probs: at the loss, on the last stage.
+        backward: of one layer's backward pass, recomputed activations included.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    in_flight: int
+    activations: int
+    log_probs: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + max(self.log_probs, self.backward)
+
+
+def stage_memory(setting: Setting, stage: int) -> StageMemory:
+    """The peak of this stage's ranks."""
+    states = stage_states(setting, stage)
+    kept = activations.stored_layers(setting) + activations.stored_ends(setting, stage)
+    in_flight = setting.in_flight(stage)
+    return StageMemory(
+        weights=states.weights,
+        gradients=states.gradients,
+        optimizer=states.optimizer,
+        in_flight=in_flight,
+        activations=in_flight * kept,
+        log_probs=log_prob_bytes(setting) if stage == setting.pipeline - 1 else 0,
+        backward=activations.recomputed_unit(setting) + activations.layer_gradients(setting),
+    )
+
+
+def memory(setting: Setting) -> list[StageMemory]:
+    """Every stage's."""
+    return [stage_memory(setting, stage) for stage in range(setting.pipeline)]
+
+
+def peak(setting: Setting) -> int:
+    """Bytes of the rank that needs most."""
+    return max(stage.total for stage in memory(setting))

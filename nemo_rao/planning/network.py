@@ -1,0 +1,120 @@
+"""The sizes of a dense GPT: all that parameters, activations and FLOPs depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_rao.errors import UserError
+
+
+@dataclass(frozen=True)
+class Network:
+    """A dense decoder in Megatron's terms.
+
+    Attributes:
+        layers: transformer layers.
+        hidden, ffn: widths of the residual stream and of the feed-forward layers.
+        heads, groups, head: attention heads, key/value heads, width of one head.
+        tokens: of the tokenizer, or rows of the embedding that the config class sets.
+        divisible_by: tokens are padded to a multiple of it times the tensor-parallel ranks; ``None``: not padded.
+        tied: one matrix for input and output embeddings.
+        gated: the feed-forward layers have a gate (SwiGLU).
+        norm_bias: norms are LayerNorms.
+        linear_bias, qkv_bias: linear layers have biases; those of queries, keys and values alone.
+        qk_norm: queries and keys are normed.
+        positions: learned position embeddings; 0 for rotary ones.
+        dropout: of the residual stream.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head: int
+    tokens: int
+    divisible_by: int | None
+    tied: bool
+    gated: bool
+    norm_bias: bool
+    linear_bias: bool
+    qkv_bias: bool
+    qk_norm: bool
+    positions: int
+    dropout: bool
+
+    @property
+    def query(self) -> int:
+        """Width of all queries."""
+        return self.heads * self.head
+
+    @property
+    def key(self) -> int:
+        """Width of all keys, and of all values."""
+        return self.groups * self.head
+
+    @property
+    def fc1(self) -> int:
+        """Outputs of the first feed-forward layer, gate included."""
+        return self.ffn * (2 if self.gated else 1)
+
+    def vocabulary(self, tensor: int) -> int:
+        """Rows of the embedding over all ``tensor`` ranks, padding included."""
+        multiple = 1 if self.divisible_by is None else self.divisible_by * tensor
+        return -(-self.tokens // multiple) * multiple
+
+
+def network_of(fields: Mapping[str, Any], *, config_class: str, num_tokens: int | None, seq_length: int) -> Network:
+    """The network of a config's fields, as Megatron completes them.
+
+    Args:
+        fields: of the config class, with the recipe's own in their place.
+        config_class: its name, for messages.
+        num_tokens: of the tokenizer; not asked for where ``vocab_size`` is set.
+        seq_length: learned position embeddings, where the class has them.
+
+    Raises:
+        UserError: a size is missing, or the network is of a kind that is not planned.
+    """
+    for name in ("num_moe_experts", "multi_latent_attention", "mtp_num_layers"):
+        if fields.get(name):
+            raise UserError(f"model.config_class={config_class}: {name} is set; only dense GPTs are planned")
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        if fields.get(name):
+            raise UserError(f"model.arch.extra.{name}: stages of different sizes are not planned; leave it out")
+
+    def whole(name: str, default: int | None = None) -> int:
+        value = fields.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"model.arch.{name}: {config_class} has no such size of its own; set it")
+        return value
+
+    hidden, heads = whole("hidden_size"), whole("num_attention_heads")
+    preset = fields.get("vocab_size")
+    if preset is None and num_tokens is None:
+        raise UserError(
+            "data.tokenizer: the number of its tokens is not known here; name the folder of a tokenizer that has "
+            "tokenizer.json, or set model.arch.extra.vocab_size"
+        )
+    rotary = fields.get("position_embedding_type") == "rope"
+    return Network(
+        layers=whole("num_layers"),
+        hidden=hidden,
+        ffn=whole("ffn_hidden_size", 4 * hidden),
+        heads=heads,
+        groups=whole("num_query_groups", heads),
+        head=whole("kv_channels", hidden // heads),
+        tokens=preset if preset is not None else num_tokens or 0,
+        divisible_by=None if preset is not None else whole("make_vocab_size_divisible_by"),
+        tied=bool(fields.get("share_embeddings_and_output_weights")),
+        gated=bool(fields.get("gated_linear_unit")),
+        norm_bias=fields.get("normalization") == "LayerNorm",
+        linear_bias=bool(fields.get("add_bias_linear")),
+        qkv_bias=bool(fields.get("add_bias_linear") or fields.get("add_qkv_bias")),
+        qk_norm=bool(fields.get("qk_layernorm")),
+        positions=0 if rotary else seq_length,
+        dropout=bool(fields.get("hidden_dropout")),
+    )

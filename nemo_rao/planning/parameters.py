@@ -1,0 +1,104 @@
+"""Every parameter of a rank, in the order of the model's modules: exact, by name.
+
+The names and shapes are megatron-core's; a tensor-parallel rank holds an equal part of each, whichever rank it is:
+
+    embedding   [V/TP, H]           linear_qkv [(Q + 2 K)/TP, H]     linear_fc1 [F1/TP, H]
+    norms       [H]                 linear_proj [H, Q/TP]            linear_fc2 [H, F/TP]
+
+Adapters are NeMo's: ``linear_in`` and ``linear_out`` around a linear layer, whose own weights are frozen then.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from nemo_rao.planning.setting import Lora, Setting
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of one rank.
+
+    Attributes:
+        name: as in the model.
+        size: elements on this rank.
+        trained: it has a gradient and optimizer state.
+        shared_embedding: a tied embedding on the first or last of several stages, which has a bucket of its own.
+    """
+
+    name: str
+    size: int
+    trained: bool
+    shared_embedding: bool = False
+
+
+def stage_parameters(setting: Setting, stage: int) -> list[Parameter]:
+    """The parameters of a rank of this pipeline stage."""
+    network, tensor = setting.network, setting.tensor
+    first, last = stage == 0, stage == setting.pipeline - 1
+    part = network.vocabulary(tensor) // tensor * network.hidden
+    several = setting.pipeline > 1
+    found: list[Parameter] = []
+
+    def add(name: str, size: int, *, trained: bool = True, shared: bool = False) -> None:
+        found.append(Parameter(name, size, trained and setting.lora is None, shared))
+
+    def add_linear(name: str, inputs: int, outputs: int, *, row: bool, bias: bool, norm: bool = False) -> None:
+        """A linear layer over the tensor-parallel ranks, by columns or by rows, with the norm that is fused into it."""
+        adapted = setting.lora is not None and is_target(name, setting.lora)
+        base = f"{name}.to_wrap" if adapted else name
+        add(f"{base}.weight", inputs * outputs // tensor)
+        if bias:
+            add(f"{base}.bias", outputs if row else outputs // tensor)
+        if norm:
+            add_norm(f"{base}.layer_norm_", network.hidden)
+        if adapted and setting.lora is not None:
+            for part_name, width in (("linear_in", inputs), ("linear_out", outputs)):
+                size = width * setting.lora.dim // tensor
+                found.append(Parameter(f"{name}.adapter.{part_name}.weight", size, trained=True))
+
+    def add_norm(prefix: str, width: int) -> None:
+        add(f"{prefix}weight", width)
+        if network.norm_bias:
+            add(f"{prefix}bias", width)
+
+    if first:
+        add("embedding.word_embeddings.weight", part, shared=network.tied and several)
+        if network.positions:
+            add("embedding.position_embeddings.weight", network.positions * network.hidden)
+    qkv, bias = network.query + 2 * network.key, network.linear_bias
+    for layer in range(setting.layers_of_stage):
+        attention, mlp = f"decoder.layers.{layer}.self_attention", f"decoder.layers.{layer}.mlp"
+        add_linear(f"{attention}.linear_proj", network.query, network.hidden, row=True, bias=bias)
+        add_linear(f"{attention}.linear_qkv", network.hidden, qkv, row=False, bias=network.qkv_bias, norm=True)
+        if network.qk_norm:
+            for which in "qk":
+                add_norm(f"{attention}.{which}_layernorm.", network.head)
+        add_linear(f"{mlp}.linear_fc1", network.hidden, network.fc1, row=False, bias=bias, norm=True)
+        add_linear(f"{mlp}.linear_fc2", network.ffn, network.hidden, row=True, bias=bias)
+    if last:
+        add_norm("decoder.final_layernorm.", network.hidden)
+        if not network.tied or several:
+            # A reward model skips its output layer, which then has no gradient unless it is the embedding's copy.
+            trained = not setting.scores or network.tied
+            add("output_layer.weight", part, trained=trained, shared=network.tied)
+        if setting.value_head:
+            add("value_head.weight", network.hidden)
+            add("value_head.bias", 1)
+        if setting.scores:
+            add("score_head.weight", setting.scores * network.hidden)
+    return found
+
+
+def model_parameters(setting: Setting) -> int:
+    """Parameters of the whole model, each once: without adapters, and without padding of the vocabulary."""
+    unpadded = replace(setting.network, divisible_by=None)
+    whole = replace(setting, network=unpadded, tensor=1, pipeline=1, lora=None)
+    return sum(parameter.size for parameter in stage_parameters(whole, 0))
+
+
+def is_target(name: str, lora: Lora) -> bool:
+    """As NeMo matches: the layer's own name, or a pattern with ``*`` of its whole name."""
+    own = name.rpartition(".")[2]
+    return any(own == target or re.match("^" + target.replace("*", "(.*)") + "$", name) for target in lora.targets)

@@ -1,0 +1,30 @@
+"""Functions in a process of their own, forked once NeMo has been imported: process groups and devices do not leak."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
+from typing import Any
+
+from ..megatron_ranks import import_once
+
+
+def in_child(function: Callable[..., Any], args: Sequence[Any] = ()) -> Any:
+    """What ``function(*args)`` returns there; a failure is raised here with its traceback."""
+    import_once()
+    context = get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_answer, args=(function, args, results))
+    child.start()
+    result, failure = results.get(timeout=200)
+    child.join(30)
+    assert failure is None, failure
+    return result
+
+
+def _answer(function: Callable[..., Any], args: Sequence[Any], results: Any) -> None:
+    try:
+        results.put((function(*args), None))
+    except BaseException:
+        results.put((None, traceback.format_exc()))

@@ -1,0 +1,154 @@
+"""Megatron's own models, buffers and optimizer on the meta device: shapes and bytes of any rank, without memory.
+
+Process groups are PyTorch's fake ones, in which one process takes the place of any rank.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from nemo_rao.integration.config import RunConfig, objective_config, world_size
+
+
+class OnMeta(TorchFunctionMode):
+    """Every tensor that is made is made on the meta device, whichever is asked for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron tells a parameter's precision by the name that it has on a GPU.
+            return {torch.float32: "torch.cuda.FloatTensor", torch.bfloat16: "torch.cuda.BFloat16Tensor"}[args[0].dtype]
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
+        return func(*args, **kwargs)
+
+
+def ranks_of(config: RunConfig, tokens: int) -> dict[tuple[int, int, int], dict[str, Any]]:
+    """(pipeline, tensor, data) rank -> sizes of its parameters by name, bytes of weights, gradients, optimizer.
+
+    Of every stage, all data-parallel ranks of the first tensor-parallel rank, and the last tensor-parallel rank.
+    """
+    found = {}
+    for rank in range(world_size(config)):
+        _enter(config, rank)
+        try:
+            stage, tensor, data = _place()
+            if tensor == 0 or (tensor == config.model.tensor_model_parallel_size - 1 and data == 0):
+                found[stage, tensor, data] = _measure(config, tokens)
+        finally:
+            _leave()
+    return found
+
+
+def _enter(config: RunConfig, rank: int) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def everyone_has(gathered: list[Any], own: Any, **_: Any) -> None:  # its sizes would be tensors without values
+        gathered[:] = [own] * len(gathered)
+
+    torch.distributed.all_gather_object = everyone_has
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size(config), store=FakeStore())
+    parallel_state.initialize_model_parallel(
+        config.model.tensor_model_parallel_size,
+        config.model.pipeline_model_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(1)
+
+
+def _leave() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def _place() -> tuple[int, int, int]:
+    from megatron.core import parallel_state as state
+
+    return (
+        state.get_pipeline_model_parallel_rank(),
+        state.get_tensor_model_parallel_rank(),
+        state.get_data_parallel_rank(),
+    )
+
+
+def _measure(config: RunConfig, tokens: int) -> dict[str, Any]:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    from nemo_rao.integration import build
+    from nemo_rao.integration.strategy import _allocate_state
+
+    with torch.device("meta"), OnMeta():
+        model = _model(config, tokens)
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        frozen = sum(_bytes(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+        trained = sum(_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
+        wrapped = DistributedDataParallel(model.config, build.strategy(config).ddp_config, model)
+        buffers = wrapped.buffers
+        options = build.optimizer(config, max_steps=10).config
+        optimizer = get_megatron_optimizer(options, [wrapped], use_gloo_process_groups=False)
+        state = 0
+        for part in optimizer.chained_optimizers:
+            adam = part.optimizer
+            _allocate_state(adam)
+            for group in adam.param_groups:
+                for main in group["params"]:
+                    state += _bytes(adam.state[main]["exp_avg"]) + _bytes(adam.state[main]["exp_avg_sq"])
+                    if options.bf16:  # copies; in fp32 they are views of the weights
+                        state += _bytes(main)
+        buffered = [buffer.param_data for buffer in buffers if buffer.param_data is not None]
+        return {
+            "sizes": sizes,
+            "weights": frozen + (sum(map(_bytes, buffered)) if buffered else trained),
+            "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
+            "optimizer": state,
+        }
+
+
+def _model(config: RunConfig, tokens: int) -> Any:
+    from nemo_rao.integration import build
+    from nemo_rao.mcore.heads import add_score_head, add_value_head
+    from nemo_rao.mcore.layer_spec import layer_spec_without_te
+    from nemo_rao.mcore.loss import configure_loss_scaling
+    from nemo_rao.objectives import registry
+
+    made, keys = build.model_config(config), config.model
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.params]
+    made.tensor_model_parallel_size = keys.tensor_model_parallel_size
+    made.pipeline_model_parallel_size = keys.pipeline_model_parallel_size
+    made.sequence_parallel = keys.sequence_parallel
+    made.params_dtype = made.pipeline_dtype = dtype
+    made.bf16 = dtype is torch.bfloat16
+    made.transformer_layer_spec = layer_spec_without_te
+    made.perform_initialization = False
+    configure_loss_scaling(made)
+    model = made.configure_model(SimpleNamespace(vocab_size=tokens))
+    needs = registry.get(keys.objective).needs_of(objective_config(config))
+    if needs.values:
+        add_value_head(model)
+    if needs.scores:
+        add_score_head(model, needs.scores)
+    adapt = build.lora(config)
+    if adapt is None:
+        return model
+    from nemo.collections.llm.fn import FNMixin
+
+    class Whole(torch.nn.Module, FNMixin):
+        """What NeMo's own class around the model offers its transform."""
+
+    whole = Whole()
+    whole.add_module("whole", model)
+    adapt(whole)
+    return model
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,102 @@
+"""Activations and FLOPs against what a small model keeps and computes, on Megatron's layers without logits or with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+
+from nemo_rao.integration.compose import compose, override
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.plan import setting_of
+from nemo_rao.planning import activations
+from nemo_rao.planning.compute import flops
+from nemo_rao.planning.log_probs import whole_logits
+from nemo_rao.planning.setting import Setting
+
+from ..megatron_ranks import run_ranks
+from .small_models import measure
+
+ROWS, LENGTH, TOKENS = 2, 64, 512
+SIZES = (
+    *("model.arch.num_layers=4", "model.arch.hidden_size=64", "model.arch.ffn_hidden_size=176"),
+    *("model.arch.num_attention_heads=4", "model.arch.num_query_groups=2", "model.seq_length=64"),
+    *(f"model.arch.extra={{vocab_size: {TOKENS}}}", "model.micro_batch_size=1", "trainer.accelerator=cpu"),
+    "trainer.devices=2",
+)
+SPLIT = ("model.tensor_model_parallel_size=2",)
+SEQUENCE = (*SPLIT, "model.sequence_parallel=true")
+FULL = ("model.recompute_granularity=full",)
+CASES: dict[str, tuple[str, ...]] = {
+    "one rank": (),
+    "TP 2": SPLIT,
+    "TP 2, sequence parallel": SEQUENCE,
+    "selective recomputation": ("model.recompute_granularity=selective",),
+    "full recomputation": FULL,
+    "full recomputation of two layers at a time": (*FULL, "model.recompute_num_layers=2"),
+    "full recomputation of three layers": (*FULL, "model.recompute_method=block", "model.recompute_num_layers=3"),
+    "TP 2, sequence parallel, full recomputation": (*SEQUENCE, *FULL),
+    "bf16": ("precision.params=bf16",),
+    "whole logits": ("model.fused_log_probs=false",),
+    "Qwen2's biases": ("model.config_class=Qwen2Config",),
+}
+
+
+@functools.cache
+def config(case: str) -> RunConfig:
+    return override(small(), CASES[case])
+
+
+@functools.cache
+def small() -> RunConfig:
+    return compose("gpt_rao", SIZES)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    configs = [config(case) for case in CASES]
+    found = run_ranks(measure, (configs, (ROWS, LENGTH), TOKENS), num_ranks=2)[0]
+    return dict(zip(CASES, found, strict=True))
+
+
+def planned(case: str) -> Setting:
+    """One micro-batch a step."""
+    setting = setting_of(config(case), responses=ROWS)
+    return dataclasses.replace(setting, global_batch_size=setting.data)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_activations_kept_of_a_micro_batch_are_those_measured(case: str, measured: dict[str, Any]) -> None:
+    setting = planned(case)
+    ours = activations.stored_layers(setting) + activations.stored_ends(setting, 0)
+    # What log-probabilities keep beside the workspace: hidden states, and logits where they are whole.
+    ours += activations.stream_tokens(setting) * setting.network.hidden * setting.param_bytes
+    if not setting.fused_log_probs:
+        ours += whole_logits(setting)
+    assert ours == pytest.approx(measured[case]["kept"], rel=0.1)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "full" in case])
+def test_recomputed_activations_are_those_measured(case: str, measured: dict[str, Any]) -> None:
+    assert activations.recomputed_unit(planned(case)) == pytest.approx(measured[case]["again"], rel=0.1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_saved_anew_only_where_they_are_recomputed(case: str, measured: dict[str, Any]) -> None:
+    assert (measured[case]["again"] > 0) == (planned(case).recompute_granularity is not None)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("TP")])
+def test_executed_flops_are_those_that_pytorch_counts(case: str, measured: dict[str, Any]) -> None:
+    setting = planned(case)
+    # Both copies of the model compute a micro-batch.
+    assert flops(setting).executed == setting.data * (measured[case]["forward"] + measured[case]["backward"])
+    assert flops(setting).reference == setting.data * measured[case]["forward"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("TP")])
+def test_tensor_parallel_ranks_share_the_flops(case: str, measured: dict[str, Any]) -> None:
+    setting = planned(case)
+    assert flops(setting).executed == setting.tensor * (measured[case]["forward"] + measured[case]["backward"])

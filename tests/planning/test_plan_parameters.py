@@ -1,0 +1,139 @@
+"""Parameters and states of each rank are those of Megatron's models, buffers and optimizer, to the byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_rao.integration.compose import compose, override
+from nemo_rao.integration.plan import setting_of
+from nemo_rao.planning.buffers import stage_states
+from nemo_rao.planning.parameters import stage_parameters
+
+from .children import in_child
+from .meta_models import ranks_of
+
+TOKENS = 1003  # no multiple of anything, so that the vocabulary is padded
+TINY = ("model.arch.num_layers=4", "model.arch.hidden_size=96", "model.arch.ffn_hidden_size=200")
+PRESET = f"model.arch.extra={{vocab_size: {TOKENS + 5}}}"
+
+
+def parallel(tensor: int, pipeline: int, devices: int) -> tuple[str, ...]:
+    return (
+        f"model.tensor_model_parallel_size={tensor}",
+        f"model.pipeline_model_parallel_size={pipeline}",
+        f"trainer.devices={devices}",
+        "model.micro_batch_size=1",
+        "model.global_batch_size=48",
+    )
+
+
+# Recipe, overrides.
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Llama 3 8B as published": ("gpt_rao_llama3_8b", ()),
+    "Llama 3 8B, PP 2": ("gpt_rao_llama3_8b", parallel(2, 2, 4)),
+    "Llama 3 8B, LoRA": (
+        "gpt_rao_llama3_8b",
+        (*parallel(2, 1, 2), "model.peft.scheme=lora", "model.restore_from_path=x"),
+    ),
+    "Qwen2.5 7B, biases": ("gpt_rao_qwen2_5_7b", parallel(4, 1, 4)),
+    "EuroLLM's widths, three copies": (
+        "gpt_rao_eurollm_9b",
+        (*parallel(1, 2, 6), "model.arch.num_layers=4", "model.sequence_parallel=false"),
+    ),
+    "tied": (
+        "gpt_rao",
+        (*TINY, *parallel(2, 2, 12), "model.arch.share_embeddings_and_output_weights=true", "precision.params=bf16"),
+    ),
+    "tied, one stage": ("gpt_rao", (*TINY, *parallel(2, 1, 2), "model.arch.share_embeddings_and_output_weights=true")),
+    "no distributed optimizer": (
+        "gpt_rao",
+        (*TINY, *parallel(1, 2, 4), "model.optim.use_distributed_optimizer=false", "precision.params=bf16"),
+    ),
+    "gradients in bf16": (
+        "gpt_rao",
+        (*TINY, *parallel(2, 1, 4), "precision.params=bf16", "precision.grad_reduce_in_fp32=false"),
+    ),
+    "LayerNorm, biases, learned positions, normed queries": (
+        "gpt_rao",
+        (
+            *TINY,
+            *parallel(2, 1, 6),
+            "model.config_class=GPTConfig",
+            "model.arch.extra={qk_layernorm: true, bias_activation_fusion: false}",
+        ),
+    ),
+    "vocabulary of its own": ("gpt_rao", (*TINY, *parallel(2, 1, 2), PRESET)),
+    "value head": ("gpt_rao", (*TINY, *parallel(1, 2, 6), "model.objective=dro")),
+    "reward model": ("gpt_rao", (*TINY, *parallel(1, 2, 4), "model.objective=rm")),
+    "tied reward model": (
+        "gpt_rao",
+        (
+            *TINY,
+            *parallel(1, 2, 4),
+            "model.objective=rm",
+            "model.arch.share_embeddings_and_output_weights=true",
+        ),
+    ),
+    "adapters by pattern": (
+        "gpt_rao",
+        (
+            *TINY,
+            *parallel(2, 1, 2),
+            "model.peft.scheme=lora",
+            "model.restore_from_path=x",
+            "model.peft.lora.target_modules=['*.layers.*.linear_qkv',linear_fc2]",
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tokenizer: str) -> dict[str, Any]:
+    recipes = {recipe: compose(recipe, [tokenizer]) for recipe, _ in CASES.values()}
+    return {name: override(recipes[recipe], given) for name, (recipe, given) in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The override that names a tokenizer of ``TOKENS`` tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer(WordLevel({str(number): number for number in range(TOKENS)}, "0")).save(str(folder / "tokenizer.json"))
+    return f"data.tokenizer={folder}"
+
+
+@pytest.fixture(scope="module")
+def measured(configs: dict[str, Any]) -> dict[str, Any]:
+    return in_child(_measure_all, (configs,))
+
+
+def _measure_all(configs: dict[str, Any]) -> dict[str, Any]:
+    return {name: ranks_of(config, TOKENS) for name, config in configs.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_parameter_of_every_rank_is_megatrons(
+    case: str, configs: dict[str, Any], measured: dict[str, Any]
+) -> None:
+    setting = setting_of(configs[case])
+    for (stage, _, _), found in measured[case].items():
+        planned = [(parameter.name, parameter.size) for parameter in stage_parameters(setting, stage)]
+        assert planned == list(found["sizes"].items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_of_weights_gradients_and_optimizer_are_megatrons(
+    case: str, configs: dict[str, Any], measured: dict[str, Any]
+) -> None:
+    setting = setting_of(configs[case])
+    for stage in range(setting.pipeline):
+        ranks = [found for (of_stage, _, _), found in measured[case].items() if of_stage == stage]
+        assert len(ranks) == setting.data + (setting.tensor > 1)
+        planned = stage_states(setting, stage)
+        assert {found["weights"] for found in ranks} == {planned.weights}
+        assert {found["gradients"] for found in ranks} == {planned.gradients}
+        assert max(found["optimizer"] for found in ranks) == planned.optimizer
