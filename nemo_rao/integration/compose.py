@@ -379,6 +379,10 @@ def _build(config_type: type, values: dict) -> Any:
 
 
 def _unknown_key(name: str) -> UserError:
+    if name.partition(".")[0] == "cluster":
+        return UserError(
+            f"unknown key {name}; a cluster goes with nemo-rao launch, which takes the same recipe and keys"
+        )
     keys = list(known_keys())
     group, _, last = name.rpartition(".")
     if group.removeprefix("model.") in objective_names():  # another objective's key of that name would be no help

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao import cpu
-from nemo_rao.data.dataset import PreferenceData
 from nemo_rao.data.encode import pad_token_id
+from nemo_rao.data.store import PreferenceData
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checkpoints import last_checkpoint
 from nemo_rao.integration.compose import to_yaml
 from nemo_rao.integration.config import RunConfig, reference_dir, run_dir
 from nemo_rao.integration.curves import draw_curves
+from nemo_rao.integration.job import leave_if_stopped
 from nemo_rao.integration.launch import launch, started_externally
 from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_nemo, prepare, select_device
 from nemo_rao.integration.talk import global_rank, is_first_rank, quiet_third_parties, say
@@ -192,6 +193,7 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
         wandb.finish()  # a rank ends without the interpreter's own shutdown, which would do it
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+    leave_if_stopped()
 
 
 def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> list[Any]:
@@ -205,9 +207,10 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> l
         SeedEveryStep,
         Validation,
     )
+    from nemo_rao.integration.stop import StopWhenAsked
 
     folder, keys = run_dir(config), config.model
-    callbacks: list[Any] = [SeedEveryStep(config.trainer.seed)]
+    callbacks: list[Any] = [StopWhenAsked(), SeedEveryStep(config.trainer.seed)]
     if model.model_transform is not None:
         # Adds the adapters after the reference pass, which so sees the model that they start from.
         callbacks.append(model.model_transform)

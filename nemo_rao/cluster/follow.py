@@ -1,0 +1,101 @@
+"""Follows jobs: changes of their state, and what the batch script and rank 0 print, until they have ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_rao.cluster.records import JobRecord
+from nemo_rao.cluster.slurm import JobState, job_states
+from nemo_rao.errors import UserError
+
+_PATIENCE = 5  # failed looks in a row; a controller that is restarted answers again
+
+
+class Tail:
+    """New whole lines of a file that may not be there yet, or grow while it is read."""
+
+    def __init__(self, path: Path, *, from_end: bool) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if from_end and path.exists() else 0
+        self._rest = b""
+
+    def lines(self, *, rest: bool = False) -> list[str]:
+        """``rest``: the last line, too, if nothing has ended it."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            read = file.read()
+        self._offset += len(read)
+        *whole, self._rest = (self._rest + read).replace(b"\r", b"\n").split(b"\n")
+        if rest and self._rest:
+            whole, self._rest = [*whole, self._rest], b""
+        return [line.decode(errors="replace") for line in whole if line.strip()]
+
+
+def follow(run: Path | None, records: Sequence[JobRecord], *, poll_seconds: float, from_end: bool = False) -> int:
+    """Prints what happens until all jobs have ended, or Ctrl-C.
+
+    Args:
+        run: folder of the run whose logs are shown; ``None``: states alone, as for a sweep.
+        records: of one submission.
+        poll_seconds: between two looks.
+        from_end: of the logs, show only what is new.
+
+    Returns:
+        the exit code: 0 where all jobs are done, 1 where one failed, 130 after Ctrl-C, which ends no job.
+    """
+    last: dict[str, JobState] = {}
+    tails = []
+    if run is not None:
+        tails = [
+            Tail(Path(records[-1].log), from_end=from_end),
+            Tail(records[-1].rank_log(run, 0), from_end=from_end),
+        ]
+    try:
+        ended = _watch(records, last, tails, poll_seconds)
+    except KeyboardInterrupt:
+        jobs = records[0].job.partition("_")[0] if records else ""
+        where = f"nemo-rao status {run} --follow" if run is not None else f"squeue --job {jobs}"
+        print(f"\nno longer followed; job {jobs} goes on. Its state: {where}; to end it: scancel {jobs}", flush=True)
+        return 130
+    return 0 if ended else 1
+
+
+def _watch(records: Sequence[JobRecord], last: dict[str, JobState], tails: Sequence[Tail], poll_seconds: float) -> bool:
+    """Whether all jobs have ended well."""
+    failures = looks_at_end = 0
+    while True:
+        try:
+            states = {record.job: _state_of(record) for record in records}
+            failures = 0
+        except UserError:
+            failures += 1
+            if failures == _PATIENCE:
+                raise
+            time.sleep(poll_seconds)
+            continue
+        over = all(state is None or not state.is_active for state in states.values())
+        for tail in tails:
+            for line in tail.lines(rest=over):
+                print(line, flush=True)
+        for job, state in states.items():
+            if state is not None and (job not in last or _differs(state, last[job])):
+                print(state, flush=True)
+                last[job] = state
+        # A job that is queued again passes through states in which it seems to have ended.
+        looks_at_end = looks_at_end + 1 if over else 0
+        if looks_at_end == 2:
+            return all(state is not None and state.state == "COMPLETED" for state in states.values())
+        time.sleep(poll_seconds)
+
+
+def _state_of(record: JobRecord) -> JobState | None:
+    found = job_states(record.job)
+    return found[0] if found else None
+
+
+def _differs(new: JobState, old: JobState) -> bool:
+    return (new.state, new.lives, new.reason) != (old.state, old.lives, old.reason)

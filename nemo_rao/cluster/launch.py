@@ -1,0 +1,320 @@
+"""``nemo-rao launch``: a recipe and a cluster's file become a job that is submitted and followed.
+
+    overrides -> cluster's keys, recipe's keys -> checks, of which every one precedes the first file that is written
+        scheduler local: the run, in this process
+        scheduler slurm: RUN/slurm/recipe.yaml + batch script -> sbatch -> RUN/slurm/jobs.jsonl -> follow
+
+A sweep (``--multirun``) becomes a job array, each run an element of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.cluster import slurm
+from nemo_rao.cluster.config import ClusterConfig, Mount, mounts, outside, read_cluster, seconds_of
+from nemo_rao.cluster.follow import follow
+from nemo_rao.cluster.records import FOLDER, JobRecord, add_record, read_records
+from nemo_rao.cluster.script import LATE_SECONDS, RECIPE, Job, RunFolder, batch_script
+from nemo_rao.errors import UserError
+from nemo_rao.files import write_atomically
+from nemo_rao.integration.checkpoints import last_checkpoint
+from nemo_rao.integration.checks import check_run
+from nemo_rao.integration.compose import compose, load_recipe, to_yaml
+from nemo_rao.integration.config import RunConfig, run_dir
+from nemo_rao.integration.several_runs import told_of
+from nemo_rao.integration.sweep import Sweep, plan
+
+
+def main(arguments: argparse.Namespace) -> int:
+    _, cluster, overrides = read_cluster(arguments.overrides, arguments.config_dir)
+    sweep, config = None, None
+    if arguments.multirun:
+        sweep = plan(arguments.config_name, overrides, arguments.config_dir)
+        runs = [(run.label, run.config) for run in sweep.runs]
+    else:
+        config = compose(arguments.config_name, overrides, arguments.config_dir)
+        runs = [("", config)]
+    if cluster.scheduler == "local":
+        if arguments.dependency is not None:
+            raise UserError(f"--dependency {arguments.dependency}: jobs alone have one; name a cluster, cluster=NAME")
+        for label, run in runs:
+            with told_of(label):
+                check_size(cluster, run)
+                check_run(run)
+        return 0 if arguments.dry_run else _run_here(sweep, config)
+    return _submit(cluster, arguments, runs, sweep)
+
+
+def _run_here(sweep: Sweep | None, config: RunConfig | None) -> int:
+    if sweep is not None:
+        from nemo_rao.integration.sweep import run_sweep
+
+        return run_sweep(sweep)
+    from nemo_rao.integration.train import train
+
+    assert config is not None
+    train(config)
+    return 0
+
+
+def _submit(
+    cluster: ClusterConfig, arguments: argparse.Namespace, runs: Sequence[tuple[str, RunConfig]], sweep: Sweep | None
+) -> int:
+    working_dir = Path.cwd()
+    check_cluster(cluster)
+    mounted = mounts(cluster, working_dir)
+    after, awaited = _dependency(arguments.dependency)
+    folders = []
+    for label, config in runs:
+        with told_of(label):
+            check_size(cluster, config)
+            folders.append(check_paths(cluster, config, mounted, working_dir, awaited))
+            check_resume(config, folders[-1].outside)
+            if after is None:
+                _check_no_job(folders[-1].outside)
+    first = runs[0][1]
+    for label, config in runs:
+        if (config.trainer.devices, config.trainer.num_nodes) != (first.trainer.devices, first.trainer.num_nodes):
+            raise UserError(
+                f"{label}: trainer.devices x trainer.num_nodes = {config.trainer.devices} x "
+                f"{config.trainer.num_nodes}, but {first.trainer.devices} x {first.trainer.num_nodes} of the sweep's "
+                "first run; the elements of a job array take the same nodes, so launch them apart"
+            )
+    if sweep is not None:
+        of_logs = folders[0].outside.with_name(f"{sweep.name}.{FOLDER}")
+    else:
+        of_logs = folders[0].outside / FOLDER
+    several = len(runs) > 1
+    job = Job(
+        name=sweep.name if sweep is not None else first.exp_manager.name,
+        runs=folders,
+        num_nodes=first.trainer.num_nodes,
+        ranks_per_node=first.trainer.devices,
+        working_dir=working_dir,
+        log=f"{of_logs}/job-{'%A_%a' if several else '%j'}.log",
+        dependency=after,
+        python=cluster.python or ("python" if cluster.container is not None else sys.executable),
+        mounts=mounted,
+    )
+    script = batch_script(cluster, job)
+    if arguments.dry_run:
+        print(script, end="")
+        return 0
+    slurm.check_script(script)
+    of_logs.mkdir(parents=True, exist_ok=True)
+    for folder, (_, config) in zip(folders, runs, strict=True):
+        write_atomically(folder.outside / FOLDER / f"{RECIPE}.yaml", to_yaml(config))
+    write_atomically(of_logs / "job.sbatch", script)
+    number = slurm.submit(script)
+    submitted = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    records = []
+    for element, folder in enumerate(folders):
+        name = f"{number}_{element}" if several else number
+        records.append(JobRecord(name, submitted, str(of_logs / f"job-{name}.log")))
+        add_record(folder.outside, records[-1])
+    print(f"submitted job {number}; logs: {of_logs}", flush=True)
+    if arguments.detach:
+        return 0
+    return follow(None if several else folders[0].outside, records, poll_seconds=cluster.poll_seconds)
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def check_cluster(cluster: ClusterConfig) -> None:
+    """Checks what the cluster's keys alone, and the files they name, can tell.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    if not cluster.partition:
+        raise UserError("cluster.partition is not set; name the partition that jobs go to (sinfo lists them)")
+    limit = seconds_of(cluster.time)
+    if cluster.requeue and cluster.save_seconds + LATE_SECONDS >= limit:
+        raise UserError(
+            f"cluster.save_seconds={cluster.save_seconds}: saving would begin before the run does, as cluster.time="
+            f"{cluster.time} is {limit:g} seconds; lower it, or raise the time"
+        )
+    if cluster.save_seconds > 65535:
+        raise UserError(f"cluster.save_seconds={cluster.save_seconds}: SLURM takes at most 65535")
+    if cluster.mounts and cluster.container is None:
+        raise UserError(f"cluster.mounts={cluster.mounts}: there is no container to mount into; set cluster.container")
+    image = cluster.container
+    is_path = image is not None and (image.startswith(("/", ".", "~")) or image.endswith(".sqsh"))
+    if image is not None and is_path and not Path(image).expanduser().is_file():
+        raise UserError(
+            f"cluster.container={image}: no such file; give an image (enroot import makes one), or a name in a "
+            "registry such as nvcr.io#nvidia/nemo:25.11"
+        )
+    for mount in mounts(cluster, Path.cwd())[:-1]:
+        if not mount.outside.is_absolute() or not mount.inside.is_absolute():
+            raise UserError(f"cluster.mounts: {mount}: give whole paths, OUTSIDE:INSIDE")
+        if not mount.outside.exists():
+            raise UserError(f"cluster.mounts: {mount.outside}: no such file or folder; give one of this machine")
+        if "," in str(mount):
+            raise UserError(f"cluster.mounts: {mount}: a comma parts mounts from each other; choose another path")
+
+
+def check_size(cluster: ClusterConfig, config: RunConfig) -> None:
+    """Refuses a run that takes more than there is.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    if cluster.nodes is not None and cluster.gpus_per_node is not None:
+        there = cluster.nodes * cluster.gpus_per_node
+        if devices * nodes > there:
+            raise UserError(
+                f"trainer.devices={devices} x trainer.num_nodes={nodes} = {devices * nodes} GPUs, but cluster.nodes="
+                f"{cluster.nodes} x cluster.gpus_per_node={cluster.gpus_per_node} are {there}; lower the first, or "
+                "choose another cluster"
+            )
+    if cluster.gpus_per_node is not None and devices > cluster.gpus_per_node:
+        raise UserError(
+            f"trainer.devices={devices}, but a node has cluster.gpus_per_node={cluster.gpus_per_node}; lower it and "
+            "raise trainer.num_nodes"
+        )
+    if cluster.nodes is not None and nodes > cluster.nodes:
+        raise UserError(
+            f"trainer.num_nodes={nodes}, but a job may take cluster.nodes={cluster.nodes}; lower it, or raise that"
+        )
+
+
+def check_paths(
+    cluster: ClusterConfig,
+    config: RunConfig,
+    mounted: Sequence[Mount],
+    working_dir: Path,
+    awaited: Sequence[Path] = (),
+) -> RunFolder:
+    """Checks the run as ``nemo-rao train`` does, with the paths under which this machine knows its files.
+
+    Args:
+        awaited: folders of runs that it is to wait for; what lies there need not be there yet.
+
+    Returns:
+        the run's folder.
+
+    Raises:
+        UserError: see :func:`nemo_rao.integration.checks.check_run`; or the results lie where no task can write.
+    """
+    inside = Path(os.path.normpath(working_dir / run_dir(config)))
+    folder = outside(inside, mounted, working_dir)
+    if folder is None:
+        raise UserError(
+            f"exp_manager.exp_dir={config.exp_manager.exp_dir}: in no folder that the container sees; add it to "
+            "cluster.mounts"
+        )
+    if re.search(r"[%\\]", str(folder)):
+        raise UserError(f"exp_manager: {folder}: SLURM reads % and \\ in the names of logs; choose another folder")
+
+    def here(value: Any) -> Any:
+        if isinstance(value, list):
+            return [here(item) for item in value]
+        if not isinstance(value, str) or not mounted or not value.startswith("/"):
+            return value
+        return str(outside(Path(value), mounted, working_dir) or value)
+
+    seen = copy.deepcopy(config)
+    seen.data.train_path, seen.data.validation_path = here(config.data.train_path), here(config.data.validation_path)
+    seen.data.tokenizer, start = here(config.data.tokenizer), here(config.model.restore_from_path)
+    seen.model.restore_from_path = start
+    seen.exp_manager.exp_dir = str(folder.parent)
+    if start is not None:
+        path = (working_dir / Path(start).expanduser()).resolve()
+        if any(path.is_relative_to(run.resolve()) for run in awaited):
+            seen.model.restore_from_path = str(working_dir)  # some folder: LoRA is to see that there is a start
+    check_run(seen)
+    if cluster.requeue and not config.exp_manager.resume_if_exists:
+        raise UserError(
+            "exp_manager.resume_if_exists=false: a job that is queued again would start over; set it to true, or "
+            "cluster.requeue=false"
+        )
+    if cluster.requeue and not config.exp_manager.checkpoint_callback_params.save_last:
+        raise UserError(
+            "exp_manager.checkpoint_callback_params.save_last=false: a job that is queued again continues from the "
+            "last checkpoint; set it to true, or cluster.requeue=false"
+        )
+    return RunFolder(outside=folder, inside=inside)
+
+
+def check_resume(config: RunConfig, folder: Path) -> None:
+    """Says from where a run of this name would continue, and whether it can.
+
+    Checkpoints can be read under any parallelism, so another one is no mistake, yet worth a word: its numbers agree to
+    rounding, not bit for bit. Another model's cannot; whether a damaged one can be read, the job sees.
+
+    Raises:
+        UserError: the run has another model.
+    """
+    saved, checkpoint = folder / "recipe.yaml", last_checkpoint(folder)
+    if checkpoint is None or not saved.is_file() or not config.exp_manager.resume_if_exists:
+        return
+    before = load_recipe(saved)
+    sizes, sizes_before = vars(config.model.arch), vars(before.model.arch)
+    for key, new, old in (
+        ("model.config_class", config.model.config_class, before.model.config_class),
+        *((f"model.arch.{name}", sizes[name], sizes_before[name]) for name in sizes),
+    ):
+        if new != old and "dropout" not in key:
+            raise UserError(
+                f"{key}={new}: exp_manager.name={config.exp_manager.name} would continue from {checkpoint}, whose "
+                f"model has {old}; set it to that, or give this run another exp_manager.name"
+            )
+    now, then = _parallelism(config), _parallelism(before)
+    print(f"continues from {checkpoint}", flush=True)
+    if now != then:
+        print(
+            f"saved under {then}, continued under {now}: checkpoints can be read under any parallelism, but the "
+            "numbers then agree to rounding, not bit for bit",
+            flush=True,
+        )
+
+
+def _parallelism(config: RunConfig) -> str:
+    model, ranks = config.model, config.trainer.devices * config.trainer.num_nodes
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    return f"TP {tensor} x PP {pipeline} x DP {ranks // (tensor * pipeline * model.context_parallel_size)}"
+
+
+def _check_no_job(folder: Path) -> None:
+    """Refuses a second job in a folder, which would write over the first one's files."""
+    records = read_records(folder)
+    for state in slurm.job_states(records[-1].job) if records else []:
+        if state.is_active:
+            raise UserError(
+                f"{folder}: {state}, already trains this run; follow it with nemo-rao status {folder} --follow, end it "
+                f"with scancel {state.job}, or wait for it with --dependency afterany:{state.job}"
+            )
+
+
+def _dependency(given: str | None) -> tuple[str | None, list[Path]]:
+    """What sbatch is to wait for, and the folders of runs among it.
+
+    Raises:
+        UserError: neither SLURM's syntax nor the folder of a launched run.
+    """
+    if given is None:
+        return None, []
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        records = read_records(folder)
+        if not records:
+            raise UserError(f"--dependency {given}: a folder, but of no run that was launched as a job")
+        return f"afterok:{records[-1].job}", [folder.absolute()]
+    one = r"(singleton|after\w*(:\d+(_\d+)?(\+\d+)?)+)"
+    if not re.fullmatch(rf"{one}([,?]{one})*", given):
+        raise UserError(
+            f"--dependency {given}: give what sbatch takes, such as afterok:17, or the folder of a launched run"
+        )
+    return given, []

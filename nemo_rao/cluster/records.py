@@ -1,0 +1,55 @@
+"""What a run's folder keeps of its jobs, in ``RUN/slurm``::
+
+recipe.yaml      the run as it was launched           job-N.log        what the batch script of job N said
+job.sbatch       the last batch script                job-N/rank-M.log what rank M of it printed, life after life
+jobs.jsonl       a line for each job
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FOLDER = "slurm"
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A submitted job.
+
+    Attributes:
+        job: ``17``, or ``17_2`` for an element of an array.
+        submitted: time, in ISO format.
+        log: of its batch script.
+    """
+
+    job: str
+    submitted: str
+    log: str
+
+    def rank_log(self, run: Path, rank: int) -> Path:
+        return run / FOLDER / f"job-{self.job}" / f"rank-{rank}.log"
+
+
+def add_record(run: Path, record: JobRecord) -> None:
+    path = run / FOLDER / "jobs.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+
+
+def read_records(run: Path) -> list[JobRecord]:
+    """A run's jobs, the oldest first."""
+    path = run / FOLDER / "jobs.jsonl"
+    if not path.is_file():
+        return []
+    return [JobRecord(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def last_words(log: Path) -> str:
+    """The last line that a batch script said itself; empty if there is none."""
+    if not log.is_file():
+        return ""
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("[nemo-rao] ")]
+    return said[-1].removeprefix("[nemo-rao] ") if said else ""

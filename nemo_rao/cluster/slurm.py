@@ -1,0 +1,136 @@
+"""SLURM's commands, called with lists of arguments and never through a shell; what they answer, typed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+
+from nemo_rao.errors import UserError
+
+ACTIVE = frozenset(
+    ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING", "SIGNALING")
+)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job, or one element of a job array.
+
+    Attributes:
+        job: ``17``, or ``17_2``.
+        state: SLURM's word, such as RUNNING.
+        lives: starts so far, the one under way included; 0 before the first.
+        nodes: SLURM's list, such as ``node[1-2]``; empty while it has none.
+        elapsed, limit: of this life, as SLURM writes times.
+        reason: why it waits, or ended.
+    """
+
+    job: str
+    state: str
+    lives: int
+    nodes: str
+    elapsed: str
+    limit: str
+    reason: str
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in ACTIVE
+
+    def __str__(self) -> str:
+        parts = [f"job {self.job}", self.state]
+        if self.state == "PENDING":
+            parts += [f"({self.reason})"] + ([f"for life {self.lives + 1}"] if self.lives else [])
+            return " ".join(parts)
+        parts += [f"life {self.lives}"] if self.lives else []
+        parts += [f"on {self.nodes}"] if self.nodes else []
+        if self.state == "RUNNING":
+            parts += [f"for {self.elapsed} of {self.limit}"]
+        elif self.reason not in ("", "None"):
+            parts += [f"({self.reason})"]
+        return " ".join(parts)
+
+
+def call(*command: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a command; its exit code is for the caller to read.
+
+    Raises:
+        UserError: the command is not on this machine, or does not answer.
+    """
+    try:
+        return subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
+    except FileNotFoundError:
+        raise UserError(
+            f"{command[0]}: no such command on this machine; launch from a login node of the cluster, or with "
+            "cluster=local"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]}: SLURM's controller has not answered for 120 seconds; try again later") from None
+
+
+def check_script(script: str) -> None:
+    """Asks SLURM whether it would take this script; nothing is submitted.
+
+    Raises:
+        UserError: it would not: in SLURM's words.
+    """
+    answer = call("sbatch", "--test-only", given=script)
+    if answer.returncode != 0:
+        raise UserError(f"sbatch refuses the job: {_said(answer.stderr)}")
+
+
+def submit(script: str) -> str:
+    """The job's number.
+
+    Raises:
+        UserError: SLURM refuses it.
+    """
+    answer = call("sbatch", "--parsable", given=script)
+    if answer.returncode != 0:
+        raise UserError(f"sbatch refuses the job: {_said(answer.stderr)}")
+    return answer.stdout.strip().partition(";")[0]
+
+
+def job_states(job: str) -> list[JobState]:
+    """A job, or all elements of a job array; empty where SLURM no longer knows it."""
+    answer = call("scontrol", "show", "job", "--oneliner", job)
+    if answer.returncode == 0:
+        return [state for line in answer.stdout.splitlines() for state in _of_line(line)]
+    if "invalid job id" not in answer.stderr.lower():
+        raise UserError(f"scontrol: {_said(answer.stderr)}")
+    # Its memory is short; the accounting database, where there is one, remembers.
+    try:
+        answer = call(
+            *("sacct", "--jobs", job, "--allocations", "--noheader", "--parsable2"),
+            "--format=JobID,State,NodeList,Elapsed,Timelimit,ExitCode",
+        )
+    except UserError:
+        return []
+    rows = [line.split("|") for line in answer.stdout.splitlines()] if answer.returncode == 0 else []
+    return [
+        JobState(row[0], row[1].partition(" ")[0], 0, row[2], row[3], row[4], f"exit code {row[5]}")
+        for row in rows
+        if len(row) == 6
+    ]
+
+
+def _of_line(line: str) -> list[JobState]:
+    """A line of ``scontrol show job``: NAME=VALUE with blanks between them. Names of our jobs have none."""
+
+    def value(name: str, default: str = "") -> str:
+        found = re.search(rf"(?:^| ){name}=(\S*)", line)
+        return found[1] if found and found[1] != "(null)" else default
+
+    job, state, restarts = value("JobId"), value("JobState"), int(value("Restarts", "0"))
+    if array := value("ArrayJobId"):
+        job = f"{array}_{value('ArrayTaskId')}"
+    if not state:
+        return []
+    started = state not in ("PENDING", "CONFIGURING") and value("NodeList") != ""
+    lives = restarts + 1 if started else restarts
+    return [JobState(job, state, lives, value("NodeList"), value("RunTime"), value("TimeLimit"), value("Reason"))]
+
+
+def _said(text: str) -> str:
+    return " ".join(text.replace("sbatch: error: ", "").replace("allocation failure: ", "").split())

@@ -1,0 +1,169 @@
+"""A rank inside a job that ``nemo-rao launch`` submitted: what it hears from the job, and what it leaves for it.
+
+The batch script (:mod:`nemo_rao.cluster.script`) names a folder of records in :data:`FOLDER`, of one job:
+
+    rank-N.log   what rank N printed                      stopped   the run was asked to stop, and has saved
+    failure      the first failure of a rank, in words
+
+Not exit codes: srun ends the other ranks once one has failed, and then gives a code of its own. Without the variable
+nothing here does anything. Only the standard library is imported: signals are heard before anything heavy is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from nemo_rao.errors import RankFailure, UserError, report
+
+FOLDER = "NEMO_RAO_JOB_FOLDER"
+HANG_SECONDS = "NEMO_RAO_HANG_SECONDS"
+STOPPED, FAILURE = "stopped", "failure"
+
+
+@dataclass
+class StopRequest:
+    """Whether this rank was asked to stop; signals may come several times.
+
+    Attributes:
+        asked: a signal has come.
+        heard_at_steps: steps are under way, and the request is heard at the next one's end; before that, there is
+            nothing to save that is not on the disk already, and the rank leaves at once.
+        stopped_at: the step at which all ranks have agreed to stop.
+    """
+
+    asked: bool = False
+    heard_at_steps: bool = False
+    stopped_at: int | None = None
+
+    def hear(self, number: int = signal.SIGUSR1, frame: FrameType | None = None) -> None:
+        self.asked = True
+        if not self.heard_at_steps:
+            leave_stopped("stopped before the first step of this life")
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.hear)
+
+
+REQUEST = StopRequest()
+
+
+def job_folder() -> Path | None:
+    """The folder of this job's records; ``None`` outside of such a job."""
+    return Path(os.environ[FOLDER]) if FOLDER in os.environ else None
+
+
+def place() -> str:
+    return f"rank {os.environ.get('SLURM_PROCID', '0')} on {socket.gethostname()}"
+
+
+@contextlib.contextmanager
+def supervised() -> Iterator[None]:
+    """Around all that a rank does: hears signals, and notes the failure that ends it."""
+    if job_folder() is None:
+        yield
+        return
+    REQUEST.listen()
+    try:
+        yield
+    except UserError as error:
+        note_failure(f"{place()}: error: {error}")
+        _leave(report(error))
+    except RankFailure as error:
+        note_failure(f"{place()}: {error}")
+        _leave(report(error))
+    except Exception:
+        said = traceback.format_exc()
+        print(said, file=sys.stderr, flush=True)
+        note_failure(f"{place()} failed:\n{said}")
+        _leave(1)
+
+
+def note_failure(text: str) -> None:
+    """Leaves the words for the batch script, unless another rank has: who fails first is the cause."""
+    folder = job_folder()
+    if folder is None:
+        return
+    with contextlib.suppress(OSError):
+        file = os.open(folder / FAILURE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.write(file, (text.rstrip() + "\n").encode())
+        os.close(file)
+
+
+def leave_if_stopped() -> None:
+    """Ends this rank where the run has stopped and saved, before it is taken for finished."""
+    if REQUEST.stopped_at is not None:
+        leave_stopped(f"saved after step {REQUEST.stopped_at}")
+
+
+def leave_stopped(text: str) -> NoReturn:
+    """Ends this rank with a word for the batch script.
+
+    The exit code is 0: srun signals the others, too, when one rank has failed, and gives another code then. By that
+    the batch script knows a job that was stopped from one that has failed.
+    """
+    folder = job_folder()
+    assert folder is not None, "signals are heard in a job alone"
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        (folder / STOPPED).write_text(text + "\n")
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    # Without interpreter shutdown, which can wait for ranks that are gone.
+    with contextlib.suppress(Exception):  # a signal may have come in the middle of a write
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+class Watchdog:
+    """Ends this rank, and so the job, when nothing has moved for too long: a line, and where each thread stands.
+
+    Args:
+        seconds: without :meth:`moved`.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._last, self._what = time.monotonic(), "the start"
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        self.moved("the start")
+        self._thread.start()
+
+    def moved(self, what: str) -> None:
+        """``what``: the last thing done, for the line."""
+        self._last, self._what = time.monotonic(), what
+
+    def stop(self) -> None:
+        self._seconds = float("inf")
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(self._seconds / 4, 10.0))
+            idle = time.monotonic() - self._last
+            if idle <= self._seconds:
+                continue
+            line = (
+                f"{place()} hangs: nothing has moved for {idle:.0f} seconds (cluster.hang_minutes) since {self._what}; "
+                "where the ranks stand is at the end of their logs"
+            )
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            note_failure(line)
+            _leave(1)
