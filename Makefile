@@ -2,6 +2,7 @@
 #   make install   .venv with the pinned set (constraints.txt)
 #   make demo      install, then the demonstration: SFT, then RAO, on four local ranks of this machine's CPU
 #   make test      install, then ruff, mypy and the test suite
+#   make test-slurm   install, then the tests that run jobs on a real SLURM, which is installed as root
 #   make lint      ruff and mypy alone;  make format  applies ruff's fixes
 #   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
 #   make clean     removes caches and builds;  make distclean  removes .venv too
@@ -28,7 +29,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install demo test lint format bench bench-page constraints clean distclean
+.PHONY: install demo test test-slurm lint format bench bench-page constraints clean distclean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -53,6 +54,9 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
+test-slurm: install
+	$(BIN)/python -m pytest --slurm tests/slurm $(PYTEST_ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slurm", action="store_true", help="also the tests that run jobs on a real SLURM")
     parser.addoption(
         "--every-combination",
         action="store_true",

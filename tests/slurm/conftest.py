@@ -14,7 +14,9 @@ from .lab import Lab, why_impossible
 
 
 @pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    if not request.config.getoption("slurm"):
+        pytest.skip("runs jobs on a real SLURM, for minutes, and installs it: make test-slurm")
     if reason := why_impossible():
         pytest.skip(f"no SLURM: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # munge refuses folders that only their owner may enter

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -189,6 +190,28 @@ def test_a_job_that_loses_a_node_comes_back(lab: Lab, data: tuple[str, ...], tmp
     lab.call("scontrol", "update", "nodename=node2", "state=resume", check=False)  # unless it has come back by itself
     job.until_state("COMPLETED")
     assert "life 2" in job.log()
+
+
+def test_ctrl_c_ends_the_following_and_not_the_job(lab: Lab, data: tuple[str, ...], tmp_path: Path) -> None:
+    job = Submitted(lab, tmp_path, data, "cluster.environment={DO: wait, WHILE: '0'}")
+    job.noted(1, 3)
+    said = tmp_path / "said.txt"
+    with said.open("w") as out:
+        following = subprocess.Popen(
+            [sys.executable, "-m", "nemo_rao", "status", str(job.run), "--follow", "--poll-seconds", "0.2"],
+            env=lab.environment,
+            stdout=out,
+            stderr=out,
+            # Ignored in what runs in the background, which a test may.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    until(lambda: f"job {job.job} RUNNING" in said.read_text(), said.read_text)
+    following.send_signal(signal.SIGINT)
+    assert following.wait(30) == 130
+    assert f"job {job.job} goes on" in said.read_text() and f"scancel {job.job}" in said.read_text()
+    assert "JobState=RUNNING" in job.shown()
+    lab.call("scancel", job.job)
+    job.until_state("CANCELLED")
 
 
 def test_the_first_failure_of_a_rank_is_in_the_log_and_ends_the_job(
