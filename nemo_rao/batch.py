@@ -107,9 +107,8 @@ class MicroBatch:
         segments: ``[S, 3]`` int64: tokens, number of the segment that it continues (-1: none), 1 for padding; in
             their order, they fill all sequences. ``None`` where each sequence is one row.
         longest_segment: tokens.
-        prompt_places: ``[G, longest]`` int64, where the tokens of a prompt, other than t0, are predicted, of each of
-            the prompts that are computed (G = P where they are shared, else R); -1 behind the last one.
-        prompt_group: ``[R]`` int64 in [0, G): the one that the row continues.
+        prompt_places: ``[P, longest]`` int64, where each prompt's tokens, other than t0, are predicted, in its first
+            row: they are the same in the others. -1 behind the last one.
         response_places: ``[R, longest]`` int64, where the response's tokens are predicted, its end token included; of
             a conversation, where the assistant's are. -1 behind the last one.
         all_prompt_places, all_response_places: ``[N]`` int64, the same without the -1, one after the other.
@@ -136,7 +135,6 @@ class MicroBatch:
     segments: Tensor | None
     longest_segment: int
     prompt_places: Tensor
-    prompt_group: Tensor
     response_places: Tensor
     all_prompt_places: Tensor
     all_response_places: Tensor

@@ -34,7 +34,7 @@ class _Segment:
         tokens, labels: ``[n]``; a label for each token, 0 for what predicts nothing.
         first_position: of its tokens in their row.
         prompt: its first so many labels are tokens of a prompt.
-        tells_prompt: it stands for a prompt's log-probability; one of a prompt's segments does, or one of each row's.
+        tells_prompt: the prompt's log-probability is read there: in one of its segments, as it is the same in all.
         answers: ``[n - prompt]`` bool, which of the other labels count; None for a prompt alone.
         continues: it continues the segment before its prompt's first response.
     """
@@ -103,7 +103,6 @@ def collate(
         segments=torch.tensor(layout.segments) if packed or shared_prompts else None,
         longest_segment=max(size for size, _, _ in layout.segments),
         prompt_places=_ragged(layout.prompt_places),
-        prompt_group=torch.from_numpy(prompt_index if shared_prompts else np.arange(len(prompt_index))),
         response_places=_ragged(layout.response_places),
         all_prompt_places=torch.from_numpy(np.concatenate(layout.prompt_places)),
         all_response_places=torch.from_numpy(np.concatenate(layout.response_places)),
@@ -130,7 +129,7 @@ def _rows(samples: Sequence[Sample]) -> Iterator[list[_Segment]]:
         for number, response in enumerate(sample.responses):
             tokens = np.concatenate([sample.prompt, response])
             labels = np.append(tokens[1:], 0)
-            yield [_Segment(tokens, labels, 0, len(sample.prompt) - 1, True, _answers(sample, number))]
+            yield [_Segment(tokens, labels, 0, len(sample.prompt) - 1, number == 0, _answers(sample, number))]
 
 
 def _shared(sample: Sample) -> Iterator[_Segment]:

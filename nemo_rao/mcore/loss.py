@@ -61,7 +61,7 @@ def sequence_log_probs(
     response_logps = sums_at(logps, batch.response_places)
     if not prompts:
         return torch.zeros_like(response_logps), response_logps
-    return sums_at(logps, batch.prompt_places)[batch.prompt_group], response_logps
+    return sums_at(logps, batch.prompt_places)[batch.prompt_index], response_logps
 
 
 def _token_log_probs(
@@ -111,7 +111,7 @@ def objective_batch(
         reference_response_logps=None if reference is None else by_prompt(reference[:, 1]),
         rewards=by_prompt(batch.rewards),
         lengths=by_prompt((batch.response_places >= 0).sum(-1).float()),
-        prompt_lengths=by_prompt((batch.prompt_places >= 0).sum(-1).float()[batch.prompt_group]),
+        prompt_lengths=by_prompt((batch.prompt_places >= 0).sum(-1).float()[batch.prompt_index]),
         valid=valid_entries(batch.prompt_index, batch.response_index, batch.num_prompts, num_responses),
         ranked=batch.ranked,
         reward_ensemble=None if batch.reward_ensemble is None else by_prompt(batch.reward_ensemble),

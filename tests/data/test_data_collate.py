@@ -52,7 +52,7 @@ def test_every_layout_predicts_each_rows_tokens_from_what_stands_before_them_the
         prompt, response = samples[p].prompt.tolist(), samples[p].responses[k].tolist()
         whole = prompt + response
         places = [
-            *[place for place in batch.prompt_places[batch.prompt_group[row]].tolist() if place >= 0],
+            *[place for place in batch.prompt_places[p].tolist() if place >= 0],
             *[place for place in batch.response_places[row].tolist() if place >= 0],
         ]
         assert len(places) == len(whole) - 1
