@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "part_file": {"errors", "files"},
     "cpu": set(),
-    "planning": {"errors"},
+    "planning": {"errors", "ops"},  # of the operations, what they hold at a time
     "data": FOUNDATION,
     "ops": FOUNDATION,
     "objectives": FOUNDATION,

@@ -19,13 +19,13 @@ What a product of 16-bit tensors reads follows from what the device has:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from nemo_rao.ops.vocabulary import Positions, chunks
+from nemo_rao.ops.workspace import block_sizes
 
 
 class Blocks:
@@ -52,7 +52,12 @@ class Blocks:
         self.num_features = sum(part.shape[1] for part in self.weights)
         self.positions, self.num_columns, self.num_tokens = positions, num_columns, len(positions[0])
         self.sizes = block_sizes(
-            self.num_tokens, num_columns, self.num_features, workspace_bytes, self.dtype, self.read_dtype
+            self.num_tokens,
+            num_columns,
+            self.num_features,
+            workspace_bytes,
+            self.dtype.itemsize,
+            self.read_dtype.itemsize,
         )
         num_rows, width = self.sizes
         self.logits_memory = hidden.new_empty(num_rows * width, dtype=self.dtype)
@@ -102,36 +107,6 @@ class Blocks:
         """``[n, c]`` ``scale * rows`` as a factor of the products to come, until the next call."""
         out = self.scaled_memory[: rows_nc.numel()].view_as(rows_nc)
         return torch.mul(rows_nc, scale_n[:, None], out=out)
-
-
-def block_sizes(
-    num_tokens: int,
-    num_columns: int,
-    num_features: int,
-    workspace_bytes: int,
-    dtype: torch.dtype,
-    read_dtype: torch.dtype,
-) -> tuple[int, int]:
-    """Tokens n and columns c of a block, at least one each, as near to a square as the budget and their numbers allow.
-
-    A block takes its logits ``[n, c]``, in both types where they differ, and on each side the copy ``[n or c, F]`` that
-    is read and as much again for a sum or for gathering it.
-    """
-    apart = read_dtype.itemsize if read_dtype != dtype else 0
-    cell, side = dtype.itemsize + apart, (2 * dtype.itemsize + apart) * num_features
-    square = int((math.sqrt(side**2 + cell * workspace_bytes) - side) / cell)  # cell n^2 + 2 side n = workspace
-
-    def other(size: int) -> int:
-        return max(1, (workspace_bytes - size * side) // (size * cell + side))
-
-    width = min(max(1, num_columns), other(max(1, min(square, num_tokens))))
-    num_rows = min(max(1, num_tokens), other(width))
-    return _evenly(num_tokens, num_rows), _evenly(num_columns, width)
-
-
-def _evenly(length: int, size: int) -> int:
-    """The size of as many parts as parts of ``size`` would be, all of them about as large."""
-    return max(1, math.ceil(length / math.ceil(length / size))) if length > 0 else 1
 
 
 def read_dtype_of(hidden: Tensor) -> torch.dtype:

@@ -13,8 +13,8 @@ Blocks. Both passes walk the vocabulary in slabs of c columns, and inside each s
 only ``[n, c]`` logits are held. Forward keeps M and S as it goes (M may grow: S is scaled down with it). Backward
 computes the logits anew, one product more than with saved ones. With the vocabulary outside, each slab's dW is finished
 in one go, and the weight is read once; dx of all tokens is what accumulates. n and c follow from a budget in bytes
-(:func:`nemo_rao.ops.blocks.block_sizes`), which holds whatever T and V are. Besides, a token takes a few dozen bytes,
-and 4 F more for its dx in backward.
+(:func:`nemo_rao.ops.workspace.block_sizes`), which holds whatever T and V are. Besides, a token takes a few dozen
+bytes, and 4 F more for its dx in backward.
 
 Precision. Logits, statistics, dx and dW are float32 (float64 where hidden is) and summed over blocks without being
 rounded to 16 bits in between; what 16-bit products read is told in :mod:`nemo_rao.ops.blocks`.
@@ -49,9 +49,7 @@ from nemo_rao.ops.vocabulary import (
     owned,
     selected,
 )
-
-CPU_WORKSPACE_BYTES = 32 * 2**20
-CUDA_WORKSPACE_BYTES = 512 * 2**20
+from nemo_rao.ops.workspace import CPU_WORKSPACE_BYTES, CUDA_WORKSPACE_BYTES
 
 
 def linear_vocab_parallel_log_probs(

@@ -37,9 +37,7 @@ from nemo_rao.ops.vocabulary import (
     owned,
     selected,
 )
-
-CHUNK_BYTES = 128 * 2**20
-"""Default size of a chunk of logits in fp32."""
+from nemo_rao.ops.workspace import CHUNK_BYTES
 
 
 def vocab_parallel_log_probs(

@@ -7,10 +7,10 @@ model's layout and in the one it returns, then their gradient, and a chunk in fp
 
 from __future__ import annotations
 
+from nemo_rao.ops.workspace import CHUNK_BYTES, cell_and_side
 from nemo_rao.planning.activations import FP32, stream_tokens
 from nemo_rao.planning.setting import Setting
 
-CHUNK_BYTES = 128 * 2**20  # of fp32 logits (nemo_rao.ops.vocab_parallel)
 _STATISTICS = 48  # bytes a token: places, targets, sums
 
 
@@ -32,8 +32,7 @@ def log_prob_bytes(setting: Setting) -> int:
 def _blocks(setting: Setting) -> int:
     """Bytes of the blocks: the workspace, or what all tokens and columns take where that is less."""
     columns = setting.network.vocabulary(setting.tensor) // setting.tensor
-    apart = setting.param_bytes if setting.param_bytes < FP32 else 0  # the types that products read and give differ
-    cell, side = FP32 + apart, (2 * FP32 + apart) * setting.network.hidden
+    cell, side = cell_and_side(setting.network.hidden, FP32, setting.param_bytes)
     n = setting.micro_batch_tokens
     return min(setting.workspace_bytes, n * columns * cell + (n + columns) * side)
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from nemo_rao.ops import blocks
-from nemo_rao.ops.blocks import block_sizes
 from nemo_rao.ops.linear_log_probs import linear_vocab_parallel_log_probs
 from nemo_rao.ops.vocab_parallel import vocab_parallel_log_probs
+from nemo_rao.ops.workspace import block_sizes
 
 from .. import megatron_ranks
 from .gloo_ranks import run_ranks
@@ -358,7 +358,7 @@ def test_blocks_fill_the_budget_and_no_more() -> None:
     for read_dtype, cell, side in ((torch.float32, 4, 8), (torch.bfloat16, 6, 10)):
         for num_tokens, num_columns, num_features in ((1000, 128_256, 512), (100_000, 16_032, 4096), (50, 300, 64)):
             for budget in (2**20, 2**25, 2**29):
-                rows, width = block_sizes(num_tokens, num_columns, num_features, budget, torch.float32, read_dtype)
+                rows, width = block_sizes(num_tokens, num_columns, num_features, budget, 4, read_dtype.itemsize)
                 taken = rows * width * cell + (rows + width) * num_features * side
                 assert 1 <= rows <= num_tokens and 1 <= width <= num_columns
                 assert taken <= budget
@@ -366,7 +366,7 @@ def test_blocks_fill_the_budget_and_no_more() -> None:
 
 
 def test_sizes_of_blocks_are_even() -> None:
-    rows, _ = block_sizes(1030, 10**6, 64, 2**23, torch.float32, torch.float32)
+    rows, _ = block_sizes(1030, 10**6, 64, 2**23, 4, 4)
     assert 1030 % rows == 0 or 1030 % rows > rows / 2
 
 

@@ -1,0 +1,56 @@
+"""What log-probabilities hold at a time, in bytes: plain arithmetic, for the operations and for whoever plans them.
+
+Shape legend: ``N`` tokens that are computed, ``n`` tokens and ``c`` vocabulary columns of one block; ``F`` features.
+"""
+
+from __future__ import annotations
+
+import math
+
+CHUNK_BYTES = 128 * 2**20
+"""Default size of a chunk of logits in fp32, where these exist (:mod:`nemo_rao.ops.vocab_parallel`)."""
+
+CPU_WORKSPACE_BYTES = 32 * 2**20
+"""Default size of a block where they do not (:mod:`nemo_rao.ops.linear_log_probs`): it should stay in the caches."""
+
+CUDA_WORKSPACE_BYTES = 512 * 2**20
+"""The same on a GPU, where products should be large."""
+
+
+def cell_and_side(num_features: int, itemsize: int, read_itemsize: int) -> tuple[int, int]:
+    """Bytes of a block for each of its ``n c`` logits, and for each of its ``n + c`` tokens and columns.
+
+    A logit is held in both types where they differ; a token or column as the copy ``[F]`` that is read, and as much
+    again for a sum or for gathering it.
+
+    Args:
+        itemsize: bytes of a number in logits and sums.
+        read_itemsize: bytes of a number that products read.
+    """
+    apart = read_itemsize if read_itemsize != itemsize else 0
+    return itemsize + apart, (2 * itemsize + apart) * num_features
+
+
+def block_sizes(
+    num_tokens: int, num_columns: int, num_features: int, workspace_bytes: int, itemsize: int, read_itemsize: int
+) -> tuple[int, int]:
+    """Tokens n and columns c of a block, at least one each: as near to a square as the budget and their numbers allow.
+
+    Args:
+        workspace_bytes: of a block.
+        itemsize, read_itemsize: see :func:`cell_and_side`.
+    """
+    cell, side = cell_and_side(num_features, itemsize, read_itemsize)
+    square = int((math.sqrt(side**2 + cell * workspace_bytes) - side) / cell)  # cell n^2 + 2 side n = workspace
+
+    def other(size: int) -> int:
+        return max(1, (workspace_bytes - size * side) // (size * cell + side))
+
+    width = min(max(1, num_columns), other(max(1, min(square, num_tokens))))
+    num_rows = min(max(1, num_tokens), other(width))
+    return _evenly(num_tokens, num_rows), _evenly(num_columns, width)
+
+
+def _evenly(length: int, size: int) -> int:
+    """The size of as many parts as parts of ``size`` would be, all of them about as large."""
+    return max(1, math.ceil(length / math.ceil(length / size))) if length > 0 else 1
