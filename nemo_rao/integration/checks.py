@@ -28,10 +28,8 @@ def check_run(config: RunConfig) -> None:
     Raises:
         UserError: the first rule that does not hold.
     """
-    _check_objective(config)
+    check_sizes(config)
     _check_length(config)
-    _check_ranks(config)
-    _check_batches(config)
     arch = config.model.arch
     check_architecture(
         config,
@@ -42,12 +40,23 @@ def check_run(config: RunConfig) -> None:
         num_query_groups=arch.num_query_groups,
         kv_channels=arch.kv_channels,
     )
-    _check_recompute(config)
     _check_layout(config)
-    _check_optimizer(config)
     _check_peft(config)
     _check_checkpoints(config)
     _check_paths(config)
+
+
+def check_sizes(config: RunConfig) -> None:
+    """Of these checks, those that need neither data nor a checkpoint to be named: objective, ranks, batches, optimizer.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    _check_objective(config)
+    _check_ranks(config)
+    _check_batches(config)
+    _check_recompute(config)
+    _check_optimizer(config)
 
 
 def check_architecture(

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from nemo_rao.errors import UserError
 from nemo_rao.files import write_atomically
-from nemo_rao.integration import checks
+from nemo_rao.integration.checks import check_architecture, check_sizes
 from nemo_rao.integration.compose import compose, override
 from nemo_rao.integration.config import RunConfig, objective_config
 from nemo_rao.objectives import registry
+from nemo_rao.ops.workspace import CPU_WORKSPACE_BYTES, CUDA_WORKSPACE_BYTES
 from nemo_rao.planning.advise import Advice, advise
 from nemo_rao.planning.gpus import GPUS
 from nemo_rao.planning.nemo_classes import config_fields
@@ -24,15 +25,6 @@ from nemo_rao.planning.report import Machine, fits, record, table
 from nemo_rao.planning.setting import Lora, Setting
 
 NUM_ADVICE = 3
-
-# A plan needs no data and no checkpoint: of a run's checks, those of its sizes.
-_CHECKS = (
-    checks._check_objective,
-    checks._check_ranks,
-    checks._check_batches,
-    checks._check_recompute,
-    checks._check_optimizer,
-)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -91,10 +83,9 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
     Raises:
         UserError: sizes that do not divide, or that are not known.
     """
-    for check in _CHECKS:
-        check(config)
+    check_sizes(config)
     network = network_of_config(config)
-    checks.check_architecture(
+    check_architecture(
         config,
         num_layers=network.layers,
         hidden_size=network.hidden,
@@ -174,9 +165,7 @@ def _num_tokens(folder: str | None) -> int | None:
 
 
 def _workspace_bytes(config: RunConfig) -> int:
-    from nemo_rao.ops import linear_log_probs as ops
-
-    return ops.CPU_WORKSPACE_BYTES if config.trainer.accelerator == "cpu" else ops.CUDA_WORKSPACE_BYTES
+    return CPU_WORKSPACE_BYTES if config.trainer.accelerator == "cpu" else CUDA_WORKSPACE_BYTES
 
 
 def _accepted(config: RunConfig, advice: Advice) -> bool:
