@@ -44,20 +44,21 @@ def main() -> None:
     parts = Parts(begin)
 
     def imports() -> Any:
-        from nemo_rao.integration import prepare, train
+        from nemo_rao.integration import checks, compose, prepare, train
 
-        return train, prepare
+        return checks.check_run, compose.compose, prepare, train
 
-    train, prepare = parts.timed("import of PyTorch and ours", imports)()
+    check_run, compose, prepare, train = parts.timed("import of PyTorch and ours", imports)()
     prepare.load_data = parts.timed("data and tokenizer", prepare.load_data)
     prepare.import_nemo = parts.timed("import of NeMo and Megatron", prepare.import_nemo)
     train.import_nemo = prepare.import_nemo
-    made = train._callbacks
+    from benchmarks.training import reference_timed
 
-    def callbacks(*arguments: Any) -> list[Any]:
+    def note(seconds: float) -> None:
+        parts.seconds["reference pass"] = seconds
+
+    def callbacks(found: list[Any]) -> list[Any]:
         import lightning.pytorch as pl
-
-        from nemo_rao.integration.callbacks import ReferencePass
 
         class FirstStep(pl.Callback):
             def on_train_batch_start(self, *arguments: Any) -> None:
@@ -68,17 +69,12 @@ def main() -> None:
                 parts.write(report)
                 os._exit(0)
 
-        found = made(*arguments)
-        for callback in found:
-            if isinstance(callback, ReferencePass):
-                timed = parts.timed("reference pass", callback.on_train_start)
-                callback.on_train_start = timed  # type: ignore[method-assign]
-        return [*found, FirstStep()]
+        return [*reference_timed(found, note), FirstStep()]
 
-    train._callbacks = callbacks
-    from nemo_rao.cli import main as command
-
-    sys.exit(command(["train", *overrides]))
+    # What ``nemo-rao train`` does with its arguments, but for these callbacks.
+    config = compose("gpt_rao", overrides)
+    check_run(config)
+    train.train(config, callbacks=callbacks)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from benchmarks.sessions import Turn
 
@@ -41,41 +40,44 @@ def run_ours(
     Args:
         further: functions that are given the turn and make a callback.
     """
-    from nemo_rao.integration import train
     from nemo_rao.integration.checks import check_run
     from nemo_rao.integration.compose import compose
+    from nemo_rao.integration.train import train
 
     turn.begin()
     config = compose(recipe, list(overrides), config_dir)
     check_run(config)
-    made = train._callbacks
+    turn.notes["reference_seconds"] = 0.0
 
-    def with_turns(*arguments: Any) -> list[Any]:
-        callbacks = made(*arguments)
-        return [*timed_reference(callbacks, turn), taking_turns(turn), *(make(turn) for make in further)]
+    def note(seconds: float) -> None:
+        turn.notes["reference_seconds"] = seconds
 
-    # There is no key for further callbacks, and nothing else of a run is to be another one.
-    with mock.patch.object(train, "_callbacks", with_turns):
-        train.train(config)
+    def with_turns(callbacks: list[Any]) -> list[Any]:
+        return [*reference_timed(callbacks, note), taking_turns(turn), *(make(turn) for make in further)]
+
+    train(config, callbacks=with_turns)
 
 
-def timed_reference(callbacks: list[Any], turn: Turn) -> list[Any]:
+def reference_timed(callbacks: list[Any], note: Callable[[float], None]) -> list[Any]:
+    """The callbacks, between which ``note`` is told the seconds of the reference pass, if there is one."""
+    import lightning.pytorch as pl
+
     from nemo_rao.integration.callbacks import ReferencePass
 
-    turn.notes["reference_seconds"] = 0.0
-    for callback in callbacks:
-        if isinstance(callback, ReferencePass):
-            callback.on_train_start = _timed(callback.on_train_start, turn)  # type: ignore[method-assign]
-    return callbacks
+    class Begin(pl.Callback):
+        def on_train_start(self, *arguments: Any) -> None:
+            self.at = time.perf_counter()
 
+    class End(pl.Callback):
+        def on_train_start(self, *arguments: Any) -> None:
+            note(time.perf_counter() - begin.at)
 
-def _timed(function: Any, turn: Turn) -> Any:
-    def timed(*arguments: Any) -> None:
-        start = time.perf_counter()
-        function(*arguments)
-        turn.notes["reference_seconds"] = time.perf_counter() - start
-
-    return timed
+    begin = Begin()
+    return [
+        one
+        for callback in callbacks
+        for one in ([begin, callback, End()] if isinstance(callback, ReferencePass) else [callback])
+    ]
 
 
 def taking_turns(turn: Turn) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,16 @@ from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_n
 from nemo_rao.integration.talk import global_rank, is_first_rank, quiet_third_parties, say
 
 
-def train(config: RunConfig) -> None:
+def as_they_are(callbacks: list[Any]) -> list[Any]:
+    return callbacks
+
+
+def train(config: RunConfig, *, callbacks: Callable[[list[Any]], list[Any]] = as_they_are) -> None:
     """Train as the recipe says; continue where an earlier run of this name stopped.
 
     Args:
         config: a composed and checked recipe (:func:`nemo_rao.integration.checks.check_run`).
+        callbacks: the run's Lightning callbacks -> those that it has; called on every rank.
 
     Raises:
         UserError: the data, the model's sizes or a checkpoint do not fit; raised before a model is built.
@@ -45,7 +50,9 @@ def train(config: RunConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "recipe.yaml", to_yaml(config))
     write_atomically(data_file(folder), json.dumps(_data_record(prepared), indent=2) + "\n")
-    launch(run_rank, (config, prepared), num_ranks=config.trainer.devices, num_nodes=config.trainer.num_nodes)
+    launch(
+        run_rank, (config, prepared, callbacks), num_ranks=config.trainer.devices, num_nodes=config.trainer.num_nodes
+    )
     if is_first_rank():
         say(f"checkpoint   {last_checkpoint(folder)}")
         say(f"TensorBoard  {folder / 'tensorboard'}")
@@ -136,7 +143,7 @@ def make_trainer(
     return trainer
 
 
-def run_rank(config: RunConfig, prepared: Prepared) -> None:
+def run_rank(config: RunConfig, prepared: Prepared, callbacks: Callable[[list[Any]], list[Any]]) -> None:
     """One rank's part of a run; its place is in the environment."""
     import torch
     from nemo.lightning.resume import AdapterPath
@@ -177,7 +184,7 @@ def run_rank(config: RunConfig, prepared: Prepared) -> None:
     )
     # Set after construction: NeMo copies and stores a trainer's arguments with every checkpoint, and these hold the
     # data. They come first, so that a checkpoint sees the step's metrics.
-    trainer.callbacks[:0] = _callbacks(config, model, data_sets)
+    trainer.callbacks[:0] = callbacks(_callbacks(config, model, data_sets))
     if prepared.resume_from is not None:
         # A LoRA run's checkpoints hold its adapters alone: the weights below them come from where the run started.
         adapters_only = model.model_transform is not None
