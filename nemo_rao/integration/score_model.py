@@ -56,6 +56,7 @@ class ModelScorer:
     """
 
     fields: tuple[str, ...] = ()
+    forks = True
 
     def __init__(self, run: str, path: str, place: Place) -> None:
         self._job = _job(run)

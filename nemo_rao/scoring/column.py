@@ -15,6 +15,8 @@ class ColumnScorer:
         field: empty for the reward where the file's format has it (labels are rewards of 1 and 0).
     """
 
+    forks = False
+
     def __init__(self, field: str) -> None:
         self.field = field
         self.fields: tuple[str, ...] = (field,) if field else ()

@@ -134,6 +134,7 @@ def _score_rows(
     """Scores the rows that are not in the part file yet, and puts them there, in order."""
     from tqdm import tqdm
 
+    order = sorted(scorers, key=lambda name: not scorers[name].forks)
     unscored = itertools.islice(rows, part.num_records, None)
     shown = sys.stderr.isatty()  # elsewhere, a line a minute
     with tqdm(
@@ -145,8 +146,8 @@ def _score_rows(
         mininterval=0.5 if shown else 60,
     ) as bar:
         while batch := list(itertools.islice(unscored, job.rows_at_once)):
-            columns = {name: scorer.score(batch) for name, scorer in scorers.items()}
-            scores = [{name: column[at] for name, column in columns.items()} for at in range(len(batch))]
+            columns = {name: scorers[name].score(batch) for name in order}
+            scores = [{name: columns[name][at] for name in scorers} for at in range(len(batch))]
             for row, own in zip(batch, scores, strict=True):
                 for name, values in own.items():
                     assert len(values) == len(row.responses), f"scorer {name}: a score for each response"

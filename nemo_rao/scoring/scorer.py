@@ -44,10 +44,13 @@ class Scorer(Protocol):
 
     Attributes:
         fields: fields of the responses it reads from the file, handed to it in ``InputRow.columns``.
+        forks: it computes in forks of this process, and so is asked before a scorer that computes in the process
+            itself: threads that this has started would be missing in the forks, which would wait for them for ever.
         identity: all that its scores depend on, as JSON: a part file of another identity is not continued.
     """
 
     fields: tuple[str, ...]
+    forks: bool
     identity: Mapping[str, Any]
 
     def score(self, rows: Sequence[InputRow]) -> list[Scores]:
@@ -68,6 +71,7 @@ class PairScorer(abc.ABC):
     """A scorer of single (prompt, response) pairs: a rule, a judge behind an endpoint, a judge in this process."""
 
     fields: tuple[str, ...] = ()
+    forks = False
     identity: Mapping[str, Any]
 
     @abc.abstractmethod

@@ -84,6 +84,27 @@ def test_a_file_with_responses_too_long_for_the_model_is_scored_and_trains(
     assert len([r for r in read_metrics(tmp_path / "rao" / "metrics.jsonl") if "loss" in r]) == 2
 
 
+def test_a_trained_model_is_asked_before_what_computes_in_this_process(
+    data: tuple[str, ...], start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ranks are forks, in which threads that torch has started here would be missing."""
+    rm = ["exp_manager.name=rm", f"exp_manager.exp_dir={tmp_path}", f"model.restore_from_path={start}"]
+    run_training("gpt_rm", [*TINY, *data, *rm, "trainer.max_steps=1"])
+    (tmp_path / "asks.py").write_text(
+        "import pathlib\n"
+        "def whether_the_model_has_been(prompt, response):\n"
+        f"    return float(any(pathlib.Path({str(tmp_path)!r}, 'model_scores').glob('*/sums.npy')))\n"
+    )
+    given, scored = data[0].partition("=")[2], tmp_path / "scored.jsonl"
+    monkeypatch.chdir(tmp_path)
+    rule = "r_1=rule:asks:whether_the_model_has_been"
+    score(given, str(scored), "--scorer", rule, "--scorer", f"r_2=model:{tmp_path / 'rm'}")
+    rows = [json.loads(line)["responses"] for line in scored.open()]
+    for row in rows:
+        assert all([name for name in answer if name.startswith("r_")] == ["r_1", "r_2"] for answer in row)
+    assert {answer["r_1"] for row in rows for answer in row} == {1.0}
+
+
 def test_a_run_that_cannot_score_is_refused(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
     from nemo_rao.errors import UserError
     from nemo_rao.integration.score_model import model_kind
