@@ -12,15 +12,16 @@ of the spoiled answers are exactly as long as the perfect one.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nemo_rao.errors import UserError
+from nemo_rao.files import write_atomically
 
 LETTERS = "abcdefghijkl"
 NUM_LETTERS = (3, 8)  # of a puzzle, both included
@@ -69,14 +70,8 @@ def write_preferences(
         path: its folder is made if it is not there.
         num_prompts, num_responses, seed, split: see :func:`preferences`.
     """
-    path = os.fspath(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in preferences(num_prompts, num_responses, seed, split))
-    data = gzip.compress(text.encode(), mtime=0) if path.endswith(".gz") else text.encode()
-    unfinished = f"{path}.{os.getpid()}.tmp"
-    with open(unfinished, "wb") as file:
-        file.write(data)
-    os.replace(unfinished, path)
+    rows = preferences(num_prompts, num_responses, seed, split)
+    write_atomically(Path(path), (json.dumps(row) + "\n" for row in rows))
 
 
 def preferences(num_prompts: int, num_responses: int = 4, seed: int = 0, split: Split = "train") -> Iterator[dict]:

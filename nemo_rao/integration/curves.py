@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_rao.files import written_atomically
 from nemo_rao.integration.metrics_file import read_metrics
 
 # Panels: title, unit, and the metrics in it with their labels; "mean" stands for the mean of the two before it.
@@ -46,10 +46,9 @@ def draw_curves(run_dir: Path) -> Path | None:
             axis.legend()
     figure.suptitle(run_dir.name)
     path = run_dir / "curves.png"
-    temporary = run_dir / f".curves.{os.getpid()}.tmp.png"
-    figure.savefig(temporary, dpi=120)
+    with written_atomically(path) as (file,):
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
-    temporary.rename(path)
     return path
 
 

@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from nemo_rao.files import write_atomically
+
 
 def append_metrics(path: Path, record: Mapping[str, float]) -> None:
     """Add one line in a single write."""
@@ -32,6 +34,4 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def truncate_metrics(path: Path, last_step: int) -> None:
     """Drop what was logged after ``last_step``: those steps are computed again."""
     kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.rename(path)
+    write_atomically(path, (json.dumps(record) + "\n" for record in kept))

@@ -16,7 +16,6 @@ under any parallelism.
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
+from nemo_rao.files import written_atomically
 from nemo_rao.mcore.forward import evaluation_mode, forward_only
 from nemo_rao.mcore.loss import sequence_log_probs
 
@@ -171,12 +171,8 @@ def _sums_of(
 
 def _write_part(folder: Path, responses: np.ndarray, sums: np.ndarray) -> None:
     name = f"part-{responses.min()}-{responses.max()}-{len(responses)}.npz"
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
+    with written_atomically(folder / name) as (file,):
         np.savez(file, responses=responses, sums=sums)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / name)
 
 
 def _read_parts(folder: Path, num_responses: int, width: int) -> np.ndarray:
@@ -196,11 +192,7 @@ def _merge(folder: Path, num_responses: int, width: int) -> None:
     missing = int((~np.isfinite(sums)).any(axis=1).sum())
     if missing:
         raise FloatingPointError(f"the model's numbers of {missing} of {num_responses} responses are not finite")
-    temporary = folder / f".{_SUMS}.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
+    with written_atomically(folder / _SUMS) as (file,):
         np.save(file, sums)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / _SUMS)
     for path in folder.glob("part-*.npz"):
         path.unlink()
