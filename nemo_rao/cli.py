@@ -333,7 +333,7 @@ def score_parser() -> Parser:
         prog="nemo-rao score",
         description="Put rewards on the responses of a file: those of a rule, of a chat model as judge, of a trained "
         "reward model or policy, or columns that the file has. The same command again goes on where it was stopped.",
-        epilog="example: nemo-rao score prefs.jsonl scored.jsonl --scorer r_1=rule:my_rules.exact_match "
+        epilog="example: nemo-rao score prefs.jsonl scored.jsonl --scorer r_1=rule:my_rules:exact_match "
         "--scorer r_2=judge:judge.yaml --standardize global; then nemo-rao train ... data.train_path=scored.jsonl",
         allow_abbrev=False,
     )

@@ -51,7 +51,10 @@ class TrainerConfig:
         30.0, "minutes a rank waits for the others before the run fails", low=0, exclusive=True
     )
     threads_per_rank: int | None = key(
-        None, "CPU threads of each rank; null: 1 for several ranks on a CPU, else as torch chooses", low=1
+        None,
+        "CPU threads of each rank; null: on a CPU 1, or the cores shared among several ranks that are started here; "
+        "with a GPU as torch chooses",
+        low=1,
     )
 
 
