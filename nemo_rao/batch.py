@@ -114,6 +114,7 @@ class MicroBatch:
         all_prompt_places, all_response_places: ``[N]`` int64, the same without the -1, one after the other.
         boundary: ``[R]`` int64, the place that predicts the response's first token.
         end: ``[R]`` int64, the place of the response's last token.
+        prompt_lengths, response_lengths: ``[P]`` and ``[R]`` float32, how many of these places there are.
         num_tokens: tokens that are computed, without padding.
         num_row_tokens: tokens of all rows, prompt and response; more than are computed where prompts are shared.
         prompt_index: ``[R]`` int64 in [0, P): the row's prompt.
@@ -140,6 +141,8 @@ class MicroBatch:
     all_response_places: Tensor
     boundary: Tensor
     end: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
     num_tokens: int
     num_row_tokens: int
     prompt_index: Tensor

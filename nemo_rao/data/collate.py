@@ -108,6 +108,8 @@ def collate(
         all_response_places=torch.from_numpy(np.concatenate(layout.response_places)),
         boundary=torch.tensor(layout.boundary),
         end=torch.tensor(layout.end),
+        prompt_lengths=torch.tensor([len(places) for places in layout.prompt_places], dtype=torch.float32),
+        response_lengths=torch.tensor([len(places) for places in layout.response_places], dtype=torch.float32),
         num_tokens=sum(len(segment.tokens) for sequence in sequences for segment in sequence),
         num_row_tokens=sum(len(s.prompt) * len(s.responses) + sum(map(len, s.responses)) for s in samples),
         prompt_index=torch.from_numpy(prompt_index.astype(np.int64)),

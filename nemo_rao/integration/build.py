@@ -19,7 +19,7 @@ from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import RunConfig, objective_config
+from nemo_rao.integration.config import RunConfig, objective_config, sequence_multiple
 from nemo_rao.integration.model import MegatronGPTAlignmentModel, feed_lora_normed_inputs
 from nemo_rao.integration.strategy import AlignmentStrategy
 from nemo_rao.mcore.heads import VALUE_HEAD
@@ -216,6 +216,4 @@ def batch_layout(config: RunConfig) -> dict[str, Any]:
 
 def pad_multiple(config: RunConfig) -> int:
     """Tokens: what the recipe asks for, and what splitting a sequence over ranks needs."""
-    keys = config.model
-    by_parallelism = keys.tensor_model_parallel_size if keys.sequence_parallel else 1
-    return math.lcm(config.data.pad_to_multiple_of, by_parallelism)
+    return math.lcm(config.data.pad_to_multiple_of, sequence_multiple(config))

@@ -17,9 +17,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from nemo.lightning.megatron_parallel import MegatronStep
 from tqdm import tqdm
 
+from nemo_rao.batch import MicroBatch
 from nemo_rao.errors import UserError
 from nemo_rao.integration.data_module import AlignmentData
 from nemo_rao.integration.metrics_file import append_metrics, truncate_metrics
+from nemo_rao.integration.model import AlignmentLossReduction
 from nemo_rao.mcore.evaluate import evaluate
 from nemo_rao.mcore.fingerprint import weights_fingerprint
 from nemo_rao.mcore.loss import means, reduce_statistics
@@ -42,8 +44,9 @@ class SeedEveryStep(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         # Megatron derives the tensor-parallel ranks' seeds by adding up to a few thousand: keep the steps' seeds apart.
         seed = (self._seed * 1_000_003 + trainer.global_step * 100_003) % (2**31)
-        torch.manual_seed(seed + parallel_state.get_data_parallel_rank())
-        model_parallel_cuda_manual_seed(seed + 10 * parallel_state.get_data_parallel_rank())
+        rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        torch.manual_seed(seed + rank)
+        model_parallel_cuda_manual_seed(seed + 10 * rank)
 
 
 class KeepSchedule(pl.Callback):
@@ -148,12 +151,14 @@ class MismatchedPass(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         module = trainer.datamodule
         mismatched = module.train.mismatched
-        pl_module.mismatched_log_ratio = mean_log_ratio(
+        log_ratio = mean_log_ratio(
             model_chunks(trainer),
             module.micro_batches_of_step(trainer.global_step),
             make_micro_batch=mismatched.micro_batch,
             vocab_size=pl_module.vocab_size,
         )
+        for chunk in model_chunks(trainer):
+            chunk.mismatched_log_ratio = log_ratio
 
 
 class progress_bar:
@@ -206,10 +211,13 @@ class Metrics(pl.Callback):
         self._step_started = time.perf_counter()
         self._tokens = np.zeros(3)
 
-    def on_megatron_microbatch_start(self, step: MegatronStep, batch: Any, forward_callback: Any) -> None:
-        # Counted once: on the first stage's first tensor-parallel rank.
-        if parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-            self._tokens += (batch.num_row_tokens, batch.num_tokens, batch.tokens.numel())
+    def on_megatron_microbatch_start(
+        self, step: MegatronStep, batch: MicroBatch, forward_callback: AlignmentLossReduction
+    ) -> None:
+        # Counted once: by the chunk that embeds the tokens, on one of the ranks that have them.
+        if forward_callback.embeds_tokens and parallel_state.get_tensor_and_context_parallel_rank() == 0:
+            num_places = batch.tokens.numel() * parallel_state.get_context_parallel_world_size()
+            self._tokens += (batch.num_row_tokens, batch.num_tokens, num_places)
 
     def on_megatron_step_end(self, step: MegatronStep, microbatch_outputs: list, reduced: Any) -> None:
         of_rows, computed, with_padding = self._tokens.tolist()

@@ -17,6 +17,7 @@ from nemo_rao.integration.config import (
     objective_config,
     objective_names,
     run_dir,
+    sequence_multiple,
     world_size,
 )
 from nemo_rao.objectives import registry
@@ -153,26 +154,21 @@ def _check_ranks(config: RunConfig) -> None:
             f"{tensor * pipeline * context}; set trainer.devices, or the sizes in model"
         )
     virtual = model.virtual_pipeline_model_parallel_size
-    if virtual is not None:
+    if virtual is not None and pipeline == 1:
         raise UserError(
-            f"model.virtual_pipeline_model_parallel_size={virtual}: training under the "
-            "interleaved schedule is refused, as it does not give the losses of one rank yet; set it to null"
-        )
-    if context > 1:
-        raise UserError(
-            f"model.context_parallel_size={context}: log-probabilities are not added up over context-parallel ranks "
-            "yet; set it to 1"
+            f"model.virtual_pipeline_model_parallel_size={virtual} needs model.pipeline_model_parallel_size of at least "
+            "2; set it to null"
         )
     if model.sequence_parallel and tensor == 1:
         raise UserError(
             "model.sequence_parallel=true splits over tensor-parallel ranks, but there is only 1; "
             "set model.tensor_model_parallel_size, or sequence_parallel=false"
         )
-    multiple = tensor if model.sequence_parallel else 1
+    multiple = sequence_multiple(config)
     if model.seq_length % multiple:
         raise UserError(
-            f"model.seq_length={model.seq_length} is not a multiple of {multiple}, which sequence "
-            f"parallelism needs; take {-(-model.seq_length // multiple) * multiple}"
+            f"model.seq_length={model.seq_length} is not a multiple of {multiple}, which sequence and context "
+            f"parallelism need; take {-(-model.seq_length // multiple) * multiple}"
         )
 
 
@@ -182,6 +178,14 @@ def _check_batches(config: RunConfig) -> None:
         raise UserError(
             f"model.global_batch_size={model.global_batch_size} prompts are not divisible by "
             f"model.micro_batch_size={model.micro_batch_size} x {ranks} data-parallel ranks; change one of them"
+        )
+    micro_batches = model.global_batch_size // (model.micro_batch_size * ranks)
+    if model.virtual_pipeline_model_parallel_size is not None and micro_batches % model.pipeline_model_parallel_size:
+        raise UserError(
+            f"model.global_batch_size={model.global_batch_size} makes {micro_batches} micro-batches on each rank; the "
+            "interleaved schedule needs a multiple of model.pipeline_model_parallel_size="
+            f"{model.pipeline_model_parallel_size}; change a batch size, or unset "
+            "model.virtual_pipeline_model_parallel_size"
         )
 
 
@@ -196,11 +200,20 @@ def _check_recompute(config: RunConfig) -> None:
 
 
 def _check_layout(config: RunConfig) -> None:
-    if config.data.prefix_sharing and importlib.util.find_spec("transformer_engine") is not None:
+    if config.data.prefix_sharing and _have_transformer_engine():
         raise UserError(
             "data.prefix_sharing=true: Transformer Engine's attention cannot share a prompt between responses; set it "
             "to false (data.packing=true packs rows there)"
         )
+    if config.data.packing and config.model.context_parallel_size > 1 and _have_transformer_engine():
+        raise UserError(
+            f"data.packing=true with model.context_parallel_size={config.model.context_parallel_size}: Transformer "
+            "Engine splits each packed row by itself, which is not supported yet; set one of them to its default"
+        )
+
+
+def _have_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def _check_optimizer(config: RunConfig) -> None:

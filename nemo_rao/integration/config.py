@@ -13,6 +13,7 @@ a new objective needs no edit here.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,9 +177,9 @@ class ModelKeys:
     tensor_model_parallel_size: int = key(1, "ranks that share each layer", low=1)
     pipeline_model_parallel_size: int = key(1, "ranks that share the stack of layers", low=1)
     virtual_pipeline_model_parallel_size: int | None = key(
-        None, "layer groups of each pipeline rank (interleaved schedule); null: one, all that trains yet", low=2
+        None, "layer groups of each pipeline rank (interleaved schedule); null: one", low=2
     )
-    context_parallel_size: int = key(1, "ranks that share each sequence; 1, all that trains yet", low=1)
+    context_parallel_size: int = key(1, "ranks that share each sequence", low=1)
     sequence_parallel: bool = key(False, "also split norms and dropout over tensor-parallel ranks; saves memory")
     recompute_granularity: str | None = key(
         None,
@@ -343,6 +344,13 @@ def data_parallel_size(config: RunConfig) -> int:
     model = config.model
     copy = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     return world_size(config) // copy
+
+
+def sequence_multiple(config: RunConfig) -> int:
+    """Tokens: a sequence's length is a multiple of it, so that it can be split over ranks."""
+    keys = config.model
+    context, tensor = keys.context_parallel_size, keys.tensor_model_parallel_size if keys.sequence_parallel else 1
+    return math.lcm(context * tensor, 2 * context if context > 1 else 1)  # two chunks on each context-parallel rank
 
 
 def run_dir(config: RunConfig) -> Path:

@@ -16,6 +16,7 @@ from nemo_rao.data.collate import collate
 from nemo_rao.data.order import every_sample_once, global_batch, rank_micro_batches
 from nemo_rao.data.prefetch import Prefetcher
 from nemo_rao.data.store import PreferenceData
+from nemo_rao.mcore.context_parallel import part_of_rank, size_and_rank
 from nemo_rao.mcore.forward import made_ahead
 
 
@@ -49,8 +50,8 @@ class AlignmentData:
         self._shared_prompts = shared_prompts
 
     def micro_batch(self, prompts: Sequence[int]) -> MicroBatch:
-        """The prompts with these numbers, with all their responses."""
-        return collate(
+        """The prompts with these numbers, with all their responses; of the tokens, this context-parallel rank's part."""
+        batch = collate(
             [self.data[i] for i in prompts],
             [self.data.response_offset(i) for i in prompts],
             pad_token_id=self._pad_token_id,
@@ -59,6 +60,7 @@ class AlignmentData:
             shared_prompts=self._shared_prompts,
             reference=self.reference,
         )
+        return part_of_rank(batch, *size_and_rank())
 
     def micro_batches_of_rank(self, micro_batch_size: int) -> list[list[int]]:
         """Prompt numbers of this data-parallel rank's micro-batches in a pass over the whole data set."""

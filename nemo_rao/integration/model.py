@@ -14,7 +14,7 @@ from nemo.lightning.pytorch.optim import OptimizerModule
 from torch import Tensor, nn
 
 from nemo_rao.batch import MicroBatch, ModelOutput
-from nemo_rao.mcore.forward import forward_step, to_device
+from nemo_rao.mcore.forward import forward_step, to_device, unwrapped
 from nemo_rao.mcore.heads import add_score_head, add_value_head
 from nemo_rao.mcore.layer_spec import NormColumnParallelLinear, layer_spec_without_te
 from nemo_rao.mcore.loss import LOSS, configure_loss_scaling, for_schedule, micro_batch_loss
@@ -125,6 +125,11 @@ class AlignmentLossReduction(MegatronLossReduction):
     def __init__(self, model: MegatronGPTAlignmentModel) -> None:
         super().__init__()
         self._model = model
+
+    @property
+    def embeds_tokens(self) -> bool:
+        """The model chunk is the pipeline's first."""
+        return unwrapped(self._model).pre_process
 
     def forward(self, batch: MicroBatch, forward_out: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum over prompts, number of prompts, statistics) of a micro-batch; see :mod:`nemo_rao.mcore.loss`."""

@@ -12,8 +12,11 @@ Rotary embeddings are those of the positions within the row.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-from collections.abc import Iterator
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +24,11 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch
+from nemo_rao.mcore.context_parallel import chunks_of_rank, size_and_rank, whole_sequences
 
 
 @contextlib.contextmanager
@@ -36,15 +41,21 @@ def segments_told(model: Any, batch: MicroBatch) -> Iterator[dict[str, Any]]:
         yield {"attention_mask": None, "packed_seq_params": _thd(batch)}
         return
 
+    def of_all_ranks(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Megatron leaves out other context-parallel ranks' positions, unless its own form of packing is used."""
+        return arguments, {**keywords, "packed_seq": True}
+
     def of_rows(module: Any, arguments: Any, output: Tensor) -> Tensor:
-        """``[T, 1, 1, D]`` angles of positions 0 .. T-1 -> ``[T, B, 1, D]``, those of each token's position."""
+        """``[T, 1, 1, D]`` angles of positions 0 .. T-1 -> ``[T/CP, B, 1, D]``, those of each token's position."""
         return output[:, 0][batch.position_ids.t()]
 
-    hook = model.rotary_pos_emb.register_forward_hook(of_rows)
+    rotary = model.rotary_pos_emb
+    hooks = [rotary.register_forward_pre_hook(of_all_ranks, with_kwargs=True), rotary.register_forward_hook(of_rows)]
     try:
         yield {"attention_mask": batch.segments}
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _attends_to_segments(model: Any) -> bool:
@@ -62,8 +73,28 @@ def _thd(batch: MicroBatch) -> PackedSeqParams:
     )
 
 
+def _pieces_of_rank(sizes: Sequence[int], num_sequences: int, length: int) -> Iterator[tuple[int, int, int]]:
+    """(segment, first, behind the last of its tokens) that this context-parallel rank has, in its order."""
+    starts = list(itertools.accumulate(sizes, initial=0))
+    for sequence in range(num_sequences):
+        for start, end in chunks_of_rank(length, *size_and_rank()):
+            start, end = sequence * length + start, sequence * length + end
+            for number in range(bisect.bisect_right(starts, start) - 1, bisect.bisect_left(starts, end)):
+                yield number, max(start - starts[number], 0), min(end - starts[number], sizes[number])
+
+
 class SegmentAttention(DotProductAttention):
-    """Megatron's attention by PyTorch's fused kernels, which never hold T x T weights; it takes a table of segments."""
+    """Megatron's attention by PyTorch's fused kernels, which never hold T x T weights; it takes a table of segments.
+
+    Under context parallelism each rank gathers the keys and values of its group, and attends to them with its own
+    queries (:mod:`nemo_rao.mcore.context_parallel`).
+    """
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **keywords: Any) -> None:
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # Megatron's own, which this one is in all else, takes no other
+        super().__init__(alone, *arguments, **keywords)
+        self.config = config
 
     def forward(
         self,
@@ -76,6 +107,8 @@ class SegmentAttention(DotProductAttention):
         **keywords: Any,
     ) -> Tensor:
         """``[T, B, heads * D]`` from queries ``[T, B, heads, D]``, keys and values ``[T, B, groups, D]``.
+
+        T is the rank's own part with context parallelism.
 
         Args:
             attention_mask: ``None`` for causal attention, a table of segments ``[S, 3]`` int64, or what else Megatron's
@@ -90,24 +123,42 @@ class SegmentAttention(DotProductAttention):
         if self.softmax_offset is not None or (attention_mask is not None and attention_mask.dtype != torch.int64):
             return super().forward(query, key, value, attention_mask, *arguments, **keywords)
         if attention_mask is None:
-            return self._attend(query, key, value).flatten(2)
+            return self._attend_to_rows(query, whole_sequences(key), whole_sequences(value))
+        return self._attend_to_segments(query, whole_sequences(key), whole_sequences(value), attention_mask.tolist())
+
+    def _attend_to_rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """``[T/CP, B, heads * D]``; keys and values are of all T tokens."""
+        chunks = chunks_of_rank(len(key), *size_and_rank())
+        queries = query.split([end - start for start, end in chunks])
+        attended = [
+            self._attend(own, key[:end], value[:end]) for own, (_, end) in zip(queries, chunks, strict=True)
+        ]
+        return torch.cat(attended).flatten(2) if len(attended) > 1 else attended[0].flatten(2)
+
+    def _attend_to_segments(
+        self, query: Tensor, key: Tensor, value: Tensor, table: list[tuple[int, int, int]]
+    ) -> Tensor:
+        """``[T/CP, B, heads * D]``; keys and values are of all T tokens."""
         length, num_sequences = query.shape[:2]
-        table = attention_mask.tolist()
         sizes = [size for size, _, _ in table]
+        pieces = list(_pieces_of_rank(sizes, num_sequences, len(key)))
         # [B * T, 1, heads, D], split where segments end: one copy, and one in backward.
         queries, keys, values = (
-            part.transpose(0, 1).reshape(num_sequences * length, 1, *part.shape[2:]).split(sizes)
-            for part in (query, key, value)
+            part.transpose(0, 1).reshape(-1, 1, *part.shape[2:]).split(split)
+            for part, split in ((query, [end - start for _, start, end in pieces]), (key, sizes), (value, sizes))
         )
         attended = []
-        for number, (_, continued, is_padding) in enumerate(table):
+        for own, (number, _, end) in zip(queries, pieces, strict=True):
+            size, continued, is_padding = table[number]
             if is_padding:
-                attended.append(torch.zeros_like(queries[number]))
+                attended.append(torch.zeros_like(own))
                 continue
             of_segment = keys[number], values[number]
+            if end < size:
+                of_segment = keys[number][:end], values[number][:end]
             if continued >= 0:
-                of_segment = torch.cat([keys[continued], keys[number]]), torch.cat([values[continued], values[number]])
-            attended.append(self._attend(queries[number], *of_segment))
+                of_segment = torch.cat([keys[continued], of_segment[0]]), torch.cat([values[continued], of_segment[1]])
+            attended.append(self._attend(own, *of_segment))
         merged = torch.cat(attended).view(num_sequences, length, -1)
         return merged.transpose(0, 1).contiguous()
 

@@ -59,22 +59,22 @@ def forward_step(model: Any, batch: MicroBatch) -> Tensor | ModelOutput:
     Returns:
         the model's output on the last pipeline stage, hidden states ``[T, B, hidden]`` before it.
     """
-    unwrapped = _unwrapped(model)
-    unfuse_adapted_output_layer(unwrapped)
-    with segments_told(unwrapped, batch) as arguments:
+    inner = unwrapped(model)
+    unfuse_adapted_output_layer(inner)
+    with segments_told(inner, batch) as arguments:
         output = model(input_ids=batch.tokens, position_ids=batch.position_ids, labels=None, **arguments)
-    if not unwrapped.post_process:
+    if not inner.post_process:
         return output
-    if (head := getattr(unwrapped, SCORE_HEAD, None)) is not None:
+    if (head := getattr(inner, SCORE_HEAD, None)) is not None:
         return ModelOutput(logits=None, scores=head(batch))
-    head = getattr(unwrapped, VALUE_HEAD, None)
+    head = getattr(inner, VALUE_HEAD, None)
     values = None if head is None else head(batch)[:, 0]
-    if (fused := output_layer_input(unwrapped)) is not None:
+    if (fused := output_layer_input(inner)) is not None:
         return ModelOutput(logits=None, hidden=fused[0], output_weight=fused[1], values=values)
     return ModelOutput(logits=output, values=values)
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The Megatron model inside its wrappers: distributed data parallel, 16 bits, NeMo's."""
     while hasattr(model, "module"):
         model = model.module

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from torch import Tensor, nn
 
 from nemo_rao.batch import MicroBatch
+from nemo_rao.mcore.context_parallel import summed
 
 # Their names in the model, in checkpoints, and in the optimizer's parameter groups.
 VALUE_HEAD, SCORE_HEAD = "value_head", "score_head"
@@ -63,11 +64,12 @@ class LinearHead(nn.Module):
         self._hidden = inputs[0].detach() if self._detached else inputs[0]
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """``[R, outputs]`` fp32, of the forward pass just run on ``batch``; the same on all tensor-parallel ranks."""
+        """``[R, outputs]`` fp32, of the forward pass just run on ``batch``; the same on all tensor- and context-parallel ranks."""
         assert self._hidden is not None, "no forward pass was run"
         hidden, self._hidden = self._hidden, None
         places = batch.boundary if self._position == "prompt" else batch.end
-        sequences, at = places // batch.tokens.shape[1], places % batch.tokens.shape[1]
+        present = (places >= 0)[:, None]  # not on another context-parallel rank
+        sequences, at = places.clamp(min=0) // batch.tokens.shape[1], places.clamp(min=0) % batch.tokens.shape[1]
         if self._sequence_parallel:
             length, rank = hidden.shape[0], parallel_state.get_tensor_model_parallel_rank()
             inside = (at // length == rank)[:, None]
@@ -76,7 +78,8 @@ class LinearHead(nn.Module):
         else:
             state = hidden[at, sequences]
         bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(state.float(), self.weight.float(), bias)
+        # Only where the state is does its row count for the head's own gradient, which ranks add up.
+        return summed(torch.where(present, nn.functional.linear(state.float(), self.weight.float(), bias), 0))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

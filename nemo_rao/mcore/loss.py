@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_rao.batch import LossOutput, MicroBatch, ModelOutput, ObjectiveBatch
+from nemo_rao.mcore.context_parallel import summed
 from nemo_rao.objectives.base import Objective
 from nemo_rao.ops.linear_log_probs import linear_vocab_parallel_log_probs
 from nemo_rao.ops.segments import sums_at, to_prompts, valid_entries
@@ -52,16 +53,19 @@ def sequence_log_probs(
         prompt_gradient: they carry one; where not, nothing is computed backward for their tokens.
 
     Returns:
-        ``([R], [R])``: prompt sums, response sums; the same on every tensor-parallel rank.
+        ``([R], [R])``: prompt sums, response sums; the same on every tensor- and context-parallel rank.
     """
     places, num_trained = batch.all_response_places, len(batch.all_response_places)
     if prompts:
         places = torch.cat([places, batch.all_prompt_places])
     logps = _token_log_probs(output, batch, places, len(places) if prompt_gradient else num_trained, vocab_size)
-    response_logps = sums_at(logps, batch.response_places)
+    response_sums = sums_at(logps, batch.response_places)
     if not prompts:
+        response_logps = summed(response_sums)
         return torch.zeros_like(response_logps), response_logps
-    return sums_at(logps, batch.prompt_places)[batch.prompt_index], response_logps
+    sums = summed(torch.cat([response_sums, sums_at(logps, batch.prompt_places)]))
+    response_logps, prompt_logps = sums.split([len(response_sums), batch.num_prompts])
+    return prompt_logps[batch.prompt_index], response_logps
 
 
 def _token_log_probs(
@@ -110,8 +114,8 @@ def objective_batch(
         reference_prompt_logps=None if reference is None else by_prompt(reference[:, 0]),
         reference_response_logps=None if reference is None else by_prompt(reference[:, 1]),
         rewards=by_prompt(batch.rewards),
-        lengths=by_prompt((batch.response_places >= 0).sum(-1).float()),
-        prompt_lengths=by_prompt((batch.prompt_places >= 0).sum(-1).float()[batch.prompt_index]),
+        lengths=by_prompt(batch.response_lengths),
+        prompt_lengths=by_prompt(batch.prompt_lengths[batch.prompt_index]),
         valid=valid_entries(batch.prompt_index, batch.response_index, batch.num_prompts, num_responses),
         ranked=batch.ranked,
         reward_ensemble=None if batch.reward_ensemble is None else by_prompt(batch.reward_ensemble),
@@ -162,7 +166,10 @@ def for_schedule(output: LossOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]
     """A micro-batch's result in the form that Megatron's schedules take: (sum, count, what to report)."""
     statistics = {LOSS: torch.stack([output.loss_sum.detach(), output.num_prompts])}
     statistics.update(output.metrics)
-    return output.loss_sum, output.num_prompts.to(torch.int), statistics
+    num_prompts = output.num_prompts.to(torch.int)
+    if parallel_state.get_context_parallel_rank() > 0:
+        num_prompts = torch.zeros_like(num_prompts)  # every rank of the group has the same prompts: one counts them
+    return output.loss_sum, num_prompts, statistics
 
 
 def reduce_statistics(

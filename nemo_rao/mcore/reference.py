@@ -114,7 +114,7 @@ def compute_numbers(
         for done, responses, sums in _sums_of(
             model, mine, make_micro_batch, micro_batch_size, micro_batches_per_part, numbers, width
         ):
-            if parallel_state.get_tensor_model_parallel_rank() == 0 and len(responses):
+            if parallel_state.get_tensor_and_context_parallel_rank() == 0 and len(responses):
                 _write_part(folder, responses, sums)
             if progress is not None:
                 progress(done, len(mine))

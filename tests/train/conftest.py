@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .runs import TINY, make_data, run_training
+from .runs import TINY, make_data, start_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -16,9 +16,4 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Path:
-    """A run of two fine-tuning steps, whose checkpoint the others start from."""
-    folder = tmp_path_factory.mktemp("start")
-    run_training(
-        "gpt_sft", [*TINY, *data, f"exp_manager.exp_dir={folder}", "exp_manager.name=sft", "trainer.max_steps=2"]
-    )
-    return folder / "sft"
+    return start_checkpoint(tmp_path_factory.mktemp("start"), (*TINY, *data))

@@ -63,6 +63,12 @@ def run_training(recipe: str, overrides: Sequence[str]) -> None:
     in_fork(_train, recipe, tuple(overrides))
 
 
+def start_checkpoint(folder: Path, overrides: Sequence[str]) -> Path:
+    """A run of two fine-tuning steps, whose checkpoint the others start from."""
+    run_training("gpt_sft", [*overrides, f"exp_manager.exp_dir={folder}", "exp_manager.name=sft", "trainer.max_steps=2"])
+    return folder / "sft"
+
+
 def _train(recipe: str, overrides: Sequence[str]) -> None:
     from nemo_rao.integration.checks import check_run
     from nemo_rao.integration.compose import compose

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from .runs import NO_CHECKPOINTS, TINY, parallel, run_training, steps
+from .runs import NO_CHECKPOINTS, TINY, parallel, run_training, start_checkpoint, steps
 
-LAYOUTS = {  # name: (TP, PP, DP), micro-batch size
+LAYOUTS = {  # name: (TP, PP, DP x CP), micro-batch size
     "one rank": ((1, 1, 1), 4),
     "one rank, small micro-batches": ((1, 1, 1), 1),
     "TP 2": ((2, 1, 1), 4),
@@ -26,14 +26,31 @@ LAYOUTS = {  # name: (TP, PP, DP), micro-batch size
     "DP 2": ((1, 1, 2), 4),
     "DP 2, small micro-batches": ((1, 1, 2), 1),
     "TP 2, sequence parallel": ((2, 1, 1), 2),
+    "CP 2": ((1, 1, 2), 4),
+    "CP 2, small micro-batches": ((1, 1, 2), 1),
+    "CP 2 x TP 2, sequence parallel": ((2, 1, 2), 2),
+    "CP 2 x PP 2": ((1, 2, 2), 2),
+    "PP 2, interleaved": ((1, 2, 1), 1),
+    "PP 2 x TP 2, interleaved": ((2, 2, 1), 2),
+}
+FURTHER = {
+    "sequence parallel": "model.sequence_parallel=true",
+    "CP 2": "model.context_parallel_size=2",
+    "interleaved": "model.virtual_pipeline_model_parallel_size=2",
 }
 SWITCHES = ("model.fused_log_probs", "data.packing", "data.prefix_sharing")
 PLAIN, DEFAULT, ALL_ON = (False, False, False), (True, False, False), (True, True, True)
 EVERY = list(itertools.product((False, True), repeat=len(SWITCHES)))
 TOLERANCE = 1e-5
+FOUR_LAYERS = (*TINY, "model.arch.num_layers=4")  # two groups on each of two stages
 # Differences of log-probabilities may be as near to zero as they like; fp32 sums of their size, tens of nats, are known
 # to a few millionths. In nats; rewards are multiplied by beta, 0.1.
 ROUNDING = {"rewards/": 1e-6, "rao/prompt_logratio": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Path:
+    return start_checkpoint(tmp_path_factory.mktemp("start"), (*FOUR_LAYERS, *data))
 
 
 def switches_on(switches: tuple[bool, ...]) -> str:
@@ -49,9 +66,9 @@ def train(
     folder = start.parent / f"{recipe} {layout} {''.join('ny'[on] for on in switches)}".replace(" ", "_").replace(
         ",", ""
     )
-    extra = ["model.sequence_parallel=true"] if "sequence parallel" in layout else []
+    extra = [key for name, key in FURTHER.items() if name in layout]
     overrides = [
-        *TINY,
+        *FOUR_LAYERS,
         *data,
         *NO_CHECKPOINTS,
         *parallel(*sizes),
