@@ -55,8 +55,12 @@ def model_config(config: RunConfig) -> GPTConfig:
         "recompute_method": (keys.recompute_method or "uniform") if keys.recompute_granularity == "full" else None,
         "recompute_num_layers": (keys.recompute_num_layers or 1) if keys.recompute_granularity == "full" else None,
     }
+    # Two stages of an interleaved pipeline send each other activations and gradients at once: in one batch of messages,
+    # Megatron's default, the one is taken for the other.
+    interleaved = keys.virtual_pipeline_model_parallel_size is not None
+    messages = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}
     try:
-        made = config_class(**sizes, **extra, **recompute, seq_length=keys.seq_length)
+        made = config_class(**{**sizes, **recompute, **messages, **extra}, seq_length=keys.seq_length)
     except (AssertionError, ValueError) as error:
         raise UserError(f"model.arch: {keys.config_class} refuses these sizes: {error}") from None
     if made.num_moe_experts:

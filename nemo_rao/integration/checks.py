@@ -156,8 +156,8 @@ def _check_ranks(config: RunConfig) -> None:
     virtual = model.virtual_pipeline_model_parallel_size
     if virtual is not None and pipeline == 1:
         raise UserError(
-            f"model.virtual_pipeline_model_parallel_size={virtual} needs model.pipeline_model_parallel_size of at least "
-            "2; set it to null"
+            f"model.virtual_pipeline_model_parallel_size={virtual} needs model.pipeline_model_parallel_size of at "
+            "least 2; set it to null"
         )
     if model.sequence_parallel and tensor == 1:
         raise UserError(

@@ -50,7 +50,7 @@ class AlignmentData:
         self._shared_prompts = shared_prompts
 
     def micro_batch(self, prompts: Sequence[int]) -> MicroBatch:
-        """The prompts with these numbers, with all their responses; of the tokens, this context-parallel rank's part."""
+        """The prompts with these numbers and all their responses; of the tokens, this context-parallel rank's."""
         batch = collate(
             [self.data[i] for i in prompts],
             [self.data.response_offset(i) for i in prompts],

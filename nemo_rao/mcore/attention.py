@@ -130,9 +130,7 @@ class SegmentAttention(DotProductAttention):
         """``[T/CP, B, heads * D]``; keys and values are of all T tokens."""
         chunks = chunks_of_rank(len(key), *size_and_rank())
         queries = query.split([end - start for start, end in chunks])
-        attended = [
-            self._attend(own, key[:end], value[:end]) for own, (_, end) in zip(queries, chunks, strict=True)
-        ]
+        attended = [self._attend(own, key[:end], value[:end]) for own, (_, end) in zip(queries, chunks, strict=True)]
         return torch.cat(attended).flatten(2) if len(attended) > 1 else attended[0].flatten(2)
 
     def _attend_to_segments(

@@ -64,7 +64,10 @@ class LinearHead(nn.Module):
         self._hidden = inputs[0].detach() if self._detached else inputs[0]
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """``[R, outputs]`` fp32, of the forward pass just run on ``batch``; the same on all tensor- and context-parallel ranks."""
+        """``[R, outputs]`` fp32, of the forward pass just run on ``batch``.
+
+        The same on all tensor- and context-parallel ranks.
+        """
         assert self._hidden is not None, "no forward pass was run"
         hidden, self._hidden = self._hidden, None
         places = batch.boundary if self._position == "prompt" else batch.end

@@ -58,8 +58,16 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
             ("num_layers=4", "pipeline_model_parallel_size=3"),
         ),
         (
-            (*TP2_PP2, "model.virtual_pipeline_model_parallel_size=2"),
+            ("model.virtual_pipeline_model_parallel_size=2",),
             ("virtual_pipeline_model_parallel_size=2", "null"),
+        ),
+        (
+            (*TP2_PP2, "model.arch.num_layers=6", "model.virtual_pipeline_model_parallel_size=2"),
+            ("num_layers=6", "virtual_pipeline_model_parallel_size=2"),
+        ),
+        (
+            (*TP2_PP2, "model.virtual_pipeline_model_parallel_size=2", "model.micro_batch_size=8"),
+            ("global_batch_size=8 makes 1 micro-batches", "pipeline_model_parallel_size=2"),
         ),
         (("model.arch.num_query_groups=3",), ("num_attention_heads=4", "num_query_groups=3")),
         (("model.arch.hidden_size=130",), ("hidden_size=130", "num_attention_heads=4")),
@@ -68,8 +76,8 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
             ("ffn_hidden_size=385", "tensor_model_parallel_size=2"),
         ),
         (
-            ("trainer.devices=2", "model.context_parallel_size=2"),
-            ("model.context_parallel_size=2", "set it to 1"),
+            ("trainer.devices=2", "model.context_parallel_size=2", "model.seq_length=1022"),
+            ("model.seq_length=1022", "take 1024"),
         ),
         (("model.sequence_parallel=true",), ("model.sequence_parallel", "tensor_model_parallel_size")),
         ((*TP2_PP2, "model.sequence_parallel=true", "model.seq_length=1023"), ("seq_length=1023", "1024")),

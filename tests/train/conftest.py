@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .runs import TINY, make_data, start_checkpoint
+from .runs import FOUR_LAYERS, TINY, make_data, start_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +17,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Path:
     return start_checkpoint(tmp_path_factory.mktemp("start"), (*TINY, *data))
+
+
+@pytest.fixture(scope="session")
+def deep_start(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Path:
+    """The same with four layers."""
+    return start_checkpoint(tmp_path_factory.mktemp("deep_start"), (*FOUR_LAYERS, *data))

@@ -25,6 +25,7 @@ TINY = (
     "trainer.enable_progress_bar=false",
     "exp_manager.draw_curves=false",
 )
+FOUR_LAYERS = (*TINY, "model.arch.num_layers=4")  # two groups of layers on each of two stages
 NO_CHECKPOINTS = (
     "exp_manager.checkpoint_callback_params.save_top_k=0",
     "exp_manager.checkpoint_callback_params.save_last=false",
@@ -65,7 +66,9 @@ def run_training(recipe: str, overrides: Sequence[str]) -> None:
 
 def start_checkpoint(folder: Path, overrides: Sequence[str]) -> Path:
     """A run of two fine-tuning steps, whose checkpoint the others start from."""
-    run_training("gpt_sft", [*overrides, f"exp_manager.exp_dir={folder}", "exp_manager.name=sft", "trainer.max_steps=2"])
+    run_training(
+        "gpt_sft", [*overrides, f"exp_manager.exp_dir={folder}", "exp_manager.name=sft", "trainer.max_steps=2"]
+    )
     return folder / "sft"
 
 

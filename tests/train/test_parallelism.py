@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .runs import NO_CHECKPOINTS, TINY, parallel, run_training, start_checkpoint, steps
+from .runs import FOUR_LAYERS, NO_CHECKPOINTS, parallel, run_training, steps
 
 LAYOUTS = {  # name: (TP, PP, DP x CP), micro-batch size
     "one rank": ((1, 1, 1), 4),
@@ -42,15 +42,9 @@ SWITCHES = ("model.fused_log_probs", "data.packing", "data.prefix_sharing")
 PLAIN, DEFAULT, ALL_ON = (False, False, False), (True, False, False), (True, True, True)
 EVERY = list(itertools.product((False, True), repeat=len(SWITCHES)))
 TOLERANCE = 1e-5
-FOUR_LAYERS = (*TINY, "model.arch.num_layers=4")  # two groups on each of two stages
 # Differences of log-probabilities may be as near to zero as they like; fp32 sums of their size, tens of nats, are known
 # to a few millionths. In nats; rewards are multiplied by beta, 0.1.
 ROUNDING = {"rewards/": 1e-6, "rao/prompt_logratio": 1e-5}
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Path:
-    return start_checkpoint(tmp_path_factory.mktemp("start"), (*FOUR_LAYERS, *data))
 
 
 def switches_on(switches: tuple[bool, ...]) -> str:
@@ -103,11 +97,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_five_steps_are_those_of_one_rank(
-    recipe: str, layout: str, switches: tuple[bool, ...], data: tuple[str, ...], start: Path
+    recipe: str, layout: str, switches: tuple[bool, ...], data: tuple[str, ...], deep_start: Path
 ) -> None:
     """The one rank computes whole logits of rows of their own."""
-    expected = train(recipe, "one rank", PLAIN, data, start)
-    got = train(recipe, layout, switches, data, start)
+    expected = train(recipe, "one rank", PLAIN, data, deep_start)
+    got = train(recipe, layout, switches, data, deep_start)
     assert len(expected) == len(got) == 5
     for want, have in zip(expected, got, strict=True):
         assert want.keys() == have.keys()
@@ -120,6 +114,6 @@ def test_five_steps_are_those_of_one_rank(
 
 
 @pytest.mark.parametrize("recipe", ["gpt_rao", "gpt_dpo"])
-def test_five_steps_change_the_loss(recipe: str, data: tuple[str, ...], start: Path) -> None:
-    losses = [step["loss"] for step in train(recipe, "one rank", PLAIN, data, start)]
+def test_five_steps_change_the_loss(recipe: str, data: tuple[str, ...], deep_start: Path) -> None:
+    losses = [step["loss"] for step in train(recipe, "one rank", PLAIN, data, deep_start)]
     assert max(losses) > 1.01 * min(losses)

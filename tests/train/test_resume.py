@@ -15,6 +15,12 @@ import pytest
 from .runs import TINY, _train, in_fork, parallel, run_training, start_fork, steps
 
 NUM_STEPS, EVERY = 7, 3
+INTERLEAVED = (
+    "model.virtual_pipeline_model_parallel_size=2",
+    "model.context_parallel_size=2",
+    "model.arch.num_layers=4",
+    "model.restore_from_path=null",
+)
 
 
 def overrides(folder: Path, data: Sequence[str], start: Path, *extra: str) -> list[str]:
@@ -58,8 +64,16 @@ def train_and_die(recipe: str, given: Sequence[str]) -> None:
         ("gpt_rao", parallel(1, 2, 1), ("model.peft.scheme=lora",)),
         ("gpt_rao", parallel(1, 2, 1), ("model.objective=dro", "model.dro.value_lr=0.01")),
         ("gpt_rao", parallel(2, 1, 1), ("model.objective=kto", "model.kto.threshold=0.6")),
+        ("gpt_rao", parallel(1, 2, 2), INTERLEAVED),
     ],
-    ids=["RAO, TP 2 x PP 2", "DPO, DP 2", "RAO with LoRA, PP 2", "DRO and its value head, PP 2", "KTO, TP 2"],
+    ids=[
+        "RAO, TP 2 x PP 2",
+        "DPO, DP 2",
+        "RAO with LoRA, PP 2",
+        "DRO and its value head, PP 2",
+        "KTO, TP 2",
+        "RAO, interleaved PP 2 x CP 2",
+    ],
 )
 def test_a_run_killed_within_a_step_continues_bitwise(
     recipe: str, ranks: Sequence[str], extra: Sequence[str], data: tuple[str, ...], start: Path, tmp_path: Path
