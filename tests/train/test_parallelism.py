@@ -32,12 +32,16 @@ LAYOUTS = {  # name: (TP, PP, DP x CP), micro-batch size
     "CP 2 x PP 2": ((1, 2, 2), 2),
     "PP 2, interleaved": ((1, 2, 1), 1),
     "PP 2 x TP 2, interleaved": ((2, 2, 1), 2),
+    "DP 2, overlapped": ((1, 1, 2), 2),
+    "DP 2 x PP 2, interleaved, overlapped": ((1, 2, 2), 1),
 }
-FURTHER = {
-    "sequence parallel": "model.sequence_parallel=true",
-    "CP 2": "model.context_parallel_size=2",
-    "interleaved": "model.virtual_pipeline_model_parallel_size=2",
-}
+FURTHER = (
+    ("sequence parallel", "model.sequence_parallel=true"),
+    ("CP 2", "model.context_parallel_size=2"),
+    ("interleaved", "model.virtual_pipeline_model_parallel_size=2"),
+    ("overlapped", "model.optim.overlap_grad_reduce=true"),
+    ("overlapped", "model.optim.overlap_param_gather=true"),
+)
 SWITCHES = ("model.fused_log_probs", "data.packing", "data.prefix_sharing")
 PLAIN, DEFAULT, ALL_ON = (False, False, False), (True, False, False), (True, True, True)
 EVERY = list(itertools.product((False, True), repeat=len(SWITCHES)))
@@ -60,7 +64,7 @@ def train(
     folder = start.parent / f"{recipe} {layout} {''.join('ny'[on] for on in switches)}".replace(" ", "_").replace(
         ",", ""
     )
-    extra = [key for name, key in FURTHER.items() if name in layout]
+    extra = [key for name, key in FURTHER if name in layout]
     overrides = [
         *FOUR_LAYERS,
         *data,
