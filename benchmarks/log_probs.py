@@ -17,24 +17,21 @@ held at most in forward and backward on top of the inputs and of the two gradien
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.measure import PeakMemory, clock, device, environment, on_ranks, paired_ratio, times_in_turn
+from benchmarks.measure import PeakMemory, clock, device, on_ranks, paired_ratio, times_in_turn
+from benchmarks.results import parser, write_result
 
-RESULTS = Path(__file__).parent / "results" / "log_probs.json"
 VARIANTS = ("dense", "megatron", "through_logits", "fused")
 BASELINE, OURS = "megatron", "fused"
 
@@ -195,18 +192,13 @@ def print_row(row: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="T")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[512], help="H")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[128_256], help="V")
-    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="tensor-parallel ranks")
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], help="of hidden states and weight")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds that are timed, after one that is not")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of all ranks together"
-    )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file")
-    arguments = parser.parse_args()
+    command = parser(__doc__, repeats=3)
+    command.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="T")
+    command.add_argument("--hidden", type=int, nargs="+", default=[512], help="H")
+    command.add_argument("--vocab", type=int, nargs="+", default=[128_256], help="V")
+    command.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="tensor-parallel ranks")
+    command.add_argument("--dtype", nargs="+", default=["bfloat16"], help="of hidden states and weight")
+    arguments = command.parse_args()
 
     rows = []
     print_header()
@@ -214,15 +206,7 @@ def main() -> None:
     for values in itertools.product(*(getattr(arguments, key) for key in keys)):
         rows.append(measure(Size(*values), repeats=arguments.repeats, threads=arguments.threads))
         print_row(rows[-1])
-    report = {
-        **environment(["torch", "megatron-core"]),
-        "threads": arguments.threads,
-        "repeats": arguments.repeats,
-        "rows": rows,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {arguments.output}")
+    write_result("log_probs", arguments, {"rows": rows})
 
 
 if __name__ == "__main__":

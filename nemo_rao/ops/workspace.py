@@ -10,7 +10,7 @@ import math
 CHUNK_BYTES = 128 * 2**20
 """Default size of a chunk of logits in fp32, where these exist (:mod:`nemo_rao.ops.vocab_parallel`)."""
 
-CPU_WORKSPACE_BYTES = 32 * 2**20
+CPU_WORKSPACE_BYTES = 24 * 2**20
 """Default size of a block where they do not (:mod:`nemo_rao.ops.linear_log_probs`): it should stay in the caches."""
 
 CUDA_WORKSPACE_BYTES = 512 * 2**20
