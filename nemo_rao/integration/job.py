@@ -31,6 +31,7 @@ from nemo_rao.errors import RankFailure, UserError, report
 FOLDER = "NEMO_RAO_JOB_FOLDER"
 HANG_SECONDS = "NEMO_RAO_HANG_SECONDS"
 STOPPED, FAILURE = "stopped", "failure"
+SIGNAL_SECONDS = 2.0  # within which a signal reaches all ranks
 
 
 @dataclass
@@ -41,11 +42,14 @@ class StopRequest:
         asked: a signal has come.
         heard_at_steps: steps are under way, and the request is heard at the next one's end; before that, there is
             nothing to save that is not on the disk already, and the rank leaves at once.
+        stepped: a step of this life is done, so that every rank hears at steps. Before, a rank may have left at once
+            and others miss it within a step.
         stopped_at: the step at which all ranks have agreed to stop.
     """
 
     asked: bool = False
     heard_at_steps: bool = False
+    stepped: bool = False
     stopped_at: int | None = None
 
     def hear(self, number: int = signal.SIGUSR1, frame: FrameType | None = None) -> None:
@@ -83,13 +87,29 @@ def supervised() -> Iterator[None]:
         note_failure(f"{place()}: error: {error}")
         _leave(report(error))
     except RankFailure as error:
+        _leave_if_others_have()
         note_failure(f"{place()}: {error}")
         _leave(report(error))
     except Exception:
         said = traceback.format_exc()
         print(said, file=sys.stderr, flush=True)
+        _leave_if_others_have()
         note_failure(f"{place()} failed:\n{said}")
         _leave(1)
+
+
+def _leave_if_others_have() -> None:
+    """Takes a failure within the first step for that of a rank that has left, where all were asked to stop.
+
+    Nothing is lost, and a failure of this rank's own comes back in the next life.
+    """
+    if REQUEST.stepped:
+        return
+    deadline = time.monotonic() + SIGNAL_SECONDS
+    while not REQUEST.asked and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if REQUEST.asked:
+        leave_stopped("stopped within the first step of this life")
 
 
 def note_failure(text: str) -> None:

@@ -44,6 +44,7 @@ class StopWhenAsked(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if self._watchdog is not None:
             self._watchdog.moved(f"step {trainer.global_step}")
+        REQUEST.stepped = True
         if not self._in_job:
             return
         asked = torch.tensor(int(REQUEST.asked), device=pl_module.device)

@@ -91,7 +91,7 @@ def linear_vocab_parallel_log_probs(
         low_rank: u ``[..., r]``, b ``[V/TP, r]``, which add ``u @ b.T`` to the logits: LoRA on the output layer, its
             scale inside u. As adapters have it, u is of all positions, also with ``sequence_parallel``.
         sequence_parallel: hidden is ``[T/TP, ...]``, the rank's part of dimension 0; all else is ``[T, ...]``.
-        workspace_bytes: what the blocks may take at a time; ``None`` for 32 MiB on a CPU, where they should stay in
+        workspace_bytes: what the blocks may take at a time; ``None`` for 24 MiB on a CPU, where they should stay in
             the caches, and 512 MiB on a GPU, where products should be large.
 
     Returns:
