@@ -30,6 +30,9 @@ from torch import Tensor
 from nemo_rao.batch import MicroBatch
 from nemo_rao.mcore.context_parallel import chunks_of_rank, size_and_rank, whole_sequences
 
+# Before megatron-core 0.15 its own attention refuses windows, and has no offset of the softmax.
+_KNOWS_WINDOWS = "softmax_type" in TransformerConfig.__dataclass_fields__
+
 
 @contextlib.contextmanager
 def segments_told(model: Any, batch: MicroBatch) -> Iterator[dict[str, Any]]:
@@ -91,9 +94,13 @@ class SegmentAttention(DotProductAttention):
     """
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **keywords: Any) -> None:
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1  # Megatron's own, which this one is in all else, takes no other
-        super().__init__(alone, *arguments, **keywords)
+        # Of Megatron's own, which this one is in all else, what it refuses and what is done here is left out.
+        bare = copy.copy(config)
+        bare.context_parallel_size = 1
+        if not _KNOWS_WINDOWS:
+            bare.window_size = None
+        super().__init__(bare, *arguments, **keywords)
+        self._window = self.scale_mask_softmax.window_size if _KNOWS_WINDOWS else config.window_size
         self.config = config
 
     def forward(
@@ -120,7 +127,8 @@ class SegmentAttention(DotProductAttention):
             lengths = packed_seq_params.cu_seqlens_q.diff().to(torch.int64)
             segments = F.pad(torch.stack([lengths, torch.full_like(lengths, -1)], dim=-1), (0, 1))
             return self.forward(query[:, None], key[:, None], value[:, None], segments)[:, 0]
-        if self.softmax_offset is not None or (attention_mask is not None and attention_mask.dtype != torch.int64):
+        offset = self.softmax_offset if _KNOWS_WINDOWS else None
+        if offset is not None or (attention_mask is not None and attention_mask.dtype != torch.int64):
             return super().forward(query, key, value, attention_mask, *arguments, **keywords)
         if attention_mask is None:
             return self._attend_to_rows(query, whole_sequences(key), whole_sequences(value))
@@ -163,7 +171,7 @@ class SegmentAttention(DotProductAttention):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[n, B, heads, D]`` from n queries that are the last of m keys and values ``[m, B, groups, D]``."""
         num_queries, num_keys = len(query), len(key)
-        window = self.scale_mask_softmax.window_size
+        window = self._window
         mask = None
         if num_queries < num_keys or window is not None:
             mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
