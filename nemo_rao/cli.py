@@ -240,6 +240,26 @@ def compare_rewards(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def doctor_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao doctor",
+        description="Tell what is installed here, whether it can be imported, and what works and what does not and "
+        "why. Exit code 0: training works here, 1: it does not.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write it there")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="seconds of each import (default: %(default)s)"
+    )
+    return parser
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from nemo_rao.doctor.command import main as run
+
+    return run(arguments)
+
+
 def demo_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao demo",
@@ -466,6 +486,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Parser], Callable[[argparse.Namespac
     ),
     "generate": ("sample responses from a model, to score and train on", generate_parser, generate),
     "evaluate": ("answer benchmarks with a model, or run them", evaluate_parser, evaluate),
+    "doctor": ("tell what works on this machine, and what does not", doctor_parser, doctor),
     "demo": ("fine-tune and align a small model on this machine, and compare", demo_parser, demo),
 }
 

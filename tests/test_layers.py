@@ -26,23 +26,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": FOUNDATION | {"data", "generation"},  # a judge may be a model that generates here
     "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "scoring", "planning"},
     "cluster": FOUNDATION | {"integration"},
-    "cli": {"errors", "cluster", "generation", "integration", "scoring"},
+    "doctor": FOUNDATION | {"integration"},  # the latter in processes of their own
+    "cli": {"errors", "cluster", "doctor", "generation", "integration", "scoring"},
     "__main__": {"cli"},
     "__init__": set(),
 }
 
 # Heavy package -> the layers that may import it.
 HEAVY: dict[str, set[str]] = {
-    "megatron": {"mcore", "integration", "cpu"},
-    "nemo": {"integration", "cpu"},
+    "megatron": {"doctor", "mcore", "integration", "cpu"},
+    "nemo": {"doctor", "integration", "cpu"},
     "lightning": {"integration", "cpu"},
-    "nemo_run": {"integration"},
+    "nemo_run": {"doctor", "integration"},
     "hydra": {"cluster", "integration"},
     "omegaconf": {"cluster", "integration"},
-    "transformers": {"data", "generation", "integration"},
-    "vllm": {"generation"},
-    "lm_eval": {"generation"},
-    "torch": {"batch", "data", "generation", "ops", "objectives", "mcore", "integration", "cpu"},
+    "transformers": {"data", "doctor", "generation", "integration"},
+    "vllm": {"doctor", "generation"},
+    "lm_eval": {"doctor", "generation"},
+    "torch": {"batch", "data", "doctor", "generation", "ops", "objectives", "mcore", "integration", "cpu"},
 }
 
 

@@ -1,0 +1,184 @@
+"""From facts to abilities: what works here, what does not, and why."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_rao.doctor.probes import Probe
+
+# Packages without a version of which nothing can be trained; of others a version out of range is only mentioned.
+DECISIVE = ("torch", "nemo-toolkit", "megatron-core")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Compute capabilities of the GPUs that have an FP8 recipe, from the first to before the second; what it is."""
+
+    lowest: tuple[int, int]
+    below: tuple[int, int]
+    what: str
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        return self.lowest <= capability < self.below
+
+
+_NO_END = (1000, 0)
+# Transformer Engine's support matrix, by Megatron's names of the recipes.
+FP8 = {
+    "delayed": Recipe((8, 9), _NO_END, "a scale per tensor, from the steps before"),
+    "tensorwise": Recipe((8, 9), _NO_END, "a scale per tensor, from the tensor itself"),
+    "blockwise": Recipe((9, 0), _NO_END, "a scale per block of 128 values"),
+    "mxfp8": Recipe((10, 0), (12, 0), "a scale per 32 values"),  # workstations' Blackwell lacks some products' layouts
+}
+
+
+@dataclass(frozen=True)
+class Ability:
+    """
+    Attributes:
+        what: names it.
+        works: here.
+        why: what it runs on, or what is missing, and the remedy where there is one.
+    """
+
+    what: str
+    works: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the abilities follow from.
+
+    Attributes:
+        probes: imports that were tried, by their names.
+        unmet: of the plugin's requirements, by package.
+        other_apex: the package named apex is not NVIDIA's.
+        programs: programs that are looked for -> where they are, or ``None``.
+    """
+
+    probes: Mapping[str, Probe]
+    unmet: Mapping[str, str]
+    other_apex: bool
+    programs: Mapping[str, str | None]
+
+    @property
+    def torch(self) -> Mapping[str, Any]:
+        return self.probes["torch"].facts
+
+    @property
+    def gpus(self) -> Sequence[Mapping[str, Any]]:
+        return self.torch.get("gpus", [])
+
+
+PROGRAMS = ("sbatch", "srun", "nvidia-smi")
+
+
+def programs() -> dict[str, str | None]:
+    return {name: shutil.which(name) for name in PROGRAMS}
+
+
+def no_training(facts: Facts) -> str | None:
+    """Why nothing can be trained here, on whatever device; ``None`` where it can."""
+    for name in ("torch", "megatron-core", "nemo-toolkit", "training"):
+        tried = facts.probes.get(name)
+        if tried is not None and not tried.works:
+            subject = "what a run imports" if name == "training" else name
+            return f"{subject}: {tried.error}"
+    return next((facts.unmet[name] for name in DECISIVE if name in facts.unmet), None)
+
+
+def no_gpu(facts: Facts) -> str | None:
+    """Why no GPU can be used; ``None`` where all can."""
+    if not facts.torch:
+        return "torch cannot be imported"
+    if not facts.gpus:
+        return facts.torch["no_gpu"] or "torch sees none"
+    return next((f"GPU {index}: {gpu['error']}" for index, gpu in enumerate(facts.gpus) if gpu["error"]), None)
+
+
+def abilities(facts: Facts) -> list[Ability]:
+    return [
+        *_training(facts),
+        *_ranks(facts),
+        *_with_transformer_engine(facts),
+        *_other_commands(facts),
+    ]
+
+
+def _training(facts: Facts) -> Iterator[Ability]:
+    broken, missing = no_training(facts), no_gpu(facts)
+    yield Ability("training on the CPU", broken is None, broken or "small models, Megatron over gloo")
+    on_gpus = f"{len(facts.gpus)} x {facts.gpus[0]['name']}" if facts.gpus else ""
+    yield Ability("training on GPUs", broken is None and missing is None, broken or missing or on_gpus)
+    if facts.gpus:
+        least = _capabilities(facts)[0]
+        enough = least >= (8, 0)
+        yield Ability("bf16 on GPUs", enough, "" if enough else f"from sm_80; here {_sm(least)}")
+
+
+def _ranks(facts: Facts) -> Iterator[Ability]:
+    gloo, nccl = bool(facts.torch.get("gloo")), facts.torch.get("nccl")
+    yield Ability("several ranks on CPUs", gloo, "gloo" if gloo else "torch is built without gloo")
+    yield Ability("several ranks on GPUs", nccl is not None, f"NCCL {nccl}" if nccl else "torch is built without NCCL")
+    absent = [name for name in ("sbatch", "srun") if facts.programs[name] is None]
+    yield Ability(
+        "jobs on SLURM (launch)",
+        not absent,
+        f"{' and '.join(absent)} not found; launch where SLURM is installed" if absent else "sbatch, srun",
+    )
+
+
+def _with_transformer_engine(facts: Facts) -> Iterator[Ability]:
+    engine, apex = facts.probes["transformer-engine"], facts.probes["apex"]
+    if engine.works or (apex.works and not facts.other_apex):
+        yield Ability("fused optimizer", True, "Transformer Engine's" if engine.works else "apex's")
+    else:
+        reason = f"Transformer Engine {engine.error}, apex {_apex_error(facts)}"
+        yield Ability("fused optimizer", False, f"{reason}; torch's own Adam runs instead")
+    yield Ability(
+        "prefix sharing",
+        not engine.installed,
+        "not with Transformer Engine's attention; data.packing=true packs rows there" if engine.installed else "",
+    )
+    missing = no_gpu(facts) or (None if engine.works else f"Transformer Engine {engine.error}")
+    for name, recipe in FP8.items():
+        lacking = [one for one in _capabilities(facts) if not recipe.runs_on(one)]
+        if missing is None and lacking:
+            upper = "" if recipe.below == _NO_END else f" to before {_sm(recipe.below)}"
+            yield Ability(f"FP8, {name}", False, f"from {_sm(recipe.lowest)}{upper}; here {_sm(lacking[0])}")
+        else:
+            yield Ability(f"FP8, {name}", missing is None, missing or recipe.what)
+
+
+def _apex_error(facts: Facts) -> str | None:
+    if facts.other_apex:
+        return "is another package of this name, not NVIDIA's, which comes with its containers"
+    return facts.probes["apex"].error
+
+
+def _other_commands(facts: Facts) -> Iterator[Ability]:
+    broken, models = no_training(facts), facts.probes["transformers"]
+    transformers = None if models.works else f"transformers {models.error}"
+    yield Ability("import-hf, export-hf", broken is None and models.works, broken or transformers or "safetensors")
+    yield Ability("generate, local judge", models.works, transformers or "engine transformers")
+    for what, name, remedy in (
+        ("engine vllm", "vllm", "; the engine transformers does without"),
+        ("evaluate: lm-eval's tasks", "lm-eval", "; pip install 'nemo-rao[eval]'"),
+        ("NeMo-Run: nemo rao train", "nemo-run", ""),
+        ("Weights & Biases", "wandb", ""),
+    ):
+        tried = facts.probes[name]
+        yield Ability(what, tried.works, "" if tried.works else f"{name} {tried.error}{remedy}")
+
+
+def _capabilities(facts: Facts) -> list[tuple[int, int]]:
+    """Of the GPUs, the least first: a run is on all of them."""
+    return sorted({(gpu["capability"][0], gpu["capability"][1]) for gpu in facts.gpus})
+
+
+def _sm(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"

@@ -1,0 +1,86 @@
+"""``nemo-rao doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from nemo_rao import __version__
+from nemo_rao.doctor import packages
+from nemo_rao.doctor.abilities import Facts, abilities, no_training, programs
+from nemo_rao.doctor.inside import PROBES
+from nemo_rao.doctor.probes import probe_all
+from nemo_rao.doctor.report import Report
+from nemo_rao.errors import UserError
+from nemo_rao.files import write_atomically
+
+# Asked only where training's own imports fail: which of the two it is.
+_PARTS_OF_TRAINING = ("megatron-core", "nemo-toolkit")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Prints what works here. Returns 0 if training does, 1 if it does not, and says why on stderr.
+
+    Raises:
+        UserError: an option cannot be used.
+    """
+    if not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
+        raise UserError(f"--timeout {arguments.timeout:g}: must be above 0, in seconds")
+    report = examine(timeout=arguments.timeout)
+    print(report.table(), end="", flush=True)
+    if arguments.json is not None:
+        write_atomically(Path(arguments.json).expanduser(), json.dumps(report.record(), indent=2) + "\n")
+    if report.no_training is not None:
+        print(f"error: training does not work here: {report.no_training}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def examine(*, timeout: float) -> Report:
+    """What is here; ``timeout``: seconds that each import may take."""
+    probes = probe_all([name for name in PROBES if name not in _PARTS_OF_TRAINING], timeout=timeout)
+    if not probes["training"].works:
+        probes |= probe_all(_PARTS_OF_TRAINING, timeout=timeout)
+    facts = Facts(probes, packages.unmet(packages.requirements()), packages.other_apex(), programs())
+    versions: dict[str, str | None] = {"Python": platform.python_version(), "nemo_rao": __version__}
+    for name in packages.SHOWN:
+        versions[name] = packages.version(name)
+        if name == "torch":
+            versions |= {f"  {part}": facts.torch.get(part.lower()) for part in ("CUDA", "cuDNN", "NCCL")}
+    if facts.other_apex:
+        versions["apex"] = f"{versions['apex'] or ''} (not NVIDIA's: another package of this name)".strip()
+    remarks = list(facts.unmet.values())
+    if not packages.requirements():
+        remarks.append("nemo_rao is not installed as a package; versions are not compared with what it asks for")
+    return Report(
+        versions=versions,
+        gpus=facts.gpus,
+        driver=_driver(facts.programs["nvidia-smi"]),
+        container=_container(),
+        remarks=remarks,
+        abilities=abilities(facts),
+        no_training=no_training(facts),
+    )
+
+
+def _driver(nvidia_smi: str | None) -> str | None:
+    if nvidia_smi is None:
+        return None
+    command = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said[0] if said else None
+
+
+def _container() -> str | None:
+    """NVIDIA's images set the release of the PyTorch image that they are built on."""
+    base = os.environ.get("NVIDIA_PYTORCH_VERSION")
+    return None if base is None else f"built on NVIDIA's PyTorch {base}"

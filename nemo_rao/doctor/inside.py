@@ -1,0 +1,170 @@
+"""What the doctor's processes do: import one package as this project uses it, and tell facts of it.
+
+A function that raises says by that what is wrong. :func:`main` runs one of them and writes what it returns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+Facts = dict[str, Any]
+
+
+def torch_and_gpus() -> Facts:
+    """Versions that torch was built with, and the GPUs that it sees."""
+    import torch
+    from torch import distributed
+
+    backends = distributed.is_available()
+    nccl = backends and distributed.is_nccl_available()
+    found: Facts = {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": _cudnn(torch.backends.cudnn.version()),
+        "nccl": ".".join(str(part) for part in torch.cuda.nccl.version()) if nccl else None,
+        "gloo": backends and distributed.is_gloo_available(),
+        "gpus": [],
+        "no_gpu": None,
+    }
+    if torch.version.cuda is None:
+        found["no_gpu"] = f"torch {torch.__version__} is built without CUDA"
+        return found
+    try:
+        torch.cuda.init()
+    except Exception as error:  # no driver, an old one, no device: torch says which
+        found["no_gpu"] = one_line(error)
+        return found
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found["gpus"].append(
+            {
+                "name": device.name,
+                "capability": [device.major, device.minor],
+                "memory_bytes": device.total_memory,
+                "error": _cannot_compute(index),
+            }
+        )
+    return found
+
+
+def _cannot_compute(index: int) -> str | None:
+    """What is wrong with a GPU that is there: no kernels for its architecture, memory that is taken, a fault."""
+    import torch
+
+    try:
+        value = (torch.ones(2, device=f"cuda:{index}") + 1).sum().item()
+    except Exception as error:  # of CUDA, of which there are many kinds
+        return one_line(error)
+    return None if value == 4 else f"2 + 2 is {value}"
+
+
+def _cudnn(number: int | None) -> str | None:
+    """91301 -> 9.13.1; before version 9 the major number is followed by three digits: 8906 -> 8.9.6."""
+    if number is None:
+        return None
+    major = number // 10000 if number >= 90000 else number // 1000
+    rest = number - major * (10000 if number >= 90000 else 1000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
+def training() -> Facts:
+    """All that a run imports of Megatron, NeMo and this project, changed for this machine as in a run."""
+    from nemo_rao.integration import train  # noqa: F401
+    from nemo_rao.integration.prepare import import_nemo
+
+    return {"on_cpu": import_nemo()}
+
+
+def megatron() -> Facts:
+    import megatron.core  # noqa: F401
+
+    return {}
+
+
+def nemo() -> Facts:
+    from nemo.collections import llm  # noqa: F401
+
+    return {}
+
+
+def transformer_engine() -> Facts:
+    from transformer_engine.pytorch import Linear  # noqa: F401
+    from transformer_engine.pytorch.optimizers import FusedAdam  # noqa: F401
+
+    return {}
+
+
+def apex() -> Facts:
+    import amp_C  # noqa: F401  # its kernels
+    from apex.optimizers import FusedAdam  # noqa: F401
+
+    return {}
+
+
+def nemo_run() -> Facts:
+    import nemo_run  # noqa: F401
+
+    return {}
+
+
+def transformers() -> Facts:
+    from safetensors.torch import save_file  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    return {}
+
+
+def vllm() -> Facts:
+    from vllm import LLM, SamplingParams  # noqa: F401
+
+    return {}
+
+
+def lm_eval() -> Facts:
+    from lm_eval.tasks import TaskManager  # noqa: F401
+
+    return {}
+
+
+def wandb() -> Facts:
+    import wandb  # noqa: F401
+
+    return {}
+
+
+# Name of a probe -> what it does, and the top-level package that it is about.
+PROBES: dict[str, tuple[Callable[[], Facts], str]] = {
+    "torch": (torch_and_gpus, "torch"),
+    "training": (training, "nemo"),
+    "megatron-core": (megatron, "megatron"),
+    "nemo-toolkit": (nemo, "nemo"),
+    "transformer-engine": (transformer_engine, "transformer_engine"),
+    "apex": (apex, "apex"),
+    "nemo-run": (nemo_run, "nemo_run"),
+    "transformers": (transformers, "transformers"),
+    "vllm": (vllm, "vllm"),
+    "lm-eval": (lm_eval, "lm_eval"),
+    "wandb": (wandb, "wandb"),
+}
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def main(name: str) -> None:
+    """Runs one probe; what it found, or its error, is the only thing on stdout."""
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what packages print while they are imported
+    try:
+        told: Facts = {"facts": PROBES[name][0]()}
+    except Exception as error:  # whatever a broken package can raise
+        told = {"error": one_line(error)}
+    with os.fdopen(answer, "w") as out:
+        json.dump(told, out)
+    sys.stderr.flush()
+    os._exit(0)  # what packages do at exit is nobody's concern here, and can hang
