@@ -1,0 +1,136 @@
+"""Installs nemo_rao into one of NVIDIA's NeMo containers, and changes none of the packages that are there.
+
+    python containers/install.py [--dry-run] [SOURCE]
+
+SOURCE is the repository (default: the one that this file is in) or a wheel. The plugin is installed without what it
+asks for. What of that the container lacks altogether is then installed under the constraint that every package of the
+container keeps its version. A package that is there in a version that the plugin does not know stays as it is, and is
+named. In the end the packages are compared with those of the beginning.
+
+Exit codes: 0 installed; 1 a package changed, or what is missing cannot be had without changing one; 2 this is no such
+container.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+PLUGIN = "nemo-rao"
+# Built for each other and for the container's CUDA: never from an index.
+CONTAINERS_OWN = ("torch", "nemo-toolkit", "megatron-core")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Install nemo_rao into NVIDIA's NeMo container.", allow_abbrev=False)
+    parser.add_argument("source", nargs="?", default=str(Path(__file__).resolve().parents[1]), metavar="SOURCE")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="install nothing: what of its needs is missing, SOURCE being a repository",
+    )
+    given = parser.parse_args(argv)
+    before = installed()
+    absent = [name for name in CONTAINERS_OWN if name not in before]
+    if absent:
+        return tell(
+            f"{', '.join(absent)} not found by {sys.executable}: this is none of NVIDIA's NeMo containers, or not its "
+            "Python; elsewhere `make install` installs nemo_rao",
+            2,
+        )
+    if not given.dry_run and pip("--no-deps", given.source):
+        return tell(f"pip could not install {given.source}; its reason is above", 1)
+    missing, unknown = needs(given.source if given.dry_run else None, before)
+    for line in unknown:
+        print(f"note: {line}")
+    if missing and install_missing(missing, before, given.dry_run):
+        return tell(
+            f"{', '.join(missing)}: cannot be installed beside the container's packages as they are; pip's reason is "
+            "above",
+            1,
+        )
+    after = installed()
+    changed = [
+        f"{name} {old} -> {after.get(name, 'removed')}"
+        for name, old in before.items()
+        if after.get(name) != old and name != PLUGIN
+    ]
+    if changed:
+        return tell(f"the container's packages changed: {'; '.join(changed)}", 1)
+    new = [f"{name} {version}" for name, version in after.items() if name not in before]
+    print(f"installed: {', '.join(new) or 'nothing new'}; the container's {len(before)} packages are as they were")
+    return 0
+
+
+def tell(line: str, code: int) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def installed() -> dict[str, str]:
+    """Name -> version of every package that this Python finds, the first on its path where there are several."""
+    importlib.invalidate_caches()  # pip has been at work
+    found: dict[str, str] = {}
+    for one in metadata.distributions():
+        if one.metadata["Name"]:  # a damaged one has none
+            found.setdefault(canonicalize_name(one.metadata["Name"]), one.version)
+    return found
+
+
+def needs(source: str | None, there: dict[str, str]) -> tuple[list[str], list[str]]:
+    """What the plugin asks for and is not there, and lines about what is there in another version.
+
+    Args:
+        source: a repository that is not installed yet; ``None``: the installed plugin is asked.
+    """
+    if source is None:
+        texts = metadata.requires(PLUGIN) or []
+    else:
+        import tomllib
+
+        texts = tomllib.loads((Path(source) / "pyproject.toml").read_text())["project"]["dependencies"]
+    asked = [Requirement(text) for text in texts]
+    asked = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    missing, unknown = [], []
+    for one in asked:
+        here = there.get(canonicalize_name(one.name))
+        if here is None:
+            missing.append(f"{one.name}{one.specifier}")
+        elif not one.specifier.contains(here, prereleases=True):  # the container's torch is a pre-release
+            unknown.append(f"{one.name} {here} stays, though nemo_rao is known to work with {one.specifier} only")
+    return missing, unknown
+
+
+def install_missing(missing: list[str], before: dict[str, str], dry_run: bool) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text("".join(f"{name}=={version}\n" for name, version in before.items() if is_valid(version)))
+        return pip(*(["--dry-run"] if dry_run else []), "--constraint", str(constraints), *missing)
+
+
+def is_valid(version: str) -> bool:
+    """Whether pip can read it as a constraint."""
+    try:
+        Version(version)
+    except InvalidVersion:
+        return False
+    return True
+
+
+def pip(*arguments: str) -> int:
+    command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, env={**os.environ, "PIP_ROOT_USER_ACTION": "ignore"}).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
