@@ -3,9 +3,10 @@
 #   make demo      install, then the demonstration: SFT, then RAO, on four local ranks of this machine's CPU
 #   make test      install, then ruff, mypy and the test suite
 #   make test-slurm   install, then the tests that run jobs on a real SLURM, which is installed as root
-#   make lint      ruff and mypy alone;  make format  applies ruff's fixes
+#   make test-matrix  install, then the test suite with the NeMo and megatron-core of NVIDIA's containers (MATRIX)
+#   make lint      ruff, mypy, shellcheck and hadolint alone;  make format  applies ruff's fixes
 #   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
-#   make clean     removes caches and builds;  make distclean  removes .venv too
+#   make clean     removes caches and builds;  make distclean  removes .venv and those of test-matrix too
 #
 # Variables, as in `make install PYTHON=python3.12`:
 #   PYTHON           the interpreter that .venv is made from: 3.10, 3.11 or 3.12
@@ -13,6 +14,7 @@
 #                    saves gigabytes with TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
 #   BENCH            of benchmarks/, such as step;  BENCH_ARGS  passed to it
+#   MATRIX           containers whose versions are tested: 25.09, 25.11 or both;  make test-matrix-25.11  one of them
 #   TEST_PROCESSES   that share the test files; each imports NeMo, and its multi-rank tests use two to four cores
 
 SHELL := /bin/bash
@@ -24,13 +26,19 @@ PYTEST_ARGS ?=
 BENCH ?= log_probs step scaling start_up profile_step
 BENCH_ARGS ?=
 TEST_PROCESSES ?= 2
+MATRIX ?= 25.09 25.11
+
+# Of NVIDIA's containers, in the last patch releases; containers/README.md.
+VERSIONS_25.09 := nemo_toolkit==2.5.3 megatron-core==0.14.0
+VERSIONS_25.11 := nemo_toolkit==2.6.2 megatron-core==0.15.3
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install demo test test-slurm lint format bench bench-page constraints clean distclean
+.PHONY: install demo test test-matrix test-slurm lint format bench bench-page constraints clean distclean
 .DELETE_ON_ERROR:
+.PRECIOUS: $(VENV)-%/.installed
 
 install: $(INSTALLED)
 
@@ -51,9 +59,28 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run containers/*.sh
+	$(BIN)/hadolint containers/Dockerfile
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
+# A virtual environment of the container's NeMo and megatron-core alone, in front of the packages of $(VENV).
+$(VENV)-%/.installed: $(INSTALLED)
+	$(if $(VERSIONS_$*),,$(error MATRIX: no container $*; there are 25.09 and 25.11))
+	rm -rf $(VENV)-$*
+	$(BIN)/python -m venv --without-pip $(VENV)-$*
+	$(PIP) --python $(VENV)-$*/bin/python install --no-deps $(VERSIONS_$*)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > "$$($(VENV)-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
+	@touch $@
+
+test-matrix: $(MATRIX:%=test-matrix-%)
+
+# Programs such as shellcheck are those of $(VENV).
+test-matrix-%: $(VENV)-%/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(VENV)-$*/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
+	  $(PYTEST_ARGS)
 
 test-slurm: install
 	$(BIN)/python -m pytest --slurm tests/slurm $(PYTEST_ARGS)
@@ -80,4 +107,4 @@ clean:
 	find nemo_rao tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-25.09 $(VENV)-25.11

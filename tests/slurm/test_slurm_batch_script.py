@@ -99,7 +99,17 @@ def test_the_example_and_the_page_name_every_key() -> None:
     example = (ROOT / "conf/cluster/slurm.yaml").read_text()
     assert list(yaml.safe_load(example)) == keys
     page = (ROOT / "docs/cluster.md").read_text()
-    assert [name for name in keys if f"| `{name}` |" not in page] == []
+    rows = {
+        cells[1].strip(" `"): cells[2].strip(" `")
+        for cells in (line.split("|") for line in page.splitlines() if "|" in line)
+    }
+    assert [name for name in keys if name not in rows] == []
+    plain = {field.name: field.default for field in dataclasses.fields(ClusterConfig)}
+    shown = {name: value for name, value in plain.items() if isinstance(value, str | bool | int | float)}
+    assert len(shown) > 5
+    assert {name: rows[name] for name in shown} == {
+        name: str(value).lower() if isinstance(value, str | bool) else f"{value:g}" for name, value in shown.items()
+    }
 
 
 def test_files_are_found_and_keys_set(tmp_path: Path) -> None:
