@@ -64,6 +64,14 @@ def test_a_container_in_which_it_does_not_is_not_started_and_says_why(tmp_path: 
     assert forced.returncode == 0 and (tmp_path / "started").exists()
 
 
+def test_nvidias_entry_point_is_passed_first_once_and_the_check_sees_what_it_sets(tmp_path: Path) -> None:
+    program(tmp_path / "bin", "nvidia", 'echo banner; SET_UP=yes exec "$@"\n')
+    program(tmp_path / "bin", "nemo-rao", 'test "$SET_UP" = yes\n')
+    own = {"NVIDIA_ENTRYPOINT": str(tmp_path / "bin/nvidia")}
+    done = run("entry.sh", "printf", "%s|", STRANGE, cwd=tmp_path, environment=own)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"banner\n{STRANGE}|", "")
+
+
 # ----------------------------------------------------------------------------------------------------------- import
 
 ENROOT = 'printf "%s\\n" "$@" > told\nfor last; do :; done\nprintf image > "$3"\n'
