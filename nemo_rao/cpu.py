@@ -86,8 +86,9 @@ class _Stream:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
-    def record_event(self, event: Any = None) -> None: ...
     def synchronize(self) -> None: ...
+    def record_event(self, event: Any = None) -> Any:
+        return event or self  # to be waited for, which is no wait
 
 
 @contextlib.contextmanager
@@ -139,6 +140,7 @@ _WITHOUT_FUSIONS = {
 def _patch_megatron() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -154,6 +156,16 @@ def _patch_megatron() -> None:
     # each rank, imports the entry point anew, which costs seconds, and outlives a rank that is killed.
     results: queue.Queue = queue.Queue()
     filesystem_async._get_write_results_queue = lambda: results
+
+    # A router asks whether it is there, but only an import that fails here would have said that it is not.
+    vars(moe_utils).setdefault("te_general_gemm", None)
+
+    # The sizes that tokens are exchanged by; what is on the CPU already would be left a tensor, which no collective
+    # takes for a list of sizes.
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = moved
 
     # All configs, those that NeMo's importers build included, pass through __post_init__.
     original = TransformerConfig.__post_init__

@@ -20,6 +20,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.config import RunConfig, objective_config, sequence_multiple
+from nemo_rao.integration.experts import check_experts
 from nemo_rao.integration.model import MegatronGPTAlignmentModel, feed_lora_normed_inputs
 from nemo_rao.integration.strategy import AlignmentStrategy
 from nemo_rao.mcore.heads import VALUE_HEAD
@@ -63,8 +64,7 @@ def model_config(config: RunConfig) -> GPTConfig:
         made = config_class(**{**sizes, **recompute, **messages, **extra}, seq_length=keys.seq_length)
     except (AssertionError, ValueError) as error:
         raise UserError(f"model.arch: {keys.config_class} refuses these sizes: {error}") from None
-    if made.num_moe_experts:
-        raise UserError(f"model.config_class: {keys.config_class} is a mixture of experts, which is not supported yet")
+    check_experts(config, vars(made))
     return made
 
 
@@ -149,6 +149,8 @@ def strategy(config: RunConfig) -> AlignmentStrategy:
         pipeline_model_parallel_size=keys.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=keys.virtual_pipeline_model_parallel_size,
         context_parallel_size=keys.context_parallel_size,
+        expert_model_parallel_size=keys.expert_model_parallel_size,
+        expert_tensor_parallel_size=keys.expert_tensor_parallel_size,
         sequence_parallel=keys.sequence_parallel and keys.tensor_model_parallel_size > 1,
         pipeline_dtype=_DTYPES[config.precision.params],
         ddp=DistributedDataParallelConfig(

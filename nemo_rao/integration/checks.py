@@ -105,7 +105,13 @@ def check_architecture(
     if num_layers is not None and not any(key.startswith(UNEVEN_STAGES) for key in model.arch.extra):
         virtual = model.virtual_pipeline_model_parallel_size
         stages = model.pipeline_model_parallel_size * (virtual or 1)
-        if num_layers % stages:
+        counted = [name for name in COUNTED_AS_LAYER if model.arch.extra.get(name)]
+        if counted and (num_layers + len(counted)) % stages:
+            raise UserError(
+                f"{_given(config, 'num_layers', num_layers)} and {len(counted)} more by model.arch.extra."
+                f"{' and '.join(counted)} are not divisible by the pipeline's {stages} parts; change one of them"
+            )
+        if not counted and num_layers % stages:
             times = f" x model.virtual_pipeline_model_parallel_size={virtual}" if virtual else ""
             raise UserError(
                 f"{_given(config, 'num_layers', num_layers)} is not divisible by "
@@ -115,7 +121,9 @@ def check_architecture(
 
 
 # Fields of Megatron's config by which pipeline stages may hold different numbers of layers.
-UNEVEN_STAGES = ("num_layers_in_", "account_for_", "pipeline_model_parallel_layout")
+UNEVEN_STAGES = ("num_layers_in_", "pipeline_model_parallel_layout")
+# Those by which the embedding or the output layer counts as a layer when layers are dealt out.
+COUNTED_AS_LAYER = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
 
 
 def _given(config: RunConfig, name: str, value: int) -> str:
@@ -152,6 +160,13 @@ def _check_ranks(config: RunConfig) -> None:
             f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} = {ranks} ranks are not "
             f"divisible by tensor x pipeline x context parallel size = {tensor} x {pipeline} x {context} = "
             f"{tensor * pipeline * context}; set trainer.devices, or the sizes in model"
+        )
+    experts = model.expert_model_parallel_size * (model.expert_tensor_parallel_size or tensor) * pipeline
+    if ranks % experts:
+        raise UserError(
+            f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} = {ranks} ranks are not "
+            f"divisible by expert model x expert tensor x pipeline parallel size = {experts}; set "
+            "model.expert_model_parallel_size, or trainer.devices"
         )
     virtual = model.virtual_pipeline_model_parallel_size
     if virtual is not None and pipeline == 1:

@@ -180,6 +180,12 @@ class ModelKeys:
         None, "layer groups of each pipeline rank (interleaved schedule); null: one", low=2
     )
     context_parallel_size: int = key(1, "ranks that share each sequence", low=1)
+    expert_model_parallel_size: int = key(
+        1, "ranks that share the experts of a mixture; taken from the data-parallel ones", low=1
+    )
+    expert_tensor_parallel_size: int | None = key(
+        None, "ranks that share each expert; null: model.tensor_model_parallel_size", low=1
+    )
     sequence_parallel: bool = key(False, "also split norms and dropout over tensor-parallel ranks; saves memory")
     recompute_granularity: str | None = key(
         None,

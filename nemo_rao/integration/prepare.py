@@ -259,7 +259,7 @@ def _check_model(config: RunConfig, num_tokens: int, start_from: Path | None, re
         config,
         num_layers=made.num_layers,
         hidden_size=made.hidden_size,
-        ffn_hidden_size=made.ffn_hidden_size,
+        ffn_hidden_size=None if made.num_moe_experts else made.ffn_hidden_size,  # an expert's is split otherwise
         num_attention_heads=made.num_attention_heads,
         num_query_groups=made.num_query_groups,
         kv_channels=made.kv_channels,

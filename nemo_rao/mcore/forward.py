@@ -104,7 +104,9 @@ def forward_only(
 ) -> list[dict[str, Tensor]]:
     """Run micro-batches through the pipeline without a backward pass. A collective of the model-parallel group.
 
-    Data-parallel ranks may run different numbers of micro-batches, or none. The caller is in :func:`evaluation_mode`.
+    Data-parallel ranks may be given different numbers of micro-batches, or none. Where they share experts, it is a
+    collective over all of them: each expert's rank has to be there for the others' tokens. The caller is in
+    :func:`evaluation_mode`.
 
     Args:
         model: this rank's model chunks.
@@ -115,13 +117,12 @@ def forward_only(
     Returns:
         one report for each micro-batch on the last pipeline stage, an empty list before it.
     """
-    if not micro_batches:
+    num_wanted, num_run = len(micro_batches), _num_run(len(micro_batches), num_chunks=len(model))
+    if num_run == 0:
         return []
-    num_wanted = len(micro_batches)
-    if len(model) > 1:
-        # Interleaved schedules want a multiple of the pipeline's size: the last one is run again, and not reported.
-        num_filling = -num_wanted % parallel_state.get_pipeline_model_parallel_world_size()
-        micro_batches = [*micro_batches, *[micro_batches[-1]] * num_filling]
+    # The last one is run again, or the data's first prompt by ranks that have none, and not reported.
+    filling = micro_batches[-1] if micro_batches else [0]
+    micro_batches = [*micro_batches, *[filling] * (num_run - num_wanted)]
 
     def forward(data_iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor | ModelOutput, Callable]:
         batch = to_device(next(data_iterator))
@@ -144,3 +145,16 @@ def forward_only(
             forward_only=True,
         )
     return reports[:num_wanted]
+
+
+def _num_run(num_wanted: int, *, num_chunks: int) -> int:
+    """Micro-batches that this rank must run for ``num_wanted`` of its own."""
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        most = torch.tensor(num_wanted, device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        torch.distributed.all_reduce(
+            most, op=torch.distributed.ReduceOp.MAX, group=parallel_state.get_data_parallel_group()
+        )
+        num_wanted = int(most)
+    # Interleaved schedules want a multiple of the pipeline's size.
+    multiple = parallel_state.get_pipeline_model_parallel_world_size() if num_chunks > 1 else 1
+    return -(-num_wanted // multiple) * multiple

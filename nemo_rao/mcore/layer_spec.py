@@ -4,6 +4,9 @@ Megatron's own local spec stores its norms under other names than Transformer En
 parallelism. This spec fuses each norm with the linear layer behind it, as Transformer Engine does, so that a
 checkpoint written on a machine without it loads on one that has it, Hugging Face importers find every name, and the
 norms' gradients are summed over tensor-parallel ranks under sequence parallelism.
+
+In a mixture of experts the norm stands before the router, by itself (``pre_mlp_layernorm``), and experts are Megatron's
+``SequentialMLP``: ``mlp.experts.local_experts.N``, as with Transformer Engine without grouped products.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -55,7 +60,10 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, config: TransformerCon
 
 
 class Norm(torch.nn.Module):
-    """The block's final norm and the norms of queries and keys. Parameters ``weight`` and ``bias``, ``[hidden]``."""
+    """A norm by itself: the block's final one, those of queries and keys, and the one before a router.
+
+    Parameters ``weight`` and ``bias``, ``[hidden]``.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -86,14 +94,9 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
 
 def layer_spec_without_te(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
-    """The decoder's spec for a machine without Transformer Engine: dense models, MHA or GQA.
-
-    Raises:
-        NotImplementedError: for mixture-of-experts models, which need Transformer Engine here.
-    """
-    if config.num_moe_experts:
-        raise NotImplementedError("mixture-of-experts models need Transformer Engine")
+    """The decoder's spec for a machine without Transformer Engine: MHA or GQA, dense or with experts in every layer."""
     query_key_norm = Norm if config.qk_layernorm else IdentityOp
+    experts = config.num_moe_experts is not None
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -109,13 +112,24 @@ def layer_spec_without_te(config: TransformerConfig, vp_stage: int | None = None
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            pre_mlp_layernorm=Norm if experts else IdentityOp,
+            mlp=_experts() if experts else _dense(),
             mlp_bda=get_bias_dropout_add,
         ),
     )
     num_layers = get_num_layers_to_build(config, vp_stage)
     block = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
     return ModuleSpec(module=TransformerBlock, submodules=block)
+
+
+def _dense() -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+
+
+def _experts() -> ModuleSpec:
+    expert = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=expert))
+    )

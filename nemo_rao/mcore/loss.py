@@ -27,12 +27,23 @@ LOSS = "loss"
 
 
 def configure_loss_scaling(config: TransformerConfig) -> None:
-    """Make Megatron normalise gradients by the global number of prompts, as this module's sums expect."""
+    """Make Megatron normalise gradients by the global number of prompts, as this module's sums expect.
+
+    A mixture of experts trains without a load-balancing loss. Megatron adds one inside the router, behind the
+    objective's back, weighted by a micro-batch's tokens; divided by prompts it would be thousands of times what its
+    coefficient says, it depends on how a batch is cut into micro-batches, and it counts padding. The router of a
+    pretrained model is balanced, and a run of a few thousand prompts changes that little: that of transformers and TRL
+    is off as well unless it is asked for.
+    """
     config.calculate_per_token_loss = True
     # Micro-batches are padded to their own longest row, and hold as many rows as their prompts have responses.
     config.variable_seq_lengths = True
-    # Refused together with variable lengths by a check that does not ask whether the model has experts at all.
+    # Refused together with variable lengths by a check that does not ask whether the model has experts at all; the
+    # other dispatcher needs equally many tokens on all ranks.
     config.moe_token_dispatcher_type = "alltoall"
+    config.moe_router_load_balancing_type = "none"
+    config.moe_aux_loss_coeff = 0.0
+    config.moe_z_loss_coeff = None
 
 
 def sequence_log_probs(

@@ -110,9 +110,9 @@ def compute_numbers(
         folder.mkdir(parents=True, exist_ok=True)
         remaining = _remaining_prompts(folder, prompts, num_responses, width)
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        mine = remaining[rank::size]
+        mine, longest = remaining[rank::size], -(-len(remaining) // size)
         for done, responses, sums in _sums_of(
-            model, mine, make_micro_batch, micro_batch_size, micro_batches_per_part, numbers, width
+            model, mine, longest, make_micro_batch, micro_batch_size, micro_batches_per_part, numbers, width
         ):
             if parallel_state.get_tensor_and_context_parallel_rank() == 0 and len(responses):
                 _write_part(folder, responses, sums)
@@ -140,27 +140,31 @@ def _remaining_prompts(folder: Path, prompts: Sequence[Sequence[int]], num_respo
 def _sums_of(
     model: Sequence[Any],
     prompts: Sequence[int],
+    longest: int,
     make_micro_batch: Callable[[Sequence[int]], MicroBatch],
     micro_batch_size: int,
     micro_batches_per_part: int,
     numbers: Callable[[ModelOutput, MicroBatch], Tensor],
     width: int,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Part by part: prompts done, response numbers ``[n]``, sums ``[n, width]``; n = 0 before the last."""
+    """Part by part: prompts done, response numbers ``[n]``, sums ``[n, width]``; n = 0 before the last stage.
+
+    ``longest``: prompts of the rank that has most. All go through equally many parts: ranks may share experts.
+    """
 
     def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
         return {"responses": batch.response_ids, "sums": numbers(output, batch)}
 
     per_part = micro_batch_size * micro_batches_per_part
     with evaluation_mode(model):
-        for start in range(0, len(prompts), per_part):
+        for start in range(0, longest, per_part):
             part = prompts[start : start + per_part]
             micro_batches = [part[i : i + micro_batch_size] for i in range(0, len(part), micro_batch_size)]
             outputs = forward_only(model, micro_batches, make_micro_batch=make_micro_batch, report=report)
             responses = [output["responses"].cpu().numpy() for output in outputs]
             sums = [output["sums"].float().cpu().numpy() for output in outputs]
             yield (
-                start + len(part),
+                min(start + len(part), len(prompts)),
                 np.concatenate([np.zeros(0, np.int64), *responses]),
                 np.concatenate([np.zeros((0, width), np.float32), *sums]),
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -48,10 +49,16 @@ LAYER_NAMES = {
 
 
 def hugging_face(name: str) -> Any:
+    if name == "mixtral":
+        return tiny.mixtral()
     return tiny.qwen2() if name == "qwen2" else tiny.llama(tied=name == "tied llama")
 
 
-def on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, Any]:
+def on_ranks(
+    wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]],
+    layouts: dict[str, Layout],
+    models: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
     """For each layout, model and variant: log-probabilities of all rows, gradients' errors, parameter names."""
     from megatron.core import parallel_state
 
@@ -66,12 +73,12 @@ def on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> 
         return -(prompt + response).sum(), torch.tensor(len(response), dtype=torch.int), {}
 
     found = {}
-    for layout_name, layout in LAYOUTS.items():
+    for layout_name, layout in layouts.items():
         tiny.enter(layout)
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         mine = range(rank, len(SAMPLES), size)
         for (model_name, (weights, gradients)), variant in itertools.product(wanted.items(), VARIANTS):
-            model = tiny.build(weights, layout, fused=variant["fused"], **MODELS[model_name])
+            model = tiny.build(weights, layout, fused=variant["fused"], **models[model_name])
             make = functools.partial(tiny.micro_batch, SAMPLES, **{k: v for k, v in variant.items() if k != "fused"})
             with evaluation_mode([model]):
                 outputs = forward_only(
@@ -93,10 +100,14 @@ def on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> 
 
 @pytest.fixture(scope="module")
 def dense() -> dict[str, Any]:
+    return dense_results(MODELS)
+
+
+def dense_results(models: Iterable[str]) -> dict[str, Any]:
     """Hugging Face's weights, sums and gradients of the mean over rows."""
     import_once()
     results = {}
-    for name in MODELS:
+    for name in models:
         model = hugging_face(name)
         sums = tiny.dense_sums(model, SAMPLES)
         (-sums.sum() / NUM_RESPONSES).backward()
@@ -110,8 +121,12 @@ def dense() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(dense: dict[str, Any]) -> list[dict[str, Any]]:
+    return ranks_results(dense, LAYOUTS, MODELS)
+
+
+def ranks_results(dense: dict[str, Any], layouts: dict[str, Layout], models: dict[str, Any]) -> list[dict[str, Any]]:
     wanted = {name: (result["weights"], result["gradients"]) for name, result in dense.items()}
-    return run_ranks(on_ranks, (wanted,), num_ranks=2)
+    return run_ranks(on_ranks, (wanted, layouts, models), num_ranks=2)
 
 
 CASES = [(layout, model, variant) for layout in LAYOUTS for model in MODELS for variant in range(len(VARIANTS))]

@@ -22,6 +22,7 @@ from nemo_rao.data.collate import collate
 from ..megatron_ranks import init_megatron
 
 NUM_LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCAB = 4, 32, 48, 4, 2, 90
+EXPERTS, CHOSEN = 4, 2  # of the mixture, and of each token
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int | None = None  # model chunks on each rank
+    expert: int = 1  # ranks that share the experts
+    expert_tensor: int | None = None  # ranks that share each expert; None: as many as share a layer
     sequence_parallel: bool = False
     vocab_divisible_by: int = 4  # 90 tokens are padded to 92 at TP 1, to 96 at TP 2
 
@@ -43,7 +46,13 @@ def enter(layout: Layout) -> None:
     if not torch.distributed.is_initialized():
         init_megatron(tensor=layout.tensor, pipeline=layout.pipeline)
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline, layout.virtual_pipeline)
+    parallel_state.initialize_model_parallel(
+        layout.tensor,
+        layout.pipeline,
+        layout.virtual_pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+    )
     model_parallel_cuda_manual_seed(1234)
 
 
@@ -62,6 +71,14 @@ def qwen2(seed: int = 0) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return _randomise(Qwen2ForCausalLM(Qwen2Config(**_sizes(tied=False))), seed)
+
+
+def mixtral(seed: int = 0) -> Any:
+    """A randomly initialised ``MixtralForCausalLM``: a router with marked choices in every layer, no token dropped."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    experts = {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "sliding_window": None}
+    return _randomise(MixtralForCausalLM(MixtralConfig(**_sizes(tied=False), **experts)), seed)
 
 
 def _sizes(tied: bool) -> dict[str, Any]:
@@ -107,29 +124,56 @@ def whole_tensors(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
                     named[f"{source}.self_attn.{part}_proj.{kind}"].unflatten(0, (GROUPS, -1)) for part in "qkv"
                 ]
                 whole[f"{target}.self_attention.linear_qkv.{kind}"] = torch.cat(by_group, dim=1).flatten(0, 1)
-        mlp = f"{source}.mlp"
-        gate_and_up = torch.cat([named[f"{mlp}.gate_proj.weight"], named[f"{mlp}.up_proj.weight"]])
         whole |= {
             f"{target}.self_attention.linear_qkv.layer_norm_weight": named[f"{source}.input_layernorm.weight"],
             f"{target}.self_attention.linear_proj.weight": named[f"{source}.self_attn.o_proj.weight"],
-            f"{target}.mlp.linear_fc1.layer_norm_weight": named[f"{source}.post_attention_layernorm.weight"],
+        }
+        whole |= _feed_forward(named, source, target)
+    return {name: tensor.clone() for name, tensor in whole.items()}
+
+
+def _feed_forward(named: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    """Of one layer: dense, or its router and experts."""
+    norm = named[f"{source}.post_attention_layernorm.weight"]
+    mlp, mixture = f"{source}.mlp", f"{source}.block_sparse_moe"
+    if f"{mixture}.gate.weight" not in named:
+        gate_and_up = torch.cat([named[f"{mlp}.gate_proj.weight"], named[f"{mlp}.up_proj.weight"]])
+        return {
+            f"{target}.mlp.linear_fc1.layer_norm_weight": norm,
             f"{target}.mlp.linear_fc1.weight": gate_and_up,
             f"{target}.mlp.linear_fc2.weight": named[f"{mlp}.down_proj.weight"],
         }
-    return {name: tensor.clone() for name, tensor in whole.items()}
+    whole = {
+        f"{target}.pre_mlp_layernorm.weight": norm,
+        f"{target}.mlp.router.weight": named[f"{mixture}.gate.weight"],
+    }
+    for expert in range(EXPERTS):
+        own, theirs = f"{target}.mlp.experts.local_experts.{expert}", f"{mixture}.experts.{expert}"
+        gate_and_up = torch.cat([named[f"{theirs}.w1.weight"], named[f"{theirs}.w3.weight"]])
+        whole |= {f"{own}.linear_fc1.weight": gate_and_up, f"{own}.linear_fc2.weight": named[f"{theirs}.w2.weight"]}
+    return whole
 
 
 # --------------------------------------------------------------------------------------------------- Megatron
 
 
-def config_for(layout: Layout, *, qkv_bias: bool = False, tied: bool = False, dtype: Any = torch.float32) -> Any:
-    """NeMo's Llama or Qwen2 config in the sizes of this module, as the project prepares it."""
+def config_for(
+    layout: Layout,
+    *,
+    qkv_bias: bool = False,
+    tied: bool = False,
+    experts: bool = False,
+    dtype: Any = torch.float32,
+) -> Any:
+    """NeMo's Llama, Qwen2 or Mixtral config in the sizes of this module, as the project prepares it."""
     from nemo.collections import llm
 
     from nemo_rao.mcore.layer_spec import layer_spec_without_te
     from nemo_rao.mcore.loss import configure_loss_scaling
 
-    config = (llm.Qwen2Config if qkv_bias else llm.LlamaConfig)(
+    mixture = {"num_moe_experts": EXPERTS, "moe_router_topk": CHOSEN} if experts else {}
+    config = (llm.MixtralConfig if experts else llm.Qwen2Config if qkv_bias else llm.LlamaConfig)(
+        **mixture,
         num_layers=NUM_LAYERS,
         hidden_size=HIDDEN,
         ffn_hidden_size=FFN,
@@ -144,6 +188,8 @@ def config_for(layout: Layout, *, qkv_bias: bool = False, tied: bool = False, dt
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -178,11 +224,15 @@ def build(
 
 
 def whole_names(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters of a model chunk, by name, layers numbered from the whole model's first."""
+    """Parameters of a model chunk, by name, layers and experts numbered from the whole model's first."""
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+            layer = model.decoder.layers[int(parts[2])]
+            parts[2] = str(layer.layer_number - 1)
+            if "local_experts" in parts:
+                place = parts.index("local_experts") + 1
+                parts[place] = str(layer.mlp.local_expert_indices[int(parts[place])])
         yield ".".join(parts), parameter
 
 
@@ -192,7 +242,10 @@ def part_of(name: str, whole: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    if "layer_norm" in name or "layernorm" in name:
+    if "local_experts" in name:
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+        size = parallel_state.get_expert_tensor_parallel_world_size()
+    if "layer_norm" in name or "layernorm" in name or "router" in name:
         return whole
     if "word_embeddings" in name or "output_layer" in name:
         return whole[rank * shape[0] : (rank + 1) * shape[0]]
