@@ -9,12 +9,14 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checks import check_architecture, check_sizes
 from nemo_rao.integration.compose import compose, override
 from nemo_rao.integration.config import RunConfig, objective_config
+from nemo_rao.integration.experts import check_experts
 from nemo_rao.objectives import registry
 from nemo_rao.ops.workspace import CPU_WORKSPACE_BYTES, CUDA_WORKSPACE_BYTES
 from nemo_rao.planning.advise import Advice, advise
@@ -84,12 +86,13 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         UserError: sizes that do not divide, or that are not known.
     """
     check_sizes(config)
+    check_experts(config, _fields(config))
     network = network_of_config(config)
     check_architecture(
         config,
         num_layers=network.layers,
         hidden_size=network.hidden,
-        ffn_hidden_size=network.ffn,
+        ffn_hidden_size=None if network.experts else network.ffn,
         num_attention_heads=network.heads,
         num_query_groups=network.groups,
         kv_channels=network.head,
@@ -116,6 +119,10 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         nodes=config.trainer.num_nodes,
         tensor=keys.tensor_model_parallel_size,
         pipeline=keys.pipeline_model_parallel_size,
+        virtual=keys.virtual_pipeline_model_parallel_size or 1,
+        context=keys.context_parallel_size,
+        expert=keys.expert_model_parallel_size,
+        expert_tensor=keys.expert_tensor_parallel_size,
         sequence_parallel=keys.sequence_parallel,
         micro_batch_size=keys.micro_batch_size,
         global_batch_size=keys.global_batch_size,
@@ -142,16 +149,19 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
 
 def network_of_config(config: RunConfig) -> Network:
     """The recipe's sizes over those of its config class, which is read, not imported."""
-    keys = config.model
-    own = {name: value for name, value in dataclasses.asdict(keys.arch).items() if value is not None}
-    extra = own.pop("extra")
-    fields = {**config_fields(keys.config_class), **own, **extra}
+    keys, fields = config.model, _fields(config)
     return network_of(
         fields,
         config_class=keys.config_class,
         num_tokens=None if fields.get("vocab_size") is not None else _num_tokens(config.data.tokenizer),
         seq_length=keys.seq_length,
     )
+
+
+def _fields(config: RunConfig) -> dict[str, Any]:
+    own = {name: value for name, value in dataclasses.asdict(config.model.arch).items() if value is not None}
+    extra = own.pop("extra")
+    return {**config_fields(config.model.config_class), **own, **extra}
 
 
 def _num_tokens(folder: str | None) -> int | None:

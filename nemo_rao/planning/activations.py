@@ -2,12 +2,15 @@
 
 Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models) count them for GPT-3's layer;
 here are those of a layer with grouped queries, a gate and rotary positions, and with attention that never holds T x T
-weights. Legend: ``n`` tokens of the micro-batch, ``s`` of them where norms and the residual stream are (n/TP under
-sequence parallelism), ``b`` bytes of a number, TP-divided widths ``q, k, f``, and hidden ``h``.
+weights. Legend: ``n`` tokens of the micro-batch on this context-parallel rank, ``s`` of them where norms and the
+residual stream are (n/TP under sequence parallelism), ``b`` bytes of a number, TP-divided widths ``q, k, f``, and
+hidden ``h``.
 
     norm            its input and output, a statistic
     attention       queries and keys after rotation; qkv before it, of which values are a part; output; log-sum-exp
     feed-forward    output of fc1, input of fc2
+    experts         the same of the tokens that are sent to them, and the input of fc1, in a copy for each expert that
+                    a token has; taken to be equally many on all ranks
 
 So with Transformer Engine's fused layers. PyTorch's own, on a CPU, keep in place of a norm's input two fp32 copies, the
 second one normed, besides sines and cosines, and of a gate the activation and the other half.
@@ -19,13 +22,14 @@ from nemo_rao.planning.parameters import is_target
 from nemo_rao.planning.setting import Lora, Setting
 
 FP32 = 4
+INT64 = 8
 
 
 def layer_items(setting: Setting) -> dict[str, int]:
     """Bytes of one layer without recomputation, by tensor."""
     network, tensor, b = setting.network, setting.tensor, setting.param_bytes
     n, s = setting.micro_batch_tokens, stream_tokens(setting)
-    q, k, f, fc1 = (width // tensor for width in (network.query, network.key, network.ffn, network.fc1))
+    q, k = network.query // tensor, network.key // tensor
     fused = setting.transformer_engine
     items = {
         "norm before attention": norm_bytes(setting),
@@ -33,23 +37,55 @@ def layer_items(setting: Setting) -> dict[str, int]:
         "queries, keys and values": n * (q + 2 * k) * b,
         "rotated queries and keys": 0 if network.positions else n * (q + k) * b,
         # Sine and cosine, for queries and for keys, of each position; fused kernels compute them anew.
-        "sines and cosines": 0 if network.positions or fused else 4 * setting.length * network.head * b,
+        "sines and cosines": 0
+        if network.positions or fused
+        else 4 * setting.length // setting.context * network.head * b,
         "attention's output": n * q * b,
         "log-sum-exp": n * (network.heads // tensor) * FP32,
         "norm before feed-forward": norm_bytes(setting),
-        "input of linear_fc1": s * network.hidden * b,
-        "output of linear_fc1": n * fc1 * b,
-        "input of linear_fc2": n * f * b,
     }
     if network.qk_norm:
         items["normed queries and keys"] = n * (q + k) * (b if fused else 2 * FP32)
-    if network.gated and not fused:
-        items["activation and the other half"] = 2 * n * f * b
+    items |= _expert_items(setting) if network.experts else _dense_items(setting)
     if network.dropout:
         items["dropout masks"] = 2 * s * network.hidden
     if setting.lora is not None:
         items["adapters"] = _adapter_bytes(setting, setting.lora)
     return items
+
+
+def _dense_items(setting: Setting) -> dict[str, int]:
+    network, n, b = setting.network, setting.micro_batch_tokens, setting.param_bytes
+    f, fc1 = network.ffn // setting.tensor, network.fc1 // setting.tensor
+    items = {
+        "input of linear_fc1": stream_tokens(setting) * network.hidden * b,
+        "output of linear_fc1": n * fc1 * b,
+        "input of linear_fc2": n * f * b,
+    }
+    if network.gated and not setting.transformer_engine:
+        items["activation and the other half"] = 2 * n * f * b
+    return items
+
+
+def _expert_items(setting: Setting) -> dict[str, int]:
+    network, s, b = setting.network, stream_tokens(setting), setting.param_bytes
+    t, f, fc1 = routed_tokens(setting), network.ffn // setting.of_expert, network.fc1 // setting.of_expert
+    items = {
+        "input of the router": s * network.hidden * b,
+        "the router's weights of experts": 2 * s * network.experts * FP32,
+        "tokens at their experts": t * network.hidden * b,
+        "output of linear_fc1": t * fc1 * b,
+        "input of linear_fc2": t * f * b,
+        "places of tokens": 2 * s * network.chosen * INT64,
+    }
+    if not setting.transformer_engine:
+        items["activation, the other half and their product"] = (3 if network.gated else 1) * t * f * b
+    return items
+
+
+def routed_tokens(setting: Setting) -> int:
+    """Tokens that a rank's experts compute, each once for each of its experts; of equally busy ranks."""
+    return stream_tokens(setting) * setting.network.chosen * setting.of_expert
 
 
 def _adapter_bytes(setting: Setting, lora: Lora) -> int:
@@ -83,22 +119,26 @@ def stored_layer(setting: Setting) -> int:
     return sum(items.values())
 
 
-def recomputed_layers(setting: Setting) -> int:
+def recomputed_layers(setting: Setting, stage: int) -> int:
     """Layers of a stage that are computed again, whole."""
+    return sum(_recomputed_of_chunk(setting, stage, chunk) for chunk in range(setting.virtual))
+
+
+def _recomputed_of_chunk(setting: Setting, stage: int, chunk: int) -> int:
+    layers = setting.layers_of_chunk(stage, chunk)
     if setting.recompute_granularity != "full":
         return 0
-    if setting.recompute_method == "block":
-        return min(setting.recompute_num_layers, setting.layers_of_stage)
-    return setting.layers_of_stage
+    return min(setting.recompute_num_layers, layers) if setting.recompute_method == "block" else layers
 
 
-def stored_layers(setting: Setting) -> int:
+def stored_layers(setting: Setting, stage: int) -> int:
     """Bytes that a stage's layers keep of one micro-batch between its forward and its backward pass."""
-    again = recomputed_layers(setting)
     # Of each recomputed unit its input is kept: a layer, or several under the uniform method.
     unit = setting.recompute_num_layers if setting.recompute_method == "uniform" else 1
-    inputs = -(-again // unit) * stream_tokens(setting) * setting.network.hidden * setting.param_bytes
-    return inputs + (setting.layers_of_stage - again) * stored_layer(setting)
+    again = [_recomputed_of_chunk(setting, stage, chunk) for chunk in range(setting.virtual)]
+    units = sum(-(-layers // unit) for layers in again)
+    inputs = units * stream_tokens(setting) * setting.network.hidden * setting.param_bytes
+    return inputs + (setting.layers_of_stage(stage) - sum(again)) * stored_layer(setting)
 
 
 def stored_ends(setting: Setting, stage: int) -> int:
@@ -107,15 +147,15 @@ def stored_ends(setting: Setting, stage: int) -> int:
     if stage == 0:
         found += setting.micro_batch_tokens * 8
     if setting.recompute_granularity == "full" and not setting.network.positions:
-        found += setting.length * setting.network.head * FP32
+        found += setting.length // setting.context * setting.network.head * FP32
     if stage == setting.pipeline - 1:
         found += norm_bytes(setting)
     return found
 
 
-def recomputed_unit(setting: Setting) -> int:
+def recomputed_unit(setting: Setting, stage: int) -> int:
     """Bytes that stand again while one unit of layers goes through its backward pass; its input was kept."""
-    again = recomputed_layers(setting)
+    again = max(_recomputed_of_chunk(setting, stage, chunk) for chunk in range(setting.virtual))
     if not again:
         return 0
     layers = min(setting.recompute_num_layers, again) if setting.recompute_method == "uniform" else 1
@@ -125,4 +165,7 @@ def recomputed_unit(setting: Setting) -> int:
 def layer_gradients(setting: Setting) -> int:
     """Bytes of a layer's largest gradients in its backward pass: of the output of fc1 and the input of fc2."""
     network = setting.network
-    return setting.micro_batch_tokens * (network.fc1 + network.ffn) // setting.tensor * setting.param_bytes
+    tokens, ranks = setting.micro_batch_tokens, setting.tensor
+    if network.experts:
+        tokens, ranks = routed_tokens(setting), setting.of_expert
+    return tokens * (network.fc1 + network.ffn) // ranks * setting.param_bytes

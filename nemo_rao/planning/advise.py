@@ -25,11 +25,14 @@ KEYS = {
     "recompute_granularity": "model.recompute_granularity",
     "tensor": "model.tensor_model_parallel_size",
     "pipeline": "model.pipeline_model_parallel_size",
+    "context": "model.context_parallel_size",
+    "expert": "model.expert_model_parallel_size",
     "nodes": "trainer.num_nodes",
     "param_bytes": "precision.params",
     "lora": "model.peft.scheme",
 }
 MOST = 4096  # of the sizes that are doubled, so that the search ends
+LONG = 4096  # tokens of a row from which on it may be split over two ranks
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,12 @@ def _changes(setting: Setting) -> list[list[tuple[float, dict[str, Any]]]]:
     add(*((3 + number, {"tensor": size}) for number, size in enumerate(sizes)))
     sizes = [setting.pipeline * n for n in _doubled(setting.network.layers // setting.pipeline)]
     add(*((4 + number, {"pipeline": size}) for number, size in enumerate(sizes)))
+    # Only where a sequence is long enough that its tokens are what a rank holds.
+    sizes = [setting.context * n for n in _doubled(min(8, setting.tokens_per_row // LONG))]
+    add(*((4 + number, {"context": size}) for number, size in enumerate(sizes)))
+    if setting.network.experts:
+        sizes = [setting.expert * n for n in _doubled(setting.network.experts // setting.expert)]
+        add(*((3 + number, {"expert": size}) for number, size in enumerate(sizes)))
     sizes = [setting.nodes * n for n in _doubled(min(64, MOST // setting.ranks))]
     add(*((6 + 2 * number, {"nodes": size}) for number, size in enumerate(sizes)))
     if setting.param_bytes == 4:

@@ -3,7 +3,9 @@
 Megatron lays trained parameters out in the reverse of their order, in buckets. With the distributed optimizer every
 parameter starts at a multiple of 64 elements and every bucket ends at a multiple of lcm(DP, 128), weights live in a
 buffer of the same layout, and rank r owns the r-th of DP equal parts of each bucket (ZeRO stage 1, Rajbhandari et al.
-2020). The padding is in the buffers, but not in the optimizer's state.
+2020). The padding is in the buffers, but not in the optimizer's state. DP counts context-parallel ranks, too. Experts
+that are shared among ranks are in buffers of their own, over those ranks that hold the same ones; every chunk of an
+interleaved pipeline has its own buffers.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_rao.planning.parameters import Parameter, stage_parameters
+from nemo_rao.planning.parameters import Parameter, chunk_parameters
 from nemo_rao.planning.setting import Setting
 
 _BUCKET_ELEMENTS, _BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000  # megatron-core's, where gradients overlap
@@ -31,7 +33,8 @@ class States:
             largest share.
         trained: parameters that are trained, elements.
         parameters: all of them, elements.
-        buffer: elements that are reduced over the data-parallel ranks, padding included.
+        buffer: elements that are reduced over the ranks with the same weights, padding included.
+        expert_buffer: those of experts that are shared among ranks.
     """
 
     weights: int
@@ -40,13 +43,14 @@ class States:
     trained: int
     parameters: int
     buffer: int
+    expert_buffer: int
 
 
 def stage_states(setting: Setting, stage: int) -> States:
     """What a rank of this stage holds throughout training."""
     return _states(
-        tuple(stage_parameters(setting, stage)),
-        setting.data,
+        tuple(tuple(chunk_parameters(setting, stage, chunk)) for chunk in range(setting.virtual)),
+        _Ranks(setting.tensor, setting.shards, setting.expert * setting.of_expert, setting.expert_shards),
         setting.param_bytes,
         setting.grad_bytes,
         setting.use_distributed_optimizer,
@@ -55,34 +59,66 @@ def stage_states(setting: Setting, stage: int) -> States:
 
 
 def bucket_elements(setting: Setting, stage: int) -> int | None:
-    """Elements from which on a bucket is full; ``None``: one bucket, as on all stages but the first."""
+    """Elements from which on a bucket is full; ``None``: one bucket, as on all stages but the first.
+
+    Of an interleaved pipeline, on all chunks but the first stage's first.
+    """
     if not setting.overlap_grad_reduce or stage > 0:
         return None
     return max(_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_PER_RANK * setting.data)
 
 
+@dataclass(frozen=True)
+class _Ranks:
+    """How a stage's ranks, numbered as Megatron does, share weights and experts.
+
+    Attributes:
+        tensor, shards: consecutive ranks that split a layer, and copies of it.
+        of_experts, expert_shards: consecutive ranks that split the experts, and copies of them.
+    """
+
+    tensor: int
+    shards: int
+    of_experts: int
+    expert_shards: int
+
+
 @functools.lru_cache(maxsize=512)
 def _states(
-    parameters: tuple[Parameter, ...],
-    data: int,
+    chunks: tuple[tuple[Parameter, ...], ...],
+    ranks: _Ranks,
     param_bytes: int,
     grad_bytes: int,
     distributed: bool,
     bucket_size: int | None,
 ) -> States:
+    parameters = [parameter for chunk in chunks for parameter in chunk]
     frozen = sum(parameter.size for parameter in parameters if not parameter.trained)
     trained = sum(parameter.size for parameter in parameters if parameter.trained)
-    buckets = lay_out(parameters, data=data, distributed=distributed, bucket_size=bucket_size)
-    buffer = buckets[-1].end if buckets else 0
-    owned = max(owned_elements(buckets, data)) if distributed else trained
-    each = ADAM_BYTES + (4 if param_bytes < 4 else 0)
+    # By kind, dense and expert: elements of the buffers, and those that each of the shards updates.
+    sizes, owned = [0, 0], [[0] * ranks.shards, [0] * ranks.expert_shards]
+    for number, chunk in enumerate(chunks):
+        for expert, shards in ((False, ranks.shards), (True, ranks.expert_shards)):
+            buckets = lay_out(
+                [parameter for parameter in chunk if parameter.expert == expert],
+                data=shards,
+                distributed=distributed,
+                bucket_size=bucket_size if number == 0 else None,
+            )
+            sizes[expert] += buckets[-1].end if buckets else 0
+            owned[expert] = [sum(pair) for pair in zip(owned[expert], owned_elements(buckets, shards), strict=True)]
+    most = trained
+    if distributed:
+        places = range(ranks.tensor * ranks.shards)
+        most = max(owned[False][place // ranks.tensor] + owned[True][place // ranks.of_experts] for place in places)
     return States(
-        weights=(frozen + buffer) * param_bytes,
-        gradients=buffer * grad_bytes,
-        optimizer=owned * each,
+        weights=(frozen + sum(sizes)) * param_bytes,
+        gradients=sum(sizes) * grad_bytes,
+        optimizer=most * (ADAM_BYTES + (4 if param_bytes < 4 else 0)),
         trained=trained,
         parameters=frozen + trained,
-        buffer=buffer,
+        buffer=sizes[False],
+        expert_buffer=sizes[True],
     )
 
 

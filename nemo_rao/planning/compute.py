@@ -45,16 +45,16 @@ def flops(setting: Setting) -> Flops:
         again += output
     if setting.recompute_granularity == "selective":
         again += attention
-    share = recomputed_layers(setting) * setting.pipeline
+    share = sum(recomputed_layers(setting, stage) for stage in range(setting.pipeline))
     again += (layers + adapters + attention) * share // network.layers
     mismatched = forward // setting.responses if setting.mismatched else 0
     return Flops(model + mismatched, model + mismatched + again, forward if setting.reference else 0)
 
 
 def bubble(setting: Setting) -> float:
-    """Share of a step in which a stage waits, by 1F1B: (p - 1) / (m + p - 1) (Narayanan et al. 2021)."""
+    """Share of a step in which a stage waits: (p - 1) / (v m + p - 1) with v chunks a stage (Narayanan et al. 2021)."""
     waits = setting.pipeline - 1
-    return waits / (setting.num_micro_batches + waits)
+    return waits / (setting.virtual * setting.num_micro_batches + waits)
 
 
 def seconds(count: int, setting: Setting, *, peak_tflops: float, mfu: float) -> float:
@@ -63,8 +63,12 @@ def seconds(count: int, setting: Setting, *, peak_tflops: float, mfu: float) -> 
 
 
 def _linear(setting: Setting) -> int:
-    """FLOPs a token of a layer's linear layers, forward."""
-    return sum(2 * inputs * outputs for inputs, outputs in _widths(setting).values())
+    """FLOPs a token of a layer's linear layers, forward: of the experts that it has, and of the router."""
+    network, times = setting.network, {}
+    if network.experts:
+        times = {"linear_fc1": network.chosen, "linear_fc2": network.chosen}
+    products = sum(2 * inputs * outputs * times.get(name, 1) for name, (inputs, outputs) in _widths(setting).items())
+    return products + 2 * network.hidden * network.experts
 
 
 def _adapters(setting: Setting) -> int:

@@ -22,7 +22,7 @@ class StageMemory:
 
     Attributes:
         weights, gradients, optimizer: held throughout, exact.
-        in_flight: micro-batches whose activations are held at once.
+        in_flight: micro-batches whose activations are held at once, counted by chunk in an interleaved pipeline.
         activations: of all of these.
         log_probs: at the loss, on the last stage.
         backward: of one layer's backward pass, recomputed activations included.
@@ -45,16 +45,16 @@ class StageMemory:
 def stage_memory(setting: Setting, stage: int) -> StageMemory:
     """The peak of this stage's ranks."""
     states = stage_states(setting, stage)
-    kept = activations.stored_layers(setting) + activations.stored_ends(setting, stage)
+    kept = activations.stored_layers(setting, stage) + activations.stored_ends(setting, stage)
     in_flight = setting.in_flight(stage)
     return StageMemory(
         weights=states.weights,
         gradients=states.gradients,
         optimizer=states.optimizer,
         in_flight=in_flight,
-        activations=in_flight * kept,
+        activations=-(-in_flight * kept // setting.virtual),
         log_probs=log_prob_bytes(setting) if stage == setting.pipeline - 1 else 0,
-        backward=activations.recomputed_unit(setting) + activations.layer_gradients(setting),
+        backward=activations.recomputed_unit(setting, stage) + activations.layer_gradients(setting),
     )
 
 

@@ -1,4 +1,4 @@
-"""The sizes of a dense GPT: all that parameters, activations and FLOPs depend on."""
+"""The sizes of a GPT, dense or a mixture of experts: all that parameters, activations and FLOPs depend on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from nemo_rao.errors import UserError
 
 @dataclass(frozen=True)
 class Network:
-    """A dense decoder in Megatron's terms.
+    """A decoder in Megatron's terms.
 
     Attributes:
         layers: transformer layers.
-        hidden, ffn: widths of the residual stream and of the feed-forward layers.
+        hidden, ffn: widths of the residual stream and of the feed-forward layers, or of each expert.
+        experts, chosen: of each layer, and of each token; 0 in a dense model.
         heads, groups, head: attention heads, key/value heads, width of one head.
         tokens: of the tokenizer, or rows of the embedding that the config class sets.
         divisible_by: tokens are padded to a multiple of it times the tensor-parallel ranks; ``None``: not padded.
@@ -26,11 +27,14 @@ class Network:
         qk_norm: queries and keys are normed.
         positions: learned position embeddings; 0 for rotary ones.
         dropout: of the residual stream.
+        embedding_is_layer, loss_is_layer: counted as one when layers are dealt to pipeline stages.
     """
 
     layers: int
     hidden: int
     ffn: int
+    experts: int
+    chosen: int
     heads: int
     groups: int
     head: int
@@ -44,6 +48,13 @@ class Network:
     qk_norm: bool
     positions: int
     dropout: bool
+    embedding_is_layer: bool
+    loss_is_layer: bool
+
+    @property
+    def dealt_layers(self) -> int:
+        """Those that are dealt to pipeline stages in equal parts."""
+        return self.layers + self.embedding_is_layer + self.loss_is_layer
 
     @property
     def query(self) -> int:
@@ -66,6 +77,14 @@ class Network:
         return -(-self.tokens // multiple) * multiple
 
 
+# Fields of Megatron's config that give stages any number of layers.
+_LAYOUTS = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+)
+
+
 def network_of(fields: Mapping[str, Any], *, config_class: str, num_tokens: int | None, seq_length: int) -> Network:
     """The network of a config's fields, as Megatron completes them.
 
@@ -78,12 +97,15 @@ def network_of(fields: Mapping[str, Any], *, config_class: str, num_tokens: int 
     Raises:
         UserError: a size is missing, or the network is of a kind that is not planned.
     """
-    for name in ("num_moe_experts", "multi_latent_attention", "mtp_num_layers"):
+    for name in ("multi_latent_attention", "mtp_num_layers"):
         if fields.get(name):
-            raise UserError(f"model.config_class={config_class}: {name} is set; only dense GPTs are planned")
-    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+            raise UserError(f"model.config_class={config_class}: {name} is set; such GPTs are not planned")
+    for name in _LAYOUTS:
         if fields.get(name):
-            raise UserError(f"model.arch.extra.{name}: stages of different sizes are not planned; leave it out")
+            raise UserError(
+                f"model.arch.extra.{name}: stages of such sizes are not planned; leave it out, or set "
+                "account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split"
+            )
 
     def whole(name: str, default: int | None = None) -> int:
         value = fields.get(name)
@@ -99,11 +121,14 @@ def network_of(fields: Mapping[str, Any], *, config_class: str, num_tokens: int 
             "data.tokenizer: the number of its tokens is not known here; name the folder of a tokenizer that has "
             "tokenizer.json, or set model.arch.extra.vocab_size"
         )
+    experts, ffn = fields.get("num_moe_experts") or 0, whole("ffn_hidden_size", 4 * hidden)
     rotary = fields.get("position_embedding_type") == "rope"
     return Network(
         layers=whole("num_layers"),
         hidden=hidden,
-        ffn=whole("ffn_hidden_size", 4 * hidden),
+        ffn=whole("moe_ffn_hidden_size", ffn) if experts else ffn,
+        experts=experts,
+        chosen=whole("moe_router_topk") if experts else 0,
         heads=heads,
         groups=whole("num_query_groups", heads),
         head=whole("kv_channels", hidden // heads),
@@ -117,4 +142,6 @@ def network_of(fields: Mapping[str, Any], *, config_class: str, num_tokens: int 
         qk_norm=bool(fields.get("qk_layernorm")),
         positions=0 if rotary else seq_length,
         dropout=bool(fields.get("hidden_dropout")),
+        embedding_is_layer=bool(fields.get("account_for_embedding_in_pipeline_split")),
+        loss_is_layer=bool(fields.get("account_for_loss_in_pipeline_split")),
     )

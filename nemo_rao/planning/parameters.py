@@ -4,6 +4,7 @@ The names and shapes are megatron-core's; a tensor-parallel rank holds an equal 
 
     embedding   [V/TP, H]           linear_qkv [(Q + 2 K)/TP, H]     linear_fc1 [F1/TP, H]
     norms       [H]                 linear_proj [H, Q/TP]            linear_fc2 [H, F/TP]
+    router      [E, H]              of E/EP experts each             fc1, fc2, over the ranks that share an expert
 
 Adapters are NeMo's: ``linear_in`` and ``linear_out`` around a linear layer, whose own weights are frozen then.
 """
@@ -25,24 +26,31 @@ class Parameter:
         size: elements on this rank.
         trained: it has a gradient and optimizer state.
         shared_embedding: a tied embedding on the first or last of several stages, which has a bucket of its own.
+        expert: of an expert whose copies are on fewer ranks than those of other weights: in a buffer of its own.
     """
 
     name: str
     size: int
     trained: bool
     shared_embedding: bool = False
+    expert: bool = False
 
 
 def stage_parameters(setting: Setting, stage: int) -> list[Parameter]:
-    """The parameters of a rank of this pipeline stage."""
+    """The parameters of a rank of this pipeline stage, chunk after chunk."""
+    return [one for chunk in range(setting.virtual) for one in chunk_parameters(setting, stage, chunk)]
+
+
+def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter]:
+    """The parameters of one of a rank's parts of the model."""
     network, tensor = setting.network, setting.tensor
-    first, last = stage == 0, stage == setting.pipeline - 1
+    first, last = stage == chunk == 0, (stage, chunk) == (setting.pipeline - 1, setting.virtual - 1)
     part = network.vocabulary(tensor) // tensor * network.hidden
     several = setting.pipeline > 1
     found: list[Parameter] = []
 
-    def add(name: str, size: int, *, trained: bool = True, shared: bool = False) -> None:
-        found.append(Parameter(name, size, trained and setting.lora is None, shared))
+    def add(name: str, size: int, *, trained: bool = True, shared: bool = False, expert: bool = False) -> None:
+        found.append(Parameter(name, size, trained and setting.lora is None, shared, expert))
 
     def add_linear(name: str, inputs: int, outputs: int, *, row: bool, bias: bool, norm: bool = False) -> None:
         """A linear layer over the tensor-parallel ranks, by columns or by rows, with the norm that is fused into it."""
@@ -63,18 +71,37 @@ def stage_parameters(setting: Setting, stage: int) -> list[Parameter]:
         if network.norm_bias:
             add(f"{prefix}bias", width)
 
+    def add_experts(layer: str) -> None:
+        ranks, apart = setting.of_expert, setting.expert > 1
+        add_norm(f"{layer}.pre_mlp_layernorm.", network.hidden)
+        add(f"{layer}.mlp.router.weight", network.experts * network.hidden)
+        if bias:
+            add(f"{layer}.mlp.router.bias", network.experts)
+        for number in range(network.experts // setting.expert):
+            expert = f"{layer}.mlp.experts.local_experts.{number}"
+            add(f"{expert}.linear_fc1.weight", network.hidden * network.fc1 // ranks, expert=apart)
+            if bias:
+                add(f"{expert}.linear_fc1.bias", network.fc1 // ranks, expert=apart)
+            add(f"{expert}.linear_fc2.weight", network.ffn * network.hidden // ranks, expert=apart)
+            if bias:
+                add(f"{expert}.linear_fc2.bias", network.hidden, expert=apart)
+
     if first:
         add("embedding.word_embeddings.weight", part, shared=network.tied and several)
         if network.positions:
             add("embedding.position_embeddings.weight", network.positions * network.hidden)
     qkv, bias = network.query + 2 * network.key, network.linear_bias
-    for layer in range(setting.layers_of_stage):
-        attention, mlp = f"decoder.layers.{layer}.self_attention", f"decoder.layers.{layer}.mlp"
+    for number in range(setting.layers_of_chunk(stage, chunk)):
+        layer = f"decoder.layers.{number}"
+        attention, mlp = f"{layer}.self_attention", f"{layer}.mlp"
         add_linear(f"{attention}.linear_proj", network.query, network.hidden, row=True, bias=bias)
         add_linear(f"{attention}.linear_qkv", network.hidden, qkv, row=False, bias=network.qkv_bias, norm=True)
         if network.qk_norm:
             for which in "qk":
                 add_norm(f"{attention}.{which}_layernorm.", network.head)
+        if network.experts:
+            add_experts(layer)
+            continue
         add_linear(f"{mlp}.linear_fc1", network.hidden, network.fc1, row=False, bias=bias, norm=True)
         add_linear(f"{mlp}.linear_fc2", network.ffn, network.hidden, row=True, bias=bias)
     if last:
@@ -93,8 +120,10 @@ def stage_parameters(setting: Setting, stage: int) -> list[Parameter]:
 
 def model_parameters(setting: Setting) -> int:
     """Parameters of the whole model, each once: without adapters, and without padding of the vocabulary."""
-    unpadded = replace(setting.network, divisible_by=None)
-    whole = replace(setting, network=unpadded, tensor=1, pipeline=1, lora=None)
+    unpadded = replace(setting.network, divisible_by=None, embedding_is_layer=False, loss_is_layer=False)
+    whole = replace(
+        setting, network=unpadded, tensor=1, pipeline=1, virtual=1, context=1, expert=1, expert_tensor=1, lora=None
+    )
     return sum(parameter.size for parameter in stage_parameters(whole, 0))
 
 

@@ -61,7 +61,14 @@ def record(title: str, setting: Setting, machine: Machine, advice: Sequence[Advi
         "fits": fits(setting, machine),
         "machine": {**dataclasses.asdict(machine), "limit_bytes": machine.limit},
         "setting": dataclasses.asdict(setting),
-        "ranks": {"tensor": setting.tensor, "pipeline": setting.pipeline, "data": setting.data},
+        "ranks": {
+            "tensor": setting.tensor,
+            "pipeline": setting.pipeline,
+            "context": setting.context,
+            "data": setting.data,
+            "expert": setting.expert,
+            "of_expert": setting.of_expert,
+        },
         "num_micro_batches": setting.num_micro_batches,
         "step_tokens": setting.step_tokens,
         "parameters": model_parameters(setting),
@@ -97,13 +104,23 @@ def _head(title: str, setting: Setting) -> Iterator[str]:
         f"{network.heads} heads in {network.groups} groups, vocabulary {network.vocabulary(setting.tensor):,}"
         f"{' (tied)' if network.tied else ''}{positions}",
     )
+    if network.experts:
+        yield _row("", f"{network.experts} experts in each layer, {network.chosen} for each token")
     if setting.lora is not None:
         yield _row("", f"adapters of rank {setting.lora.dim} are trained")
     yield _row(
         "ranks",
-        f"{setting.ranks} = tensor {setting.tensor} x pipeline {setting.pipeline} x data {setting.data}"
-        f"{', sequence parallel' if setting.sequence_parallel else ''}",
+        f"{setting.ranks} = tensor {setting.tensor} x pipeline {setting.pipeline}"
+        f"{f' x context {setting.context}' if setting.context > 1 else ''} x data {setting.data}"
+        f"{', sequence parallel' if setting.sequence_parallel else ''}"
+        f"{f', {setting.virtual} chunks a stage' if setting.virtual > 1 else ''}",
     )
+    if network.experts:
+        yield _row(
+            "",
+            f"experts over {setting.expert * setting.of_expert} ranks: expert {setting.expert} x tensor "
+            f"{setting.of_expert}, in {setting.expert_shards} copies",
+        )
     yield _row(
         "step",
         f"{setting.global_batch_size} prompts x {setting.responses} responses x {setting.length} tokens = "
@@ -136,7 +153,8 @@ def _memory(setting: Setting) -> Iterator[str]:
     for name, values in rows:
         yield f"  {name:<32}" + "".join(f"{value / GIB:>11.2f}" for value in values)
     held = ", ".join(str(stages[n].in_flight) for n in shown)
-    yield f"  micro-batches in flight: {held}; * the larger of the two counts"
+    what = "micro-batches" if setting.virtual == 1 else "chunks of micro-batches"
+    yield f"  {what} in flight: {held}; * the larger of the two counts"
     logits = whole_logits(setting) / GIB
     if not setting.scores:
         held = "are never held, and would take" if setting.fused_log_probs else "are held, and their gradient:"
@@ -146,7 +164,7 @@ def _memory(setting: Setting) -> Iterator[str]:
 def _work(setting: Setting, machine: Machine) -> Iterator[str]:
     sent, work = communication(setting), flops(setting)
     yield "a step"
-    parts = [("tensor", sent.tensor), ("pipeline", sent.pipeline), ("data", sent.data), ("embedding", sent.embedding)]
+    parts = dataclasses.asdict(sent).items()
     told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size)
     yield _row("  sent by a rank", f"{sent.total / GIB:.2f} GiB" + (f": {told}" if told else ""))
     yield _row("  pipeline bubble", f"{100 * bubble(setting):.1f} % of the step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nemo_rao.planning.network import Network
@@ -22,7 +23,9 @@ class Setting:
     Attributes:
         network: the sizes.
         devices, nodes: GPUs of a node, and nodes.
-        tensor, pipeline: parallel sizes; data-parallel is what remains of the ranks.
+        tensor, pipeline, context: parallel sizes; data-parallel is what remains of the ranks.
+        virtual: layer groups of each pipeline rank.
+        expert, expert_tensor: ranks that share the experts, and each of them; ``None``: as many as ``tensor``.
         micro_batch_size, global_batch_size: prompts.
         responses: of each prompt.
         tokens_per_row: tokens of prompt and response, padding included.
@@ -42,6 +45,10 @@ class Setting:
     nodes: int
     tensor: int
     pipeline: int
+    virtual: int
+    context: int
+    expert: int
+    expert_tensor: int | None
     sequence_parallel: bool
     micro_batch_size: int
     global_batch_size: int
@@ -71,7 +78,22 @@ class Setting:
     @property
     def data(self) -> int:
         """Copies of the model."""
-        return self.ranks // (self.tensor * self.pipeline)
+        return self.ranks // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def shards(self) -> int:
+        """Ranks with the same weights, over which gradients are added up and the optimizer's state is split."""
+        return self.data * self.context
+
+    @property
+    def of_expert(self) -> int:
+        """Ranks that share each expert."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks with the same experts' weights."""
+        return self.ranks // (self.pipeline * self.expert * self.of_expert)
 
     @property
     def num_micro_batches(self) -> int:
@@ -80,8 +102,9 @@ class Setting:
 
     @property
     def length(self) -> int:
-        """T: tokens of a row, with the padding that sequence parallelism needs."""
-        multiple = self.tensor if self.sequence_parallel else 1
+        """T: tokens of a row, with the padding that splitting a sequence needs."""
+        split = self.context * (self.tensor if self.sequence_parallel else 1)
+        multiple = math.lcm(split, 2 * self.context) if self.context > 1 else split
         return -(-self.tokens_per_row // multiple) * multiple
 
     @property
@@ -91,34 +114,63 @@ class Setting:
 
     @property
     def micro_batch_tokens(self) -> int:
-        return self.rows * self.length
+        """Of a micro-batch, those that a context-parallel rank computes."""
+        return self.rows * self.length // self.context
 
     @property
     def step_tokens(self) -> int:
         """Tokens of a global batch."""
         return self.global_batch_size * self.responses * self.length
 
-    @property
-    def layers_of_stage(self) -> int:
-        return self.network.layers // self.pipeline
+    def layers_of_chunk(self, stage: int, chunk: int) -> int:
+        """Layers of one of a stage's parts of the model, of which there are ``virtual``."""
+        network = self.network
+        layers = network.dealt_layers // (self.pipeline * self.virtual)
+        if network.embedding_is_layer and stage == chunk == 0:
+            layers -= 1
+        if network.loss_is_layer and (stage, chunk) == (self.pipeline - 1, self.virtual - 1):
+            layers -= 1
+        return layers
+
+    def layers_of_stage(self, stage: int) -> int:
+        return sum(self.layers_of_chunk(stage, chunk) for chunk in range(self.virtual))
 
     @property
     def grad_bytes(self) -> int:
         return 4 if self.grad_reduce_in_fp32 else self.param_bytes
 
     def in_flight(self, stage: int) -> int:
-        """Micro-batches whose activations a stage holds at most under 1F1B (Narayanan et al. 2021, section 2.2)."""
-        return min(self.num_micro_batches, self.pipeline - stage)
+        """Chunks of micro-batches whose activations a stage holds at most; with one chunk a stage, micro-batches.
+
+        Under 1F1B those of the stages that follow; interleaved, twice as many, and a round of all earlier chunks
+        (Narayanan et al. 2021, section 2.2; Korthikanti et al. 2022, section 4.2.3).
+        """
+        follow = self.pipeline - 1 - stage
+        warm_up = follow if self.virtual == 1 else 2 * follow + (self.virtual - 1) * self.pipeline
+        return min(self.num_micro_batches * self.virtual, warm_up + 1)
 
     def possible(self) -> bool:
         """Whether everything divides; what else a run needs is for the recipe's own checks."""
-        network, copy = self.network, self.tensor * self.pipeline
-        split = (network.heads, network.groups, network.ffn, network.vocabulary(self.tensor))
+        network, copy = self.network, self.tensor * self.pipeline * self.context
+        split = (network.heads, network.groups, network.vocabulary(self.tensor))
         return (
             self.ranks % copy == 0
+            and self.data > 0
             and self.global_batch_size % (self.micro_batch_size * self.data) == 0
-            and network.layers % self.pipeline == 0
+            and network.dealt_layers % (self.pipeline * self.virtual) == 0
+            and (self.virtual == 1 or (self.pipeline > 1 and self.num_micro_batches % self.pipeline == 0))
             and all(size % self.tensor == 0 for size in split)
+            and network.ffn % (self.of_expert if network.experts else self.tensor) == 0
             and (self.lora is None or self.lora.dim % self.tensor == 0)
             and not (self.sequence_parallel and self.tensor == 1)
+            and self._experts_possible()
+        )
+
+    def _experts_possible(self) -> bool:
+        if not self.network.experts:
+            return self.expert == 1
+        return (
+            self.ranks % (self.pipeline * self.expert * self.of_expert) == 0
+            and self.network.experts % self.expert == 0
+            and (self.sequence_parallel or self.tensor == 1)
         )

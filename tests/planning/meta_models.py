@@ -28,17 +28,18 @@ class OnMeta(TorchFunctionMode):
 
 
 def ranks_of(config: RunConfig, tokens: int) -> dict[tuple[int, int, int], dict[str, Any]]:
-    """(pipeline, tensor, data) rank -> sizes of its parameters by name, bytes of weights, gradients, optimizer.
+    """(pipeline, tensor, shard) rank -> its parameters' names and sizes, bytes of weights, gradients, optimizer.
 
-    Of every stage, all data-parallel ranks of the first tensor-parallel rank, and the last tensor-parallel rank.
+    A shard is a data- or context-parallel rank. Of every stage, all shards of the first tensor-parallel rank, and the
+    last tensor-parallel rank.
     """
     found = {}
     for rank in range(world_size(config)):
         _enter(config, rank)
         try:
-            stage, tensor, data = _place()
-            if tensor == 0 or (tensor == config.model.tensor_model_parallel_size - 1 and data == 0):
-                found[stage, tensor, data] = _measure(config, tokens)
+            stage, tensor, shard = _place()
+            if tensor == 0 or (tensor == config.model.tensor_model_parallel_size - 1 and shard == 0):
+                found[stage, tensor, shard] = _measure(config, tokens)
         finally:
             _leave()
     return found
@@ -57,6 +58,10 @@ def _enter(config: RunConfig, rank: int) -> None:
     parallel_state.initialize_model_parallel(
         config.model.tensor_model_parallel_size,
         config.model.pipeline_model_parallel_size,
+        config.model.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.model.context_parallel_size,
+        expert_model_parallel_size=config.model.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.model.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(1)
@@ -75,7 +80,7 @@ def _place() -> tuple[int, int, int]:
     return (
         state.get_pipeline_model_parallel_rank(),
         state.get_tensor_model_parallel_rank(),
-        state.get_data_parallel_rank(),
+        state.get_data_parallel_rank(with_context_parallel=True),
     )
 
 
@@ -87,14 +92,20 @@ def _measure(config: RunConfig, tokens: int) -> dict[str, Any]:
     from nemo_rao.integration.strategy import _allocate_state
 
     with torch.device("meta"), OnMeta():
-        model = _model(config, tokens)
-        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        frozen = sum(_bytes(parameter) for parameter in model.parameters() if not parameter.requires_grad)
-        trained = sum(_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
-        wrapped = DistributedDataParallel(model.config, build.strategy(config).ddp_config, model)
-        buffers = wrapped.buffers
+        virtual = config.model.virtual_pipeline_model_parallel_size
+        chunks = [_model(config, tokens, chunk) for chunk in (range(virtual) if virtual else (None,))]
+        parameters = [named for model in chunks for named in model.named_parameters()]
+        frozen = sum(_bytes(parameter) for _, parameter in parameters if not parameter.requires_grad)
+        trained = sum(_bytes(parameter) for _, parameter in parameters if parameter.requires_grad)
+        wrapped = [
+            DistributedDataParallel(
+                model.config, build.strategy(config).ddp_config, model, disable_bucketing=number > 0
+            )
+            for number, model in enumerate(chunks)
+        ]
+        buffers = [buffer for model in wrapped for buffer in (*model.buffers, *model.expert_parallel_buffers)]
         options = build.optimizer(config, max_steps=10).config
-        optimizer = get_megatron_optimizer(options, [wrapped], use_gloo_process_groups=False)
+        optimizer = get_megatron_optimizer(options, wrapped, use_gloo_process_groups=False)
         state = 0
         for part in optimizer.chained_optimizers:
             adam = part.optimizer
@@ -106,14 +117,14 @@ def _measure(config: RunConfig, tokens: int) -> dict[str, Any]:
                         state += _bytes(main)
         buffered = [buffer.param_data for buffer in buffers if buffer.param_data is not None]
         return {
-            "sizes": sizes,
+            "sizes": [(name, parameter.numel()) for name, parameter in parameters],
             "weights": frozen + (sum(map(_bytes, buffered)) if buffered else trained),
             "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
             "optimizer": state,
         }
 
 
-def _model(config: RunConfig, tokens: int) -> Any:
+def _model(config: RunConfig, tokens: int, chunk: int | None = None) -> Any:
     from nemo_rao.integration import build
     from nemo_rao.mcore.heads import add_score_head, add_value_head
     from nemo_rao.mcore.layer_spec import layer_spec_without_te
@@ -124,13 +135,17 @@ def _model(config: RunConfig, tokens: int) -> Any:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.params]
     made.tensor_model_parallel_size = keys.tensor_model_parallel_size
     made.pipeline_model_parallel_size = keys.pipeline_model_parallel_size
+    made.virtual_pipeline_model_parallel_size = keys.virtual_pipeline_model_parallel_size
+    made.context_parallel_size = keys.context_parallel_size
+    made.expert_model_parallel_size = keys.expert_model_parallel_size
+    made.expert_tensor_parallel_size = keys.expert_tensor_parallel_size or keys.tensor_model_parallel_size
     made.sequence_parallel = keys.sequence_parallel
     made.params_dtype = made.pipeline_dtype = dtype
     made.bf16 = dtype is torch.bfloat16
     made.transformer_layer_spec = layer_spec_without_te
     made.perform_initialization = False
     configure_loss_scaling(made)
-    model = made.configure_model(SimpleNamespace(vocab_size=tokens))
+    model = made.configure_model(SimpleNamespace(vocab_size=tokens), vp_stage=chunk)
     needs = registry.get(keys.objective).needs_of(objective_config(config))
     if needs.values:
         add_value_head(model)

@@ -28,7 +28,13 @@ def measure(configs: Sequence[RunConfig], batch: tuple[int, int], tokens: int) -
 
 def _measure(config: RunConfig, batch: tuple[int, int], tokens: int) -> dict[str, int]:
     keys = config.model
-    enter(Layout(tensor=keys.tensor_model_parallel_size, sequence_parallel=keys.sequence_parallel))
+    enter(
+        Layout(
+            tensor=keys.tensor_model_parallel_size,
+            sequence_parallel=keys.sequence_parallel,
+            expert=keys.expert_model_parallel_size,
+        )
+    )
     model = _model(config, tokens)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, tokens, batch, generator=generator)
@@ -54,6 +60,8 @@ def _model(config: RunConfig, tokens: int) -> Any:
     made, keys = build.model_config(config), config.model
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.params]
     made.tensor_model_parallel_size, made.sequence_parallel = keys.tensor_model_parallel_size, keys.sequence_parallel
+    made.expert_model_parallel_size = keys.expert_model_parallel_size
+    made.expert_tensor_parallel_size = keys.tensor_model_parallel_size
     made.params_dtype = made.pipeline_dtype = dtype
     made.bf16 = dtype is torch.bfloat16
     made.transformer_layer_spec = layer_spec_without_te

@@ -97,8 +97,8 @@ def test_recipes_name_the_published_sizes() -> None:
     ("overrides", "part"),
     [
         (("model.config_class=Llama3Confg8B",), "model.config_class"),
-        (("model.config_class=MixtralConfig8x7B",), "num_moe_experts is set"),
-        (("model.arch.extra={num_layers_in_first_pipeline_stage: 3}",), "stages of different sizes"),
+        (("model.config_class=DeepSeekV3Config",), "multi_latent_attention is set"),
+        (("model.arch.extra={num_layers_in_first_pipeline_stage: 3}",), "stages of such sizes"),
         (("model.arch.hidden_size=null",), "model.arch.hidden_size"),
         ((), "data.tokenizer"),
     ],
