@@ -38,6 +38,11 @@ class ClusterConfig:
     gpus_per_node: int | None = key(
         None, "GPUs of a node; trainer.devices, the tasks on each node, has to fit; null: any", low=1
     )
+    gpu: str | None = key(
+        None,
+        "which GPUs a node has, as in `nemo-rao plan --gpu`, such as h100; null: not known, what FP8 needs of it is"
+        " found when the job starts",
+    )
     gpu_request: str = key(
         "gpus-per-node",
         "how a job asks for GPUs: --gpus-per-node=N, --gres=gpu:N, or not at all, where nodes are given whole or have "

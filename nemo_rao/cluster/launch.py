@@ -30,6 +30,7 @@ from nemo_rao.integration.checkpoints import last_checkpoint
 from nemo_rao.integration.checks import check_run
 from nemo_rao.integration.compose import compose, load_recipe, to_yaml
 from nemo_rao.integration.config import RunConfig, run_dir
+from nemo_rao.integration.precision_checks import check_named_gpu
 from nemo_rao.integration.several_runs import told_of
 from nemo_rao.integration.sweep import Sweep, plan
 
@@ -165,7 +166,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
 
 
 def check_size(cluster: ClusterConfig, config: RunConfig) -> None:
-    """Refuses a run that takes more than there is.
+    """Refuses a run that takes more than there is, or what its GPUs do not have.
 
     Raises:
         UserError: names both numbers.
@@ -188,6 +189,8 @@ def check_size(cluster: ClusterConfig, config: RunConfig) -> None:
         raise UserError(
             f"trainer.num_nodes={nodes}, but a job may take cluster.nodes={cluster.nodes}; lower it, or raise that"
         )
+    if cluster.gpu is not None:
+        check_named_gpu(config, cluster.gpu, f"cluster.gpu={cluster.gpu}")
 
 
 def check_paths(

@@ -20,6 +20,7 @@ from nemo_rao.integration.config import (
     sequence_multiple,
     world_size,
 )
+from nemo_rao.integration.precision_checks import check_fp8_network, check_precision
 from nemo_rao.objectives import registry
 
 
@@ -58,6 +59,7 @@ def check_sizes(config: RunConfig) -> None:
     _check_batches(config)
     _check_recompute(config)
     _check_optimizer(config)
+    check_precision(config)
 
 
 def check_architecture(
@@ -118,6 +120,14 @@ def check_architecture(
                 f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size}{times}; each stage holds "
                 "equally many layers, so change one of them"
             )
+    check_fp8_network(
+        config,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        num_attention_heads=num_attention_heads,
+        kv_channels=kv_channels,
+    )
 
 
 # Fields of Megatron's config by which pipeline stages may hold different numbers of layers.

@@ -295,13 +295,50 @@ class DataConfig:
 
 @dataclass
 class PrecisionConfig:
+    """Named as NeMo's ``MegatronMixedPrecision`` names them; docs/precision.md tells what each costs."""
+
     params: str = key(
         "fp32",
-        "of weights and activations; bf16: with fp32 master weights in the optimizer",
-        choices=("fp32", "bf16"),
+        "of weights and activations; bf16, fp16: with fp32 master weights in the optimizer",
+        choices=("fp32", "bf16", "fp16"),
     )
     grad_reduce_in_fp32: bool = key(True, "add gradients up in fp32, over micro-batches and ranks")
-    fp8: str | None = key(None, "8-bit matrix products; not offered yet", choices=(None,))
+    fp8: str | None = key(
+        None,
+        "8-bit products of the layers' four linear layers; e4m3: all in that format; hybrid: gradients in e5m2; null: "
+        "none. The output layer and log-probabilities never are in 8 bits",
+        choices=(None, "hybrid", "e4m3"),
+    )
+    fp8_recipe: str = key(
+        "delayed",
+        "what a scale is made of; delayed: the largest values of earlier micro-batches; tensorwise: of this tensor; "
+        "blockwise: of 1 x 128 and 128 x 128 blocks; mxfp8: of 32 numbers",
+        choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
+    )
+    fp8_amax_history_len: int = key(1024, "delayed: micro-batches whose largest values are kept", low=1)
+    fp8_amax_compute_algo: str = key(
+        "max", "delayed: which of them makes the scale, the largest or the last", choices=("max", "most_recent")
+    )
+    fp8_margin: int = key(0, "delayed: powers of 2 by which scales stay below what would just fit", low=0)
+    fp8_wgrad: bool = key(True, "delayed: compute gradients of weights in 8 bits too; false: in 16 bits")
+    fp8_param_gather: bool = key(
+        False, "keep the weights in 8 bits and gather them so over data-parallel ranks; the optimizer keeps fp32 ones"
+    )
+    first_last_layers_bf16: bool = key(False, "leave the first and the last layers in bf16; not with delayed")
+    num_layers_at_start_in_bf16: int = key(1, "how many of the first, with first_last_layers_bf16", low=0)
+    num_layers_at_end_in_bf16: int = key(1, "how many of the last, with first_last_layers_bf16", low=0)
+    fp8_simulation: bool = key(
+        False, "round through 8 bits in PyTorch, without Transformer Engine and on any device: accuracy alone, no speed"
+    )
+    fp16_loss_scale: float | None = key(
+        None, "fp16: the loss is multiplied by it; null: found by trial while training", low=0, exclusive=True
+    )
+    fp16_initial_loss_scale: float = key(
+        4096.0, "fp16: the first one tried; steps whose gradients overflow are left out, and halve it", low=1
+    )
+    fp16_min_loss_scale: float = key(1.0, "fp16: the least one tried", low=0, exclusive=True)
+    fp16_loss_scale_window: int = key(1000, "fp16: steps without an overflow after which it doubles", low=1)
+    fp16_hysteresis: int = key(2, "fp16: overflows before it is halved", low=1)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from nemo_rao.integration.checks import check_architecture, check_sizes
 from nemo_rao.integration.compose import compose, override
 from nemo_rao.integration.config import RunConfig, objective_config
 from nemo_rao.integration.experts import check_experts
+from nemo_rao.integration.precision_checks import check_named_gpu
 from nemo_rao.objectives import registry
 from nemo_rao.ops.workspace import CPU_WORKSPACE_BYTES, CUDA_WORKSPACE_BYTES
 from nemo_rao.planning.advise import Advice, advise
@@ -38,12 +39,19 @@ def main(arguments: argparse.Namespace) -> int:
     config = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
     setting = setting_of(config, tokens_per_row=arguments.tokens_per_row, responses=arguments.responses)
     machine = machine_of(arguments, setting)
+    if arguments.gpu_memory is None:
+        check_named_gpu(config, arguments.gpu, f"--gpu {arguments.gpu}")
     found: list[Advice] = []
     if not fits(setting, machine):
         accepted = (one for one in advise(setting, machine.limit) if _accepted(config, one))
         found = list(itertools.islice(accepted, NUM_ADVICE))
     title = f"nemo-rao plan {arguments.config_name}"
     print(table(title, setting, machine, found), end="")
+    if config.precision.fp8 is not None:
+        print(
+            f"precision.fp8={config.precision.fp8} is planned as bf16, which is no faster. Copies of weights\nin 8 "
+            "bits, up to 2 bytes each, are not counted, nor what activations in 8 bits save."
+        )
     if arguments.json is not None:
         text = json.dumps(record(title, setting, machine, found), indent=2) + "\n"
         write_atomically(Path(arguments.json).expanduser(), text)
@@ -128,7 +136,7 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         global_batch_size=keys.global_batch_size,
         responses=responses or config.data.num_responses or 2,
         tokens_per_row=tokens_per_row or keys.seq_length,
-        param_bytes={"bf16": 2, "fp32": 4}[config.precision.params],
+        param_bytes={"bf16": 2, "fp16": 2, "fp32": 4}[config.precision.params],
         grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
         use_distributed_optimizer=keys.optim.use_distributed_optimizer,
         overlap_grad_reduce=keys.optim.overlap_grad_reduce,

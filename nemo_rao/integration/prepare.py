@@ -25,6 +25,7 @@ from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint, 
 from nemo_rao.integration.checks import check_architecture
 from nemo_rao.integration.config import RunConfig, data_cache_dir, objective_config, run_dir, world_size
 from nemo_rao.integration.launch import started_externally
+from nemo_rao.integration.precision_checks import FP8, check_gpus_present
 from nemo_rao.integration.talk import is_first_rank, quiet_imports, say
 from nemo_rao.objectives import registry
 
@@ -88,6 +89,11 @@ def select_device(config: RunConfig) -> None:
     if not torch.cuda.is_available():
         if config.trainer.accelerator == "gpu":
             raise UserError("trainer.accelerator is gpu, but this machine has no CUDA device; set it to cpu")
+        if config.precision.fp8 is not None and not config.precision.fp8_simulation:
+            raise UserError(
+                f"{FP8}={config.precision.fp8}: this machine has no CUDA device, and a CPU no 8-bit products; choose "
+                "precision=bf16_mixed, or precision.fp8_simulation=true to study the accuracy"
+            )
         # Forking after torch has started threads of its own can hang the children.
         torch.set_num_threads(1)
     elif config.trainer.devices > torch.cuda.device_count():
@@ -95,6 +101,8 @@ def select_device(config: RunConfig) -> None:
             f"trainer.devices={config.trainer.devices}, but this machine has {torch.cuda.device_count()} CUDA devices; "
             "lower it, or set trainer.accelerator=cpu"
         )
+    else:
+        check_gpus_present(config)
 
 
 def import_nemo() -> bool:

@@ -107,8 +107,8 @@ GOOD = row(("a b", 1.0), ("b a", 0.0))
         ("model.rao.beta=0", ("model.rao.beta=0", "> 0")),
         ("trainer.max_steps=0", ("trainer.max_steps=0", ">= 1")),
         ("model.optim.lr=fast", ("model.optim.lr='fast'", "must be a number")),
-        ("precision.params=fp16", ("precision.params='fp16'", "'fp32', 'bf16'")),
-        ("precision=bf17", ("precision=bf17: no such file", "bf16_mixed, fp32")),
+        ("precision.params=fp17", ("precision.params='fp17'", "'fp32', 'bf16', 'fp16'")),
+        ("precision=bf17", ("precision=bf17: no such file", "bf16_mixed, fp16_mixed, fp32, fp8_blockwise")),
         ("exp_manager.exp_dir=/dev/null/runs", ("exp_manager.exp_dir=/dev/null/runs", "/dev/null is not a folder")),
     ],
 )
@@ -134,6 +134,7 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(
             ("trainer.devices=6", "2 x 2", "set trainer.devices"),
         ),
         (("trainer.num_nodes=2",), ("trainer.num_nodes=2", "srun", "torchrun")),
+        (("precision=fp8_delayed",), ("precision.fp8=hybrid", "no CUDA device", "precision.fp8_simulation=true")),
     ],
 )
 def test_sizes_that_do_not_divide_are_named_with_both_keys(
