@@ -19,13 +19,15 @@ from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import RunConfig, objective_config, sequence_multiple
+from nemo_rao.integration.config import PrecisionConfig, RunConfig, objective_config
 from nemo_rao.integration.experts import check_experts
 from nemo_rao.integration.model import MegatronGPTAlignmentModel, feed_lora_normed_inputs
+from nemo_rao.integration.precision_checks import sequence_multiple
 from nemo_rao.integration.strategy import AlignmentStrategy
 from nemo_rao.mcore.heads import VALUE_HEAD
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PRECISIONS: dict[str, Any] = {"fp32": "32", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def model_config(config: RunConfig) -> GPTConfig:
@@ -117,6 +119,7 @@ def optimizer(config: RunConfig, max_steps: int) -> MegatronOptimizerModule:
             clip_grad=config.trainer.gradient_clip_val,
             use_distributed_optimizer=keys.use_distributed_optimizer,
             bf16=config.precision.params == "bf16",
+            fp16=config.precision.params == "fp16",
             params_dtype=_DTYPES[config.precision.params],
         ),
         lr_scheduler=schedule,
@@ -139,7 +142,24 @@ def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignm
         tokenizer=tokenizer(config),
         model_transform=lora(config),
         fused_log_probs=config.model.fused_log_probs,
+        fp8_simulation=_fp8_simulation(config.precision),
     )
+
+
+def _fp8_simulation(keys: PrecisionConfig) -> dict[str, Any] | None:
+    """Fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`, or ``None``."""
+    if keys.fp8 is None or not keys.fp8_simulation:
+        return None
+    return {
+        "format": keys.fp8,
+        "recipe": keys.fp8_recipe,
+        "amax_history_len": keys.fp8_amax_history_len,
+        "amax_compute_algo": keys.fp8_amax_compute_algo,
+        "margin": keys.fp8_margin,
+        "wgrad": keys.fp8_wgrad,
+        "num_layers_at_start_in_bf16": keys.num_layers_at_start_in_bf16 if keys.first_last_layers_bf16 else 0,
+        "num_layers_at_end_in_bf16": keys.num_layers_at_end_in_bf16 if keys.first_last_layers_bf16 else 0,
+    }
 
 
 def strategy(config: RunConfig) -> AlignmentStrategy:
@@ -154,7 +174,8 @@ def strategy(config: RunConfig) -> AlignmentStrategy:
         sequence_parallel=keys.sequence_parallel and keys.tensor_model_parallel_size > 1,
         pipeline_dtype=_DTYPES[config.precision.params],
         ddp=DistributedDataParallelConfig(
-            check_for_nan_in_grad=True,
+            # In fp16 an overflow is no mistake: the optimizer leaves the step out and lowers the loss scale.
+            check_for_nan_in_grad=config.precision.params != "fp16",
             grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
             use_distributed_optimizer=keys.optim.use_distributed_optimizer,
             overlap_grad_reduce=keys.optim.overlap_grad_reduce,
@@ -170,14 +191,38 @@ def strategy(config: RunConfig) -> AlignmentStrategy:
 
 
 def precision(config: RunConfig) -> nl.MegatronMixedPrecision:
-    dtype = _DTYPES[config.precision.params]
+    """Number formats, which NeMo writes into Megatron's configs of model, optimizer and gradient buffers."""
+    keys = config.precision
+    dtype = _DTYPES[keys.params]
     return nl.MegatronMixedPrecision(
-        precision="bf16-mixed" if config.precision.params == "bf16" else "32",
+        precision=_PRECISIONS[keys.params],
         params_dtype=dtype,
         pipeline_dtype=dtype,
         autocast_enabled=False,
-        grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
+        grad_reduce_in_fp32=keys.grad_reduce_in_fp32,
+        **(_fp8(keys) if keys.fp8 is not None and not keys.fp8_simulation else {}),
+        fp16_loss_scale=keys.fp16_loss_scale,
+        fp16_initial_loss_scale=keys.fp16_initial_loss_scale,
+        fp16_min_loss_scale=keys.fp16_min_loss_scale,
+        fp16_loss_scale_window=keys.fp16_loss_scale_window,
+        fp16_hysteresis=keys.fp16_hysteresis,
     )
+
+
+def _fp8(keys: PrecisionConfig) -> dict[str, Any]:
+    """What Megatron is told of 8 bits. In a simulation it is told nothing: it would ask Transformer Engine."""
+    return {
+        "fp8": keys.fp8,
+        "fp8_recipe": keys.fp8_recipe,
+        "fp8_margin": keys.fp8_margin,
+        "fp8_amax_history_len": keys.fp8_amax_history_len,
+        "fp8_amax_compute_algo": keys.fp8_amax_compute_algo,
+        "fp8_wgrad": keys.fp8_wgrad,
+        "fp8_param_gather": keys.fp8_param_gather,
+        "first_last_layers_bf16": keys.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": keys.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": keys.num_layers_at_end_in_bf16,
+    }
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -221,5 +266,5 @@ def batch_layout(config: RunConfig) -> dict[str, Any]:
 
 
 def pad_multiple(config: RunConfig) -> int:
-    """Tokens: what the recipe asks for, and what splitting a sequence over ranks needs."""
+    """Tokens: what the recipe asks for, and what splitting a sequence over ranks and 8-bit products need."""
     return math.lcm(config.data.pad_to_multiple_of, sequence_multiple(config))

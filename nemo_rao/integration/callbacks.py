@@ -22,10 +22,12 @@ from nemo_rao.errors import UserError
 from nemo_rao.integration.data_module import AlignmentData
 from nemo_rao.integration.metrics_file import append_metrics, truncate_metrics
 from nemo_rao.integration.model import AlignmentLossReduction
+from nemo_rao.mcore.calibration import calibrate
 from nemo_rao.mcore.evaluate import evaluate
 from nemo_rao.mcore.fingerprint import weights_fingerprint
 from nemo_rao.mcore.loss import means, reduce_statistics
 from nemo_rao.mcore.mismatched import mean_log_ratio
+from nemo_rao.mcore.quantisation import quantisation_fingerprint
 from nemo_rao.mcore.reference import compute_reference, load_reference, reference_key
 
 
@@ -73,10 +75,23 @@ class KeepSchedule(pl.Callback):
                 group["lr"] = rate
 
 
+class CalibrateScales(pl.Callback):
+    """Before anything is computed, scales for delayed scaling (:mod:`nemo_rao.mcore.calibration`).
+
+    A checkpoint carries them with the model: a resumed run has none to set.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            module = trainer.datamodule
+            calibrate(model_chunks(trainer), module.micro_batches_of_step(0), make_micro_batch=module.train.micro_batch)
+
+
 class ReferencePass(pl.Callback):
     """Before the first step, the reference policy's sums; on resume, the same sums from the cache.
 
-    A checkpoint carries the cache keys, since the weights that they were computed with are gone by then.
+    A checkpoint carries what the cache keys are made of, since the weights, and the scales of delayed scaling, that
+    they were computed with are gone by then.
 
     Args:
         data_sets: name -> data whose ``reference`` is to be set.
@@ -104,21 +119,25 @@ class ReferencePass(pl.Callback):
         self._micro_batches_per_part = micro_batches_per_part
         self._vocab_size = vocab_size
         self._weights: str | None = None
+        self._scales = ""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self._weights}
+        return {"weights": self._weights, "scales": self._scales}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._weights = state_dict["weights"]
+        self._scales = state_dict.get("scales", "")  # checkpoints of before there was FP8 have none
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         started_here = self._weights is None
         if self._weights is None:
             sharded = trainer.strategy.megatron_parallel.sharded_state_dict()
             self._weights = weights_fingerprint(sharded, vocab_size=self._vocab_size)
+            self._scales = quantisation_fingerprint(model_chunks(trainer))
         for name, data_set in self._data_sets.items():
             data = data_set.data
-            key = reference_key(weights=self._weights, data=data.fingerprint(), precision=self._precision)
+            precision = self._precision + self._scales
+            key = reference_key(weights=self._weights, data=data.fingerprint(), precision=precision)
             if started_here:
                 data_set.reference = self._compute(trainer, data_set, key, name)
             else:

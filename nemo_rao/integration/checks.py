@@ -16,8 +16,8 @@ from nemo_rao.integration.config import (
     data_parallel_size,
     objective_config,
     objective_names,
+    parallel_multiple,
     run_dir,
-    sequence_multiple,
     world_size,
 )
 from nemo_rao.integration.precision_checks import check_fp8_network, check_precision
@@ -189,7 +189,7 @@ def _check_ranks(config: RunConfig) -> None:
             "model.sequence_parallel=true splits over tensor-parallel ranks, but there is only 1; "
             "set model.tensor_model_parallel_size, or sequence_parallel=false"
         )
-    multiple = sequence_multiple(config)
+    multiple = parallel_multiple(config)
     if model.seq_length % multiple:
         raise UserError(
             f"model.seq_length={model.seq_length} is not a multiple of {multiple}, which sequence and context "

@@ -389,7 +389,7 @@ def data_parallel_size(config: RunConfig) -> int:
     return world_size(config) // copy
 
 
-def sequence_multiple(config: RunConfig) -> int:
+def parallel_multiple(config: RunConfig) -> int:
     """Tokens: a sequence's length is a multiple of it, so that it can be split over ranks."""
     keys = config.model
     context, tensor = keys.context_parallel_size, keys.tensor_model_parallel_size if keys.sequence_parallel else 1

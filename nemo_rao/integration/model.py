@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from nemo_rao.batch import MicroBatch, ModelOutput
 from nemo_rao.mcore.forward import forward_step, to_device, unwrapped
+from nemo_rao.mcore.fp8_simulation import Fp8Simulation, keep_scales_up_to_date, layer_spec_with_simulated_fp8
 from nemo_rao.mcore.heads import add_score_head, add_value_head
 from nemo_rao.mcore.layer_spec import NormColumnParallelLinear, layer_spec_without_te
 from nemo_rao.mcore.loss import LOSS, configure_loss_scaling, for_schedule, micro_batch_loss
@@ -47,6 +49,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         tokenizer: NeMo tokenizer; its ``vocab_size`` counts where ``config.vocab_size`` is ``None``.
         model_transform: such as ``nemo.collections.llm.peft.LoRA``.
         fused_log_probs: never hold the logits, see :mod:`nemo_rao.mcore.output_layer`.
+        fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: nothing is rounded.
 
     Attributes:
         needs: what the objective, under its keys, asks for.
@@ -66,9 +69,14 @@ class MegatronGPTAlignmentModel(GPTModel):
         tokenizer: Any = None,
         model_transform: Callable[[nn.Module], nn.Module] | None = None,
         fused_log_probs: bool = True,
+        fp8_simulation: Mapping[str, Any] | None = None,
     ) -> None:
         configure_loss_scaling(config)
-        if not HAVE_TRANSFORMER_ENGINE:
+        if fp8_simulation is not None:
+            assert not HAVE_TRANSFORMER_ENGINE, "its layers cast themselves"
+            simulation = Fp8Simulation(**fp8_simulation)
+            config.transformer_layer_spec = functools.partial(layer_spec_with_simulated_fp8, simulation=simulation)
+        elif not HAVE_TRANSFORMER_ENGINE:
             config.transformer_layer_spec = layer_spec_without_te
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
         self.objective = registry.get(objective)
@@ -76,6 +84,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         self.needs = self.objective.needs_of(self.objective_config)
         self.mismatched_log_ratio: Tensor | None = None
         self._fused_log_probs = fused_log_probs
+        self._fp8_is_simulated = fp8_simulation is not None
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Build this rank's part of the model, on the last pipeline stage with the head that is needed."""
@@ -83,6 +92,8 @@ class MegatronGPTAlignmentModel(GPTModel):
         super().configure_model(vp_stage=vp_stage) if vp_stage is not None else super().configure_model()
         if built_before:
             return
+        if self._fp8_is_simulated:
+            keep_scales_up_to_date(self.module)
         if self.needs.values:
             add_value_head(self.module)
         if self.needs.scores:

@@ -7,12 +7,13 @@ take is Megatron's ``get_fp8_align_size``.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 from dataclasses import dataclass
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import PrecisionConfig, RunConfig
+from nemo_rao.integration.config import PrecisionConfig, RunConfig, parallel_multiple
 from nemo_rao.planning.gpus import GPUS
 
 Capability = tuple[int, int]
@@ -54,9 +55,10 @@ def fp8_multiple(config: RunConfig) -> int:
 
 
 def sequence_multiple(config: RunConfig) -> int:
-    """Tokens of which a sequence must be a multiple: each rank has its own part under sequence parallelism."""
+    """Tokens of which a sequence must be a multiple, so that each rank has a part that can be multiplied."""
     keys = config.model
-    return fp8_multiple(config) * (keys.tensor_model_parallel_size if keys.sequence_parallel else 1)
+    parts = keys.context_parallel_size * (keys.tensor_model_parallel_size if keys.sequence_parallel else 1)
+    return math.lcm(parallel_multiple(config), fp8_multiple(config) * parts)
 
 
 def quantisation(precision: PrecisionConfig) -> str:
@@ -118,7 +120,7 @@ def check_precision(config: RunConfig) -> None:
     _check_simulation(config)
     multiple = sequence_multiple(config)
     if model.seq_length % multiple:
-        why = " on each tensor-parallel rank" if model.sequence_parallel else ""
+        why = " on each rank" if model.sequence_parallel or model.context_parallel_size > 1 else ""
         raise UserError(
             f"model.seq_length={model.seq_length} is not a multiple of {multiple}, as {recipe} takes "
             f"{fp8_multiple(config)} tokens at a time{why}; take {-(-model.seq_length // multiple) * multiple}"

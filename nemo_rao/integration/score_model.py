@@ -25,6 +25,7 @@ from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.integration.compose import load_recipe
 from nemo_rao.integration.config import RunConfig, objective_config
 from nemo_rao.integration.pickles import refuse_code
+from nemo_rao.integration.precision_checks import quantisation
 from nemo_rao.objectives import registry
 from nemo_rao.scoring.scorer import InputRow, Kind, Place, Scores, ScoringFailure
 
@@ -228,7 +229,7 @@ def _numbers(job: _Job, checkpoint: Path, data: PreferenceData, folder: Path) ->
 
     if started_externally() or job.config.trainer.num_nodes > 1:
         raise UserError("nemo-rao score starts its ranks itself, on one node; do not start it with srun or torchrun")
-    parts = (_FORMAT, _digest(checkpoint), data.fingerprint(), job.config.precision.params)
+    parts = (_FORMAT, _digest(checkpoint), data.fingerprint(), quantisation(job.config.precision))
     key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
     quiet_third_parties()
     select_device(job.config)

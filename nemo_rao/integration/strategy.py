@@ -1,4 +1,4 @@
-"""NeMo's Megatron strategy: reads checkpoints where the optimizer is torch's own Adam, or a head is new."""
+"""NeMo's Megatron strategy: reads checkpoints where the optimizer is torch's own Adam, or a head is new; fp16."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import load_tensors_metadata
+from megatron.core.utils import get_model_config
 from nemo import lightning as nl
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from torch import Tensor
@@ -23,6 +24,8 @@ class AlignmentStrategy(nl.MegatronStrategy):
     (megatron-core 0.15) expects that state to exist already, looks for ``step`` among the stored tensors, where it is
     not, and in the end lets all parameters share one ``step``, which every one of them would advance.
 
+    In fp16 the loss is multiplied by the optimizer's loss scale.
+
     A run that starts from a checkpoint without its head (see :mod:`nemo_rao.mcore.heads`) starts with a new one.
     """
 
@@ -37,6 +40,14 @@ class AlignmentStrategy(nl.MegatronStrategy):
         finally:
             for head in new:
                 head.stored = True
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if optimizer.mcore_optimizer.config.fp16:
+                # Megatron divides fp16's gradients by the loss scale; NeMo has nobody multiply the loss by it.
+                for chunk in self.megatron_parallel:
+                    get_model_config(chunk).grad_scale_func = optimizer.mcore_optimizer.scale_loss
 
     def optimizer_sharded_state_dict(self, is_loading: bool = False, metadata: dict | None = None) -> dict[str, Any]:
         if is_loading:

@@ -19,6 +19,7 @@ from nemo_rao.integration.config import RunConfig, reference_dir, run_dir
 from nemo_rao.integration.curves import draw_curves
 from nemo_rao.integration.job import leave_if_stopped
 from nemo_rao.integration.launch import launch, started_externally
+from nemo_rao.integration.precision_checks import quantisation
 from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_nemo, prepare, select_device
 from nemo_rao.integration.talk import global_rank, is_first_rank, quiet_third_parties, say
 
@@ -206,6 +207,7 @@ def run_rank(config: RunConfig, prepared: Prepared, callbacks: Callable[[list[An
 def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> list[Any]:
     """What happens around the steps, in the order in which it happens."""
     from nemo_rao.integration.callbacks import (
+        CalibrateScales,
         KeepSchedule,
         Metrics,
         MismatchedPass,
@@ -221,13 +223,15 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> l
     if model.model_transform is not None:
         # Adds the adapters after the reference pass, which so sees the model that they start from.
         callbacks.append(model.model_transform)
+    if config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
+        callbacks.append(CalibrateScales())
     if model.needs.reference:
         mismatched = {f"{name}, mismatched": data.mismatched for name, data in data_sets.items() if data.mismatched}
         callbacks.append(
             ReferencePass(
                 {**data_sets, **mismatched},
                 cache_dir=reference_dir(config),
-                precision=config.precision.params,
+                precision=quantisation(config.precision),
                 micro_batch_size=config.reference.micro_batch_size or keys.micro_batch_size,
                 micro_batches_per_part=config.reference.save_every,
                 vocab_size=model.vocab_size,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from nemo_rao.mcore.heads import HEADS
@@ -67,6 +68,8 @@ def _is_main_replica(replica_id: Any) -> bool:
 
 def _hash_shard(shard: ShardedTensor, vocab_size: int) -> Tensor:
     data = shard.data.detach()
+    if is_float8tensor(data):  # precision.fp8_param_gather
+        data = dequantize_fp8_tensor(data)
     # The axes that sharding along layers adds in front exist in the global shape only.
     extra_axes = len(shard.global_shape) - data.dim()
     place = 0

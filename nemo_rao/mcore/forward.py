@@ -17,6 +17,7 @@ from nemo_rao.data.prefetch import Prefetcher
 from nemo_rao.mcore.attention import segments_told
 from nemo_rao.mcore.heads import SCORE_HEAD, VALUE_HEAD
 from nemo_rao.mcore.output_layer import output_layer_input, unfuse_adapted_output_layer
+from nemo_rao.mcore.quantisation import quantisation_kept
 
 
 def made_ahead(batches: Iterable[MicroBatch]) -> Prefetcher[MicroBatch]:
@@ -83,12 +84,12 @@ def unwrapped(model: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluation_mode(model: Sequence[Any]) -> Iterator[None]:
-    """No dropout and no gradients; every chunk is left in the mode it came in."""
+    """No dropout and no gradients; every chunk is left in the mode it came in, and its amax histories as they were."""
     was_training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quantisation_kept(model):
             yield
     finally:
         for chunk, training in zip(model, was_training, strict=True):
