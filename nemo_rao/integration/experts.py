@@ -63,6 +63,11 @@ def check_experts(config: RunConfig, fields: Mapping[str, Any]) -> None:
 
 def _check_options(config: RunConfig, fields: Mapping[str, Any]) -> None:
     given, lora = config.model.arch.extra, config.model.peft
+    if config.precision.fp8_simulation:
+        raise UserError(
+            f"precision.fp8_simulation=true: products of {config.model.config_class}'s experts are not simulated; set "
+            "it to false"
+        )
     for name, why in _REFUSED.items():
         if fields.get(name) is not None:
             raise UserError(f"model.arch.extra.{name}={fields[name]}: {why}; set it to null")
