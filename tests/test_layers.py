@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "scoring", "planning"},
     "cluster": FOUNDATION | {"integration"},
     "doctor": FOUNDATION | {"integration"},  # the latter in processes of their own
-    "cli": {"errors", "cluster", "doctor", "generation", "integration", "scoring"},
+    "commands": {"errors", "cluster", "doctor", "generation", "integration", "scoring"},
+    "cli": {"errors", "commands"},
     "__main__": {"cli"},
     "__init__": set(),
 }

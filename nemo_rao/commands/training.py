@@ -1,0 +1,199 @@
+"""Runs: trained here or on a cluster, planned, told of, shown."""
+
+from __future__ import annotations
+
+import argparse
+
+from nemo_rao.commands.parser import Command, Parser, add_recipe
+
+
+def train_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao train",
+        description="Train a model with the objective and the data that a recipe names.",
+        epilog="example: nemo-rao train --config-name gpt_rao data.train_path=prefs.jsonl data.tokenizer=./tokenizer "
+        "trainer.max_steps=100",
+        allow_abbrev=False,
+    )
+    add_recipe(parser)
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the full recipe, each key with its comment, and stop"
+    )
+    parser.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="train a grid of runs, one after the other: keys with several values, such as model.dpo.beta=0.05,0.1, or "
+        "a published grid, search=dpo; with --print-config, list them",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="a key of the recipe, or a group such as model=llama3_8b"
+    )
+    return parser
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.job import supervised
+
+    with supervised():
+        return train_grid(arguments) if arguments.multirun else train_one(arguments)
+
+
+def train_one(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.compose import compose, to_yaml
+
+    config = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    from nemo_rao.integration.checks import check_run
+
+    check_run(config)
+    from nemo_rao.integration.train import train as run
+
+    run(config)
+    return 0
+
+
+def train_grid(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.sweep import check, plan, run_sweep
+
+    sweep = plan(arguments.config_name, arguments.overrides, arguments.config_dir)
+    if arguments.print_config:
+        for run in sweep.runs:
+            print(run.name, *run.overrides)
+        return 0
+    check(sweep)
+    return run_sweep(sweep)
+
+
+def plan_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao plan",
+        description="Tell what a recipe would take, without running it: memory of each rank, communication, FLOPs and "
+        "time of a step, and where it does not fit, the nearest settings that do. Exit code 0: it fits, 1: it does "
+        "not.",
+        epilog="example: nemo-rao plan --config-name gpt_rao_llama3_8b --gpu h100 model.micro_batch_size=2",
+        allow_abbrev=False,
+    )
+    add_recipe(parser)
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100, h200 or b200 (default: %(default)s)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU, in the place of --gpu's")
+    parser.add_argument(
+        "--peak-tflops", type=float, metavar="N", help="of a GPU, in the run's number format, in the place of --gpu's"
+    )
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, metavar="SHARE", help="model FLOPs over the peak's (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="kept free for the CUDA context, NCCL and fragmentation; an assumption (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens-per-row",
+        type=int,
+        metavar="N",
+        help="mean tokens of prompt and response (default: model.seq_length, the most there can be)",
+    )
+    parser.add_argument(
+        "--responses", type=int, metavar="K", help="of each prompt (default: data.num_responses, or 2 where it is null)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the plan there, in bytes and seconds")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="a key of the recipe, or a group such as model=llama3_8b"
+    )
+    return parser
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.plan import main as run
+
+    return run(arguments)
+
+
+def launch_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao launch",
+        description="Train on a cluster: submit the run as a SLURM job that survives time limits, pre-emption and the "
+        "loss of nodes, and follow it. With cluster=local, or none, it is trained here.",
+        epilog="example: nemo-rao launch --config-dir my_recipes --config-name gpt_rao_llama3_8b cluster=my_cluster "
+        "cluster.time=8:00:00 data.train_path=/data/prefs.jsonl",
+        allow_abbrev=False,
+    )
+    add_recipe(parser, " and of cluster/NAME.yaml")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="a grid of runs, as of nemo-rao train: a job array, a run each"
+    )
+    parser.add_argument(
+        "--dependency",
+        metavar="WHAT",
+        help="wait for other jobs: as sbatch takes it, afterok:17, or the folder of a launched run, after whose end "
+        "this one may start from its checkpoint",
+    )
+    parser.add_argument("--detach", action="store_true", help="submit, and do not follow")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the batch script, and submit nothing")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="cluster=NAME or cluster=FILE.yaml, cluster.KEY=VALUE, and keys of the recipe",
+    )
+    return parser
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    from nemo_rao.cluster.launch import main as run
+
+    return run(arguments)
+
+
+def status_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao status",
+        description="Tell of runs: their jobs, the last step and its metrics, the last checkpoint.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/gpt_rao")
+    parser.add_argument("--follow", action="store_true", help="go on until its job has ended; Ctrl-C does not end it")
+    parser.add_argument(
+        "--poll-seconds", type=float, default=5.0, metavar="S", help="between two looks (default: %(default)s)"
+    )
+    return parser
+
+
+def status(arguments: argparse.Namespace) -> int:
+    from nemo_rao.cluster.status import main as run
+
+    return run(arguments)
+
+
+def demo_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao demo",
+        description="Fine-tune a small Llama on this machine's CPU with four ranks (TP 2 x PP 2), align it with RAO on "
+        "preferences made on the spot, and compare it with its start.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of results (default: %(default)s)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the recipe, for both parts of the demonstration"
+    )
+    return parser
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    from nemo_rao.integration.demo import main as run
+
+    return run(arguments) or 0
+
+
+COMMANDS = (
+    Command("train", "train a model from a recipe", train_parser, train),
+    Command("plan", "tell what a recipe takes, and settings that fit", plan_parser, plan),
+    Command("launch", "train a model on a cluster, as a SLURM job", launch_parser, launch),
+    Command("status", "tell of runs: jobs, last step, metrics", status_parser, status),
+    Command("demo", "fine-tune and align a small model on this machine, and compare", demo_parser, demo),
+)
