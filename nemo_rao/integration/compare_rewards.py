@@ -29,7 +29,6 @@ The same command again trains what is not finished.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import resolve_checkpoint
-from nemo_rao.integration.compose import compose, load_recipe
+from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig, objective_config, run_dir
 from nemo_rao.integration.metrics_file import read_metrics
 from nemo_rao.integration.several_runs import (
@@ -46,6 +45,7 @@ from nemo_rao.integration.several_runs import (
     State,
     check_keys_are_read,
     check_runs,
+    check_settings,
     in_child,
     is_finished,
     print_table,
@@ -65,13 +65,6 @@ SET_HERE = {
     "model.restore_from_path": "give --base and --sft",
     "data.num_prompts": "give --pairs",
 }
-
-# Keys, or the beginnings of keys, in which a run may go on otherwise than it has begun, see _check_settings.
-MAY_CHANGE = (
-    *("trainer.", "exp_manager.", "reference.", "data.cache", "model.micro_batch_size"),
-    *("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel"),
-    *("model.recompute_", "model.allow_pickle"),
-)
 
 # Column -> metric of the validation.
 FIGURES = {"loss": "val/rewards/log_loss", "accuracy": "val/rewards/accuracies", "brier": "val/rewards/brier"}
@@ -197,9 +190,7 @@ def check(comparison: Comparison) -> None:
         UserError: the first mistake.
     """
     check_runs(comparison.runs)
-    for run in comparison.runs:
-        with told_of(run.name):
-            _check_settings(run.config)
+    check_settings(comparison.runs, another="--out")
 
 
 def run_comparison(comparison: Comparison) -> int:
@@ -263,32 +254,6 @@ def _check_same_pairs(configs: Sequence[RunConfig]) -> None:
                     f"{key} is {one} for {first.model.objective}, but {other} for {config.model.objective}: all "
                     "rewards are compared on the same pairs; set it without --rm or --dpo"
                 )
-
-
-def _check_settings(config: RunConfig) -> None:
-    """Refuses to continue a run under other settings than it has begun with: the table would tell of neither.
-
-    It may be made longer, and go on with other parallel sizes.
-    """
-    recipe = run_dir(config) / "recipe.yaml"
-    if not recipe.is_file():
-        return
-    before, now = (_flat(dataclasses.asdict(one)) for one in (load_recipe(recipe), config))
-    for key, value in now.items():
-        if before.get(key) != value and (key == "trainer.seed" or not key.startswith(MAY_CHANGE)):
-            raise UserError(
-                f"{key} is {value}, but {run_dir(config)} was begun with {before.get(key)}; give another --out, the "
-                "settings as they were, or remove that folder"
-            )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups of keys -> dotted keys."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return found
 
 
 def _check_data(runs: Sequence[PlannedRun]) -> None:

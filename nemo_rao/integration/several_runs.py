@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any, Literal
 from nemo_rao.errors import RankFailure, UserError, report
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checks import check_run
-from nemo_rao.integration.compose import to_yaml
+from nemo_rao.integration.compose import load_recipe, to_yaml
 from nemo_rao.integration.config import RunConfig, objective_names, run_dir
 from nemo_rao.integration.metrics_file import read_metrics
 
@@ -38,6 +39,16 @@ State = Literal["finished", "failed"]
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 15.0  # in which an interrupted run stops its ranks
+
+
+# Keys, or the beginnings of keys, in which a run may go on otherwise than it has begun: it may be longer, write more or
+# less, and be split and laid out in another way, which gives the same numbers.
+_MAY_CHANGE = (
+    *("trainer.", "exp_manager.", "reference.", "model.micro_batch_size", "model.sequence_parallel"),
+    *("model.tensor_model_", "model.pipeline_model_", "model.virtual_", "model.context_", "model.expert_"),
+    *("model.recompute_", "model.allow_pickle", "model.fused_log_probs", "model.optim.overlap_"),
+    *("data.cache", "data.packing", "data.prefix_sharing", "data.pad_to_multiple_of"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,37 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         with told_of(run.label):
             check_run(run.config)
+
+
+def check_settings(runs: Sequence[PlannedRun], *, another: str) -> None:
+    """Refuses to continue runs under other settings than they have begun with: a table would tell of neither.
+
+    Args:
+        another: the option or key by which results go elsewhere.
+
+    Raises:
+        UserError: the first setting that has changed, with the label of its run.
+    """
+    for run in runs:
+        recipe = run_dir(run.config) / "recipe.yaml"
+        if not recipe.is_file() or not run.config.exp_manager.resume_if_exists:
+            continue
+        before, now = (_flat(dataclasses.asdict(one)) for one in (load_recipe(recipe), run.config))
+        for key, value in now.items():
+            if before.get(key) != value and (key == "trainer.seed" or not key.startswith(_MAY_CHANGE)):
+                raise UserError(
+                    f"{run.name}: {key} is {value}, but {run_dir(run.config)} was begun with {before.get(key)}; give "
+                    f"another {another}, the settings as they were, or remove that folder"
+                )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups of keys -> dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
 
 
 def train_runs(runs: Sequence[PlannedRun]) -> Iterator[State]:

@@ -184,3 +184,18 @@ def test_a_run_is_finished_only_if_its_very_recipe_reached_the_end(
     os.utime(recipe, ns=(time.time_ns(), time.time_ns()))  # started again, and stopped before its end
     assert run_sweep(finish, "trainer.max_steps=8") == 0
     assert num_starts(tmp_path) == [2, 3, 2]
+
+
+def test_runs_do_not_go_on_under_another_setting_that_the_table_would_not_tell_of(
+    run_sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_sweep(finish) == 0
+    capfd.readouterr()
+    assert run_sweep(finish, "model.optim.weight_decay=0.1") == 2
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1
+    for part in ("model.optim.weight_decay is 0.1", "was begun with 0.0", "another exp_manager.name"):
+        assert part in line
+    assert num_starts(tmp_path) == [1, 1, 1]
+    assert run_sweep(finish, "model.optim.weight_decay=0.1", "exp_manager.resume_if_exists=false") == 0
+    assert num_starts(tmp_path) == [2, 2, 2]
