@@ -138,7 +138,7 @@ _WITHOUT_FUSIONS = {
 
 
 def _patch_megatron() -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies import base, filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -166,6 +166,12 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = moved
+
+    # As megatron-core does itself since 0.15; before, a fork of the rank writes, which the queue does not reach.
+    def save(strategy: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        strategy.async_save(sharded_state_dict, checkpoint_dir).execute_sync()
+
+    base.AsyncSaveShardedStrategy.save = save
 
     # All configs, those that NeMo's importers build included, pass through __post_init__.
     original = TransformerConfig.__post_init__
