@@ -166,6 +166,7 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = moved
+    _exchange_unequal_parts()
 
     # As megatron-core does itself since 0.15; before, a fork of the rank writes, which the queue does not reach.
     def save(strategy: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
@@ -186,6 +187,30 @@ def _patch_megatron() -> None:
         original(config)
 
     TransformerConfig.__post_init__ = without_fusions
+
+
+def _exchange_unequal_parts() -> None:
+    """Gather and scatter parts of different lengths, as ranks that share an expert do: gloo takes equal ones alone."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gathered(own: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None:
+            return gather(own, group, None, use_global_buffer)
+        padded = own.new_zeros(max(1, *sizes), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = gather(padded, group).chunk(len(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def scattered(whole: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None:
+            return scatter(whole, group, None, use_global_buffer)
+        total = whole.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(list(sizes))[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gathered, scattered
 
 
 def _patch_nemo() -> None:

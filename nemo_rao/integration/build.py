@@ -162,9 +162,20 @@ def _fp8_simulation(keys: PrecisionConfig) -> dict[str, Any] | None:
     }
 
 
+# Fields of Megatron's config that say which layers a stage has: NeMo's strategy overwrites them with its own.
+_STAGES = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
 def strategy(config: RunConfig) -> AlignmentStrategy:
     keys = config.model
     return AlignmentStrategy(
+        **{name: value for name, value in keys.arch.extra.items() if name in _STAGES},
         tensor_model_parallel_size=keys.tensor_model_parallel_size,
         pipeline_model_parallel_size=keys.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=keys.virtual_pipeline_model_parallel_size,

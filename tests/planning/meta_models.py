@@ -151,9 +151,14 @@ def _model(config: RunConfig, tokens: int, chunk: int | None = None) -> Any:
         add_value_head(model)
     if needs.scores:
         add_score_head(model, needs.scores)
-    adapt = build.lora(config)
+    add_adapters(build.lora(config), model)
+    return model
+
+
+def add_adapters(adapt: Any, model: torch.nn.Module) -> None:
+    """Put NeMo's adapters into a Megatron model, where there are any, without a trainer."""
     if adapt is None:
-        return model
+        return
     from nemo.collections.llm.fn import FNMixin
 
     class Whole(torch.nn.Module, FNMixin):
@@ -162,7 +167,6 @@ def _model(config: RunConfig, tokens: int, chunk: int | None = None) -> Any:
     whole = Whole()
     whole.add_module("whole", model)
     adapt(whole)
-    return model
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -42,9 +42,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_of_a_large_model_is_planned_and_fits_the_gpus_that_it_names(recipe: str) -> None:
-    setting = setting_of(compose(recipe))  # "on one node of 8 GPUs with 80 GB"
-    assert 6e9 < setting.tensor * sum(stage.weights for stage in memory(setting)) / setting.param_bytes < 10e9
-    assert peak(setting) < 76 * GIB
+    assert peak(setting_of(compose(recipe))) < 76 * GIB  # "GPUs with 80 GB"
 
 
 def test_a_plan_that_fits_is_a_table_of_at_most_a_hundred_columns(run: Callable, tmp_path: Path) -> None:
@@ -98,6 +96,19 @@ def test_advice_changes_as_little_as_will_do(llama: RunConfig) -> None:
         ),
         (("model.micro_batch_sze=3",), ("model.micro_batch_sze", "did you mean")),
         (("model.virtual_pipeline_model_parallel_size=2",), ("virtual_pipeline", "set it to null")),
+        (("model.expert_model_parallel_size=2",), ("expert_model_parallel_size=2", "no experts", "set it to 1")),
+        (
+            (
+                *("model.config_class=MixtralConfig8x7B", "model.expert_model_parallel_size=3"),
+                *("trainer.devices=12", "model.global_batch_size=48"),
+            ),
+            ("num_moe_experts=8", "size=3"),
+        ),
+        (
+            ("model.config_class=MixtralConfig8x7B", "model.sequence_parallel=false"),
+            ("set model.sequence_parallel=true",),
+        ),
+        (("trainer.devices=12", "model.expert_tensor_parallel_size=8"), ("12 ranks", "expert tensor")),
     ],
 )
 def test_bad_input_is_refused_in_one_line(run: Callable, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
@@ -137,3 +148,42 @@ def test_adapters_leave_out_the_gradients_of_frozen_weights(setting: Setting) ->
     adapted = dataclasses.replace(setting, lora=setting.lora_offered)
     ratio = flops(adapted).model / flops(setting).model
     assert 2 / 3 < ratio < 0.75
+
+
+def test_chunks_of_a_stage_shorten_the_bubble_and_hold_and_send_more(setting: Setting) -> None:
+    deep = dataclasses.replace(setting, pipeline=4, devices=16, tensor=4, global_batch_size=32)
+    chunked = dataclasses.replace(deep, virtual=4)
+    assert chunked.possible() and (bubble(deep), bubble(chunked)) == pytest.approx((3 / 35, 3 / 131))
+    # 2 (p - 1) + (v - 1) p + 1 chunks of a quarter of its layers each, where p whole ones were.
+    assert [stage.in_flight for stage in memory(chunked)] == [19, 17, 15, 13]
+    assert communication(chunked).pipeline == 4 * communication(deep).pipeline
+    ratio = memory(chunked)[0].activations / memory(deep)[0].activations
+    assert ratio == pytest.approx(19 / 16, rel=1e-2)
+
+
+def test_a_split_sequence_is_held_in_parts_and_sends_keys_and_values(setting: Setting) -> None:
+    split = dataclasses.replace(setting, context=2, nodes=2)
+    assert (split.data, split.shards, split.step_tokens) == (setting.data, 2 * setting.data, setting.step_tokens)
+    assert memory(split)[0].activations == pytest.approx(memory(setting)[0].activations / 2, rel=1e-3)
+    network, tokens = setting.network, setting.micro_batch_tokens // 2
+    once = tokens * 2 * network.key // setting.tensor * setting.param_bytes * network.layers
+    # Once round in forward; in backward once round, and their gradients, which come home.
+    assert communication(split).context == setting.num_micro_batches * once * (1 + 1 + 2)
+    assert communication(setting).context == 0
+
+
+def test_experts_exchange_the_tokens_that_are_sent_to_other_ranks() -> None:
+    mixture = setting_of(compose("gpt_rao_mixtral_8x7b"))
+    assert (mixture.expert, mixture.of_expert, mixture.expert_shards) == (8, 1, 2)
+    layers, tokens = mixture.layers_of_stage(0), mixture.micro_batch_tokens // mixture.tensor
+    copies = tokens * mixture.network.chosen * mixture.network.hidden * mixture.param_bytes
+    # There and back, forward and backward; an eighth stays.
+    assert communication(mixture).expert == 4 * layers * mixture.num_micro_batches * copies * 7 // 8
+    assert communication(dataclasses.replace(mixture, expert=1)).expert == 0
+
+
+def test_what_does_not_fit_of_a_mixture_may_share_its_experts() -> None:
+    mixture = setting_of(compose("gpt_rao_mixtral_8x7b"))
+    whole = dataclasses.replace(mixture, expert=1)
+    found = next(one for one in advise(whole, peak(mixture)) if one.setting.expert > 1)
+    assert "model.expert_model_parallel_size" in " ".join(found.overrides)

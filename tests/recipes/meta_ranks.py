@@ -1,0 +1,102 @@
+"""A recipe's model as each of its ranks builds it: NeMo's strategy, this project's model, shapes without memory.
+
+One process takes the place of any rank of the recipe's full size, by PyTorch's fake process group, on the meta device.
+Which ranks hold different parts follows from how Megatron numbers them: tensor-parallel ranks next to each other, then
+context- and data-parallel ones, pipeline stages last; among the ranks of a stage, those that split an expert next to
+each other, then those that share the experts. Data- and context-parallel ranks are copies, but for their experts.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from nemo_rao.integration.config import RunConfig, objective_config, world_size
+
+from ..planning.meta_models import OnMeta, add_adapters
+
+
+class Part(NamedTuple):
+    """A pipeline stage's ranks that hold the same: ``of_expert`` is the rank among those that split an expert."""
+
+    stage: int
+    tensor: int
+    expert: int
+    of_expert: int
+
+
+def parts_of(config: RunConfig) -> dict[Part, int]:
+    """Every distinct part of the model, and the first rank that holds it."""
+    keys, found = config.model, {}
+    ranks_of_stage = world_size(config) // keys.pipeline_model_parallel_size
+    of_expert = keys.expert_tensor_parallel_size or keys.tensor_model_parallel_size
+    for rank in range(world_size(config)):
+        stage, place = divmod(rank, ranks_of_stage)
+        expert = place // of_expert % keys.expert_model_parallel_size
+        part = Part(stage, place % keys.tensor_model_parallel_size, expert, place % of_expert)
+        found.setdefault(part, rank)
+    return found
+
+
+def build_parts(config: RunConfig) -> dict[Part, list[dict[str, Any]]]:
+    """For each part, of each of its chunks: numbers of its layers, and its parameters' names and sizes."""
+    return {part: _as_rank(config, part, rank) for part, rank in parts_of(config).items()}
+
+
+def _as_rank(config: RunConfig, part: Part, rank: int) -> list[dict[str, Any]]:
+    from megatron.core import parallel_state as state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    keys = config.model
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size(config), store=FakeStore())
+    try:
+        state.initialize_model_parallel(
+            keys.tensor_model_parallel_size,
+            keys.pipeline_model_parallel_size,
+            keys.virtual_pipeline_model_parallel_size,
+            context_parallel_size=keys.context_parallel_size,
+            expert_model_parallel_size=keys.expert_model_parallel_size,
+            expert_tensor_parallel_size=keys.expert_tensor_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(1)
+        assert part == (
+            state.get_pipeline_model_parallel_rank(),
+            state.get_tensor_model_parallel_rank(),
+            state.get_expert_model_parallel_rank(),
+            state.get_expert_tensor_parallel_rank(),
+        )
+        virtual = keys.virtual_pipeline_model_parallel_size
+        with torch.device("meta"), OnMeta():
+            return [_chunk(config, chunk) for chunk in (range(virtual) if virtual else (None,))]
+    finally:
+        state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _chunk(config: RunConfig, chunk: int | None) -> dict[str, Any]:
+    from nemo_rao.integration import build
+    from nemo_rao.integration.model import MegatronGPTAlignmentModel
+
+    adapt = build.lora(config)
+    model = MegatronGPTAlignmentModel(
+        build.model_config(config),
+        objective=config.model.objective,
+        objective_config=vars(objective_config(config)),
+        # Its size is in the recipe, or in its config class: a tokenizer of another size must not matter.
+        tokenizer=SimpleNamespace(vocab_size=1000),
+        model_transform=adapt,
+        fused_log_probs=config.model.fused_log_probs,
+    )
+    strategy = build.strategy(config)
+    strategy.precision_plugin = build.precision(config)
+    strategy.connect(model)
+    model.configure_model(vp_stage=chunk)
+    add_adapters(adapt, model.module)
+    return {
+        "layers": [layer.layer_number for layer in model.module.decoder.layers],
+        "parameters": [(name, parameter.numel()) for name, parameter in model.module.named_parameters()],
+    }

@@ -1,0 +1,134 @@
+"""Every recipe of a large model fits its GPUs, and each of its ranks builds what the planner says it holds.
+
+The parts of all ranks together are the published model, each parameter once: no vocabulary is padded, as recipes name
+the rows that the published embeddings have, and every tensor-parallel size divides them.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_rao.integration.compose import compose, package_recipes
+from nemo_rao.integration.config import RunConfig, world_size
+from nemo_rao.integration.plan import setting_of
+from nemo_rao.planning.gpus import GIB, GPUS
+from nemo_rao.planning.memory import peak
+from nemo_rao.planning.parameters import model_parameters, stage_parameters
+from nemo_rao.planning.setting import Setting
+
+from ..planning.children import in_child
+from .meta_ranks import Part, build_parts, parts_of
+
+# Model: its published parameters, its layers, ranks of its recipes.
+MODELS = {
+    "llama3_8b": (8_030_261_248, 32, 8),
+    "llama3_70b": (70_553_706_496, 80, 64),
+    "llama3_70b_lora": (70_553_706_496, 80, 8),
+    "llama3_1_405b": (405_853_388_800, 126, 512),
+    "qwen2_5_7b": (7_615_616_512, 28, 8),
+    "qwen2_5_72b": (72_706_203_648, 80, 32),
+    "eurollm_9b": (9_152_319_488, 42, 8),
+    "mixtral_8x7b": (46_702_792_704, 32, 64),
+}
+RECIPES = [f"gpt_{objective}_{model}" for model in MODELS for objective in ("rao", "dpo")]
+ROOT = Path(__file__).resolve().parents[2]
+RESERVE = 4 * GIB  # the planner's own
+
+
+@functools.cache
+def recipe(name: str) -> RunConfig:
+    return compose(name)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def built(model: str) -> dict[Part, list[dict[str, Any]]]:
+    return in_child(build_parts, (recipe(f"gpt_rao_{model}"),))
+
+
+def test_every_large_model_of_conf_is_here() -> None:
+    small = {"tiny_llama", "demo_llama"}
+    assert {path.stem for path in package_recipes().glob("model/*.yaml")} - small == set(MODELS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_planned_and_fits_gpus_of_80_gb(name: str) -> None:
+    config = recipe(name)
+    parameters, _, ranks = MODELS[name.split("_", 2)[2]]
+    setting = setting_of(config)
+    assert model_parameters(setting) == parameters
+    assert world_size(config) == ranks and config.trainer.devices == 8
+    assert peak(setting) < GPUS["h100"].memory_gib * GIB - RESERVE
+    optim = config.model.optim
+    assert optim.use_distributed_optimizer and config.model.sequence_parallel
+    # Gradients are reduced, and weights gathered, behind computation wherever there is more than one copy of them.
+    assert optim.overlap_grad_reduce == (setting.shards > 1)
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+def test_both_objectives_of_a_model_are_split_alike(model_name: str) -> None:
+    """So that what is built of one is what the other builds."""
+    rao, dpo = (setting_of(recipe(f"gpt_{objective}_{model_name}")) for objective in ("rao", "dpo"))
+    assert rao == dpo
+
+
+def row(model_name: str) -> str:
+    """Of docs/recipes.md."""
+    setting = setting_of(recipe(f"gpt_rao_{model_name}"))
+    sizes = (setting.tensor, setting.pipeline, setting.virtual, setting.context, setting.expert, setting.data)
+    told = [f"`{model_name}`", setting.ranks, *sizes, setting.length, f"{peak(setting) / GIB:.0f}"]
+    return f"| {' | '.join(map(str, told))} |"
+
+
+def test_the_page_of_recipes_tells_these_layouts() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| `")] == [row(name) for name in MODELS]
+
+
+def test_each_rank_builds_the_layers_and_parameters_that_are_planned(
+    model: str, built: dict[Part, list[dict[str, Any]]]
+) -> None:
+    config = recipe(f"gpt_rao_{model}")
+    setting = setting_of(config)
+    assert set(built) == set(parts_of(config)) and len(built) == number_of_parts(setting)
+    for part, chunks in built.items():
+        planned = [(parameter.name, parameter.size) for parameter in stage_parameters(setting, part.stage)]
+        assert planned == [named for chunk in chunks for named in chunk["parameters"]]
+        layers = [setting.layers_of_chunk(part.stage, chunk) for chunk in range(setting.virtual)]
+        assert layers == [len(chunk["layers"]) for chunk in chunks]
+
+
+def test_the_parts_of_all_ranks_are_the_published_model(model: str, built: dict[Part, list[dict[str, Any]]]) -> None:
+    parameters, num_layers, _ = MODELS[model]
+    total, counted, layers = 0, set(), []
+    for part, chunks in built.items():
+        if (part.tensor, part.expert) == (0, 0):
+            layers += [number for chunk in chunks for number in chunk["layers"]]
+        for place, (name, size) in enumerate(named for chunk in chunks for named in chunk["parameters"]):
+            holder = (part.stage, place, *ranks_that_split(name, part))
+            if holder not in counted and ".adapter." not in name:
+                total += size
+            counted.add(holder)
+    assert sorted(layers) == list(range(1, num_layers + 1))
+    assert total == parameters
+
+
+def number_of_parts(setting: Setting) -> int:
+    """Of each stage: what splits layers, and what splits experts, in as many ways as both are numbered alike."""
+    split = setting.expert * setting.of_expert
+    return setting.pipeline * max(setting.tensor, split)
+
+
+def ranks_that_split(name: str, part: Part) -> tuple[int, ...]:
+    """Which of the parts of a parameter this is; nothing where all ranks of the stage hold it whole."""
+    if "local_experts" in name:
+        return (part.expert, part.of_expert)
+    return () if "norm" in name or "router" in name else (part.tensor,)
