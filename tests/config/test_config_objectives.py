@@ -16,6 +16,8 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 RECIPES = recipe_names([CONF])
 PAPER_OBJECTIVES = ("rao", "dpo", "ipo", "slic", "simpo", "orpo", "robust_po", "dro")
 PAPER_MODELS = {"llama3_8b": "Llama3Config8B", "qwen2_5_7b": "Qwen25Config7B", "eurollm_9b": "LlamaConfig"}
+LARGER_MODELS = ("llama3_70b", "llama3_70b_lora", "llama3_1_405b", "qwen2_5_72b", "mixtral_8x7b")
+LARGER_RUNS = [(objective, model) for objective in ("rao", "dpo") for model in LARGER_MODELS]
 PAPER_RUNS = [(objective, model) for objective in PAPER_OBJECTIVES for model in PAPER_MODELS]
 
 
@@ -25,9 +27,9 @@ def recipe(name: str) -> RunConfig:
 
 
 def test_every_objective_has_its_settings_and_its_recipe_and_no_recipe_is_without_an_objective() -> None:
-    of_papers = {f"gpt_{objective}_{model}" for objective, model in PAPER_RUNS}
+    of_models = {f"gpt_{objective}_{model}" for objective, model in [*PAPER_RUNS, *LARGER_RUNS]}
     assert {path.stem for path in CONF.glob("objective/*.yaml")} == set(objective_names())
-    assert set(RECIPES) == {f"gpt_{name}" for name in objective_names()} | of_papers
+    assert set(RECIPES) == {f"gpt_{name}" for name in objective_names()} | of_models
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -35,10 +37,11 @@ def test_each_recipe_trains_the_objective_of_its_name_and_passes_the_checks_of_a
     (tmp_path / "train.jsonl").write_text("{}\n")
     config = copy.deepcopy(recipe(name))
     config.data.train_path, config.data.tokenizer = f"{tmp_path}/train.jsonl", str(tmp_path)
+    config.model.restore_from_path = str(tmp_path)
     check_run(config)
     objective = config.model.objective
     assert config.exp_manager.name == name
-    assert name == f"gpt_{objective}" or name.removeprefix(f"gpt_{objective}_") in PAPER_MODELS
+    assert name == f"gpt_{objective}" or name.removeprefix(f"gpt_{objective}_") in [*PAPER_MODELS, *LARGER_MODELS]
 
 
 @pytest.mark.parametrize("name", RECIPES)
