@@ -6,6 +6,7 @@
 #   make test-matrix  install, then the test suite with the NeMo and megatron-core of NVIDIA's containers (MATRIX)
 #   make lint      ruff, mypy, shellcheck and hadolint alone;  make format  applies ruff's fixes
 #   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
+#   make precision   install, then the accuracy of number formats; make precision-page  docs/precision.md from it
 #   make clean     removes caches and builds;  make distclean  removes .venv and those of test-matrix too
 #
 # Variables, as in `make install PYTHON=python3.12`:
@@ -36,7 +37,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install demo test test-matrix test-slurm lint format bench bench-page constraints clean distclean
+.PHONY: install demo test test-matrix test-slurm lint format bench bench-page precision precision-page constraints clean
+.PHONY: distclean
 .DELETE_ON_ERROR:
 .PRECIOUS: $(VENV)-%/.installed
 
@@ -94,6 +96,13 @@ bench: install
 
 bench-page: install
 	$(BIN)/python -m benchmarks.page > docs/performance.md.new && mv docs/performance.md.new docs/performance.md
+
+precision: install
+	$(BIN)/python -m benchmarks.precision $(BENCH_ARGS)
+	$(MAKE) precision-page
+
+precision-page: install
+	$(BIN)/python -m benchmarks.precision_page > docs/precision.md.new && mv docs/precision.md.new docs/precision.md
 
 constraints:
 	@command -v uv >/dev/null || { echo "error: this target needs uv (https://docs.astral.sh/uv)" >&2; exit 2; }

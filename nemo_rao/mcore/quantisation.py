@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 
@@ -54,6 +55,9 @@ def quantisation_fingerprint(model: Sequence[Any]) -> str:
 def _states(model: Sequence[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
     """Modules that remember something, and what: a tensor, of bytes where it is Transformer Engine's."""
     for chunk in model:
+        config = get_model_config(chunk)
+        if config.fp8 is not None and config.fp8_recipe != "delayed":
+            continue  # Transformer Engine's layers have a state then that says nothing of what they have seen
         for module in chunk.modules():
             if type(module).get_extra_state is nn.Module.get_extra_state:
                 continue
