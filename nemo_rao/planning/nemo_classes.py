@@ -55,20 +55,21 @@ def _classes() -> dict[str, tuple[list[str], dict[str, Any]]]:
     """Class -> its bases, and the fields of its own body."""
     found = {}
     for package, pattern in _SOURCES:
-        for folder in _folders(package):
-            for file in sorted(folder.glob(pattern)):
-                for node in ast.parse(file.read_text()).body:
-                    if isinstance(node, ast.ClassDef) and "Config" in node.name:
-                        bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-                        found[node.name] = bases, _own_fields(node)
+        for file in _first(package, pattern):
+            for node in ast.parse(file.read_text()).body:
+                if isinstance(node, ast.ClassDef) and "Config" in node.name:
+                    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+                    found[node.name] = bases, _own_fields(node)
     if "GPTConfig" not in found:
         raise UserError("nemo-rao plan reads the sizes of model.config_class from NeMo's source; install nemo_toolkit")
     return found
 
 
-def _folders(package: str) -> list[Path]:
+def _first(package: str, pattern: str) -> list[Path]:
+    """The files in the first folder that has them, as an import does: megatron may be spread over several."""
     spec = importlib.util.find_spec(package)  # of a top-level package: imports nothing
-    return [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
+    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return next((files for folder in folders if (files := sorted(folder.glob(pattern)))), [])
 
 
 def _own_fields(node: ast.ClassDef) -> dict[str, Any]:
