@@ -61,7 +61,8 @@ the rest is overhead that could be smaller. The profiler itself adds to what is 
 
 
 def page() -> str:
-    reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith("precision")]  # its own page
+    reports = {path.stem: json.loads(path.read_text()) for path in paths}
     parts = [BEFORE]
     if not any(_on_gpu(report) for report in reports.values()):
         parts.append(NO_GPU)
