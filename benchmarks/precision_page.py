@@ -150,8 +150,8 @@ def _measured(report: _Figures) -> str:
             _table(["format", *(title for title, _ in names), "cosine"], rows),
             "",
             "What a policy that has learned nothing differs from its reference by, in nats, rms over responses. "
-            "*As it is*: with the scales that it has once it has seen the first two steps' batches. "
-            "*Beside*: with other rows in its micro-batch. To compare with: the log-ratio that RAO has made of it at W1.\n",
+            "*As it is*: with the scales that it has once it has seen the first two steps' batches. *Beside*: with "
+            "other rows in its micro-batch. To compare with: the log-ratio that RAO has made of it at W1.\n",
             _table(["format", "as it is", "beside", "log-ratio at W1"], start),
         ]
     )
