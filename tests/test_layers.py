@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": FOUNDATION | {"data", "generation"},  # a judge may be a model that generates here
     "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "scoring", "planning"},
     "cluster": FOUNDATION | {"integration"},
-    "doctor": FOUNDATION | {"integration"},  # the latter in processes of their own
+    "doctor": FOUNDATION | {"integration", "planning"},  # the latter in processes of their own
     "commands": {"errors", "cluster", "doctor", "generation", "integration", "scoring"},
     "cli": {"errors", "commands"},
     "__main__": {"cli"},

@@ -8,31 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_rao.doctor.probes import Probe
+from nemo_rao.planning.gpus import FP8_RECIPES, NO_END
 
 # Packages without a version of which nothing can be trained; of others a version out of range is only mentioned.
 DECISIVE = ("torch", "nemo-toolkit", "megatron-core")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Compute capabilities of the GPUs that have an FP8 recipe, from the first to before the second; what it is."""
-
-    lowest: tuple[int, int]
-    below: tuple[int, int]
-    what: str
-
-    def runs_on(self, capability: tuple[int, int]) -> bool:
-        return self.lowest <= capability < self.below
-
-
-_NO_END = (1000, 0)
-# Transformer Engine's support matrix, by Megatron's names of the recipes.
-FP8 = {
-    "delayed": Recipe((8, 9), _NO_END, "a scale per tensor, from the steps before"),
-    "tensorwise": Recipe((8, 9), _NO_END, "a scale per tensor, from the tensor itself"),
-    "blockwise": Recipe((9, 0), _NO_END, "a scale per block of 128 values"),
-    "mxfp8": Recipe((10, 0), (12, 0), "a scale per 32 values"),  # workstations' Blackwell lacks some products' layouts
-}
 
 
 @dataclass(frozen=True)
@@ -145,13 +124,13 @@ def _with_transformer_engine(facts: Facts) -> Iterator[Ability]:
         "not with Transformer Engine's attention; data.packing=true packs rows there" if engine.installed else "",
     )
     missing = no_gpu(facts) or (None if engine.works else f"Transformer Engine {engine.error}")
-    for name, recipe in FP8.items():
+    for name, recipe in FP8_RECIPES.items():
         lacking = [one for one in _capabilities(facts) if not recipe.runs_on(one)]
         if missing is None and lacking:
-            upper = "" if recipe.below == _NO_END else f" to before {_sm(recipe.below)}"
+            upper = "" if recipe.below == NO_END else f" to before {_sm(recipe.below)}"
             yield Ability(f"FP8, {name}", False, f"from {_sm(recipe.lowest)}{upper}; here {_sm(lacking[0])}")
         else:
-            yield Ability(f"FP8, {name}", missing is None, missing or recipe.what)
+            yield Ability(f"FP8, {name}", missing is None, missing or recipe.scales)
 
 
 def _apex_error(facts: Facts) -> str | None:

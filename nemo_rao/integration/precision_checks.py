@@ -1,8 +1,4 @@
-"""What FP8 and fp16 ask of a recipe, a network and a GPU, found before anything heavy is imported or submitted.
-
-What each recipe runs on is Transformer Engine's support matrix (its ``check_recipe_support``); which sizes its products
-take is Megatron's ``get_fp8_align_size``.
-"""
+"""What FP8 and fp16 ask of a recipe, a network and a GPU, found before anything heavy is imported or submitted."""
 
 from __future__ import annotations
 
@@ -10,41 +6,10 @@ import importlib.util
 import math
 import os
 import subprocess
-from dataclasses import dataclass
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.config import PrecisionConfig, RunConfig, parallel_multiple
-from nemo_rao.planning.gpus import GPUS
-
-Capability = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Fp8Recipe:
-    """What a recipe needs.
-
-    Attributes:
-        lowest, below: compute capabilities of the GPUs that have it, from the first to before the second.
-        architectures: the same in words.
-        multiple: tokens of a sequence, and channels of a layer on each rank, come in multiples of it.
-    """
-
-    lowest: Capability
-    architectures: str
-    multiple: int
-    below: Capability = (1000, 0)
-
-    def runs_on(self, capability: Capability) -> bool:
-        return self.lowest <= capability < self.below
-
-
-FP8_RECIPES = {
-    "delayed": Fp8Recipe((8, 9), "Ada, Hopper and later", 16),
-    "tensorwise": Fp8Recipe((8, 9), "Ada, Hopper and later", 16),
-    "blockwise": Fp8Recipe((9, 0), "Hopper and later", 16),
-    # Compute capability 12, Blackwell of workstations, lacks some of the products' layouts.
-    "mxfp8": Fp8Recipe((10, 0), "Blackwell of data centres", 32, below=(12, 0)),
-}
+from nemo_rao.planning.gpus import FP8_RECIPES, GPUS, Capability
 
 FP8 = "precision.fp8"
 

@@ -1,4 +1,7 @@
-"""GPUs that a run may be planned for: NVIDIA's data sheets, dense products, without sparsity."""
+"""GPUs that a run may be planned for, and the FP8 recipes that GPUs have.
+
+Figures are those of NVIDIA's data sheets, for dense products, without sparsity.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,16 @@ from dataclasses import dataclass
 GIB = 2**30
 
 
+Capability = tuple[int, int]
+NO_END: Capability = (1000, 0)
+
+
 @dataclass(frozen=True)
 class Gpu:
     """Compute capability; memory in GiB, as the driver reports it; peak TFLOPS in bf16 and in fp32 (not TF32)."""
 
     name: str
-    capability: tuple[int, int]
+    capability: Capability
     memory_gib: float
     bf16_tflops: float
     fp32_tflops: float
@@ -26,4 +33,36 @@ GPUS = {
     "h100": Gpu("H100 SXM 80 GB", (9, 0), 79.6, 989.4, 66.9),
     "h200": Gpu("H200 SXM 141 GB", (9, 0), 140.4, 989.4, 66.9),
     "b200": Gpu("B200 180 GB", (10, 0), 179.1, 2250.0, 75.0),
+}
+
+
+@dataclass(frozen=True)
+class Fp8Recipe:
+    """What an FP8 recipe needs.
+
+    Attributes:
+        scales: what it has scales for.
+        lowest, below: compute capabilities of the GPUs that have it, from the first to before the second.
+        architectures: the same in words.
+        multiple: tokens of a sequence, and channels of a layer on each rank, come in multiples of it.
+    """
+
+    scales: str
+    lowest: Capability
+    architectures: str
+    multiple: int
+    below: Capability = NO_END
+
+    def runs_on(self, capability: Capability) -> bool:
+        return self.lowest <= capability < self.below
+
+
+# By Megatron's names. What each runs on is Transformer Engine's support matrix (its ``check_recipe_support``); which
+# sizes its products take is Megatron's ``get_fp8_align_size``.
+FP8_RECIPES = {
+    "delayed": Fp8Recipe("a scale per tensor, from the steps before", (8, 9), "Ada, Hopper and later", 16),
+    "tensorwise": Fp8Recipe("a scale per tensor, from the tensor itself", (8, 9), "Ada, Hopper and later", 16),
+    "blockwise": Fp8Recipe("a scale per block of 128 values", (9, 0), "Hopper and later", 16),
+    # Compute capability 12, Blackwell of workstations, lacks some of the products' layouts.
+    "mxfp8": Fp8Recipe("a scale per 32 values", (10, 0), "Blackwell of data centres", 32, below=(12, 0)),
 }

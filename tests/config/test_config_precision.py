@@ -13,7 +13,6 @@ from nemo_rao.integration.checks import check_architecture, check_sizes
 from nemo_rao.integration.compose import compose, package_recipes
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.precision_checks import (
-    FP8_RECIPES,
     capabilities_present,
     check_capability,
     check_gpus_present,
@@ -21,6 +20,7 @@ from nemo_rao.integration.precision_checks import (
     quantisation,
     sequence_multiple,
 )
+from nemo_rao.planning.gpus import FP8_RECIPES
 
 FILES = sorted(path.stem for path in package_recipes().glob("precision/*.yaml"))
 FP8_FILES = [name for name in FILES if name.startswith("fp8_")]
@@ -100,7 +100,7 @@ TENSORWISE = ("precision=fp8_tensorwise", "trainer.accelerator=gpu")
                 "model.sequence_parallel=true",
                 "model.seq_length=1040",
             ),
-            ("model.seq_length=1040", "32", "each tensor-parallel rank", "take 1056"),
+            ("model.seq_length=1040", "32", "on each rank", "take 1056"),
         ),
     ],
 )
