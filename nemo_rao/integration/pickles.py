@@ -1,7 +1,8 @@
 """Checkpoints of NeMo's format contain pickles, and a pickle can run code while it is read.
 
     weights/.metadata    which tensor lies where; torch unpickles it without a question
-    weights/*.distcp     tensors, and beside them small objects (Transformer Engine's ``_extra_state``), unpickled alike
+    weights/*.distcp     tensors, and beside them small objects, unpickled alike; one of Transformer Engine,
+                         ``_extra_state``, is a tensor of bytes, which are a pickle again
     weights/common.pt    step numbers and the like
 
 Before any of them is read in earnest, each is read here by an unpickler that knows only what such a checkpoint
@@ -35,6 +36,7 @@ _NAMES = {
     ("collections", "OrderedDict"),
     ("collections", "ChainMap"),
 }
+_OF_TENSORS = {("torch._utils", "_rebuild_tensor_v2"), ("torch", "device"), ("collections", "OrderedDict")}
 
 
 def refuse_code(checkpoint: Path, key: str) -> None:
@@ -118,9 +120,24 @@ def _read_object(file: Path, offset: int, length: int, name: str) -> None:
     if len(stored.getvalue()) < length:
         raise _Short(f"weights/{file.name} has {file.stat().st_size} of {offset + length} bytes")
     try:
-        torch.load(stored, map_location="cpu", weights_only=True)
+        found = torch.load(stored, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(stored.getvalue()))
         if unsafe:
             raise _Refused(f"{', '.join(unsafe)} (in {name})") from None
         raise error
+    if isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.numel():
+        _Quantisation(io.BytesIO(found.numpy().tobytes())).load()
+
+
+class _Quantisation(pickle.Unpickler):
+    """What Transformer Engine's layers remember: tensors, numbers and texts."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda stored: torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+        if (module, name) in _OF_TENSORS or (module == "torch" and _is_dtype(name)):
+            return super().find_class(module, name)
+        raise _Refused(f"{module}.{name}")

@@ -53,6 +53,15 @@ def in_common(checkpoint: Path, bomb: Any) -> None:
     torch.save(torch.load(file) | {"callbacks": bomb}, file)
 
 
+def in_bytes(checkpoint: Path, bomb: Any) -> None:
+    """As Transformer Engine keeps its state: a tensor of bytes, which it unpickles."""
+    in_object(checkpoint, as_bytes({"scale_fwd": torch.ones(3), "extra_fp8_variables": bomb}))
+
+
+def as_bytes(state: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+
+
 def in_object(checkpoint: Path, bomb: Any) -> None:
     """An ``_extra_state``: at the end of a file, where the metadata says it is."""
     file = checkpoint / "weights" / ".metadata"
@@ -68,11 +77,21 @@ def in_object(checkpoint: Path, bomb: Any) -> None:
     file.write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize("plant", [in_metadata, in_common, in_object])
+@pytest.mark.parametrize("plant", [in_metadata, in_common, in_object, in_bytes])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(plant: Any, checkpoint: Path, tmp_path: Path) -> None:
     in_fork(plant, checkpoint, Bomb(tmp_path / "ran"))
     in_fork(_refused, checkpoint)
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_transformer_engine_remembers_passes(checkpoint: Path) -> None:
+    state = {
+        "scale_fwd": torch.ones(3),
+        "amax_history_fwd": torch.zeros(1024, 3),
+        "extra_fp8_variables": {"num_gemms": 1},
+    }
+    in_fork(in_object, checkpoint, as_bytes(state))
+    refuse_code(checkpoint, "KEY")
 
 
 def _refused(checkpoint: Path) -> None:
