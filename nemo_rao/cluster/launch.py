@@ -29,7 +29,8 @@ from nemo_rao.files import write_atomically
 from nemo_rao.integration.checkpoints import last_checkpoint
 from nemo_rao.integration.checks import check_run
 from nemo_rao.integration.compose import compose, load_recipe, to_yaml
-from nemo_rao.integration.config import RunConfig, run_dir
+from nemo_rao.integration.config import RunConfig, data_parallel_size, run_dir
+from nemo_rao.integration.experts import check_resumed_experts
 from nemo_rao.integration.precision_checks import check_named_gpu
 from nemo_rao.integration.several_runs import told_of
 from nemo_rao.integration.sweep import Sweep, plan
@@ -258,7 +259,7 @@ def check_resume(config: RunConfig, folder: Path) -> None:
     rounding, not bit for bit. Another model's cannot; whether a damaged one can be read, the job sees.
 
     Raises:
-        UserError: the run has another model.
+        UserError: the run has another model, or shares its experts otherwise.
     """
     saved, checkpoint = folder / "recipe.yaml", last_checkpoint(folder)
     if checkpoint is None or not saved.is_file() or not config.exp_manager.resume_if_exists:
@@ -274,6 +275,7 @@ def check_resume(config: RunConfig, folder: Path) -> None:
                 f"{key}={new}: exp_manager.name={config.exp_manager.name} would continue from {checkpoint}, whose "
                 f"model has {old}; set it to that, or give this run another exp_manager.name"
             )
+    check_resumed_experts(config, folder)
     now, then = _parallelism(config), _parallelism(before)
     print(f"continues from {checkpoint}", flush=True)
     if now != then:
@@ -285,9 +287,16 @@ def check_resume(config: RunConfig, folder: Path) -> None:
 
 
 def _parallelism(config: RunConfig) -> str:
-    model, ranks = config.model, config.trainer.devices * config.trainer.num_nodes
-    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    return f"TP {tensor} x PP {pipeline} x DP {ranks // (tensor * pipeline * model.context_parallel_size)}"
+    model = config.model
+    sizes = {
+        "TP": model.tensor_model_parallel_size,
+        "PP": model.pipeline_model_parallel_size,
+        "VPP": model.virtual_pipeline_model_parallel_size or 1,
+        "CP": model.context_parallel_size,
+        "EP": model.expert_model_parallel_size,
+        "DP": data_parallel_size(config),
+    }
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP"))
 
 
 def _check_no_job(folder: Path) -> None:

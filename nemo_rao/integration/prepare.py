@@ -24,6 +24,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint, resolve_checkpoint
 from nemo_rao.integration.checks import check_architecture
 from nemo_rao.integration.config import RunConfig, data_cache_dir, objective_config, run_dir, world_size
+from nemo_rao.integration.experts import check_resumed_experts
 from nemo_rao.integration.launch import started_externally
 from nemo_rao.integration.precision_checks import FP8, check_gpus_present
 from nemo_rao.integration.talk import is_first_rank, quiet_imports, say
@@ -222,6 +223,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         objective.resolve(objective_config(config), validation.reward_summary())
     per_epoch = steps_per_epoch(len(data), keys.global_batch_size)
     limits = [config.trainer.max_steps, config.trainer.max_epochs and config.trainer.max_epochs * per_epoch]
+    check_resumed_experts(config, run_dir(config))
     resume_from = last_checkpoint(run_dir(config)) if config.exp_manager.resume_if_exists else None
     start_from = None
     if keys.restore_from_path is not None:

@@ -251,6 +251,11 @@ def test_a_resume_with_another_model_is_refused(refused: Callable[..., str], tra
     assert "model.arch.hidden_size=96" in message and "step=40-last" in message and "exp_manager.name" in message
 
 
+def test_a_resume_that_shares_experts_otherwise_is_refused(refused: Callable[..., str], trained: Path) -> None:
+    message = refused("trainer.devices=2", "model.expert_model_parallel_size=2")
+    assert "model.expert_model_parallel_size=2" in message and "begun with 1" in message and "set it to 1" in message
+
+
 def test_a_resume_under_another_parallelism_is_allowed_and_said(
     trained: Path,
     data: tuple[str, ...],
