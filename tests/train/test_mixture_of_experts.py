@@ -39,8 +39,21 @@ MIXTURE = (
 )
 DEFAULT, ALL_ON = (), ("data.packing=true", "data.prefix_sharing=true")
 TOLERANCE, ROUNDING = 1e-5, {"rewards/": 1e-6, "rao/prompt_logratio": 1e-5}  # as in test_parallelism.py
-CASES = [(recipe, layout, DEFAULT) for recipe in ("gpt_rao", "gpt_dpo") for layout in LAYOUTS if layout != "one rank"]
-CASES += [("gpt_rao", layout, ALL_ON) for layout in ("one rank", "EP 2, small micro-batches", "TP 2 x EP 2")]
+OF_DPO = ("PP 2 x EP 2, interleaved", "TP 2, EP 2 of whole experts")  # without --every-combination
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "layout" not in metafunc.fixturenames:
+        return
+    split = [layout for layout in LAYOUTS if layout != "one rank"]
+    of_dpo = split if metafunc.config.getoption("every_combination") else OF_DPO
+    cases = [("gpt_rao", layout, DEFAULT) for layout in split] + [("gpt_dpo", layout, DEFAULT) for layout in of_dpo]
+    cases += [("gpt_rao", layout, ALL_ON) for layout in ("one rank", "EP 2, small micro-batches", "TP 2 x EP 2")]
+    metafunc.parametrize(("recipe", "layout", "switches"), cases, ids=_name)
+
+
+def _name(part: str | tuple[str, ...]) -> str:
+    return part if isinstance(part, str) else "packed and shared" if part else "rows"
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +89,6 @@ def train(recipe: str, layout: str, switches: tuple[str, ...], given: tuple[str,
     return folder
 
 
-@pytest.mark.parametrize(
-    ("recipe", "layout", "switches"), CASES, ids=lambda value: value if isinstance(value, str) else f"{len(value)} on"
-)
 def test_five_steps_are_those_of_one_rank(
     recipe: str, layout: str, switches: tuple[str, ...], given: tuple[str, ...]
 ) -> None:
