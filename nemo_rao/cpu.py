@@ -134,6 +134,8 @@ _WITHOUT_FUSIONS = {
     "batch_p2p_sync": False,
     "use_transformer_engine_full_layer_spec": False,
     "use_cpu_initialization": True,
+    # A stage's output is given up once it is on its way to the next; gloo reads it later, on a thread of its own.
+    "deallocate_pipeline_outputs": False,
 }
 
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ from nemo_rao.errors import RankFailure, UserError
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+_PORTS = (10_000, 20_000)  # below those that Linux gives out, and apart from those of SLURM's jobs
 _POLL_SECONDS = 0.5  # in which the end of a rank is noticed at the latest
 
 _Report = tuple[float, str, str]  # when, "user" or "failure", message
@@ -124,9 +126,16 @@ def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port on which nobody listens, of those that systems do not give out by themselves.
+
+    Rank 0 listens there a moment later. One from the system's own range could be given to another process before.
+    """
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(*_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("127.0.0.1", port))
+            return port
+    raise RankFailure(f"no free port in {_PORTS[0]} to {_PORTS[1] - 1} for ranks to meet at")
 
 
 def _run_rank(

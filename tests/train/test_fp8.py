@@ -37,11 +37,22 @@ def of_reference(step: dict[str, float]) -> dict[str, float]:
     return {name: step[name] for name in names}
 
 
-@pytest.mark.parametrize(
-    ("precision", "ranks"),
-    [*((name, parallel(2, 1, 1)) for name in RECIPES), ("fp8_delayed", parallel(1, 1, 1))],
-    ids=[*(f"{name}, TP 2" for name in RECIPES), "fp8_delayed, TP 1"],
-)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Without --every-combination, one recipe with a history and one with blocks of its own, and one resume."""
+    every = metafunc.config.getoption("every_combination")
+    starts = {
+        f"{name}, TP 2": (name, parallel(2, 1, 1)) for name in (RECIPES if every else ("fp8_delayed", "fp8_mxfp8"))
+    }
+    resumes = {"delayed, TP 2 x PP 2": ("fp8_delayed", parallel(2, 2, 1))}
+    if every:
+        starts["fp8_delayed, TP 1"] = ("fp8_delayed", parallel(1, 1, 1))
+        resumes |= {"delayed, DP 2": ("fp8_delayed", parallel(1, 1, 2))}
+        resumes |= {"tensorwise, TP 2": ("fp8_tensorwise", parallel(2, 1, 1))}
+    if "ranks" in metafunc.fixturenames:
+        cases = resumes if "killed" in metafunc.function.__name__ else starts
+        metafunc.parametrize(("precision", "ranks"), cases.values(), ids=list(cases))
+
+
 def test_every_recipe_starts_at_the_reference_and_learns(
     precision: str, ranks: Sequence[str], data: tuple[str, ...], start: Path, tmp_path: Path
 ) -> None:
@@ -68,11 +79,6 @@ def test_without_calibration_a_run_in_delayed_scaling_would_not_start_at_the_ref
     assert any(of_reference(steps(tmp_path / "run")[0]).values())
 
 
-@pytest.mark.parametrize(
-    ("precision", "ranks"),
-    [("fp8_delayed", parallel(2, 2, 1)), ("fp8_tensorwise", parallel(1, 1, 2))],
-    ids=["delayed, TP 2 x PP 2", "tensorwise, DP 2"],
-)
 def test_a_run_killed_within_a_step_continues_bitwise(
     precision: str, ranks: Sequence[str], data: tuple[str, ...], start: Path, tmp_path: Path
 ) -> None:

@@ -39,15 +39,17 @@ MIXTURE = (
 )
 DEFAULT, ALL_ON = (), ("data.packing=true", "data.prefix_sharing=true")
 TOLERANCE, ROUNDING = 1e-5, {"rewards/": 1e-6, "rao/prompt_logratio": 1e-5}  # as in test_parallelism.py
-OF_DPO = ("PP 2 x EP 2, interleaved", "TP 2, EP 2 of whole experts")  # without --every-combination
+# Without --every-combination:
+OF_RAO = [name for name in LAYOUTS if "EP 2" in name]
+OF_DPO = ["PP 2 x EP 2, interleaved"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "layout" not in metafunc.fixturenames:
         return
     split = [layout for layout in LAYOUTS if layout != "one rank"]
-    of_dpo = split if metafunc.config.getoption("every_combination") else OF_DPO
-    cases = [("gpt_rao", layout, DEFAULT) for layout in split] + [("gpt_dpo", layout, DEFAULT) for layout in of_dpo]
+    of_rao, of_dpo = (split, split) if metafunc.config.getoption("every_combination") else (OF_RAO, OF_DPO)
+    cases = [("gpt_rao", layout, DEFAULT) for layout in of_rao] + [("gpt_dpo", layout, DEFAULT) for layout in of_dpo]
     cases += [("gpt_rao", layout, ALL_ON) for layout in ("one rank", "EP 2, small micro-batches", "TP 2 x EP 2")]
     metafunc.parametrize(("recipe", "layout", "switches"), cases, ids=_name)
 
