@@ -205,10 +205,10 @@ def run_w1(overrides: Sequence[str], folder: Path) -> None:
 
 def weights(trainer: Any) -> Iterator[tuple[str, Any]]:
     from nemo_rao.integration.callbacks import model_chunks
-    from nemo_rao.mcore.forward import _unwrapped
+    from nemo_rao.mcore.forward import unwrapped
 
     [chunk] = model_chunks(trainer)
-    yield from _unwrapped(chunk).named_parameters()
+    yield from unwrapped(chunk).named_parameters()
 
 
 def run_format(overrides: Sequence[str], folder: Path, label: str) -> None:
