@@ -28,12 +28,14 @@ from nemo_rao.errors import UserError
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checkpoints import last_checkpoint
 from nemo_rao.integration.checks import check_run
-from nemo_rao.integration.compose import compose, load_recipe, to_yaml
+from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig, data_parallel_size, run_dir
 from nemo_rao.integration.experts import check_resumed_experts
 from nemo_rao.integration.precision_checks import check_named_gpu
+from nemo_rao.integration.recipe_text import to_yaml
 from nemo_rao.integration.several_runs import told_of
 from nemo_rao.integration.sweep import Sweep, plan
+from nemo_rao.integration.typed_config import load_recipe
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -11,8 +11,8 @@ from nemo_rao.cluster.records import FOLDER, JobRecord, last_words, read_records
 from nemo_rao.cluster.slurm import job_states
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import last_checkpoint
-from nemo_rao.integration.compose import load_recipe
 from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.integration.typed_config import load_recipe
 
 _SHOWN = ("loss", "val/loss", "grad_norm", "lr", "rewards/margins", "rewards/accuracies", "tokens_per_second")
 _JOBS = 3  # of a run, the newest

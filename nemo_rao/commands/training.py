@@ -40,7 +40,8 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def train_one(arguments: argparse.Namespace) -> int:
-    from nemo_rao.integration.compose import compose, to_yaml
+    from nemo_rao.integration.compose import compose
+    from nemo_rao.integration.recipe_text import to_yaml
 
     config = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
     if arguments.print_config:

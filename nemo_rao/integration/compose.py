@@ -1,22 +1,18 @@
-"""From YAML and ``key=value`` to a typed, checked :class:`RunConfig`, and back to YAML with every key's comment.
+"""From YAML and ``key=value`` to a typed, checked :class:`RunConfig`.
 
 Hydra finds the files, puts the groups (``model``, ``precision``, ``objective``) together and applies the overrides.
-It does not know the keys: what it has composed is laid over the defaults here, and each key checked against its
-:class:`nemo_rao.keys.KeySpec`. (OmegaConf's structured configs were considered: they know neither ``Literal`` nor
-``tuple``, and their messages name types of their own.) Every mistake gives one line, a :class:`UserError`.
+It does not know the keys: what it has composed is typed and checked in :mod:`nemo_rao.integration.typed_config`. Every
+mistake gives one line, a :class:`UserError`.
 """
 
 import copy
 import dataclasses
 import difflib
-import functools
-import math
 import os
 import types
-import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 from hydra import version as hydra_version
@@ -32,8 +28,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import RunConfig, objective_names
-from nemo_rao.keys import KeySpec, check
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.typed_config import (
+    alternatives,
+    first_line,
+    known_keys,
+    not_a_value,
+    require_known,
+    typed_config,
+    types_of_keys,
+)
 
 QUOTING = "text with commas or brackets is put in quotes twice: 'key=\"a, b\"'"
 
@@ -124,24 +128,6 @@ def _update(values: DictConfig, overrides: Sequence[str]) -> None:
         OmegaConf.update(values, parsed.key_or_group, parsed.value(), force_add=True)
 
 
-def load_recipe(path: Path) -> RunConfig:
-    """A whole recipe as a run has saved it, ``recipe.yaml``.
-
-    Raises:
-        UserError: it is no recipe of this version.
-    """
-    try:
-        given = OmegaConf.load(path)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(given, DictConfig):
-        raise UserError(f"{path}: is no recipe")
-    try:
-        return typed_config(given, where=str(path))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def package_recipes() -> Path:
     """The folder of the package's recipes: inside it once installed, at the top of a checkout otherwise."""
     package = Path(__file__).resolve().parents[1]
@@ -152,46 +138,6 @@ def package_recipes() -> Path:
 def recipe_names(folders: Sequence[Path]) -> list[str]:
     """Names of the recipes in these folders."""
     return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-
-
-def typed_config(given: DictConfig, *, where: str) -> RunConfig:
-    """``given`` over the defaults, typed and checked.
-
-    Args:
-        given: keys and values as composed or loaded; interpolations may still be unresolved.
-        where: the recipe's name, for messages that no key can be named in.
-
-    Raises:
-        UserError: an unknown key, a value of another type or out of its range, an interpolation that leads nowhere.
-    """
-    overrides = OmegaConf.to_container(given, resolve=False)
-    if not isinstance(overrides, dict):
-        raise UserError(f"recipe {where}: it must be groups of keys, such as trainer: {{max_steps: 100}}")
-    _require_known_keys(RunConfig, overrides, prefix="")
-    try:
-        merged = OmegaConf.merge(_defaults(), overrides)
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or where}: {_first_line(error)}") from None
-    assert isinstance(values, dict)
-    config = _build(RunConfig, values)
-    check(config)
-    return config
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The full resolved recipe, each key with its comment beside it; a recipe itself when saved."""
-    return "\n".join(_yaml_lines(config, indent="")) + "\n"
-
-
-def known_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, KeySpec]:
-    """Every key by its dotted name, groups of keys included, in the order in which they are defined."""
-    found: dict[str, KeySpec] = {}
-    for name, hint, spec in _keys_of(config_type):
-        found[prefix + name] = spec
-        if _is_section(hint):
-            found |= known_keys(hint, f"{prefix}{name}.")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------- overrides and Hydra
@@ -223,7 +169,7 @@ def _combinations(swept: Sequence[Override]) -> list[tuple[str, ...]]:
     try:
         [found] = BasicSweeper.split_arguments(list(swept), max_batch_size=None)
     except (HydraException, ValueError) as error:
-        raise UserError(f"{' '.join(str(one.input_line) for one in swept)}: {_first_line(error)}") from None
+        raise UserError(f"{' '.join(str(one.input_line) for one in swept)}: {first_line(error)}") from None
     if not found:
         raise UserError(f"{' '.join(str(one.input_line) for one in swept)}: a range without values; widen it")
     return [tuple(text.lstrip("+") for text in combination) for combination in found]
@@ -241,7 +187,7 @@ def _parse(text: str) -> Override:
         if _takes_text(name.strip("+ ")) and value[:1] not in tuple("'\"[{"):
             escaped = value.replace("\\", "\\\\").replace('"', '\\"')
             return parser.parse_override(f'{name}="{escaped}"')
-        reason = _first_line(error).partition(" expecting")[0]
+        reason = first_line(error).partition(" expecting")[0]
         raise UserError(f"{text}: cannot be read ({reason}); {QUOTING}") from None
 
 
@@ -265,24 +211,21 @@ def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
         return f"{name}={choice}" if override.package is None else text
     if override.is_delete():
         raise UserError(f"{text}: keys cannot be deleted; set {name} to null, where its comment allows that")
-    _require_known(name)
-    if name in known_keys() and name not in _hints() and not isinstance(override.value(), dict):
+    require_known(name)
+    if name in known_keys() and name not in types_of_keys() and not isinstance(override.value(), dict):
         # Not left to Hydra: to it a group of that name may exist, registered by another package in this process.
-        raise _not_a_value(name, value)
-    if _alternatives(_hints().get(name)) <= {str, types.NoneType} and type(override.value()) in (int, float, bool):
+        raise not_a_value(name, value)
+    if alternatives(types_of_keys().get(name)) <= {str, types.NoneType} and type(override.value()) in (
+        int,
+        float,
+        bool,
+    ):
         value = f'"{value}"'  # a name such as 2024_11_21, which Hydra would take for a number
     return f"++{name}={value}"
 
 
-def _require_known(name: str) -> None:
-    """Refuses a key that is not one, unless it stands in a free dictionary such as ``model.arch.extra``."""
-    free = (key for key, hint in _hints().items() if typing.get_origin(hint) is dict)
-    if name not in known_keys() and not any(name.startswith(f"{key}.") for key in free):
-        raise _unknown_key(name)
-
-
 def _takes_text(name: str) -> bool:
-    return bool(_alternatives(_hints().get(name)) & {str, Any})
+    return bool(alternatives(types_of_keys().get(name)) & {str, Any})
 
 
 def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> tuple[DictConfig, dict[str, str]]:
@@ -317,7 +260,7 @@ def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path
         near = _did_you_mean(choice, options)
         raise UserError(f"recipe {name}: there is no {missing}.yaml{near}; there are {', '.join(options)}") from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"recipe {name}: {_first_line(error)}") from None
+        raise UserError(f"recipe {name}: {first_line(error)}") from None
     grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}
     values = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     return values, {str(key): str(value) for key, value in grid.items()}
@@ -332,142 +275,7 @@ def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
     return {group: sorted(names) for group, names in groups.items()}
 
 
-# ------------------------------------------------------------------------------------------------- typed from untyped
-
-
-@functools.cache
-def _defaults() -> DictConfig:
-    return OmegaConf.create(dataclasses.asdict(RunConfig()))
-
-
-def _require_known_keys(config_type: type, given: dict, prefix: str) -> None:
-    """Refuses keys that there are not, and takes out groups without keys (all their lines are commented out)."""
-    hints = {name: hint for name, hint, _ in _keys_of(config_type)}
-    for name, value in list(given.items()):
-        key = f"{prefix}{name}"
-        if name not in hints:
-            raise _unknown_key(key)
-        if not _is_section(hints[name]):
-            continue
-        if value is None:
-            del given[name]
-        elif isinstance(value, dict):
-            _require_known_keys(hints[name], value, f"{key}.")
-        else:
-            raise _not_a_value(key, value)
-
-
-def _not_a_value(group: str, value: Any) -> UserError:
-    first = next((key for key in known_keys() if key.startswith(f"{group}.")), None)
-    remedy = f"set one, such as {first}" if first else "it has none"
-    return UserError(f"{group}={value}: {group} is a group of keys; {remedy}")
-
-
-def _build(config_type: type, values: dict) -> Any:
-    """An instance of a config class. YAML's lists become tuples, its whole numbers floats, where the types say so."""
-    arguments = {}
-    for name, hint, _ in _keys_of(config_type):
-        value, kinds = values[name], _alternatives(hint)
-        if _is_section(hint):
-            value = _build(hint, value)
-        elif isinstance(value, list) and tuple in {typing.get_origin(kind) for kind in kinds}:
-            value = tuple(value)
-        elif type(value) is int and float in kinds and int not in kinds:
-            value = float(value)
-        arguments[name] = value
-    return config_type(**arguments)
-
-
-def _unknown_key(name: str) -> UserError:
-    if name.partition(".")[0] == "cluster":
-        return UserError(
-            f"unknown key {name}; a cluster goes with nemo-rao launch, which takes the same recipe and keys"
-        )
-    keys = list(known_keys())
-    group, _, last = name.rpartition(".")
-    if group.removeprefix("model.") in objective_names():  # another objective's key of that name would be no help
-        own = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == group}
-        near = difflib.get_close_matches(last, own, n=1)
-        remedy = f"did you mean {own[near[0]]}?" if near else f"the keys of {group} are {', '.join(own)}"
-        return UserError(f"unknown key {name}; {remedy}")
-    nearest = (
-        difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
-        or [key for key in keys if key.rpartition(".")[2] == last][:3]
-        or difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
-        or [key for key in keys if difflib.get_close_matches(last, [key.rpartition(".")[2]], cutoff=0.75)][:3]
-    )
-    remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "all keys: nemo-rao train --print-config"
-    return UserError(f"unknown key {name}; {remedy}")
-
-
-# ------------------------------------------------------------------------------------------------------ type hints
-
-
-@functools.cache
-def _keys_of(config_type: type) -> tuple[tuple[str, Any, KeySpec], ...]:
-    """(name, type, spec) of each key of a config class."""
-    hints = typing.get_type_hints(config_type)
-    return tuple((field.name, hints[field.name], field.metadata["key"]) for field in dataclasses.fields(config_type))
-
-
-def _is_section(hint: Any) -> TypeGuard[type]:
-    return dataclasses.is_dataclass(hint)
-
-
-def _alternatives(hint: Any) -> set[Any]:
-    """The types of a union; a type alone is a union of one. Lists and dictionaries count as they stand."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return set(typing.get_args(hint))
-    return {hint}
-
-
-def _hints(config_type: type = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """The type of every key that is not a group, by its dotted name."""
-    found: dict[str, Any] = {}
-    for name, hint, _ in _keys_of(config_type):
-        found |= _hints(hint, f"{prefix}{name}.") if _is_section(hint) else {prefix + name: hint}
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------------- text
-
-
-def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
-    for field in dataclasses.fields(config):
-        spec, value = field.metadata["key"], vars(config)[field.name]
-        beside = "  # " + spec.comment + limits(spec)
-        if dataclasses.is_dataclass(value):
-            yield f"{indent}{field.name}:{beside}"
-            yield from _yaml_lines(value, indent + "  ")
-        else:
-            yield f"{indent}{field.name}: {shown(value)}{beside}"
-
-
-def limits(spec: KeySpec) -> str:
-    """What the key allows, for its comment: `` [> 0, <= 1]``."""
-    if spec.choices is not None:
-        return f" [{' | '.join(map(shown, spec.choices))}]"
-    equal = "" if spec.exclusive else "="
-    bounds = [
-        f"{sign}{equal} {bound:g}"
-        for sign, bound in ((">", spec.low), ("<", spec.high))
-        if bound is not None and math.isfinite(bound)
-    ]
-    return f" [{', '.join(bounds)}]" if bounds else ""
-
-
-def shown(value: Any) -> str:
-    """A value as YAML on one line."""
-    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=math.inf)
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     nearest.sort(key=lambda other: sorted(other) != sorted(name))  # letters that have changed places come first
     return f", did you mean {nearest[0]}" if nearest else ""
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error of Hydra or OmegaConf says, without the lines that trace its own types and paths."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

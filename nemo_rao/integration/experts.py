@@ -13,8 +13,8 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import last_checkpoint
-from nemo_rao.integration.compose import load_recipe
 from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.typed_config import load_recipe
 
 # Field of the config -> why it is refused where it is set.
 _REFUSED = {

@@ -308,7 +308,7 @@ def model_keys(config: Any, family: Family) -> dict[str, Any]:
 
 def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens: int) -> str:
     """A file of the group ``model``."""
-    from nemo_rao.integration.compose import shown
+    from nemo_rao.integration.recipe_text import shown
 
     arch = dict(keys["arch"])
     # Otherwise the tokenizer's: Megatron then pads it to whatever its parallelism needs.

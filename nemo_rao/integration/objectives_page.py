@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from nemo_rao.integration.compose import limits, shown
+from nemo_rao.integration.recipe_text import limits, shown
 from nemo_rao.objectives.base import Needs, Objective
 from nemo_rao.objectives.registry import OBJECTIVES
 

@@ -31,9 +31,10 @@ from typing import Any, Literal
 from nemo_rao.errors import RankFailure, UserError, report
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checks import check_run
-from nemo_rao.integration.compose import load_recipe, to_yaml
 from nemo_rao.integration.config import RunConfig, objective_names, run_dir
 from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.integration.recipe_text import to_yaml
+from nemo_rao.integration.typed_config import load_recipe
 
 State = Literal["finished", "failed"]
 

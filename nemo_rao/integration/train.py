@@ -14,13 +14,13 @@ from nemo_rao.data.encode import pad_token_id
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checkpoints import last_checkpoint
-from nemo_rao.integration.compose import to_yaml
 from nemo_rao.integration.config import RunConfig, reference_dir, run_dir
 from nemo_rao.integration.curves import draw_curves
 from nemo_rao.integration.job import leave_if_stopped
 from nemo_rao.integration.launch import launch, started_externally
 from nemo_rao.integration.precision_checks import quantisation
 from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_nemo, prepare, select_device
+from nemo_rao.integration.recipe_text import to_yaml
 from nemo_rao.integration.talk import global_rank, is_first_rank, quiet_third_parties, say
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import compose, known_keys
+from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import (
     RunConfig,
     data_cache_dir,
@@ -16,6 +16,7 @@ from nemo_rao.integration.config import (
     reference_dir,
     run_dir,
 )
+from nemo_rao.integration.typed_config import known_keys
 from nemo_rao.keys import check
 
 
