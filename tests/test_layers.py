@@ -25,9 +25,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": FOUNDATION | {"data"},
     "scoring": FOUNDATION | {"data", "generation"},  # a judge may be a model that generates here
     "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "scoring", "planning"},
+    "hugging_face": FOUNDATION | {"data", "mcore", "integration"},
     "cluster": FOUNDATION | {"integration"},
     "doctor": FOUNDATION | {"integration", "planning"},  # the latter in processes of their own
-    "commands": {"errors", "cluster", "doctor", "generation", "integration", "scoring"},
+    "commands": {"errors", "cluster", "doctor", "generation", "hugging_face", "integration", "scoring"},
     "cli": {"errors", "commands"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -35,16 +36,27 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Heavy package -> the layers that may import it.
 HEAVY: dict[str, set[str]] = {
-    "megatron": {"doctor", "mcore", "integration", "cpu"},
-    "nemo": {"doctor", "integration", "cpu"},
+    "megatron": {"doctor", "mcore", "hugging_face", "integration", "cpu"},
+    "nemo": {"doctor", "hugging_face", "integration", "cpu"},
     "lightning": {"integration", "cpu"},
     "nemo_run": {"doctor", "integration"},
     "hydra": {"cluster", "integration"},
     "omegaconf": {"cluster", "integration"},
-    "transformers": {"data", "doctor", "generation", "integration"},
+    "transformers": {"data", "doctor", "generation", "hugging_face"},
     "vllm": {"doctor", "generation"},
     "lm_eval": {"doctor", "generation"},
-    "torch": {"batch", "data", "doctor", "generation", "ops", "objectives", "mcore", "integration", "cpu"},
+    "torch": {
+        "batch",
+        "data",
+        "doctor",
+        "generation",
+        "hugging_face",
+        "ops",
+        "objectives",
+        "mcore",
+        "integration",
+        "cpu",
+    },
 }
 
 

@@ -26,7 +26,7 @@ def import_hf_parser() -> Parser:
 
 
 def import_hf(arguments: argparse.Namespace) -> int:
-    from nemo_rao.integration.hugging_face_import import main as run
+    from nemo_rao.hugging_face.importer import main as run
 
     return run(arguments)
 
@@ -55,7 +55,7 @@ def export_hf_parser() -> Parser:
 
 
 def export_hf(arguments: argparse.Namespace) -> int:
-    from nemo_rao.integration.hugging_face_export import main as run
+    from nemo_rao.hugging_face.exporter import main as run
 
     return run(arguments)
 

@@ -18,11 +18,11 @@ def reached() -> Any:
     from nemo_rao.integration import build
     from nemo_rao.integration.compose import compose
 
-    def configs(*overrides: str) -> tuple[Any, Any, Any]:
+    def configs(*overrides: str) -> list[Any]:
         config = compose("gpt_rao", overrides)
         formats = build.precision(config).dtype_config
         made = build.model_config(config), build.optimizer(config, 10).config, build.strategy(config).ddp_config
-        return tuple(update_config_with_dtype_overrides(formats, one) for one in made)  # type: ignore[return-value]
+        return [update_config_with_dtype_overrides(formats, one) for one in made]
 
     return configs
 

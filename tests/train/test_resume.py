@@ -60,18 +60,16 @@ def train_and_die(recipe: str, given: Sequence[str]) -> None:
     ("recipe", "ranks", "extra"),
     [
         ("gpt_rao", parallel(2, 2, 1), ()),
-        ("gpt_dpo", parallel(1, 1, 2), ()),
-        ("gpt_rao", parallel(1, 2, 1), ("model.peft.scheme=lora",)),
+        ("gpt_dpo", parallel(1, 2, 1), ("model.peft.scheme=lora",)),
         ("gpt_rao", parallel(1, 2, 1), ("model.objective=dro", "model.dro.value_lr=0.01")),
-        ("gpt_rao", parallel(2, 1, 1), ("model.objective=kto", "model.kto.threshold=0.6")),
+        ("gpt_rao", parallel(1, 1, 2), ("model.objective=kto", "model.kto.threshold=0.6")),
         ("gpt_rao", parallel(1, 2, 2), INTERLEAVED),
     ],
     ids=[
         "RAO, TP 2 x PP 2",
-        "DPO, DP 2",
-        "RAO with LoRA, PP 2",
+        "DPO with LoRA, PP 2",
         "DRO and its value head, PP 2",
-        "KTO, TP 2",
+        "KTO and its statistic of all ranks, DP 2",
         "RAO, interleaved PP 2 x CP 2",
     ],
 )

@@ -1,0 +1,163 @@
+"""The NeMo checkpoint that is exported: what model it is, which tensors it has, and those tensors.
+
+What the model is stands as text in the checkpoint's ``context/model.yaml``, which NeMo writes beside its pickled twin:
+that one is never read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from nemo_rao.errors import UserError
+from nemo_rao.hugging_face.families import FAMILIES, MEGATRON_BIAS, SUPPORTED, Family
+from nemo_rao.integration.checkpoints import resolve_checkpoint
+from nemo_rao.integration.talk import say
+
+LAYERS = "decoder.layers."
+SCORE_HEAD = "score_head.weight"  # of a reward model
+
+
+@dataclass(frozen=True)
+class Described:
+    """A checkpoint, as its ``context/model.yaml`` describes it.
+
+    Attributes:
+        folder: of the checkpoint.
+        family: of the model.
+        config: fields of NeMo's config.
+        lora: fields of NeMo's LoRA, or ``None``.
+        tokenizer: folder, or name on huggingface.co.
+    """
+
+    folder: Path
+    family: Family
+    config: SimpleNamespace
+    lora: Mapping[str, Any] | None
+    tokenizer: str
+
+
+def describe(checkpoint: Path) -> Described:
+    """What model ``checkpoint`` has, without reading any pickle.
+
+    Raises:
+        UserError: it does not tell, or the model is of a kind that cannot be exported.
+    """
+    import yaml
+
+    file = checkpoint / "context" / "model.yaml"
+    try:
+        found = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        config, transform, tokenizer = found["config"], found.get("model_transform"), found["tokenizer"]
+        name = tokenizer["pretrained_model_name"]
+        module, _, class_name = config["_target_"].rpartition(".")
+    except FileNotFoundError:
+        raise UserError(
+            f"CHECKPOINT: {file} is missing, which tells what model it is; name a checkpoint that NeMo 2 wrote"
+        ) from None
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"CHECKPOINT: {file} does not tell what model it is ({type(error).__name__}: {reason})"
+        ) from None
+    family = next((family for family in FAMILIES if family.module == module), None)
+    if family is None or config.get("num_moe_experts") or config.get("qk_layernorm"):
+        raise UserError(f"CHECKPOINT: {checkpoint} is a {class_name}, which cannot be exported; {SUPPORTED} can")
+    if config.get("seq_len_interpolation_factor") or config.get("add_bias_linear"):
+        raise UserError(f"CHECKPOINT: {checkpoint}: interpolated positions and biases cannot be exported yet")
+    config["kv_channels"] = config["kv_channels"] or config["hidden_size"] // config["num_attention_heads"]
+    config["num_query_groups"] = config["num_query_groups"] or config["num_attention_heads"]
+    folder = checkpoint / "context" / name
+    return Described(
+        folder=checkpoint,
+        family=family,
+        config=SimpleNamespace(**config),
+        lora=transform,
+        tokenizer=str(folder) if folder.is_dir() else name,
+    )
+
+
+def base_of(adapters: Described) -> Path:
+    """The checkpoint whose weights the adapters change.
+
+    Raises:
+        UserError: the adapters do not tell, or it is gone.
+    """
+    file = adapters.folder / "weights" / "adapter_metadata.json"
+    try:
+        path = json.loads(file.read_text())["model_ckpt_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"CHECKPOINT: {file} does not tell whose adapters these are; it cannot be exported") from None
+    try:
+        return resolve_checkpoint(path, "CHECKPOINT")
+    except UserError:
+        raise UserError(
+            f"CHECKPOINT: {adapters.folder} has adapters for {path}, which is gone; put it back, or correct {file}"
+        ) from None
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each of the model's tensors, by its name without ``module.``; not the optimizer's."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    found = FileSystemReader(checkpoint / "weights").read_metadata().state_dict_metadata
+    return {
+        name.removeprefix("module."): (tuple(tensor.size), str(tensor.properties.dtype).removeprefix("torch."))
+        for name, tensor in found.items()
+        if isinstance(tensor, TensorStorageMetadata) and name.startswith("module.")
+    }
+
+
+def check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Holds the tensors of a checkpoint against what its model has, and tells which are left behind.
+
+    Raises:
+        UserError: one is missing.
+    """
+    tied = base.config.share_embeddings_and_output_weights
+    wanted = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
+    wanted |= set() if tied else {"output_layer.weight"}
+    for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        wanted |= {f"{LAYERS}{name}.weight", f"{LAYERS}{name}.layer_norm_weight"}
+    wanted |= {f"{LAYERS}self_attention.linear_proj.weight", f"{LAYERS}mlp.linear_fc2.weight"}
+    wanted |= {LAYERS + MEGATRON_BIAS.partition("*.")[2]} if base.family.qkv_bias else set()
+    missing = sorted(wanted - set(shapes))
+    if missing == ["output_layer.weight"]:
+        raise UserError(
+            f"CHECKPOINT: {base.folder} has no output layer: it is a reward model, not one that generates; it cannot "
+            "be exported"
+        )
+    if missing:
+        raise UserError(f"CHECKPOINT: {base.folder} has no tensor {missing[0]}; name a {base.family.architecture}")
+    left_behind = sorted(name for name in set(shapes) - wanted - {SCORE_HEAD} if not name.endswith("_extra_state"))
+    if left_behind:
+        say(f"not exported, as transformers has no place for it: {', '.join(left_behind)}")
+
+
+def read_tensors(checkpoint: Path, num_layers: int) -> dict[str, Any]:
+    """The model's tensors, whole, by Megatron's names; those that are stored for all layers in one, layer by layer."""
+    import torch
+    from torch.distributed import checkpoint as torch_checkpoint
+
+    tensors = {
+        f"module.{name}": torch.empty(shape, dtype=vars(torch)[dtype])
+        for name, (shape, dtype) in stored_tensors(checkpoint).items()
+        if not name.endswith("_extra_state")
+    }
+    reader = torch_checkpoint.FileSystemReader(checkpoint / "weights")
+    torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    found = {}
+    for full_name, tensor in tensors.items():
+        name = full_name.removeprefix("module.")
+        rest = name.removeprefix(LAYERS)
+        if rest == name or rest[:1].isdigit():
+            found[name] = tensor
+        else:
+            assert len(tensor) == num_layers, (name, tensor.shape)
+            found |= {f"{LAYERS}{number}.{rest}": tensor[number] for number in range(num_layers)}
+    return found

@@ -1,0 +1,65 @@
+"""What import from and export to Hugging Face have in common: how NeMo's connectors are used.
+
+    config.json      --import-->  config_class and arch, keys of a recipe; context/model.yaml --export-->  config.json
+    *.safetensors                 weights/, Megatron's torch_dist, for any parallelism                     *.safetensors
+    tokenizer files               tokenizer/, and from there into every checkpoint's context/              the same
+
+Weights are converted by NeMo's own connectors (``HFLlamaImporter``, ``HFLlamaExporter``). NeMo has such a pair for each
+family, but they map the same names, except for Qwen2's biases, and Llama's alone knows tied embeddings: so Llama's
+serves all families, and NeMo's transforms of biases are added. NeMo's translation of configs is not used: it unties
+Qwen2, takes Mistral's attention window for its length, drops factors of Llama 3.1's rotary scaling, exports the length
+that was trained on for the longest possible one, and to export it unpickles a checkpoint's context.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from nemo_rao.errors import UserError
+from nemo_rao.integration.talk import quiet_third_parties, say
+
+
+class Weights:
+    """Tensors by name, in the form in which NeMo's connectors take a model that is none.
+
+    ``config`` has what splits fused queries, keys and values: ``num_attention_heads``, ``num_query_groups``,
+    ``kv_channels``.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], config: SimpleNamespace) -> None:
+        self._tensors = dict(tensors)
+        self.config = config
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._tensors)
+
+
+def on_cpu_alone() -> None:
+    """Conversion is the CPU's, also where there are GPUs: it moves bytes. To be called before torch is imported."""
+    from nemo_rao.integration.launch import started_externally
+
+    if (launcher := started_externally()) is not None:
+        raise UserError(f"{launcher} started several ranks, but one process converts a model; run it without")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # transformers offers to load both; neither takes part, and tensorflow alone takes seconds to import.
+    os.environ.setdefault("USE_TF", "0")
+    os.environ.setdefault("USE_FLAX", "0")
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def import_nemo_aloud() -> None:
+    """Imports NeMo, telling why nothing seems to happen, and keeps it from telling what it does."""
+    from nemo_rao.integration.prepare import import_nemo
+
+    if "nemo.collections.llm" not in sys.modules:
+        say("importing NeMo, which takes about 20 seconds")
+    import_nemo()
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(nemo_logging.ERROR)
+    quiet_third_parties()

@@ -1,0 +1,243 @@
+"""``nemo-rao export-hf``: a NeMo checkpoint becomes a folder that ``transformers`` loads, or adapters for ``peft``.
+
+What the model is stands as text in the checkpoint's ``context/model.yaml``, which NeMo writes beside its pickled twin:
+that one is never read. The weights' own format, torch_dist, has pickles, which are looked at first
+(:mod:`nemo_rao.integration.pickles`).
+
+Adapters of a LoRA run are merged, ``W + alpha / dim * B A`` in fp32, into the weights that the run started from; their
+place stands beside the adapters, in ``weights/adapter_metadata.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.errors import UserError
+from nemo_rao.hugging_face.adapters import check_adapters, merge, write_adapters
+from nemo_rao.hugging_face.checkpoint import (
+    SCORE_HEAD,
+    Described,
+    base_of,
+    check_names,
+    describe,
+    read_tensors,
+    stored_tensors,
+)
+from nemo_rao.hugging_face.conversion import Weights, import_nemo_aloud, on_cpu_alone
+from nemo_rao.hugging_face.destination import check_destination, written_whole
+from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES
+from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint
+from nemo_rao.integration.pickles import refuse_code
+from nemo_rao.integration.talk import quiet_imports, quiet_third_parties, say
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Exports ``arguments.checkpoint`` to ``arguments.dest``.
+
+    Raises:
+        UserError: the checkpoint is not whole or of a family that is not known, or the destination does not suit.
+    """
+    on_cpu_alone()
+    quiet_third_parties()
+    described = describe(resolve_checkpoint(arguments.checkpoint, "CHECKPOINT"))
+    if arguments.adapters and described.lora is None:
+        raise UserError(
+            f"--adapters: {described.folder} has none, it is a whole model; leave the option out, or name a run with "
+            "model.peft.scheme=lora"
+        )
+    base = described if described.lora is None else describe(base_of(described))
+    if base.lora is not None:
+        raise UserError(f"CHECKPOINT: {described.folder} has adapters for {base.folder}, which are adapters themselves")
+    from nemo_rao.data.encode import load_tokenizer
+
+    tokenizer = load_tokenizer(described.tokenizer)
+    vocab_size = base.config.vocab_size or len(tokenizer)
+    remedy = "the checkpoint's context/ and weights/ are not of one model"
+    with quiet_imports():
+        import megatron.core.dist_checkpointing  # noqa: F401  # what the check reads with
+    if not arguments.allow_pickle:
+        for folder in {base.folder, described.folder}:
+            refuse_code(folder, "CHECKPOINT")
+    check_checkpoint(base.folder, base.config, vocab_size, key="CHECKPOINT", remedy=remedy, trusted=True)
+    shapes = {name: shape for name, (shape, _) in stored_tensors(base.folder).items()}
+    check_names(base, shapes)
+    if described.lora is not None:
+        check_adapters(described)
+
+    wanted = described if arguments.adapters else base
+    stored = {dtype for _, dtype in stored_tensors(wanted.folder).values()}
+    dtype = arguments.dtype or ("bf16" if stored == {"bfloat16"} else "fp32")
+    num_bytes = sum(math.prod(shape) for shape, _ in stored_tensors(wanted.folder).values()) * _BYTES[dtype]
+    destination = check_destination(arguments.dest, num_bytes, "DEST")
+    with written_whole(destination, "DEST") as partial:
+        if arguments.adapters:
+            write_adapters(described, partial, _DTYPES[dtype])
+        else:
+            _write_model(base, described, partial, dtype, vocab_size, tokenizer)
+        _write_tokenizer(described, tokenizer, partial)
+    if arguments.adapters:
+        say(f"adapters  {destination}")
+        say(f'to load   peft.PeftModel.from_pretrained(model, "{destination}"), model: what the run started from')
+    else:
+        kind = "SequenceClassification" if SCORE_HEAD in shapes else "CausalLM"
+        say(f"model    {destination}")
+        say(f'to load  transformers.AutoModelFor{kind}.from_pretrained("{destination}")')
+    return 0
+
+
+def _hf_config(base: Described, vocab_size: int, tokenizer: Any) -> Any:
+    """Hugging Face's config. What NeMo's does not know comes from the config.json that stands with the tokenizer."""
+    from transformers import CONFIG_MAPPING
+
+    config = base.config
+    carried: dict[str, Any] = {}
+    with_tokenizer = Path(base.tokenizer) / "config.json"
+    if with_tokenizer.is_file():
+        found = json.loads(with_tokenizer.read_text())
+        same = {"model_type": base.family.model_type, "hidden_size": config.hidden_size}
+        if {name: found.get(name) for name in same} == same:
+            carried = found
+    rope = None
+    if hasattr(config, "scale_factor"):
+        rope = {
+            "rope_type": "llama3",
+            "factor": config.scale_factor,
+            "low_freq_factor": config.low_freq_factor,
+            "high_freq_factor": config.high_freq_factor,
+            "original_max_position_embeddings": config.old_context_len,
+        }
+    of_family: dict[str, Any] = {}
+    if base.family.model_type == "mistral":
+        of_family["sliding_window"] = None if config.window_size is None else config.window_size[0] + 1
+    # Llama's config always has it, the others' only where it does not follow from the sizes.
+    if base.family.model_type == "llama" or config.kv_channels * config.num_attention_heads != config.hidden_size:
+        of_family["head_dim"] = config.kv_channels
+    return CONFIG_MAPPING[base.family.model_type](
+        architectures=[base.family.architecture],
+        num_hidden_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_query_groups,
+        max_position_embeddings=max(config.seq_length, carried.get("max_position_embeddings") or 0),
+        initializer_range=config.init_method_std,
+        rms_norm_eps=config.layernorm_epsilon,
+        rope_theta=config.rotary_base,
+        rope_scaling=rope,
+        vocab_size=vocab_size,
+        tie_word_embeddings=bool(config.share_embeddings_and_output_weights),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **of_family,
+    )
+
+
+def _write_model(
+    base: Described, described: Described, folder: Path, dtype: str, vocab_size: int, tokenizer: Any
+) -> None:
+    import torch
+    import transformers
+    from transformers.modeling_utils import no_init_weights
+
+    hf_config = _hf_config(base, vocab_size, tokenizer)
+    say("reading the weights")
+    num_layers = base.config.num_layers
+    weights = read_tensors(base.folder, num_layers)
+    if described.lora is not None:
+        say(f"merging the adapters of {described.folder}")
+        merge(weights, read_tensors(described.folder, num_layers), described.lora)
+    torch_dtype = vars(torch)[_DTYPES[dtype]]
+    source = Weights({name: tensor.to(torch_dtype) for name, tensor in weights.items()}, base.config)
+    del weights
+
+    import_nemo_aloud()
+    from nemo.collections.llm.gpt.model.llama import HFLlamaExporter
+    from nemo.lightning import io
+    from nemo.lightning.io.state import TransformFns
+
+    class Exporter(HFLlamaExporter):
+        """NeMo's, told what it would otherwise unpickle."""
+
+        config = property(lambda self: hf_config)
+
+        def is_llama4(self) -> bool:
+            return False
+
+    transformers.logging.set_verbosity_error()
+    say("converting")
+    with no_init_weights():
+        target = transformers.AutoModelForCausalLM.from_config(hf_config, torch_dtype=torch_dtype)
+    target = Exporter(base.folder).convert_state(source, target)
+    if base.family.qkv_bias:
+        bias = io.state_transform(source_key=MEGATRON_BIAS, target_key=HF_BIASES, fn=TransformFns.split_qkv_bias)
+        io.apply_transforms(source, target, mapping={}, transforms=[bias])
+    target.tie_weights()
+    if SCORE_HEAD in source.state_dict():
+        target = _classifier(target, source.state_dict()[SCORE_HEAD], tokenizer)
+    else:
+        target.generation_config = _generation_config(base, tokenizer)
+    say("writing")
+    target.save_pretrained(folder)
+
+
+def _classifier(model: Any, head: Any, tokenizer: Any) -> Any:
+    """A reward model as a sequence classifier: a label for each of the head's scores, the scores its logits."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.modeling_utils import no_init_weights
+
+    from nemo_rao.data.encode import Encoder
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = len(head)
+    # It reads the last token that is no padding. Where the end token pads, too, one row at a time is all it can do.
+    ends = {Encoder(tokenizer).end_token_id, tokenizer.eos_token_id}
+    config.pad_token_id = None if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
+    with no_init_weights():
+        classifier = AutoModelForSequenceClassification.from_config(config, torch_dtype=model.dtype)
+    classifier.model.load_state_dict(model.model.state_dict())
+    with torch.no_grad():
+        classifier.score.weight.copy_(head)
+    return classifier
+
+
+def _generation_config(base: Described, tokenizer: Any) -> Any:
+    """The model's own, where it came with the tokenizer; generation ends at the end of a turn and of a text."""
+    from transformers import GenerationConfig
+
+    from nemo_rao.data.encode import Encoder
+
+    ends = [Encoder(tokenizer).end_token_id]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    given = Path(base.tokenizer) / "generation_config.json"
+    carried = json.loads(given.read_text()) if given.is_file() else {}
+    carried.pop("_from_model_config", None)
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return GenerationConfig.from_dict({**carried, **tokens})
+
+
+def _write_tokenizer(described: Described, tokenizer: Any, folder: Path) -> None:
+    source = Path(described.tokenizer)
+    if not source.is_dir():
+        tokenizer.save_pretrained(folder)
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

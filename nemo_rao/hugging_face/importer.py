@@ -1,0 +1,225 @@
+"""``nemo-rao import-hf``: a Hugging Face model becomes a NeMo checkpoint, its tokenizer, and a recipe's model group.
+
+    DEST/weights, DEST/context    the checkpoint: model.restore_from_path=DEST
+    DEST/tokenizer                tokenizer, chat template, config.json: data.tokenizer=DEST/tokenizer
+    DEST/model/imported.yaml      sizes and both paths: --config-dir DEST model=imported, with any recipe
+
+Weights are read from safetensors, whose headers are held against config.json before anything else: nothing is missing,
+of another shape, cut off, or left over. No code of the model's is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.errors import UserError
+from nemo_rao.hugging_face.conversion import import_nemo_aloud, on_cpu_alone
+from nemo_rao.hugging_face.destination import check_destination, written_whole
+from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES, Family
+from nemo_rao.hugging_face.source import (
+    check_tensors,
+    family_of,
+    head_size,
+    local_folder,
+    read_config,
+    read_header,
+    read_json,
+    tensors_of,
+    weight_files,
+    widest_dtype,
+)
+from nemo_rao.integration.launch import launch
+from nemo_rao.integration.talk import quiet_third_parties, say
+
+_LONGEST = 4096  # tokens; a recipe's model.seq_length is the model's own length, or this
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Imports ``arguments.source`` into ``arguments.dest``.
+
+    Raises:
+        UserError: it is no whole model of a family that is known, or the destination does not suit.
+    """
+    on_cpu_alone()
+    quiet_third_parties()
+    source = local_folder(arguments.source, arguments.allow_pickle)
+    given = read_json(source / "config.json")
+    family = family_of(given, source)
+    files = weight_files(source, arguments.allow_pickle)
+    headers: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            headers |= read_header(file)
+    destination = check_destination(arguments.dest, sum(file.stat().st_size for file in files), "DEST")
+
+    config = read_config(given, family, source)
+    if headers:
+        check_tensors(headers, tensors_of(config, family), source)
+    from nemo_rao.data.encode import load_tokenizer
+
+    num_tokens = len(load_tokenizer(source))
+    if num_tokens > config.vocab_size:
+        raise UserError(
+            f"SOURCE: the tokenizer in {source} has {num_tokens} tokens, more than the {config.vocab_size} of the "
+            "model's embeddings; give the model its own tokenizer"
+        )
+    keys = model_keys(config, family)
+    num_parameters = sum(math.prod(shape) for shape in tensors_of(config, family).values())
+    say(f"{family.architecture} of {num_parameters:,} parameters in {len(files)} files of {source}")
+    with written_whole(destination, "DEST") as partial:
+        _copy_tokenizer(source, partial / "tokenizer", given, arguments.source)
+        dtype = widest_dtype({dtype for dtype, _ in headers.values()})
+        launch(_convert, (source, partial, family, keys, config, dtype, not headers), num_ranks=1)
+        say("writing the recipe's model group")
+        (partial / "model").mkdir()
+        (partial / "model" / "imported.yaml").write_text(_recipe(destination, keys, config, num_tokens))
+    say(f"checkpoint  {destination}")
+    say(f"tokenizer   {destination / 'tokenizer'}")
+    say(
+        f"to train    nemo-rao train --config-dir {shlex.quote(str(destination))} --config-name gpt_rao model=imported "
+        "data.train_path=prefs.jsonl"
+    )
+    return 0
+
+
+def model_keys(config: Any, family: Family) -> dict[str, Any]:
+    """``model.config_class`` and ``model.arch`` of a recipe, from Hugging Face's config; without ``vocab_size``."""
+    rope = vars(config).get("rope_scaling") or {}
+    extra: dict[str, Any] = {"layernorm_epsilon": config.rms_norm_eps, "init_method_std": config.initializer_range}
+    config_class = family.config_class
+    if rope:
+        config_class = "Llama31Config8B"  # the smallest of a scaled Llama that nemo.collections.llm offers; see arch
+        extra |= {
+            "scale_factor": float(rope["factor"]),
+            "low_freq_factor": float(rope["low_freq_factor"]),
+            "high_freq_factor": float(rope["high_freq_factor"]),
+            "old_context_len": int(rope["original_max_position_embeddings"]),
+        }
+    if family.model_type == "mistral":
+        # Megatron counts the tokens before the present one, Hugging Face that one, too.
+        window = config.sliding_window
+        extra |= {"window_size": None, "cp_comm_type": None} if window is None else {"window_size": [window - 1, 0]}
+    arch = {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "kv_channels": head_size(config),
+        "rotary_base": float(config.rope_theta),
+        "share_embeddings_and_output_weights": bool(config.tie_word_embeddings),
+        "extra": extra,
+    }
+    return {"config_class": config_class, "arch": arch}
+
+
+def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens: int) -> str:
+    """A file of the group ``model``."""
+    from nemo_rao.integration.recipe_text import shown
+
+    arch = dict(keys["arch"])
+    # Otherwise the tokenizer's: Megatron then pads it to whatever its parallelism needs.
+    vocab_size = {} if num_tokens == config.vocab_size else {"vocab_size": config.vocab_size}
+    extra = {**arch.pop("extra"), **vocab_size}
+    lines = [
+        "# @package _global_",
+        "# Written by nemo-rao import-hf. For any recipe: --config-dir "
+        f"{shlex.quote(str(destination))} model=imported. The two paths below are",
+        "# absolute: change them if this folder is moved.",
+        "model:",
+        f"  restore_from_path: {shown(str(destination))}",
+        f"  config_class: {keys['config_class']}",
+        f"  seq_length: {min(config.max_position_embeddings, _LONGEST)}",
+        "  arch:",
+        *(f"    {name}: {shown(value)}" for name, value in arch.items()),
+        "    extra:",
+        *(f"      {name}: {shown(value)}" for name, value in extra.items()),
+        "data:",
+        f"  tokenizer: {shown(str(destination / 'tokenizer'))}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _copy_tokenizer(source: Path, folder: Path, given: Mapping[str, Any], name: str) -> None:
+    """The tokenizer as it is, in a folder of its own: NeMo copies that folder into every checkpoint."""
+    folder.mkdir()
+    for file in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / file).is_dir():
+            shutil.copytree(source / file, folder / file)
+        elif (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
+    kept = {key: value for key, value in given.items() if key != "auto_map"}
+    (folder / "config.json").write_text(json.dumps({**kept, "_name_or_path": name}, indent=2) + "\n")
+
+
+def _convert(
+    source: Path, folder: Path, family: Family, keys: dict[str, Any], config: Any, dtype: str | None, pickled: bool
+) -> None:
+    """Read the weights, rename them with NeMo's importer, write the checkpoint."""
+    import torch
+    import transformers
+
+    say("reading the weights")
+    transformers.logging.set_verbosity_error()
+    torch_dtype = vars(torch)[dtype] if dtype is not None else "auto"
+    # Weights that were not there, or of another shape, would be drawn at random: the headers have told, and this does.
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        torch_dtype=torch_dtype,
+        use_safetensors=not pickled,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    missing = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
+    if missing:
+        raise UserError(f"SOURCE: {source} has no tensor {missing[0]}, which config.json asks for; download it again")
+
+    import_nemo_aloud()
+    from nemo.collections import llm
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+    from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
+    from nemo.lightning import io
+    from nemo.lightning.io.state import TransformFns
+
+    from nemo_rao.mcore.layer_spec import layer_spec_without_te
+
+    say("converting")
+    arch = dict(keys["arch"])
+    made = vars(llm)[keys["config_class"]](
+        **arch.pop("extra"),
+        **arch,
+        vocab_size=config.vocab_size,
+        seq_length=config.max_position_embeddings,
+        params_dtype=model.dtype,
+        bf16=model.dtype == torch.bfloat16,
+        fp16=model.dtype == torch.float16,
+    )
+    # After construction: the checkpoint's context is to know nothing of it.
+    made.transformer_layer_spec = layer_spec_without_te
+    made.perform_initialization = False
+    target = vars(llm)[family.model_class](
+        made, tokenizer=AutoTokenizer(str(folder / "tokenizer"), trust_remote_code=False)
+    )
+    importer = HFLlamaImporter(source)
+    trainer = importer.nemo_setup(target, ckpt_async_save=False)
+    importer.convert_state(model, target)
+    if family.qkv_bias:
+        bias = io.state_transform(source_key=HF_BIASES, target_key=MEGATRON_BIAS, fn=TransformFns.merge_qkv_bias)
+        io.apply_transforms(model, target, mapping={}, transforms=[bias])
+    del model
+    say("writing the checkpoint")
+    importer.nemo_save(folder, trainer)
+    if torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
