@@ -43,9 +43,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     starts = {
         f"{name}, TP 2": (name, parallel(2, 1, 1)) for name in (RECIPES if every else ("fp8_delayed", "fp8_mxfp8"))
     }
-    resumes = {"delayed, TP 2 x PP 2": ("fp8_delayed", parallel(2, 2, 1))}
+    resumes = {"delayed, PP 2": ("fp8_delayed", parallel(1, 2, 1))}
     if every:
         starts["fp8_delayed, TP 1"] = ("fp8_delayed", parallel(1, 1, 1))
+        resumes |= {"delayed, TP 2 x PP 2": ("fp8_delayed", parallel(2, 2, 1))}
         resumes |= {"delayed, DP 2": ("fp8_delayed", parallel(1, 1, 2))}
         resumes |= {"tensorwise, TP 2": ("fp8_tensorwise", parallel(2, 1, 1))}
     if "ranks" in metafunc.fixturenames:
