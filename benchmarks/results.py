@@ -54,14 +54,16 @@ def write_result(
 
 
 def _commit() -> str:
-    """Of the repository's files, with a plus where they were changed since."""
+    """Of the repository's files, with a plus where others than results were changed since."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no").strip()
+        # Results are what the benchmarks before this one have just written, or the page's.
+        status = ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
+        changed = git(*status).strip()
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
