@@ -112,9 +112,14 @@ def make_inputs(
     num_prompts: int,
     numbers_of_responses: Sequence[int],
     max_length: int,
+    copies: int = 1,
     seed: int = 0,
 ) -> Inputs:
-    """Everything but ``imported``, which is made where Megatron is (:func:`benchmarks.training.import_model`)."""
+    """Everything but ``imported``, which is made where Megatron is (:func:`benchmarks.training.import_model`).
+
+    Args:
+        copies: how often the files of rows and pairs have the same ``num_prompts`` prompts, one copy after the other.
+    """
     most = max(2, *numbers_of_responses)
     source_rows = folder / "all.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,11 +149,11 @@ def make_inputs(
 
     preferences, single_rows = {}, {}
     for number in numbers_of_responses:
-        of_number = [_with_responses(record, number) for record in chosen]
+        of_number = [_with_responses(record, number) for record in chosen] * copies
         preferences[number] = _write(folder / f"preferences_{number}.jsonl", of_number)
         singles = [{**record, "responses": [answer]} for record in of_number for answer in record["responses"]]
         single_rows[number] = _write(folder / f"single_rows_{number}.jsonl", singles)
-    pairs = _write(folder / "pairs.jsonl", (_pair(_with_responses(record, 2)) for record in chosen))
+    pairs = _write(folder / "pairs.jsonl", [_pair(_with_responses(record, 2)) for record in chosen] * copies)
     return Inputs(
         folder=folder,
         preferences=preferences,

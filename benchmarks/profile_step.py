@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.inputs import ModelSizes, make_inputs
 from benchmarks.results import parser, write_result
 from benchmarks.sessions import Session, Turn, in_child, prepare_server
-from benchmarks.step import LAYOUTS, Variant
+from benchmarks.step import LAYOUTS, ROUNDS_OF_AN_EPOCH, Variant
 from benchmarks.training import import_model, run_ours
 
 KINDS: Mapping[str, Sequence[str]] = {
@@ -69,6 +69,7 @@ def main() -> None:
             num_prompts=arguments.prompts,
             numbers_of_responses=[arguments.responses],
             max_length=arguments.max_length,
+            copies=ROUNDS_OF_AN_EPOCH,
         )
         in_child(import_model, inputs.source, inputs.imported)
         for layout in arguments.layouts:

@@ -5,9 +5,10 @@
 
 All start from the same weights and take the same prompts in the same order, with the same threads, in the same
 precision (fp32 on a CPU, bf16 on a GPU). Each is a process of its own; they take turns, a round of each after a round
-of the other, and a round is the whole file. Time is from one step's beginning to the next one's: reading and laying out
-the batch, forward, backward, optimizer, metrics. Starting is not in it, and neither is our reference pass, which is run
-once; it is told apart. Memory is what a process holds at most on top of what it held before it read data and model.
+of the other, and a round is the same prompts again: the file has them eight times over, as no run's epoch is a step or
+two. Time is from one step's beginning to the next one's: reading and laying out the batch, forward, backward,
+optimizer, metrics. Starting is not in it, and neither is our reference pass, which is run once; it is told apart.
+Memory is what a process holds at most on top of what it held before it read data and model.
 
     trl_dpo                   TRL's defaults: gradient checkpointing; the reference policy is run in every step
     trl_dpo, no checkpointing
@@ -42,6 +43,7 @@ TRL: Mapping[str, Mapping[str, bool]] = {
     "trl_dpo, precomputed": {"precompute_ref_log_probs": True},
     "trl_dpo, precomputed, no checkpointing": {"precompute_ref_log_probs": True, "gradient_checkpointing": False},
 }
+ROUNDS_OF_AN_EPOCH = 8
 LAYOUTS: Mapping[str, Sequence[str]] = {
     "rows": (),
     "packed": ("data.packing=true",),
@@ -102,7 +104,7 @@ def main() -> None:
     arguments_of.add_argument("--data", help="preference file; the default is made up")
     arguments_of.add_argument("--data-name", help="what the result calls it; the default is the file's name")
     arguments_of.add_argument("--responses", type=int, nargs="+", default=[2, 4], help="K")
-    arguments_of.add_argument("--prompts", type=int, default=8, help="of the file that is used")
+    arguments_of.add_argument("--prompts", type=int, default=8, help="of a round")
     arguments_of.add_argument("--batch", type=int, default=8, help="prompts of a step")
     arguments_of.add_argument("--micro-batches", type=int, default=1, help="of a step; TRL's is one")
     arguments_of.add_argument("--max-length", type=int, default=512, help="tokens; longer rows are left out")
@@ -123,6 +125,7 @@ def main() -> None:
             num_prompts=arguments.prompts,
             numbers_of_responses=arguments.responses,
             max_length=arguments.max_length,
+            copies=ROUNDS_OF_AN_EPOCH,
         )
         in_child(import_model, inputs.source, inputs.imported)
         sessions = start(inputs, arguments)
@@ -162,14 +165,18 @@ def wanted(name: str, arguments: argparse.Namespace) -> bool:
 
 
 def figures_of(rounds: Sequence[Mapping[str, Any]], prompts: int) -> dict[str, Any]:
-    """Seconds are those of a round; samples are prompts with all their responses."""
+    """Seconds are those of a round, the reference pass's those of its prompts once; samples are prompts with all their
+    responses."""
     seconds = [one["seconds"] for one in rounds]
+    notes = dict(rounds[-1]["notes"])
+    if "reference_seconds" in notes:
+        notes["reference_seconds"] /= ROUNDS_OF_AN_EPOCH
     return {
         "seconds": seconds,
         "samples_per_second": {"max": prompts / min(seconds), "median": prompts / summary(seconds)["median"]},
         "cpu_seconds": summary([one["cpu_seconds"] for one in rounds]),
         "peak_bytes": rounds[-1]["peak_bytes"],
-        **rounds[-1]["notes"],
+        **notes,
     }
 
 
