@@ -21,8 +21,8 @@ BEFORE = """\
 
 **How.** What is compared runs in one go, from the same weights, on the same rows in the same order, with the same
 threads and precision; sides take turns, a round of each after a round of the other, and what is compared are rounds
-next to each other. *Ratio* is the median of their ratios, *of minima* that of the fastest rounds, *of CPU* that of
-processor time, all threads together, which other users of the same cores disturb least. Below 1 ours is faster.
+next to each other. *Ratio* is the median of their ratios, *of minima* that of the fastest rounds, *of CPU* the median
+for processor time, all threads together, which other users of the same cores disturb least. Below 1 ours is faster.
 A plus behind a commit says that files were changed since.
 """
 
@@ -176,7 +176,7 @@ def _log_prob_goals(reports: Mapping[str, _Report]) -> str:
 
 
 def _ratio(ratio: Mapping[str, float]) -> list[str]:
-    return [f"{ratio[name]:.2f}" for name in ("median", "of_minima", "of_cpu_minima")]
+    return [f"{ratio[name]:.2f}" for name in ("median", "of_minima", "of_cpu")]
 
 
 def _step(name: str, report: _Report, *, notes: bool) -> str:

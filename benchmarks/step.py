@@ -181,12 +181,14 @@ def figures_of(rounds: Sequence[Mapping[str, Any]], prompts: int) -> dict[str, A
 
 
 def compare(rounds: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
-    """name of a comparison -> ratio of times of the same rounds, that of their minima, and that of processor time.
+    """name of a comparison -> median ratio of times of the same rounds, ratio of their minima, and median ratio of
+    processor times.
 
-    Processor time, of all threads together, is what remains comparable where others use the same cores.
+    Processor time, of all threads together, is what remains comparable where others use the same cores. Its minimum is
+    not: a single round in which the others pause has it.
     """
     seconds = {name: [one["seconds"] for one in of_name] for name, of_name in rounds.items()}
-    cpu_seconds = {name: min(one["cpu_seconds"] for one in of_name) for name, of_name in rounds.items()}
+    cpu_seconds = {name: [one["cpu_seconds"] for one in of_name] for name, of_name in rounds.items()}
     pairs: list[tuple[str, str]] = []
     for name in seconds:
         objective, *layout = name.split(", ")
@@ -198,7 +200,7 @@ def compare(rounds: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict
     return {
         f"{name} / {baseline}": {
             **paired_ratio(seconds[name], seconds[baseline]),
-            "of_cpu_minima": cpu_seconds[name] / cpu_seconds[baseline],
+            "of_cpu": paired_ratio(cpu_seconds[name], cpu_seconds[baseline])["median"],
         }
         for name, baseline in pairs
         if name != baseline and baseline in seconds
@@ -215,9 +217,7 @@ def show(figures: Mapping[str, Mapping[str, Any]], ratios: Mapping[str, Mapping[
         print("" if efficiency is None else f"{efficiency:>10.2f} {shared:>7.2f}", flush=True)
     print(f"\n{'time over time':<70} {'median':>7} {'of minima':>10} {'of cpu':>7}")
     for name, ratio in ratios.items():
-        print(
-            f"{name:<70} {ratio['median']:>7.2f} {ratio['of_minima']:>10.2f} {ratio['of_cpu_minima']:>7.2f}", flush=True
-        )
+        print(f"{name:<70} {ratio['median']:>7.2f} {ratio['of_minima']:>10.2f} {ratio['of_cpu']:>7.2f}", flush=True)
 
 
 if __name__ == "__main__":
