@@ -455,14 +455,12 @@ def _train(arguments: list[str]) -> None:
 
 
 def test_a_model_class_that_there_is_not_is_named_with_the_nearest(refused: Callable[..., str]) -> None:
-    import_once()
     has(refused("model.config_class=LlamaConfg"), "model.config_class", "'LlamaConfg'", "did you mean LlamaConfig?")
     message = refused("model.arch.extra={qk_layernrm: true}")
     has(message, "model.arch.extra.qk_layernrm", "did you mean qk_layernorm?")
 
 
 def test_sizes_of_the_model_class_itself_are_checked(refused: Callable[..., str]) -> None:
-    import_once()
     sizes = [f"model.arch.{name}=null" for name in ("num_layers", "hidden_size", "ffn_hidden_size")]
     heads = [f"model.arch.{name}=null" for name in ("num_attention_heads", "num_query_groups")]
     message = refused(

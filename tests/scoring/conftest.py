@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,10 @@ def write_judge(url: str, path: str = "judge.yaml", **keys: Any) -> str:
     }
     Path(path).write_text(json.dumps(settings | keys))  # JSON is YAML
     return f"judge:{path}"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen"
+        time.sleep(0.01)

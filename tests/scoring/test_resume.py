@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from nemo_rao.part_file import PartFile
-from tests.scoring.conftest import read_lines, write_judge, write_lines, write_rows
+from tests.scoring.conftest import read_lines, wait_for, write_judge, write_lines, write_rows
 from tests.scoring.judge_server import JudgeServer, Reply, by_number, error
 
 Command = Callable[..., tuple[int, str, str]]
@@ -36,13 +36,6 @@ def score(prompt, response):
 def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "nemo_rao", "score", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen"
-        time.sleep(0.01)
 
 
 def num_lines(path: Path) -> int:
