@@ -29,7 +29,8 @@ from nemo_rao.files import write_atomically
 from nemo_rao.integration.checkpoints import last_checkpoint
 from nemo_rao.integration.checks import check_run
 from nemo_rao.integration.compose import compose
-from nemo_rao.integration.config import RunConfig, data_parallel_size, run_dir
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import data_parallel_size, run_dir
 from nemo_rao.integration.experts import check_resumed_experts
 from nemo_rao.integration.precision_checks import check_named_gpu
 from nemo_rao.integration.recipe_text import to_yaml

@@ -19,7 +19,8 @@ from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import PrecisionConfig, RunConfig, objective_config
+from nemo_rao.integration.config import PrecisionConfig, RunConfig
+from nemo_rao.integration.derived import objective_config
 from nemo_rao.integration.experts import check_experts
 from nemo_rao.integration.model import MegatronGPTAlignmentModel, feed_lora_normed_inputs
 from nemo_rao.integration.precision_checks import sequence_multiple

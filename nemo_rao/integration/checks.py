@@ -11,17 +11,11 @@ from pathlib import Path
 
 from nemo_rao.data.rows import expand_paths
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import (
-    RunConfig,
-    data_parallel_size,
-    objective_config,
-    objective_names,
-    parallel_multiple,
-    run_dir,
-    world_size,
-)
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import data_parallel_size, objective_config, parallel_multiple, run_dir, world_size
 from nemo_rao.integration.precision_checks import check_fp8_network, check_precision
 from nemo_rao.objectives import registry
+from nemo_rao.objectives.registry import OBJECTIVES
 
 
 def check_run(config: RunConfig) -> None:
@@ -143,7 +137,7 @@ def _given(config: RunConfig, name: str, value: int) -> str:
 
 
 def _check_objective(config: RunConfig) -> None:
-    name, known = config.model.objective, objective_names()
+    name, known = config.model.objective, list(OBJECTIVES)
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean {nearest[0]}? " if nearest else ""

@@ -38,7 +38,8 @@ from typing import Any
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import resolve_checkpoint
 from nemo_rao.integration.compose import compose
-from nemo_rao.integration.config import RunConfig, objective_config, run_dir
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import objective_config, run_dir
 from nemo_rao.integration.metrics_file import read_metrics
 from nemo_rao.integration.several_runs import (
     PlannedRun,

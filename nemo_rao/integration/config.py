@@ -13,9 +13,7 @@ a new objective needs no edit here.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rao.keys import KeySpec, key
@@ -362,54 +360,3 @@ class RunConfig:
     data: DataConfig = section(DataConfig, "files and tokenizer")
     precision: PrecisionConfig = section(PrecisionConfig, "number formats")
     reference: ReferenceConfig = section(ReferenceConfig, "scoring the data with the starting weights, once")
-
-
-# ---------------------------------------------------------------------------------------------- what follows from it
-
-
-def objective_names() -> list[str]:
-    """The objectives there are."""
-    return list(OBJECTIVES)
-
-
-def objective_config(config: RunConfig) -> Any:
-    """The block of the run's objective, an instance of that objective's ``config_type``."""
-    return vars(config.model)[config.model.objective]
-
-
-def world_size(config: RunConfig) -> int:
-    """Ranks of the run."""
-    return config.trainer.devices * config.trainer.num_nodes
-
-
-def data_parallel_size(config: RunConfig) -> int:
-    """Copies of the model, each with its own part of a global batch."""
-    model = config.model
-    copy = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
-    return world_size(config) // copy
-
-
-def parallel_multiple(config: RunConfig) -> int:
-    """Tokens: a sequence's length is a multiple of it, so that it can be split over ranks."""
-    keys = config.model
-    context, tensor = keys.context_parallel_size, keys.tensor_model_parallel_size if keys.sequence_parallel else 1
-    return math.lcm(context * tensor, 2 * context if context > 1 else 1)  # two chunks on each context-parallel rank
-
-
-def run_dir(config: RunConfig) -> Path:
-    """The folder of this run: checkpoints and logs."""
-    return Path(config.exp_manager.exp_dir).expanduser() / config.exp_manager.name
-
-
-def reference_dir(config: RunConfig) -> Path:
-    """The folder of reference log-probabilities, shared by all runs of ``exp_dir``: they are found by fingerprint."""
-    return _shared_dir(config, config.reference.cache_dir, "reference")
-
-
-def data_cache_dir(config: RunConfig) -> Path | None:
-    """The folder of tokenised data, shared by all runs of ``exp_dir``; ``None``: nothing is kept."""
-    return _shared_dir(config, config.data.cache_dir, "tokenised") if config.data.cache else None
-
-
-def _shared_dir(config: RunConfig, given: str | None, name: str) -> Path:
-    return Path(given).expanduser() if given is not None else Path(config.exp_manager.exp_dir).expanduser() / name

@@ -19,7 +19,8 @@ from nemo_rao.data.synthetic import write_preferences
 from nemo_rao.data.tokenizer_training import texts_of_rows, train_tokenizer
 from nemo_rao.integration.checks import check_run
 from nemo_rao.integration.compose import compose
-from nemo_rao.integration.config import RunConfig, run_dir
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import run_dir
 from nemo_rao.integration.metrics_file import read_metrics
 from nemo_rao.integration.train import train
 

@@ -15,7 +15,8 @@ from nemo_rao.errors import UserError
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checks import check_architecture, check_sizes
 from nemo_rao.integration.compose import compose, override
-from nemo_rao.integration.config import RunConfig, objective_config
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import objective_config
 from nemo_rao.integration.experts import check_experts
 from nemo_rao.integration.precision_checks import check_named_gpu
 from nemo_rao.objectives import registry

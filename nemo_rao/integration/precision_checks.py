@@ -8,7 +8,8 @@ import os
 import subprocess
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import PrecisionConfig, RunConfig, parallel_multiple
+from nemo_rao.integration.config import PrecisionConfig, RunConfig
+from nemo_rao.integration.derived import parallel_multiple
 from nemo_rao.planning.gpus import FP8_RECIPES, GPUS, Capability
 
 FP8 = "precision.fp8"

@@ -23,7 +23,8 @@ from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint, resolve_checkpoint
 from nemo_rao.integration.checks import check_architecture
-from nemo_rao.integration.config import RunConfig, data_cache_dir, objective_config, run_dir, world_size
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import data_cache_dir, objective_config, run_dir, world_size
 from nemo_rao.integration.experts import check_resumed_experts
 from nemo_rao.integration.launch import started_externally
 from nemo_rao.integration.precision_checks import FP8, check_gpus_present

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from nemo_rao.batch import ModelOutput, Row, Sample
 from nemo_rao.data.rows import read_rows
 from nemo_rao.errors import RankFailure, UserError
-from nemo_rao.integration.config import RunConfig, objective_config
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import objective_config
 from nemo_rao.integration.pickles import refuse_code
 from nemo_rao.integration.precision_checks import quantisation
 from nemo_rao.integration.typed_config import load_recipe

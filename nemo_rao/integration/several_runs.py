@@ -31,10 +31,12 @@ from typing import Any, Literal
 from nemo_rao.errors import RankFailure, UserError, report
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checks import check_run
-from nemo_rao.integration.config import RunConfig, objective_names, run_dir
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import run_dir
 from nemo_rao.integration.metrics_file import read_metrics
 from nemo_rao.integration.recipe_text import to_yaml
 from nemo_rao.integration.typed_config import load_recipe
+from nemo_rao.objectives.registry import OBJECTIVES
 
 State = Literal["finished", "failed"]
 
@@ -78,7 +80,7 @@ def told_of(place: str) -> Iterator[None]:
 
 def check_keys_are_read(overrides: Sequence[str], config: RunConfig) -> None:
     """Refuses overrides of a block that the run's objective does not read: they would change nothing."""
-    unread = {f"model.{name}" for name in objective_names()} - {f"model.{config.model.objective}"}
+    unread = {f"model.{name}" for name in OBJECTIVES} - {f"model.{config.model.objective}"}
     for text in overrides:
         key = text.partition("=")[0]
         if key in unread or key.rpartition(".")[0] in unread:

@@ -21,7 +21,8 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.compose import compose_grid
-from nemo_rao.integration.config import RunConfig, run_dir
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import run_dir
 from nemo_rao.integration.several_runs import (
     PlannedRun,
     check_keys_are_read,

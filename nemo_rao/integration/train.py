@@ -14,8 +14,9 @@ from nemo_rao.data.encode import pad_token_id
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checkpoints import last_checkpoint
-from nemo_rao.integration.config import RunConfig, reference_dir, run_dir
+from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.curves import draw_curves
+from nemo_rao.integration.derived import reference_dir, run_dir
 from nemo_rao.integration.job import leave_if_stopped
 from nemo_rao.integration.launch import launch, started_externally
 from nemo_rao.integration.precision_checks import quantisation

@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import RunConfig, objective_names
+from nemo_rao.integration.config import RunConfig
 from nemo_rao.keys import KeySpec, check
+from nemo_rao.objectives.registry import OBJECTIVES
 
 
 def typed_config(given: DictConfig, *, where: str) -> RunConfig:
@@ -140,7 +141,7 @@ def _unknown_key(name: str) -> UserError:
         )
     keys = list(known_keys())
     group, _, last = name.rpartition(".")
-    if group.removeprefix("model.") in objective_names():  # another objective's key of that name would be no help
+    if group.removeprefix("model.") in OBJECTIVES:  # another objective's key of that name would be no help
         own = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == group}
         near = difflib.get_close_matches(last, own, n=1)
         remedy = f"did you mean {own[near[0]]}?" if near else f"the keys of {group} are {', '.join(own)}"

@@ -7,7 +7,8 @@ import pytest
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checks import check_architecture, check_run
 from nemo_rao.integration.compose import compose
-from nemo_rao.integration.config import RunConfig, data_parallel_size
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import data_parallel_size
 
 TP2_PP2 = (
     "trainer.devices=4",

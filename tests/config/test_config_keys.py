@@ -8,16 +8,11 @@ import pytest
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.compose import compose
-from nemo_rao.integration.config import (
-    RunConfig,
-    data_cache_dir,
-    objective_config,
-    objective_names,
-    reference_dir,
-    run_dir,
-)
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import data_cache_dir, objective_config, reference_dir, run_dir
 from nemo_rao.integration.typed_config import known_keys
 from nemo_rao.keys import check
+from nemo_rao.objectives.registry import OBJECTIVES
 
 
 def refusal(*overrides: str) -> str:
@@ -37,8 +32,8 @@ def test_the_defaults_pass_their_own_checks() -> None:
 
 
 def test_every_objective_has_its_block_with_its_own_config() -> None:
-    assert {"rao", "dpo"} <= set(objective_names())
-    for name in objective_names():
+    assert {"rao", "dpo"} <= set(OBJECTIVES)
+    for name in OBJECTIVES:
         config = compose("gpt_rao", [f"model.objective={name}"])
         assert type(objective_config(config)) is type(vars(RunConfig().model)[name])
 

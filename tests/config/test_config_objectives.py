@@ -10,7 +10,9 @@ import yaml
 
 from nemo_rao.integration.checks import check_run
 from nemo_rao.integration.compose import compose, recipe_names
-from nemo_rao.integration.config import RunConfig, objective_config, objective_names
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import objective_config
+from nemo_rao.objectives.registry import OBJECTIVES
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 RECIPES = recipe_names([CONF])
@@ -28,8 +30,8 @@ def recipe(name: str) -> RunConfig:
 
 def test_every_objective_has_its_settings_and_its_recipe_and_no_recipe_is_without_an_objective() -> None:
     of_models = {f"gpt_{objective}_{model}" for objective, model in [*PAPER_RUNS, *LARGER_RUNS]}
-    assert {path.stem for path in CONF.glob("objective/*.yaml")} == set(objective_names())
-    assert set(RECIPES) == {f"gpt_{name}" for name in objective_names()} | of_models
+    assert {path.stem for path in CONF.glob("objective/*.yaml")} == set(OBJECTIVES)
+    assert set(RECIPES) == {f"gpt_{name}" for name in OBJECTIVES} | of_models
 
 
 @pytest.mark.parametrize("name", RECIPES)

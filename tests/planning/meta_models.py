@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nemo_rao.integration.config import RunConfig, objective_config, world_size
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import objective_config, world_size
 
 
 class OnMeta(TorchFunctionMode):

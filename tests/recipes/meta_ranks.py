@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nemo_rao.integration.config import RunConfig, objective_config, world_size
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import objective_config, world_size
 
 from ..planning.meta_models import OnMeta, add_adapters
 

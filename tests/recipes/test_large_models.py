@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from nemo_rao.integration.compose import compose, package_recipes
-from nemo_rao.integration.config import RunConfig, world_size
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import world_size
 from nemo_rao.integration.plan import setting_of
 from nemo_rao.planning.gpus import GIB, GPUS
 from nemo_rao.planning.memory import peak

@@ -13,7 +13,8 @@ import pytest
 
 from nemo_rao.cli import main
 from nemo_rao.errors import RankFailure, UserError
-from nemo_rao.integration.config import RunConfig, run_dir
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import run_dir
 from nemo_rao.integration.recipe_text import to_yaml
 
 from .runs import TINY, in_fork, steps
