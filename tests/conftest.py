@@ -3,11 +3,15 @@
 import os
 from collections.abc import Callable
 
+import hypothesis
 import pytest
 
 # Before anything is imported: tests fork ranks, and neither of these thread pools survives a fork.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

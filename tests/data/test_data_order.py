@@ -13,7 +13,7 @@ from nemo_rao.errors import UserError
 sizes = st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(size=sizes, seed=st.integers(0, 2**63), start=st.integers(0, 500))
 def test_a_resumed_run_sees_the_batches_it_would_have_seen(size, seed, start):
     num_samples, batch_size = size
@@ -24,7 +24,7 @@ def test_a_resumed_run_sees_the_batches_it_would_have_seen(size, seed, start):
     assert all(len(batch) == batch_size for batch in straight)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(size=sizes, seed=st.integers(0, 1000), epoch=st.integers(0, 20))
 def test_an_epoch_repeats_nothing_and_drops_only_what_fills_no_batch(size, seed, epoch):
     num_samples, batch_size = size
@@ -57,7 +57,7 @@ def test_changing_a_batch_changes_no_later_one():
     assert global_batch(0, num_samples=8, global_batch_size=8, seed=0).tolist() == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(micro=st.integers(1, 5), ranks=st.integers(1, 6), number=st.integers(1, 5))
 def test_every_split_over_ranks_and_micro_batches_is_the_global_batch(micro, ranks, number):
     indices = np.random.RandomState(0).permutation(1000)[: micro * ranks * number]
@@ -66,7 +66,7 @@ def test_every_split_over_ranks_and_micro_batches_is_the_global_batch(micro, ran
     assert [index for part in parts for batch in part for index in batch] == indices.tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(num_samples=st.integers(1, 50), micro=st.integers(1, 7), ranks=st.integers(1, 6))
 def test_a_pass_over_all_data_sees_each_sample_once(num_samples, micro, ranks):
     parts = [every_sample_once(num_samples, micro, rank, ranks) for rank in range(ranks)]

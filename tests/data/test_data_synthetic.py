@@ -34,7 +34,7 @@ def test_the_reward_is_one_minus_the_relative_edit_distance(prompt, response, re
     assert ground_truth_reward(prompt, response) == pytest.approx(reward)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(response=st.text())
 def test_the_reward_of_any_text_is_in_zero_to_one(response):
     assert 0 <= ground_truth_reward("Sort: d a c b", response) <= 1
@@ -115,7 +115,7 @@ def test_a_trained_tokenizer_encodes_the_data_with_a_shared_first_token(tmp_path
     assert 0.3 < data.reward_summary().mean < 0.9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_a_trained_tokenizer_writes_any_text_without_loss(text, tokenizers):
     ids = tokenizers["own"](text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -17,7 +17,7 @@ CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 NAMES = st.sampled_from(sorted(OBJECTIVES))
 SEEDS = st.integers(0, 2**16)
 COUNTS = st.lists(st.integers(1, 4), min_size=1, max_size=5).map(tuple)
-fast = settings(max_examples=60, deadline=None, derandomize=True)
+fast = settings(max_examples=60, derandomize=True)
 
 
 def sums(name: str, batch):  # type: ignore[no-untyped-def]

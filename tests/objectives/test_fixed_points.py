@@ -26,7 +26,7 @@ from .formulas import (
 )
 from .test_formulas import batch_for, describe
 
-few = settings(max_examples=50, deadline=None, derandomize=True)
+few = settings(max_examples=50, derandomize=True)
 BETA, TAU, CONSTANT = 0.4, 0.8, 1.7
 
 
