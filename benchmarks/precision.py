@@ -35,6 +35,7 @@ SIMULATED = ("precision.fp8_simulation=true",)
 EVERY_LAYER = ("precision.first_last_layers_bf16=false",)
 LAST = ("precision.fp8_amax_compute_algo=most_recent", "precision.fp8_amax_history_len=1")
 UNCALIBRATED = "delayed, not calibrated"
+ENDS_IN_BF16 = "tensorwise, ends in bf16"
 FORMATS: Mapping[str, Sequence[str]] = {
     "fp32": ("precision=fp32",),
     "bf16": ("precision=bf16_mixed",),
@@ -44,7 +45,7 @@ FORMATS: Mapping[str, Sequence[str]] = {
     "delayed, most_recent of 1": ("precision=fp8_delayed", *LAST),
     UNCALIBRATED: ("precision=fp8_delayed",),
     "tensorwise": ("precision=fp8_tensorwise", *EVERY_LAYER),
-    "tensorwise, ends in bf16": ("precision=fp8_tensorwise",),
+    ENDS_IN_BF16: ("precision=fp8_tensorwise",),
     "blockwise": ("precision=fp8_blockwise",),
     "mxfp8": ("precision=fp8_mxfp8",),
 }
@@ -65,18 +66,17 @@ QUIET = (
     "exp_manager.checkpoint_callback_params.save_top_k=0",
 )
 NOT_KEPT = ("exp_manager.checkpoint_callback_params.save_last=false",)
-PROMPTS, HELD_OUT, RESPONSES, VOCAB = 240, 24, 4, 320
-PROBED, MICRO_BATCH = 24, 6  # prompts
+PROMPTS, HELD_OUT, RESPONSES, VOCAB = 2400, 48, 4, 320
+GLOBAL_BATCH, MICRO_BATCH, PROBED = 12, 6, 24  # prompts, of RAO
 
 
 def main() -> None:
     arguments_of = parser(__doc__, repeats=1)
     arguments_of.add_argument("--gpu", action="store_true", help="through Transformer Engine, nothing simulated")
     arguments_of.add_argument("--sft-steps", type=int, default=150)
-    arguments_of.add_argument("--steps", type=int, help="of RAO in each format; 20 with --gpu, else 40")
+    arguments_of.add_argument("--steps", type=int, default=20, help="of RAO in each format, on prompts of their own")
     arguments_of.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     arguments = arguments_of.parse_args()
-    arguments.steps = arguments.steps or (20 if arguments.gpu else 40)
     import torch
 
     from nemo_rao.integration.prepare import import_nemo
@@ -138,8 +138,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[str]:
         "trainer.val_check_interval=1000000",
         "data.shuffle=false",
         f"model.micro_batch_size={MICRO_BATCH}",
-        "model.global_batch_size=12",
-        "data.num_prompts=96",
+        f"model.global_batch_size={GLOBAL_BATCH}",
+        f"data.num_prompts={max(PROBED, GLOBAL_BATCH * arguments.steps)}",
         "model.optim.lr=7e-5",
         f"model.optim.sched.warmup_steps={min(4, arguments.steps)}",
         "model.rao.beta=0.3",

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.precision import ENDS_IN_BF16, UNCALIBRATED
 from benchmarks.results import FOLDER
 
 _Figures = Mapping[str, Any]
@@ -162,16 +163,21 @@ def _meaning(report: _Figures) -> str:
     formats = report["formats"]
     eight = [name for name in formats if name not in ("fp32", "bf16", "fp16")]
     errors = [formats[name]["log_ratio_error_rms"] for name in eight]
-    calibrated, not_calibrated = formats["delayed"]["run"], formats["delayed, not calibrated"]["run"]
+    calibrated, not_calibrated = formats["delayed"]["run"], formats[UNCALIBRATED]["run"]
+    whole = [name for name in eight if name not in (ENDS_IN_BF16, UNCALIBRATED)]
+    of_loss, of_gradient = (
+        min(whole, key=lambda name: formats[name][figure]) for figure in ("loss_error", "gradient_error")
+    )
+    ends, all_layers = (formats[name]["log_ratio_error_rms"] for name in (ENDS_IN_BF16, "tensorwise"))
     return (
         f"**Does a point-wise loss survive?** FP8 moves a response's log-ratio by {min(errors):.2f} to "
         f"{max(errors):.2f} nats, where RAO has made it {formats['fp32']['log_ratio_rms']:.2f} nats (rms) and bf16 "
         f"moves it by {formats['bf16']['log_ratio_error_rms']:.2f}. Unlike a difference within a pair, a point-wise "
         "loss sees all of it, times β. That is noise that training bears where rewards differ by more; it does not "
-        "where they differ by less. With every layer in 8 bits, scales of blocks leave loss and gradient nearest to "
-        "bf16's. The first and the last layer in bf16, half of this model's, about halve the errors of tensorwise "
-        "scales. Delayed ones also drift, by "
-        f"{formats['delayed']['start_rms']:.2f} nats within the first steps, with nothing learned. Without "
+        f"where they differ by less. With every layer in 8 bits, the loss is nearest to bf16's under {of_loss}, the "
+        f"gradient under {of_gradient}. The first and the last layer in bf16, half of this model's, bring the "
+        f"log-ratio's error under tensorwise scales from {all_layers:.2f} to {ends:.2f} nats. Delayed ones also drift, "
+        f"by {formats['delayed']['start_rms']:.2f} nats within the first steps, with nothing learned. Without "
         f"calibration the run ends at a held-out loss of {not_calibrated['val_loss']:.3f} instead of "
         f"{calibrated['val_loss']:.3f} (bf16: {formats['bf16']['run']['val_loss']:.3f}). Choose `fp8_mxfp8` on "
         "Blackwell, `fp8_blockwise` or `fp8_tensorwise` on Hopper, and bf16 where rewards are close. fp16's row is its "
@@ -192,8 +198,9 @@ def _runs(report: _Figures) -> str:
         for label, figures in report["formats"].items()
     ]
     return (
-        f"**{report['arguments']['steps']} steps of RAO in each format**, from W0, on the same batches: held-out "
-        "prompts at the end.\n\n" + _table(["format", "loss", "target error", "margin", "steps left out"], rows)
+        f"**{report['arguments']['steps']} steps of RAO in each format**, from W0, on the same batches, no prompt "
+        "twice: held-out prompts at the end.\n\n"
+        + _table(["format", "loss", "target error", "margin", "steps left out"], rows)
     )
 
 
