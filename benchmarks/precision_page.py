@@ -163,7 +163,7 @@ def _meaning(report: _Figures) -> str:
     formats = report["formats"]
     eight = [name for name in formats if name not in ("fp32", "bf16", "fp16")]
     errors = [formats[name]["log_ratio_error_rms"] for name in eight]
-    calibrated, not_calibrated = formats["delayed"]["run"], formats[UNCALIBRATED]["run"]
+    ended = {name: figures["run"]["val_loss"] for name, figures in formats.items()}
     whole = [name for name in eight if name not in (ENDS_IN_BF16, UNCALIBRATED)]
     of_loss, of_gradient = (
         min(whole, key=lambda name: formats[name][figure]) for figure in ("loss_error", "gradient_error")
@@ -177,12 +177,13 @@ def _meaning(report: _Figures) -> str:
         f"where they differ by less. With every layer in 8 bits, the loss is nearest to bf16's under {of_loss}, the "
         f"gradient under {of_gradient}. The first and the last layer in bf16, half of this model's, bring the "
         f"log-ratio's error under tensorwise scales from {all_layers:.2f} to {ends:.2f} nats. Delayed ones also drift, "
-        f"by {formats['delayed']['start_rms']:.2f} nats within the first steps, with nothing learned. Without "
-        f"calibration the run ends at a held-out loss of {not_calibrated['val_loss']:.3f} instead of "
-        f"{calibrated['val_loss']:.3f} (bf16: {formats['bf16']['run']['val_loss']:.3f}). Choose `fp8_mxfp8` on "
-        "Blackwell, `fp8_blockwise` or `fp8_tensorwise` on Hopper, and bf16 where rewards are close. fp16's row is its "
-        "distance from bf16, which is bf16's own error. One seed and a small model: differences between recipes of a "
-        "tenth mean nothing, and a response of n tokens has about √n times a token's error.\n"
+        f"by {formats['delayed']['start_rms']:.2f} nats within the first steps, with nothing learned, and by "
+        f"{formats[UNCALIBRATED]['start_rms']:.2f} without calibration. Runs end at held-out losses from "
+        f"{min(ended.values()):.3f} to {max(ended.values()):.3f} (below), fp32's at {ended['fp32']:.3f} and bf16's at "
+        f"{ended['bf16']:.3f}: so few steps of one seed put the formats in no order. Choose `fp8_mxfp8` on Blackwell, "
+        "`fp8_blockwise` or `fp8_tensorwise` on Hopper, and bf16 where rewards are close. fp16's row is its distance "
+        "from bf16, which is bf16's own error. One seed and a small model: differences between recipes of a tenth mean "
+        "nothing, and a response of n tokens has about √n times a token's error.\n"
     )
 
 
