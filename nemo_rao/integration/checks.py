@@ -4,7 +4,6 @@ Ranges of single keys are checked where the config is made; here are the rules t
 machine together. Nothing is written. A :class:`UserError` names the key, its value, and what to change.
 """
 
-import difflib
 import importlib.util
 import os
 from pathlib import Path
@@ -15,7 +14,6 @@ from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import data_parallel_size, objective_config, parallel_multiple, run_dir, world_size
 from nemo_rao.integration.precision_checks import check_fp8_network, check_precision
 from nemo_rao.objectives import registry
-from nemo_rao.objectives.registry import OBJECTIVES
 
 
 def check_run(config: RunConfig) -> None:
@@ -48,7 +46,7 @@ def check_sizes(config: RunConfig) -> None:
     Raises:
         UserError: the first rule that does not hold.
     """
-    _check_objective(config)
+    registry.get(config.model.objective)  # refuses a name that there is not
     _check_ranks(config)
     _check_batches(config)
     _check_recompute(config)
@@ -134,14 +132,6 @@ def _given(config: RunConfig, name: str, value: int) -> str:
     """``model.arch.NAME=VALUE``, and where the value comes from if not from the config."""
     from_class = "" if vars(config.model.arch)[name] is not None else f" (of {config.model.config_class})"
     return f"model.arch.{name}={value}{from_class}"
-
-
-def _check_objective(config: RunConfig) -> None:
-    name, known = config.model.objective, list(OBJECTIVES)
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise UserError(f"model.objective={name}: no such objective; {hint}there are {', '.join(known)}")
 
 
 def _check_length(config: RunConfig) -> None:

@@ -63,6 +63,6 @@ def get(name: str) -> Objective:
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    nearest = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     raise UserError(f"model.objective={name}: no such objective; {hint}there are {', '.join(OBJECTIVES)}")
