@@ -1,6 +1,8 @@
 """The errors that speak to users, and how entry points tell them. Everything else that raises is a mistake of ours."""
 
+import difflib
 import sys
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -8,6 +10,12 @@ class UserError(ValueError):
 
     Entry points print the line and exit with code 2, before anything heavy starts.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a line about an unknown name: ``; did you mean NEAREST?``, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class RankFailure(RuntimeError):

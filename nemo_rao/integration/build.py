@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
 
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.integration.config import PrecisionConfig, RunConfig
 from nemo_rao.integration.derived import objective_config
 from nemo_rao.integration.experts import check_experts
@@ -42,8 +41,7 @@ def model_config(config: RunConfig) -> GPTConfig:
         name: value for name, value in vars(llm).items() if isinstance(value, type) and issubclass(value, GPTConfig)
     }
     if keys.config_class not in classes:
-        near = difflib.get_close_matches(keys.config_class, classes, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(keys.config_class, classes)
         raise UserError(f"model.config_class: nemo.collections.llm has no GPT config named {keys.config_class!r}{hint}")
     config_class = classes[keys.config_class]
     sizes = {name: value for name, value in dataclasses.asdict(keys.arch).items() if value is not None}
@@ -51,8 +49,7 @@ def model_config(config: RunConfig) -> GPTConfig:
     fields = {field.name for field in dataclasses.fields(config_class)}
     for name in extra:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, fields)
             raise UserError(f"model.arch.extra.{name}: {keys.config_class} has no such field{hint}")
     recompute = {
         "recompute_granularity": keys.recompute_granularity,

@@ -8,13 +8,12 @@ instead: a table of published sizes, which would be a second source, and an impo
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
 
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, did_you_mean
 
 NOT_CONSTANT = object()
 
@@ -34,9 +33,7 @@ def config_fields(name: str) -> dict[str, Any]:
     """
     classes = _classes()
     if name not in classes:
-        near = difflib.get_close_matches(name, classes, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"model.config_class: NeMo has no GPT config named {name!r}{hint}")
+        raise UserError(f"model.config_class: NeMo has no GPT config named {name!r}{did_you_mean(name, classes)}")
     return _fields(name)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import typing
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.generation.settings import EngineName
 from nemo_rao.keys import check, key
 
@@ -108,8 +107,7 @@ def _with_base(values: dict[str, Any], path: str) -> dict[str, Any]:
                 "api_key_variable: NAME"
             )
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(str(name), known)
             raise UserError(f"{path}: unknown key {name}{hint}; there are {', '.join(known)}")
     if (base := values.get("based_on")) is not None:
         there = sorted(file.stem for file in JUDGES.glob("*.yaml"))
