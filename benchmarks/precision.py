@@ -1,8 +1,8 @@
 """What 8-bit training costs in accuracy: log-probabilities, log-ratios, RAO's loss and gradient, short runs.
 
     python -m benchmarks.precision          simulated on a processor
-    python -m benchmarks.precision --gpu    the same through Transformer Engine, 20 steps; recipes that the GPU lacks
-                                            are named and left out
+    python -m benchmarks.precision --gpu    the same through Transformer Engine; recipes that the GPU lacks are named
+                                            and left out
 
 A Llama of 4 layers and 256 channels, of blocks of 128 so that there are several, is fine-tuned on the demonstration's
 letter puzzles (W0) and aligned with RAO in fp32 (W1). Then every format starts a run of RAO from W0 through the
@@ -15,7 +15,8 @@ project's own entry point. Before its first step a probe measures, on the same p
     rho at start what the policy differs from its reference by before it has learned anything: as it is, with other
                  rows beside it in a micro-batch
 
-bf16 is measured against fp32, everything else against bf16. The run then goes on, and its end is compared.
+bf16 is measured against fp32, everything else against bf16. The run then goes on, over prompts that it sees once, and
+its end is compared.
 """
 
 from __future__ import annotations
@@ -67,14 +68,14 @@ QUIET = (
 )
 NOT_KEPT = ("exp_manager.checkpoint_callback_params.save_last=false",)
 PROMPTS, HELD_OUT, RESPONSES, VOCAB = 2400, 48, 4, 320
-GLOBAL_BATCH, MICRO_BATCH, PROBED = 12, 6, 24  # prompts, of RAO
+GLOBAL_BATCH, MICRO_BATCH, PROBED = 12, 6, 24  # of RAO, prompts
 
 
 def main() -> None:
     arguments_of = parser(__doc__, repeats=1)
     arguments_of.add_argument("--gpu", action="store_true", help="through Transformer Engine, nothing simulated")
     arguments_of.add_argument("--sft-steps", type=int, default=150)
-    arguments_of.add_argument("--steps", type=int, default=20, help="of RAO in each format, on prompts of their own")
+    arguments_of.add_argument("--steps", type=int, default=20, help="of RAO in each format, no prompt twice")
     arguments_of.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     arguments = arguments_of.parse_args()
     import torch
@@ -113,7 +114,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[str]:
     from nemo_rao.data.synthetic import write_preferences
     from nemo_rao.data.tokenizer_training import texts_of_rows, train_tokenizer
 
-    write_preferences(folder / "train.jsonl", PROMPTS, RESPONSES)
+    num_prompts = max(PROBED, GLOBAL_BATCH * arguments.steps)
+    write_preferences(folder / "train.jsonl", max(PROMPTS, num_prompts), RESPONSES)
     write_preferences(folder / "held_out.jsonl", HELD_OUT, RESPONSES, seed=1, split="held_out")
     train_tokenizer(texts_of_rows(read_rows(str(folder / "train.jsonl"))), folder / "tokenizer", VOCAB)
     device = f"trainer.accelerator={'gpu' if arguments.gpu else 'cpu'}"
@@ -139,7 +141,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[str]:
         "data.shuffle=false",
         f"model.micro_batch_size={MICRO_BATCH}",
         f"model.global_batch_size={GLOBAL_BATCH}",
-        f"data.num_prompts={max(PROBED, GLOBAL_BATCH * arguments.steps)}",
+        f"data.num_prompts={num_prompts}",
         "model.optim.lr=7e-5",
         f"model.optim.sched.warmup_steps={min(4, arguments.steps)}",
         "model.rao.beta=0.3",
