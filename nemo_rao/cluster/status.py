@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_rao.cluster.follow import follow
-from nemo_rao.cluster.records import FOLDER, JobRecord, last_words, read_records
+from nemo_rao.cluster.records import JobRecord, last_words, read_records
 from nemo_rao.cluster.slurm import job_states
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import last_checkpoint

@@ -170,6 +170,17 @@ class ReferencePass(pl.Callback):
             )
 
 
+class RecordStart(pl.Callback):
+    """Lets rank 0 record what the run is, before the first step of this start and after all that may refuse it."""
+
+    def __init__(self, record: Callable[[], None]) -> None:
+        self._record = record
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._record()
+
+
 class MismatchedPass(pl.Callback):
     """Before each step, the mean log-ratio of the step's prompts with responses to others, for the loss to use."""
 

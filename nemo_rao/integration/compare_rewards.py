@@ -274,7 +274,7 @@ def _check_data(runs: Sequence[PlannedRun]) -> None:
     quiet_third_parties()
     held_out: dict[str, str] = {}  # fingerprint -> the first run with it
     loaded: dict[str, LoadedData] = {}
-    finished = finished_runs(runs, loaded)
+    finished = finished_runs(runs, loaded, another="--out")
     for run in sorted(runs, key=lambda run: run.name not in finished):
         with told_of(run.name):
             if run.name in finished:

@@ -224,11 +224,12 @@ def check_settings(config: RunConfig, folder: Path | None = None, *, another: st
     return changes
 
 
-def check_data(config: RunConfig, record: Mapping[str, Any]) -> list[Change]:
+def check_data(config: RunConfig, record: Mapping[str, Any], *, another: str = "exp_manager.name") -> list[Change]:
     """Compares a run's data with what an earlier start has recorded.
 
     Args:
         record: what :func:`data_record` gives for the data at hand.
+        another: see :func:`check_settings`.
 
     Raises:
         UserError: it is other data, unless the recipe allows changes.
@@ -241,7 +242,7 @@ def check_data(config: RunConfig, record: Mapping[str, Any]) -> list[Change]:
         old, new = before.get(name), record.get(name)
         if before and _differ(old, new):
             changes.append(Change(key, _described(old), _described(new), keeps_numbers=_harmless(old, new, config)))
-    _refuse(changes, config, folder)
+    _refuse(changes, config, folder, another)
     return changes
 
 

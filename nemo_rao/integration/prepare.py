@@ -228,13 +228,23 @@ class PlannedSteps:
     finished_at: int | None
 
 
-def plan_steps(config: RunConfig, train: PreferenceData, validation: PreferenceData | None) -> PlannedSteps:
+def plan_steps(
+    config: RunConfig,
+    train: PreferenceData,
+    validation: PreferenceData | None,
+    *,
+    another: str = "exp_manager.name",
+) -> PlannedSteps:
     """What a run has to do over its data, and what of it an earlier start has done.
+
+    Args:
+        another: the key or option that gives results another folder, for messages.
 
     Raises:
         UserError: an earlier start had other data.
     """
-    changes, max_steps = check_data(config, data_record(train, validation)), _max_steps(config, len(train))
+    changes = check_data(config, data_record(train, validation), another=another)
+    max_steps = _max_steps(config, len(train))
     return PlannedSteps(max_steps, changes, finished_at(config, max_steps))
 
 

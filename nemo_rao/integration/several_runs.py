@@ -129,7 +129,12 @@ def train_runs(runs: Sequence[PlannedRun]) -> Iterator[State]:
         yield state
 
 
-def finished_runs(runs: Sequence[PlannedRun], loaded: dict[str, LoadedData] | None = None) -> set[str]:
+def finished_runs(
+    runs: Sequence[PlannedRun],
+    loaded: dict[str, LoadedData] | None = None,
+    *,
+    another: str = "exp_manager.name",
+) -> set[str]:
     """The names of the runs that have reached their end, on the data that their files hold now.
 
     Reads that data, quietly. To be called in a child: tokenizers that have worked in this process would be slow in the
@@ -137,6 +142,7 @@ def finished_runs(runs: Sequence[PlannedRun], loaded: dict[str, LoadedData] | No
 
     Args:
         loaded: data by :func:`nemo_rao.integration.prepare.data_identity`; what is read is added.
+        another: see :func:`check_runs`.
 
     Raises:
         UserError: the data of a run has changed.
@@ -153,7 +159,8 @@ def finished_runs(runs: Sequence[PlannedRun], loaded: dict[str, LoadedData] | No
             if identity not in loaded:
                 loaded[identity] = load_data(run.config)
             data = loaded[identity]
-            if plan_steps(run.config, drawn(run.config, data), data.validation).finished_at is not None:
+            train = drawn(run.config, data)
+            if plan_steps(run.config, train, data.validation, another=another).finished_at is not None:
                 found.add(run.name)
     return found
 

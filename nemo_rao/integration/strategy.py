@@ -15,7 +15,6 @@ from torch import Tensor
 
 from nemo_rao.mcore.heads import HEADS, heads
 
-
 # Entries of an optimizer's group of parameters that a recipe sets.
 _HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps")
 

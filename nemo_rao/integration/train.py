@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,6 @@ from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.continuing import (
     DATA,
     RECIPE,
-    Change,
     check_settings,
     data_record,
     describe,
@@ -62,16 +62,14 @@ def train(config: RunConfig, *, callbacks: Callable[[list[Any]], list[Any]] = as
         return
     if import_nemo():
         say(cpu.NOTICE)
-    changes += prepared.changes
+    prepared = dataclasses.replace(prepared, changes=[*changes, *prepared.changes])
     if prepared.resume_from is None:
         say(describe_start(config, prepared.start_from))
     else:
         say(f"continuing from {prepared.resume_from}, step {step_of(prepared.resume_from)} of {prepared.max_steps}")
-    for line in describe(changes):
+    for line in describe(prepared.changes):
         say(line)
     folder.mkdir(parents=True, exist_ok=True)
-    if is_first_rank():
-        _record_start(config, prepared, changes)
     launch(
         run_rank, (config, prepared, callbacks), num_ranks=config.trainer.devices, num_nodes=config.trainer.num_nodes
     )
@@ -84,13 +82,13 @@ def train(config: RunConfig, *, callbacks: Callable[[list[Any]], list[Any]] = as
         write_run(folder, start_from=prepared.start_from, max_steps=prepared.max_steps, finished_at=prepared.max_steps)
 
 
-def _record_start(config: RunConfig, prepared: Prepared, changes: list[Change]) -> None:
-    """What the run is from now on: its recipe, data and start, and what has changed since its last start."""
+def _record_start(config: RunConfig, prepared: Prepared) -> None:
+    """What the run is from its next step on: its recipe, data and start, and what has changed since its last start."""
     folder = run_dir(config)
     write_atomically(folder / RECIPE, to_yaml(config))
     write_atomically(folder / DATA, json.dumps(data_record(prepared.train, prepared.validation), indent=2) + "\n")
     write_run(folder, start_from=prepared.start_from, max_steps=prepared.max_steps)
-    record_changes(folder, changes, 0 if prepared.resume_from is None else step_of(prepared.resume_from))
+    record_changes(folder, prepared.changes, 0 if prepared.resume_from is None else step_of(prepared.resume_from))
 
 
 def set_up_rank(config: RunConfig) -> None:
@@ -202,7 +200,8 @@ def run_rank(config: RunConfig, prepared: Prepared, callbacks: Callable[[list[An
     )
     # Set after construction: NeMo copies and stores a trainer's arguments with every checkpoint, and these hold the
     # data. They come first, so that a checkpoint sees the step's metrics.
-    trainer.callbacks[:0] = callbacks(_callbacks(config, model, data_sets))
+    record = functools.partial(_record_start, config, prepared)
+    trainer.callbacks[:0] = callbacks(_callbacks(config, model, data_sets, record))
     if prepared.resume_from is not None:
         # A LoRA run's checkpoints hold its adapters alone: the weights below them come from where the run started.
         adapters_only = model.model_transform is not None
@@ -221,14 +220,15 @@ def run_rank(config: RunConfig, prepared: Prepared, callbacks: Callable[[list[An
     leave_if_stopped()
 
 
-def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> list[Any]:
-    """What happens around the steps, in the order in which it happens."""
+def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any], record: Callable[[], None]) -> list[Any]:
+    """What happens around the steps, in the order in which it happens; ``record`` once nothing is left to refuse."""
     from nemo_rao.integration.callbacks import (
         CalibrateScales,
         KeepSchedule,
         Metrics,
         MismatchedPass,
         Progress,
+        RecordStart,
         ReferencePass,
         SeedEveryStep,
         Validation,
@@ -266,6 +266,7 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> l
                 folder=folder,
             )
         )
+    callbacks.append(RecordStart(record))
     if config.trainer.enable_progress_bar:
         callbacks.append(Progress())
     return callbacks
