@@ -18,13 +18,19 @@ from nemo_rao import cpu
 from nemo_rao.data.cache import DataCache
 from nemo_rao.data.dataset import load_preferences, mismatched
 from nemo_rao.data.encode import load_tokenizer
-from nemo_rao.data.order import steps_per_epoch
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint, resolve_checkpoint
 from nemo_rao.integration.checks import check_architecture
 from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.derived import data_cache_dir, objective_config, run_dir, world_size
+from nemo_rao.integration.derived import (
+    chosen_responses,
+    data_cache_dir,
+    objective_config,
+    run_dir,
+    total_steps,
+    world_size,
+)
 from nemo_rao.integration.experts import check_resumed_experts
 from nemo_rao.integration.launch import started_externally
 from nemo_rao.integration.precision_checks import FP8, check_gpus_present
@@ -185,7 +191,7 @@ def _wanted(config: RunConfig) -> dict[str, Any]:
     return {
         "seq_length": config.model.seq_length,
         "num_responses": config.data.num_responses,
-        "responses": config.data.responses or ("best_worst" if needs.pairs else "all"),
+        "responses": chosen_responses(config),
         "pairs_by": config.data.pairs_by,
         "seed": config.data.seed,
         "min_responses": needs.min_responses,
@@ -222,8 +228,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     resolved = objective.resolve(objective_config(config), data.reward_summary())
     if validation is not None:
         objective.resolve(objective_config(config), validation.reward_summary())
-    per_epoch = steps_per_epoch(len(data), keys.global_batch_size)
-    limits = [config.trainer.max_steps, config.trainer.max_epochs and config.trainer.max_epochs * per_epoch]
+    max_steps = total_steps(config, len(data))
     check_resumed_experts(config, run_dir(config))
     resume_from = last_checkpoint(run_dir(config)) if config.exp_manager.resume_if_exists else None
     start_from = None
@@ -235,7 +240,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         validation=validation,
         mismatched=others,
         objective_config=resolved,
-        max_steps=min(limit for limit in limits if limit is not None),
+        max_steps=max_steps,
         resume_from=resume_from,
         start_from=start_from,
     )

@@ -18,7 +18,6 @@ second one normed, besides sines and cosines, and of a gate the activation and t
 
 from __future__ import annotations
 
-from nemo_rao.planning.parameters import is_target
 from nemo_rao.planning.setting import Lora, Setting
 
 FP32 = 4
@@ -37,9 +36,7 @@ def layer_items(setting: Setting) -> dict[str, int]:
         "queries, keys and values": n * (q + 2 * k) * b,
         "rotated queries and keys": 0 if network.positions else n * (q + k) * b,
         # Sine and cosine, for queries and for keys, of each position; fused kernels compute them anew.
-        "sines and cosines": 0
-        if network.positions or fused
-        else 4 * setting.length // setting.context * network.head * b,
+        "sines and cosines": 0 if network.positions or fused else 4 * setting.sequence * network.head * b,
         "attention's output": n * q * b,
         "log-sum-exp": n * (network.heads // tensor) * FP32,
         "norm before feed-forward": norm_bytes(setting),
@@ -89,12 +86,30 @@ def routed_tokens(setting: Setting) -> int:
 
 
 def _adapter_bytes(setting: Setting, lora: Lora) -> int:
-    """Between an adapter's two products; its own gathered copy of an input whose sequence is split."""
-    n, found = setting.micro_batch_tokens, 0
-    for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
-        if is_target(name, lora):
-            gathered = setting.sequence_parallel and name in ("linear_qkv", "linear_fc1")
-            found += n * (lora.dim + (setting.network.hidden if gathered else 0)) * setting.param_bytes
+    """Between an adapter's two products; its own copy of an input that is gathered or goes through dropout."""
+    network, tensor, found = setting.network, setting.tensor, 0
+    inputs = {
+        "linear_qkv": network.hidden,
+        "linear_proj": network.query // tensor,
+        "linear_fc1": network.hidden,
+        "linear_fc2": network.ffn // tensor,
+    }
+    for name, width in inputs.items():
+        if lora.adapts(name):
+            found += adapter_bytes(setting, lora, width, gathered=name in ("linear_qkv", "linear_fc1"))
+    return found
+
+
+def adapter_bytes(setting: Setting, lora: Lora, width: int, *, gathered: bool) -> int:
+    """Of one adapter, whose input has ``width`` columns on a rank; ``gathered``: from ranks that split its sequence."""
+    n, b = setting.micro_batch_tokens, setting.param_bytes
+    gathered = gathered and setting.sequence_parallel
+    found = n * lora.dim * b
+    if gathered or lora.dropout:
+        found += n * width * b
+    if lora.dropout:  # what was dropped: a byte a number, or on a CPU a number
+        dropped = stream_tokens(setting) if gathered and not setting.transformer_engine else n
+        found += dropped * width * (1 if setting.transformer_engine else b)
     return found
 
 
@@ -147,7 +162,7 @@ def stored_ends(setting: Setting, stage: int) -> int:
     if stage == 0:
         found += setting.micro_batch_tokens * 8
     if setting.recompute_granularity == "full" and not setting.network.positions:
-        found += setting.length // setting.context * setting.network.head * FP32
+        found += setting.sequence * setting.network.head * FP32
     if stage == setting.pipeline - 1:
         found += norm_bytes(setting)
     return found
@@ -169,3 +184,9 @@ def layer_gradients(setting: Setting) -> int:
     if network.experts:
         tokens, ranks = routed_tokens(setting), setting.of_expert
     return tokens * (network.fc1 + network.ffn) // ranks * setting.param_bytes
+
+
+def forward_layer(setting: Setting) -> int:
+    """Bytes at the peak of a layer where nothing is kept: the residual stream, a feed-forward part and its input."""
+    n, hidden, b = setting.micro_batch_tokens, setting.network.hidden, setting.param_bytes
+    return (stream_tokens(setting) + n) * hidden * b + layer_gradients(setting)
