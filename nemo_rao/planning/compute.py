@@ -53,6 +53,9 @@ def flops(setting: Setting) -> Flops:
     share = sum(recomputed_layers(setting, stage) for stage in range(setting.pipeline))
     of_layers = adapters - _output_adapter(setting) * tokens
     again += (layers + of_layers + attention) * share // network.layers
+    if setting.lora is not None:  # the embedding is frozen: nobody asks for the gradient of the first layer's input
+        inputs, outputs = _widths(setting)["linear_qkv"]
+        model -= 2 * inputs * outputs * tokens
     mismatched = forward // setting.responses if setting.mismatched else 0
     return Flops(model + mismatched, model + mismatched + again, forward, mismatched)
 
@@ -77,8 +80,12 @@ def _adapters(setting: Setting) -> int:
     lora = setting.lora
     if lora is None:
         return 0
-    adapted = [sum(sides) for name, sides in _widths(setting).items() if lora.adapts(name)]
-    return setting.network.layers * sum(2 * lora.dim * sides for sides in adapted) + _output_adapter(setting)
+    sides = {name: sum(widths) for name, widths in _widths(setting).items()}
+    found = 0
+    for stage in range(setting.pipeline):
+        for names, layers in setting.adapted(stage).items():
+            found += layers * sum(2 * lora.dim * sides[name] for name in names)
+    return found + _output_adapter(setting)
 
 
 def _output_adapter(setting: Setting) -> int:

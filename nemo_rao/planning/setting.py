@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from nemo_rao.planning.network import Network
+
+# Linear layers of a transformer layer, by Megatron's names inside it.
+LINEAR_LAYERS = {
+    "linear_qkv": "self_attention.linear_qkv",
+    "linear_proj": "self_attention.linear_proj",
+    "linear_fc1": "mlp.linear_fc1",
+    "linear_fc2": "mlp.linear_fc2",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,16 @@ class Lora:
         """As NeMo matches: the layer's own name, or a pattern with ``*`` of its whole name."""
         own = name.rpartition(".")[2]
         return any(own == target or re.match("^" + target.replace("*", "(.*)") + "$", name) for target in self.targets)
+
+    def adapted(self, number: int) -> frozenset[str]:
+        """Those of ``LINEAR_LAYERS`` that have adapters in a layer of this number."""
+        return _adapted(self, number)
+
+
+@functools.lru_cache(maxsize=4096)
+def _adapted(lora: Lora, number: int) -> frozenset[str]:
+    names = LINEAR_LAYERS.items()
+    return frozenset(name for name, inside in names if lora.adapts(f"decoder.layers.{number}.{inside}"))
 
 
 @dataclass(frozen=True)
@@ -152,6 +172,14 @@ class Setting:
     def step_tokens(self) -> int:
         """Tokens of a global batch."""
         return self.num_micro_batches * self.data * self.context * self.micro_batch_tokens
+
+    def adapted(self, stage: int) -> Counter[frozenset[str]]:
+        """Those of ``LINEAR_LAYERS`` that have adapters in a layer -> the stage's layers of which that is so."""
+        found: Counter[frozenset[str]] = Counter()
+        for chunk in range(self.virtual):
+            layers = self.layers_of_chunk(stage, chunk)  # each chunk numbers its own
+            found.update(frozenset() if self.lora is None else self.lora.adapted(number) for number in range(layers))
+        return found
 
     @property
     def holds_logits(self) -> bool:
