@@ -87,9 +87,7 @@ def _changes(setting: Setting, node_size: int) -> list[list[tuple[float, dict[st
     def add(*options: tuple[float, dict[str, Any]]) -> None:
         changes.append([(0.0, {}), *options])
 
-    if not setting.fused_log_probs and dataclasses.replace(setting, fused_log_probs=True).holds_logits < (
-        setting.holds_logits
-    ):
+    if setting.holds_logits and not dataclasses.replace(setting, fused_log_probs=True).holds_logits:
         add((1, {"fused_log_probs": True}))
     if not setting.use_distributed_optimizer:
         add((1, {"use_distributed_optimizer": True}))

@@ -40,7 +40,7 @@ def record(
     Args:
         length: of the whole run; ``None``: not known.
     """
-    work, time = flops(setting), step_time(setting, machine)
+    sent, work, time = communication(setting), flops(setting), step_time(setting, machine)
     stages = [
         {**dataclasses.asdict(stage), "total": stage.total, **dataclasses.asdict(stage_states(setting, number))}
         for number, stage in enumerate(memory(setting))
@@ -67,7 +67,7 @@ def record(
         "memory_bytes": stages,
         "layer_activation_bytes": activations.layer_items(setting),
         "whole_logits_bytes": whole_logits(setting),
-        "communication_bytes": dataclasses.asdict(communication(setting)),
+        "communication_bytes": {**dataclasses.asdict(sent), "data": sent.data, "total": sent.total},
         "bubble": bubble(setting),
         "flops": dataclasses.asdict(work),
         "seconds": time.total,
@@ -231,21 +231,23 @@ def _whole_run(length: RunLength | None, setting: Setting, machine: Machine) -> 
 
 def _verdict(setting: Setting, machine: Machine, advice: Sequence[Advice]) -> Iterator[str]:
     needed, most, limit = (size / GIB for size in (peak(setting), upper_peak(setting), machine.limit))
-    room = f"on {machine.memory_gib:g} GiB of {machine.name}, {machine.reserve_gib:g} GiB kept free"
+    room = f"  {machine.name}: {machine.memory_gib:g} GiB, of which {machine.reserve_gib:g} GiB are kept free"
     percent = f"{100 * UNCERTAINTY:g} %"
     if fits(setting, machine):
         tight = not fits_surely(setting, machine)
-        yield f"fits{', tightly' * tight}: {needed:.2f} GiB at the peak, {room}: {limit - needed:.2f} to spare"
-        over = f", {most - limit:.2f} too many" if tight else ""
-        yield f"activations are known to within {percent}: the peak may be {most:.2f} GiB{over}"
+        yield f"fits{', tightly' * tight}: {needed:.2f} GiB at the peak, {limit - needed:.2f} GiB to spare"
+        yield room
+        over = f", {most - limit:.2f} GiB too much" if tight else ""
+        yield f"  activations are known to within {percent}: the peak may be {most:.2f} GiB{over}"
         if advice:
-            yield "the nearest settings that fit with that, too; add one line to the command:"
+            yield "the nearest settings that fit even so; add one line to the command:"
     else:
         stages = memory(setting)
         largest = max(range(len(stages)), key=lambda number: stages[number].total)
         where = f" on stage {largest}" if len(stages) > 1 else ""
-        yield f"does not fit: {needed:.2f} GiB at the peak{where}, {room}: {needed - limit:.2f} too many"
-        yield f"most of it: {_largest_part(stages[largest])}"
+        yield f"does not fit: {needed:.2f} GiB at the peak{where}, {needed - limit:.2f} GiB too much"
+        yield room
+        yield f"  most of it: {_largest_part(stages[largest])}"
         if advice:
             yield "the nearest settings that fit; add one line to the command:"
         else:

@@ -62,10 +62,8 @@ def step_time(setting: Setting, machine: Machine) -> StepTime:
     compute = work.executed / (setting.ranks * machine.flops_per_second)
     within = _within_micro_batches(sent, setting, machine)
     wait = bubble(setting)
-    forward = work.forward / (setting.ranks * machine.flops_per_second * setting.num_micro_batches)
-    backward = (work.executed - work.in_forward) / (
-        setting.ranks * machine.flops_per_second * setting.num_micro_batches
-    )
+    one = setting.ranks * machine.flops_per_second * setting.num_micro_batches  # FLOPs -> seconds of a micro-batch
+    forward, backward = work.forward / one, (work.executed - work.in_forward) / one
     copies, of_experts = links.shards_group(setting), links.expert_shards_group(setting)
     gradients = copies.ring_seconds(sent.gradients, machine) + of_experts.ring_seconds(sent.expert_gradients, machine)
     weights = copies.ring_seconds(sent.weights, machine) + of_experts.ring_seconds(sent.expert_weights, machine)
@@ -99,7 +97,8 @@ def forward_seconds(
     if prompts == 0:
         return 0.0
     at_once = setting.micro_batch_size * setting.data
-    rounds = math.ceil(prompts / at_once)
+    most = math.ceil(prompts / setting.data)  # of a data-parallel rank, whose last micro-batch may be smaller
+    rounds = math.ceil(most / setting.micro_batch_size)
     passing = dataclasses.replace(
         setting,
         global_batch_size=rounds * at_once,
@@ -110,7 +109,8 @@ def forward_seconds(
     messages = sum(_within_micro_batches(forward_communication(passing), passing, machine).values())
     number = min(rounds, in_a_row or rounds)
     waits = setting.pipeline - 1
-    return (compute + messages) * (1 + waits / (setting.virtual * number))
+    filled = most / (rounds * setting.micro_batch_size)
+    return filled * (compute + messages) * (1 + waits / (setting.virtual * number))
 
 
 def _within_micro_batches(sent: Communication, setting: Setting, machine: Machine) -> dict[str, float]:

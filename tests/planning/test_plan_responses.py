@@ -43,11 +43,14 @@ def test_of_the_responses_that_a_prompt_has_some_are_used(number: int, which: st
 def test_objectives_of_pairs_are_planned_with_two_responses(objective: str, llama: RunConfig) -> None:
     """Whatever ``data.num_responses`` says, the best and the worst of them are computed, unless ``data.responses``."""
     pairs = OBJECTIVES[objective].needs_of(OBJECTIVES[objective].make_config({})).pairs
-    asked = (f"model.objective={objective}", "data.num_responses=16")
-    assert setting(llama, *asked).responses == (2 if pairs else 16)
-    assert setting(llama, *asked, "data.responses=all").responses == 16
-    assert setting(llama, *asked, "data.responses=best_random").responses == 2
-    assert chosen_responses(override(llama, asked)) == ("best_worst" if pairs else "all")
+
+    def planned(which: str | None) -> RunConfig:
+        data = dataclasses.replace(llama.data, num_responses=16, responses=which)
+        return dataclasses.replace(llama, data=data, model=dataclasses.replace(llama.model, objective=objective))
+
+    assert chosen_responses(planned(None)) == ("best_worst" if pairs else "all")
+    numbers = [setting_of(planned(which)).responses for which in (None, "all", "best_random")]
+    assert numbers == [2 if pairs else 16, 16, 2]
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_recomputation_takes_time(setting: Setting) -> None:
     assert flops(again).model == flops(setting).model
 
 
-def test_a_forward_pass_sends_and_computes_a_third(setting: Setting) -> None:
+def test_a_forward_pass_sends_and_computes_less_than_a_step(setting: Setting) -> None:
     forward = forward_seconds(setting, MACHINE, prompts=setting.global_batch_size)
     sent = forward_communication(setting)
     assert sent.data == sent.embedding == 0 and sent.tensor < communication(setting).tensor / 2
@@ -133,6 +133,11 @@ def test_a_forward_pass_sends_and_computes_a_third(setting: Setting) -> None:
     assert forward == pytest.approx(compute + sent.tensor / (100 * GB))
     assert forward_seconds(setting, MACHINE, prompts=10 * setting.global_batch_size) == pytest.approx(10 * forward)
     assert forward_seconds(setting, MACHINE, prompts=0) == 0
+    # A micro-batch that is not full takes less; an odd prompt leaves one of the two copies waiting.
+    large = dataclasses.replace(setting, micro_batch_size=64)
+    assert forward_seconds(large, MACHINE, prompts=setting.global_batch_size) == pytest.approx(forward)
+    one, two, three = (forward_seconds(setting, MACHINE, prompts=number) for number in (1, 2, 3))
+    assert one == two and three == pytest.approx(2 * two)
 
 
 def test_a_pass_that_is_saved_often_fills_its_pipeline_often(setting: Setting) -> None:

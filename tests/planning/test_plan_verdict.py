@@ -60,15 +60,15 @@ def test_what_the_uncertainty_may_take_away_fits_tightly(run: Callable, llama: R
     assert record["margin_bytes"] == pytest.approx(0.1 * GIB, rel=1e-3)
     assert record["uncertainty_bytes"] == most - needed
     verdict = next(line for line in lines if line.startswith("fits, tightly: "))
-    assert verdict.endswith(": 0.10 to spare") and len(verdict) <= 100
-    assert f"within 10 %: the peak may be {most / GIB:.2f} GiB" in lines[lines.index(verdict) + 1]
+    assert verdict.endswith(", 0.10 GiB to spare")
+    assert f"within 10 %: the peak may be {most / GIB:.2f} GiB" in lines[lines.index(verdict) + 2]
     for one in record["advice"]:  # with the uncertainty of their own
         advised = setting_of(override(llama, one["overrides"]))
         assert upper_peak(advised) <= needed + 0.1 * GIB
     assert record["advice"]
     code, lines, record = run("--gpu-memory", str(needed / GIB - 0.1))
     assert (code, record["fits"], record["tight"]) == (1, False, False)
-    assert any(line.startswith("does not fit: ") and line.endswith(": 0.10 too many") for line in lines)
+    assert any(line.startswith("does not fit: ") and line.endswith(", 0.10 GiB too much") for line in lines)
 
 
 def test_advice_fits_with_the_uncertainty_included(run: Callable, llama: RunConfig) -> None:
