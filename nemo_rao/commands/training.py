@@ -88,27 +88,27 @@ def plan_parser() -> Parser:
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="of the peak, reached while a GPU computes; what is computed again, communication and the pipeline's "
-        "bubble are added to the time; an assumption (default: %(default)s)",
+        help="share of the peak reached while a GPU computes; recomputation, communication and the pipeline bubble are "
+        "added to the time; an assumption (default: %(default)s)",
     )
     parser.add_argument(
         "--intra-node-bandwidth",
         type=float,
         metavar="GB/S",
-        help="that a GPU sends inside its node, in place of --gpu's",
+        help="what a GPU sends inside its node, in place of --gpu's",
     )
     parser.add_argument(
         "--inter-node-bandwidth",
         type=float,
         metavar="GB/S",
-        help="that a GPU sends to other nodes, in place of --gpu's",
+        help="what a GPU sends to other nodes, in place of --gpu's",
     )
     parser.add_argument(
         "--link-efficiency",
         type=float,
         default=0.8,
         metavar="SHARE",
-        help="of these bandwidths, reached; an assumption (default: %(default)s)",
+        help="share of these bandwidths reached; an assumption (default: %(default)s)",
     )
     parser.add_argument(
         "--devices-per-node",
@@ -133,14 +133,14 @@ def plan_parser() -> Parser:
         "--responses",
         type=int,
         metavar="K",
-        help="that each prompt of the data has (default: those of data.train_path if it is here, else "
-        "data.num_responses, else 2); how many are used is up to the recipe",
+        help="responses that each prompt of the data has, of which the run may use fewer (default: counted if "
+        "data.train_path is here, else data.num_responses, else 2)",
     )
     parser.add_argument(
         "--prompts",
         type=int,
         metavar="N",
-        help="of the training data, for the length of the run (default: counted if data.train_path is here)",
+        help="prompts of the training data, for the length of the run (default: counted if data.train_path is here)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the plan there, in bytes and seconds")
     parser.add_argument(
@@ -233,7 +233,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command("train", "train a model from a recipe", train_parser, train),
-    Command("plan", "tell what a recipe takes, and settings that fit", plan_parser, plan),
+    Command("plan", "estimate what a recipe takes, and settings that fit", plan_parser, plan),
     Command("launch", "train a model on a cluster, as a SLURM job", launch_parser, launch),
     Command("status", "tell of runs: jobs, last step, metrics", status_parser, status),
     Command("demo", "fine-tune and align a small model on this machine, and compare", demo_parser, demo),
