@@ -35,25 +35,25 @@ from nemo_rao.planning.setting import Lora, Setting
 
 NUM_ADVICE = 3
 NODE_SIZE = 8  # GPUs of NVIDIA's DGX and HGX systems
-DEFAULT_RESPONSES = 2  # of a prompt, where neither the recipe nor data tells
+DEFAULT_RESPONSES = 2  # of a prompt, where neither the recipe nor data says
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Prints the plan. Returns 0 if the run fits, 1 if it does not.
+    """Print the plan. Returns 0 if the run fits, tightly or not, and 1 if it does not.
 
     Raises:
         UserError: the recipe, or an option, cannot be used.
     """
     config = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
-    training, validation = size_of(config, config.data.train_path), size_of(config, config.data.validation_path)
-    responses = arguments.responses
-    if responses is None and training is not None:
-        responses = training.responses
-    setting = setting_of(config, tokens_per_row=arguments.tokens_per_row, responses=responses)
-    length = run_length(config, training=training, validation=validation, prompts=arguments.prompts)
+    setting = setting_of(config, tokens_per_row=arguments.tokens_per_row, responses=arguments.responses)
     machine = machine_of(arguments, setting)
     if arguments.gpu_memory is None:
         check_named_gpu(config, arguments.gpu, f"--gpu {arguments.gpu}")
+    # Files are read once everything else is known to be right: they may be large.
+    training, validation = size_of(config, config.data.train_path), size_of(config, config.data.validation_path)
+    if arguments.responses is None and training is not None:
+        setting = dataclasses.replace(setting, responses=_responses_used(config, training.responses))
+    length = run_length(config, training=training, validation=validation, prompts=arguments.prompts)
     found = [] if fits_surely(setting, machine) else _advice(config, setting, machine)
     title = f"nemo-rao plan {arguments.config_name}"
     print(table(title, setting, machine, found, length), end="")
@@ -117,7 +117,7 @@ def machine_of(arguments: argparse.Namespace, setting: Setting) -> Machine:
         intra_node_gbs=values["--intra-node-bandwidth"],
         inter_node_gbs=values["--inter-node-bandwidth"],
         link_efficiency=arguments.link_efficiency,
-        # A recipe of several nodes tells how large they are.
+        # A recipe for several nodes says how large they are.
         node_size=arguments.devices_per_node or (NODE_SIZE if setting.nodes == 1 else setting.devices),
     )
 

@@ -151,3 +151,16 @@ def test_the_table_and_the_record_have_the_whole_run(run: Callable, file: Path) 
     _, table, _, record = run("trainer.max_steps=50", VALIDATED)
     assert record["whole_run"]["seconds_of"]["reference"] is None
     assert "without the reference pass" in table and "without validation" in table
+
+
+def test_options_are_checked_before_files_are_read(run: Callable, file: Path) -> None:
+    file.write_text("no JSON")
+    code, _, message, _ = run(f"data.train_path={file}", "--mfu", "2")
+    assert code == 2 and "--mfu 2" in message
+    code, _, message, _ = run(f"data.train_path={file}")
+    assert code == 2 and "line 1" in message and message.count("\n") == 1
+
+
+def test_of_a_file_of_many_responses_pairs_take_two(run: Callable, file: Path) -> None:
+    *_, record = run(f"data.train_path={file}", "data.num_responses=null", "model.objective=dpo")
+    assert record["setting"]["responses"] == 2
