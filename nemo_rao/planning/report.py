@@ -220,13 +220,17 @@ def _whole_run(length: RunLength | None, setting: Setting, machine: Machine) -> 
     prompts = "" if length.prompts is None else f", on {length.prompts:,} prompts"
     yield _row("  steps", f"{length.steps:,} of {setting.global_batch_size} prompts{prompts}")
     parts = {"training": time.training, "reference pass": time.reference, "validation": time.validation}
-    shown = ", ".join(f"{name} {seconds / 3600:.2f}" for name, seconds in parts.items() if seconds)
-    yield _row("  hours", f"{time.total / 3600:.2f}: {shown}")
-    yield _row("  GPU-hours", f"{time.gpu_hours(setting):.1f} on {setting.ranks} GPU{'s' * (setting.ranks > 1)}")
+    shown = ", ".join(f"{name} {_hours(seconds / 3600)}" for name, seconds in parts.items() if seconds)
+    yield _row("  hours", f"{_hours(time.total / 3600)}: {shown}")
+    yield _row("  GPU-hours", f"{_hours(time.gpu_hours(setting))} on {setting.ranks} GPU{'s' * (setting.ranks > 1)}")
     if time.reference is None:
         yield _row("", "without the reference pass: give --prompts N")
     if time.validation is None:
         yield _row("", "without validation: data.validation_path is not here")
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def _verdict(setting: Setting, machine: Machine, advice: Sequence[Advice]) -> Iterator[str]:
