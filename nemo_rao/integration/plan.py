@@ -18,6 +18,7 @@ from nemo_rao.integration.compose import compose, override
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import objective_config
 from nemo_rao.integration.experts import check_experts
+from nemo_rao.integration.lora_targets import check_targets, lora_targets
 from nemo_rao.integration.precision_checks import check_named_gpu
 from nemo_rao.objectives import registry
 from nemo_rao.ops.workspace import CPU_WORKSPACE_BYTES, CUDA_WORKSPACE_BYTES
@@ -120,7 +121,8 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
             f"--tokens-per-row {tokens_per_row}: rows longer than model.seq_length={keys.seq_length} are dropped; "
             "lower it"
         )
-    lora = Lora(keys.peft.lora.dim, tuple(keys.peft.lora.target_modules))
+    check_targets(config, num_layers=network.layers, experts=bool(network.experts))
+    lora = Lora(keys.peft.lora.dim, lora_targets(config))
     full = keys.recompute_granularity == "full"
     return Setting(
         network=network,

@@ -54,14 +54,22 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
 
     def add_linear(name: str, inputs: int, outputs: int, *, row: bool, bias: bool, norm: bool = False) -> None:
         """A linear layer over the tensor-parallel ranks, by columns or by rows, with the norm that is fused into it."""
-        adapted = setting.lora is not None and is_target(name, setting.lora)
-        base = f"{name}.to_wrap" if adapted else name
+        base = f"{name}.to_wrap" if adapted(name) else name
         add(f"{base}.weight", inputs * outputs // tensor)
         if bias:
             add(f"{base}.bias", outputs if row else outputs // tensor)
         if norm:
             add_norm(f"{base}.layer_norm_", network.hidden)
-        if adapted and setting.lora is not None:
+        add_adapter(name, inputs, outputs)
+
+    def adapted(name: str) -> bool:
+        """Whether the layer of this name on this stage gets an adapter; targets count layers of the whole model."""
+        of_layer = re.match(r"decoder\.layers\.(\d+)(.*)", name)
+        whole = f"decoder.layers.{before + int(of_layer[1])}{of_layer[2]}" if of_layer else name
+        return setting.lora is not None and is_target(whole, setting.lora)
+
+    def add_adapter(name: str, inputs: int, outputs: int) -> None:
+        if adapted(name) and setting.lora is not None:
             for part_name, width in (("linear_in", inputs), ("linear_out", outputs)):
                 size = width * setting.lora.dim // tensor
                 found.append(Parameter(f"{name}.adapter.{part_name}.weight", size, trained=True))
@@ -91,6 +99,7 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
         if network.positions:
             add("embedding.position_embeddings.weight", network.positions * network.hidden)
     qkv, bias = network.query + 2 * network.key, network.linear_bias
+    before = setting.layers_before(stage, chunk)
     for number in range(setting.layers_of_chunk(stage, chunk)):
         layer = f"decoder.layers.{number}"
         attention, mlp = f"{layer}.self_attention", f"{layer}.mlp"
@@ -109,7 +118,9 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
         if not network.tied or several:
             # A reward model skips its output layer, which then has no gradient unless it is the embedding's copy.
             trained = not setting.scores or network.tied
-            add("output_layer.weight", part, trained=trained, shared=network.tied)
+            name = "output_layer.to_wrap.weight" if adapted("output_layer") else "output_layer.weight"
+            add(name, part, trained=trained, shared=network.tied)
+        add_adapter("output_layer", network.hidden, network.vocabulary(tensor))
         if setting.value_head:
             add("value_head.weight", network.hidden)
             add("value_head.bias", 1)
@@ -128,6 +139,7 @@ def model_parameters(setting: Setting) -> int:
 
 
 def is_target(name: str, lora: Lora) -> bool:
-    """As NeMo matches: the layer's own name, or a pattern with ``*`` of its whole name."""
+    """As runs match: the layer's own name, or a pattern with ``*`` of its whole name."""
     own = name.rpartition(".")[2]
-    return any(own == target or re.match("^" + target.replace("*", "(.*)") + "$", name) for target in lora.targets)
+    expressions = [".*".join(map(re.escape, target.split("*"))) for target in lora.targets]
+    return any(re.fullmatch(one, tried) for one in expressions for tried in (own, name, f"module.{name}"))

@@ -132,6 +132,11 @@ class Setting:
             layers -= 1
         return layers
 
+    def layers_before(self, stage: int, chunk: int) -> int:
+        """Layers of the whole model before those of a part of it."""
+        parts = [(c, s) for c in range(self.virtual) for s in range(self.pipeline)]
+        return sum(self.layers_of_chunk(s, c) for c, s in parts if (c, s) < (chunk, stage))
+
     def layers_of_stage(self, stage: int) -> int:
         return sum(self.layers_of_chunk(stage, chunk) for chunk in range(self.virtual))
 
