@@ -96,7 +96,7 @@ def _follow(checkpoint: Path, key: str) -> Path:
             return start  # a former checkpoint of the same run, which is gone; its recipe still has the start
         raise UserError(
             f"{key}: the adapters of {checkpoint} were trained on {path}, which is gone; put it back, or name a copy "
-            "of it (export-hf: --base)"
+            "(--base of export-hf, model.restore_from_path of a run)"
         )
 
 

@@ -115,8 +115,8 @@ def check_targets(config: RunConfig, *, num_layers: int | None, experts: bool) -
     dim, tensor = config.model.peft.lora.dim, config.model.tensor_model_parallel_size
     if dim % tensor:
         raise UserError(
-            f"model.peft.lora.dim={dim} is not divisible by model.tensor_model_parallel_size={tensor}, whose ranks share "
-            "each adapter; change one of them"
+            f"model.peft.lora.dim={dim} is not divisible by model.tensor_model_parallel_size={tensor}; each rank holds "
+            "an equal part of an adapter, so change one of them"
         )
     if experts and (of_experts := [name for name in targets if name in FEED_FORWARD]):
         raise UserError(f"{KEY}: {_and(of_experts)}: experts get no adapters; take {_and(ATTENTION)}")
@@ -149,19 +149,22 @@ def _check_stages(config: RunConfig, names: set[str], num_layers: int) -> None:
 
 
 def layers_of_stages(config: RunConfig, num_layers: int) -> list[set[int]] | None:
-    """Numbers of the layers of each pipeline stage; ``None`` where the recipe deals them out by a layout of its own."""
+    """Numbers of the layers of each pipeline stage; ``None`` where that is not followed here."""
     stages, virtual = config.model.pipeline_model_parallel_size, config.model.virtual_pipeline_model_parallel_size or 1
-    extra = config.model.arch.extra
-    if any(extra.get(name) is not None for name in extra if name.startswith(("num_layers_in_", "pipeline_model_"))):
+    extra, parts = config.model.arch.extra, stages * virtual
+    at_ends = [extra.get(f"num_layers_in_{end}_pipeline_stage") for end in ("first", "last")]
+    if extra.get("pipeline_model_parallel_layout") is not None or (virtual > 1 and at_ends != [None, None]):
         return None
-    ends = [bool(extra.get(f"account_for_{end}_in_pipeline_split")) for end in ("embedding", "loss")]
-    each = (num_layers + sum(ends)) // (stages * virtual)
+    counted = [bool(extra.get(f"account_for_{end}_in_pipeline_split")) for end in ("embedding", "loss")]
+    equal = parts - sum(size is not None for size in at_ends)
+    each = (num_layers + sum(counted) - sum(size or 0 for size in at_ends)) // max(equal, 1)
+    sizes = [each] * parts
+    for part, size, less in zip((0, -1), at_ends, counted, strict=True):
+        sizes[part] = (sizes[part] if size is None else size) - less
     found: list[set[int]] = [set() for _ in range(stages)]
-    first = 0
-    for part in range(stages * virtual):
-        size = each - (ends[0] and part == 0) - (ends[1] and part == stages * virtual - 1)
+    for part, size in enumerate(sizes):
+        first = sum(sizes[:part])
         found[part % stages] |= set(range(first, first + size))
-        first += size
     return found
 
 
