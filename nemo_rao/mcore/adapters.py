@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import RowParallelLinear
 from torch import nn
 
 _ATTENTION, _FEED_FORWARD = ("linear_qkv", "linear_proj"), ("linear_fc1", "linear_fc2")
@@ -43,7 +44,8 @@ def draw_start(adapter: Any, name: str, seed: int) -> None:
     weight = adapter.linear_in.weight
     if weight.is_meta:
         return
-    ranks, axis = parallel_state.get_tensor_model_parallel_world_size(), weight.partition_dim
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    axis = 1 if isinstance(adapter.linear_in, RowParallelLinear) else 0
     shape = list(weight.shape)
     shape[axis] *= ranks
     number = int.from_bytes(hashlib.sha256(f"{seed}|{name}".encode()).digest()[:8], "big") >> 1
