@@ -21,7 +21,7 @@ from torch import nn
 from nemo_rao.errors import UserError
 from nemo_rao.integration.adapter_checkpoints import METADATA, digest_of_weights
 from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.lora_targets import KEY, adapted, lora_targets
+from nemo_rao.integration.lora_targets import KEY, OUTPUT_LAYER, adapted, lora_targets
 from nemo_rao.integration.lora_targets import linear_layers as names_of_linear_layers
 from nemo_rao.integration.model import feed_lora_normed_inputs
 from nemo_rao.integration.talk import is_first_rank
@@ -84,7 +84,7 @@ class NamedLoRA(llm.peft.LoRA):
     def _finish(self, wrapper: LoRALinear, wanted: set[str], every: list[str]) -> None:
         name = wrapper.adapter.base_linear_name
         adapters.draw_start(wrapper.adapter, name, self.seed)
-        if name == adapters.OUTPUT_LAYER:
+        if name == OUTPUT_LAYER:
             adapters.store_as_vocabulary(wrapper.adapter)
             adapters.show_weight(wrapper)
         elif not all(other in wanted for other in every if other.rpartition(".")[2] == name.rpartition(".")[2]):

@@ -16,23 +16,20 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import RowParallelLinear
 from torch import nn
 
-_ATTENTION, _FEED_FORWARD = ("linear_qkv", "linear_proj"), ("linear_fc1", "linear_fc2")
-OUTPUT_LAYER = "output_layer"
-
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of the linear layers of a model chunk that can have an adapter.
+    """(name, layer) of the linear layers of a model chunk: of attention, feed-forward and output; not of experts.
 
     Names have the layer's number in the whole model, as in ``decoder.layers.3.mlp.linear_fc1``; the module's own name
     has its number on this pipeline stage.
     """
     for layer in model.decoder.layers:
-        for part, names in (("self_attention", _ATTENTION), ("mlp", _FEED_FORWARD)):
-            for name, module in getattr(layer, part).named_children():
-                if name in names:
+        for part, parent in (("self_attention", layer.self_attention), ("mlp", layer.mlp)):
+            for name, module in parent.named_children():
+                if name.startswith("linear_"):
                     yield f"decoder.layers.{layer.layer_number - 1}.{part}.{name}", module
     if model.post_process:
-        yield OUTPUT_LAYER, model.output_layer
+        yield "output_layer", model.output_layer
 
 
 @torch.no_grad()

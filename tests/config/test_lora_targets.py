@@ -10,6 +10,7 @@ import pytest
 from nemo_rao.errors import UserError
 from nemo_rao.integration.adapter_checkpoints import base_of_adapters, base_on_resume, digest_of_weights
 from nemo_rao.integration.checks import check_run
+from nemo_rao.integration.compare_rewards import Asked, plan
 from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.lora_targets import (
@@ -158,6 +159,13 @@ def test_no_run_starts_from_adapters_alone(tmp_path: Path, scheme: str) -> None:
     for name in ("run", "run/checkpoints/step=2-last"):
         with pytest.raises(UserError, match=r"restore_from_path: .*holds adapters alone .*export-hf .* import-hf"):
             check_run(compose("gpt_rao", [*given, f"model.restore_from_path={tmp_path / name}"]))
+
+
+def test_rewards_are_not_compared_from_adapters_alone(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "adapters", base=checkpoint(tmp_path / "base"))
+    paths = {"base": str(tmp_path / "base"), "sft": str(tmp_path / "adapters"), "out": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="--sft: .*holds adapters alone"):
+        plan(Asked(**paths, pairs=["all"], overrides=[], of_objective={}))
 
 
 def test_a_chain_of_adapters_leads_to_the_base(tmp_path: Path) -> None:
