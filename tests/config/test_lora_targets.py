@@ -164,7 +164,7 @@ def test_no_run_starts_from_adapters_alone(tmp_path: Path, scheme: str) -> None:
 def test_rewards_are_not_compared_from_adapters_alone(tmp_path: Path) -> None:
     checkpoint(tmp_path / "adapters", base=checkpoint(tmp_path / "base"))
     paths = {"base": str(tmp_path / "base"), "sft": str(tmp_path / "adapters"), "out": str(tmp_path / "out")}
-    with pytest.raises(UserError, match="--sft: .*holds adapters alone"):
+    with pytest.raises(UserError, match=r"--sft: .*holds adapters alone"):
         plan(Asked(**paths, pairs=["all"], overrides=[], of_objective={}))
 
 
