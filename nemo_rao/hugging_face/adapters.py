@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face.checkpoint import LAYERS, Described, read_tensors, stored_tensors
+from nemo_rao.hugging_face.checkpoint import LAYERS, Described, read_tensors
 from nemo_rao.hugging_face.conversion import import_nemo_aloud
+from nemo_rao.integration.checkpoints import stored_tensors
 from nemo_rao.integration.talk import say
 
 _INTO, _OUT = ".adapter.linear_in.weight", ".adapter.linear_out.weight"
@@ -33,7 +34,8 @@ def check_adapters(described: Described) -> None:
         UserError: they are no LoRA of whole linear layers.
     """
     assert described.lora is not None
-    layers = [name.removesuffix(_INTO) for name in stored_tensors(described.folder) if name.endswith(_INTO)]
+    names = stored_tensors(described.folder, trusted=True)
+    layers = [name.removesuffix(_INTO) for name in names if name.endswith(_INTO)]
     unknown = sorted({layer for layer in layers if layer.rpartition(".")[2] not in PARTS or ".experts." in layer})
     kind = str(described.lora["_target_"]).rpartition(".")[2]
     if unknown or not layers or "LoRA" not in kind or "Canonical" in kind:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.checkpoints import resolve_checkpoint
+from nemo_rao.integration.checkpoints import resolve_checkpoint, stored_tensors
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.lora_targets import KEY, adapted, linear_layers, lora_targets
 from nemo_rao.integration.typed_config import load_recipe
@@ -42,18 +42,6 @@ def refuse_adapters(checkpoint: Path, key: str) -> None:
             f"{key}: {checkpoint} holds adapters alone (a run with model.peft.scheme=lora), not a whole model. Merge "
             f"them first: nemo-rao export-hf {checkpoint} MERGED, then nemo-rao import-hf MERGED WHOLE, and name WHOLE"
         )
-
-
-def refuse_start_from_adapters(config: RunConfig) -> None:
-    """Refuses ``model.restore_from_path`` where that holds adapters alone; one that is no checkpoint is for later."""
-    path, key = config.model.restore_from_path, "model.restore_from_path"
-    if path is None:
-        return
-    try:
-        start = resolve_checkpoint(path, key)
-    except UserError:
-        return
-    refuse_adapters(start, key)
 
 
 def base_of_adapters(checkpoint: Path, key: str, base: str | None = None) -> Path:
@@ -130,6 +118,13 @@ def digest_of_weights(weights: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def trained_on(checkpoint: Path | None, base: Path) -> bool:
+    """Whether a checkpoint holds adapters that were trained on the weights of ``base``, wherever they lay then."""
+    if checkpoint is None or not holds_adapters(checkpoint):
+        return False
+    return _record(checkpoint, str(checkpoint)).get("model_digest") == digest_of_weights(base / "weights")
+
+
 def check_scheme(config: RunConfig, checkpoint: Path) -> None:
     """Refuses to continue a run of adapters without them, or one of all weights with them.
 
@@ -195,15 +190,8 @@ def check_resumed_adapters(config: RunConfig, checkpoint: Path, num_layers: int,
     """
     if config.model.peft.scheme == "none":
         return
-    from megatron.core.dist_checkpointing import load_tensors_metadata
-
-    tensors = load_tensors_metadata(str(checkpoint / "weights"))
-    shapes = {
-        name.removeprefix("module."): tensor.global_shape
-        for name, tensor in tensors.items()
-        if name.startswith("module.")
-    }
-    stored = stored_adapters(shapes, num_layers)
+    tensors = stored_tensors(checkpoint, trusted=config.model.allow_pickle)
+    stored = stored_adapters({name: shape for name, (shape, _) in tensors.items()}, num_layers)
     wanted = adapted(lora_targets(config), linear_layers(num_layers, experts=experts))
     run = f"exp_manager.name={config.exp_manager.name} would continue from {checkpoint}"
     remedy = "set it back, or give this run another exp_manager.name"

@@ -105,7 +105,7 @@ def test_a_killed_run_continues_under_another_parallelism_and_is_exported(
     assert [step["step"] for step in got] == list(range(1, NUM_STEPS + 1))
     for want, have in zip(expected, got, strict=True):
         assert have["loss"] == pytest.approx(want["loss"], rel=1e-5)
-        assert have["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4) and have["grad_norm"] > 0
+        assert have["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5) and have["grad_norm"] > 0
     for file in run.glob("checkpoints/*/weights/adapter_metadata.json"):
         assert Path(read_json(file)["model_ckpt_path"]).samefile(converted[model].imported)
 
@@ -133,9 +133,9 @@ def test_a_killed_run_continues_under_another_parallelism_and_is_exported(
         return arguments(converted[model], data, tmp_path, targets, *extra)
 
     for extra, parts in (
-        (("model.peft.lora.dim=8",), ("dim=8", "whose adapters have dim 4", "another exp_manager.name")),
-        (("model.peft.lora.target_modules=[linear_proj,linear_qkv]",), ("target_modules", "step=7-last", "linear_")),
-        (("model.peft.scheme=none",), ("model.peft.scheme=none", "holds adapters alone")),
+        (("model.peft.lora.dim=8",), ("model.peft.lora.dim from 4 to 8", "another exp_manager.name")),
+        (("model.peft.lora.target_modules=[linear_proj]",), ("model.peft.lora.target_modules", "another exp_manager")),
+        (("model.peft.scheme=none",), ("model.peft.scheme from lora to none", "another exp_manager.name")),
         ((f"model.restore_from_path={run}", "exp_manager.name=next"), ("holds adapters alone", "import-hf")),
     ):
         in_fork(refused, again(*extra), parts)

@@ -28,5 +28,6 @@ def test_a_run_in_bf16_starts_at_its_reference(data: tuple[str, ...], start: Pat
     given = [*TINY, *data, *LORA, f"model.restore_from_path={start}", f"exp_manager.exp_dir={tmp_path}"]
     run_training("gpt_dpo", [*given, "exp_manager.name=run", "precision=bf16_mixed", *parallel(1, 2, 1)])
     first, *_, last = steps(tmp_path / "run")
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["grad_norm"] > 0
+    # Not bit for bit: batches are drawn anew, and products in bf16 round by the shapes that padding gives them.
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4) and first["grad_norm"] > 0
     assert last["loss"] != first["loss"]
