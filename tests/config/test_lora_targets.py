@@ -13,6 +13,7 @@ from nemo_rao.integration.checks import check_run
 from nemo_rao.integration.compare_rewards import Asked, plan
 from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.continuing import start_of, write_run
 from nemo_rao.integration.lora_targets import (
     adapted,
     check_targets,
@@ -207,3 +208,21 @@ def test_adapters_go_with_the_weights_that_they_were_trained_on(tmp_path: Path) 
     with pytest.raises(UserError, match=r"run: .*trained on .*base, which is gone"):
         base_on_resume(trained, other, "run")
     assert base_on_resume(trained, tmp_path / "moved", "run") == tmp_path / "moved"
+
+
+def test_a_copy_of_the_base_is_the_same_start(tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path / "base", weights=b"weights")
+    copy, other = checkpoint(tmp_path / "copy", weights=b"weights"), checkpoint(tmp_path / "other", weights=b"others")
+    folder, digest = tmp_path / "run", digest_of_weights(whole / "weights")
+    checkpoint(folder / "checkpoints" / "step=2-last", base=whole, digest=digest)
+
+    def started_from(path: Path) -> RunConfig:
+        given = ("model.peft.scheme=lora", f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run")
+        return compose("gpt_sft", [*given, f"model.restore_from_path={path}"])
+
+    (folder / "recipe.yaml").write_text(to_yaml(started_from(whole)))
+    write_run(folder, start_from=whole, max_steps=4)
+    assert start_of(started_from(whole)) == whole
+    assert start_of(started_from(copy)) == copy
+    with pytest.raises(UserError, match=r"changes model.restore_from_path from .*base to .*other"):
+        start_of(started_from(other))
