@@ -47,6 +47,11 @@ def export_hf_parser() -> Parser:
         "--adapters", action="store_true", help="write the adapters alone, as a folder of the package peft"
     )
     parser.add_argument(
+        "--base",
+        metavar="CHECKPOINT",
+        help="adapters: where the weights are that they were trained on (default: where they were then)",
+    )
+    parser.add_argument(
         "--allow-pickle",
         action="store_true",
         help="read a checkpoint whose pickles name more than tensors and numbers; they can run code",

@@ -6,7 +6,6 @@ that one is never read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.families import FAMILIES, MEGATRON_BIAS, SUPPORTED, Family
-from nemo_rao.integration.checkpoints import resolve_checkpoint, stored_tensors
+from nemo_rao.integration.checkpoints import stored_tensors
 from nemo_rao.integration.talk import say
 
 LAYERS = "decoder.layers."
@@ -79,25 +78,6 @@ def describe(checkpoint: Path) -> Described:
         lora=transform,
         tokenizer=str(folder) if folder.is_dir() else name,
     )
-
-
-def base_of(adapters: Described) -> Path:
-    """The checkpoint whose weights the adapters change.
-
-    Raises:
-        UserError: the adapters do not tell, or it is gone.
-    """
-    file = adapters.folder / "weights" / "adapter_metadata.json"
-    try:
-        path = json.loads(file.read_text())["model_ckpt_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"CHECKPOINT: {file} does not tell whose adapters these are; it cannot be exported") from None
-    try:
-        return resolve_checkpoint(path, "CHECKPOINT")
-    except UserError:
-        raise UserError(
-            f"CHECKPOINT: {adapters.folder} has adapters for {path}, which is gone; put it back, or correct {file}"
-        ) from None
 
 
 def check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -4,8 +4,8 @@ What the model is stands as text in the checkpoint's ``context/model.yaml``, whi
 that one is never read. The weights' own format, torch_dist, has pickles, which are looked at first
 (:mod:`nemo_rao.integration.pickles`).
 
-Adapters of a LoRA run are merged, ``W + alpha / dim * B A`` in fp32, into the weights that the run started from; their
-place stands beside the adapters, in ``weights/adapter_metadata.json``.
+Adapters of a LoRA run are merged, ``W + alpha / dim * B A`` in fp32, into the weights that the run started from, which
+:mod:`nemo_rao.integration.adapter_checkpoints` finds.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face.adapters import check_adapters, merge, write_adapters
+from nemo_rao.hugging_face.adapters import changes_output_layer, check_adapters, merge, write_adapters
 from nemo_rao.hugging_face.checkpoint import (
     SCORE_HEAD,
     Described,
-    base_of,
     check_names,
     describe,
     read_tensors,
@@ -30,6 +29,7 @@ from nemo_rao.hugging_face.checkpoint import (
 from nemo_rao.hugging_face.conversion import Weights, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
 from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES
+from nemo_rao.integration.adapter_checkpoints import base_of_adapters
 from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint, stored_tensors
 from nemo_rao.integration.pickles import refuse_code
 from nemo_rao.integration.talk import quiet_imports, quiet_third_parties, say
@@ -52,9 +52,11 @@ def main(arguments: argparse.Namespace) -> int:
             f"--adapters: {described.folder} has none, it is a whole model; leave the option out, or name a run with "
             "model.peft.scheme=lora"
         )
-    base = described if described.lora is None else describe(base_of(described))
-    if base.lora is not None:
-        raise UserError(f"CHECKPOINT: {described.folder} has adapters for {base.folder}, which are adapters themselves")
+    if arguments.base and described.lora is None:
+        raise UserError(f"--base: {described.folder} has no adapters, it is a whole model; leave the option out")
+    base = described
+    if described.lora is not None:
+        base = describe(base_of_adapters(described.folder, "CHECKPOINT", arguments.base))
     from nemo_rao.data.encode import load_tokenizer
 
     tokenizer = load_tokenizer(described.tokenizer)
@@ -79,7 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
     destination = check_destination(arguments.dest, num_bytes, "DEST")
     with written_whole(destination, "DEST") as partial:
         if arguments.adapters:
-            write_adapters(described, partial, _DTYPES[dtype])
+            write_adapters(described, partial, _DTYPES[dtype], vocab_size)
         else:
             _write_model(base, described, partial, dtype, vocab_size, tokenizer)
         _write_tokenizer(described, tokenizer, partial)
@@ -93,7 +95,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _hf_config(base: Described, vocab_size: int, tokenizer: Any) -> Any:
+def _hf_config(base: Described, vocab_size: int, tokenizer: Any, *, tied: bool) -> Any:
     """Hugging Face's config. What NeMo's does not know comes from the config.json that stands with the tokenizer."""
     from transformers import CONFIG_MAPPING
 
@@ -133,7 +135,7 @@ def _hf_config(base: Described, vocab_size: int, tokenizer: Any) -> Any:
         rope_theta=config.rotary_base,
         rope_scaling=rope,
         vocab_size=vocab_size,
-        tie_word_embeddings=bool(config.share_embeddings_and_output_weights),
+        tie_word_embeddings=tied,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         **of_family,
@@ -147,13 +149,17 @@ def _write_model(
     import transformers
     from transformers.modeling_utils import no_init_weights
 
-    hf_config = _hf_config(base, vocab_size, tokenizer)
     say("reading the weights")
     num_layers = base.config.num_layers
-    weights = read_tensors(base.folder, num_layers)
+    weights, tied = read_tensors(base.folder, num_layers), bool(base.config.share_embeddings_and_output_weights)
     if described.lora is not None:
         say(f"merging the adapters of {described.folder}")
-        merge(weights, read_tensors(described.folder, num_layers), described.lora)
+        adapters = read_tensors(described.folder, num_layers)
+        if tied and changes_output_layer(adapters):
+            say("the adapter of the output layer changes it alone: the exported model's embeddings are not tied to it")
+            weights["output_layer.weight"], tied = weights["embedding.word_embeddings.weight"], False
+        merge(weights, adapters, described.lora)
+    hf_config = _hf_config(base, vocab_size, tokenizer, tied=tied)
     torch_dtype = vars(torch)[_DTYPES[dtype]]
     source = Weights({name: tensor.to(torch_dtype) for name, tensor in weights.items()}, base.config)
     del weights

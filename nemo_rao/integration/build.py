@@ -21,7 +21,9 @@ from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.integration.config import PrecisionConfig, RunConfig
 from nemo_rao.integration.derived import objective_config
 from nemo_rao.integration.experts import check_experts
-from nemo_rao.integration.model import MegatronGPTAlignmentModel, feed_lora_normed_inputs
+from nemo_rao.integration.lora import lora
+from nemo_rao.integration.lora_targets import check_targets
+from nemo_rao.integration.model import MegatronGPTAlignmentModel
 from nemo_rao.integration.precision_checks import sequence_multiple
 from nemo_rao.integration.strategy import AlignmentStrategy
 from nemo_rao.mcore.heads import VALUE_HEAD
@@ -65,26 +67,8 @@ def model_config(config: RunConfig) -> GPTConfig:
     except (AssertionError, ValueError) as error:
         raise UserError(f"model.arch: {keys.config_class} refuses these sizes: {error}") from None
     check_experts(config, vars(made))
+    check_targets(config, num_layers=made.num_layers, experts=bool(made.num_moe_experts))
     return made
-
-
-def lora(config: RunConfig) -> Any:
-    """NeMo's LoRA transform, or ``None`` where every weight is trained."""
-    if config.model.peft.scheme == "none":
-        return None
-    keys = config.model.peft.lora
-    return NormedInputLoRA(
-        dim=keys.dim, alpha=keys.alpha, dropout=keys.dropout, target_modules=list(keys.target_modules)
-    )
-
-
-class NormedInputLoRA(llm.peft.LoRA):
-    """NeMo's LoRA, whose adapters read the linear layer's input with or without Transformer Engine."""
-
-    def __call__(self, model: Any) -> Any:
-        model = super().__call__(model)
-        feed_lora_normed_inputs(model)
-        return model
 
 
 def _of_value_head(name: str, parameter: torch.nn.Parameter) -> bool:

@@ -12,6 +12,7 @@ from nemo_rao.data.rows import expand_paths
 from nemo_rao.errors import UserError
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import data_parallel_size, objective_config, parallel_multiple, run_dir, world_size
+from nemo_rao.integration.lora_targets import check_targets
 from nemo_rao.integration.precision_checks import check_fp8_network, check_precision
 from nemo_rao.integration.starting import check_start
 from nemo_rao.objectives import registry
@@ -258,6 +259,8 @@ def _check_peft(config: RunConfig) -> None:
             f"model.peft.scheme={config.model.peft.scheme} trains adapters of a model's weights, but "
             "model.restore_from_path is null; name the checkpoint that they are for"
         )
+    arch = config.model.arch
+    check_targets(config, num_layers=arch.num_layers, experts=bool(arch.extra.get("num_moe_experts")))
 
 
 def _check_checkpoints(config: RunConfig) -> None:

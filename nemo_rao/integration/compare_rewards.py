@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
+from nemo_rao.integration.adapter_checkpoints import refuse_adapters
 from nemo_rao.integration.checkpoints import resolve_checkpoint
 from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig
@@ -149,6 +150,12 @@ def main(arguments: argparse.Namespace) -> int:
     return run_comparison(comparison)
 
 
+def _start(path: str, option: str) -> str:
+    checkpoint = resolve_checkpoint(path, option)
+    refuse_adapters(checkpoint, option)
+    return str(checkpoint)
+
+
 def plan(asked: Asked) -> Comparison:
     """Composes all runs; reads recipes and the names of checkpoints, no data.
 
@@ -161,8 +168,8 @@ def plan(asked: Asked) -> Comparison:
     for text in (*asked.overrides, *(text for own in asked.of_objective.values() for text in own)):
         if (remedy := SET_HERE.get(key := text.lstrip("+").partition("=")[0])) is not None:
             raise UserError(f"{text}: compare-rewards sets {key} itself; {remedy}")
-    starts = {"sft": str(resolve_checkpoint(asked.sft, "--sft"))}
-    starts["base"] = "null" if asked.base == RANDOM else str(resolve_checkpoint(asked.base, "--base"))
+    starts = {"sft": _start(asked.sft, "--sft")}
+    starts["base"] = "null" if asked.base == RANDOM else _start(asked.base, "--base")
     runs, methods = [], []
     for size in sizes:
         for method in METHODS:

@@ -122,7 +122,9 @@ class LoraConfig:
     alpha: int = key(32, "the adapters' output is scaled by alpha / dim", low=1)
     dropout: float = key(0.0, "probability", low=0, high=1)
     target_modules: list[str] = key(
-        ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], "Megatron's linear layers that get an adapter"
+        ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        "linear layers that get an adapter: these, output_layer, Hugging Face's names (all parts of a fused layer), "
+        "all-linear, or patterns such as *.layers.0.*.linear_qkv",
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.files import write_atomically
+from nemo_rao.integration.adapter_checkpoints import trained_on
 from nemo_rao.integration.checkpoints import last_checkpoint, resolve_checkpoint, step_of
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import objective_config, run_dir
@@ -349,6 +350,8 @@ def start_of(config: RunConfig) -> Path | None:
     if _same_place(load_recipe(folder / RECIPE).model.restore_from_path, given):
         return recorded
     resolved = None if given is None else resolve_checkpoint(given, START)
+    if resolved is not None and trained_on(last_checkpoint(folder), resolved):
+        return resolved  # a copy of the weights below this run's adapters
     if resolved != recorded:
         change = Change(START, recorded, resolved, keeps_numbers=False, loads=config.model.peft.scheme == "none")
         _refuse([change], config, folder)

@@ -23,7 +23,6 @@ _REFUSED = {
     "moe_shared_expert_intermediate_size": "shared experts are not offered",
 }
 _BALANCING = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type")
-_ADAPTED = {"linear_qkv", "linear_proj"}  # layers that may get adapters
 
 
 def check_experts(config: RunConfig, fields: Mapping[str, Any]) -> None:
@@ -90,7 +89,7 @@ def check_resumed_experts(config: RunConfig, folder: Path) -> None:
 
 
 def _check_options(config: RunConfig, fields: Mapping[str, Any]) -> None:
-    given, lora = config.model.arch.extra, config.model.peft
+    given = config.model.arch.extra
     if config.precision.fp8_simulation:
         raise UserError(
             f"precision.fp8_simulation=true: products of {config.model.config_class}'s experts are not simulated; set "
@@ -109,9 +108,4 @@ def _check_options(config: RunConfig, fields: Mapping[str, Any]) -> None:
         raise UserError(
             f"model.arch.extra.moe_layer_freq={fields['moe_layer_freq']}: only mixtures with experts in every layer "
             "are offered"
-        )
-    if lora.scheme == "lora" and not set(lora.lora.target_modules) <= _ADAPTED:
-        raise UserError(
-            f"model.peft.lora.target_modules={lora.lora.target_modules}: experts get no adapters; take "
-            f"{' and '.join(sorted(_ADAPTED))}"
         )

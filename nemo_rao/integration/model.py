@@ -107,8 +107,11 @@ class MegatronGPTAlignmentModel(GPTModel):
         return self.config.vocab_size or self.tokenizer.vocab_size
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As ``GPTModel.forward``, with bf16 logits left in bf16: their log-probabilities accumulate in fp32."""
-        if _TAKES_FP32_OUTPUT and (self.config.bf16 or self.config.fp16):
+        """As ``GPTModel.forward``, with bf16 logits left in bf16: their log-probabilities accumulate in fp32.
+
+        Before adapters are added, as in their reference pass, NeMo has not put the wrapper that casts around the model.
+        """
+        if _TAKES_FP32_OUTPUT and isinstance(self.module, Float16Module):
             return self.module(*args, **kwargs, fp32_output=False)
         return super().forward(*args, **kwargs)
 

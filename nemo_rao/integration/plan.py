@@ -19,6 +19,7 @@ from nemo_rao.integration.compose import compose, override
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import chosen_responses, objective_config
 from nemo_rao.integration.experts import check_experts
+from nemo_rao.integration.lora_targets import check_targets, lora_targets
 from nemo_rao.integration.plan_data import run_length, size_of
 from nemo_rao.integration.precision_checks import check_named_gpu, fp8_multiple
 from nemo_rao.objectives import registry
@@ -161,7 +162,8 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
             f"--tokens-per-row {tokens_per_row}: rows longer than model.seq_length={keys.seq_length} are dropped; "
             "lower it"
         )
-    lora = Lora(keys.peft.lora.dim, tuple(keys.peft.lora.target_modules), keys.peft.lora.dropout > 0)
+    check_targets(config, num_layers=network.layers, experts=bool(network.experts))
+    lora = Lora(keys.peft.lora.dim, lora_targets(config), keys.peft.lora.dropout > 0)
     full = keys.recompute_granularity == "full"
     return Setting(
         network=network,

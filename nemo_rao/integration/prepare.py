@@ -20,6 +20,7 @@ from nemo_rao.data.dataset import load_preferences, mismatched
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
+from nemo_rao.integration.adapter_checkpoints import base_on_resume, check_resumed_adapters, check_scheme
 from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint
 from nemo_rao.integration.checks import check_architecture
 from nemo_rao.integration.config import RunConfig
@@ -285,6 +286,11 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     start_from = start_of(config)
     if planned.finished_at is None:
         check_resumed_experts(config, run_dir(config))
+        if resume_from is not None:
+            check_scheme(config, resume_from)
+            if keys.peft.scheme != "none":
+                assert start_from is not None  # check_run
+                start_from = base_on_resume(resume_from, start_from, f"exp_manager.name={config.exp_manager.name}")
         _check_model(config, loaded.num_tokens, start_from if needs_start(config) else None, resume_from)
     return Prepared(
         train=data,
@@ -359,3 +365,4 @@ def _check_model(config: RunConfig, num_tokens: int, start_from: Path | None, re
         other = f"{FITTING}, or give this run another exp_manager.name"
         key = f"exp_manager.name={config.exp_manager.name}"
         check_checkpoint(resume_from, made, vocab_size, key=key, remedy=other, trusted=trusted)
+        check_resumed_adapters(config, resume_from, made.num_layers, experts=bool(made.num_moe_experts))

@@ -122,6 +122,7 @@ def _job(run: str) -> _Job:
     config = load_recipe(folder / "recipe.yaml")
     if config.model.peft.scheme != "none":
         raise UserError(f"{run}: trained adapters ({config.model.peft.scheme}), which cannot be scored with yet")
+    from nemo_rao.integration.adapter_checkpoints import refuse_adapters
     from nemo_rao.integration.checkpoints import last_checkpoint, resolve_checkpoint
 
     own = last_checkpoint(folder)
@@ -145,6 +146,7 @@ def _job(run: str) -> _Job:
     if config.model.restore_from_path is None:
         raise UserError(f"{run}: started from random weights, no reference; give a run that started from a model")
     start = resolve_checkpoint(config.model.restore_from_path, f"{run}/recipe.yaml: model.restore_from_path")
+    refuse_adapters(start, f"{run}/recipe.yaml: model.restore_from_path")
     if not config.model.allow_pickle:
         refuse_code(start, f"{run}/recipe.yaml: model.restore_from_path")
     return _Job(config, keys, (own, start), 2, lambda columns: beta * (columns[0][:, 1] - columns[1][:, 1]))

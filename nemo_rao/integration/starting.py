@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from nemo_rao.errors import UserError
+from nemo_rao.integration.adapter_checkpoints import refuse_adapters
 from nemo_rao.integration.architecture import approximate_parameters, architecture_fields, num_tokens, vocabulary
 from nemo_rao.integration.checkpoints import check_checkpoint, token_embeddings
 from nemo_rao.integration.config import RunConfig
@@ -41,6 +42,7 @@ def check_start(config: RunConfig) -> None:
         raise UserError(f"{START}={given}: no such folder; give the folder of a NeMo checkpoint")
     checkpoint = start_of(config)
     assert checkpoint is not None
+    refuse_adapters(checkpoint, START)
     check_checkpoint(
         checkpoint,
         SimpleNamespace(**{name: value if isinstance(value, int) else None for name, value in fields.items()}),

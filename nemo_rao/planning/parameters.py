@@ -11,6 +11,7 @@ Adapters are NeMo's: ``linear_in`` and ``linear_out`` around a linear layer, who
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from nemo_rao.planning.setting import Setting
@@ -53,7 +54,7 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
 
     def add_linear(name: str, inputs: int, outputs: int, *, row: bool, bias: bool, norm: bool = False) -> None:
         """A linear layer over the tensor-parallel ranks, by columns or by rows, with the norm that is fused into it."""
-        base = wrapped(name)
+        base = f"{name}.to_wrap" if adapted(name) else name
         add(f"{base}.weight", inputs * outputs // tensor)
         if bias:
             add(f"{base}.bias", outputs if row else outputs // tensor)
@@ -61,16 +62,17 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
             add_norm(f"{base}.layer_norm_", network.hidden)
         add_adapter(name, inputs, outputs)
 
-    def wrapped(name: str) -> str:
-        """The name of a linear layer's own parameters."""
-        return f"{name}.to_wrap" if setting.lora is not None and setting.lora.adapts(name) else name
+    def adapted(name: str) -> bool:
+        """Whether the layer of this name on this stage gets an adapter; targets count layers of the whole model."""
+        of_layer = re.match(r"decoder\.layers\.(\d+)(.*)", name)
+        whole = f"decoder.layers.{before + int(of_layer[1])}{of_layer[2]}" if of_layer else name
+        return setting.lora is not None and setting.lora.adapts(whole)
 
     def add_adapter(name: str, inputs: int, outputs: int) -> None:
-        if setting.lora is None or not setting.lora.adapts(name):
-            return
-        for part_name, width in (("linear_in", inputs), ("linear_out", outputs)):
-            size = width * setting.lora.dim // tensor
-            found.append(Parameter(f"{name}.adapter.{part_name}.weight", size, trained=True))
+        if adapted(name) and setting.lora is not None:
+            for part_name, width in (("linear_in", inputs), ("linear_out", outputs)):
+                size = width * setting.lora.dim // tensor
+                found.append(Parameter(f"{name}.adapter.{part_name}.weight", size, trained=True))
 
     def add_norm(prefix: str, width: int) -> None:
         add(f"{prefix}weight", width)
@@ -97,6 +99,7 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
         if network.positions:
             add("embedding.position_embeddings.weight", network.positions * network.hidden)
     qkv, bias = network.query + 2 * network.key, network.linear_bias
+    before = setting.layers_before(stage, chunk)
     for number in range(setting.layers_of_chunk(stage, chunk)):
         layer = f"decoder.layers.{number}"
         attention, mlp = f"{layer}.self_attention", f"{layer}.mlp"
@@ -115,7 +118,8 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
         if not network.tied or several:
             # A reward model skips its output layer, which then has no gradient unless it is the embedding's copy.
             trained = not setting.scores or network.tied
-            add(f"{wrapped('output_layer')}.weight", part, trained=trained, shared=network.tied)
+            name = "output_layer.to_wrap.weight" if adapted("output_layer") else "output_layer.weight"
+            add(name, part, trained=trained, shared=network.tied)
         add_adapter("output_layer", network.hidden, network.vocabulary(tensor))
         if setting.value_head:
             add("value_head.weight", network.hidden)

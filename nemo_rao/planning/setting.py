@@ -28,12 +28,13 @@ class Lora:
     dropout: bool = False
 
     def adapts(self, name: str) -> bool:
-        """As NeMo matches: the layer's own name, or a pattern with ``*`` of its whole name."""
+        """As runs match: the layer's own name, or a pattern with ``*`` of its whole name in the whole model."""
         own = name.rpartition(".")[2]
-        return any(own == target or re.match("^" + target.replace("*", "(.*)") + "$", name) for target in self.targets)
+        expressions = [".*".join(map(re.escape, target.split("*"))) for target in self.targets]
+        return any(re.fullmatch(one, tried) for one in expressions for tried in (own, name, f"module.{name}"))
 
     def adapted(self, number: int) -> frozenset[str]:
-        """Those of ``LINEAR_LAYERS`` that have adapters in a layer of this number."""
+        """Those of ``LINEAR_LAYERS`` that have adapters in the model's layer of this number."""
         return _adapted(self, number)
 
 
@@ -177,8 +178,9 @@ class Setting:
         """Those of ``LINEAR_LAYERS`` that have adapters in a layer -> the stage's layers of which that is so."""
         found: Counter[frozenset[str]] = Counter()
         for chunk in range(self.virtual):
-            layers = self.layers_of_chunk(stage, chunk)  # each chunk numbers its own
-            found.update(frozenset() if self.lora is None else self.lora.adapted(number) for number in range(layers))
+            first, layers = self.layers_before(stage, chunk), self.layers_of_chunk(stage, chunk)
+            numbers = range(first, first + layers)
+            found.update(frozenset() if self.lora is None else self.lora.adapted(number) for number in numbers)
         return found
 
     @property
@@ -201,6 +203,11 @@ class Setting:
         if network.loss_is_layer and (stage, chunk) == (self.pipeline - 1, self.virtual - 1):
             layers -= 1
         return layers
+
+    def layers_before(self, stage: int, chunk: int) -> int:
+        """Layers of the whole model before those of a part of it."""
+        parts = [(c, s) for c in range(self.virtual) for s in range(self.pipeline)]
+        return sum(self.layers_of_chunk(s, c) for c, s in parts if (c, s) < (chunk, stage))
 
     def layers_of_stage(self, stage: int) -> int:
         return sum(self.layers_of_chunk(stage, chunk) for chunk in range(self.virtual))

@@ -104,5 +104,21 @@ def log_prob_sums(model: Any, data: Any) -> Any:
     return torch.stack(rows)
 
 
+def sft_loss(model: Any, tokenizer: Path, data: Path) -> float:
+    """The mean over prompts of the best response's mean negative log-probability."""
+    import numpy as np
+
+    from nemo_rao.data.dataset import load_preferences
+    from nemo_rao.data.encode import load_tokenizer
+
+    samples = load_preferences([f"{data}/train.jsonl"], load_tokenizer(tokenizer), seq_length=256)
+    sums, first, losses = log_prob_sums(model, samples)[:, 1], 0, []
+    for sample in samples:
+        best = int(np.argmax(sample.rewards))
+        losses.append(-float(sums[first + best]) / len(sample.responses[best]))
+        first += len(sample.responses)
+    return float(np.mean(losses))
+
+
 def read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())

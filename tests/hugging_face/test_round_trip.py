@@ -12,7 +12,7 @@ from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import load_tokenizer
 
 from .conftest import Converted
-from .models import MODELS, command, log_prob_sums, make_model, read_json, tensors
+from .models import MODELS, command, log_prob_sums, make_model, read_json, sft_loss, tensors
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -111,21 +111,10 @@ def lora(converted: dict[str, Converted], data: Path, tmp_path_factory: pytest.T
     return folder
 
 
-def sft_loss(model: object, tokenizer: Path, data: Path) -> float:
-    """The mean over prompts of the best response's mean negative log-probability."""
-    samples = load_preferences([f"{data}/train.jsonl"], load_tokenizer(tokenizer), seq_length=256)
-    sums, first, losses = log_prob_sums(model, samples)[:, 1], 0, []
-    for sample in samples:
-        best = int(np.argmax(sample.rewards))
-        losses.append(-float(sums[first + best]) / len(sample.responses[best]))
-        first += len(sample.responses)
-    return float(np.mean(losses))
-
-
 def test_adapters_merged_or_not_give_the_loss_that_the_run_ended_with(
     converted: dict[str, Converted], lora: Path, data: Path
 ) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     from transformers import AutoModelForCausalLM
 
     command("export-hf", lora / "run", lora / "merged")

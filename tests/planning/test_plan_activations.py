@@ -55,7 +55,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "adapters": LORA,
     "adapters with dropout": (*LORA, "model.peft.lora.dropout=0.1"),
     "TP 2, sequence parallel, adapters with dropout": (*LORA, *SEQUENCE, "model.peft.lora.dropout=0.1"),
-    "adapters of two layers by pattern": (*LORA, "model.peft.lora.target_modules=['*.layers.[01].*.linear_*']"),
+    "adapters of two layers by pattern": (
+        *LORA,
+        "model.peft.lora.target_modules=['*.layers.0.*.linear_*', '*.layers.1.*.linear_*']",
+    ),
     "adapters, one on the output layer": (*LORA, "model.peft.lora.target_modules=[linear_qkv,output_layer]"),
 }
 

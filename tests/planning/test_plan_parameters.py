@@ -150,6 +150,17 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             "model.peft.lora.target_modules=['*.layers.*.linear_qkv',linear_fc2]",
         ),
     ),
+    "adapters of some layers and of the output layer": (
+        "gpt_rao",
+        (
+            *TINY,
+            *parallel(2, 2, 4),
+            *INTERLEAVED,
+            "model.peft.scheme=lora",
+            "model.restore_from_path=x",
+            "model.peft.lora.target_modules=['*.layers.0.*','*.layers.1.*.linear_qkv','*.layers.2.*.linear_fc2',lm_head]",
+        ),
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,6 +81,23 @@ def _train(recipe: str, overrides: Sequence[str]) -> None:
     config = compose(recipe, overrides)
     check_run(config)
     train(config)
+
+
+def die_after_step(last: int) -> None:
+    """Lets rank 0 of this process's next run be killed in the step after ``last``, before its second micro-batch."""
+    from nemo_rao.integration.callbacks import Metrics
+
+    counted = Metrics.on_megatron_microbatch_start
+    seen = []
+
+    def killing(self: Metrics, step: Any, batch: Any, forward_callback: Any) -> None:
+        if step.trainer.global_step == last and not step.forward_only:
+            seen.append(batch)
+            if len(seen) == 2 and os.environ["RANK"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+        counted(self, step, batch, forward_callback)
+
+    Metrics.on_megatron_microbatch_start = killing  # type: ignore[method-assign]
 
 
 def in_fork(function: Callable[..., Any], *args: Any) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from .runs import TINY, _train, in_fork, parallel, run_training, start_fork, steps
+from .runs import TINY, _train, die_after_step, in_fork, parallel, run_training, start_fork, steps
 
 NUM_STEPS, EVERY = 7, 3
 INTERLEAVED = (
@@ -38,20 +35,7 @@ def overrides(folder: Path, data: Sequence[str], start: Path, *extra: str) -> li
 
 
 def train_and_die(recipe: str, given: Sequence[str]) -> None:
-    """Train, but kill rank 0 without a word in the middle of a step, before its second micro-batch."""
-    from nemo_rao.integration.callbacks import Metrics
-
-    counted = Metrics.on_megatron_microbatch_start
-    seen = []
-
-    def killing(self: Metrics, step: Any, batch: Any, forward_callback: Any) -> None:
-        if step.trainer.global_step == NUM_STEPS - 2 and not step.forward_only:
-            seen.append(batch)
-            if len(seen) == 2 and os.environ["RANK"] == "0":
-                os.kill(os.getpid(), signal.SIGKILL)
-        counted(self, step, batch, forward_callback)
-
-    Metrics.on_megatron_microbatch_start = killing  # type: ignore[method-assign]
+    die_after_step(NUM_STEPS - 2)
     _train(recipe, given)
 
 
