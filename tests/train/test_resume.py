@@ -39,7 +39,7 @@ def overrides(folder: Path, data: Sequence[str], start: Path, *extra: str) -> li
 
 def train_and_die(recipe: str, given: Sequence[str]) -> None:
     """Train, but kill rank 0 without a word in the middle of a step, before its second micro-batch."""
-    from nemo_rao.integration.callbacks import Metrics
+    from nemo_rao.integration.step_metrics import Metrics
 
     counted = Metrics.on_megatron_microbatch_start
     seen = []
