@@ -110,9 +110,15 @@ def test_scaled_rotary_frequencies_of_llama_3_1_count(config: Any) -> None:
     from nemo_rao.mcore.network import network_fingerprint
 
     scaled = llm.Llama31Config8B()
-    prints = {network_fingerprint(changed(scaled, name, value)) for name, value in (
-        ("scale_factor", 16.0), ("low_freq_factor", 2.0), ("high_freq_factor", 8.0), ("old_context_len", 4096),
-    )}
+    prints = {
+        network_fingerprint(changed(scaled, name, value))
+        for name, value in (
+            ("scale_factor", 16.0),
+            ("low_freq_factor", 2.0),
+            ("high_freq_factor", 8.0),
+            ("old_context_len", 4096),
+        )
+    }
     assert len(prints | {network_fingerprint(scaled)}) == 5
 
 
