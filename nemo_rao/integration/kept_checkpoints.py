@@ -75,8 +75,12 @@ class StepCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # Those that were kept under another save_top_k, or in another folder, were not left behind.
-        if state_dict["dirpath"] == self.dirpath and state_dict.get("save_top_k") == self.save_top_k:
+        if state_dict["dirpath"] != self.dirpath:
+            return
+        if self.monitor is None and _is_there(state_dict["best_model_path"]):
+            self.best_model_path = state_dict["best_model_path"]  # of a ranking without entries, NeMo forgets it
+        # Those that were kept under another save_top_k were not left behind.
+        if state_dict.get("save_top_k") == self.save_top_k:
             self._written = set(state_dict["written"])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -88,16 +92,22 @@ class StepCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)  # where all ranks meet
 
     def _wanted(self, trainer: Any) -> set[str]:
-        """Names of the best, of the newest, and of what the run continues from."""
-        newest = [self.last_model_path, self.future_last_model_path, trainer.ckpt_path]
+        """Names of the best, of the newest, and of what the run continues from; of a link, also what it names."""
         if self.save_top_k == -1:
-            return {*map(_name, filter(None, newest)), *self._written}
-        return {_name(path) for path in (*self.best_k_models, self.best_model_path, *newest) if path}
+            return set(self._written)
+        paths = (*self.best_k_models, self.best_model_path, self.last_model_path, trainer.ckpt_path)
+        names = {_name(path) for path in paths if path}
+        links = [Path(self.dirpath) / name for name in names]
+        return names | {link.readlink().name for link in links if link.is_symlink()}
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         # NeMo decides by the validation interval of Lightning's own loop, which is not used.
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _is_there(path: str) -> bool:
+    return bool(path) and ckpt_to_dir(path).is_dir() and not ModelCheckpoint.is_checkpoint_unfinished(path)
 
 
 def _name(path: str | Path) -> str:

@@ -153,6 +153,7 @@ class CheckFirstStep(pl.Callback):
         if self._log_ratios is None:
             return
         found, self._log_ratios = self._log_ratios.deviation(), None
+        assert found.rows > 0, "nobody has looked at the first step's rows"
         chunks = model_chunks(step.trainer)
         for chunk in chunks:
             chunk.observe = None

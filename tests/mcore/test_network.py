@@ -55,7 +55,7 @@ ELSEWHERE = {
     "params_dtype": torch.bfloat16,
     "fp8": "hybrid",
     "apply_rope_fusion": True,
-    "calculate_per_token_loss": False,
+    "calculate_per_token_loss": True,
     "grad_scale_func": print,
 }
 
