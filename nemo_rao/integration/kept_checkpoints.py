@@ -75,13 +75,12 @@ class StepCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if state_dict["dirpath"] != self.dirpath:
+        # Those that were kept under another save_top_k, or in another folder, were not left behind.
+        if state_dict["dirpath"] != self.dirpath or state_dict.get("save_top_k") != self.save_top_k:
             return
+        self._written = set(state_dict["written"])
         if self.monitor is None and _is_there(state_dict["best_model_path"]):
             self.best_model_path = state_dict["best_model_path"]  # of a ranking without entries, NeMo forgets it
-        # Those that were kept under another save_top_k were not left behind.
-        if state_dict.get("save_top_k") == self.save_top_k:
-            self._written = set(state_dict["written"])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
