@@ -80,13 +80,15 @@ class MismatchedPass(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         module = trainer.datamodule
         mismatched = module.train.mismatched
+        chunks = model_chunks(trainer)
         log_ratio = mean_log_ratio(
-            model_chunks(trainer),
+            chunks,
             module.micro_batches_of_step(trainer.global_step),
             make_micro_batch=mismatched.micro_batch,
             vocab_size=pl_module.vocab_size,
+            log_ratios=chunks[0].log_ratios,
         )
-        for chunk in model_chunks(trainer):
+        for chunk in chunks:
             chunk.mismatched_log_ratio = log_ratio
 
 

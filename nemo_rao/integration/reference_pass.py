@@ -128,6 +128,9 @@ def limits(precision: PrecisionConfig, *, experts: bool, tf32: bool) -> tuple[fl
 class CheckFirstStep(pl.Callback):
     """Stops a run whose policy and reference are not the same model in its first step, before a weight has changed.
 
+    Of that step, prompts and responses are compared, and the mismatched rows where the objective has some. It stands
+    before :class:`nemo_rao.integration.callbacks.MismatchedPass`, which runs those.
+
     Args:
         precision: number formats.
         cache_dir: of the reference, for the message.
@@ -147,7 +150,7 @@ class CheckFirstStep(pl.Callback):
             return
         self._log_ratios = LogRatios(pl_module.needs)
         for chunk in model_chunks(trainer):
-            chunk.observe = self._log_ratios.add
+            chunk.log_ratios = self._log_ratios
 
     def on_megatron_step_end(self, step: Any, microbatch_outputs: list, reduced: Any) -> None:
         if self._log_ratios is None:
@@ -156,7 +159,7 @@ class CheckFirstStep(pl.Callback):
         assert found.rows > 0, "nobody has looked at the first step's rows"
         chunks = model_chunks(step.trainer)
         for chunk in chunks:
-            chunk.observe = None
+            chunk.log_ratios = None
         experts = get_model_config(chunks[0]).num_moe_experts is not None
         rms, largest = limits(self._precision, experts=experts, tf32=HAVE_TRANSFORMER_ENGINE)
         figures = f"rms {found.rms:.2g}, largest {found.largest:.2g} nats per square root of a token"

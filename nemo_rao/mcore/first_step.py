@@ -44,14 +44,16 @@ class LogRatios:
         self._rows: list[Tensor] = []
 
     def add(self, batch: ObjectiveBatch) -> None:
-        """The rows of one micro-batch; called on the last pipeline stage."""
+        """Prompts and responses of one micro-batch; called on the last pipeline stage."""
         assert batch.reference_response_logps is not None and batch.reference_prompt_logps is not None
-        compared = [(batch.response_logps - batch.reference_response_logps, batch.lengths)]
+        self.add_rows((batch.response_logps - batch.reference_response_logps)[batch.valid], batch.lengths[batch.valid])
         if self._prompts:
-            compared.append((batch.prompt_logps - batch.reference_prompt_logps, batch.prompt_lengths))
-        for log_ratio, tokens in compared:
-            there = batch.valid & (tokens > 0)
-            self._rows.append((log_ratio.detach()[there] / tokens[there].sqrt()).abs())
+            log_ratio, tokens = batch.prompt_logps - batch.reference_prompt_logps, batch.prompt_lengths
+            self.add_rows(log_ratio[batch.valid], tokens[batch.valid])
+
+    def add_rows(self, log_ratio: Tensor, tokens: Tensor) -> None:
+        """Log-ratios ``[N]``, nats, and how many tokens each sums over ``[N]``; those without tokens are left out."""
+        self._rows.append((log_ratio.detach()[tokens > 0] / tokens[tokens > 0].sqrt()).abs())
 
     def deviation(self) -> Deviation:
         """Over all ranks. A collective over them.

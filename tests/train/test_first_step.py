@@ -99,6 +99,20 @@ def test_the_first_step_says_that_log_ratios_are_0_or_why_that_is_not_checked(
     assert "not checked: they are not 0 under dropout" in dropped_out
 
 
+def test_rows_of_mismatched_prompts_and_responses_are_checked_too(
+    data: tuple[str, ...], start: Path, tmp_path: Path
+) -> None:
+    kto = ("model.objective=kto", "model.kto.threshold=0.6", *NO_CHECKPOINTS)
+    run_training("gpt_rao", overrides(tmp_path, "run", data, start, *kto))
+    first = {key: np.load(path).copy() for key, path in sums(tmp_path).items()}
+    assert len(first) == 2  # of the rows, and of the mismatched ones
+    for key, path in sums(tmp_path).items():
+        np.save(path, first[key] - 1)
+        with pytest.raises(AssertionError, match="are not those of the starting policy"):
+            run_training("gpt_rao", overrides(tmp_path, "run", data, start, *kto))
+        np.save(path, first[key])
+
+
 def test_a_resumed_run_refuses_a_reference_that_has_been_deleted(
     data: tuple[str, ...], start: Path, tmp_path: Path
 ) -> None:
