@@ -70,6 +70,21 @@ the reference pass, until their numbers stop changing, and the scales are kept f
 within the step. Scales of gradients are not set before: the first micro-batch's smallest gradients round to 0, as in
 pre-training.
 
+**The first step checks the reference.** Before a weight has changed, policy and reference are the same model, so every
+log-ratio is rounding. A run compares them in its first step, prompts and responses, in nats per square root of a token,
+reports the result in one line, and stops with exit code 2 above these limits:
+
+| number format | root mean square over rows | largest row |
+|---|---:|---:|
+| fp32 | 1e-4 | 1e-3 |
+| fp16, bf16; fp32 with Transformer Engine, which multiplies in TF32 | 0.1 | 1 |
+| FP8 | 0.3 | 3 |
+
+A mixture of experts has the limits of the next row: a token whose experts are nearly tied may take another one. Under
+dropout nothing is checked. The limits are some ten times a token's error below: networks are deeper than this one, and
+a reference may have been computed under another parallelism. A reference of other rows or of another network is off by
+whole nats.
+
 **Looking changes nothing.** The reference pass, validation and scoring leave every module's amax history as it was, bit
 for bit, though casts note what they see; so a run does not depend on how often it is validated. Checkpoints carry
 scales and histories (`_extra_state`), and a resumed run goes on bit for bit. LoRA's checkpoints hold adapters alone:

@@ -62,7 +62,7 @@ def reference_timed(callbacks: list[Any], note: Callable[[float], None]) -> list
     """The callbacks, between which ``note`` is told the seconds of the reference pass, if there is one."""
     import lightning.pytorch as pl
 
-    from nemo_rao.integration.callbacks import ReferencePass
+    from nemo_rao.integration.reference_pass import ReferencePass
 
     class Begin(pl.Callback):
         def on_train_start(self, *arguments: Any) -> None:

@@ -14,13 +14,13 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.model.base import GPTConfig
-from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
 
 from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.integration.config import PrecisionConfig, RunConfig
 from nemo_rao.integration.derived import objective_config
 from nemo_rao.integration.experts import check_experts
+from nemo_rao.integration.kept_checkpoints import StepCheckpoint
 from nemo_rao.integration.lora import lora
 from nemo_rao.integration.lora_targets import check_targets
 from nemo_rao.integration.model import MegatronGPTAlignmentModel
@@ -216,21 +216,6 @@ def _fp8(keys: PrecisionConfig) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": keys.num_layers_at_start_in_bf16,
         "num_layers_at_end_in_bf16": keys.num_layers_at_end_in_bf16,
     }
-
-
-class StepCheckpoint(ModelCheckpoint):
-    """NeMo's checkpoints, named by the number of optimizer steps that are in them: ``step=40``, ``step=40-last``."""
-
-    CHECKPOINT_NAME_LAST = "{step}-last"
-
-    def _monitor_candidates(self, trainer: Any) -> dict[str, torch.Tensor]:
-        # NeMo logs a metric of the same name, which still counts from the step before.
-        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        # NeMo decides by the validation interval of Lightning's own loop, which is not used.
-        if self.save_last and self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 def checkpoint_callback(config: RunConfig, folder: Path) -> StepCheckpoint:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.integration.pickles import read_metadata, refuse_code
 
 _UNFINISHED = "-unfinished"  # NeMo's marker file beside a checkpoint that is being written or removed
+_OWN = re.compile(r"step=\d+(-last)?(-v\d+)?")  # names that a run gives
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -33,6 +36,43 @@ def step_of(folder: Path) -> int:
     """Optimizer steps that a checkpoint holds, from its name; -1 where the name does not say."""
     found = re.search(r"step=(\d+)", folder.name)
     return int(found.group(1)) if found else -1
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Remove what was being written or removed when a run was killed, and its markers; on one rank.
+
+    Args:
+        folder: ``checkpoints`` of a run that is not running; none but its own ``step=N`` are touched.
+
+    Returns:
+        the names of what was removed.
+    """
+    markers = {marker.name.removesuffix(_UNFINISHED): marker for marker in folder.glob(f"*{_UNFINISHED}")}
+    own = {name: marker for name, marker in markers.items() if _OWN.fullmatch(name)}
+    # A link to a checkpoint that was being removed is nothing without it.
+    links = {link.name for link in folder.iterdir() if link.is_symlink() and link.readlink().name in own} if own else ()
+    removed = remove_checkpoints(folder, {*own, *links})
+    for marker in own.values():
+        marker.unlink(missing_ok=True)
+    return removed
+
+
+def remove_checkpoints(folder: Path, names: Iterable[str]) -> list[str]:
+    """Remove checkpoints or links to them, if present; none but a run's own ``step=N``. Returns their names."""
+    removed = []
+    for name in sorted(names):
+        path = folder / name
+        if not _OWN.fullmatch(name) or not (path.is_symlink() or path.is_dir()):
+            continue
+        if path.is_symlink():
+            path.unlink()
+        else:
+            marker = path.with_name(name + _UNFINISHED)
+            marker.touch()  # a kill within this leaves no half that looks whole
+            shutil.rmtree(path)
+            marker.unlink(missing_ok=True)
+        removed.append(name)
+    return removed
 
 
 def resolve_checkpoint(path: str, key: str) -> Path:

@@ -13,6 +13,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import data_parallel_size, objective_config, parallel_multiple, run_dir, world_size
 from nemo_rao.integration.lora_targets import check_targets
+from nemo_rao.integration.monitor import check_monitor
 from nemo_rao.integration.precision_checks import check_fp8_network, check_precision
 from nemo_rao.integration.starting import check_start
 from nemo_rao.objectives import registry
@@ -41,7 +42,7 @@ def check_run(config: RunConfig, *, start_exists: bool = True) -> None:
     )
     _check_layout(config)
     _check_peft(config)
-    _check_checkpoints(config)
+    check_monitor(config)
     _check_paths(config)
     if start_exists:
         check_start(config)
@@ -261,20 +262,6 @@ def _check_peft(config: RunConfig) -> None:
         )
     arch = config.model.arch
     check_targets(config, num_layers=arch.num_layers, experts=bool(arch.extra.get("num_moe_experts")))
-
-
-def _check_checkpoints(config: RunConfig) -> None:
-    keys = config.exp_manager.checkpoint_callback_params
-    if keys.monitor is None and keys.save_top_k > 1:
-        raise UserError(
-            f"checkpoint_callback_params.save_top_k={keys.save_top_k} needs a metric to rank by; set "
-            "exp_manager.checkpoint_callback_params.monitor, such as val/loss"
-        )
-    if keys.monitor is not None and keys.monitor.startswith("val/") and config.data.validation_path is None:
-        raise UserError(
-            f"exp_manager.checkpoint_callback_params.monitor={keys.monitor} needs validation data; set "
-            "data.validation_path, or another metric, such as loss"
-        )
 
 
 def _check_paths(config: RunConfig) -> None:

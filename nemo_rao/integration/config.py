@@ -39,7 +39,8 @@ class TrainerConfig:
     max_epochs: int | None = key(1, "passes over the data; with max_steps, whichever ends first. null: no limit", low=1)
     val_check_interval: int = key(
         50,
-        "steps from one validation to the next; where there is validation data, the start and end are always scored",
+        "steps from one validation to the next; where there is validation data, the start, the end, and steps whose "
+        "checkpoint is ranked by a val/ metric are always scored",
         low=1,
     )
     log_every_n_steps: int = key(1, "steps from one line of metrics to the next", low=1)

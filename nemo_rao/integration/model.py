@@ -15,6 +15,7 @@ from nemo.lightning.pytorch.optim import OptimizerModule
 from torch import Tensor, nn
 
 from nemo_rao.batch import MicroBatch, ModelOutput
+from nemo_rao.mcore.first_step import LogRatios
 from nemo_rao.mcore.forward import forward_step, to_device, unwrapped
 from nemo_rao.mcore.fp8_simulation import Fp8Simulation, keep_scales_up_to_date, layer_spec_with_simulated_fp8
 from nemo_rao.mcore.heads import add_score_head, add_value_head
@@ -55,6 +56,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         needs: what the objective, under its keys, asks for.
         mismatched_log_ratio: ``[]`` fp32, nats, of the global batch at hand; to be set before each step where
             ``needs.mismatched``.
+        log_ratios: collects those of the first step (:class:`nemo_rao.integration.reference_pass.CheckFirstStep`).
 
     Raises:
         UserError: the objective is unknown, or has no such key or value.
@@ -83,6 +85,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         self.objective_config = self.objective.make_config(objective_config or {})
         self.needs = self.objective.needs_of(self.objective_config)
         self.mismatched_log_ratio: Tensor | None = None
+        self.log_ratios: LogRatios | None = None
         self._fused_log_probs = fused_log_probs
         self._fp8_is_simulated = fp8_simulation is not None
 
@@ -155,6 +158,7 @@ class AlignmentLossReduction(MegatronLossReduction):
             model.objective_config,
             vocab_size=model.vocab_size,
             mismatched_log_ratio=model.mismatched_log_ratio,
+            observe=None if model.log_ratios is None else model.log_ratios.add,
         )
         return for_schedule(output)
 

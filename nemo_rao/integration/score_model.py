@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from nemo_rao.batch import MicroBatch
     from nemo_rao.data.store import PreferenceData
 
-_FORMAT = "model-scores-1"
+_FORMAT = "model-scores-2"
 
 
 def model_kind(path: str) -> Kind:
@@ -66,7 +66,11 @@ class ModelScorer:
         self._folder = place.folder / "model_scores"
         self._scores: dict[str, Scores] | None = None
         self._unscored = 0
-        self.identity: Mapping[str, Any] = {"model": run, "checkpoints": [_digest(c) for c in self._job.checkpoints]}
+        self.identity: Mapping[str, Any] = {
+            "model": run,
+            "checkpoints": [_digest(c) for c in self._job.checkpoints],
+            "recipe": _what_scores_depend_on(self._job.config),
+        }
 
     def score(self, rows: Sequence[InputRow]) -> list[Scores]:
         if self._scores is None:
@@ -173,6 +177,17 @@ def _digest(checkpoint: Path) -> str:
     return hashlib.sha256(repr((str(checkpoint), stamps)).encode()).hexdigest()
 
 
+def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
+    """Of a run's recipe: network, number formats, objective, and how text becomes tokens."""
+    data = config.data
+    return {
+        "network": [config.model.config_class, dataclasses.asdict(config.model.arch), config.model.seq_length],
+        "precision": quantisation(config.precision),
+        "objective": [config.model.objective, dataclasses.asdict(objective_config(config))],
+        "tokens": [data.tokenizer, data.chat_template, data.template_arguments],
+    }
+
+
 def _tokenised(rows: Sequence[Row], config: RunConfig) -> tuple[PreferenceData, list[tuple[int, int]]]:
     """The responses that the model can read, and for each, in the data's order, (row, response) numbers in ``rows``."""
     from nemo_rao.data.dataset import ROWS_AT_ONCE
@@ -232,13 +247,16 @@ def _numbers(job: _Job, checkpoint: Path, data: PreferenceData, folder: Path) ->
 
     if started_externally() or job.config.trainer.num_nodes > 1:
         raise UserError("nemo-rao score starts its ranks itself, on one node; do not start it with srun or torchrun")
-    parts = (_FORMAT, _digest(checkpoint), data.fingerprint(), quantisation(job.config.precision))
-    key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
     quiet_third_parties()
     select_device(job.config)
     import_nemo()
+    from nemo_rao.integration import build
+    from nemo_rao.mcore.network import network_fingerprint
     from nemo_rao.mcore.reference import load_numbers
 
+    network = network_fingerprint(build.model_config(job.config))
+    parts = (_FORMAT, _digest(checkpoint), network, data.fingerprint(), quantisation(job.config.precision))
+    key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
     if (found := load_numbers(folder, key, data.num_responses, job.width)) is None:
         folder.mkdir(parents=True, exist_ok=True)
         arguments = (job.config, job.objective_config, data, checkpoint, folder, key, job.width)

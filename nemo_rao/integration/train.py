@@ -29,6 +29,7 @@ from nemo_rao.integration.curves import draw_curves
 from nemo_rao.integration.derived import reference_dir, run_dir
 from nemo_rao.integration.job import leave_if_stopped
 from nemo_rao.integration.launch import launch, started_externally
+from nemo_rao.integration.monitor import validation_intervals
 from nemo_rao.integration.precision_checks import quantisation
 from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_nemo, prepare, select_device
 from nemo_rao.integration.recipe_text import to_yaml
@@ -141,7 +142,7 @@ def make_trainer(
         plugins=build.precision(config),
         callbacks=list(callbacks),
         logger=list(loggers),
-        log_every_n_steps=config.trainer.log_every_n_steps,
+        log_every_n_steps=0,  # Lightning logs nothing by itself: nemo_rao.integration.step_metrics does
         enable_checkpointing=bool(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -225,17 +226,17 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any], reco
     from nemo_rao.integration.callbacks import (
         CalibrateScales,
         KeepSchedule,
-        Metrics,
         MismatchedPass,
         Progress,
         RecordStart,
-        ReferencePass,
         SeedEveryStep,
-        Validation,
     )
+    from nemo_rao.integration.reference_pass import CheckFirstStep, ReferencePass
+    from nemo_rao.integration.step_metrics import Metrics, StepLog, Validation
     from nemo_rao.integration.stop import StopWhenAsked
 
     folder, keys = run_dir(config), config.model
+    log = StepLog(folder / "metrics.jsonl")
     callbacks: list[Any] = [StopWhenAsked(), SeedEveryStep(config.trainer.seed)]
     if model.model_transform is not None:
         # Adds the adapters after the reference pass, which so sees the model that they start from.
@@ -254,16 +255,17 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any], reco
                 vocab_size=model.vocab_size,
             )
         )
-    callbacks += [KeepSchedule(), Metrics(folder)]
+        callbacks.append(CheckFirstStep(config.precision, reference_dir(config)))
+    callbacks += [KeepSchedule(), Metrics(folder, log, log_every_n_steps=config.trainer.log_every_n_steps)]
     if model.needs.mismatched:
         callbacks.append(MismatchedPass())
     if "validation" in data_sets:
         callbacks.append(
             Validation(
                 data_sets["validation"],
-                every_n_steps=config.trainer.val_check_interval,
+                log,
+                intervals=validation_intervals(config),
                 micro_batch_size=keys.micro_batch_size,
-                folder=folder,
             )
         )
     callbacks.append(RecordStart(record))

@@ -8,7 +8,7 @@ ranks, and divides the gradients once by the global count (``finalize_model_grad
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,11 +145,14 @@ def micro_batch_loss(
     *,
     vocab_size: int,
     mismatched_log_ratio: Tensor | None = None,
+    observe: Callable[[ObjectiveBatch], None] | None = None,
 ) -> LossOutput:
     """The objective's sums over one micro-batch, from the last pipeline stage's output.
 
-    ``mismatched_log_ratio``: ``[]``, of the global batch (:func:`nemo_rao.mcore.mismatched.mean_log_ratio`), for the
-    objectives that need it.
+    Args:
+        mismatched_log_ratio: ``[]``, of the global batch (:func:`nemo_rao.mcore.mismatched.mean_log_ratio`), for the
+            objectives that need it.
+        observe: called with what the objective sees.
     """
     needs = objective.needs_of(config)
     if needs.scores:
@@ -170,6 +173,8 @@ def micro_batch_loss(
         scores=output.scores,
         mismatched_log_ratio=mismatched_log_ratio,
     )
+    if observe is not None:
+        observe(arranged)
     return objective.loss(arranged, config)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
+from nemo_rao.mcore.first_step import LogRatios
 from nemo_rao.mcore.forward import evaluation_mode, forward_only
 from nemo_rao.mcore.loss import reduce_statistics, sequence_log_probs
 
@@ -25,6 +26,7 @@ def mean_log_ratio(
     *,
     make_micro_batch: Callable[[Sequence[int]], MicroBatch],
     vocab_size: int,
+    log_ratios: LogRatios | None = None,
 ) -> Tensor:
     """The mean over mismatched rows of rho(y') = log pi(y'|x) - log pi_ref(y'|x). A collective over all ranks.
 
@@ -33,6 +35,7 @@ def mean_log_ratio(
         micro_batches: prompt numbers of this data-parallel rank's micro-batches; ranks may have different numbers.
         make_micro_batch: prompt numbers -> micro-batch of mismatched rows, with their reference sums.
         vocab_size: V without padding.
+        log_ratios: collects the rows' own, in the first step.
 
     Returns:
         ``[]`` float32, nats, the same on every rank.
@@ -42,6 +45,8 @@ def mean_log_ratio(
         assert batch.reference is not None
         _, response_logps = sequence_log_probs(output, batch, vocab_size=vocab_size, prompts=False)
         log_ratio = response_logps - batch.reference[:, 1]
+        if log_ratios is not None:
+            log_ratios.add_rows(log_ratio, batch.response_lengths)
         return {_LOG_RATIO: torch.stack([log_ratio.sum(), log_ratio.new_tensor(len(log_ratio))])}
 
     with evaluation_mode(model):

@@ -6,16 +6,21 @@ starts from the same weights. Nothing of the model is held twice.
 
 On disk, below the cache folder::
 
-    <key>/part-<first>-<last>-<count>.npz   response numbers and their sums, while a pass is under way
-    <key>/sums.npy                          [responses, W] float32, when it is complete; W = 2 for the reference
+    <key>/part-<writer>-<number>.npz   response numbers and their sums, while a pass is under way
+    <key>/sums.npy                     [responses, W] float32, when it is complete; W = 2 for the reference
 
 Every file is written under a temporary name first. A pass that was interrupted goes on with what its parts lack,
 under any parallelism.
+
+Several runs may compute the same numbers at once, on a file system without reliable locks: each writes parts under
+names of its own, overwrites nobody's, and merges what it has in memory. Parts only serve a successor; once ``sums.npy``
+exists they may vanish at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,17 +36,24 @@ from nemo_rao.files import written_atomically
 from nemo_rao.mcore.forward import evaluation_mode, forward_only
 from nemo_rao.mcore.loss import sequence_log_probs
 
-_FORMAT = "reference-sums-1"
+_FORMAT = "reference-sums-2"
 _SUMS = "sums.npy"
 
 
-def reference_key(*, weights: str, data: str, precision: str) -> str:
-    """The cache key of a reference pass: what its numbers depend on, and nothing else."""
-    return hashlib.sha256("|".join((_FORMAT, weights, data, precision)).encode()).hexdigest()[:32]
+def reference_key(*, weights: str, network: str, data: str, precision: str) -> str:
+    """The cache key of a reference pass: what its numbers depend on, and nothing else.
+
+    Args:
+        weights: see :func:`nemo_rao.mcore.fingerprint.weights_fingerprint`.
+        network: what is computed with them, see :func:`nemo_rao.mcore.network.network_fingerprint`.
+        data: fingerprint of the tokenised rows.
+        precision: number formats, scales included.
+    """
+    return hashlib.sha256("|".join((_FORMAT, weights, network, data, precision)).encode()).hexdigest()[:32]
 
 
 def load_numbers(cache_dir: Path, key: str, num_responses: int, width: int) -> np.ndarray | None:
-    """The finished numbers ``[responses, width]`` float32, or ``None``."""
+    """The finished numbers ``[responses, width]`` float32, memory-mapped, or ``None``."""
     path = cache_dir / key / _SUMS
     if not path.exists():
         return None
@@ -104,37 +116,81 @@ def compute_numbers(
     """
     num_responses = sum(len(responses) for responses in prompts)
     folder = cache_dir / key
-    complete = [load_numbers(cache_dir, key, num_responses, width) is not None]
-    torch.distributed.broadcast_object_list(complete, src=0)  # one rank's view of the disk decides
-    if not complete[0]:
-        folder.mkdir(parents=True, exist_ok=True)
-        remaining = _remaining_prompts(folder, prompts, num_responses, width)
+    if not _is_complete(cache_dir, key, num_responses, width):
+        known, remaining = _begin(folder, prompts, num_responses, width)
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         mine, longest = remaining[rank::size], -(-len(remaining) // size)
+        parts = _Parts(folder, writes=parallel_state.get_tensor_and_context_parallel_rank() == 0)
+        computed = np.full((num_responses, width), np.nan, dtype=np.float32)
+        covered = np.zeros(num_responses, dtype=bool)
         for done, responses, sums in _sums_of(
             model, mine, longest, make_micro_batch, micro_batch_size, micro_batches_per_part, numbers, width
         ):
-            if parallel_state.get_tensor_and_context_parallel_rank() == 0 and len(responses):
-                _write_part(folder, responses, sums)
+            if parts.add(responses, sums):
+                computed[responses], covered[responses] = sums, True
             if progress is not None:
                 progress(done, len(mine))
-        torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0:
-            _merge(folder, num_responses, width)
-        torch.distributed.barrier()
+        _finish(folder, known, _over_ranks(computed, covered))
+    elif torch.distributed.get_rank() == 0:
+        _remove_parts(folder)  # of runs that were killed after another had finished
     finished = load_numbers(cache_dir, key, num_responses, width)
     assert finished is not None, f"{folder} is not shared by all ranks"
     return finished
 
 
-def _remaining_prompts(folder: Path, prompts: Sequence[Sequence[int]], num_responses: int, width: int) -> list[int]:
-    """Prompts that no part covers, as rank 0 sees the folder; the same on every rank."""
-    remaining: list[Any] = [None]
+def _is_complete(cache_dir: Path, key: str, num_responses: int, width: int) -> bool:
+    """Whether the numbers are there already, as rank 0 sees the disk."""
+    complete = [torch.distributed.get_rank() == 0 and load_numbers(cache_dir, key, num_responses, width) is not None]
+    torch.distributed.broadcast_object_list(complete, src=0)
+    return complete[0]
+
+
+def _begin(
+    folder: Path, prompts: Sequence[Sequence[int]], num_responses: int, width: int
+) -> tuple[np.ndarray | None, list[int]]:
+    """What parts hold, on rank 0 alone, and the prompts that they do not cover, on every rank."""
+    known, remaining = None, [[0]]
     if torch.distributed.get_rank() == 0:
-        known = np.isfinite(_read_parts(folder, num_responses, width)[:, -1])
-        remaining = [[i for i, responses in enumerate(prompts) if not known[list(responses)].all()]]
+        folder.mkdir(parents=True, exist_ok=True)
+        known = _read_parts(folder, num_responses, width)
+        present = np.isfinite(known).all(axis=1)
+        remaining = [[i for i, responses in enumerate(prompts) if not present[list(responses)].all()]]
     torch.distributed.broadcast_object_list(remaining, src=0)
-    return remaining[0]
+    return known, remaining[0]
+
+
+def _over_ranks(computed: np.ndarray, covered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All ranks' numbers ``[responses, width]`` and which of them there are ``[responses]``. A collective.
+
+    Data-parallel ranks have different responses, and one rank of each model-parallel group has them.
+    """
+    columns = np.concatenate([np.where(covered[:, None], computed, 0), covered[:, None]], axis=1, dtype=np.float32)
+    total = torch.from_numpy(columns)
+    if torch.cuda.is_available():
+        total = total.cuda()
+    torch.distributed.all_reduce(total)
+    columns = total.cpu().numpy()
+    return columns[:, :-1], columns[:, -1] > 0
+
+
+def _finish(folder: Path, known: np.ndarray | None, computed: tuple[np.ndarray, np.ndarray]) -> None:
+    """Write the numbers from rank 0's memory, unless another run was first. A collective.
+
+    Raises:
+        FloatingPointError: some of them are not finite.
+    """
+    missing: list[int] = [0]
+    if known is not None:
+        sums = np.where(computed[1][:, None], computed[0], known)
+        missing = [int((~np.isfinite(sums)).any(axis=1).sum())]
+        if missing == [0]:
+            if not (folder / _SUMS).exists():  # else readers have that one mapped
+                with written_atomically(folder / _SUMS) as (file,):
+                    np.save(file, sums)
+            _remove_parts(folder)
+    torch.distributed.broadcast_object_list(missing, src=0)  # also: nobody reads before it is written
+    if missing != [0]:
+        raise FloatingPointError(f"the model's numbers of {missing[0]} of {len(computed[1])} responses are not finite")
 
 
 def _sums_of(
@@ -173,10 +229,28 @@ def _sums_of(
 # ----------------------------------------------------------------------------------------------- files
 
 
-def _write_part(folder: Path, responses: np.ndarray, sums: np.ndarray) -> None:
-    name = f"part-{responses.min()}-{responses.max()}-{len(responses)}.npz"
-    with written_atomically(folder / name) as (file,):
-        np.savez(file, responses=responses, sums=sums)
+class _Parts:
+    """What this rank has computed so far, on disk.
+
+    Args:
+        folder: of the pass.
+        writes: this rank is the one of its tensor- and context-parallel group that writes.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool) -> None:
+        self._folder = folder
+        self._writes = writes
+        self._writer = secrets.token_hex(8)  # drawn: processes of several nodes and jobs write into one folder
+        self._count = 0
+
+    def add(self, responses: np.ndarray, sums: np.ndarray) -> bool:
+        """Write one part: response numbers ``[n]`` and sums ``[n, width]``. Returns whether these are this rank's."""
+        if not self._writes or not len(responses):
+            return False
+        with written_atomically(self._folder / f"part-{self._writer}-{self._count}.npz") as (file,):
+            np.savez(file, responses=responses, sums=sums)
+        self._count += 1
+        return True
 
 
 def _read_parts(folder: Path, num_responses: int, width: int) -> np.ndarray:
@@ -186,17 +260,11 @@ def _read_parts(folder: Path, num_responses: int, width: int) -> np.ndarray:
         try:
             with np.load(path, allow_pickle=False) as part:
                 sums[part["responses"]] = part["sums"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            path.unlink()
+        except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
+            continue  # damaged, or another run has finished and removed it meanwhile
     return sums
 
 
-def _merge(folder: Path, num_responses: int, width: int) -> None:
-    sums = _read_parts(folder, num_responses, width)
-    missing = int((~np.isfinite(sums)).any(axis=1).sum())
-    if missing:
-        raise FloatingPointError(f"the model's numbers of {missing} of {num_responses} responses are not finite")
-    with written_atomically(folder / _SUMS) as (file,):
-        np.save(file, sums)
+def _remove_parts(folder: Path) -> None:
     for path in folder.glob("part-*.npz"):
-        path.unlink()
+        path.unlink(missing_ok=True)

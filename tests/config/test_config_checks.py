@@ -9,6 +9,8 @@ from nemo_rao.integration.checks import check_architecture, check_run
 from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import data_parallel_size
+from nemo_rao.integration.monitor import check_monitor
+from nemo_rao.objectives.registry import OBJECTIVES
 
 TP2_PP2 = (
     "trainer.devices=4",
@@ -44,6 +46,7 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
         (("trainer.max_epochs=null",), ("trainer.max_steps", "trainer.max_epochs")),
         (("trainer.max_steps=5", "model.optim.sched.warmup_steps=9"), ("warmup_steps=9", "trainer.max_steps=5")),
         (("exp_manager.checkpoint_callback_params.save_top_k=3",), ("save_top_k=3", "monitor")),
+        (("exp_manager.checkpoint_callback_params.monitor=rewards/margin",), ("did you mean rewards/margins?",)),
         (("exp_manager.checkpoint_callback_params.monitor=val/loss",), ("monitor=val/loss", "data.validation_path")),
         (("trainer.devices=3", "model.tensor_model_parallel_size=2"), ("trainer.devices=3", "2 x 1 x 1")),
         (("model.pipeline_model_parallel_size=2",), ("1 ranks", "1 x 2 x 1")),
@@ -134,3 +137,17 @@ def test_several_files_and_names_of_data_sets_are_taken(files: list[str], tmp_pa
 def test_data_parallel_ranks_are_what_the_model_leaves() -> None:
     assert data_parallel_size(composed(*TP2_PP2)) == 1
     assert data_parallel_size(composed("trainer.devices=4", "trainer.num_nodes=2")) == 8
+
+
+def test_any_metric_of_an_objective_may_rank_checkpoints_and_no_other(files: list[str]) -> None:
+    config = composed(*files, f"data.validation_path={files[0].partition('=')[2]}")
+    keep = config.exp_manager.checkpoint_callback_params
+    for objective in OBJECTIVES:
+        config.model.objective = objective
+        shared = "logps/chosen" if objective == "sft" else "rewards/accuracies"
+        for keep.monitor in ("loss", "grad_norm", "lr", "val/loss", shared, f"val/{shared}"):
+            check_monitor(config)
+        for keep.monitor in ("reduced_train_loss", "val/grad_norm", f"{shared}s", "wer"):
+            said = f"monitor={keep.monitor}: a run with objective {objective} reports no such metric; "
+            with pytest.raises(UserError, match=said):
+                check_monitor(config)

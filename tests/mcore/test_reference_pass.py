@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pickle
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from nemo_rao.batch import MicroBatch
 from nemo_rao.errors import RankFailure
 
 from ..megatron_ranks import import_once, run_ranks
+from ..train.runs import start_fork
 from . import tiny
 from .tiny import Layout
 
@@ -220,9 +224,9 @@ def test_truncated_parts_count_as_absent_and_temporaries_are_never_read(
 def test_another_key_shares_nothing() -> None:
     from nemo_rao.mcore.reference import reference_key
 
-    parts = {"weights": "0123", "data": "4567", "precision": "fp32"}
+    parts = {"weights": "0123", "network": "cdef", "data": "4567", "precision": "fp32"}
     keys = {reference_key(**parts)} | {reference_key(**{**parts, name: "89ab"}) for name in parts}
-    assert len(keys) == 4
+    assert len(keys) == 5
     assert reference_key(**parts) == reference_key(**dict(reversed(parts.items())))
 
 
@@ -235,3 +239,87 @@ def test_sums_that_are_not_finite_are_refused_and_not_kept(weights: Any, tmp_pat
     with pytest.raises(RankFailure, match=f"of {NUM_RESPONSES} responses are not finite"):
         run_ranks(nan_weights, (weights, tmp_path), num_ranks=2)
     assert not (tmp_path / KEY / "sums.npy").exists()
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.02)
+
+
+def pause_after(parts_done: int, reached: Path, goes_on: Path, parts: int) -> None:
+    """All ranks of a run stop after so many parts until they are let go on."""
+    if parts == parts_done:
+        reached.with_name(f"{reached.name}-{os.environ['RANK']}").touch()
+        wait_for(goes_on)
+
+
+def in_another_world(folder: Path, name: str, *arguments: Any) -> Any:
+    """A run on two ranks of its own, started; it leaves its results as ``name``.pickle."""
+
+    def run() -> None:
+        (folder / f"{name}.pickle").write_bytes(pickle.dumps(run_ranks(one_layout, arguments, num_ranks=2)))
+
+    process, failure = start_fork(run)
+    return process, failure, folder / f"{name}.pickle"
+
+
+def result(world: Any) -> Any:
+    process, failure, path = world
+    process.join()
+    assert process.exitcode == 0, failure.recv()
+    return pickle.loads(path.read_bytes())
+
+
+@pytest.mark.parametrize("parts_done", [1, 3], ids=["in the middle", "at the end"])
+def test_two_runs_at_once_both_end_with_right_sums_and_remove_their_parts(
+    weights: Any, dense_sums: np.ndarray, tmp_path: Path, parts_done: int
+) -> None:
+    """The first one is held up until the second has finished, and removed everybody's parts."""
+    cache, reached, goes_on = tmp_path / "cache", tmp_path / "reached", tmp_path / "goes_on"
+    held_up = functools.partial(pause_after, parts_done, reached, goes_on)
+    first = in_another_world(tmp_path, "first", weights, LAYOUTS["DP 2"], cache, held_up)
+    for rank in range(2):
+        wait_for(tmp_path / f"reached-{rank}")
+    second = result(in_another_world(tmp_path, "second", weights, LAYOUTS["PP 2"], cache))
+    assert os.listdir(cache / KEY) == ["sums.npy"]
+    goes_on.touch()
+    assert any(made for _, made, _ in second) == (parts_done == 1)  # else it found all parts there
+    for sums, _, _ in [*result(first), *second]:
+        assert_right(sums, dense_sums)
+    assert os.listdir(cache / KEY) == ["sums.npy"]
+
+
+def test_a_run_that_is_killed_beside_another_does_not_take_it_along(
+    weights: Any, dense_sums: np.ndarray, tmp_path: Path
+) -> None:
+    cache, reached, goes_on = tmp_path / "cache", tmp_path / "reached", tmp_path / "goes_on"
+    first = in_another_world(
+        tmp_path, "first", weights, LAYOUTS["DP 2"], cache, functools.partial(pause_after, 2, reached, goes_on)
+    )
+    for rank in range(2):
+        wait_for(tmp_path / f"reached-{rank}")
+    before = prompts_on_disk(cache)
+    with pytest.raises(RankFailure, match="Interrupted"):
+        run_ranks(one_layout, (weights, LAYOUTS["PP 2"], cache, stop_after_two), num_ranks=2)
+    assert prompts_on_disk(cache) > before  # both have left parts
+    goes_on.touch()
+    for sums, _, _ in result(first):
+        assert_right(sums, dense_sums)
+    assert os.listdir(cache / KEY) == ["sums.npy"]
+
+
+def test_parts_that_vanish_while_they_are_read_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_rao.mcore import reference
+
+    for number in range(3):
+        np.savez(tmp_path / f"part-a-{number}.npz", responses=np.array([number]), sums=np.full((1, 2), number, "f4"))
+    load = np.load
+
+    def load_and_remove(path: Path, **keywords: Any) -> Any:
+        (tmp_path / "part-a-1.npz").unlink(missing_ok=True)  # by a run that has finished
+        return load(path, **keywords)
+
+    monkeypatch.setattr(reference.np, "load", load_and_remove)
+    np.testing.assert_array_equal(reference._read_parts(tmp_path, 3, 2)[:, 0], [0, np.nan, 2])

@@ -85,7 +85,7 @@ def _train(recipe: str, overrides: Sequence[str]) -> None:
 
 def die_after_step(last: int) -> None:
     """Lets rank 0 of this process's next run be killed in the step after ``last``, before its second micro-batch."""
-    from nemo_rao.integration.callbacks import Metrics
+    from nemo_rao.integration.step_metrics import Metrics
 
     counted = Metrics.on_megatron_microbatch_start
     seen = []

@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.loggers import Logger
 
-from .runs import TINY, run_training, steps
+from nemo_rao.integration import monitor, train
+from nemo_rao.integration.compose import compose
+from nemo_rao.integration.train import _loggers
+
+from .runs import TINY, run_training
 
 
 def curves(run_dir: Path) -> dict[str, dict[int, float]]:
@@ -24,27 +29,66 @@ def curves(run_dir: Path) -> dict[str, dict[int, float]]:
     return found
 
 
+class Recorder(Logger):
+    """Stands for W&B: writes down what it is given."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    name = "recorder"
+    version = ""
+
+    def log_hyperparams(self, *arguments: Any, **keywords: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
 @pytest.mark.parametrize("every", [1, 3])
-def test_tensorboard_has_each_logged_step_of_the_metrics_file_after_a_resume_too(
-    every: int, data: tuple[str, ...], start: Path, tmp_path: Path
+def test_every_logger_has_the_numbers_of_the_metrics_file_at_the_same_steps_after_a_resume_too(
+    every: int, data: tuple[str, ...], start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def with_recorder(config: Any, folder: Path) -> list[Any]:
+        return [*_loggers(config, folder), Recorder(tmp_path / "recorded.jsonl")]
+
+    monkeypatch.setattr(train, "_loggers", with_recorder)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(Path(data[0].partition("=")[2]).read_text().splitlines(keepends=True)[:6]))
     given = [*TINY, *data, f"model.restore_from_path={start}", f"exp_manager.exp_dir={tmp_path}"]
     given += ["exp_manager.name=run", "exp_manager.checkpoint_callback_params.every_n_train_steps=3"]
-    given += [f"trainer.log_every_n_steps={every}"]
+    given += [f"trainer.log_every_n_steps={every}", f"data.validation_path={few}", "trainer.val_check_interval=2"]
     run_training("gpt_rao", [*given, "trainer.max_steps=3"])
     run_training("gpt_rao", [*given, "trainer.max_steps=6"])
-    expected = {step["step"]: step for step in steps(tmp_path / "run")}
-    assert list(expected) == [1, 2, 3, 4, 5, 6]
-    got = curves(tmp_path / "run")
-    of_step = set(expected[6]) - {"step"}
-    assert {"loss", "grad_norm", "lr", "rewards/margins", "rao/target_error"} <= of_step <= set(got)
-    if every != 1:
-        of_step -= {"grad_norm", "lr"}  # NeMo's, which Lightning counts from where a life of the run begins
-    for name in of_step:
-        # NeMo counts from 0.
-        assert set(got[name]) == {step - 1 for step in expected if step % every == 0}, name
-        for step, value in got[name].items():
-            assert value == pytest.approx(expected[step + 1][name], rel=1e-6), (name, step)
+
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    training = {record["step"]: record for record in records if "loss" in record}
+    validation = {record["step"]: record for record in records if "val/loss" in record}
+    assert list(training) == [1, 2, 3, 4, 5, 6]
+    assert list(validation) == [0, 2, 3, 4, 6]
+    assert {"loss", "grad_norm", "lr", "rewards/margins", "rao/target_error"} <= set(training[6])
+    expected: dict[str, dict[int, float]] = {}
+    for steps_logged, by_step in ((lambda step: step % every == 0, training), (lambda step: True, validation)):
+        for step, record in by_step.items():
+            for name in set(record) - {"step"}:
+                if steps_logged(step):
+                    expected.setdefault(name, {})[step] = record[name]
+
+    recorded: dict[str, dict[int, float]] = {}
+    for line in (tmp_path / "recorded.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name in set(record) - {"step"}:
+            recorded.setdefault(name, {})[record["step"]] = record[name]
+    assert recorded == expected
+    on_tensorboard = curves(tmp_path / "run")
+    assert set(on_tensorboard) == set(expected), "nothing under another count"
+    for name, by_step in on_tensorboard.items():
+        assert by_step == pytest.approx(expected[name], rel=1e-6), name
+
+    # What a checkpoint's monitor may name, before the run, is what the run has reported.
+    reported = monitor._reported(compose("gpt_rao", given))
+    assert reported == set(expected)
 
 
 def test_a_metric_of_training_can_decide_which_checkpoint_is_kept(

@@ -80,6 +80,14 @@ def test_a_file_with_responses_too_long_for_the_model_is_scored_and_trains(
     assert [[answer["reward"] for answer in json.loads(line)["responses"]] for line in alone.open()] == [
         pytest.approx(row, rel=1e-5, abs=1e-6) for row in found
     ]
+    # The same weights in another network have scores of their own, not those that are cached.
+    recipe, other = tmp_path / "rm" / "recipe.yaml", tmp_path / "other.jsonl"
+    text = recipe.read_text()
+    assert "rotary_base: null" in text
+    recipe.write_text(text.replace("rotary_base: null", "rotary_base: 10"))
+    score(str(given), str(other), "--scorer", f"model:{tmp_path / 'rm'}")
+    recipe.write_text(text)
+    assert other.read_text() != alone.read_text()
     run_training("gpt_rao", [*shared, f"data.train_path={scored}", "exp_manager.name=rao", "trainer.max_steps=2"])
     assert len([r for r in read_metrics(tmp_path / "rao" / "metrics.jsonl") if "loss" in r]) == 2
 

@@ -1,0 +1,40 @@
+"""Random numbers of a step, as a function of seed, step and rank: a resumed run draws what an undisturbed one would.
+
+Megatron keeps several streams on each rank. What each must share, and with whom:
+
+    default            dropout of activations that tensor-parallel ranks hold alike: the same on them, another on each
+                       data- and context-parallel rank, which hold other tokens, and on each pipeline stage, which
+                       holds other layers
+    tensor-parallel    dropout of what they split (attention heads; the sequence, with sequence parallelism): another
+                       on each of them
+    expert-parallel    another on each rank that holds other experts
+
+The virtual stages of a rank follow each other in one stream, as its layers do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed this rank's generators for an optimizer step.
+
+    Args:
+        seed: of the run.
+        step: optimizer steps done.
+    """
+    # Tensor-parallel ranks are left out: Megatron adds theirs to the streams that are not shared.
+    rank = (
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    # A hash, not a sum of multiples: Megatron derives further seeds by adding to this one. 31 bits: a CPU's generator
+    # reads no more than 32.
+    drawn = int.from_bytes(hashlib.sha256(repr((seed, step, *rank)).encode()).digest()[:4], "big") >> 1
+    torch.manual_seed(drawn)
+    model_parallel_cuda_manual_seed(drawn)

@@ -1,0 +1,151 @@
+"""What a network computes has a fingerprint: any field that a forward pass depends on, and no way of dividing it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from ..megatron_ranks import import_once
+
+# What changes the numbers of the same weights.
+FORWARD = {
+    "rotary_base": 500_000,
+    "rotary_percent": 0.5,
+    "rotary_interleaved": True,
+    "seq_len_interpolation_factor": 2.0,
+    "position_embedding_type": "learned_absolute",
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": 4,
+    "softmax_scale": 0.1,
+    "window_size": (8, 0),
+    "layernorm_epsilon": 1e-6,
+    "layernorm_zero_centered_gamma": True,
+    "normalization": "LayerNorm",
+    "qk_layernorm": True,
+    "share_embeddings_and_output_weights": True,
+    "activation_func": torch.nn.functional.gelu,
+    "gated_linear_unit": False,
+    "apply_residual_connection_post_layernorm": True,
+    "moe_router_topk": 1,
+    "moe_router_pre_softmax": True,
+    "transformer_layer_spec": import_once,  # any function of another name
+}
+# How it is divided, what is kept, and in which formats: none of it is another policy.
+ELSEWHERE = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+    "context_parallel_size": 2,
+    "expert_model_parallel_size": 2,
+    "sequence_parallel": True,
+    "recompute_granularity": "full",
+    "num_layers_in_first_pipeline_stage": 1,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "make_vocab_size_divisible_by": 64,
+    "seq_length": 8192,
+    "init_method_std": 0.5,
+    "bf16": True,
+    "params_dtype": torch.bfloat16,
+    "fp8": "hybrid",
+    "apply_rope_fusion": True,
+    "calculate_per_token_loss": True,
+    "grad_scale_func": print,
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> Any:
+    import_once()
+    from nemo.collections import llm
+
+    sizes = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
+    return llm.LlamaConfig(**sizes)
+
+
+def changed(config: Any, name: str, value: Any) -> Any:
+    assert name in {field.name for field in dataclasses.fields(config)}
+    other = copy.copy(config)
+    setattr(other, name, value)
+    assert getattr(config, name) != value
+    return other
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_what_a_forward_pass_depends_on_changes_the_fingerprint(config: Any, name: str) -> None:
+    from nemo_rao.mcore.network import network_fingerprint
+
+    assert network_fingerprint(changed(config, name, FORWARD[name])) != network_fingerprint(config)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_how_the_work_is_divided_does_not(config: Any, name: str) -> None:
+    from nemo_rao.mcore.network import network_fingerprint
+
+    assert network_fingerprint(changed(config, name, ELSEWHERE[name])) == network_fingerprint(config)
+
+
+def test_layers_are_the_same_with_and_without_transformer_engine(config: Any) -> None:
+    """A machine without it gets another spec, and reads the numbers that one with it has computed."""
+    from nemo.collections.llm.gpt.model.base import transformer_engine_layer_spec
+
+    from nemo_rao.mcore.fp8_simulation import layer_spec_with_simulated_fp8
+    from nemo_rao.mcore.layer_spec import layer_spec_without_te
+    from nemo_rao.mcore.network import network_fingerprint
+
+    simulated = functools.partial(layer_spec_with_simulated_fp8, simulation=object())
+    for spec in (transformer_engine_layer_spec, layer_spec_without_te, simulated):
+        assert network_fingerprint(changed(config, "transformer_layer_spec", spec)) == network_fingerprint(config)
+
+
+def test_scaled_rotary_frequencies_of_llama_3_1_count(config: Any) -> None:
+    from nemo.collections import llm
+
+    from nemo_rao.mcore.network import network_fingerprint
+
+    scaled = llm.Llama31Config8B()
+    prints = {
+        network_fingerprint(changed(scaled, name, value))
+        for name, value in (
+            ("scale_factor", 16.0),
+            ("low_freq_factor", 2.0),
+            ("high_freq_factor", 8.0),
+            ("old_context_len", 4096),
+        )
+    }
+    assert len(prints | {network_fingerprint(scaled)}) == 5
+
+
+def test_a_class_that_builds_another_model_from_the_same_fields_counts(config: Any) -> None:
+    from nemo_rao.mcore.network import network_fingerprint
+
+    class Doubled(type(config)):  # type: ignore[misc]
+        def configure_model(self, *arguments: Any, **keywords: Any) -> Any:
+            raise NotImplementedError
+
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+    assert network_fingerprint(Doubled(**fields)) != network_fingerprint(config)
+
+
+def test_a_field_that_this_version_does_not_know_counts(config: Any) -> None:
+    from nemo_rao.mcore.network import network_fingerprint
+
+    later = dataclasses.make_dataclass("Later", [("rope_of_tomorrow", float, 1.0)], bases=(type(config),))
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+    assert network_fingerprint(later(**fields)) != network_fingerprint(later(**fields, rope_of_tomorrow=2.0))
+
+
+def test_the_fingerprint_is_the_same_in_every_process(config: Any) -> None:
+    """Nothing in it is an address: no part reads like one, whatever the class holds."""
+    from nemo.collections import llm
+
+    from nemo_rao.mcore.network import network_description
+
+    for one in (config, llm.Gemma2Config2B(), llm.MixtralConfig8x7B(), llm.Qwen2Config500M()):
+        assert " at 0x" not in str(network_description(one))
