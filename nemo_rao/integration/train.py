@@ -22,6 +22,7 @@ from nemo_rao.integration.launch import launch, started_externally
 from nemo_rao.integration.precision_checks import quantisation
 from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_nemo, prepare, select_device
 from nemo_rao.integration.recipe_text import to_yaml
+from nemo_rao.integration.targets import say_targets
 from nemo_rao.integration.talk import global_rank, is_first_rank, quiet_third_parties, say
 
 
@@ -46,6 +47,7 @@ def train(config: RunConfig, *, callbacks: Callable[[list[Any]], list[Any]] = as
     prepared = prepare(config)
     if import_nemo():
         say(cpu.NOTICE)
+    say_targets(config, prepared.objective_config, prepared.train.reward_summary())
     folder = run_dir(config)
     if prepared.resume_from is not None:
         say(f"continuing from {prepared.resume_from}")

@@ -121,7 +121,6 @@ def test_log_z0_auto_starts_at_a_mean_target_of_zero(start: Path, tmp_path: Path
         tmp_path,
         (data[0], tokenizer),
         start,
-        "model.rao.log_z0=auto",
         "model.global_batch_size=8",
         "trainer.max_steps=1",
     )
