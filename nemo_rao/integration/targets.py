@@ -42,7 +42,7 @@ def _far_target(config: RunConfig, resolved: Any, rewards: RewardSummary) -> Ite
     if target is not None and abs(target.nats) > FAR_TARGET:
         direction = "gain" if target.nats > 0 else "lose"
         yield (
-            f"warning: the mean target log-ratio of the training data is {target.nats:.4g} nats per response (more than "
-            f"{FAR_TARGET:g} from 0): on average each response is to {direction} that much log-probability; "
+            f"warning: the mean target log-ratio of the training data is {target.nats:.4g} nats per response, more "
+            f"than {FAR_TARGET:g} from 0: on average each response is to {direction} that much log-probability; "
             f"{target.remedy} centres it"
         )

@@ -22,8 +22,8 @@ from nemo_rao.integration.launch import launch, started_externally
 from nemo_rao.integration.precision_checks import quantisation
 from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_nemo, prepare, select_device
 from nemo_rao.integration.recipe_text import to_yaml
-from nemo_rao.integration.targets import say_targets
 from nemo_rao.integration.talk import global_rank, is_first_rank, quiet_third_parties, say
+from nemo_rao.integration.targets import say_targets
 
 
 def as_they_are(callbacks: list[Any]) -> list[Any]:
@@ -219,6 +219,7 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> l
         SeedEveryStep,
         Validation,
     )
+    from nemo_rao.integration.finite import StopWhereNotFinite
     from nemo_rao.integration.stop import StopWhenAsked
 
     folder, keys = run_dir(config), config.model
@@ -240,7 +241,7 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> l
                 vocab_size=model.vocab_size,
             )
         )
-    callbacks += [KeepSchedule(), Metrics(folder)]
+    callbacks += [KeepSchedule(), Metrics(folder), StopWhereNotFinite(skips_steps=config.precision.params == "fp16")]
     if model.needs.mismatched:
         callbacks.append(MismatchedPass())
     if "validation" in data_sets:

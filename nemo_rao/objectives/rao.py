@@ -13,7 +13,8 @@ be negative as a logarithm.
 **Choice** rho_x is taken from each response's own row. The rows of one prompt hold the same number, but for rounding.
 **Beyond the paper** ``log_z0: auto``, the default, sets log_z0 = mean(r) / beta, so that the mean of the rho at which
 the loss is zero starts at 0. The paper's 50 fits the scale of its reward model: with rewards from 0 to 1 it would ask
-every response to lose 40 nats or more. ``prefix_gradient: true`` lets the gradient through rho_x (the variant of Eq. 8).
+every response to lose 40 nats or more. ``prefix_gradient: true`` lets the gradient through rho_x (the variant of
+Eq. 8).
 """
 
 from __future__ import annotations
