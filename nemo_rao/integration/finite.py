@@ -51,8 +51,8 @@ def not_finite(name: str, value: float, step: int, rows: Iterable[Sample]) -> st
     what = "gradient norm" if name == "grad_norm" else name
     return (
         f"{what} of step {step} is {value:g}; rows of the step, largest rewards first: {', '.join(shown)}{more}. Check "
-        "these rows, lower model.optim.lr, or scale the rewards (nemo-rao score --standardize global); no checkpoint of "
-        "this step is kept"
+        "these rows, lower model.optim.lr, or scale the rewards (nemo-rao score --standardize global); no checkpoint "
+        "of this step is kept"
     )
 
 
