@@ -141,8 +141,8 @@ class AlignmentDataModule(pl.LightningDataModule):
             self.ahead.close()
             self.ahead = None
 
-    def prompts_of_step(self, step: int) -> Sequence[int]:
-        """Prompt numbers of the global batch of an optimizer step, counted from 0."""
+    def prompts_of_step(self, step: int) -> np.ndarray:
+        """``[global_batch_size]`` int64, prompt numbers of an optimizer step's global batch; steps count from 0."""
         return global_batch(
             step, num_samples=len(self.train.data), global_batch_size=self._global_batch_size, seed=self._seed
         )

@@ -34,7 +34,7 @@ def procedure(first_line: str) -> str:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The arguments of each ``nemo-rao`` command of a page; variables of a block, such as ``run=...``, are filled in."""
+    """The arguments of each ``nemo-rao`` command of a page, with a block's variables, such as ``$run``, filled in."""
     for block in blocks(page):
         variables: dict[str, str] = {}
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():

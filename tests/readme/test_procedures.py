@@ -1,8 +1,8 @@
-"""The README's two procedures, from its own text, at toy size: what is typed there runs, and one step reads the other's.
+"""The README's two procedures, taken from its text, run at toy size.
 
-The text is given to bash unchanged but for ``/models/`` and ``/data/``, which are folders of the test. ``nemo-rao`` is a
-shim on the PATH that hands each command to this process, whose forks run it (NeMo is imported once), with the overrides
-of ``SHORTER`` appended. So a key, path or option that is wrong in the README fails here.
+The text is given to bash unchanged but for ``/models/`` and ``/data/``, which are folders of the test. ``nemo-rao`` is
+a shim on the PATH that hands each command to this process, whose forks run it (NeMo is imported once), with the
+arguments of ``SHORTER`` appended. So a key, path or option that is wrong in the README fails here.
 """
 
 from __future__ import annotations
