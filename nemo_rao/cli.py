@@ -1,7 +1,7 @@
 """The command ``nemo-rao``. Nothing but the standard library is imported until a command has been read.
 
-Exit codes: 0 done; 1 a rank failed, its traceback on stderr, or scoring did, told in one line; 2 input that cannot be
-used, told in one line on stderr, nothing written; 130 interrupted.
+Exit codes: 0 done; 1 a rank failed, its traceback on stderr, or scoring failed or a loss was not finite, in one line; 2
+input that cannot be used, in one line on stderr, nothing written; 130 interrupted.
 """
 
 import argparse
