@@ -145,7 +145,6 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[str]:
         "model.optim.lr=7e-5",
         f"model.optim.sched.warmup_steps={min(4, arguments.steps)}",
         "model.rao.beta=0.3",
-        "model.rao.log_z0=auto",
     ]
     print("fine-tuning (W0), then RAO in fp32 (W1) ...", flush=True)
     told = in_child(folder, run_plain, "gpt_sft", sft)

@@ -30,8 +30,8 @@ class Response:
 
     Attributes:
         content: not empty.
-        reward: the explicit reward r(x, y), ``None`` where the file has none. Of an ensemble, its members' mean. A
-            label (desirable or not) is a reward of 1 or 0.
+        reward: the explicit reward r(x, y), ``None`` where the file has none; of a labelled pair, NaN where the
+            file's is not finite. Of an ensemble, its members' mean. A label (desirable or not) is a reward of 1 or 0.
         ensemble: the rewards of M reward models, or M attributes, where several were named; else empty. NaN where
             the file has null.
         continuation: of a conversation, the messages after this answer; the assistant's are answers too.

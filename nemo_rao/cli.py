@@ -1,7 +1,7 @@
 """The command ``nemo-rao``. Nothing but the standard library is imported until a command has been read.
 
-Exit codes: 0 done; 1 a rank failed, its traceback on stderr, or scoring did, told in one line; 2 input that cannot be
-used, told in one line on stderr, nothing written; 130 interrupted.
+Exit codes: 0 done; 1 a rank failed, its traceback on stderr, or scoring failed or a loss was not finite, in one line; 2
+input that cannot be used, in one line on stderr, nothing written; 130 interrupted.
 """
 
 import argparse
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from nemo_rao import __version__
 from nemo_rao.commands import about, models, rewards, training
 from nemo_rao.commands.parser import Command, Parser
-from nemo_rao.errors import RankFailure, UserError, report
+from nemo_rao.errors import RankFailure, UserError, did_you_mean, report
+from nemo_rao.other_names import command_hint
 
 COMMANDS: dict[str, Command] = {
     command.name: command for part in (training, models, rewards, about) for command in part.COMMANDS
@@ -29,7 +30,7 @@ def command_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nemo-rao {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="what to do")
+    parser.add_argument("command", metavar="COMMAND", help="what to do")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's own arguments")
     return parser
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
     try:
         given = command_parser().parse_args(argv)
-        command = COMMANDS[given.command]
+        command = _command(given.command)
         return command.run(command.parser().parse_intermixed_args(given.arguments))
     except (UserError, RankFailure) as error:
         return report(error)
@@ -47,6 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _command(name: str) -> Command:
+    if name not in COMMANDS:
+        hint = command_hint(name)
+        raise UserError(
+            f"nemo-rao {name}: no such command"
+            + (did_you_mean(name, COMMANDS) if hint is None else f"; {hint}")
+            + f"; there are {', '.join(COMMANDS)}"
+        )
+    return COMMANDS[name]
 
 
 if __name__ == "__main__":

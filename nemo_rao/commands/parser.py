@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from nemo_rao.errors import UserError
+from nemo_rao.other_names import counterpart
 
 
 class Parser(argparse.ArgumentParser):
     """Refuses in one line, like everything else here."""
 
     def error(self, message: str) -> NoReturn:
+        what, _, options = message.partition("unrecognized arguments: ")
+        if not what and options and (hint := counterpart(options.split()[0])) is not None:
+            raise UserError(f"{message}; keys are set as key=value, without dashes, and {hint}")
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -12,11 +12,13 @@ Rows of two responses are left as they are. Where all rewards are equal there is
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeGuard
 
-from nemo_rao.batch import Row
+from nemo_rao.batch import Response, Row
 from nemo_rao.errors import UserError
 
 Responses = Literal["all", "best_worst", "best_random"]
@@ -70,6 +72,25 @@ def choose_responses(row: Row, responses: Responses, *, seed: int, number: int) 
     return replace(row, responses=(row.responses[best], row.responses[other]))
 
 
+def reasons_left_out(row: Row, kept: Row, num_responses: int | None, responses: Responses) -> Iterator[str]:
+    """Why some responses of ``row``, as it was read, are not among those of ``kept``."""
+    cut = len(row.responses) if num_responses is None or row.ranked else min(num_responses, len(row.responses))
+    if cut < len(row.responses):
+        yield f"data.num_responses={num_responses}"
+    if len(kept.responses) < cut:
+        yield f"data.responses={responses}"
+
+
+def which_pair(row: Row, responses: Responses) -> str:
+    """Which two of a row's responses are compared, and what says so. Of a row that can be compared."""
+    by = "label" if row.ranked else "reward"
+    if responses == "all" and len(row.responses) > 2:
+        return f"every two by {by}"
+    if row.ranked:
+        return "chosen and rejected by label"
+    return "best and a worse one at random, by reward" if responses == "best_random" else "best and worst by reward"
+
+
 def has_pair(row: Row) -> bool:
     """One of its responses is better than another. Of a row that can be compared."""
     return row.ranked or len({response.reward for response in row.responses}) > 1
@@ -84,5 +105,17 @@ def where_to_add_rewards(row: Row) -> str:
 
 def _require_rewards(row: Row, why: str) -> None:
     for number, response in enumerate(row.responses, start=1):
-        if response.reward is None:
-            raise UserError(f"{row.place}: response {number} has no reward, and {why}; {where_to_add_rewards(row)}")
+        if not is_known(response.reward):
+            raise UserError(
+                f"{row.place}: response {number} has {lacks(response)}, and {why}; {where_to_add_rewards(row)}"
+            )
+
+
+def is_known(reward: float | None) -> TypeGuard[float]:
+    """Neither missing nor NaN, which stands for a number that is not finite."""
+    return reward is not None and not math.isnan(reward)
+
+
+def lacks(response: Response) -> str:
+    """What is wrong with a reward that is not known."""
+    return "no reward" if response.reward is None else "a reward that is not a finite number"

@@ -7,7 +7,6 @@ given to another one. Rows that show a mistake in the data stop the run with the
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -22,8 +21,12 @@ from nemo_rao.data.choice import (
     Responses,
     choose_responses,
     has_pair,
+    is_known,
+    lacks,
     prefer_by,
+    reasons_left_out,
     where_to_add_rewards,
+    which_pair,
 )
 from nemo_rao.data.encode import ChatTemplate, Encoder
 from nemo_rao.data.fields import RewardField
@@ -96,22 +99,24 @@ def load_preferences(
     encoder = Encoder(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
     report = LoadReport()
 
-    def checked_rows() -> Iterator[tuple[Row, UserError | None]]:
-        for number, row in enumerate(read_rows(paths, reward_field=reward_field)):
+    def checked_rows() -> Iterator[tuple[Row, Row, UserError | None]]:
+        """(row as it is read, row as it is used, what is wrong with it)."""
+        for number, read in enumerate(read_rows(paths, reward_field=reward_field)):
+            row = read
             if num_responses is not None and not row.ranked:
                 row = replace(row, responses=row.responses[:num_responses])
             try:
                 preferred = prefer_by(row, pairs_by)
                 _check_responses(preferred, min_responses, needs_rewards, needs_preference, needed_by)
-                yield choose_responses(preferred, responses, seed=seed, number=number), None
+                yield read, choose_responses(preferred, responses, seed=seed, number=number), None
             except UserError as complaint:
-                yield row, complaint
+                yield read, row, complaint
 
     def kept_samples() -> Iterator[Sample]:
         first: Sample | None = None
         for batch in _batches(checked_rows(), ROWS_AT_ONCE):
-            rows = [row for row, _ in batch]
-            for (row, complaint), sample in zip(batch, encoder.encode_many(rows), strict=True):
+            rows = [row for _, row, _ in batch]
+            for (read, row, complaint), sample in zip(batch, encoder.encode_many(rows), strict=True):
                 report.rows_read += 1
                 problem = _why_dropped(row, sample, seq_length, needs_pairs and complaint is None)
                 if problem is None and complaint is not None:
@@ -126,6 +131,15 @@ def load_preferences(
                 if needs_shared_first_token and sample.prompt[0] != first.prompt[0]:
                     raise _different_first_tokens(first, sample, tokenizer, needed_by)
                 report.rows_kept += 1
+                report.use(
+                    len(read.responses),
+                    len(row.responses),
+                    reasons_left_out(read, row, num_responses, responses),
+                    which_pair(row, responses) if needs_pairs else None,
+                )
+                report.unknown_rewards += sum(
+                    response.reward is not None and not is_known(response.reward) for response in row.responses
+                )
                 report.inner_ends += sum(encoder.end_token_id in response[:-1] for response in sample.responses)
                 yield sample
             if progress is not None:
@@ -146,9 +160,9 @@ def _check_responses(row: Row, min_responses: int, needs_rewards: bool, needs_pr
         )
     if needs_rewards:
         for number, response in enumerate(row.responses, start=1):
-            if response.reward is None or any(math.isnan(reward) for reward in response.ensemble):
+            if not is_known(response.reward) or not all(map(is_known, response.ensemble)):
                 raise UserError(
-                    f"{row.place}: response {number} has no reward, which {needed_by} needs; "
+                    f"{row.place}: response {number} has {lacks(response)}, which {needed_by} needs; "
                     f"{where_to_add_rewards(row)}"
                 )
     if needs_preference and not row.ranked and any(response.reward is None for response in row.responses):

@@ -15,7 +15,9 @@ Messages = tuple[Mapping[str, Any], ...]
 
 RewardField = str | Sequence[str] | None  # a name, the names of an ensemble, or the format's own
 
-LARGEST_REWARD = 3.4e38  # of float32, in which rewards reach the loss
+# Rewards reach the loss in float32, which ends at 3.4e38. Losses square them, gradients are proportional to them, and
+# a gradient's norm adds up squares over up to 10^12 weights: 1e12 squared, times 1e12, still is a float32.
+LARGEST_REWARD = 1e12
 
 
 def describe(value: object) -> str:
@@ -171,6 +173,28 @@ def read_number(value: object, place: str, field: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{place}: field '{field}' must be a number, found {describe(value)}")
-    if not abs(value) <= LARGEST_REWARD:  # so written, NaN is caught too
+    if not _is_finite(value):
         raise UserError(f"{place}: field '{field}' must be a finite number, found {describe(value)}")
+    if abs(value) > LARGEST_REWARD:
+        raise UserError(
+            f"{place}: field '{field}' is {value:g}, and above {LARGEST_REWARD:g} squared errors and gradients leave "
+            "float32; scale the rewards (nemo-rao score --standardize global), or drop the row"
+        )
     return float(value)
+
+
+def read_score_of_pair(value: object, place: str, field: str) -> float | None:
+    """The score of a pair's side, whose label may make it superfluous: NaN where it is a number that is not finite.
+
+    Column stores write NaN for what is missing. Whoever uses the score refuses it.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return math.nan
+    return read_number(value, place, field)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False

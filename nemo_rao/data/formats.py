@@ -16,11 +16,11 @@ from nemo_rao.data.fields import (
     RewardField,
     describe,
     read_messages,
-    read_number,
     read_numbers,
     read_prompt,
     read_records,
     read_rewarded,
+    read_score_of_pair,
     read_text,
     required,
 )
@@ -114,7 +114,7 @@ def from_nemo_aligner(record: Record, place: str, reward_field: RewardField) -> 
         responses=tuple(
             Response(
                 content=read_text(required(record, f"{side}_response", place), place, f"{side}_response"),
-                reward=read_number(record.get(f"{side}_reward"), place, f"{side}_reward"),
+                reward=read_score_of_pair(record.get(f"{side}_reward"), place, f"{side}_reward"),
             )
             for side in ("chosen", "rejected")
         ),
@@ -155,7 +155,7 @@ def from_chosen_rejected(record: Record, place: str, reward_field: RewardField) 
     responses = tuple(
         Response(
             content=read_text(content, place, side),
-            reward=read_number(record.get(f"score_{side}"), place, f"score_{side}"),
+            reward=read_score_of_pair(record.get(f"score_{side}"), place, f"score_{side}"),
         )
         for content, side in zip(contents, ("chosen", "rejected"), strict=True)
     )

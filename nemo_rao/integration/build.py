@@ -167,8 +167,8 @@ def strategy(config: RunConfig) -> AlignmentStrategy:
         sequence_parallel=keys.sequence_parallel and keys.tensor_model_parallel_size > 1,
         pipeline_dtype=_DTYPES[config.precision.params],
         ddp=DistributedDataParallelConfig(
-            # In fp16 an overflow is no mistake: the optimizer leaves the step out and lowers the loss scale.
-            check_for_nan_in_grad=config.precision.params != "fp16",
+            # Megatron would raise before it is known which rows and rewards the step had: see integration/finite.py.
+            check_for_nan_in_grad=False,
             grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
             use_distributed_optimizer=keys.optim.use_distributed_optimizer,
             overlap_grad_reduce=keys.optim.overlap_grad_reduce,

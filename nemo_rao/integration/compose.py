@@ -38,6 +38,7 @@ from nemo_rao.integration.typed_config import (
     typed_config,
     types_of_keys,
 )
+from nemo_rao.other_names import MADE_FILES, objective_hint
 
 QUOTING = "text with commas or brackets is put in quotes twice: 'key=\"a, b\"'"
 
@@ -153,7 +154,8 @@ def _find(config_name: str, config_dir: str | os.PathLike[str] | None) -> tuple[
         folders.insert(0, own)
     name = config_name.removesuffix(".yaml").removesuffix(".yml")
     if name not in (known := recipe_names(folders)):
-        raise UserError(f"no recipe named {name!r}{_did_you_mean(name, known)}; there are {', '.join(known)}")
+        hint = _did_you_mean(name, known) if (other := objective_hint(name)) is None else f": {other}"
+        raise UserError(f"no recipe named {name!r}{hint}; there are {', '.join(known)}")
     return name, folders
 
 
@@ -205,6 +207,8 @@ def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
     if name in groups and isinstance(choice := override.value(), str):
         if choice.removesuffix(".yaml") not in groups[name]:
             options = groups[name]
+            if (made := MADE_FILES.get((name, choice))) is not None:
+                raise UserError(f"{name}={choice}: no such file; {made}")
             raise UserError(
                 f"{name}={choice}: no such file{_did_you_mean(choice, options)}; there are {', '.join(options)}"
             )

@@ -141,10 +141,14 @@ class AlignmentDataModule(pl.LightningDataModule):
             self.ahead.close()
             self.ahead = None
 
-    def micro_batches_of_step(self, step: int) -> list[list[int]]:
-        """Prompt numbers of this data-parallel rank's micro-batches in an optimizer step, counted from 0."""
-        prompts = global_batch(
+    def prompts_of_step(self, step: int) -> np.ndarray:
+        """``[global_batch_size]`` int64, prompt numbers of an optimizer step's global batch; steps count from 0."""
+        return global_batch(
             step, num_samples=len(self.train.data), global_batch_size=self._global_batch_size, seed=self._seed
         )
+
+    def micro_batches_of_step(self, step: int) -> list[list[int]]:
+        """Prompt numbers of this data-parallel rank's micro-batches in an optimizer step, counted from 0."""
+        prompts = self.prompts_of_step(step)
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         return rank_micro_batches(prompts, self._micro_batch_size, rank, size)

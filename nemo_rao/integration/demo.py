@@ -67,7 +67,6 @@ def main(arguments: argparse.Namespace) -> int:
         "model.optim.sched.warmup_steps=10",
         # Chosen by trial, as the learning rate was, for targets of a few nats: r / 0.3 spans 0 to 3.3.
         "model.rao.beta=0.3",
-        "model.rao.log_z0=auto",
     ]
     # Both recipes are checked before either runs: a mistaken override costs nothing.
     recipes = [(SFT, [*common, *sft, *arguments.overrides]), (RAO, [*common, *rao, *arguments.overrides])]

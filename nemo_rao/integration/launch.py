@@ -29,7 +29,7 @@ _GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 _PORTS = (10_000, 20_000)  # below those that Linux gives out, and apart from those of SLURM's jobs
 _POLL_SECONDS = 0.5  # in which the end of a rank is noticed at the latest
 
-_Report = tuple[float, str, str]  # when, "user" or "failure", message
+_Report = tuple[float, str, str]  # when; "user", "said" (a RankFailure's own words) or "failure"; message
 
 
 def started_externally(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -163,6 +163,9 @@ def _run_rank(
     except UserError as error:
         report.send((time.monotonic(), "user", str(error)))
         _exit(2)
+    except RankFailure as error:  # says what happened by itself
+        report.send((time.monotonic(), "said", str(error)))
+        _exit(1)
     except BaseException:
         report.send((time.monotonic(), "failure", traceback.format_exc()))
         _exit(1)
@@ -214,8 +217,8 @@ def _failure(processes: Sequence[Any], said: Mapping[int, _Report]) -> Exception
             return RankFailure(f"rank {rank} was killed by {name}{hint}")
     by_time = sorted((when, rank, kind, message) for rank, (when, kind, message) in said.items())
     for _, _, kind, message in by_time:
-        if kind == "user":
-            return UserError(message)
+        if kind != "failure":
+            return UserError(message) if kind == "user" else RankFailure(message)
     ends = [f"rank {rank} was killed by {name}" for rank, name in killed.items()]
     if by_time:  # the others failed because this one was gone
         _, rank, _, message = by_time[0]

@@ -38,6 +38,12 @@ takes the quantile of a reward among the row's `reference_rewards`, a list, or w
 own responses. `data.reward_field=[a,b]` is an ensemble of reward models: robust_po takes the nearest for each pair, all
 others the mean.
 
+**Level of rewards.** rao, dro and sppo with `win_probability=rewards` fit log-ratios to rewards as such: a constant
+added to all rewards moves their targets. `model.rao.log_z0=auto`, the default, takes it out, and the value is printed;
+the RAO paper's own runs (`gpt_rao_llama3_8b` and its like) set 50, which fits the paper's reward model. dro's V(x) has
+to learn it. Where the mean target is more than 5 nats per response from 0, a run warns before its first step and names
+what centres it. kto compares rewards with `model.kto.threshold`. All other objectives see differences or ranks alone.
+
 **Needs.** *reference*: the reference policy's log-probabilities, computed once before the first step and kept on disk;
 where it is not named, no such pass is run. *rewards*: of every response. *preference*: labels or rewards. *K ≥ 2*: two
 responses to every prompt. *t0*: all prompts begin with the same token. *value head*: a linear head on the last pipeline

@@ -35,6 +35,7 @@ from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_n
 from nemo_rao.integration.recipe_text import to_yaml
 from nemo_rao.integration.starting import describe_start
 from nemo_rao.integration.talk import global_rank, is_first_rank, quiet_third_parties, say
+from nemo_rao.integration.targets import say_targets
 
 
 def as_they_are(callbacks: list[Any]) -> list[Any]:
@@ -64,6 +65,7 @@ def train(config: RunConfig, *, callbacks: Callable[[list[Any]], list[Any]] = as
     if import_nemo():
         say(cpu.NOTICE)
     prepared = dataclasses.replace(prepared, changes=[*changes, *prepared.changes])
+    say_targets(config, prepared.objective_config, prepared.train.reward_summary())
     if prepared.resume_from is None:
         say(describe_start(config, prepared.start_from))
     else:
@@ -231,6 +233,7 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any], reco
         RecordStart,
         SeedEveryStep,
     )
+    from nemo_rao.integration.finite import StopWhereNotFinite
     from nemo_rao.integration.reference_pass import CheckFirstStep, ReferencePass
     from nemo_rao.integration.step_metrics import Metrics, StepLog, Validation
     from nemo_rao.integration.stop import StopWhenAsked
@@ -256,7 +259,11 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any], reco
             )
         )
         callbacks.append(CheckFirstStep(config.precision, reference_dir(config)))
-    callbacks += [KeepSchedule(), Metrics(folder, log, log_every_n_steps=config.trainer.log_every_n_steps)]
+    callbacks += [
+        KeepSchedule(),
+        Metrics(folder, log, log_every_n_steps=config.trainer.log_every_n_steps),
+        StopWhereNotFinite(skips_steps=config.precision.params == "fp16"),
+    ]
     if model.needs.mismatched:
         callbacks.append(MismatchedPass())
     if "validation" in data_sets:

@@ -21,6 +21,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.keys import KeySpec, check
 from nemo_rao.objectives.registry import OBJECTIVES
+from nemo_rao.other_names import counterpart
 
 
 def typed_config(given: DictConfig, *, where: str) -> RunConfig:
@@ -141,7 +142,12 @@ def _unknown_key(name: str) -> UserError:
         )
     keys = list(known_keys())
     group, _, last = name.rpartition(".")
-    if group.removeprefix("model.") in OBJECTIVES:  # another objective's key of that name would be no help
+    # In an objective's group, another objective's key of that name would be no help.
+    of_objective = group.removeprefix("model.") in OBJECTIVES
+    here = counterpart(name)
+    if here is not None and not (of_objective and any(key.split(".")[1] in OBJECTIVES for key in here.keys)):
+        return UserError(f"unknown key {name}; {here}")
+    if of_objective:
         own = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == group}
         near = difflib.get_close_matches(last, own, n=1)
         remedy = f"did you mean {own[near[0]]}?" if near else f"the keys of {group} are {', '.join(own)}"

@@ -69,6 +69,25 @@ def keep(config: Any, rewards: RewardSummary) -> Any:
 
 
 @dataclass(frozen=True)
+class MeanTarget:
+    """The log-ratio at which the loss asks the policy to be, on average over the training data.
+
+    Attributes:
+        nats: mean over prompts of the mean over responses of the rho(y) of zero loss, at the start of the run. Far from
+            0, the loss makes all responses more probable, or all less, whatever their differences are.
+        remedy: what moves the mean to 0, such as ``model.rao.log_z0=6.1``.
+    """
+
+    nats: float
+    remedy: str
+
+
+def no_mean_target(config: Any, rewards: RewardSummary) -> MeanTarget | None:
+    """The ``mean_target`` of objectives whose loss does not change when all rewards of a prompt are shifted alike."""
+    return None
+
+
+@dataclass(frozen=True)
 class Objective:
     """One entry of :mod:`nemo_rao.objectives.registry`.
 
@@ -84,6 +103,9 @@ class Objective:
         resolve: ``(config, rewards of the training data) -> config`` with every key fixed that the data decides; called
             once before training, and once with the validation data's, whose outcome is not used. Raises
             :class:`UserError` where keys and rewards do not go together.
+        mean_target: ``(resolved config, rewards of the training data) -> MeanTarget``, for objectives whose loss
+            compares log-ratios with rewards as such, rather than with differences or ranks of them; ``None`` where
+            there is nothing to compare.
     """
 
     name: str
@@ -94,6 +116,7 @@ class Objective:
     source: str
     checked: str
     resolve: Callable[[Any, RewardSummary], Any] = keep
+    mean_target: Callable[[Any, RewardSummary], MeanTarget | None] = no_mean_target
 
     def needs_of(self, config: Any) -> Needs:
         """What it needs under these keys."""

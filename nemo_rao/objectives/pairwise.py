@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid, relu
 from nemo_rao.batch import RewardSummary
 from nemo_rao.errors import UserError
 from nemo_rao.keys import key
-from nemo_rao.objectives.base import Needs, Objective
+from nemo_rao.objectives.base import MeanTarget, Needs, Objective
 from nemo_rao.objectives.pair_loss import WITH_REFERENCE, PairConfig, Terms, beta_rho, loss_of_pairs
 
 
@@ -209,6 +209,13 @@ def require_probabilities(config: SPPOConfig, rewards: RewardSummary) -> SPPOCon
     return config
 
 
+def mean_target_of_sppo(config: SPPOConfig, rewards: RewardSummary) -> MeanTarget | None:
+    """eta (mean P - 1/2), which is 0 of labels and of the logistic of differences."""
+    if config.win_probability != "rewards" or rewards.mean is None:
+        return None
+    return MeanTarget(config.eta * (rewards.mean - 0.5), "model.sppo.win_probability=bradley_terry")
+
+
 def sppo_needs(config: SPPOConfig) -> Needs:
     """Rewards, unless labels decide who wins."""
     return Needs(
@@ -225,4 +232,5 @@ SPPO = Objective(
     source="Wu et al. 2024 (SPPO)",
     checked="TRL `sppo_hard` (labels, η = 1/β); formula, gradient by hand, finite differences",
     resolve=require_probabilities,
+    mean_target=mean_target_of_sppo,
 )

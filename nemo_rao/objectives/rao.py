@@ -11,8 +11,10 @@ rho(y) = r / beta - log_z0 - rho_x.
 **Choice** The paper's Z_0 is log Z_0, in nats: it is searched in [-50, 500], and Z, a sum of positive terms, can only
 be negative as a logarithm.
 **Choice** rho_x is taken from each response's own row. The rows of one prompt hold the same number, but for rounding.
-**Beyond the paper** ``log_z0: auto`` sets log_z0 = mean(r) / beta, so that the mean of the rho at which the loss is
-zero starts at 0. ``prefix_gradient: true`` lets the gradient through rho_x (the variant of Eq. 8).
+**Beyond the paper** ``log_z0: auto``, the default, sets log_z0 = mean(r) / beta, so that the mean of the rho at which
+the loss is zero starts at 0. The paper's 50 fits the scale of its reward model: with rewards from 0 to 1 it would ask
+every response to lose 40 nats or more. ``prefix_gradient: true`` lets the gradient through rho_x (the variant of
+Eq. 8).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 from nemo_rao.batch import LossOutput, ObjectiveBatch, RewardSummary
 from nemo_rao.errors import UserError
 from nemo_rao.keys import key
-from nemo_rao.objectives.base import Needs, Objective, ObjectiveConfig
+from nemo_rao.objectives.base import MeanTarget, Needs, Objective, ObjectiveConfig
 from nemo_rao.objectives.metrics import shared_metrics
 from nemo_rao.objectives.pairs import best_and_worst
 from nemo_rao.objectives.reductions import (
@@ -45,7 +47,9 @@ class RAOConfig(ObjectiveConfig):
     block = "rao"
 
     beta: float = key(0.1, "reward per nat of log-ratio to the reference", low=0, exclusive=True)
-    log_z0: float | str = key(50.0, "nats, the start of log Z(x); auto: mean reward of the training data / beta")
+    log_z0: float | str = key(
+        AUTO, "nats, the start of log Z(x); auto: mean reward of the training data / beta; the RAO paper has 50"
+    )
     prefix_gradient: bool = key(False, "also train the prompt's log-probability through log Z(x) (Eq. 8)")
 
     def __post_init__(self) -> None:
@@ -98,6 +102,15 @@ def resolve_log_z0(config: RAOConfig, rewards: RewardSummary) -> RAOConfig:
     return dataclasses.replace(config, log_z0=rewards.mean / config.beta)
 
 
+def mean_target_of_rao(config: RAOConfig, rewards: RewardSummary) -> MeanTarget | None:
+    """mean(r) / beta - log_z0: rho_x is 0 at the start."""
+    if rewards.mean is None:
+        return None
+    assert not isinstance(config.log_z0, str), "log_z0: auto is to be resolved first"
+    centred = rewards.mean / config.beta
+    return MeanTarget(centred - config.log_z0, f"model.rao.log_z0={centred:.4g} ({AUTO})")
+
+
 def needs_of_rao(config: RAOConfig) -> Needs:
     """``prefix_gradient`` trains through the prompts' log-probabilities, too."""
     return Needs(
@@ -118,4 +131,5 @@ RAO = Objective(
     source="RAO, ACL 2026 long.2027, Algorithm 1",
     checked="formula, gradient by hand, finite differences; its invariances through the whole model",
     resolve=resolve_log_z0,
+    mean_target=mean_target_of_rao,
 )

@@ -17,6 +17,7 @@ from nemo_rao.objectives.robust_po import ROBUST_PO
 from nemo_rao.objectives.rpo import RPO
 from nemo_rao.objectives.sft import SFT
 from nemo_rao.objectives.single import DRO, KTO
+from nemo_rao.other_names import objective_hint
 
 
 def table(*objectives: Objective) -> Mapping[str, Objective]:
@@ -63,6 +64,8 @@ def get(name: str) -> Objective:
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
+    if (hint := objective_hint(name)) is not None:
+        raise UserError(f"model.objective={name}: no such objective; {hint}")
     nearest = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     raise UserError(f"model.objective={name}: no such objective; {hint}there are {', '.join(OBJECTIVES)}")

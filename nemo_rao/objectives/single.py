@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_rao.batch import LossOutput, ObjectiveBatch, RewardSummary
 from nemo_rao.errors import UserError
 from nemo_rao.keys import key
-from nemo_rao.objectives.base import Needs, Objective, ObjectiveConfig
+from nemo_rao.objectives.base import MeanTarget, Needs, Objective, ObjectiveConfig
 from nemo_rao.objectives.metrics import shared_metrics
 from nemo_rao.objectives.reductions import metric, response_log_ratio, rewarded, sum_of_prompt_means
 
@@ -50,6 +50,14 @@ def dro_loss(batch: ObjectiveBatch, config: DROConfig) -> LossOutput:
     return LossOutput(loss_sum, num_prompts, metrics)
 
 
+def mean_target_of_dro(config: DROConfig, rewards: RewardSummary) -> MeanTarget | None:
+    """mean(r) / tau: V(x) is near 0 at the start, and has yet to learn the mean reward."""
+    if rewards.mean is None:
+        return None
+    remedy = f"nemo-rao score --shift={rewards.mean:.4g}, which subtracts the mean reward that V(x) has yet to learn,"
+    return MeanTarget(rewards.mean / config.tau, remedy)
+
+
 DRO = Objective(
     name="dro",
     config_type=DROConfig,
@@ -58,6 +66,7 @@ DRO = Objective(
     formula="(1/τ)·½(r − sg V − τρ)² + ½(V − r + τ·sg ρ)²",
     source="Richemond et al. 2024 (DRO-V)",
     checked="formula, gradients by hand (of the value too), finite differences",
+    mean_target=mean_target_of_dro,
 )
 
 
@@ -120,6 +129,7 @@ def require_labels(config: KTOConfig, rewards: RewardSummary) -> KTOConfig:
         raise UserError(
             "model.kto.threshold is null, but the data's rewards are not labels (1 or 0) and its responses "
             "are not all pairs of chosen and rejected; set the reward above which a response is desirable"
+            + ("" if rewards.mean is None else f" (their mean is {rewards.mean:.4g})")
         )
     return config
 

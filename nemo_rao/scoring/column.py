@@ -25,7 +25,11 @@ class ColumnScorer:
     def score(self, rows: Sequence[InputRow]) -> list[Scores]:
         if self.field:
             return [row.columns[self.field] for row in rows]
-        return [tuple(response.reward for response in row.responses) for row in rows]
+        # NaN stands for a number that is not finite: no score.
+        return [
+            tuple(None if response.reward != response.reward else response.reward for response in row.responses)
+            for row in rows
+        ]
 
     def notes(self) -> Mapping[str, int]:
         return {}

@@ -47,7 +47,9 @@ class RuleScorer(PairScorer):
             raise ScoringFailure(f"{pair.place}: rule {self.path} returned {describe(value)}; return a number")
         number = float(value)
         if not abs(number) <= LARGEST_REWARD:  # so written, NaN is caught too
-            raise ScoringFailure(f"{pair.place}: rule {self.path} returned {number}; return a finite number")
+            raise ScoringFailure(
+                f"{pair.place}: rule {self.path} returned {number}; return a finite number, at most {LARGEST_REWARD:g}"
+            )
         return number
 
 

@@ -112,6 +112,59 @@ def test_rows_too_long_are_dropped_whole_and_counted(load):
     assert len(load([long_answer], num_responses=1)) == 1
 
 
+PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+FOUR = record("x", 0.25, 0.75, 0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        ([FOUR], {}, "1 of 1 rows kept"),
+        ([FOUR], {"num_responses": 2}, "2 of 4 responses of a prompt are used (data.num_responses=2)"),
+        (
+            [FOUR, record("y", 1.0), PAIR],
+            {"num_responses": 2},
+            "1 to 2 of 1 to 4 responses of a prompt are used (data.num_responses=2)",
+        ),
+        (
+            [FOUR],
+            {"num_responses": 3, "responses": "best_worst"},
+            "2 of 4 responses of a prompt are used (data.num_responses=3 and data.responses=best_worst)",
+        ),
+        (
+            [FOUR],
+            {"responses": "best_worst", "needs_pairs": True},
+            "2 of 4 responses of a prompt are used (data.responses=best_worst); pairs: best and worst by reward",
+        ),
+        (
+            [FOUR],
+            {"responses": "best_random", "needs_pairs": True},
+            "(data.responses=best_random); pairs: best and a worse one at random, by reward",
+        ),
+        ([PAIR], {"responses": "best_worst", "needs_pairs": True}, "kept; pairs: chosen and rejected by label"),
+        ([FOUR], {"responses": "all", "needs_pairs": True}, "kept; pairs: every two by reward"),
+        (
+            [PAIR, PAIR | {"prompt": "q"}, FOUR],
+            {"responses": "best_worst", "needs_pairs": True},
+            "pairs: chosen and rejected by label (2 rows), best and worst by reward (1 rows)",
+        ),
+    ],
+)
+def test_the_report_says_which_responses_are_used_and_compared(load, rows, options, said):
+    assert str(load(rows, **options).report).endswith(said)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_not_finite_is_refused_where_it_is_used_and_counted_where_labels_do(load, score):
+    row = PAIR | {"score_chosen": score, "score_rejected": 0.5}
+    data = load([row], needs_preference=True, needs_pairs=True, min_responses=2)
+    assert np.isnan(data[0].rewards[0]) and data[0].rewards[1] == 0.5
+    assert str(data.report).endswith("1 rewards are not finite numbers, and are not used")
+    for used in ({"needs_rewards": True}, {"pairs_by": "reward"}):
+        with pytest.raises(UserError, match=r"data.jsonl line 1: response 1 has a reward that is not a finite number"):
+            load([row], **used)
+
+
 def test_a_row_of_exactly_seq_length_is_kept(load):
     exact = load(RECORDS).max_length
     assert load(RECORDS, seq_length=exact).report.dropped == {}
@@ -222,7 +275,7 @@ def test_rows_of_equal_rewards_are_dropped_and_counted_where_pairs_are_needed(lo
     assert (data.report.rows_read, data.report.rows_kept, data.report.dropped) == (5, 3, {NO_PAIR: 2})
     message = "2 dropped (no response better than another; first: "
     assert message in str(data.report)
-    assert str(data.report).endswith("data.jsonl line 2: all responses have the same reward)")
+    assert "data.jsonl line 2: all responses have the same reward)" in str(data.report)
     assert len(load(records)) == 5
 
 

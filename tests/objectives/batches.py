@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_rao.batch import ObjectiveBatch
+from nemo_rao.batch import ObjectiveBatch, RewardSummary
+
+# Of data that any objective takes, about as in `make_batch`.
+REWARDS = RewardSummary(mean=3.0, low=0.0, high=1.0, all_labels=True, all_ranked=True)
 
 GRADIENT_FIELDS = ("prompt_logps", "response_logps")
 GLOBAL_FIELDS = ("mismatched_log_ratio",)  # of the global batch, no prompt's own
@@ -39,6 +42,11 @@ def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ran
         mismatched_log_ratio=uniform(0, 4)[0, 0] if num_prompts else torch.tensor(1.0, dtype=torch.float64),
     )
     return masked(batch, 0.0)
+
+
+def make_config(objective, keys=None):  # type: ignore[no-untyped-def]
+    """The objective's config with some keys set, and those resolved that the data decides."""
+    return objective.resolve(objective.make_config(keys or {}), REWARDS)
 
 
 def masked(batch: ObjectiveBatch, value: float) -> ObjectiveBatch:

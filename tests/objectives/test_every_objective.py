@@ -11,7 +11,7 @@ from nemo_rao.batch import RewardSummary
 from nemo_rao.errors import UserError
 from nemo_rao.objectives.registry import OBJECTIVES, get, table
 
-from .batches import GRADIENT_FIELDS, loss_and_gradients, make_batch, masked, permute_responses, select
+from .batches import GRADIENT_FIELDS, loss_and_gradients, make_batch, make_config, masked, permute_responses, select
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 NAMES = st.sampled_from(sorted(OBJECTIVES))
@@ -23,7 +23,7 @@ fast = settings(max_examples=60, derandomize=True)
 def sums(name: str, batch):  # type: ignore[no-untyped-def]
     """All of a loss's sums in one tensor, and both gradients."""
     objective = OBJECTIVES[name]
-    output, *gradients = loss_and_gradients(objective, batch, objective.config_type())
+    output, *gradients = loss_and_gradients(objective, batch, make_config(objective))
     metrics = [output.metrics[key] for key in sorted(output.metrics)]
     return torch.cat([torch.stack([output.loss_sum.detach(), output.num_prompts]), *metrics]), *gradients
 
@@ -88,7 +88,7 @@ def test_metrics_are_pairs_without_gradient_and_named_alike_for_every_batch(name
         batch = make_batch(num_responses=counts)
         for leaf in GRADIENT_FIELDS:
             getattr(batch, leaf).requires_grad_()
-        metrics = objective.loss(batch, objective.config_type()).metrics
+        metrics = objective.loss(batch, make_config(objective)).metrics
         assert all(pair.shape == (2,) and not pair.requires_grad for pair in metrics.values())
         names.add(tuple(metrics))
     assert len(names) == 1
@@ -102,18 +102,18 @@ def test_float32_in_float32_out(name: str) -> None:
         for field in dataclasses.fields(batch)
         for tensor in [getattr(batch, field.name)]
     }
-    output = objective.loss(dataclasses.replace(batch, **single), objective.config_type())
+    output = objective.loss(dataclasses.replace(batch, **single), make_config(objective))
     assert {output.loss_sum.dtype, output.num_prompts.dtype, *(p.dtype for p in output.metrics.values())} == {
         torch.float32
     }
-    exact = objective.loss(batch, objective.config_type())
+    exact = objective.loss(batch, make_config(objective))
     torch.testing.assert_close(output.loss_sum.double(), exact.loss_sum, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_what_is_not_needed_may_be_missing(name: str) -> None:
     objective, batch = OBJECTIVES[name], make_batch(ranked=True)
-    needs = objective.needs_of(objective.config_type())
+    needs = objective.needs_of(make_config(objective))
     if not needs.reference:
         batch = dataclasses.replace(batch, reference_prompt_logps=None, reference_response_logps=None)
     if not needs.values:
@@ -124,11 +124,11 @@ def test_what_is_not_needed_may_be_missing(name: str) -> None:
         batch = dataclasses.replace(batch, rewards=torch.full_like(batch.rewards, torch.nan))
     if needs.scores:
         scores = batch.scores.clone().requires_grad_()
-        output = objective.loss(dataclasses.replace(batch, scores=scores), objective.config_type())
+        output = objective.loss(dataclasses.replace(batch, scores=scores), make_config(objective))
         (gradient,) = torch.autograd.grad(output.loss_sum, scores)
     else:
         batch = dataclasses.replace(batch, scores=None)
-        output, _, gradient = loss_and_gradients(objective, batch, objective.config_type())
+        output, _, gradient = loss_and_gradients(objective, batch, make_config(objective))
     assert output.loss_sum.isfinite() and output.num_prompts > 0
     assert gradient.isfinite().all() and gradient.any()
 
@@ -139,7 +139,8 @@ def test_an_objective_is_found_under_its_own_name_and_starts_from_defaults(name:
     config = get(name).make_config({})
     assert config == get(name).config_type()
     resolved = get(name).resolve(config, RewardSummary(1.0, 0.0, 1.0, all_labels=True))
-    assert resolved == dataclasses.replace(config, **({"num_attributes": 1} if name == "rm_regression" else {}))
+    decided_by_data = {"rm_regression": {"num_attributes": 1}, "rao": {"log_z0": 10.0}}
+    assert resolved == dataclasses.replace(config, **decided_by_data.get(name, {}))
     assert type(config).__dataclass_params__.frozen
 
 

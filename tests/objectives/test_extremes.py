@@ -9,7 +9,7 @@ from torch import Tensor
 from nemo_rao.batch import ObjectiveBatch
 from nemo_rao.objectives.registry import OBJECTIVES
 
-from .batches import loss_and_gradients
+from .batches import loss_and_gradients, make_config
 from .formulas import FORMULAS, PAIRS
 from .test_formulas import CASES, batch_for, describe, expected
 
@@ -75,7 +75,7 @@ EXTREMES = {
 @pytest.mark.parametrize(("name", "keys"), CONFIGS)
 def test_loss_and_gradient_stay_finite(name: str, keys: dict, extreme: str) -> None:
     batch, objective = two_responses(keys, **EXTREMES[extreme]), OBJECTIVES[name]
-    output, prompt_gradient, gradient = loss_and_gradients(objective, batch, objective.make_config(keys))
+    output, prompt_gradient, gradient = loss_and_gradients(objective, batch, make_config(objective, keys))
     assert output.loss_sum.isfinite()
     assert prompt_gradient.isfinite().all() and gradient.isfinite().all()
     assert all(pair.isfinite().all() for pair in output.metrics.values())
@@ -101,7 +101,7 @@ def unbounded(name: str, keys: dict, extreme: str) -> bool:
 def test_float32_keeps_the_formulas_value(name: str, keys: dict, extreme: str) -> None:
     batch, objective = two_responses(keys, **EXTREMES[extreme]), OBJECTIVES[name]
     loss_sum, _, by_hand = expected(name, double(batch), keys)
-    output, _, gradient = loss_and_gradients(objective, batch, objective.make_config(keys))
+    output, _, gradient = loss_and_gradients(objective, batch, make_config(objective, keys))
     torch.testing.assert_close(output.loss_sum.double().item(), loss_sum, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(gradient.double(), by_hand, rtol=1e-4, atol=1e-3)
 
@@ -112,7 +112,7 @@ def test_float32_keeps_the_formulas_value(name: str, keys: dict, extreme: str) -
 )
 def test_the_wrong_order_is_still_corrected(name: str, extreme: str) -> None:
     batch, objective = two_responses({}, **EXTREMES[extreme]), OBJECTIVES[name]
-    _, _, gradient = loss_and_gradients(objective, batch, objective.config_type())
+    _, _, gradient = loss_and_gradients(objective, batch, make_config(objective))
     assert (gradient[1::2, 0] < 0).all(), "the better response, less probable, is raised"
     assert (gradient[1::2, 1] >= 0).all()
 
@@ -129,7 +129,7 @@ def test_noise_moves_the_loss_by_what_its_slope_says(name: str, keys: dict, bits
     bfloat16 rounds by up to 2^-9. Noise that small is not to be amplified, nor are smaller steps to be lost.
     """
     batch, objective = batch_for("rewarded", keys), OBJECTIVES[name]
-    config = objective.make_config(keys)
+    config = make_config(objective, keys)
     direction = loss_and_gradients(objective, batch, config)[2].sign()
     step = 2.0**-bits * batch.response_logps.abs() * direction
 
@@ -151,6 +151,6 @@ def test_float32_follows_the_formula_through_the_noise_of_bfloat16(name: str, ke
     signs = torch.randint(0, 2, batch.valid.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     noisy = single(dataclasses.replace(batch, response_logps=batch.response_logps * (1 + signs * 2.0**-9)))
     loss_sum, _, by_hand = expected(name, double(noisy), keys)
-    output, _, gradient = loss_and_gradients(objective, noisy, objective.make_config(keys))
+    output, _, gradient = loss_and_gradients(objective, noisy, make_config(objective, keys))
     torch.testing.assert_close(output.loss_sum.double().item(), loss_sum, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), by_hand, rtol=1e-4, atol=1e-6)

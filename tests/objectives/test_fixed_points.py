@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemo_rao.batch import ObjectiveBatch
+from nemo_rao.batch import ObjectiveBatch, RewardSummary
 from nemo_rao.objectives.registry import OBJECTIVES
 
-from .batches import loss_and_gradients
+from .batches import loss_and_gradients, make_config
 from .formulas import (
     Answer,
     answers_of,
@@ -112,7 +112,7 @@ RESTS = [
 
 
 def gradient_of(name: str, keys: dict, batch: ObjectiveBatch) -> Tensor:
-    return loss_and_gradients(OBJECTIVES[name], batch, OBJECTIVES[name].make_config(keys))[2]
+    return loss_and_gradients(OBJECTIVES[name], batch, make_config(OBJECTIVES[name], keys))[2]
 
 
 def moved(batch: ObjectiveBatch, rho: Callable[[list[Answer]], list[float]]) -> ObjectiveBatch:
@@ -174,7 +174,7 @@ def shifted(batch: ObjectiveBatch, shift: float) -> ObjectiveBatch:
 
 
 def value_and_gradient(name: str, keys: dict, batch: ObjectiveBatch) -> tuple[Tensor, Tensor]:
-    output, _, gradient = loss_and_gradients(OBJECTIVES[name], batch, OBJECTIVES[name].make_config(keys))
+    output, _, gradient = loss_and_gradients(OBJECTIVES[name], batch, make_config(OBJECTIVES[name], keys))
     return output.loss_sum.detach(), gradient
 
 
@@ -204,3 +204,26 @@ def test_a_constant_added_to_all_rewards_moves_the_target(name: str, keys: dict,
     batch = batch_for("rewarded", keys)
     before, after = value_and_gradient(name, keys, batch), value_and_gradient(name, keys, shifted(batch, shift))
     assert (after[0] - before[0]).abs() > 1e-3 and (after[1] - before[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "keys"), [*((name, keys) for name, keys, _ in VARIANT), *INVARIANT])
+def test_the_mean_target_is_where_the_loss_rests_when_all_rewards_are_the_mean(name: str, keys: dict) -> None:
+    """Known of each objective that fits log-ratios to rewards, and of no other: at these log-ratios nothing moves."""
+    objective, rewards = OBJECTIVES[name], RewardSummary(mean=0.8, low=0.8, high=0.8, all_labels=True, all_ranked=True)
+    config = objective.make_config({**keys, "log_z0": 3.0} if name == "rao" else keys)
+    target = objective.mean_target(config, rewards)
+    if (name, keys) in INVARIANT or name == "kto":  # kto compares rewards with its threshold alone
+        assert target is None
+        return
+    assert target is not None and abs(target.nats) > 0.1
+    batch = batch_for("ranked", keys)
+    batch = dataclasses.replace(
+        batch,
+        rewards=torch.full_like(batch.rewards, 0.8),
+        values=torch.zeros_like(batch.rewards),
+        prompt_logps=batch.reference_prompt_logps,
+    )
+    resting = moved(batch, lambda answers: [target.nats] * len(answers))
+    assert loss_and_gradients(objective, resting, config)[2].abs().max() < 1e-9
+    beside = moved(batch, lambda answers: [target.nats + 1] * len(answers))
+    assert loss_and_gradients(objective, beside, config)[2].abs().max() > 1e-3

@@ -13,7 +13,11 @@ from nemo_rao.objectives.rao import RAO, RAOConfig
 from .batches import loss_and_gradients, make_batch, prompts_of
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-CONFIGS = [RAOConfig(), RAOConfig(beta=0.5, log_z0=-7.0), RAOConfig(beta=0.05, log_z0=500, prefix_gradient=True)]
+CONFIGS = [
+    RAOConfig(log_z0=50.0),
+    RAOConfig(beta=0.5, log_z0=-7.0),
+    RAOConfig(beta=0.05, log_z0=500, prefix_gradient=True),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -33,7 +37,7 @@ def test_value_and_gradient_equal_the_formula(config: RAOConfig) -> None:
 
 
 def test_no_gradient_through_the_prompt_unless_asked_for() -> None:
-    _, prompt_gradient, _ = loss_and_gradients(RAO, make_batch(), RAOConfig())
+    _, prompt_gradient, _ = loss_and_gradients(RAO, make_batch(), RAOConfig(log_z0=50.0))
     assert not prompt_gradient.any()
 
 
@@ -156,7 +160,17 @@ def test_auto_log_z0_starts_the_mean_target_at_zero() -> None:
 
 def test_a_number_for_log_z0_is_kept() -> None:
     assert RAO.resolve(RAOConfig(log_z0=3.0), 7.0) == RAOConfig(log_z0=3.0)
-    assert RAO.resolve(RAOConfig(), None) == RAOConfig()
+
+
+def test_log_z0_is_fitted_to_the_data_unless_it_is_set() -> None:
+    """The paper's 50, on rewards from 0 to 1, would ask every response to lose 40 nats or more."""
+    rewards = RewardSummary(mean=0.6, low=0.0, high=1.0)
+    assert RAOConfig().log_z0 == "auto"
+    resolved = RAO.resolve(RAOConfig(), rewards)
+    assert resolved.log_z0 == pytest.approx(6.0)
+    assert RAO.mean_target(resolved, rewards).nats == pytest.approx(0.0)
+    far = RAO.mean_target(RAOConfig(log_z0=50.0), rewards)
+    assert far.nats == pytest.approx(-44.0) and far.remedy == "model.rao.log_z0=6 (auto)"
 
 
 def test_auto_log_z0_without_rewards_is_refused() -> None:
@@ -173,8 +187,8 @@ def test_a_response_without_reward_has_no_part_in_the_loss() -> None:
     batch = make_batch(num_responses=(3, 2))
     rewards, valid = batch.rewards.clone(), batch.valid.clone()
     rewards[0, 1], valid[0, 1] = torch.nan, False
-    unknown = loss_and_gradients(RAO, dataclasses.replace(batch, rewards=rewards), RAOConfig())
-    left_out = loss_and_gradients(RAO, dataclasses.replace(batch, valid=valid), RAOConfig())
+    unknown = loss_and_gradients(RAO, dataclasses.replace(batch, rewards=rewards), RAOConfig(log_z0=50.0))
+    left_out = loss_and_gradients(RAO, dataclasses.replace(batch, valid=valid), RAOConfig(log_z0=50.0))
     torch.testing.assert_close(unknown[0].loss_sum, left_out[0].loss_sum, **EXACT)
     torch.testing.assert_close(unknown[1:], left_out[1:], **EXACT)
 

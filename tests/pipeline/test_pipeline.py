@@ -56,7 +56,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command("score", folder / "train.jsonl", folder / "scored.jsonl", "--scorer", f"model:{folder / 'rm'}")
     scored = f"data.train_path={folder / 'scored.jsonl'}"
     same = f"data.validation_path={folder / 'scored.jsonl'}"
-    train("gpt_rao", "rao", scored, same, *two, f"model.restore_from_path={folder / 'sft'}", "model.rao.log_z0=auto")
+    train("gpt_rao", "rao", scored, same, *two, f"model.restore_from_path={folder / 'sft'}")
     command("export-hf", folder / "rao", folder / "policy")
     command("export-hf", folder / "rm", folder / "reward_model")
     command(

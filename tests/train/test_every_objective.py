@@ -33,7 +33,7 @@ OWN = {
 }
 LAYOUTS = {"TP 2": parallel(2, 1, 1), "PP 2": parallel(1, 2, 1)}
 SAME = 3  # steps that are compared
-KEYS = {"rao": ("log_z0=auto",), "kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
+KEYS = {"kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
 
 
 def train(name: str, layout: tuple[str, ...], folder: Path, start: Path, *extra: str) -> Path:

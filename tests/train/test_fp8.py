@@ -28,7 +28,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Pa
 
 def given(folder: Path, data: Sequence[str], start: Path, *extra: str) -> list[str]:
     common = [*TINY, *SIZES, *data, f"model.restore_from_path={start}", f"exp_manager.exp_dir={folder}"]
-    return [*common, "exp_manager.name=run", "model.rao.log_z0=auto", f"trainer.max_steps={STEPS}", *extra]
+    return [*common, "exp_manager.name=run", f"trainer.max_steps={STEPS}", *extra]
 
 
 def of_reference(step: dict[str, float]) -> dict[str, float]:

@@ -61,5 +61,6 @@ def test_fp16_arrives_with_its_loss_scale_and_lets_gradients_overflow(reached: A
     model, optimizer, buffers = reached("precision=fp16_mixed", *keys)
     assert model.fp16 and not model.bf16 and optimizer.fp16 and not optimizer.bf16
     assert (optimizer.initial_loss_scale, optimizer.loss_scale_window, optimizer.hysteresis) == (512, 7, 3)
-    assert optimizer.loss_scale is None and not buffers.check_for_nan_in_grad
-    assert reached("precision=bf16_mixed")[2].check_for_nan_in_grad
+    assert optimizer.loss_scale is None
+    # Checked by this project, which knows a step's rows: tests/train/test_not_finite.py.
+    assert not buffers.check_for_nan_in_grad and not reached("precision=bf16_mixed")[2].check_for_nan_in_grad

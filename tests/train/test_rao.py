@@ -87,6 +87,7 @@ def test_forty_steps_on_real_answers_lower_the_target_error(tmp_path: Path) -> N
         f"data.train_path={REAL_DATA}",
         f"data.tokenizer={tmp_path / 'tokenizer'}",
         "data.num_responses=4",
+        "model.rao.log_z0=50",
         "model.seq_length=320",
         "model.global_batch_size=4",
         "model.micro_batch_size=2",
@@ -121,7 +122,6 @@ def test_log_z0_auto_starts_at_a_mean_target_of_zero(start: Path, tmp_path: Path
         tmp_path,
         (data[0], tokenizer),
         start,
-        "model.rao.log_z0=auto",
         "model.global_batch_size=8",
         "trainer.max_steps=1",
     )

@@ -67,7 +67,6 @@ def test_a_reward_model_of_real_answers_orders_new_ones_and_the_file_it_scored_t
             *shared,
             *NO_CHECKPOINTS,
             f"data.train_path={tmp_path / 'scored.jsonl'}",
-            "model.rao.log_z0=auto",
             "trainer.max_steps=6",
             "exp_manager.name=rao",
         ],
