@@ -16,7 +16,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch": set(),
     "files": {"errors"},
     "part_file": {"errors", "files"},
-    "cpu": set(),
+    "gpus": set(),
+    "malloc": set(),
+    "cpu": {"gpus", "malloc"},
     "planning": {"errors", "ops"},  # of the operations, what they hold at a time
     "data": FOUNDATION,
     "ops": FOUNDATION,
@@ -24,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mcore": FOUNDATION | {"data", "ops", "objectives"},
     "generation": FOUNDATION | {"data"},
     "scoring": FOUNDATION | {"data", "generation"},  # a judge may be a model that generates here
-    "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "scoring", "planning"},
+    "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "gpus", "scoring", "planning"},
     "hugging_face": FOUNDATION | {"data", "mcore", "integration"},
     "cluster": FOUNDATION | {"integration"},
     "doctor": FOUNDATION | {"integration", "planning"},  # the latter in processes of their own
@@ -56,6 +58,7 @@ HEAVY: dict[str, set[str]] = {
         "mcore",
         "integration",
         "cpu",
+        "gpus",
     },
 }
 

@@ -21,6 +21,7 @@ from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.order import steps_per_epoch
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
+from nemo_rao.gpus import has_gpu
 from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint, resolve_checkpoint
 from nemo_rao.integration.checks import check_architecture
 from nemo_rao.integration.config import RunConfig
@@ -84,11 +85,9 @@ def select_device(config: RunConfig) -> None:
     """
     if config.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Asks the driver without initialising CUDA, which would not survive the fork of the ranks.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
-    if not torch.cuda.is_available():
+    if not has_gpu():
         if config.trainer.accelerator == "gpu":
             raise UserError("trainer.accelerator is gpu, but this machine has no CUDA device; set it to cpu")
         if config.precision.fp8 is not None and not config.precision.fp8_simulation:

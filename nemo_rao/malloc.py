@@ -1,0 +1,41 @@
+"""glibc's heap, set up for tensors: large blocks are mapped one by one, so that freed ones leave no holes.
+
+glibc maps blocks above a threshold by themselves and returns them to the system when they are freed. It raises the
+threshold up to 32 MiB as such blocks are freed, after which a micro-batch's activations come from the heap. There the
+temporaries that a layer frees between two saved tensors leave holes, too small for the next, longer micro-batch: with
+SmolLM2-135M they took 4.4 GiB beside 11.7 GiB of tensors (docs/planning.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+MMAP_THRESHOLD_BYTES = 4 * 2**20
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD = -1
+_TRIM_THRESHOLD_BYTES = 2 * MMAP_THRESHOLD_BYTES  # as glibc itself relates the two
+
+
+def map_large_blocks() -> bool:
+    """Fix the threshold at :data:`MMAP_THRESHOLD_BYTES`. Returns whether it was fixed.
+
+    To be called before large blocks are allocated; forked processes inherit it. Does nothing with another C library, or
+    where the user's environment sets glibc's thresholds (``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
+    """
+    if _set_by_user() or not _is_glibc():
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES))
+
+
+def _set_by_user() -> bool:
+    variables = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+    return any(name in os.environ for name in variables) or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+
+
+def _is_glibc() -> bool:
+    try:
+        return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+    except (OSError, TypeError):  # a system whose programs cannot be opened as a library, such as Windows
+        return False
