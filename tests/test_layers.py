@@ -16,6 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch": set(),
     "files": {"errors"},
     "part_file": {"errors", "files"},
+    "progress": set(),
     "gpus": set(),
     "malloc": set(),
     "cpu": {"gpus", "malloc"},
@@ -24,9 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": FOUNDATION,
     "objectives": FOUNDATION,
     "mcore": FOUNDATION | {"data", "ops", "objectives"},
-    "generation": FOUNDATION | {"data"},
-    "scoring": FOUNDATION | {"data", "generation"},  # a judge may be a model that generates here
-    "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "gpus", "scoring", "planning"},
+    "generation": FOUNDATION | {"data", "progress"},
+    "scoring": FOUNDATION | {"data", "generation", "progress"},  # a judge may be a model that generates here
+    "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "gpus", "progress", "scoring", "planning"},
     "hugging_face": FOUNDATION | {"data", "mcore", "integration"},
     "cluster": FOUNDATION | {"integration"},
     "doctor": FOUNDATION | {"integration", "planning"},  # the latter in processes of their own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from nemo.lightning.megatron_parallel import MegatronStep
-from tqdm import tqdm
 
 from nemo_rao.batch import MicroBatch
 from nemo_rao.errors import UserError
@@ -29,6 +28,7 @@ from nemo_rao.mcore.loss import means, reduce_statistics
 from nemo_rao.mcore.mismatched import mean_log_ratio
 from nemo_rao.mcore.quantisation import quantisation_fingerprint
 from nemo_rao.mcore.reference import compute_reference, load_reference, reference_key
+from nemo_rao.progress import Progress
 
 
 def model_chunks(trainer: pl.Trainer) -> list[Any]:
@@ -100,6 +100,7 @@ class ReferencePass(pl.Callback):
         micro_batch_size: prompts.
         micro_batches_per_part: how much is lost at most when the pass is interrupted.
         vocab_size: V without padding.
+        show_progress: on the first rank.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class ReferencePass(pl.Callback):
         micro_batch_size: int,
         micro_batches_per_part: int,
         vocab_size: int,
+        show_progress: bool = True,
     ) -> None:
         self._data_sets = data_sets
         self._cache_dir = cache_dir
@@ -118,6 +120,7 @@ class ReferencePass(pl.Callback):
         self._micro_batch_size = micro_batch_size
         self._micro_batches_per_part = micro_batches_per_part
         self._vocab_size = vocab_size
+        self._show_progress = show_progress
         self._weights: str | None = None
         self._scales = ""
 
@@ -150,7 +153,8 @@ class ReferencePass(pl.Callback):
                 )
 
     def _compute(self, trainer: pl.Trainer, data_set: AlignmentData, key: str, name: str) -> Any:
-        with progress_bar(f"reference log-probs ({name})", trainer.is_global_zero) as show:
+        shown = self._show_progress and trainer.is_global_zero
+        with Progress(f"reference log-probs ({name})", unit="prompt", shown=shown) as progress:
             return compute_reference(
                 model_chunks(trainer),
                 prompts=data_set.responses_of_prompts(),
@@ -160,7 +164,7 @@ class ReferencePass(pl.Callback):
                 vocab_size=self._vocab_size,
                 cache_dir=self._cache_dir,
                 key=key,
-                progress=show,
+                progress=progress.update,
             )
 
 
@@ -178,23 +182,6 @@ class MismatchedPass(pl.Callback):
         )
         for chunk in model_chunks(trainer):
             chunk.mismatched_log_ratio = log_ratio
-
-
-class progress_bar:
-    """``with progress_bar(...) as show: show(done, total)``; silent where ``visible`` is false."""
-
-    def __init__(self, label: str, visible: bool) -> None:
-        self._bar = tqdm(desc=label, unit="prompt", disable=not visible, dynamic_ncols=True)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._show
-
-    def _show(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 class Metrics(pl.Callback):
@@ -333,28 +320,24 @@ class Validation(pl.Callback):
             append_metrics(self._path, {"step": trainer.global_step, **named})
 
 
-class Progress(pl.Callback):
-    """A bar on rank 0. It shows numbers that are already reduced: no rank takes part in a collective alone."""
+class ShowProgress(pl.Callback):
+    """Shows steps on rank 0, with metrics that are already reduced: no rank takes part in a collective alone."""
 
     shown = ("loss", "rao/target_error", "rewards/margins", "rewards/accuracies", "tokens_per_second")
 
-    def __init__(self) -> None:
-        self._bar: Any = None
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bar = tqdm(
-            desc=pl_module.objective.name,
-            total=trainer.max_steps,
-            initial=trainer.global_step,
+        self._progress = Progress(
+            pl_module.objective.name,
             unit="step",
-            disable=not trainer.is_global_zero,
-            dynamic_ncols=True,
-        )
+            total=trainer.max_steps,
+            done=trainer.global_step,
+            shown=trainer.is_global_zero,
+        ).__enter__()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        metrics = trainer.callback_metrics
-        self._bar.set_postfix({name: f"{float(metrics[name]):.4g}" for name in self.shown if name in metrics})
-        self._bar.update(trainer.global_step - self._bar.n)
+        of_step = trainer.callback_metrics
+        metrics = {name: float(of_step[name]) for name in self.shown if name in of_step}
+        self._progress.update(trainer.global_step, metrics=metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bar.close()
+        self._progress.__exit__(None, None, None)

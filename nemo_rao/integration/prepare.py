@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nemo_rao import cpu
 from nemo_rao.data.cache import DataCache
@@ -31,6 +30,7 @@ from nemo_rao.integration.launch import started_externally
 from nemo_rao.integration.precision_checks import FP8, check_gpus_present
 from nemo_rao.integration.talk import is_first_rank, quiet_imports, say
 from nemo_rao.objectives import registry
+from nemo_rao.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -146,19 +146,14 @@ def load_data(config: RunConfig) -> LoadedData:
     cache = None if folder is None else DataCache(folder, tokenizer)
 
     def load(paths: Any, label: str) -> PreferenceData:
-        # None: hidden unless stderr is a terminal, from which the bar is removed: there an error stands alone too.
-        hidden = None if is_first_rank() and config.trainer.enable_progress_bar else True
-        with tqdm(desc=label, unit="row", leave=False, disable=hidden) as bar:
-
-            def progress(rows: int) -> None:
-                bar.update(rows - bar.n)
-
+        shown = is_first_rank() and config.trainer.enable_progress_bar
+        with Progress(label, unit="row", shown=shown, stays=False) as progress:
             if cache is None:
-                data, remark = load_preferences(paths, tokenizer, progress=progress, **wanted), ""
+                data, remark = load_preferences(paths, tokenizer, progress=progress.update, **wanted), ""
             else:
                 data, remark = cache.load(
                     paths,
-                    progress=progress,
+                    progress=progress.update,
                     waiting=lambda: say(f"{label}: another process is reading it; waiting for it"),
                     **wanted,
                 )

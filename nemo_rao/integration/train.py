@@ -212,9 +212,9 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> l
         KeepSchedule,
         Metrics,
         MismatchedPass,
-        Progress,
         ReferencePass,
         SeedEveryStep,
+        ShowProgress,
         Validation,
     )
     from nemo_rao.integration.stop import StopWhenAsked
@@ -236,6 +236,7 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> l
                 micro_batch_size=config.reference.micro_batch_size or keys.micro_batch_size,
                 micro_batches_per_part=config.reference.save_every,
                 vocab_size=model.vocab_size,
+                show_progress=config.trainer.enable_progress_bar,
             )
         )
     callbacks += [KeepSchedule(), Metrics(folder)]
@@ -251,7 +252,7 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> l
             )
         )
     if config.trainer.enable_progress_bar:
-        callbacks.append(Progress())
+        callbacks.append(ShowProgress())
     return callbacks
 
 
