@@ -18,7 +18,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 SECONDS_BETWEEN_LINES = 20.0
@@ -97,7 +96,7 @@ class Progress:
         """Report that ``count`` more units are finished."""
         self.update(self._done + count)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         elif self._shown and self._stays and kind is None:  # an error is to stand alone
@@ -124,7 +123,7 @@ class Progress:
 
 
 def _rate(per_second: float, unit: str) -> str:
-    """"3.2 prompts/s", or "12 s/step" of what takes longer than a second."""
+    """ "3.2 prompts/s", or "12 s/step" of what takes longer than a second."""
     if per_second < 1:
         return f"{_three_digits(1 / per_second)} s/{unit}"
     return f"{_three_digits(per_second)} {unit}s/s"
@@ -135,7 +134,7 @@ def _three_digits(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """"8 s", "1 min 50 s", "2 h 5 min", "3 d 4 h"."""
+    """ "8 s", "1 min 50 s", "2 h 5 min", "3 d 4 h"."""
     whole = round(seconds)
     for size, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:

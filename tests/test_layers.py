@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mcore": FOUNDATION | {"data", "ops", "objectives"},
     "generation": FOUNDATION | {"data", "progress"},
     "scoring": FOUNDATION | {"data", "generation", "progress"},  # a judge may be a model that generates here
-    "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "gpus", "progress", "scoring", "planning"},
+    "integration": FOUNDATION
+    | {"data", "ops", "objectives", "mcore", "cpu", "gpus", "progress", "scoring", "planning"},
     "hugging_face": FOUNDATION | {"data", "mcore", "integration"},
     "cluster": FOUNDATION | {"integration"},
     "doctor": FOUNDATION | {"integration", "planning"},  # the latter in processes of their own

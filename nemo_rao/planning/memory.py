@@ -3,7 +3,7 @@
     states + micro-batches in flight x what each keeps + the larger of: log-probabilities; a layer's backward pass
 
 The last two never stand together: log-probabilities are done when the last layer's backward pass begins, and
-recomputation has not begun before.
+recomputation has not begun before. On a CPU the process shares the memory with its tensors, and is added.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from nemo_rao.planning import activations
 from nemo_rao.planning.buffers import stage_states
 from nemo_rao.planning.log_probs import log_prob_bytes
 from nemo_rao.planning.setting import Setting
+
+PROCESS_BYTES = 3 * 2**28
+"""Bytes of a rank's process on a CPU without tensors: PyTorch, Megatron and NeMo, imported (docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class StageMemory:
         activations: of all of these.
         log_probs: at the loss, on the last stage.
         backward: of one layer's backward pass, recomputed activations included.
+        process: of what is imported, on a CPU; 0 on GPUs.
     """
 
     weights: int
@@ -35,11 +39,12 @@ class StageMemory:
     activations: int
     log_probs: int
     backward: int
+    process: int
 
     @property
     def total(self) -> int:
         states = self.weights + self.gradients + self.optimizer
-        return states + self.activations + max(self.log_probs, self.backward)
+        return states + self.activations + max(self.log_probs, self.backward) + self.process
 
 
 def stage_memory(setting: Setting, stage: int) -> StageMemory:
@@ -55,6 +60,7 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
         activations=-(-in_flight * kept // setting.virtual),
         log_probs=log_prob_bytes(setting) if stage == setting.pipeline - 1 else 0,
         backward=activations.recomputed_unit(setting, stage) + activations.layer_gradients(setting),
+        process=0 if setting.transformer_engine else PROCESS_BYTES,
     )
 
 

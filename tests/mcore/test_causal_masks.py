@@ -60,9 +60,7 @@ def test_attention_keeps_no_mask_of_its_own_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         attended = F.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
     of_mask = [one for one in kept if one.shape[-2:] == (24, 90)]
-    assert of_mask and all(
-        one.untyped_storage().data_ptr() == mask.untyped_storage().data_ptr() for one in of_mask
-    )
+    assert of_mask and all(one.untyped_storage().data_ptr() == mask.untyped_storage().data_ptr() for one in of_mask)
     attended.sum().backward()
     by_definition = F.scaled_dot_product_attention(query, keys, keys, attn_mask=seen(24, 90, None))
     torch.testing.assert_close(attended, by_definition)
