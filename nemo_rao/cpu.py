@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from nemo_rao.errors import UserError
 from nemo_rao.gpus import has_gpu
 from nemo_rao.malloc import map_large_blocks
 
@@ -35,16 +36,19 @@ def install_if_needed() -> bool:
     """Make Megatron run on the CPU if this machine has no CUDA device. Returns whether it does.
 
     Safe to call more than once. The caller tells the user (:data:`NOTICE`), once nothing is left to refuse.
+
+    Raises:
+        UserError: Megatron was imported before, with packages that need a GPU.
     """
     global _installed
     if _installed:
         return True
     if has_gpu():
         return False
+    _hide_gpu_packages()
     map_large_blocks()
     _redirect_devices()
     _supply_torch_cuda()
-    _hide_gpu_packages()
     _patch_megatron()
     _patch_nemo()
     _installed = True
@@ -162,9 +166,14 @@ _GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_
 
 def _hide_gpu_packages() -> None:
     """Let imports of the packages fail, and searches for them find nothing, from here on."""
-    for name in list(sys.modules):
-        if name.split(".")[0] in _GPU_PACKAGES:
-            del sys.modules[name]
+    loaded = [name for name, module in sys.modules.items() if name.split(".")[0] in _GPU_PACKAGES and module]
+    if loaded and "megatron.core" in sys.modules:
+        raise UserError(
+            f"Megatron was imported with {loaded[0].split('.')[0]}, which needs a GPU, and there is none; start with "
+            "`nemo-rao train`, or call nemo_rao.cpu.install_if_needed() before anything imports Megatron or NeMo"
+        )
+    for name in loaded:
+        del sys.modules[name]
     sys.modules.update(dict.fromkeys(_GPU_PACKAGES))  # type: ignore[arg-type]
 
 

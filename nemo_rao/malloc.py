@@ -1,9 +1,11 @@
-"""glibc's heap, set up for tensors: large blocks are mapped one by one, so that freed ones leave no holes.
+"""The C library's heap, set up for tensors: large blocks are mapped one by one, so that freed ones leave no holes.
 
 glibc maps blocks above a threshold by themselves and returns them to the system when they are freed. It raises the
 threshold up to 32 MiB as such blocks are freed, after which a micro-batch's activations come from the heap. There the
 temporaries that a layer frees between two saved tensors leave holes, too small for the next, longer micro-batch: with
-SmolLM2-135M they took 4.4 GiB beside 11.7 GiB of tensors (docs/planning.md).
+SmolLM2-135M they took 4 GiB beside 12 GiB of tensors (docs/planning.md).
+
+Mapped blocks cost a page fault for every page each time. PyTorch can ask for pages of 2 MiB, which makes them fewer.
 """
 
 from __future__ import annotations
@@ -11,22 +13,22 @@ from __future__ import annotations
 import ctypes
 import os
 
-MMAP_THRESHOLD_BYTES = 8 * 2**20
+MMAP_THRESHOLD_BYTES = 2**20
 _M_MMAP_THRESHOLD = -3  # malloc.h
-_M_TRIM_THRESHOLD = -1
-_TRIM_THRESHOLD_BYTES = 2 * MMAP_THRESHOLD_BYTES  # as glibc itself relates the two
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # read by PyTorch when it allocates its first tensor
 
 
 def map_large_blocks() -> bool:
     """Fix the threshold at :data:`MMAP_THRESHOLD_BYTES`. Returns whether it was fixed.
 
-    To be called before large blocks are allocated; forked processes inherit it. Does nothing with another C library, or
-    where the user's environment sets glibc's thresholds (``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
+    To be called before the first tensor is made; forked processes inherit it. The threshold is left alone with another
+    C library, and where the user's environment sets up glibc's heap (``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``);
+    so are huge pages where ``THP_MEM_ALLOC_ENABLE`` is set.
     """
+    os.environ.setdefault(_HUGE_PAGES, "1")
     if _set_by_user() or not _is_glibc():
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES))
+    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES))
 
 
 def _set_by_user() -> bool:

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": set(),
     "gpus": set(),
     "malloc": set(),
-    "cpu": {"gpus", "malloc"},
+    "cpu": {"errors", "gpus", "malloc"},
     "planning": {"errors", "ops"},  # of the operations, what they hold at a time
     "data": FOUNDATION,
     "ops": FOUNDATION,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,9 +58,32 @@ def test_what_the_user_sets_stays(environment: dict[str, str]) -> None:
     assert allocated("fix", **environment) == [False, False, True]
 
 
+HUGE_PAGES = """
+from nemo_rao.malloc import map_large_blocks
+map_large_blocks()
+import torch
+kept = torch.ones(16 * 2**20)
+sizes_and_flags = [
+    line.split() for line in open("/proc/self/smaps") if line.startswith(("Size:", "VmFlags:"))
+]
+of_large = [flags for size, flags in zip(sizes_and_flags[::2], sizes_and_flags[1::2]) if int(size[1]) >= 60 * 1024]
+print(any("hg" in flags for flags in of_large))  # huge pages are advised
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+@pytest.mark.parametrize(("given", "asked_for"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
+def test_huge_pages_are_asked_for_unless_the_user_forbids_it(given: dict[str, str], asked_for: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    command = [sys.executable, "-c", HUGE_PAGES]
+    done = subprocess.run(command, env={**environment, **given}, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == str(asked_for)
+
+
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("MALLOC_", "GLIBC_")):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: object())  # it has neither of glibc's functions
     assert malloc.map_large_blocks() is False

@@ -93,6 +93,25 @@ def test_a_build_with_cuda_that_finds_no_driver_is_asked_for_nothing() -> None:
     assert json.loads(output.splitlines()[-1]) == [[False] * 3, [False] * 2, [False, 0, 1], [1.0, 1.0]]
 
 
+TOO_LATE = """
+import sys, types
+sys.modules["megatron.core"] = sys.modules["transformer_engine"] = types.ModuleType("imported before")
+import torch
+from nemo_rao import cpu
+from nemo_rao.errors import UserError
+
+try:
+    cpu.install_if_needed()
+except UserError as error:
+    print(torch._C._len_torch_function_stack(), error)
+"""
+
+
+def test_a_megatron_that_has_taken_transformer_engine_already_is_refused() -> None:
+    output, _ = in_fresh_process(TOO_LATE)
+    assert output.startswith("0 Megatron was imported with transformer_engine, which needs a GPU, and there is none;")
+
+
 IMPORT = """
 import importlib, json, pkgutil, sys
 import torch
