@@ -50,6 +50,7 @@ class Progress:
         self._label, self._unit, self._total = label, unit, total
         self._stays, self._position = stays, position
         self._begun_at = self._done = done
+        self._updated = False
         self._metrics: Mapping[str, str] = {}
         self._bar: Any = None
         on_terminal = sys.stderr.isatty()
@@ -80,6 +81,7 @@ class Progress:
             total: of the whole work, where it becomes known only now.
             metrics: numbers to show with it.
         """
+        self._updated = True
         self._done, self._total = done, self._total if total is None else total
         if metrics is not None:
             self._metrics = {name: f"{value:.4g}" for name, value in metrics.items()}
@@ -97,9 +99,11 @@ class Progress:
         self.update(self._done + count)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        stays = self._stays and self._updated  # work that was found done needs no line
         if self._bar is not None:
+            self._bar.leave = stays
             self._bar.close()
-        elif self._shown and self._stays and kind is None:  # an error is to stand alone
+        elif self._shown and stays and kind is None:  # an error is to stand alone
             self._write(ended=True)
 
     def _write(self, *, ended: bool) -> None:

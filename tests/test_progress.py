@@ -78,7 +78,7 @@ def test_where_the_total_is_unknown_no_end_is_foretold(clock: Clock, written: Ca
     assert written() == "training data: 50,000 rows, 2,000 rows/s\n"
 
 
-@pytest.mark.parametrize("how", ["hidden", "disabled", "within other work", "ended by an error"])
+@pytest.mark.parametrize("how", ["hidden", "disabled", "within other work", "ended by an error", "found done"])
 def test_nothing_is_written_where_nothing_should_be(
     how: str, clock: Clock, written: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,8 +86,9 @@ def test_nothing_is_written_where_nothing_should_be(
         monkeypatch.setenv("TQDM_DISABLE", "1")
     try:
         with Progress("work", unit="row", total=2, shown=how != "hidden", position=int("within" in how)) as shown:
-            clock.now = 0.0 if how == "ended by an error" else 100.0
-            shown.advance(1)
+            if how != "found done":
+                clock.now = 0.0 if how == "ended by an error" else 100.0
+                shown.advance(1)
             if how == "ended by an error":
                 raise ValueError
     except ValueError:
