@@ -2,7 +2,7 @@
 
     overrides -> cluster's keys, recipe's keys -> checks, of which every one precedes the first file that is written
         scheduler local: the run, in this process
-        scheduler slurm: RUN/slurm/recipe.yaml + batch script -> sbatch -> RUN/slurm/jobs.jsonl -> follow
+        scheduler slurm: RUN/slurm/recipe-DIGEST.yaml + batch script -> sbatch -> RUN/slurm/jobs.jsonl -> follow
 
 A sweep (``--multirun``) becomes a job array, each run an element of it.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import hashlib
 import os
 import re
 import sys
@@ -23,20 +24,20 @@ from nemo_rao.cluster import slurm
 from nemo_rao.cluster.config import ClusterConfig, Mount, mounts, outside, read_cluster, seconds_of
 from nemo_rao.cluster.follow import follow
 from nemo_rao.cluster.records import FOLDER, JobRecord, add_record, read_records
-from nemo_rao.cluster.script import LATE_SECONDS, RECIPE, Job, RunFolder, batch_script
+from nemo_rao.cluster.script import LATE_SECONDS, Job, RunFolder, batch_script
 from nemo_rao.errors import UserError
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checkpoints import last_checkpoint
 from nemo_rao.integration.checks import check_run
 from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.derived import data_parallel_size, run_dir
+from nemo_rao.integration.continuing import check_settings, describe
+from nemo_rao.integration.derived import run_dir
 from nemo_rao.integration.experts import check_resumed_experts
 from nemo_rao.integration.precision_checks import check_named_gpu
 from nemo_rao.integration.recipe_text import to_yaml
 from nemo_rao.integration.several_runs import told_of
 from nemo_rao.integration.sweep import Sweep, plan
-from nemo_rao.integration.typed_config import load_recipe
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -99,9 +100,13 @@ def _submit(
     else:
         of_logs = folders[0].outside / FOLDER
     several = len(runs) > 1
+    # A recipe of its own for each job: one that is queued again reads it anew, whatever has been launched since.
+    recipes = [to_yaml(config) for _, config in runs]
+    recipe = f"recipe-{hashlib.sha256(''.join(recipes).encode()).hexdigest()[:12]}"
     job = Job(
         name=sweep.name if sweep is not None else first.exp_manager.name,
         runs=folders,
+        recipe=recipe,
         num_nodes=first.trainer.num_nodes,
         ranks_per_node=first.trainer.devices,
         working_dir=working_dir,
@@ -116,8 +121,8 @@ def _submit(
         return 0
     slurm.check_script(script)
     of_logs.mkdir(parents=True, exist_ok=True)
-    for folder, (_, config) in zip(folders, runs, strict=True):
-        write_atomically(folder.outside / FOLDER / f"{RECIPE}.yaml", to_yaml(config))
+    for folder, text in zip(folders, recipes, strict=True):
+        write_atomically(folder.outside / FOLDER / f"{recipe}.yaml", text)
     write_atomically(of_logs / "job.sbatch", script)
     number = slurm.submit(script)
     submitted = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -133,6 +138,12 @@ def _submit(
 
 
 # ----------------------------------------------------------------------------------------------------------- checks
+
+# Keys that name files or folders, other than the run's own: (section, key).
+PATHS = (
+    *(("data", "train_path"), ("data", "validation_path"), ("data", "tokenizer"), ("data", "cache_dir")),
+    *(("model", "restore_from_path"), ("reference", "cache_dir")),
+)
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
@@ -225,23 +236,26 @@ def check_paths(
     if re.search(r"[%\\]", str(folder)):
         raise UserError(f"exp_manager: {folder}: SLURM reads % and \\ in the names of logs; choose another folder")
 
-    def here(value: Any) -> Any:
+    def here(key: str, value: Any) -> Any:
+        """A path as this machine has it; names on huggingface.co, and paths below the working directory, as given."""
         if isinstance(value, list):
-            return [here(item) for item in value]
-        if not isinstance(value, str) or not mounted or not value.startswith("/"):
+            return [here(key, item) for item in value]
+        if not isinstance(value, str) or not mounted or not value.startswith(("/", "~", "..")):
             return value
-        return str(outside(Path(value), mounted, working_dir) or value)
+        if (found := outside(Path(value), mounted, working_dir)) is None:
+            raise UserError(f"{key}={value}: in no folder that the container sees; add it to cluster.mounts")
+        return str(found)
 
     seen = copy.deepcopy(config)
-    seen.data.train_path, seen.data.validation_path = here(config.data.train_path), here(config.data.validation_path)
-    seen.data.tokenizer, start = here(config.data.tokenizer), here(config.model.restore_from_path)
-    seen.model.restore_from_path = start
-    seen.exp_manager.exp_dir = str(folder.parent)
+    for section, name in PATHS:
+        keys = vars(vars(seen)[section])
+        keys[name] = here(f"{section}.{name}", keys[name])
+    seen.exp_manager.exp_dir, start = str(folder.parent), seen.model.restore_from_path
+    start_exists = True
     if start is not None:
         path = (working_dir / Path(start).expanduser()).resolve()
-        if any(path.is_relative_to(run.resolve()) for run in awaited):
-            seen.model.restore_from_path = str(working_dir)  # some folder: LoRA is to see that there is a start
-    check_run(seen)
+        start_exists = not any(path.is_relative_to(run.resolve()) for run in awaited)
+    check_run(seen, start_exists=start_exists)
     if cluster.requeue and not config.exp_manager.resume_if_exists:
         raise UserError(
             "exp_manager.resume_if_exists=false: a job that is queued again would start over; set it to true, or "
@@ -256,50 +270,22 @@ def check_paths(
 
 
 def check_resume(config: RunConfig, folder: Path) -> None:
-    """Says from where a run of this name would continue, and whether it can.
+    """Prints from where a run of this name would continue; what would change its numbers is refused.
 
-    Checkpoints can be read under any parallelism, so another one is no mistake, yet worth a word: its numbers agree to
-    rounding, not bit for bit. Another model's cannot; whether a damaged one can be read, the job sees.
+    Checkpoints can be read under any parallelism, but the numbers then agree to rounding, not bit for bit. Whether a
+    damaged one can be read, and whether the data has changed, the job sees.
 
     Raises:
-        UserError: the run has another model, or shares its experts otherwise.
+        UserError: see :func:`nemo_rao.integration.continuing.check_settings`; or experts are shared otherwise.
     """
-    saved, checkpoint = folder / "recipe.yaml", last_checkpoint(folder)
-    if checkpoint is None or not saved.is_file() or not config.exp_manager.resume_if_exists:
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
         return
-    before = load_recipe(saved)
-    sizes, sizes_before = vars(config.model.arch), vars(before.model.arch)
-    for key, new, old in (
-        ("model.config_class", config.model.config_class, before.model.config_class),
-        *((f"model.arch.{name}", sizes[name], sizes_before[name]) for name in sizes),
-    ):
-        if new != old and "dropout" not in key:
-            raise UserError(
-                f"{key}={new}: exp_manager.name={config.exp_manager.name} would continue from {checkpoint}, whose "
-                f"model has {old}; set it to that, or give this run another exp_manager.name"
-            )
+    changes = check_settings(config, folder)
     check_resumed_experts(config, folder)
-    now, then = _parallelism(config), _parallelism(before)
     print(f"continues from {checkpoint}", flush=True)
-    if now != then:
-        print(
-            f"saved under {then}, continued under {now}: checkpoints can be read under any parallelism, but the "
-            "numbers then agree to rounding, not bit for bit",
-            flush=True,
-        )
-
-
-def _parallelism(config: RunConfig) -> str:
-    model = config.model
-    sizes = {
-        "TP": model.tensor_model_parallel_size,
-        "PP": model.pipeline_model_parallel_size,
-        "VPP": model.virtual_pipeline_model_parallel_size or 1,
-        "CP": model.context_parallel_size,
-        "EP": model.expert_model_parallel_size,
-        "DP": data_parallel_size(config),
-    }
-    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP"))
+    for line in describe(changes):
+        print(line, flush=True)
 
 
 def _check_no_job(folder: Path) -> None:

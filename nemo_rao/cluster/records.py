@@ -1,6 +1,6 @@
 """What a run's folder keeps of its jobs, in ``RUN/slurm``::
 
-recipe.yaml      the run as it was launched           job-N.log        what the batch script of job N said
+recipe-*.yaml    the runs as they were launched         job-N.log        what the batch script of job N said
 job.sbatch       the last batch script                job-N/rank-M.log what rank M of it printed, life after life
 jobs.jsonl       a line for each job
 """

@@ -2,7 +2,7 @@
 
 One life of a job, from its start to its end or its next place in the queue::
 
-    srun, one task a GPU: nemo-rao train --config-dir RUN/slurm --config-name recipe
+    srun, one task a GPU: nemo-rao train --config-dir RUN/slurm --config-name recipe-DIGEST
         |  USR1 before the time limit or at pre-emption -> to the tasks, which save and leave RUN/slurm/job-N/stopped
         v
     stopped            scontrol requeue: the next life continues from the checkpoint
@@ -10,7 +10,7 @@ One life of a job, from its start to its end or its next place in the queue::
     failed             what the first rank to fail has left, then the end of the job with srun's code
 
 What a user gives reaches the shell quoted (:func:`shlex.quote`), and sbatch with every other character escaped
-(:func:`directive`). Keys of the recipe do not appear: they are in the file recipe.yaml.
+(:func:`directive`). Keys of the recipe do not appear: they are in the file recipe-DIGEST.yaml.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from nemo_rao.cluster.config import ClusterConfig, Mount
 from nemo_rao.errors import UserError
 from nemo_rao.integration.job import FAILURE, FOLDER, HANG_SECONDS, STOPPED
 
-RECIPE = "recipe"  # name of the recipe in RUN/slurm
 LATE_SECONDS = 20  # before the time limit, a job whose ranks have not saved by then is queued again without them
 
 # What tasks find in their environment unless the cluster's keys say otherwise.
@@ -63,6 +62,7 @@ class Job:
     Attributes:
         name: any text.
         runs: one, or those of a sweep, each an element of a job array.
+        recipe: name of each run's recipe in its folder, ``RUN/slurm/NAME.yaml``.
         num_nodes, ranks_per_node: of each run.
         working_dir: of the tasks.
         log: file of the batch script's output; ``%j`` is the job, ``%A_%a`` the array and the element.
@@ -73,6 +73,7 @@ class Job:
 
     name: str
     runs: Sequence[RunFolder]
+    recipe: str
     num_nodes: int
     ranks_per_node: int
     working_dir: Path
@@ -112,7 +113,7 @@ def batch_script(cluster: ClusterConfig, job: Job) -> str:
     srun = ["srun", "--kill-on-bad-exit=1", "--open-mode=append", *cpus, *_container(cluster, job)]
     train = [job.python, "-m", "nemo_rao", "train"]
     lines += [f'start=({_words(srun)} "--output=$records/rank-%t.log")']
-    lines += [f'train=({_words(train)} --config-dir "$run_inside/slurm" --config-name {RECIPE})', ""]
+    lines += [f'train=({_words(train)} --config-dir "$run_inside/slurm" --config-name {job.recipe})', ""]
     lines += [f"max_lives={cluster.max_lives}", f"requeues={'yes' if cluster.requeue else 'no'}"]
     lines += [f"patience={max(1, cluster.save_seconds - LATE_SECONDS)} # seconds", _LIFE]
     return "\n".join(lines)

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_rao.cluster.follow import follow
-from nemo_rao.cluster.records import FOLDER, JobRecord, last_words, read_records
+from nemo_rao.cluster.records import JobRecord, last_words, read_records
 from nemo_rao.cluster.slurm import job_states
 from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import last_checkpoint
+from nemo_rao.integration.continuing import read_run
 from nemo_rao.integration.metrics_file import read_metrics
-from nemo_rao.integration.typed_config import load_recipe
 
 _SHOWN = ("loss", "val/loss", "grad_norm", "lr", "rewards/margins", "rewards/accuracies", "tokens_per_second")
 _JOBS = 3  # of a run, the newest
@@ -67,8 +67,5 @@ def _of_job(record: JobRecord) -> str:
 
 
 def _of_how_many(run: Path) -> str:
-    for path in (run / "recipe.yaml", run / FOLDER / "recipe.yaml"):
-        if path.is_file():
-            steps = load_recipe(path).trainer.max_steps
-            return f" of {steps}" if steps is not None else ""
-    return ""
+    steps = read_run(run).get("max_steps")
+    return f" of {steps}" if steps is not None else ""

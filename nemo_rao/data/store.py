@@ -208,6 +208,21 @@ class PreferenceData:
             self._fingerprint = _fingerprint(self._arrays)
         return self._fingerprint
 
+    def contents_fingerprint(self) -> str:
+        """SHA-256 (hex) of all that is trained on: tokens, and rewards, labels and ensembles of the responses."""
+        digest = hashlib.sha256(f"nemo_rao preference contents 1\n{self.fingerprint()}\n".encode())
+        arrays = self._arrays
+        digest.update(np.array([arrays.ensemble.shape[1]], dtype="<i8").tobytes())
+        for values, kind in (
+            (arrays.rewards, "<f8"),
+            (arrays.ensemble, "<f8"),
+            (arrays.reference_rewards, "<f8"),
+            (arrays.reference_reward_ends, "<i8"),
+            (arrays.ranked, "<u1"),
+        ):
+            digest.update(np.ascontiguousarray(values, dtype=kind).reshape(-1).data)
+        return digest.hexdigest()
+
     def save(self, folder: Path) -> None:
         """Writes all of it to a folder, from which :func:`open_data` maps it into memory. One that is there stays.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.families import FAMILIES, MEGATRON_BIAS, SUPPORTED, Family
-from nemo_rao.integration.checkpoints import resolve_checkpoint
+from nemo_rao.integration.checkpoints import resolve_checkpoint, stored_tensors
 from nemo_rao.integration.talk import say
 
 LAYERS = "decoder.layers."
@@ -100,19 +100,6 @@ def base_of(adapters: Described) -> Path:
         ) from None
 
 
-def stored_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of each of the model's tensors, by its name without ``module.``; not the optimizer's."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    found = FileSystemReader(checkpoint / "weights").read_metadata().state_dict_metadata
-    return {
-        name.removeprefix("module."): (tuple(tensor.size), str(tensor.properties.dtype).removeprefix("torch."))
-        for name, tensor in found.items()
-        if isinstance(tensor, TensorStorageMetadata) and name.startswith("module.")
-    }
-
-
 def check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Holds the tensors of a checkpoint against what its model has, and tells which are left behind.
 
@@ -146,7 +133,7 @@ def read_tensors(checkpoint: Path, num_layers: int) -> dict[str, Any]:
 
     tensors = {
         f"module.{name}": torch.empty(shape, dtype=vars(torch)[dtype])
-        for name, (shape, dtype) in stored_tensors(checkpoint).items()
+        for name, (shape, dtype) in stored_tensors(checkpoint, trusted=True).items()
         if not name.endswith("_extra_state")
     }
     reader = torch_checkpoint.FileSystemReader(checkpoint / "weights")

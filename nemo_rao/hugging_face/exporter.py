@@ -26,12 +26,11 @@ from nemo_rao.hugging_face.checkpoint import (
     check_names,
     describe,
     read_tensors,
-    stored_tensors,
 )
 from nemo_rao.hugging_face.conversion import Weights, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
 from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES
-from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint
+from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint, stored_tensors
 from nemo_rao.integration.pickles import refuse_code
 from nemo_rao.integration.talk import quiet_imports, quiet_third_parties, say
 
@@ -67,15 +66,16 @@ def main(arguments: argparse.Namespace) -> int:
         for folder in {base.folder, described.folder}:
             refuse_code(folder, "CHECKPOINT")
     check_checkpoint(base.folder, base.config, vocab_size, key="CHECKPOINT", remedy=remedy, trusted=True)
-    shapes = {name: shape for name, (shape, _) in stored_tensors(base.folder).items()}
+    shapes = {name: shape for name, (shape, _) in stored_tensors(base.folder, trusted=True).items()}
     check_names(base, shapes)
     if described.lora is not None:
         check_adapters(described)
 
     wanted = described if arguments.adapters else base
-    stored = {dtype for _, dtype in stored_tensors(wanted.folder).values()}
+    tensors = stored_tensors(wanted.folder, trusted=True).values()
+    stored = {dtype for _, dtype in tensors}
     dtype = arguments.dtype or ("bf16" if stored == {"bfloat16"} else "fp32")
-    num_bytes = sum(math.prod(shape) for shape, _ in stored_tensors(wanted.folder).values()) * _BYTES[dtype]
+    num_bytes = sum(math.prod(shape) for shape, _ in tensors) * _BYTES[dtype]
     destination = check_destination(arguments.dest, num_bytes, "DEST")
     with written_whole(destination, "DEST") as partial:
         if arguments.adapters:

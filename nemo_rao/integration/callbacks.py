@@ -52,17 +52,23 @@ class SeedEveryStep(pl.Callback):
 
 
 class KeepSchedule(pl.Callback):
-    """The learning rate follows the recipe, also on resume: a run may be made longer than it was begun.
+    """Learning rate and optimizer settings follow the recipe, also on resume: a run may be made longer, or changed.
 
-    A checkpoint restores the scheduler's every attribute, the length of the run included; past that length the
-    learning rate would stay at its minimum without a word. Only the number of steps done is the checkpoint's.
+    A checkpoint restores the scheduler's every attribute, the length of the run included, and the optimizer's
+    hyperparameters; past that length the learning rate would stay at its minimum without a word. Only the number of
+    steps done is the checkpoint's.
     """
 
     _OF_CHECKPOINT = ("last_epoch", "_step_count", "_last_lr", "base_lrs", "optimizer")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy = trainer.strategy
+        for optimizer, groups in zip(strategy.optimizers, strategy.of_recipe, strict=True):
+            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                group.update(settings)
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
+            scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
             throwaway = torch.optim.SGD([torch.zeros(1)], lr=scheduler.base_lrs[0])
             of_recipe = pl_module.optim.lr_scheduler.scheduler(pl_module, throwaway)["lr_scheduler"]["scheduler"]
             vars(scheduler).update(
@@ -166,6 +172,17 @@ class ReferencePass(pl.Callback):
                 key=key,
                 progress=progress.update,
             )
+
+
+class RecordStart(pl.Callback):
+    """Lets rank 0 record what the run is, before the first step of this start and after all that may refuse it."""
+
+    def __init__(self, record: Callable[[], None]) -> None:
+        self._record = record
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._record()
 
 
 class MismatchedPass(pl.Callback):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.pickles import refuse_code
+from nemo_rao.integration.pickles import read_metadata, refuse_code
 
 _UNFINISHED = "-unfinished"  # NeMo's marker file beside a checkpoint that is being written or removed
 
@@ -22,14 +22,15 @@ def last_checkpoint(run_dir: Path) -> Path | None:
         for folder in (run_dir / "checkpoints").glob("*")
         if (folder / "weights").is_dir() and not _is_unfinished(folder)
     ]
-    return max(finished, key=lambda folder: (_step_of(folder), folder.name), default=None)
+    return max(finished, key=lambda folder: (step_of(folder), folder.name), default=None)
 
 
 def _is_unfinished(folder: Path) -> bool:
     return folder.with_name(folder.name + _UNFINISHED).exists()
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Optimizer steps that a checkpoint holds, from its name; -1 where the name does not say."""
     found = re.search(r"step=(\d+)", folder.name)
     return int(found.group(1)) if found else -1
 
@@ -55,14 +56,14 @@ def resolve_checkpoint(path: str, key: str) -> Path:
 
 
 def check_checkpoint(
-    checkpoint: Path, config: Any, vocab_size: int, *, key: str, remedy: str, trusted: bool = False
+    checkpoint: Path, config: Any, vocab_size: int | None, *, key: str, remedy: str, trusted: bool = False
 ) -> None:
     """Compare a distributed checkpoint's files and global shapes with a model config, without loading a tensor.
 
     Args:
         checkpoint: folder with ``weights/``.
-        config: a NeMo GPT config.
-        vocab_size: V without padding.
+        config: a NeMo GPT config, or its sizes; what is ``None`` is not compared.
+        vocab_size: V without padding; ``None``: not known.
         key: where the user named the checkpoint, for the message.
         remedy: what to do about other sizes.
         trusted: its pickles may name anything; see :mod:`nemo_rao.integration.pickles`.
@@ -70,21 +71,19 @@ def check_checkpoint(
     Raises:
         UserError: the checkpoint cannot be read, could run code, is not whole, or has other sizes.
     """
-    from megatron.core.dist_checkpointing import load_tensors_metadata
-
     if not trusted:
         refuse_code(checkpoint, key)
     try:
-        tensors = load_tensors_metadata(str(checkpoint / "weights"))
-        damaged = _damaged_files(checkpoint / "weights")
+        shapes = {name: shape for name, (shape, _) in stored_tensors(checkpoint, trusted=trusted).items()}
+        damaged = _damaged_files(checkpoint / "weights", read_metadata(checkpoint, trusted=trusted))
     except Exception as error:  # torch, megatron-core and the file system each raise their own
         reason = f"{type(error).__name__}: {error}"[:300]
         raise UserError(f"{key}: {checkpoint} cannot be read ({reason}); name a complete checkpoint") from None
     if damaged:
         raise UserError(f"{key}: {checkpoint} is not whole ({'; '.join(damaged[:3])}); name a complete checkpoint")
-    shapes = {name.removeprefix("module."): tuple(tensor.global_shape) for name, tensor in tensors.items()}
-    kv_channels = config.kv_channels or config.hidden_size // config.num_attention_heads
-    num_groups = config.num_query_groups or config.num_attention_heads
+    heads = config.num_attention_heads
+    kv_channels = config.kv_channels or (config.hidden_size // heads if config.hidden_size and heads else None)
+    num_groups = config.num_query_groups or heads
     layers = "decoder.layers."
     found_and_wanted = {
         "hidden_size": (_size(shapes, "embedding.word_embeddings.weight", 1), config.hidden_size),
@@ -92,18 +91,18 @@ def check_checkpoint(
         "ffn_hidden_size": (_size(shapes, layers + "mlp.linear_fc2.weight", 2), config.ffn_hidden_size),
         "num_attention_heads x kv_channels": (
             _size(shapes, layers + "self_attention.linear_proj.weight", 2),
-            config.num_attention_heads * kv_channels,
+            heads * kv_channels if heads and kv_channels else None,
         ),
         "(num_attention_heads + 2 x num_query_groups) x kv_channels": (
             _size(shapes, layers + "self_attention.linear_qkv.weight", 1),
-            (config.num_attention_heads + 2 * num_groups) * kv_channels,
+            (heads + 2 * num_groups) * kv_channels if heads and kv_channels else None,
         ),
     }
     for name, (found, wanted) in found_and_wanted.items():
-        if found is not None and found != wanted:
+        if found is not None and wanted is not None and found != wanted:
             raise UserError(f"{key}: {checkpoint} has {name} {found}, the model {wanted}; {remedy}")
     rows = _size(shapes, "embedding.word_embeddings.weight", 0)
-    if rows is not None and rows < vocab_size:
+    if rows is not None and vocab_size is not None and rows < vocab_size:
         raise UserError(f"{key}: {checkpoint} has {rows} token embeddings, the tokenizer {vocab_size} tokens; {remedy}")
 
 
@@ -112,14 +111,32 @@ def _size(shapes: dict[str, tuple[int, ...]], name: str, axis: int) -> int | Non
     return shapes[name][axis] if name in shapes and axis < len(shapes[name]) else None
 
 
-def _damaged_files(weights: Path) -> list[str]:
-    """Files of a ``torch_dist`` checkpoint that are missing, or shorter than what its metadata says lies in them."""
-    if not (weights / ".metadata").is_file():
-        return []  # of another format
-    from torch.distributed.checkpoint import FileSystemReader
+def stored_tensors(checkpoint: Path, *, trusted: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each of the model's tensors, by its name without ``module.``; not the optimizer's.
 
+    Args:
+        trusted: its pickles may name anything; see :mod:`nemo_rao.integration.pickles`.
+    """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    found = read_metadata(checkpoint, trusted=trusted).state_dict_metadata
+    return {
+        name.removeprefix("module."): (tuple(tensor.size), str(tensor.properties.dtype).removeprefix("torch."))
+        for name, tensor in found.items()
+        if isinstance(tensor, TensorStorageMetadata) and name.startswith("module.")
+    }
+
+
+def token_embeddings(checkpoint: Path, *, trusted: bool = False) -> int | None:
+    """Rows of the embedding, padding included; ``None`` where the checkpoint names its tensors otherwise."""
+    shapes = {name: shape for name, (shape, _) in stored_tensors(checkpoint, trusted=trusted).items()}
+    return _size(shapes, "embedding.word_embeddings.weight", 0)
+
+
+def _damaged_files(weights: Path, metadata: Any) -> list[str]:
+    """Files of a ``torch_dist`` checkpoint that are missing, or shorter than what its metadata says lies in them."""
     ends: dict[str, int] = {}
-    for part in FileSystemReader(weights).read_metadata().storage_data.values():
+    for part in metadata.storage_data.values():
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
     damaged = []
     for name, end in sorted(ends.items()):

@@ -13,11 +13,15 @@ from nemo_rao.gpus import transformer_engine_is_used
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import data_parallel_size, objective_config, parallel_multiple, run_dir, world_size
 from nemo_rao.integration.precision_checks import check_fp8_network, check_precision
+from nemo_rao.integration.starting import check_start
 from nemo_rao.objectives import registry
 
 
-def check_run(config: RunConfig) -> None:
+def check_run(config: RunConfig, *, start_exists: bool = True) -> None:
     """Checks everything that the config alone, and the files it names, can tell.
+
+    Args:
+        start_exists: ``False`` where another run is still to make the checkpoint to start from.
 
     Raises:
         UserError: the first rule that does not hold.
@@ -38,6 +42,8 @@ def check_run(config: RunConfig) -> None:
     _check_peft(config)
     _check_checkpoints(config)
     _check_paths(config)
+    if start_exists:
+        check_start(config)
 
 
 def check_sizes(config: RunConfig) -> None:
@@ -266,7 +272,7 @@ def _check_checkpoints(config: RunConfig) -> None:
 
 
 def _check_paths(config: RunConfig) -> None:
-    data, restore = config.data, config.model.restore_from_path
+    data = config.data
     if data.train_path is None:
         raise UserError("data.train_path is not set; add data.train_path=FILE.jsonl")
     for key, value in (("train_path", data.train_path), ("validation_path", data.validation_path)):
@@ -277,8 +283,6 @@ def _check_paths(config: RunConfig) -> None:
     folder = os.path.expanduser(data.tokenizer)
     if (folder.startswith((".", "/")) or folder.count("/") > 1) and not os.path.isdir(folder):
         raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; give a folder or name of a tokenizer")
-    if restore is not None and not Path(restore).expanduser().is_dir():
-        raise UserError(f"model.restore_from_path={restore}: no such folder; give the folder of a NeMo checkpoint")
     _check_results(config)
 
 

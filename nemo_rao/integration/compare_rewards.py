@@ -39,6 +39,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import resolve_checkpoint
 from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.continuing import DATA, read_data_record
 from nemo_rao.integration.derived import objective_config, run_dir
 from nemo_rao.integration.metrics_file import read_metrics
 from nemo_rao.integration.several_runs import (
@@ -46,9 +47,8 @@ from nemo_rao.integration.several_runs import (
     State,
     check_keys_are_read,
     check_runs,
-    check_settings,
+    finished_runs,
     in_child,
-    is_finished,
     print_table,
     told_of,
     train_runs,
@@ -190,8 +190,7 @@ def check(comparison: Comparison) -> None:
     Raises:
         UserError: the first mistake.
     """
-    check_runs(comparison.runs)
-    check_settings(comparison.runs, another="--out")
+    check_runs(comparison.runs, another="--out")
 
 
 def run_comparison(comparison: Comparison) -> int:
@@ -275,9 +274,10 @@ def _check_data(runs: Sequence[PlannedRun]) -> None:
     quiet_third_parties()
     held_out: dict[str, str] = {}  # fingerprint -> the first run with it
     loaded: dict[str, LoadedData] = {}
-    for run in sorted(runs, key=lambda run: not is_finished(run.config)):
+    finished = finished_runs(runs, loaded, another="--out")
+    for run in sorted(runs, key=lambda run: run.name not in finished):
         with told_of(run.name):
-            if is_finished(run.config):
+            if run.name in finished:
                 fingerprint = _data_record(run.config)["validation"]["fingerprint"]
             else:
                 check_ranks_started(run.config)
@@ -299,13 +299,9 @@ def _check_data(runs: Sequence[PlannedRun]) -> None:
 
 def _data_record(config: RunConfig) -> Mapping[str, Any]:
     """What a run has written of its data."""
-    from nemo_rao.integration.train import data_file
-
-    path = data_file(run_dir(config))
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{path}: is missing or damaged; remove {run_dir(config)}, and it is trained again") from None
+    if record := read_data_record(run_dir(config)):
+        return record
+    raise UserError(f"{run_dir(config) / DATA}: is missing; remove {run_dir(config)}, and it is trained again")
 
 
 # ---------------------------------------------------------------------------------------------------------- results

@@ -83,6 +83,11 @@ class ExpManagerConfig:
     exp_dir: str = key("runs", "folder of all runs")
     name: str = key("default", "folder of this run, in exp_dir")
     resume_if_exists: bool = key(True, "continue from the newest checkpoint of a run of this name")
+    resume_with_changes: bool = key(
+        False,
+        "continue although keys or data that change the run's numbers have changed; recorded in changes.jsonl. false: "
+        "refused",
+    )
     create_tensorboard_logger: bool = key(True, "a TensorBoard log is always written", choices=(True,))
     draw_curves: bool = key(True, "draw curves.png when the run has ended")
     create_wandb_logger: bool = key(False, "also log to Weights & Biases")
@@ -157,6 +162,9 @@ class ModelKeys:
     arch: ArchitectureConfig = section(ArchitectureConfig, "sizes; null: the class's own value")
     restore_from_path: str | None = key(
         None, "folder of a NeMo checkpoint to start from; null: random weights from trainer.seed"
+    )
+    allow_random_weights: bool = key(
+        False, "train a model of more than 1 billion parameters from random weights; false: refused"
     )
     allow_pickle: bool = key(
         False,

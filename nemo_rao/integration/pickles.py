@@ -29,12 +29,15 @@ _RECORDS = (
 _NAMES = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
     ("collections", "OrderedDict"),
     ("collections", "ChainMap"),
+}
+# Megatron's records are torch's with further fields: read as these, nothing of Megatron is imported.
+_STAND_INS = {
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): (_RECORDS[0], "Metadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): (_RECORDS[1], "SavePlan"),
 }
 _OF_TENSORS = {("torch._utils", "_rebuild_tensor_v2"), ("torch", "device"), ("collections", "OrderedDict")}
 
@@ -53,7 +56,7 @@ def refuse_code(checkpoint: Path, key: str) -> None:
     file = weights / ".metadata"
     try:
         if file.is_file():
-            metadata = _Records(io.BytesIO(file.read_bytes())).load()
+            metadata = read_metadata(checkpoint)
             for index, place in _objects(metadata):
                 file = weights / place.relative_path
                 if file.is_file():
@@ -73,6 +76,19 @@ def refuse_code(checkpoint: Path, key: str) -> None:
         raise UserError(f"{key}: {file} cannot be read ({reason}); name a complete checkpoint") from None
 
 
+def read_metadata(checkpoint: Path, *, trusted: bool = False) -> Any:
+    """``weights/.metadata``, torch's ``Metadata``: which tensor lies where.
+
+    Args:
+        trusted: it may name anything, and is unpickled by torch itself.
+    """
+    if trusted:
+        from torch.distributed.checkpoint import FileSystemReader
+
+        return FileSystemReader(checkpoint / "weights").read_metadata()
+    return _Records(io.BytesIO((checkpoint / "weights" / ".metadata").read_bytes())).load()
+
+
 class _Refused(Exception):
     """Its text: what a pickle names."""
 
@@ -83,6 +99,7 @@ class _Short(Exception):
 
 class _Records(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module, name = _STAND_INS.get((module, name), (module, name))
         if "." not in name:  # a name with dots walks from one object to another
             if (module, name) in _NAMES:
                 return getattr(importlib.import_module(module), name)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
-import os
 from pathlib import Path
-from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.files import write_atomically
+from nemo_rao.integration.architecture import architecture_fields, num_tokens
 from nemo_rao.integration.checks import check_architecture, check_sizes
 from nemo_rao.integration.compose import compose, override
 from nemo_rao.integration.config import RunConfig
@@ -23,7 +21,6 @@ from nemo_rao.objectives import registry
 from nemo_rao.ops.workspace import CPU_WORKSPACE_BYTES, CUDA_WORKSPACE_BYTES
 from nemo_rao.planning.advise import Advice, advise
 from nemo_rao.planning.gpus import GPUS
-from nemo_rao.planning.nemo_classes import config_fields
 from nemo_rao.planning.network import Network, network_of
 from nemo_rao.planning.report import Machine, fits, record, table
 from nemo_rao.planning.setting import Lora, Setting
@@ -95,7 +92,7 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         UserError: sizes that do not divide, or that are not known.
     """
     check_sizes(config)
-    check_experts(config, _fields(config))
+    check_experts(config, architecture_fields(config))
     network = network_of_config(config)
     check_architecture(
         config,
@@ -158,29 +155,13 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
 
 def network_of_config(config: RunConfig) -> Network:
     """The recipe's sizes over those of its config class, which is read, not imported."""
-    keys, fields = config.model, _fields(config)
+    keys, fields = config.model, architecture_fields(config)
     return network_of(
         fields,
         config_class=keys.config_class,
-        num_tokens=None if fields.get("vocab_size") is not None else _num_tokens(config.data.tokenizer),
+        num_tokens=None if fields.get("vocab_size") is not None else num_tokens(config.data.tokenizer),
         seq_length=keys.seq_length,
     )
-
-
-def _fields(config: RunConfig) -> dict[str, Any]:
-    own = {name: value for name, value in dataclasses.asdict(config.model.arch).items() if value is not None}
-    extra = own.pop("extra")
-    return {**config_fields(config.model.config_class), **own, **extra}
-
-
-def _num_tokens(folder: str | None) -> int | None:
-    """Tokens of a tokenizer's folder; ``None`` for one that is not on this machine under that name."""
-    file = Path(os.path.expanduser(folder or "")) / "tokenizer.json"
-    if folder is None or not file.is_file():
-        return None
-    from tokenizers import Tokenizer  # what `transformers` counts with; importing that takes seconds
-
-    return Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True)
 
 
 def _workspace_bytes(config: RunConfig) -> int:

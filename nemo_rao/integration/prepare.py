@@ -21,13 +21,23 @@ from nemo_rao.data.order import steps_per_epoch
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.gpus import has_gpu
-from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint, resolve_checkpoint
+from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint
 from nemo_rao.integration.checks import check_architecture
 from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.continuing import (
+    START,
+    Change,
+    check_data,
+    data_record,
+    finished_at,
+    needs_start,
+    start_of,
+)
 from nemo_rao.integration.derived import data_cache_dir, objective_config, run_dir, world_size
 from nemo_rao.integration.experts import check_resumed_experts
 from nemo_rao.integration.launch import started_externally
 from nemo_rao.integration.precision_checks import FP8, check_gpus_present
+from nemo_rao.integration.starting import FITTING, check_tokenizer
 from nemo_rao.integration.talk import is_first_rank, quiet_imports, say
 from nemo_rao.objectives import registry
 from nemo_rao.progress import Progress
@@ -42,6 +52,8 @@ class Prepared:
         mismatched: the same prompts with responses to others, as "train" and "validation"; empty where not needed.
         objective_config: the objective's keys, with what depends on the data resolved.
         max_steps: optimizer steps of the whole run.
+        changes: of the data, since an earlier start of the run; they are applied.
+        finished_at: steps of a run that has ended and is not to be made longer; its model is not checked.
         resume_from: this run's last checkpoint, or ``None`` at its start.
         start_from: a checkpoint whose weights the run starts with, or ``None``.
     """
@@ -51,6 +63,8 @@ class Prepared:
     mismatched: Mapping[str, PreferenceData]
     objective_config: Any
     max_steps: int
+    changes: list[Change]
+    finished_at: int | None
     resume_from: Path | None
     start_from: Path | None
 
@@ -195,6 +209,46 @@ def _wanted(config: RunConfig) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class PlannedSteps:
+    """A run's steps over its data, and whether they have been taken.
+
+    Attributes:
+        max_steps, changes, finished_at: see :class:`Prepared`.
+    """
+
+    max_steps: int
+    changes: list[Change]
+    finished_at: int | None
+
+
+def plan_steps(
+    config: RunConfig,
+    train: PreferenceData,
+    validation: PreferenceData | None,
+    *,
+    another: str = "exp_manager.name",
+) -> PlannedSteps:
+    """What a run has to do over its data, and what of it an earlier start has done.
+
+    Args:
+        another: the key or option that gives results another folder, for messages.
+
+    Raises:
+        UserError: an earlier start had other data.
+    """
+    changes = check_data(config, data_record(train, validation), another=another)
+    max_steps = _max_steps(config, len(train))
+    return PlannedSteps(max_steps, changes, finished_at(config, max_steps))
+
+
+def drawn(config: RunConfig, loaded: LoadedData) -> PreferenceData:
+    """The prompts that are trained on: all, or those that ``data.num_prompts`` draws."""
+    if config.data.num_prompts is None:
+        return loaded.train
+    return draw_prompts(loaded.train, config.data.num_prompts, seed=config.data.seed)
+
+
 def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     """Everything that can be checked and computed without a model. See :func:`train` for the errors.
 
@@ -204,9 +258,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     keys, objective = config.model, registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
     loaded = loaded or load_data(config)
-    data, validation = loaded.train, loaded.validation
-    if config.data.num_prompts is not None:
-        data = draw_prompts(data, config.data.num_prompts, seed=config.data.seed)
+    data, validation = drawn(config, loaded), loaded.validation
     others = {}
     if needs.mismatched:
         sources = {"train": data} if validation is None else {"train": data, "validation": validation}
@@ -216,23 +268,39 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     resolved = objective.resolve(objective_config(config), data.reward_summary())
     if validation is not None:
         objective.resolve(objective_config(config), validation.reward_summary())
-    per_epoch = steps_per_epoch(len(data), keys.global_batch_size)
-    limits = [config.trainer.max_steps, config.trainer.max_epochs and config.trainer.max_epochs * per_epoch]
-    check_resumed_experts(config, run_dir(config))
+    planned = plan_steps(config, data, validation)
     resume_from = last_checkpoint(run_dir(config)) if config.exp_manager.resume_if_exists else None
-    start_from = None
-    if keys.restore_from_path is not None:
-        start_from = resolve_checkpoint(keys.restore_from_path, "model.restore_from_path")
-    _check_model(config, loaded.num_tokens, start_from, resume_from)
+    start_from = start_of(config)
+    if planned.finished_at is None:
+        check_resumed_experts(config, run_dir(config))
+        _check_model(config, loaded.num_tokens, start_from if needs_start(config) else None, resume_from)
     return Prepared(
         train=data,
         validation=validation,
         mismatched=others,
         objective_config=resolved,
-        max_steps=min(limit for limit in limits if limit is not None),
+        max_steps=planned.max_steps,
+        changes=planned.changes,
+        finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
     )
+
+
+def _max_steps(config: RunConfig, num_prompts: int) -> int:
+    """Optimizer steps of the run; says so where ``max_epochs`` ends it before ``max_steps``."""
+    steps, epochs = config.trainer.max_steps, config.trainer.max_epochs
+    per_epoch = steps_per_epoch(num_prompts, config.model.global_batch_size)
+    if epochs is None:
+        assert steps is not None, "checked with the recipe"
+        return steps
+    if steps is not None and steps > epochs * per_epoch:
+        say(
+            f"trainer.max_steps={steps}, but trainer.max_epochs={epochs} ends the run after step {epochs * per_epoch} "
+            f"({num_prompts} prompts, model.global_batch_size={config.model.global_batch_size}); max_epochs=null "
+            "leaves it to max_steps"
+        )
+    return epochs * per_epoch if steps is None else min(steps, epochs * per_epoch)
 
 
 def draw_prompts(data: PreferenceData, num_prompts: int, *, seed: int) -> PreferenceData:
@@ -276,10 +344,10 @@ def _check_model(config: RunConfig, num_tokens: int, start_from: Path | None, re
         )
     vocab_size = made.vocab_size or num_tokens
     trusted = config.model.allow_pickle
-    fitting = "set model.config_class, model.arch and data.tokenizer to the checkpoint's"
     if start_from is not None:
-        check_checkpoint(start_from, made, vocab_size, key="model.restore_from_path", remedy=fitting, trusted=trusted)
+        check_checkpoint(start_from, made, vocab_size, key=START, remedy=FITTING, trusted=trusted)
+        check_tokenizer(config, start_from, num_tokens)
     if resume_from is not None:
-        other = f"{fitting}, or give this run another exp_manager.name"
+        other = f"{FITTING}, or give this run another exp_manager.name"
         key = f"exp_manager.name={config.exp_manager.name}"
         check_checkpoint(resume_from, made, vocab_size, key=key, remedy=other, trusted=trusted)

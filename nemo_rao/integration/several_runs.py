@@ -16,42 +16,34 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
+import io
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_rao.errors import RankFailure, UserError, report
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checks import check_run
 from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.continuing import check_settings, has_results
 from nemo_rao.integration.derived import run_dir
 from nemo_rao.integration.metrics_file import read_metrics
-from nemo_rao.integration.recipe_text import to_yaml
-from nemo_rao.integration.typed_config import load_recipe
 from nemo_rao.objectives.registry import OBJECTIVES
+
+if TYPE_CHECKING:
+    from nemo_rao.integration.prepare import LoadedData
 
 State = Literal["finished", "failed"]
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 15.0  # in which an interrupted run stops its ranks
-
-
-# Keys, or the beginnings of keys, in which a run may go on otherwise than it has begun: it may be longer, write more or
-# less, and be split and laid out in another way, which gives the same numbers.
-_MAY_CHANGE = (
-    *("trainer.", "exp_manager.", "reference.", "model.micro_batch_size", "model.sequence_parallel"),
-    *("model.tensor_model_", "model.pipeline_model_", "model.virtual_", "model.context_", "model.expert_"),
-    *("model.recompute_", "model.allow_pickle", "model.fused_log_probs", "model.optim.overlap_"),
-    *("data.cache", "data.packing", "data.prefix_sharing", "data.pad_to_multiple_of"),
-)
 
 
 @dataclass(frozen=True)
@@ -90,8 +82,11 @@ def check_keys_are_read(overrides: Sequence[str], config: RunConfig) -> None:
             )
 
 
-def check_runs(runs: Sequence[PlannedRun]) -> None:
-    """Checks every run before any starts, see :func:`nemo_rao.integration.checks.check_run`. Nothing is written.
+def check_runs(runs: Sequence[PlannedRun], *, another: str = "exp_manager.name") -> None:
+    """Checks every run before any starts: its recipe, and what has changed since it was begun. Nothing is written.
+
+    Args:
+        another: the option or key by which results go elsewhere.
 
     Raises:
         UserError: the first mistake, with the label of its run.
@@ -99,37 +94,7 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         with told_of(run.label):
             check_run(run.config)
-
-
-def check_settings(runs: Sequence[PlannedRun], *, another: str) -> None:
-    """Refuses to continue runs under other settings than they have begun with: a table would tell of neither.
-
-    Args:
-        another: the option or key by which results go elsewhere.
-
-    Raises:
-        UserError: the first setting that has changed, with the label of its run.
-    """
-    for run in runs:
-        recipe = run_dir(run.config) / "recipe.yaml"
-        if not recipe.is_file() or not run.config.exp_manager.resume_if_exists:
-            continue
-        before, now = (_flat(dataclasses.asdict(one)) for one in (load_recipe(recipe), run.config))
-        for key, value in now.items():
-            if before.get(key) != value and (key == "trainer.seed" or not key.startswith(_MAY_CHANGE)):
-                raise UserError(
-                    f"{run.name}: {key} is {value}, but {run_dir(run.config)} was begun with {before.get(key)}; give "
-                    f"another {another}, the settings as they were, or remove that folder"
-                )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups of keys -> dotted keys."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return found
+            check_settings(run.config, another=another)
 
 
 def train_runs(runs: Sequence[PlannedRun]) -> Iterator[State]:
@@ -144,7 +109,7 @@ def train_runs(runs: Sequence[PlannedRun]) -> Iterator[State]:
     from nemo_rao.integration.talk import quiet_third_parties, say
 
     quiet_third_parties()
-    finished = {run.name for run in runs if is_finished(run.config)}
+    finished = in_child(finished_runs, runs, name="the check of finished runs")
     if len(finished) < len(runs):
         for run in runs:
             check_ranks_started(run.config)
@@ -164,16 +129,40 @@ def train_runs(runs: Sequence[PlannedRun]) -> Iterator[State]:
         yield state
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Whether the last start of this very recipe reached its end: a run writes its recipe first, its curves last."""
-    recipe, curves = run_dir(config) / "recipe.yaml", run_dir(config) / "curves.png"
-    return (
-        config.exp_manager.resume_if_exists
-        and recipe.is_file()
-        and curves.is_file()
-        and curves.stat().st_mtime_ns >= recipe.stat().st_mtime_ns
-        and recipe.read_text() == to_yaml(config)
-    )
+def finished_runs(
+    runs: Sequence[PlannedRun],
+    loaded: dict[str, LoadedData] | None = None,
+    *,
+    another: str = "exp_manager.name",
+) -> set[str]:
+    """The names of the runs that have reached their end, on the data that their files hold now.
+
+    Reads that data, quietly. To be called in a child: tokenizers that have worked in this process would be slow in the
+    forks of it.
+
+    Args:
+        loaded: data by :func:`nemo_rao.integration.prepare.data_identity`; what is read is added.
+        another: see :func:`check_runs`.
+
+    Raises:
+        UserError: the data of a run has changed.
+    """
+    from nemo_rao.integration.prepare import data_identity, drawn, load_data, plan_steps
+
+    loaded = {} if loaded is None else loaded
+    found = set()
+    for run in runs:
+        if not has_results(run_dir(run.config)):
+            continue
+        with told_of(run.name), contextlib.redirect_stdout(io.StringIO()):
+            identity = data_identity(run.config)
+            if identity not in loaded:
+                loaded[identity] = load_data(run.config)
+            data = loaded[identity]
+            train = drawn(run.config, data)
+            if plan_steps(run.config, train, data.validation, another=another).finished_at is not None:
+                found.add(run.name)
+    return found
 
 
 def last_values(config: RunConfig) -> dict[str, float]:
@@ -207,8 +196,8 @@ def print_table(table: Any) -> None:
 # --------------------------------------------------------------------------------------------------- child processes
 
 
-def in_child(function: Callable[..., None], *args: Any, name: str) -> None:
-    """Calls ``function(*args)`` in a process of its own; raises the UserError or RankFailure that ended it.
+def in_child(function: Callable[..., Any], *args: Any, name: str) -> Any:
+    """``function(*args)`` in a process of its own; raises the UserError or RankFailure that ended it.
 
     Args:
         name: what it is, for messages: "run gpt_dpo".
@@ -227,17 +216,18 @@ def in_child(function: Callable[..., None], *args: Any, name: str) -> None:
         sender.close()
         with contextlib.suppress(OSError):  # the child does the same itself; whoever is first
             os.setpgid(child.pid, child.pid)
-        kind, message = _outcome(child, receiver)
+        kind, result = _outcome(child, receiver)
     except BaseException:
         _stop(child)
         raise
     if kind == "user":
-        raise UserError(message)
+        raise UserError(result)
     if kind == "failure":
-        raise RankFailure(message)
+        raise RankFailure(result)
+    return result
 
 
-def _call(function: Callable[..., None], args: Sequence[Any], sender: Connection, parent: int) -> None:
+def _call(function: Callable[..., Any], args: Sequence[Any], sender: Connection, parent: int) -> None:
     """What the child does; ends the process."""
     # A group of its own: Ctrl-C reaches the parent alone, which stops the child, which stops its ranks.
     with contextlib.suppress(OSError):
@@ -247,9 +237,9 @@ def _call(function: Callable[..., None], args: Sequence[Any], sender: Connection
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a parent that is killed takes the child along
         if os.getppid() != parent:
             os._exit(1)
-    outcome = ("done", "")
+    outcome: tuple[str, Any]
     try:
-        function(*args)
+        outcome = ("done", function(*args))
     except UserError as error:
         outcome = ("user", str(error))
     except RankFailure as error:
@@ -292,7 +282,7 @@ def _meet_at_own_port(number: int) -> None:
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
-def _outcome(child: Any, receiver: Connection) -> tuple[str, str]:
+def _outcome(child: Any, receiver: Connection) -> tuple[str, Any]:
     """Waits for the child's word, or for its end without one."""
     while not receiver.poll(0.2) and child.exitcode is None:
         pass

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from nemo_rao.mcore.heads import HEADS, heads
 
+# Entries of an optimizer's group of parameters that a recipe sets.
+_HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps")
+
 
 class AlignmentStrategy(nl.MegatronStrategy):
     """``MegatronStrategy`` that restores torch's Adam exactly.
@@ -25,6 +28,10 @@ class AlignmentStrategy(nl.MegatronStrategy):
     not, and in the end lets all parameters share one ``step``, which every one of them would advance.
 
     In fp16 the loss is multiplied by the optimizer's loss scale.
+
+    Attributes:
+        of_recipe: for each optimizer, the hyperparameters of its groups of parameters as the recipe has them; a
+            checkpoint brings its own.
 
     A run that starts from a checkpoint without its head (see :mod:`nemo_rao.mcore.heads`) starts with a new one.
     """
@@ -43,6 +50,10 @@ class AlignmentStrategy(nl.MegatronStrategy):
 
     def setup_optimizers(self, trainer: Any) -> None:
         super().setup_optimizers(trainer)
+        self.of_recipe = [
+            [{name: group[name] for name in _HYPERPARAMETERS if name in group} for group in optimizer.param_groups]
+            for optimizer in self.optimizers
+        ]
         for optimizer in self.optimizers:
             if optimizer.mcore_optimizer.config.fp16:
                 # Megatron divides fp16's gradients by the loss scale; NeMo has nobody multiply the loss by it.

@@ -27,7 +27,6 @@ from nemo_rao.integration.several_runs import (
     PlannedRun,
     check_keys_are_read,
     check_runs,
-    check_settings,
     last_values,
     print_table,
     train_runs,
@@ -93,9 +92,8 @@ def plan(config_name: str, overrides: Sequence[str] = (), config_dir: str | None
 
 
 def check(sweep: Sweep) -> None:
-    """See :func:`nemo_rao.integration.several_runs.check_runs` and ``check_settings``."""
+    """See :func:`nemo_rao.integration.several_runs.check_runs`."""
     check_runs(sweep.runs)
-    check_settings(sweep.runs, another="exp_manager.name")
 
 
 def run_sweep(sweep: Sweep) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +14,17 @@ from nemo_rao import cpu
 from nemo_rao.data.encode import pad_token_id
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.files import write_atomically
-from nemo_rao.integration.checkpoints import last_checkpoint
+from nemo_rao.integration.checkpoints import last_checkpoint, step_of
 from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.continuing import (
+    DATA,
+    RECIPE,
+    check_settings,
+    data_record,
+    describe,
+    record_changes,
+    write_run,
+)
 from nemo_rao.integration.curves import draw_curves
 from nemo_rao.integration.derived import reference_dir, run_dir
 from nemo_rao.integration.job import leave_if_stopped
@@ -22,6 +32,7 @@ from nemo_rao.integration.launch import launch, started_externally
 from nemo_rao.integration.precision_checks import quantisation
 from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_nemo, prepare, select_device
 from nemo_rao.integration.recipe_text import to_yaml
+from nemo_rao.integration.starting import describe_start
 from nemo_rao.integration.talk import global_rank, is_first_rank, quiet_third_parties, say
 
 
@@ -43,15 +54,22 @@ def train(config: RunConfig, *, callbacks: Callable[[list[Any]], list[Any]] = as
     quiet_third_parties()
     check_ranks_started(config)
     select_device(config)
+    changes, folder = check_settings(config), run_dir(config)
     prepared = prepare(config)
+    if prepared.finished_at is not None:
+        asked = "" if prepared.finished_at == prepared.max_steps else f", and this recipe asks for {prepared.max_steps}"
+        say(f"{folder}: finished at step {prepared.finished_at} of {prepared.finished_at}{asked}: nothing to do")
+        return
     if import_nemo():
         say(cpu.NOTICE)
-    folder = run_dir(config)
-    if prepared.resume_from is not None:
-        say(f"continuing from {prepared.resume_from}")
+    prepared = dataclasses.replace(prepared, changes=[*changes, *prepared.changes])
+    if prepared.resume_from is None:
+        say(describe_start(config, prepared.start_from))
+    else:
+        say(f"continuing from {prepared.resume_from}, step {step_of(prepared.resume_from)} of {prepared.max_steps}")
+    for line in describe(prepared.changes):
+        say(line)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "recipe.yaml", to_yaml(config))
-    write_atomically(data_file(folder), json.dumps(_data_record(prepared), indent=2) + "\n")
     launch(
         run_rank, (config, prepared, callbacks), num_ranks=config.trainer.devices, num_nodes=config.trainer.num_nodes
     )
@@ -61,20 +79,16 @@ def train(config: RunConfig, *, callbacks: Callable[[list[Any]], list[Any]] = as
         say(f"metrics      {folder / 'metrics.jsonl'}")
         if config.exp_manager.draw_curves:
             say(f"curves       {draw_curves(folder)}")
+        write_run(folder, start_from=prepared.start_from, max_steps=prepared.max_steps, finished_at=prepared.max_steps)
 
 
-def data_file(folder: Path) -> Path:
-    """Beside ``recipe.yaml``: how many prompts a run was trained and validated on, and the fingerprint of each."""
-    return folder / "data.json"
-
-
-def _data_record(prepared: Prepared) -> dict[str, Any]:
-    data_sets = {"training": prepared.train, "validation": prepared.validation}
-    return {
-        name: {"num_prompts": len(data), "fingerprint": data.fingerprint(), "report": str(data.report)}
-        for name, data in data_sets.items()
-        if data is not None
-    }
+def _record_start(config: RunConfig, prepared: Prepared) -> None:
+    """What the run is from its next step on: its recipe, data and start, and what has changed since its last start."""
+    folder = run_dir(config)
+    write_atomically(folder / RECIPE, to_yaml(config))
+    write_atomically(folder / DATA, json.dumps(data_record(prepared.train, prepared.validation), indent=2) + "\n")
+    write_run(folder, start_from=prepared.start_from, max_steps=prepared.max_steps)
+    record_changes(folder, prepared.changes, 0 if prepared.resume_from is None else step_of(prepared.resume_from))
 
 
 def set_up_rank(config: RunConfig) -> None:
@@ -186,7 +200,8 @@ def run_rank(config: RunConfig, prepared: Prepared, callbacks: Callable[[list[An
     )
     # Set after construction: NeMo copies and stores a trainer's arguments with every checkpoint, and these hold the
     # data. They come first, so that a checkpoint sees the step's metrics.
-    trainer.callbacks[:0] = callbacks(_callbacks(config, model, data_sets))
+    record = functools.partial(_record_start, config, prepared)
+    trainer.callbacks[:0] = callbacks(_callbacks(config, model, data_sets, record))
     if prepared.resume_from is not None:
         # A LoRA run's checkpoints hold its adapters alone: the weights below them come from where the run started.
         adapters_only = model.model_transform is not None
@@ -205,13 +220,14 @@ def run_rank(config: RunConfig, prepared: Prepared, callbacks: Callable[[list[An
     leave_if_stopped()
 
 
-def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> list[Any]:
-    """What happens around the steps, in the order in which it happens."""
+def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any], record: Callable[[], None]) -> list[Any]:
+    """What happens around the steps, in the order in which it happens; ``record`` once nothing is left to refuse."""
     from nemo_rao.integration.callbacks import (
         CalibrateScales,
         KeepSchedule,
         Metrics,
         MismatchedPass,
+        RecordStart,
         ReferencePass,
         SeedEveryStep,
         ShowProgress,
@@ -251,6 +267,7 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any]) -> l
                 folder=folder,
             )
         )
+    callbacks.append(RecordStart(record))
     if config.trainer.enable_progress_bar:
         callbacks.append(ShowProgress())
     return callbacks

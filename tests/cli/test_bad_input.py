@@ -464,7 +464,8 @@ def test_sizes_of_the_model_class_itself_are_checked(refused: Callable[..., str]
     sizes = [f"model.arch.{name}=null" for name in ("num_layers", "hidden_size", "ffn_hidden_size")]
     heads = [f"model.arch.{name}=null" for name in ("num_attention_heads", "num_query_groups")]
     message = refused(
-        *sizes, *heads, "model.config_class=Llama3Config8B", "model.tensor_model_parallel_size=3", "trainer.devices=3"
+        *(*sizes, *heads, "model.config_class=Llama3Config8B", "model.allow_random_weights=true"),
+        *("model.tensor_model_parallel_size=3", "trainer.devices=3"),
     )
     has(message, "model.arch.num_attention_heads=32 (of Llama3Config8B)", "model.tensor_model_parallel_size=3")
 
@@ -488,7 +489,8 @@ def test_a_checkpoint_of_another_shape_is_named_with_both_sizes(
 def test_a_run_whose_last_checkpoint_has_another_shape_is_named(refused: Callable[..., str], trained: Path) -> None:
     before = contents(trained)
     message = refused(f"exp_manager.exp_dir={trained}", "model.arch.num_layers=3", recipe="gpt_sft")
-    has(message, "exp_manager.name=gpt_sft", "num_layers 2", "the model 3", "another exp_manager.name")
+    has(message, "gpt_sft continues from step=1-last", "another exp_manager.name")
+    has(message, "model.arch.num_layers from 2 to 3")
     assert contents(trained) == before
 
 

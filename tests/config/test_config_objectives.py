@@ -40,7 +40,7 @@ def test_each_recipe_trains_the_objective_of_its_name_and_passes_the_checks_of_a
     config = copy.deepcopy(recipe(name))
     config.data.train_path, config.data.tokenizer = f"{tmp_path}/train.jsonl", str(tmp_path)
     config.model.restore_from_path = str(tmp_path)
-    check_run(config)
+    check_run(config, start_exists=False)
     objective = config.model.objective
     assert config.exp_manager.name == name
     assert name == f"gpt_{objective}" or name.removeprefix(f"gpt_{objective}_") in [*PAPER_MODELS, *LARGER_MODELS]

@@ -159,8 +159,8 @@ def test_the_same_command_again_trains_nothing_and_gives_the_same_table(compared
 @pytest.mark.parametrize(
     ("more", "other_held_out", "parts"),
     [
-        (("--rm", "model.rm.center=0.2"), False, ("rm_base-16: model.rm.center is 0.2", "begun with 0.1", "--out")),
-        (("--pairs", "8"), True, ("data.validation_path", "rm_base-16 was measured on other pairs", "rm_base-8")),
+        (("--rm", "model.rm.center=0.2"), False, ("rm_base-16: ", "model.rm.center from 0.1 to 0.2", "another --out")),
+        (("--pairs", "8"), True, ("rm_base-16: ", "data.validation_path from 12 prompts", "another --out")),
     ],
     ids=["other settings", "other pairs"],
 )
@@ -233,13 +233,14 @@ def test_what_cannot_be_compared_is_refused_in_one_line_with_nothing_written(
     given: tuple[str, ...],
     parts: Sequence[str],
     data: tuple[str, ...],
+    start: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "sft" / "weights").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    command = ["compare-rewards", "--base", "random", "--sft", "sft", *([] if "--pairs" in given else ["--pairs", "8"])]
+    command = ["compare-rewards", "--base", "random", "--sft", str(start)]
+    command += [] if "--pairs" in given else ["--pairs", "8"]
     held_out = f"data.validation_path={data[0].partition('=')[2]}"
     assert main([*command, *TINY, *data, held_out, *given]) == 2
     message = capfd.readouterr().err

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.cli import main
+from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.continuing import write_run
 from nemo_rao.integration.derived import run_dir
+from nemo_rao.integration.prepare import LoadedData
 from nemo_rao.integration.recipe_text import to_yaml
 
 from .runs import TINY, in_fork, steps
@@ -91,6 +94,9 @@ def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nemo_rao.integration.prepare.import_nemo", lambda: True)
     monkeypatch.setattr("nemo_rao.integration.prepare.select_device", lambda config: None)
+    data = PreferenceData([])
+    monkeypatch.setattr("nemo_rao.integration.prepare.load_data", lambda config: LoadedData(data, None, 300))
+    monkeypatch.setattr("nemo_rao.integration.prepare.steps_per_epoch", lambda *_: 10)
 
     def run(train: Train, *overrides: str) -> int:
         monkeypatch.setattr("nemo_rao.integration.train.train", train)
@@ -109,7 +115,7 @@ def finish(config: RunConfig) -> None:
     (folder / "metrics.jsonl").write_text(json.dumps({"step": steps, "loss": config.model.dpo.beta}) + "\n")  # type: ignore[attr-defined]
     with (folder / "started").open("a") as file:
         file.write("once\n")
-    (folder / "curves.png").write_bytes(b"")
+    write_run(folder, start_from=None, max_steps=steps, finished_at=steps)
 
 
 def num_starts(folder: Path) -> list[int]:
@@ -173,7 +179,7 @@ def test_an_interrupt_stops_the_run_and_the_sweep(run_sweep: Callable[..., int],
     assert [row["state"] for row in rows(tmp_path / "runs")] == ["finished"]
 
 
-def test_a_run_is_finished_only_if_its_very_recipe_reached_the_end(
+def test_a_run_is_finished_only_if_it_has_reached_the_end_that_is_asked_for(
     run_sweep: Callable[..., int], tmp_path: Path
 ) -> None:
     assert run_sweep(finish, "trainer.max_steps=4") == 0
@@ -181,8 +187,7 @@ def test_a_run_is_finished_only_if_its_very_recipe_reached_the_end(
     assert num_starts(tmp_path) == [1, 1, 1]
     assert run_sweep(finish, "trainer.max_steps=8") == 0, "made longer"
     assert num_starts(tmp_path) == [2, 2, 2]
-    recipe = tmp_path / "runs/gpt_dpo-beta=2/recipe.yaml"
-    os.utime(recipe, ns=(time.time_ns(), time.time_ns()))  # started again, and stopped before its end
+    write_run(tmp_path / "runs/gpt_dpo-beta=2", start_from=None, max_steps=8)  # started again, stopped before its end
     assert run_sweep(finish, "trainer.max_steps=8") == 0
     assert num_starts(tmp_path) == [2, 3, 2]
 
@@ -195,7 +200,7 @@ def test_runs_do_not_go_on_under_another_setting_that_the_table_would_not_tell_o
     assert run_sweep(finish, "model.optim.weight_decay=0.1") == 2
     line = capfd.readouterr().err
     assert line.count("\n") == 1
-    for part in ("model.optim.weight_decay is 0.1", "was begun with 0.0", "another exp_manager.name"):
+    for part in ("model.dpo.beta=1: ", "model.optim.weight_decay from 0.0 to 0.1", "another exp_manager.name"):
         assert part in line
     assert num_starts(tmp_path) == [1, 1, 1]
     assert run_sweep(finish, "model.optim.weight_decay=0.1", "exp_manager.resume_if_exists=false") == 0
