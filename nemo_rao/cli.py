@@ -13,6 +13,7 @@ from nemo_rao import __version__
 from nemo_rao.commands import about, models, rewards, training
 from nemo_rao.commands.parser import Command, Parser
 from nemo_rao.errors import RankFailure, UserError, report
+from nemo_rao.malloc import ask_for_huge_pages
 
 COMMANDS: dict[str, Command] = {
     command.name: command for part in (training, models, rewards, about) for command in part.COMMANDS
@@ -36,6 +37,7 @@ def command_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
+    ask_for_huge_pages()
     try:
         given = command_parser().parse_args(argv)
         command = COMMANDS[given.command]

@@ -18,14 +18,20 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # read by PyTorch when it allocates its first tensor
 
 
+def ask_for_huge_pages() -> None:
+    """Let PyTorch ask for them for tensors from 2 MiB on, unless the user's environment says otherwise.
+
+    Some of what is imported makes a tensor: to be called at the start of a program.
+    """
+    os.environ.setdefault(_HUGE_PAGES, "1")
+
+
 def map_large_blocks() -> bool:
     """Fix the threshold at :data:`MMAP_THRESHOLD_BYTES`. Returns whether it was fixed.
 
     To be called before the first tensor is made; forked processes inherit it. The threshold is left alone with another
-    C library, and where the user's environment sets up glibc's heap (``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``);
-    so are huge pages where ``THP_MEM_ALLOC_ENABLE`` is set.
+    C library, and where the user's environment sets up glibc's heap (``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
     """
-    os.environ.setdefault(_HUGE_PAGES, "1")
     if _set_by_user() or not _is_glibc():
         return False
     return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES))

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": FOUNDATION | {"integration"},
     "doctor": FOUNDATION | {"integration", "planning"},  # the latter in processes of their own
     "commands": {"errors", "cluster", "doctor", "generation", "hugging_face", "integration", "scoring"},
-    "cli": {"errors", "commands"},
+    "cli": {"errors", "commands", "malloc"},
     "__main__": {"cli"},
     "__init__": set(),
 }
