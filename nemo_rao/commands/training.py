@@ -71,9 +71,9 @@ def train_grid(arguments: argparse.Namespace) -> int:
 def plan_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao plan",
-        description="Tell what a recipe would take, without running it: memory of each rank, communication, FLOPs and "
-        "time of a step, and where it does not fit, the nearest settings that do. Exit code 0: it fits, 1: it does "
-        "not.",
+        description="Estimate what a recipe takes, without running it: memory of each rank, communication, FLOPs and "
+        "time of a step, hours of the whole run, and where it does not fit, the nearest settings that do. Exit code "
+        "0: it fits, also where the estimate's uncertainty is larger than what is left (JSON: tight), 1: it does not.",
         epilog="example: nemo-rao plan --config-name gpt_rao_llama3_8b --gpu h100 model.micro_batch_size=2",
         allow_abbrev=False,
     )
@@ -84,7 +84,37 @@ def plan_parser() -> Parser:
         "--peak-tflops", type=float, metavar="N", help="of a GPU, in the run's number format, in the place of --gpu's"
     )
     parser.add_argument(
-        "--mfu", type=float, default=0.4, metavar="SHARE", help="model FLOPs over the peak's (default: %(default)s)"
+        "--mfu",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="share of the peak reached while a GPU computes; recomputation, communication and the pipeline bubble are "
+        "added to the time; an assumption (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--intra-node-bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="what a GPU sends inside its node, in place of --gpu's",
+    )
+    parser.add_argument(
+        "--inter-node-bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="what a GPU sends to other nodes, in place of --gpu's",
+    )
+    parser.add_argument(
+        "--link-efficiency",
+        type=float,
+        default=0.8,
+        metavar="SHARE",
+        help="share of these bandwidths reached; an assumption (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--devices-per-node",
+        type=int,
+        metavar="N",
+        help="GPUs that a node may have, for advice (default: 8 for a recipe of one node, else trainer.devices)",
     )
     parser.add_argument(
         "--reserve",
@@ -100,7 +130,17 @@ def plan_parser() -> Parser:
         help="mean tokens of prompt and response (default: model.seq_length, the most there can be)",
     )
     parser.add_argument(
-        "--responses", type=int, metavar="K", help="of each prompt (default: data.num_responses, or 2 where it is null)"
+        "--responses",
+        type=int,
+        metavar="K",
+        help="responses that each prompt of the data has, of which the run may use fewer (default: counted if "
+        "data.train_path is here, else data.num_responses, else 2)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        metavar="N",
+        help="prompts of the training data, for the length of the run (default: counted if data.train_path is here)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the plan there, in bytes and seconds")
     parser.add_argument(
@@ -193,7 +233,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command("train", "train a model from a recipe", train_parser, train),
-    Command("plan", "tell what a recipe takes, and settings that fit", plan_parser, plan),
+    Command("plan", "estimate what a recipe takes, and settings that fit", plan_parser, plan),
     Command("launch", "train a model on a cluster, as a SLURM job", launch_parser, launch),
     Command("status", "tell of runs: jobs, last step, metrics", status_parser, status),
     Command("demo", "fine-tune and align a small model on this machine, and compare", demo_parser, demo),

@@ -41,6 +41,11 @@ def prefer_by(row: Row, pairs_by: PairsBy) -> Row:
     return row
 
 
+def num_used(num_responses: int, responses: Responses) -> int:
+    """How many of a prompt's ``num_responses`` are used."""
+    return num_responses if responses == "all" else min(2, num_responses)
+
+
 def choose_responses(row: Row, responses: Responses, *, seed: int, number: int) -> Row:
     """The row with the responses that are used.
 
@@ -50,7 +55,7 @@ def choose_responses(row: Row, responses: Responses, *, seed: int, number: int) 
     Raises:
         UserError: a response has no reward by which to choose.
     """
-    if responses == "all" or len(row.responses) <= 2:
+    if num_used(len(row.responses), responses) == len(row.responses):
         return row
     _require_rewards(row, f"data.responses is {responses}")
     rewards = [response.reward or 0.0 for response in row.responses]

@@ -2,14 +2,35 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from nemo_rao.data.choice import Responses
+from nemo_rao.data.order import steps_per_epoch
 from nemo_rao.integration.config import RunConfig
+from nemo_rao.objectives import registry
 
 
 def objective_config(config: RunConfig) -> Any:
     """The block of the run's objective, an instance of that objective's ``config_type``."""
     return vars(config.model)[config.model.objective]
+
+
+def chosen_responses(config: RunConfig) -> Responses:
+    """Which of a prompt's responses are used: ``data.responses``, or what null stands for."""
+    if config.data.responses is not None:
+        return cast(Responses, config.data.responses)
+    return "best_worst" if registry.get(config.model.objective).needs_of(objective_config(config)).pairs else "all"
+
+
+def total_steps(config: RunConfig, num_prompts: int) -> int:
+    """Optimizer steps of the whole run on ``num_prompts`` training prompts.
+
+    Raises:
+        UserError: they do not fill one global batch.
+    """
+    per_epoch = steps_per_epoch(num_prompts, config.model.global_batch_size)
+    limits = [config.trainer.max_steps, config.trainer.max_epochs and config.trainer.max_epochs * per_epoch]
+    return min(limit for limit in limits if limit is not None)
 
 
 def world_size(config: RunConfig) -> int:

@@ -17,7 +17,6 @@ from nemo_rao import cpu
 from nemo_rao.data.cache import DataCache
 from nemo_rao.data.dataset import load_preferences, mismatched
 from nemo_rao.data.encode import load_tokenizer
-from nemo_rao.data.order import steps_per_epoch
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.gpus import has_gpu
@@ -33,7 +32,14 @@ from nemo_rao.integration.continuing import (
     needs_start,
     start_of,
 )
-from nemo_rao.integration.derived import data_cache_dir, objective_config, run_dir, world_size
+from nemo_rao.integration.derived import (
+    chosen_responses,
+    data_cache_dir,
+    objective_config,
+    run_dir,
+    total_steps,
+    world_size,
+)
 from nemo_rao.integration.experts import check_resumed_experts
 from nemo_rao.integration.launch import started_externally
 from nemo_rao.integration.precision_checks import FP8, check_gpus_present
@@ -193,7 +199,7 @@ def _wanted(config: RunConfig) -> dict[str, Any]:
     return {
         "seq_length": config.model.seq_length,
         "num_responses": config.data.num_responses,
-        "responses": config.data.responses or ("best_worst" if needs.pairs else "all"),
+        "responses": chosen_responses(config),
         "pairs_by": config.data.pairs_by,
         "seed": config.data.seed,
         "min_responses": needs.min_responses,
@@ -289,18 +295,14 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
 
 def _max_steps(config: RunConfig, num_prompts: int) -> int:
     """Optimizer steps of the run; says so where ``max_epochs`` ends it before ``max_steps``."""
-    steps, epochs = config.trainer.max_steps, config.trainer.max_epochs
-    per_epoch = steps_per_epoch(num_prompts, config.model.global_batch_size)
-    if epochs is None:
-        assert steps is not None, "checked with the recipe"
-        return steps
-    if steps is not None and steps > epochs * per_epoch:
+    steps, asked = total_steps(config, num_prompts), config.trainer.max_steps
+    if asked is not None and steps < asked:
         say(
-            f"trainer.max_steps={steps}, but trainer.max_epochs={epochs} ends the run after step {epochs * per_epoch} "
-            f"({num_prompts} prompts, model.global_batch_size={config.model.global_batch_size}); max_epochs=null "
-            "leaves it to max_steps"
+            f"trainer.max_steps={asked}, but trainer.max_epochs={config.trainer.max_epochs} ends the run after step "
+            f"{steps} ({num_prompts} prompts, model.global_batch_size={config.model.global_batch_size}); "
+            "trainer.max_epochs=null leaves it to max_steps"
         )
-    return epochs * per_epoch if steps is None else min(steps, epochs * per_epoch)
+    return steps
 
 
 def draw_prompts(data: PreferenceData, num_prompts: int, *, seed: int) -> PreferenceData:

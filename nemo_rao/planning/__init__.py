@@ -5,6 +5,7 @@ Arithmetic alone: neither torch nor NeMo is imported, and NeMo's config classes 
     nemo_classes -> network -> setting        what is planned
     parameters -> buffers                     exact: tensors of a rank, Megatron's buffers, the optimizer's shares
     activations, log_probs -> memory          bytes at the peak of a step, stage by stage
-    communication, compute                    bytes sent, FLOPs, pipeline bubble, time at a stated MFU
+    communication, compute                    bytes sent, FLOPs, pipeline bubble
+    machine, links -> step_time -> whole_run  seconds of a step, hours of a run, at stated speeds
     advise -> report                          the nearest settings that fit; the table and the JSON
 """

@@ -18,49 +18,64 @@ second one normed, besides sines and cosines, and of a gate the activation and t
 
 from __future__ import annotations
 
-from nemo_rao.planning.parameters import is_target
 from nemo_rao.planning.setting import Lora, Setting
 
+COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")  # whose inputs are gathered where sequences are split
 FP32 = 4
 INT64 = 8
 
 
-def layer_items(setting: Setting) -> dict[str, int]:
-    """Bytes of one layer without recomputation, by tensor."""
+def layer_items(setting: Setting, adapted: frozenset[str] | None = None) -> dict[str, int]:
+    """Bytes of one layer without recomputation, by tensor.
+
+    Args:
+        adapted: its linear layers that have adapters; ``None``: those of the first layer.
+    """
+    if adapted is None:
+        adapted = frozenset() if setting.lora is None else setting.lora.adapted(0)
     network, tensor, b = setting.network, setting.tensor, setting.param_bytes
     n, s = setting.micro_batch_tokens, stream_tokens(setting)
     q, k = network.query // tensor, network.key // tensor
     fused = setting.transformer_engine
     items = {
         "norm before attention": norm_bytes(setting),
-        "input of linear_qkv": s * network.hidden * b,
+        "input of linear_qkv": s * network.hidden * b * _keeps_input(setting, "linear_qkv", adapted),
         "queries, keys and values": n * (q + 2 * k) * b,
         "rotated queries and keys": 0 if network.positions else n * (q + k) * b,
         # Sine and cosine, for queries and for keys, of each position; fused kernels compute them anew.
-        "sines and cosines": 0
-        if network.positions or fused
-        else 4 * setting.length // setting.context * network.head * b,
+        "sines and cosines": 0 if network.positions or fused else 4 * setting.sequence * network.head * b,
         "attention's output": n * q * b,
         "log-sum-exp": n * (network.heads // tensor) * FP32,
         "norm before feed-forward": norm_bytes(setting),
     }
     if network.qk_norm:
         items["normed queries and keys"] = n * (q + k) * (b if fused else 2 * FP32)
-    items |= _expert_items(setting) if network.experts else _dense_items(setting)
+    items |= _expert_items(setting) if network.experts else _dense_items(setting, adapted)
     if network.dropout:
         items["dropout masks"] = 2 * s * network.hidden
     if setting.lora is not None:
-        items["adapters"] = _adapter_bytes(setting, setting.lora)
+        items["adapters"] = _adapter_bytes(setting, setting.lora, adapted)
     return items
 
 
-def _dense_items(setting: Setting) -> dict[str, int]:
+def _keeps_input(setting: Setting, name: str, adapted: frozenset[str]) -> bool:
+    """Whether a linear layer's input is kept: of frozen weights, by an adapter that reads it as it is."""
+    if setting.lora is None:
+        return True
+    gathered = setting.sequence_parallel and name in COLUMN_PARALLEL
+    return name in adapted and not gathered and not setting.lora.dropout
+
+
+def _dense_items(setting: Setting, adapted: frozenset[str]) -> dict[str, int]:
     network, n, b = setting.network, setting.micro_batch_tokens, setting.param_bytes
     f, fc1 = network.ffn // setting.tensor, network.fc1 // setting.tensor
     items = {
-        "input of linear_fc1": stream_tokens(setting) * network.hidden * b,
+        "input of linear_fc1": stream_tokens(setting)
+        * network.hidden
+        * b
+        * _keeps_input(setting, "linear_fc1", adapted),
         "output of linear_fc1": n * fc1 * b,
-        "input of linear_fc2": n * f * b,
+        "input of linear_fc2": n * f * b * _keeps_input(setting, "linear_fc2", adapted),
     }
     if network.gated and not setting.transformer_engine:
         items["activation and the other half"] = 2 * n * f * b
@@ -88,13 +103,30 @@ def routed_tokens(setting: Setting) -> int:
     return stream_tokens(setting) * setting.network.chosen * setting.of_expert
 
 
-def _adapter_bytes(setting: Setting, lora: Lora) -> int:
-    """Between an adapter's two products; its own gathered copy of an input whose sequence is split."""
-    n, found = setting.micro_batch_tokens, 0
-    for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
-        if is_target(name, lora):
-            gathered = setting.sequence_parallel and name in ("linear_qkv", "linear_fc1")
-            found += n * (lora.dim + (setting.network.hidden if gathered else 0)) * setting.param_bytes
+def _adapter_bytes(setting: Setting, lora: Lora, adapted: frozenset[str]) -> int:
+    """Between an adapter's two products; its own copy of an input that is gathered or goes through dropout."""
+    network, tensor, found = setting.network, setting.tensor, 0
+    inputs = {
+        "linear_qkv": network.hidden,
+        "linear_proj": network.query // tensor,
+        "linear_fc1": network.hidden,
+        "linear_fc2": network.ffn // tensor,
+    }
+    for name in adapted:
+        found += adapter_bytes(setting, lora, inputs[name], gathered=name in COLUMN_PARALLEL)
+    return found
+
+
+def adapter_bytes(setting: Setting, lora: Lora, width: int, *, gathered: bool) -> int:
+    """Of one adapter, whose input has ``width`` columns on a rank; ``gathered``: from ranks that split its sequence."""
+    n, b = setting.micro_batch_tokens, setting.param_bytes
+    gathered = gathered and setting.sequence_parallel
+    found = n * lora.dim * b
+    if gathered or lora.dropout:
+        found += n * width * b
+    if lora.dropout:  # what was dropped: a byte a number, or on a CPU a number
+        dropped = stream_tokens(setting) if gathered and not setting.transformer_engine else n
+        found += dropped * width * (1 if setting.transformer_engine else b)
     return found
 
 
@@ -103,7 +135,8 @@ def norm_bytes(setting: Setting) -> int:
     s, hidden = stream_tokens(setting), setting.network.hidden
     if setting.transformer_engine:
         return s * (hidden * setting.param_bytes + FP32)
-    return s * (2 * hidden * FP32 + FP32)
+    copies = 2 if setting.lora is None else 1  # the normed one is for the gradient of the norm's own weight
+    return s * (copies * hidden * FP32 + FP32)
 
 
 def stream_tokens(setting: Setting) -> int:
@@ -111,9 +144,9 @@ def stream_tokens(setting: Setting) -> int:
     return setting.micro_batch_tokens // (setting.tensor if setting.sequence_parallel else 1)
 
 
-def stored_layer(setting: Setting) -> int:
-    """Bytes of a layer that is not recomputed whole."""
-    items = layer_items(setting)
+def stored_layer(setting: Setting, adapted: frozenset[str] | None = None) -> int:
+    """Bytes of a layer that is not recomputed whole. See :func:`layer_items`."""
+    items = layer_items(setting, adapted)
     if setting.recompute_granularity == "selective":  # attention alone: its inputs are kept, and its output is fc's
         items["log-sum-exp"] = 0
     return sum(items.values())
@@ -138,7 +171,9 @@ def stored_layers(setting: Setting, stage: int) -> int:
     again = [_recomputed_of_chunk(setting, stage, chunk) for chunk in range(setting.virtual)]
     units = sum(-(-layers // unit) for layers in again)
     inputs = units * stream_tokens(setting) * setting.network.hidden * setting.param_bytes
-    return inputs + (setting.layers_of_stage(stage) - sum(again)) * stored_layer(setting)
+    layers = max(1, setting.layers_of_stage(stage))
+    all_stored = sum(number * stored_layer(setting, adapted) for adapted, number in setting.adapted(stage).items())
+    return inputs + all_stored * (layers - sum(again)) // layers
 
 
 def stored_ends(setting: Setting, stage: int) -> int:
@@ -147,7 +182,7 @@ def stored_ends(setting: Setting, stage: int) -> int:
     if stage == 0:
         found += setting.micro_batch_tokens * 8
     if setting.recompute_granularity == "full" and not setting.network.positions:
-        found += setting.length // setting.context * setting.network.head * FP32
+        found += setting.sequence * setting.network.head * FP32
     if stage == setting.pipeline - 1:
         found += norm_bytes(setting)
     return found
@@ -169,3 +204,9 @@ def layer_gradients(setting: Setting) -> int:
     if network.experts:
         tokens, ranks = routed_tokens(setting), setting.of_expert
     return tokens * (network.fc1 + network.ffn) // ranks * setting.param_bytes
+
+
+def forward_layer(setting: Setting) -> int:
+    """Bytes at the peak of a layer where nothing is kept: the residual stream, a feed-forward part and its input."""
+    n, hidden, b = setting.micro_batch_tokens, setting.network.hidden, setting.param_bytes
+    return (stream_tokens(setting) + n) * hidden * b + layer_gradients(setting)

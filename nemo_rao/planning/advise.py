@@ -2,14 +2,14 @@
 
 Every combination of the changes below is a candidate. Its cost is the sum of theirs; they stand in the order of what
 they do to a run: first those that change nothing but memory, then those that cost time, then those that need more
-GPUs or train something else.
+GPUs or train something else. More GPUs are taken of the same nodes first, up to the size of a node.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,9 @@ KEYS = {
     "pipeline": "model.pipeline_model_parallel_size",
     "context": "model.context_parallel_size",
     "expert": "model.expert_model_parallel_size",
+    "devices": "trainer.devices",
     "nodes": "trainer.num_nodes",
+    "reference_micro_batch_size": "reference.micro_batch_size",
     "param_bytes": "precision.params",
     "lora": "model.peft.scheme",
 }
@@ -50,9 +52,17 @@ class Advice:
     bytes: int
 
 
-def advise(setting: Setting, limit: int) -> Iterator[Advice]:
-    """Settings that take at most ``limit`` bytes, nearest first; none that only adds to one before it."""
-    changes = _changes(setting)
+def advise(
+    setting: Setting, limit: int, *, node_size: int | None = None, need: Callable[[Setting], int] = peak
+) -> Iterator[Advice]:
+    """Settings that take at most ``limit`` bytes, nearest first; none that only adds to one before it.
+
+    Args:
+        node_size: GPUs that a node may have; ``None``: as many as it has.
+        need: bytes of a setting that are to be within the limit.
+    """
+    node_size = max(node_size or 1, setting.devices)
+    changes = _changes(setting, node_size)
     combinations = [
         (sum(cost for cost, _ in chosen), {name: value for _, own in chosen for name, value in own.items()})
         for chosen in itertools.product(*changes)
@@ -63,20 +73,21 @@ def advise(setting: Setting, limit: int) -> Iterator[Advice]:
         if not values or any(before.keys() <= values.keys() for before in found):
             continue
         candidate = dataclasses.replace(setting, **values)
-        if candidate.possible() and (needed := peak(candidate)) <= limit:
+        over_nodes = candidate.tensor > max(candidate.devices, setting.tensor)
+        if not over_nodes and candidate.possible() and need(candidate) <= limit:
             found.append(values)
             shown = {name: value for name, value in values.items() if name in KEYS}
-            yield Advice(tuple(f"{KEYS[n]}={_shown(n, v)}" for n, v in shown.items()), candidate, needed)
+            yield Advice(tuple(f"{KEYS[n]}={_shown(n, v)}" for n, v in shown.items()), candidate, peak(candidate))
 
 
-def _changes(setting: Setting) -> list[list[tuple[float, dict[str, Any]]]]:
+def _changes(setting: Setting, node_size: int) -> list[list[tuple[float, dict[str, Any]]]]:
     """For each key what it may become, with the cost; not to change it costs nothing."""
     changes: list[list[tuple[float, dict[str, Any]]]] = []
 
     def add(*options: tuple[float, dict[str, Any]]) -> None:
         changes.append([(0.0, {}), *options])
 
-    if not setting.fused_log_probs:
+    if setting.holds_logits and not dataclasses.replace(setting, fused_log_probs=True).holds_logits:
         add((1, {"fused_log_probs": True}))
     if not setting.use_distributed_optimizer:
         add((1, {"use_distributed_optimizer": True}))
@@ -85,12 +96,14 @@ def _changes(setting: Setting) -> list[list[tuple[float, dict[str, Any]]]]:
     batch = setting.micro_batch_size
     sizes = [batch // times for times in _doubled(batch) if batch % times == 0]
     add(*((1 + 0.1 * number, {"micro_batch_size": size}) for number, size in enumerate(sizes)))
+    if setting.reference_micro_batch_size is not None:
+        add((0.5, {"reference_micro_batch_size": None}))
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if setting.recompute_granularity is None:
         add((1, {"recompute_granularity": "selective"}), (2, full))
     elif setting.recompute_granularity == "selective":
         add((2, full))
-    sizes = [setting.tensor * n for n in _doubled(setting.devices // setting.tensor)]
+    sizes = [setting.tensor * n for n in _doubled(node_size // setting.tensor)]
     add(*((3 + number, {"tensor": size}) for number, size in enumerate(sizes)))
     sizes = [setting.pipeline * n for n in _doubled(setting.network.layers // setting.pipeline)]
     add(*((4 + number, {"pipeline": size}) for number, size in enumerate(sizes)))
@@ -100,13 +113,22 @@ def _changes(setting: Setting) -> list[list[tuple[float, dict[str, Any]]]]:
     if setting.network.experts:
         sizes = [setting.expert * n for n in _doubled(setting.network.experts // setting.expert)]
         add(*((3 + number, {"expert": size}) for number, size in enumerate(sizes)))
-    sizes = [setting.nodes * n for n in _doubled(min(64, MOST // setting.ranks))]
-    add(*((6 + 2 * number, {"nodes": size}) for number, size in enumerate(sizes)))
+    add(*_more_gpus(setting, node_size))
     if setting.param_bytes == 4:
         add((5, {"param_bytes": 2}))
     if setting.lora is None and setting.lora_offered is not None:
         add((8, {"lora": setting.lora_offered}))
     return changes
+
+
+def _more_gpus(setting: Setting, node_size: int) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Larger nodes, up to ``node_size``; then more of the largest. With costs, see :func:`_changes`."""
+    devices = [setting.devices * n for n in _doubled(node_size // setting.devices)]
+    yield from ((6 + number, {"devices": size}) for number, size in enumerate(devices))
+    largest = {"devices": devices[-1]} if devices else {}
+    first = 10 if devices else 6  # a node is made full, and whatever saves memory on it done, before there are others
+    nodes = _doubled(min(64, MOST // (setting.nodes * max([setting.devices, *devices]))))
+    yield from ((first + 2 * number, {**largest, "nodes": setting.nodes * n}) for number, n in enumerate(nodes))
 
 
 def _doubled(most: int) -> list[int]:
@@ -119,4 +141,6 @@ def _shown(name: str, value: Any) -> str:
         return "bf16"
     if name == "lora":
         return "lora"
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,10 +1,11 @@
-"""Bytes that a rank sends in one optimizer step, by ring collectives.
+"""Bytes that a rank sends in one optimizer step, or in a forward-only pass over the same prompts, by ring collectives.
 
 Of a tensor of S bytes over t ranks an all-gather or reduce-scatter sends (t - 1)/t S, an all-reduce twice that.
 Tensor parallelism follows Shoeybi et al. 2019, with the sequence split Korthikanti et al. 2022, whose backward pass
-gathers the inputs of linear_qkv and linear_fc1 once more; context parallelism Liu et al. 2023 (Ring Attention), where
-keys and values go round, in the backward pass once more and with their gradients; experts Lepikhin et al. 2020
-(GShard), where tokens are exchanged by all-to-all, to their experts and back, taken to be equally many on all ranks.
+gathers the inputs of linear_qkv and linear_fc1 once more for the weights' gradients; context parallelism Liu et al.
+2023 (Ring Attention), where keys and values go round, in the backward pass once more and with their gradients; experts
+Lepikhin et al. 2020 (GShard), where tokens are exchanged by all-to-all, to their experts and back, taken to be equally
+many on all ranks. What adapters send of their own, a few percent of a layer's, is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Communication:
         context: keys, values and their gradients.
         expert: tokens to their experts and back.
         pipeline: hidden states and their gradients to the neighbouring stages.
-        data: gradients, and with the distributed optimizer the updated weights.
+        gradients, weights: over the copies of the model; with the distributed optimizer the gradients are scattered
+            and the updated weights gathered, without it the gradients are summed on every rank.
+        expert_gradients, expert_weights: of experts that are shared among ranks, over the copies of these.
         embedding: gradients of tied embeddings between the first and last stage.
     """
 
@@ -34,8 +37,16 @@ class Communication:
     context: int
     expert: int
     pipeline: int
-    data: int
+    gradients: int
+    weights: int
+    expert_gradients: int
+    expert_weights: int
     embedding: int
+
+    @property
+    def data(self) -> int:
+        """Over data-parallel ranks, once a step."""
+        return self.gradients + self.weights + self.expert_gradients + self.expert_weights
 
     @property
     def total(self) -> int:
@@ -43,15 +54,61 @@ class Communication:
 
 
 def communication(setting: Setting) -> Communication:
-    stages = range(setting.pipeline)
+    """Of an optimizer step."""
+    passes, stages = _training(setting), range(setting.pipeline)
+    states = [stage_states(setting, stage) for stage in stages]
+    gradients, weights = _data(setting, max(one.buffer for one in states), setting.shards)
+    of_experts = _data(setting, max(one.expert_buffer for one in states), setting.expert_shards)
     return Communication(
-        tensor=max(_tensor(setting, stage) for stage in stages),
-        context=max(_context(setting, stage) for stage in stages),
-        expert=max(_expert(setting, stage) for stage in stages),
-        pipeline=_pipeline(setting),
-        data=max(_data(setting, stage) for stage in stages),
+        tensor=max(_tensor(setting, stage, passes) for stage in stages),
+        context=max(_context(setting, stage, passes) for stage in stages),
+        expert=max(_expert(setting, stage, passes) for stage in stages),
+        pipeline=_pipeline(setting, passes),
+        gradients=gradients,
+        weights=weights,
+        expert_gradients=of_experts[0],
+        expert_weights=of_experts[1],
         embedding=_embedding(setting),
     )
+
+
+def forward_communication(setting: Setting) -> Communication:
+    """Of a forward-only pass over as many prompts as a step has."""
+    passes, stages = _Passes(forward=setting.num_micro_batches, again=0, backward=0), range(setting.pipeline)
+    return Communication(
+        tensor=max(_tensor(setting, stage, passes) for stage in stages),
+        context=max(_context(setting, stage, passes) for stage in stages),
+        expert=max(_expert(setting, stage, passes) for stage in stages),
+        pipeline=_pipeline(setting, passes),
+        gradients=0,
+        weights=0,
+        expert_gradients=0,
+        expert_weights=0,
+        embedding=0,
+    )
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Micro-batches that go forward, forward once more where layers are recomputed, and backward.
+
+    A fraction of a micro-batch is one of so much fewer rows.
+    """
+
+    forward: float
+    again: int
+    backward: int
+
+    def of_layers(self, setting: Setting, stage: int) -> tuple[float, int]:
+        """Of a stage's layers: forward passes, those that are computed again included, and backward ones."""
+        layers, again = setting.layers_of_stage(stage), recomputed_layers(setting, stage)
+        return layers * self.forward + again * self.again, layers * self.backward
+
+
+def _training(setting: Setting) -> _Passes:
+    mismatched = 1 / setting.responses if setting.mismatched else 0  # of one response of each prompt
+    number = setting.num_micro_batches
+    return _Passes(forward=number * (1 + mismatched), again=number, backward=number)
 
 
 def _ring(size: int, ranks: int) -> int:
@@ -59,66 +116,63 @@ def _ring(size: int, ranks: int) -> int:
     return size * (ranks - 1) // ranks
 
 
-def _passes(setting: Setting, stage: int) -> tuple[int, int]:
-    """Of a stage's layers in a step: forward passes, those that are computed again included, and backward ones."""
-    layers, again = setting.layers_of_stage(stage), recomputed_layers(setting, stage)
-    return (layers + again) * setting.num_micro_batches, layers * setting.num_micro_batches
-
-
-def _tensor(setting: Setting, stage: int) -> int:
+def _tensor(setting: Setting, stage: int, passes: _Passes) -> int:
     network, ranks, n = setting.network, setting.tensor, setting.micro_batch_tokens
     one = _ring(n * network.hidden * setting.param_bytes, ranks)
     parts = 1 if network.experts else 2  # of a layer: attention, and a feed-forward part that is not of experts
     within = 2 * parts * one  # an all-reduce for each, or an all-gather and a reduce-scatter
-    gathered = parts * one if setting.sequence_parallel else 0
+    gathered = parts * one if setting.sequence_parallel and setting.lora is None else 0
     if network.experts:  # the tokens of all ranks that share an expert are gathered there, and its outputs scattered
         within += 2 * _ring(routed_tokens(setting) * network.hidden * setting.param_bytes, setting.of_expert)
-    forward, backward = _passes(setting, stage)
+    forward, backward = passes.of_layers(setting, stage)
     found = forward * within + backward * (within + gathered)
-    ends = 0
     if stage == 0:
         # An all-reduce; with the sequence split a reduce-scatter, and an all-gather in backward.
-        ends += 2 * one
-    if stage == setting.pipeline - 1:
-        ends += 12 * n * (ranks - 1)  # each rank's three numbers a token
-        gradient = _ring(n * network.hidden * (FP32 if setting.fused_log_probs else setting.param_bytes), ranks)
-        ends += (2 * one + gradient) if setting.sequence_parallel else 2 * gradient
-    return found + ends * setting.num_micro_batches
+        split = setting.sequence_parallel
+        found += (1 if split else 2) * one * passes.forward + (one if split else 0) * passes.backward
+    if stage == setting.pipeline - 1 and not setting.scores:
+        found += 12 * n * (ranks - 1) * passes.forward  # each rank's three numbers a token
+        gradient = _ring(n * network.hidden * (setting.param_bytes if setting.holds_logits else FP32), ranks)
+        if setting.sequence_parallel:
+            found += one * passes.forward + (one + gradient) * passes.backward
+        else:
+            found += 2 * gradient * passes.backward
+    return int(found)
 
 
-def _context(setting: Setting, stage: int) -> int:
+def _context(setting: Setting, stage: int, passes: _Passes) -> int:
     ranks = setting.context
     if ranks == 1:
         return 0
     own = setting.micro_batch_tokens * 2 * (setting.network.key // setting.tensor) * setting.param_bytes
-    forward, backward = _passes(setting, stage)
+    forward, backward = passes.of_layers(setting, stage)
     # Gradients come home in one step more.
-    return own * (forward * (ranks - 1) + backward * (2 * ranks - 1))
+    return int(own * (forward * (ranks - 1) + backward * (2 * ranks - 1)))
 
 
-def _expert(setting: Setting, stage: int) -> int:
+def _expert(setting: Setting, stage: int, passes: _Passes) -> int:
     if not setting.network.experts:
         return 0
     copies = stream_tokens(setting) * setting.network.chosen
     one = _ring(copies * setting.network.hidden * setting.param_bytes, setting.expert)
-    return 2 * one * sum(_passes(setting, stage))
+    return int(2 * one * sum(passes.of_layers(setting, stage)))
 
 
-def _pipeline(setting: Setting) -> int:
+def _pipeline(setting: Setting, passes: _Passes) -> int:
+    if setting.pipeline == 1:
+        return 0
     # Each chunk sends hidden states on and a gradient back, but for the first and last of all.
-    messages = 2 * setting.virtual - (setting.pipeline <= 2) if setting.pipeline > 1 else 0
     tensor = stream_tokens(setting) * setting.network.hidden * setting.param_bytes
-    return messages * tensor * setting.num_micro_batches
+    back = setting.virtual - (setting.pipeline == 2)
+    return int(tensor * (setting.virtual * passes.forward + back * passes.backward))
 
 
-def _data(setting: Setting, stage: int) -> int:
-    states = stage_states(setting, stage)
-    found = 0
-    for elements, ranks in ((states.buffer, setting.shards), (states.expert_buffer, setting.expert_shards)):
-        gradients = _ring(elements * setting.grad_bytes, ranks)
-        weights = _ring(elements * setting.param_bytes, ranks)
-        found += gradients + (weights if setting.use_distributed_optimizer else gradients)
-    return found
+def _data(setting: Setting, elements: int, ranks: int) -> tuple[int, int]:
+    """For gradients, and for updated weights, of a buffer over its copies."""
+    gradients = _ring(elements * setting.grad_bytes, ranks)
+    if not setting.use_distributed_optimizer:
+        return 2 * gradients, 0
+    return gradients, _ring(elements * setting.param_bytes, ranks)
 
 
 def _embedding(setting: Setting) -> int:

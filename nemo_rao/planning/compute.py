@@ -1,10 +1,9 @@
-"""FLOPs of a step, the pipeline's bubble, and the time at a stated MFU.
+"""FLOPs of a step, and the pipeline's bubble.
 
 A multiplication and an addition are two. Model FLOPs are those of the network's own matrix products (Chowdhery et al.
 2022, appendix B; attention over all T x T pairs): forward once; backward once for inputs and once for weights that are
 trained. Executed FLOPs add what is computed again: recomputed layers, attention's scores in its backward pass, logits
-that were left out. MFU is model FLOPs over what the GPUs could do in the step's whole time, bubble and communication
-included, so that it alone gives the time.
+that were left out.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_rao.planning.activations import recomputed_layers
-from nemo_rao.planning.parameters import is_target
 from nemo_rao.planning.setting import Setting
 
 
@@ -23,43 +21,49 @@ class Flops:
     Attributes:
         model: by which MFU is measured.
         executed: with what is computed again.
-        reference: of the reference pass over the same prompts, done once and not in each step; 0 without one.
+        forward: of one forward pass over the same prompts, such as the reference pass.
+        mismatched: of the pass over responses to other prompts, where a step has one; a part of the first two.
     """
 
     model: int
     executed: int
-    reference: int
+    forward: int
+    mismatched: int
+
+    @property
+    def in_forward(self) -> int:
+        """Of a step's forward passes."""
+        return self.forward + self.mismatched
 
 
 def flops(setting: Setting) -> Flops:
     network, tokens = setting.network, setting.step_tokens
     layers = network.layers * _linear(setting) * tokens
-    adapters = network.layers * _adapters(setting) * tokens
+    adapters = _adapters(setting) * tokens
     attention = network.layers * 4 * setting.length * network.query * tokens
     output = 0 if setting.scores else 2 * network.hidden * network.vocabulary(setting.tensor) * tokens
     forward = layers + adapters + attention + output
     trained = 2 if setting.lora is None else 1  # products of a backward pass: of the inputs alone where frozen
     model = forward + trained * (layers + output) + 2 * (attention + adapters)
     again = attention // 2  # the scores, one of two products
-    if setting.fused_log_probs:
+    if not setting.holds_logits:
         again += output
     if setting.recompute_granularity == "selective":
         again += attention
     share = sum(recomputed_layers(setting, stage) for stage in range(setting.pipeline))
-    again += (layers + adapters + attention) * share // network.layers
+    of_layers = adapters - _output_adapter(setting) * tokens
+    again += (layers + of_layers + attention) * share // network.layers
+    if setting.lora is not None:  # the embedding is frozen: nobody asks for the gradient of the first layer's input
+        inputs, outputs = _widths(setting)["linear_qkv"]
+        model -= 2 * inputs * outputs * tokens
     mismatched = forward // setting.responses if setting.mismatched else 0
-    return Flops(model + mismatched, model + mismatched + again, forward if setting.reference else 0)
+    return Flops(model + mismatched, model + mismatched + again, forward, mismatched)
 
 
 def bubble(setting: Setting) -> float:
     """Share of a step in which a stage waits: (p - 1) / (v m + p - 1) with v chunks a stage (Narayanan et al. 2021)."""
     waits = setting.pipeline - 1
     return waits / (setting.virtual * setting.num_micro_batches + waits)
-
-
-def seconds(count: int, setting: Setting, *, peak_tflops: float, mfu: float) -> float:
-    """Time of so many model FLOPs on all ranks."""
-    return count / (setting.ranks * peak_tflops * 1e12 * mfu)
 
 
 def _linear(setting: Setting) -> int:
@@ -72,11 +76,23 @@ def _linear(setting: Setting) -> int:
 
 
 def _adapters(setting: Setting) -> int:
+    """FLOPs a token of all adapters, forward."""
     lora = setting.lora
     if lora is None:
         return 0
-    adapted = [sum(sides) for name, sides in _widths(setting).items() if is_target(name, lora)]
-    return sum(2 * lora.dim * sides for sides in adapted)
+    sides = {name: sum(widths) for name, widths in _widths(setting).items()}
+    found = 0
+    for stage in range(setting.pipeline):
+        for names, layers in setting.adapted(stage).items():
+            found += layers * sum(2 * lora.dim * sides[name] for name in names)
+    return found + _output_adapter(setting)
+
+
+def _output_adapter(setting: Setting) -> int:
+    lora, network = setting.lora, setting.network
+    if lora is None or not lora.adapts("output_layer"):
+        return 0
+    return 2 * lora.dim * (network.hidden + network.vocabulary(setting.tensor))
 
 
 def _widths(setting: Setting) -> dict[str, tuple[int, int]]:

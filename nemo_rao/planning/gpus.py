@@ -1,6 +1,8 @@
 """GPUs that a run may be planned for, and the FP8 recipes that GPUs have.
 
-Figures are those of NVIDIA's data sheets, for dense products, without sparsity.
+Figures are those of NVIDIA's data sheets, for dense products, without sparsity. Links are those of its DGX and HGX
+systems of 8 GPUs: NVLink, of which data sheets give both directions together, and one InfiniBand card a GPU, HDR
+(200 Gb/s) with A100, NDR (400 Gb/s) with the others.
 """
 
 from __future__ import annotations
@@ -16,23 +18,33 @@ NO_END: Capability = (1000, 0)
 
 @dataclass(frozen=True)
 class Gpu:
-    """Compute capability; memory in GiB, as the driver reports it; peak TFLOPS in bf16 and in fp32 (not TF32)."""
+    """A kind of GPU.
+
+    Attributes:
+        name: as it is printed.
+        capability: compute capability.
+        memory_gib: as the driver reports it.
+        bf16_tflops, fp32_tflops: peak, in bf16 and in fp32 (not TF32).
+        intra_node_gbs, inter_node_gbs: GB/s that it can send, by NVLink and by InfiniBand.
+    """
 
     name: str
     capability: Capability
     memory_gib: float
     bf16_tflops: float
     fp32_tflops: float
+    intra_node_gbs: float
+    inter_node_gbs: float
 
     def peak_tflops(self, param_bytes: int) -> float:
         return self.bf16_tflops if param_bytes == 2 else self.fp32_tflops
 
 
 GPUS = {
-    "a100": Gpu("A100 80 GB", (8, 0), 80.0, 312.0, 19.5),
-    "h100": Gpu("H100 SXM 80 GB", (9, 0), 79.6, 989.4, 66.9),
-    "h200": Gpu("H200 SXM 141 GB", (9, 0), 140.4, 989.4, 66.9),
-    "b200": Gpu("B200 180 GB", (10, 0), 179.1, 2250.0, 75.0),
+    "a100": Gpu("A100 80 GB", (8, 0), 80.0, 312.0, 19.5, 300.0, 25.0),
+    "h100": Gpu("H100 SXM 80 GB", (9, 0), 79.6, 989.4, 66.9, 450.0, 50.0),
+    "h200": Gpu("H200 SXM 141 GB", (9, 0), 140.4, 989.4, 66.9, 450.0, 50.0),
+    "b200": Gpu("B200 180 GB", (10, 0), 179.1, 2250.0, 75.0, 900.0, 50.0),
 }
 
 

@@ -2,13 +2,14 @@
 
 Left out (:mod:`nemo_rao.ops.linear_log_probs`): the hidden states, gathered where the sequence is split, their gradient
 in fp32, a few dozen bytes a token, and the workspace of the blocks. Whole: the logits in the weights' type, in the
-model's layout and in the one it returns, then their gradient, and a chunk in fp32.
+model's layout and in the one it returns, then their gradient, and a chunk in fp32. So with an adapter on the output
+layer, which adds logits of its own. A forward-only pass has no gradients.
 """
 
 from __future__ import annotations
 
 from nemo_rao.ops.workspace import CHUNK_BYTES, cell_and_side
-from nemo_rao.planning.activations import FP32, stream_tokens
+from nemo_rao.planning.activations import FP32, adapter_bytes, stream_tokens
 from nemo_rao.planning.setting import Setting
 
 _STATISTICS = 48  # bytes a token: places, targets, sums
@@ -20,13 +21,29 @@ def log_prob_bytes(setting: Setting) -> int:
     hidden = stream_tokens(setting) * network.hidden * b
     if setting.scores:
         return hidden
-    if setting.fused_log_probs:
+    if not setting.holds_logits:
         gathered = n * network.hidden * b if setting.sequence_parallel else 0
         # The tokens' gradient in fp32, and the one that is returned: fp32 before it is scattered over the ranks.
         gradients = n * network.hidden * (FP32 + (FP32 if setting.sequence_parallel else b))
         return hidden + gathered + gradients + n * _STATISTICS + _blocks(setting)
-    logits = whole_logits(setting)
-    return hidden + 2 * logits + min(CHUNK_BYTES, logits * FP32 // b) + n * _STATISTICS
+    logits, lora, held = whole_logits(setting), setting.lora, 2
+    if lora is not None and lora.adapts("output_layer"):
+        hidden += adapter_bytes(setting, lora, network.hidden, gathered=True)
+        held += 1
+    return hidden + held * logits + min(CHUNK_BYTES, logits * FP32 // b) + n * _STATISTICS
+
+
+def forward_log_prob_bytes(setting: Setting) -> int:
+    """Bytes at the peak of the last stage's log-probabilities in a forward-only pass."""
+    network, n, b = setting.network, setting.micro_batch_tokens, setting.param_bytes
+    hidden = stream_tokens(setting) * network.hidden * b
+    if setting.scores:
+        return hidden
+    if setting.holds_logits:
+        logits = whole_logits(setting)
+        return hidden + 2 * logits + min(CHUNK_BYTES, logits * FP32 // b) + n * _STATISTICS
+    gathered = n * network.hidden * b if setting.sequence_parallel else 0
+    return hidden + gathered + n * _STATISTICS + _blocks(setting)
 
 
 def _blocks(setting: Setting) -> int:

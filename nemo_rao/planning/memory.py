@@ -3,7 +3,10 @@
     states + micro-batches in flight x what each keeps + the larger of: log-probabilities; a layer's backward pass
 
 The last two never stand together: log-probabilities are done when the last layer's backward pass begins, and
-recomputation has not begun before. On a CPU the process shares the memory with its tensors, and is added.
+recomputation has not begun before. Where the reference pass has larger micro-batches, states and what one of these
+takes may be more than that. On a CPU the process shares the memory with its tensors, and is added.
+
+States are exact. The others are within ``UNCERTAINTY`` of those measured.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from dataclasses import dataclass
 
 from nemo_rao.planning import activations
 from nemo_rao.planning.buffers import stage_states
-from nemo_rao.planning.log_probs import log_prob_bytes
+from nemo_rao.planning.log_probs import forward_log_prob_bytes, log_prob_bytes
 from nemo_rao.planning.setting import Setting
+
+UNCERTAINTY = 0.1  # of activations and what comes with them; tests/planning/test_plan_activations.py
 
 PROCESS_BYTES = 3 * 2**28
 """Bytes of a rank's process on a CPU without tensors: PyTorch, Megatron and NeMo, imported (docs/planning.md)."""
@@ -30,6 +35,7 @@ class StageMemory:
         log_probs: at the loss, on the last stage.
         backward: of one layer's backward pass, recomputed activations included.
         process: of what is imported, on a CPU; 0 on GPUs.
+        reference: of a micro-batch of the reference pass, which keeps nothing for a backward pass.
     """
 
     weights: int
@@ -39,12 +45,22 @@ class StageMemory:
     activations: int
     log_probs: int
     backward: int
+    reference: int
     process: int
 
     @property
     def total(self) -> int:
-        states = self.weights + self.gradients + self.optimizer
-        return states + self.activations + max(self.log_probs, self.backward) + self.process
+        return self.weights + self.gradients + self.optimizer + self.passing + self.process
+
+    @property
+    def passing(self) -> int:
+        """What micro-batches take, beside the states."""
+        return max(self.activations + max(self.log_probs, self.backward), self.reference)
+
+    @property
+    def uncertainty(self) -> int:
+        """Bytes by which the total may be wrong."""
+        return int(UNCERTAINTY * self.passing)
 
 
 def stage_memory(setting: Setting, stage: int) -> StageMemory:
@@ -60,8 +76,15 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
         activations=-(-in_flight * kept // setting.virtual),
         log_probs=log_prob_bytes(setting) if stage == setting.pipeline - 1 else 0,
         backward=activations.recomputed_unit(setting, stage) + activations.layer_gradients(setting),
+        reference=_reference(setting.of_reference_pass(), stage) if setting.reference else 0,
         process=0 if setting.transformer_engine else PROCESS_BYTES,
     )
+
+
+def _reference(setting: Setting, stage: int) -> int:
+    """Bytes of a forward-only pass: a feed-forward part with its input and the residual stream, or the loss."""
+    found = activations.forward_layer(setting)
+    return max(found, forward_log_prob_bytes(setting)) if stage == setting.pipeline - 1 else found
 
 
 def memory(setting: Setting) -> list[StageMemory]:
@@ -72,3 +95,8 @@ def memory(setting: Setting) -> list[StageMemory]:
 def peak(setting: Setting) -> int:
     """Bytes of the rank that needs most."""
     return max(stage.total for stage in memory(setting))
+
+
+def upper_peak(setting: Setting) -> int:
+    """The same with the uncertainty of activations."""
+    return max(stage.total + stage.uncertainty for stage in memory(setting))

@@ -11,10 +11,9 @@ Adapters are NeMo's: ``linear_in`` and ``linear_out`` around a linear layer, who
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
-from nemo_rao.planning.setting import Lora, Setting
+from nemo_rao.planning.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,24 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
 
     def add_linear(name: str, inputs: int, outputs: int, *, row: bool, bias: bool, norm: bool = False) -> None:
         """A linear layer over the tensor-parallel ranks, by columns or by rows, with the norm that is fused into it."""
-        adapted = setting.lora is not None and is_target(name, setting.lora)
-        base = f"{name}.to_wrap" if adapted else name
+        base = wrapped(name)
         add(f"{base}.weight", inputs * outputs // tensor)
         if bias:
             add(f"{base}.bias", outputs if row else outputs // tensor)
         if norm:
             add_norm(f"{base}.layer_norm_", network.hidden)
-        if adapted and setting.lora is not None:
-            for part_name, width in (("linear_in", inputs), ("linear_out", outputs)):
-                size = width * setting.lora.dim // tensor
-                found.append(Parameter(f"{name}.adapter.{part_name}.weight", size, trained=True))
+        add_adapter(name, inputs, outputs)
+
+    def wrapped(name: str) -> str:
+        """The name of a linear layer's own parameters."""
+        return f"{name}.to_wrap" if setting.lora is not None and setting.lora.adapts(name) else name
+
+    def add_adapter(name: str, inputs: int, outputs: int) -> None:
+        if setting.lora is None or not setting.lora.adapts(name):
+            return
+        for part_name, width in (("linear_in", inputs), ("linear_out", outputs)):
+            size = width * setting.lora.dim // tensor
+            found.append(Parameter(f"{name}.adapter.{part_name}.weight", size, trained=True))
 
     def add_norm(prefix: str, width: int) -> None:
         add(f"{prefix}weight", width)
@@ -109,7 +115,8 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
         if not network.tied or several:
             # A reward model skips its output layer, which then has no gradient unless it is the embedding's copy.
             trained = not setting.scores or network.tied
-            add("output_layer.weight", part, trained=trained, shared=network.tied)
+            add(f"{wrapped('output_layer')}.weight", part, trained=trained, shared=network.tied)
+        add_adapter("output_layer", network.hidden, network.vocabulary(tensor))
         if setting.value_head:
             add("value_head.weight", network.hidden)
             add("value_head.bias", 1)
@@ -125,9 +132,3 @@ def model_parameters(setting: Setting) -> int:
         setting, network=unpadded, tensor=1, pipeline=1, virtual=1, context=1, expert=1, expert_tensor=1, lora=None
     )
     return sum(parameter.size for parameter in stage_parameters(whole, 0))
-
-
-def is_target(name: str, lora: Lora) -> bool:
-    """As NeMo matches: the layer's own name, or a pattern with ``*`` of its whole name."""
-    own = name.rpartition(".")[2]
-    return any(own == target or re.match("^" + target.replace("*", "(.*)") + "$", name) for target in lora.targets)

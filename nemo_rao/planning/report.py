@@ -4,54 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from nemo_rao.planning import activations
 from nemo_rao.planning.advise import Advice
 from nemo_rao.planning.buffers import stage_states
 from nemo_rao.planning.communication import communication
-from nemo_rao.planning.compute import bubble, flops, seconds
+from nemo_rao.planning.compute import bubble, flops
 from nemo_rao.planning.gpus import GIB
 from nemo_rao.planning.log_probs import whole_logits
-from nemo_rao.planning.memory import StageMemory, memory
+from nemo_rao.planning.machine import Machine
+from nemo_rao.planning.memory import UNCERTAINTY, StageMemory, memory, peak, upper_peak
 from nemo_rao.planning.parameters import model_parameters
 from nemo_rao.planning.setting import Setting
+from nemo_rao.planning.step_time import StepTime, step_time
+from nemo_rao.planning.whole_run import RunLength, reference_seconds, run_time
 
 COLUMNS = 6  # stages that are shown beside each other
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What the run is to fit on.
-
-    Attributes:
-        name: as it is printed.
-        memory_gib: of a GPU.
-        reserve_gib: kept free for the CUDA context, NCCL's buffers and fragmentation; not planned, assumed.
-        peak_tflops: of a GPU, in the run's number format.
-        mfu: share of it that is reached.
-    """
-
-    name: str
-    memory_gib: float
-    reserve_gib: float
-    peak_tflops: float
-    mfu: float
-
-    @property
-    def limit(self) -> int:
-        """Bytes that a plan may take."""
-        return int((self.memory_gib - self.reserve_gib) * GIB)
-
-
 def fits(setting: Setting, machine: Machine) -> bool:
-    return max(stage.total for stage in memory(setting)) <= machine.limit
+    return peak(setting) <= machine.limit
 
 
-def record(title: str, setting: Setting, machine: Machine, advice: Sequence[Advice]) -> dict[str, Any]:
-    """Everything in the table, in bytes, seconds and FLOPs, for another program."""
-    work = flops(setting)
+def fits_surely(setting: Setting, machine: Machine) -> bool:
+    """With the uncertainty of activations."""
+    return upper_peak(setting) <= machine.limit
+
+
+def record(
+    title: str, setting: Setting, machine: Machine, advice: Sequence[Advice], length: RunLength | None
+) -> dict[str, Any]:
+    """Everything in the table, in bytes, seconds and FLOPs, for another program.
+
+    Args:
+        length: of the whole run; ``None``: not known.
+    """
+    sent, work, time = communication(setting), flops(setting), step_time(setting, machine)
     stages = [
         {**dataclasses.asdict(stage), "total": stage.total, **dataclasses.asdict(stage_states(setting, number))}
         for number, stage in enumerate(memory(setting))
@@ -59,6 +48,9 @@ def record(title: str, setting: Setting, machine: Machine, advice: Sequence[Advi
     return {
         "run": title,
         "fits": fits(setting, machine),
+        "tight": fits(setting, machine) and not fits_surely(setting, machine),
+        "margin_bytes": machine.limit - peak(setting),
+        "uncertainty_bytes": upper_peak(setting) - peak(setting),
         "machine": {**dataclasses.asdict(machine), "limit_bytes": machine.limit},
         "setting": dataclasses.asdict(setting),
         "ranks": {
@@ -75,18 +67,32 @@ def record(title: str, setting: Setting, machine: Machine, advice: Sequence[Advi
         "memory_bytes": stages,
         "layer_activation_bytes": activations.layer_items(setting),
         "whole_logits_bytes": whole_logits(setting),
-        "communication_bytes": dataclasses.asdict(communication(setting)),
+        "communication_bytes": {**dataclasses.asdict(sent), "data": sent.data, "total": sent.total},
         "bubble": bubble(setting),
         "flops": dataclasses.asdict(work),
-        "seconds": _seconds(work.model, setting, machine),
-        "reference_seconds": _seconds(work.reference, setting, machine),
+        "seconds": time.total,
+        "seconds_of": dataclasses.asdict(time),
+        "mfu": _reached_mfu(setting, machine, time),
+        "reference_seconds": _reference_seconds(setting, machine),
+        "whole_run": None if length is None else _whole_run_record(length, setting, machine),
         "advice": [{"overrides": list(one.overrides), "bytes": one.bytes} for one in advice],
     }
 
 
-def table(title: str, setting: Setting, machine: Machine, advice: Sequence[Advice]) -> str:
-    """The plan for a terminal."""
+def _whole_run_record(length: RunLength, setting: Setting, machine: Machine) -> dict[str, Any]:
+    time = run_time(length, setting, machine)
+    return {
+        **dataclasses.asdict(length),
+        "seconds": time.total,
+        "seconds_of": dataclasses.asdict(time),
+        "gpu_hours": time.gpu_hours(setting),
+    }
+
+
+def table(title: str, setting: Setting, machine: Machine, advice: Sequence[Advice], length: RunLength | None) -> str:
+    """The plan for a terminal. See :func:`record`."""
     lines = [*_head(title, setting), "", *_memory(setting), "", *_work(setting, machine), ""]
+    lines += [*_whole_run(length, setting, machine), ""]
     return "\n".join([*lines, *_verdict(setting, machine, advice)]) + "\n"
 
 
@@ -149,6 +155,8 @@ def _memory(setting: Setting) -> Iterator[str]:
         ("a layer's backward pass *", [stages[n].backward for n in shown]),
         ("log-probabilities at the loss *", [stages[n].log_probs for n in shown]),
     ]
+    if any(stage.reference == stage.passing for stage in stages):
+        rows.append(("or a micro-batch of the reference **", [stages[n].reference for n in shown]))
     if not setting.transformer_engine:  # on a CPU
         rows.append(("process, without tensors", [stages[n].process for n in shown]))
     rows.append(("total", [stages[n].total for n in shown]))
@@ -157,45 +165,102 @@ def _memory(setting: Setting) -> Iterator[str]:
     held = ", ".join(str(stages[n].in_flight) for n in shown)
     what = "micro-batches" if setting.virtual == 1 else "chunks of micro-batches"
     yield f"  {what} in flight: {held}; * the larger of the two counts"
+    if any(stage.reference == stage.passing for stage in stages):
+        yield "  ** the reference pass takes more than the rows from activations on; the larger counts"
     logits = whole_logits(setting) / GIB
     if not setting.scores:
-        held = "are never held, and would take" if setting.fused_log_probs else "are held, and their gradient:"
+        held = "are held, and their gradient:" if setting.holds_logits else "are never held, and would take"
         yield f"  whole logits {held} {logits:.2f}"
 
 
 def _work(setting: Setting, machine: Machine) -> Iterator[str]:
-    sent, work = communication(setting), flops(setting)
+    sent, work, time = communication(setting), flops(setting), step_time(setting, machine)
     yield "a step"
-    parts = dataclasses.asdict(sent).items()
-    told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size)
-    yield _row("  sent by a rank", f"{sent.total / GIB:.2f} GiB" + (f": {told}" if told else ""))
-    yield _row("  pipeline bubble", f"{100 * bubble(setting):.1f} % of the step")
+    parts = {name: vars(sent)[name] for name in ("tensor", "context", "expert", "pipeline")}
+    parts |= {"data": sent.data, "embedding": sent.embedding}
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    yield _row("  sent by a rank", f"{sent.total / GIB:.2f} GiB" + (f": {shown}" if shown else ""))
     more = 100 * (work.executed / work.model - 1)
     yield _row("  FLOPs", f"{work.model:.3e}; {more:.0f} % more are executed, for what is computed again")
-    time = _seconds(work.model, setting, machine)
-    yield _row("  time", f"{time:.2f} s at MFU {machine.mfu:g} of {machine.peak_tflops:g} TFLOPS a GPU")
-    if work.reference:
-        extra = _seconds(work.reference, setting, machine)
+    yield _row("  computation", f"{time.compute:.2f} s at {machine.mfu:g} of {machine.peak_tflops:g} TFLOPS a GPU")
+    seconds = {name: vars(time)[name] for name in (*parts,)}
+    shown = ", ".join(f"{name} {size:.2f}" for name, size in seconds.items() if size >= 0.005)
+    yield _row("  communication", f"{time.communication:.2f} s" + (f": {shown}" if shown else "") + _hidden(time))
+    if sent.total:
+        yield _row(
+            "",
+            f"at {machine.link_efficiency:g} of {machine.intra_node_gbs:g} GB/s inside a node, "
+            f"{machine.inter_node_gbs:g} GB/s between nodes",
+        )
+    yield _row("  pipeline bubble", f"{time.bubble:.2f} s, {100 * bubble(setting):.1f} % of what micro-batches take")
+    yield _row("  time", f"{time.total:.2f} s, MFU {_reached_mfu(setting, machine, time):.2f}")
+    if setting.reference:
+        extra = _reference_seconds(setting, machine)
         yield _row("  reference pass", f"once over the data: {extra:.2f} s for as many prompts as a step has")
 
 
+def _hidden(time: StepTime) -> str:
+    return f"; {time.hidden:.2f} hidden" if time.hidden >= 0.005 else ""
+
+
+def _reached_mfu(setting: Setting, machine: Machine, time: StepTime) -> float:
+    """Model FLOPs over what the GPUs could do in the step's whole time."""
+    return flops(setting).model / (time.total * setting.ranks * machine.peak_tflops * 1e12)
+
+
+def _reference_seconds(setting: Setting, machine: Machine) -> float:
+    """For as many prompts as a step has."""
+    return reference_seconds(setting, machine, setting.global_batch_size) if setting.reference else 0.0
+
+
+def _whole_run(length: RunLength | None, setting: Setting, machine: Machine) -> Iterator[str]:
+    if length is None:
+        yield _row("the run", "its length is not known: give --prompts N, or trainer.max_steps")
+        return
+    time = run_time(length, setting, machine)
+    yield "the run"
+    prompts = "" if length.prompts is None else f", on {length.prompts:,} prompts"
+    yield _row("  steps", f"{length.steps:,} of {setting.global_batch_size} prompts{prompts}")
+    parts = {"training": time.training, "reference pass": time.reference, "validation": time.validation}
+    shown = ", ".join(f"{name} {_hours(seconds / 3600)}" for name, seconds in parts.items() if seconds)
+    yield _row("  hours", f"{_hours(time.total / 3600)}: {shown}")
+    yield _row("  GPU-hours", f"{_hours(time.gpu_hours(setting))} on {setting.ranks} GPU{'s' * (setting.ranks > 1)}")
+    if time.reference is None:
+        yield _row("", "without the reference pass: give --prompts N")
+    if time.validation is None:
+        yield _row("", "without validation: data.validation_path is not here")
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
+
+
 def _verdict(setting: Setting, machine: Machine, advice: Sequence[Advice]) -> Iterator[str]:
-    stages = memory(setting)
-    largest = max(range(len(stages)), key=lambda number: stages[number].total)
-    needed = stages[largest].total / GIB
-    room = f"{machine.memory_gib:g} GiB of {machine.name}, {machine.reserve_gib:g} GiB kept free"
+    needed, most, limit = (size / GIB for size in (peak(setting), upper_peak(setting), machine.limit))
+    room = f"  {machine.name}: {machine.memory_gib:g} GiB, of which {machine.reserve_gib:g} GiB are kept free"
+    percent = f"{100 * UNCERTAINTY:g} %"
     if fits(setting, machine):
-        yield f"fits: {needed:.2f} GiB at the peak, on {room}"
-        return
-    where = f" on stage {largest}" if len(stages) > 1 else ""
-    yield f"does not fit: {needed:.2f} GiB at the peak{where}, on {room}"
-    yield f"most of it: {_largest_part(stages[largest])}"
-    if not advice:
-        yield "no change of parallelism, recomputation or batch makes it fit; take larger or more GPUs"
-        return
-    yield "the nearest settings that fit; add one line to the command:"
+        tight = not fits_surely(setting, machine)
+        yield f"fits{', tightly' * tight}: {needed:.2f} GiB at the peak, {limit - needed:.2f} GiB to spare"
+        yield room
+        over = f", {most - limit:.2f} GiB too much" if tight else ""
+        yield f"  activations are known to within {percent}: the peak may be {most:.2f} GiB{over}"
+        if advice:
+            yield "the nearest settings that fit even so; add one line to the command:"
+    else:
+        stages = memory(setting)
+        largest = max(range(len(stages)), key=lambda number: stages[number].total)
+        where = f" on stage {largest}" if len(stages) > 1 else ""
+        yield f"does not fit: {needed:.2f} GiB at the peak{where}, {needed - limit:.2f} GiB too much"
+        yield room
+        yield f"  most of it: {_largest_part(stages[largest])}"
+        if advice:
+            yield "the nearest settings that fit; add one line to the command:"
+        else:
+            yield "no change of parallelism, recomputation or batch makes it fit; take larger or more GPUs"
     for one in advice:
-        yield f"  # {one.bytes / GIB:.2f} GiB, {seconds_of(one.setting, machine):.2f} s a step"
+        close = "" if fits_surely(one.setting, machine) else f"; tight, as activations are known to within {percent}"
+        yield f"  # {one.bytes / GIB:.2f} GiB, {step_time(one.setting, machine).total:.2f} s a step{close}"
         yield from _wrapped(one.overrides)
 
 
@@ -208,17 +273,10 @@ def _largest_part(stage: StageMemory) -> str:
         "log-probabilities": stage.log_probs,
         "a layer's backward pass": stage.backward,
         "the process without tensors": stage.process,
+        "the reference pass": stage.reference if stage.reference == stage.passing else 0,
     }
     name = max(parts, key=lambda part: parts[part])
     return f"{name}, {parts[name] / GIB:.2f} GiB"
-
-
-def seconds_of(setting: Setting, machine: Machine) -> float:
-    return _seconds(flops(setting).model, setting, machine)
-
-
-def _seconds(count: int, setting: Setting, machine: Machine) -> float:
-    return seconds(count, setting, peak_tflops=machine.peak_tflops, mfu=machine.mfu)
 
 
 def _wrapped(overrides: Sequence[str]) -> Iterator[str]:

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from nemo_rao.planning.network import Network
+
+# Linear layers of a transformer layer, by Megatron's names inside it.
+LINEAR_LAYERS = {
+    "linear_qkv": "self_attention.linear_qkv",
+    "linear_proj": "self_attention.linear_proj",
+    "linear_fc1": "mlp.linear_fc1",
+    "linear_fc2": "mlp.linear_fc2",
+}
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters: their rank, and the linear layers that get one."""
+    """Adapters: their rank, the linear layers that get one, and whether their inputs go through dropout."""
 
     dim: int
     targets: tuple[str, ...]
+    dropout: bool = False
+
+    def adapts(self, name: str) -> bool:
+        """As NeMo matches: the layer's own name, or a pattern with ``*`` of its whole name."""
+        own = name.rpartition(".")[2]
+        return any(own == target or re.match("^" + target.replace("*", "(.*)") + "$", name) for target in self.targets)
+
+    def adapted(self, number: int) -> frozenset[str]:
+        """Those of ``LINEAR_LAYERS`` that have adapters in a layer of this number."""
+        return _adapted(self, number)
+
+
+@functools.lru_cache(maxsize=4096)
+def _adapted(lora: Lora, number: int) -> frozenset[str]:
+    names = LINEAR_LAYERS.items()
+    return frozenset(name for name, inside in names if lora.adapts(f"decoder.layers.{number}.{inside}"))
 
 
 @dataclass(frozen=True)
@@ -28,14 +55,21 @@ class Setting:
         expert, expert_tensor: ranks that share the experts, and each of them; ``None``: as many as ``tensor``.
         micro_batch_size, global_batch_size: prompts.
         responses: of each prompt.
-        tokens_per_row: tokens of prompt and response, padding included.
+        tokens_per_row: tokens of prompt and response.
+        pad_to_multiple_of: tokens; what the recipe asks for.
+        part_multiple: tokens; each rank's part of a split sequence is a multiple of it, as 8-bit products need.
+        packed: a micro-batch is one sequence, padded once.
         param_bytes: of a weight or an activation, 2 (bf16) or 4 (fp32).
         grad_reduce_in_fp32: gradients are kept in fp32.
+        overlap_grad_reduce, overlap_param_gather: gradients are reduced during the backward pass, weights gathered
+            during the forward pass.
         lora: adapters alone are trained; ``None``: every weight.
         lora_offered: those that advice may propose.
         workspace_bytes: of the log-probabilities' blocks.
         value_head, scores: heads on the last stage (:mod:`nemo_rao.mcore.heads`).
         reference: log-probabilities of the reference policy are computed, once.
+        reference_micro_batch_size: prompts of that pass; ``None``: ``micro_batch_size``.
+        reference_in_a_row: micro-batches of that pass between two writes, after which the pipeline is filled anew.
         mismatched: each step has a forward pass over one more response of each prompt.
         transformer_engine: its fused layers run, as on GPUs; else PyTorch's own, as on a CPU.
     """
@@ -54,10 +88,14 @@ class Setting:
     global_batch_size: int
     responses: int
     tokens_per_row: int
+    pad_to_multiple_of: int
+    part_multiple: int
+    packed: bool
     param_bytes: int
     grad_reduce_in_fp32: bool
     use_distributed_optimizer: bool
     overlap_grad_reduce: bool
+    overlap_param_gather: bool
     recompute_granularity: str | None
     recompute_method: str
     recompute_num_layers: int
@@ -68,6 +106,8 @@ class Setting:
     value_head: bool
     scores: int
     reference: bool
+    reference_micro_batch_size: int | None
+    reference_in_a_row: int
     mismatched: bool
     transformer_engine: bool
 
@@ -102,10 +142,20 @@ class Setting:
 
     @property
     def length(self) -> int:
-        """T: tokens of a row, with the padding that splitting a sequence needs."""
+        """Tokens of a row that attend to each other, with the row's own padding, of which packed rows have none."""
+        return self.tokens_per_row if self.packed else self._padded(self.tokens_per_row)
+
+    def _padded(self, tokens: int) -> int:
+        """Rounded up as a run does (``nemo_rao.integration.build.pad_multiple``)."""
         split = self.context * (self.tensor if self.sequence_parallel else 1)
-        multiple = math.lcm(split, 2 * self.context) if self.context > 1 else split
-        return -(-self.tokens_per_row // multiple) * multiple
+        chunks = 2 * self.context if self.context > 1 else 1
+        multiple = math.lcm(self.pad_to_multiple_of, self.part_multiple * split, chunks)
+        return -(-tokens // multiple) * multiple
+
+    @property
+    def sequence(self) -> int:
+        """T of the model's tensors on a context-parallel rank."""
+        return self.micro_batch_tokens if self.packed else self.length // self.context
 
     @property
     def rows(self) -> int:
@@ -115,12 +165,32 @@ class Setting:
     @property
     def micro_batch_tokens(self) -> int:
         """Of a micro-batch, those that a context-parallel rank computes."""
-        return self.rows * self.length // self.context
+        tokens = self._padded(self.rows * self.tokens_per_row) if self.packed else self.rows * self.length
+        return tokens // self.context
 
     @property
     def step_tokens(self) -> int:
         """Tokens of a global batch."""
-        return self.global_batch_size * self.responses * self.length
+        return self.num_micro_batches * self.data * self.context * self.micro_batch_tokens
+
+    def adapted(self, stage: int) -> Counter[frozenset[str]]:
+        """Those of ``LINEAR_LAYERS`` that have adapters in a layer -> the stage's layers of which that is so."""
+        found: Counter[frozenset[str]] = Counter()
+        for chunk in range(self.virtual):
+            layers = self.layers_of_chunk(stage, chunk)  # each chunk numbers its own
+            found.update(frozenset() if self.lora is None else self.lora.adapted(number) for number in range(layers))
+        return found
+
+    @property
+    def holds_logits(self) -> bool:
+        """Log-probabilities are computed from whole logits: an adapter on the output layer adds its part to these."""
+        adapted = self.lora is not None and self.lora.adapts("output_layer")
+        return not self.scores and (adapted or not self.fused_log_probs)
+
+    def of_reference_pass(self) -> Setting:
+        """The setting with the reference pass's micro-batches, before adapters are added."""
+        size = self.reference_micro_batch_size or self.micro_batch_size
+        return replace(self, micro_batch_size=size, lora=None)
 
     def layers_of_chunk(self, stage: int, chunk: int) -> int:
         """Layers of one of a stage's parts of the model, of which there are ``virtual``."""

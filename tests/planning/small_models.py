@@ -12,6 +12,7 @@ from torch import Tensor
 from nemo_rao.integration.config import RunConfig
 
 from ..mcore.tiny import Layout, enter
+from .meta_models import add_adapters
 
 aten = torch.ops.aten
 
@@ -55,7 +56,7 @@ def _model(config: RunConfig, tokens: int) -> Any:
     from nemo_rao.integration import build
     from nemo_rao.mcore.layer_spec import layer_spec_without_te
     from nemo_rao.mcore.loss import configure_loss_scaling
-    from nemo_rao.mcore.output_layer import fuse_output_layer
+    from nemo_rao.mcore.output_layer import fuse_output_layer, unfuse_adapted_output_layer
 
     made, keys = build.model_config(config), config.model
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.params]
@@ -69,6 +70,9 @@ def _model(config: RunConfig, tokens: int) -> Any:
     model = made.configure_model(SimpleNamespace(vocab_size=tokens)).to(dtype).train()
     if keys.fused_log_probs:
         fuse_output_layer(model)
+    if (adapt := build.lora(config)) is not None:
+        add_adapters(adapt, model)
+        unfuse_adapted_output_layer(model.to(dtype))
     return model
 
 

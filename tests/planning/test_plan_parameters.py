@@ -119,6 +119,27 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "gpt_rao",
         (*MIXTURE, *parallel(1, 1, 4), *experts(2), "model.optim.use_distributed_optimizer=false"),
     ),
+    "adapter on the output layer": (
+        "gpt_rao",
+        (
+            *TINY,
+            *parallel(2, 2, 4),
+            "model.peft.scheme=lora",
+            "model.restore_from_path=x",
+            "model.peft.lora.target_modules=[linear_proj,output_layer]",
+        ),
+    ),
+    "adapter on a tied output layer": (
+        "gpt_rao",
+        (
+            *TINY,
+            *parallel(1, 1, 2),
+            "model.arch.share_embeddings_and_output_weights=true",
+            "model.peft.scheme=lora",
+            "model.restore_from_path=x",
+            "model.peft.lora.target_modules=[output_layer]",
+        ),
+    ),
     "adapters by pattern": (
         "gpt_rao",
         (

@@ -30,7 +30,7 @@ STRANGE = "a b'c\"d$(touch pwned)`touch pwned`;#&|\\*"
 
 def job(*names: str, dependency: str | None = None) -> Job:
     runs = [RunFolder(Path("/runs") / name, Path("/inside") / name) for name in names or ("run",)]
-    return Job("name", runs, 2, 4, Path("/work/it's here"), "/runs/job-%j.log", dependency, "python", ())
+    return Job("name", runs, "recipe-1a2b", 2, 4, Path("/work/it's here"), "/runs/job-%j.log", dependency, "python", ())
 
 
 CLUSTERS = {
@@ -206,6 +206,7 @@ def refused(
         ("partition: a\n", ("--dependency", "afterok;17"), ("--dependency afterok;17", "afterok:17")),
         ("scheduler: local\n", ("--dependency", "afterok:17"), ("--dependency afterok:17", "cluster=NAME")),
         ("partition: a\n", ("-m", "trainer.devices=1,2"), ("trainer.devices=2", "launch them apart")),
+        ("partition: a\n", ("model=llama3_8b", "trainer.devices=8"), ("random weights", "allow_random_weights=true")),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_submitted(
@@ -213,6 +214,25 @@ def test_a_mistake_is_told_before_anything_is_submitted(
 ) -> None:
     message = refused(*arguments, cluster=cluster)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("data.train_path", "/tmp"),
+        ("data.validation_path", "../held_out.jsonl"),
+        ("data.tokenizer", "~/tokenizer"),
+        ("model.restore_from_path", "/tmp"),
+        ("reference.cache_dir", "/tmp"),
+    ],
+)
+def test_paths_that_no_task_would_see_are_refused(
+    refused: Callable[..., str], data: tuple[str, ...], key: str, path: str
+) -> None:
+    files = Path(data[0].partition("=")[2]).parent
+    cluster = f"partition: a\ncontainer: some#image\nmounts: ['{files}']\n"
+    message = refused(f"{key}={path}", cluster=cluster)
+    assert f"{key}={path}: in no folder that the container sees; add it to cluster.mounts" in message
 
 
 def test_an_unknown_cluster_is_refused_with_the_nearest(refused: Callable[..., str]) -> None:
@@ -249,7 +269,8 @@ def trained(data: tuple[str, ...], tmp_path: Path) -> Path:
 
 def test_a_resume_with_another_model_is_refused(refused: Callable[..., str], trained: Path) -> None:
     message = refused("model.arch.hidden_size=96")
-    assert "model.arch.hidden_size=96" in message and "step=40-last" in message and "exp_manager.name" in message
+    assert "model.arch.hidden_size from 128 to 96" in message and "step=40-last" in message
+    assert "another exp_manager.name" in message and "resume_with_changes" not in message
 
 
 def test_a_resume_that_shares_experts_otherwise_is_refused(refused: Callable[..., str], trained: Path) -> None:
@@ -269,7 +290,13 @@ def test_a_resume_under_another_parallelism_is_allowed_and_said(
     assert main(["launch", "cluster=slurm", "cluster.partition=a", "--dry-run", *data, *split]) == 0
     said, error = capfd.readouterr()
     assert not error
-    assert "continues from" in said and "TP 1 x PP 1 x DP 1, continued under TP 2 x PP 1 x DP 1" in said
+    assert "continues from" in said and "model.tensor_model_parallel_size 1 -> 2" in said
+    assert "numbers agree to rounding, not bit for bit" in said
+
+
+def test_a_resume_with_other_settings_is_refused(refused: Callable[..., str], trained: Path) -> None:
+    message = refused("model.optim.lr=3e-9")
+    assert "model.optim.lr from" in message and "to 3e-09" in message and "resume_with_changes=true" in message
 
 
 def test_paths_of_a_recipe_are_those_inside_a_container(

@@ -117,7 +117,8 @@ def test_what_users_give_reaches_tasks_as_it_is_and_ranks_find_each_other(
     for rank in range(4):
         noted = job.noted(1, rank)
         assert noted["folder"] == str(folder)
-        recipe = ["--config-dir", str(job.run / "slurm"), "--config-name", "recipe"]
+        (written,) = (job.run / "slurm").glob("recipe-*.yaml")
+        recipe = ["--config-dir", str(job.run / "slurm"), "--config-name", written.stem]
         assert noted["arguments"] == ["-m", "nemo_rao", "train", *recipe]
         found = noted["environment"]
         assert (found["NAME"], found["NCCL_DEBUG"], found["MASTER_ADDR"]) == (STRANGE, "INFO", "node1")
@@ -136,7 +137,8 @@ def test_a_sweep_is_a_job_array(lab: Lab, data: tuple[str, ...], tmp_path: Path)
         path = run / f"slurm/job-{job.job}_{element}/noted-0-0"
         until(path.exists, lambda path=path: f"no {path}")
         assert json.loads(path.read_text())["arguments"][4] == str(run / "slurm")
-        assert f"beta: 0.{element + 1}" in (run / "slurm/recipe.yaml").read_text()
+        (recipe,) = (run / "slurm").glob("recipe-*.yaml")
+        assert f"beta: 0.{element + 1}" in recipe.read_text()
     told = subprocess.run(
         [sys.executable, "-m", "nemo_rao", "status", *map(str, runs)],
         env=lab.environment,

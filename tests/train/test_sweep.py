@@ -96,7 +96,7 @@ def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     monkeypatch.setattr("nemo_rao.integration.prepare.select_device", lambda config: None)
     data = PreferenceData([])
     monkeypatch.setattr("nemo_rao.integration.prepare.load_data", lambda config: LoadedData(data, None, 300))
-    monkeypatch.setattr("nemo_rao.integration.prepare.steps_per_epoch", lambda *_: 10)
+    monkeypatch.setattr("nemo_rao.integration.derived.steps_per_epoch", lambda *_: 10)
 
     def run(train: Train, *overrides: str) -> int:
         monkeypatch.setattr("nemo_rao.integration.train.train", train)

@@ -1,0 +1,87 @@
+"""A whole run: its steps, the reference pass before them and the validations between them, in hours and GPU-hours.
+
+Not counted: reading and tokenising data, building the model, checkpoints, and what a cluster takes to start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_rao.planning.machine import Machine
+from nemo_rao.planning.setting import Setting
+from nemo_rao.planning.step_time import forward_seconds, step_time
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is.
+
+    Attributes:
+        steps: optimizer steps.
+        prompts: of the training data that is used; ``None``: not known, and the reference pass is then left out.
+        validation_prompts: of the validation data; ``None``: there is some, and its size is not known; both its
+            validations and its part of the reference pass are then left out.
+        validations: how often it is evaluated.
+    """
+
+    steps: int
+    prompts: int | None
+    validation_prompts: int | None
+    validations: int
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """Seconds of a run's parts; ``None`` for one whose size is not known, which no sum has."""
+
+    training: float
+    reference: float | None
+    validation: float | None
+
+    @property
+    def total(self) -> float:
+        return self.training + (self.reference or 0.0) + (self.validation or 0.0)
+
+    def gpu_hours(self, setting: Setting) -> float:
+        return self.total / 3600 * setting.ranks
+
+
+def num_validations(steps: int, interval: int) -> int:
+    """Of a run with validation data: before the first step, at every interval, and at the end."""
+    return 1 + steps // interval + (steps % interval > 0)
+
+
+def run_time(length: RunLength, setting: Setting, machine: Machine) -> RunTime:
+    validation: float | None = None
+    if length.validation_prompts is not None:
+        once = _scoring(setting, machine, length.validation_prompts, mismatched=setting.mismatched)
+        validation = length.validations * once
+    return RunTime(
+        training=length.steps * step_time(setting, machine).total,
+        reference=_reference(length, setting, machine),
+        validation=validation,
+    )
+
+
+def reference_seconds(setting: Setting, machine: Machine, prompts: int) -> float:
+    """Of the reference pass over so many prompts, and over their mismatched responses where the objective has them."""
+    passing = setting.of_reference_pass()
+    return _scoring(passing, machine, prompts, mismatched=setting.mismatched, in_a_row=setting.reference_in_a_row)
+
+
+def _reference(length: RunLength, setting: Setting, machine: Machine) -> float | None:
+    if not setting.reference:
+        return 0.0
+    if length.prompts is None:
+        return None
+    both = (length.prompts, length.validation_prompts or 0)
+    return sum(reference_seconds(setting, machine, prompts) for prompts in both)
+
+
+def _scoring(
+    setting: Setting, machine: Machine, prompts: int, *, mismatched: bool, in_a_row: int | None = None
+) -> float:
+    found = forward_seconds(setting, machine, prompts=prompts, in_a_row=in_a_row)
+    if mismatched:
+        found += forward_seconds(setting, machine, prompts=prompts, responses=1, in_a_row=in_a_row)
+    return found
