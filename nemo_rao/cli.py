@@ -13,6 +13,7 @@ from nemo_rao import __version__
 from nemo_rao.commands import about, models, rewards, training
 from nemo_rao.commands.parser import Command, Parser
 from nemo_rao.errors import RankFailure, UserError, did_you_mean, report
+from nemo_rao.malloc import ask_for_huge_pages
 from nemo_rao.other_names import command_hint
 
 COMMANDS: dict[str, Command] = {
@@ -37,6 +38,7 @@ def command_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
+    ask_for_huge_pages()
     try:
         given = command_parser().parse_args(argv)
         command = _command(given.command)

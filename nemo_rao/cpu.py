@@ -2,8 +2,8 @@
 
 Megatron-core and NeMo address "the current CUDA device" directly. On a machine without one, :func:`install_if_needed`
 makes that device the CPU: it rewrites device arguments, gives ``torch.cuda`` the few calls that are made
-unconditionally, and switches off the fusions that only Transformer Engine or apex provide. Training then runs
-megatron-core's real model, schedules, DDP, optimizer and checkpoints over gloo.
+unconditionally, hides Transformer Engine and apex from Megatron, and switches off the fusions that only these provide.
+Training then runs megatron-core's real model, schedules, DDP, optimizer and checkpoints over gloo.
 
 Entry points call :func:`install_if_needed` before they import NeMo; no other module imports this one. Nothing is
 changed where CUDA exists.
@@ -14,12 +14,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import queue
+import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from nemo_rao.errors import UserError
+from nemo_rao.gpus import has_gpu
+from nemo_rao.malloc import map_large_blocks
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -30,12 +36,17 @@ def install_if_needed() -> bool:
     """Make Megatron run on the CPU if this machine has no CUDA device. Returns whether it does.
 
     Safe to call more than once. The caller tells the user (:data:`NOTICE`), once nothing is left to refuse.
+
+    Raises:
+        UserError: Megatron was imported before, with packages that need a GPU.
     """
     global _installed
     if _installed:
         return True
-    if torch.cuda.is_available():
+    if has_gpu():
         return False
+    _hide_gpu_packages()
+    map_large_blocks()
     _redirect_devices()
     _supply_torch_cuda()
     _patch_megatron()
@@ -91,6 +102,25 @@ class _Stream:
         return event or self  # to be waited for, which is no wait
 
 
+class _Event:
+    """An event that has already happened: computing on a CPU returns when it is done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seconds = time.perf_counter()
+
+    def record(self, stream: Any = None) -> None:
+        self._seconds = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end_event: _Event) -> float:
+        """Milliseconds from this event's record to the other's."""
+        return 1000 * (end_event._seconds - self._seconds)
+
+
 @contextlib.contextmanager
 def _stream_context(stream: Any = None) -> Iterator[Any]:
     yield stream
@@ -107,6 +137,17 @@ def _supply_torch_cuda() -> None:
     cuda.set_device = lambda device: None
     # NeMo seeds Megatron's random number tracker only where at least one device exists.
     cuda.device_count = lambda: 1  # type: ignore[assignment]
+    # Nothing else may take that device for real. In a build with CUDA that finds no driver, is_available() follows
+    # device_count() where PYTORCH_NVML_BASED_CUDA_CHECK is set, as Lightning does; others ask is_available(), such as
+    # is_bf16_supported() and torch.accelerator, or imported it by name, and then ask for the device's properties.
+    cuda._is_compiled = lambda: False
+    cuda.is_available = lambda: False
+    cuda.Event = _Event  # type: ignore[misc,assignment]
+    # memory_allocated() and its like are 0 where CUDA is not initialized; only setting them back would ask the driver.
+    for name in ("reset_peak_memory_stats", "reset_accumulated_memory_stats"):
+        setattr(cuda, name, _do_nothing)
+        setattr(cuda.memory, name, _do_nothing)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = _do_nothing  # type: ignore[assignment]
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)
     cuda.manual_seed = cuda.random.manual_seed = _seed_cpu
@@ -114,6 +155,26 @@ def _supply_torch_cuda() -> None:
 
 def _seed_cpu(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+# Megatron and NeMo take the kernels of these where they can be imported, with a GPU or without.
+_GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+
+
+def _hide_gpu_packages() -> None:
+    """Let imports of the packages fail, and searches for them find nothing, from here on."""
+    loaded = [name for name, module in sys.modules.items() if name.split(".")[0] in _GPU_PACKAGES and module]
+    if loaded and "megatron.core" in sys.modules:
+        raise UserError(
+            f"Megatron was imported with {loaded[0].split('.')[0]}, which needs a GPU, and there is none; start with "
+            "`nemo-rao train`, or call nemo_rao.cpu.install_if_needed() before anything imports Megatron or NeMo"
+        )
+    for name in loaded:
+        del sys.modules[name]
+    sys.modules.update(dict.fromkeys(_GPU_PACKAGES))  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------------- Megatron

@@ -17,20 +17,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch": set(),
     "files": {"errors"},
     "part_file": {"errors", "files"},
-    "cpu": set(),
+    "progress": set(),
+    "gpus": set(),
+    "malloc": set(),
+    "cpu": {"errors", "gpus", "malloc"},
     "planning": {"errors", "ops"},  # of the operations, what they hold at a time
     "data": FOUNDATION,
     "ops": FOUNDATION,
     "objectives": FOUNDATION,
     "mcore": FOUNDATION | {"data", "ops", "objectives"},
-    "generation": FOUNDATION | {"data"},
-    "scoring": FOUNDATION | {"data", "generation"},  # a judge may be a model that generates here
-    "integration": FOUNDATION | {"data", "ops", "objectives", "mcore", "cpu", "scoring", "planning"},
+    "generation": FOUNDATION | {"data", "progress"},
+    "scoring": FOUNDATION | {"data", "generation", "progress"},  # a judge may be a model that generates here
+    "integration": FOUNDATION
+    | {"data", "ops", "objectives", "mcore", "cpu", "gpus", "progress", "scoring", "planning"},
     "hugging_face": FOUNDATION | {"data", "mcore", "integration"},
     "cluster": FOUNDATION | {"integration"},
     "doctor": FOUNDATION | {"integration", "planning"},  # the latter in processes of their own
     "commands": {"errors", "other_names", "cluster", "doctor", "generation", "hugging_face", "integration", "scoring"},
-    "cli": {"errors", "other_names", "commands"},
+    "cli": {"errors", "other_names", "commands", "malloc"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -57,6 +61,7 @@ HEAVY: dict[str, set[str]] = {
         "mcore",
         "integration",
         "cpu",
+        "gpus",
     },
 }
 

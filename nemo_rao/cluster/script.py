@@ -35,7 +35,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "PYTHONFAULTHANDLER": "1",  # a rank that is killed says where it stood
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_MININTERVAL": "30",  # seconds: progress in a file
+    "TQDM_MININTERVAL": "30",  # seconds: other packages' progress in a file
 }
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")  # of a launcher around launch
 _OURS = frozenset(

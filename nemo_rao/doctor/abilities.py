@@ -113,16 +113,20 @@ def _ranks(facts: Facts) -> Iterator[Ability]:
 
 def _with_transformer_engine(facts: Facts) -> Iterator[Ability]:
     engine, apex = facts.probes["transformer-engine"], facts.probes["apex"]
-    if engine.works or (apex.works and not facts.other_apex):
+    unused = "Transformer Engine is not used without a GPU" if engine.installed and not facts.gpus else ""
+    if not facts.gpus:
+        yield Ability("fused optimizer", False, f"{unused or 'needs a GPU'}; torch's own Adam runs instead")
+    elif engine.works or (apex.works and not facts.other_apex):
         yield Ability("fused optimizer", True, "Transformer Engine's" if engine.works else "apex's")
     else:
         reason = f"Transformer Engine {engine.error}, apex {_apex_error(facts)}"
         yield Ability("fused optimizer", False, f"{reason}; torch's own Adam runs instead")
-    yield Ability(
-        "prefix sharing",
-        not engine.installed,
-        "not with Transformer Engine's attention; data.packing=true packs rows there" if engine.installed else "",
-    )
+    if engine.installed and facts.gpus:
+        yield Ability(
+            "prefix sharing", False, "not with Transformer Engine's attention; data.packing=true packs rows there"
+        )
+    else:
+        yield Ability("prefix sharing", True, unused)
     missing = no_gpu(facts) or (None if engine.works else f"Transformer Engine {engine.error}")
     for name, recipe in FP8_RECIPES.items():
         lacking = [one for one in _capabilities(facts) if not recipe.runs_on(one)]

@@ -11,11 +11,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from tqdm import tqdm
 
 from nemo_rao.mcore.calibration import calibrate
 from nemo_rao.mcore.mismatched import mean_log_ratio
 from nemo_rao.mcore.seeds import seed_step
+from nemo_rao.progress import Progress
 
 
 def model_chunks(trainer: pl.Trainer) -> list[Any]:
@@ -109,45 +109,24 @@ class MismatchedPass(pl.Callback):
             chunk.mismatched_log_ratio = log_ratio
 
 
-class progress_bar:
-    """``with progress_bar(...) as show: show(done, total)``; silent where ``visible`` is false."""
-
-    def __init__(self, label: str, visible: bool) -> None:
-        self._bar = tqdm(desc=label, unit="prompt", disable=not visible, dynamic_ncols=True)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._show
-
-    def _show(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
-class Progress(pl.Callback):
-    """A bar on rank 0. It shows numbers that are already reduced: no rank takes part in a collective alone."""
+class ShowProgress(pl.Callback):
+    """Shows steps on rank 0, with metrics that are already reduced: no rank takes part in a collective alone."""
 
     shown = ("loss", "rao/target_error", "rewards/margins", "rewards/accuracies", "tokens_per_second")
 
-    def __init__(self) -> None:
-        self._bar: Any = None
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bar = tqdm(
-            desc=pl_module.objective.name,
-            total=trainer.max_steps,
-            initial=trainer.global_step,
+        self._progress = Progress(
+            pl_module.objective.name,
             unit="step",
-            disable=not trainer.is_global_zero,
-            dynamic_ncols=True,
-        )
+            total=trainer.max_steps,
+            done=trainer.global_step,
+            shown=trainer.is_global_zero,
+        ).__enter__()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        metrics = trainer.callback_metrics
-        self._bar.set_postfix({name: f"{float(metrics[name]):.4g}" for name in self.shown if name in metrics})
-        self._bar.update(trainer.global_step - self._bar.n)
+        of_step = trainer.callback_metrics
+        metrics = {name: float(of_step[name]) for name in self.shown if name in of_step}
+        self._progress.update(trainer.global_step, metrics=metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bar.close()
+        self._progress.__exit__(None, None, None)

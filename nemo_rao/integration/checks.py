@@ -4,12 +4,12 @@ Ranges of single keys are checked where the config is made; here are the rules t
 machine together. Nothing is written. A :class:`UserError` names the key, its value, and what to change.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 
 from nemo_rao.data.rows import expand_paths
 from nemo_rao.errors import UserError
+from nemo_rao.gpus import transformer_engine_is_used
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import data_parallel_size, objective_config, parallel_multiple, run_dir, world_size
 from nemo_rao.integration.lora_targets import check_targets
@@ -217,20 +217,17 @@ def _check_recompute(config: RunConfig) -> None:
 
 
 def _check_layout(config: RunConfig) -> None:
-    if config.data.prefix_sharing and _have_transformer_engine():
+    if config.data.prefix_sharing and transformer_engine_is_used(config.trainer.accelerator):
         raise UserError(
             "data.prefix_sharing=true: Transformer Engine's attention cannot share a prompt between responses; set it "
             "to false (data.packing=true packs rows there)"
         )
-    if config.data.packing and config.model.context_parallel_size > 1 and _have_transformer_engine():
+    split = config.data.packing and config.model.context_parallel_size > 1
+    if split and transformer_engine_is_used(config.trainer.accelerator):
         raise UserError(
             f"data.packing=true with model.context_parallel_size={config.model.context_parallel_size}: Transformer "
             "Engine splits each packed row by itself, which is not supported yet; set one of them to its default"
         )
-
-
-def _have_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def _check_optimizer(config: RunConfig) -> None:

@@ -15,6 +15,7 @@ from nemo.lightning.pytorch.optim import OptimizerModule
 from torch import Tensor, nn
 
 from nemo_rao.batch import MicroBatch, ModelOutput
+from nemo_rao.gpus import transformer_engine_is_used
 from nemo_rao.mcore.first_step import LogRatios
 from nemo_rao.mcore.forward import forward_step, to_device, unwrapped
 from nemo_rao.mcore.fp8_simulation import Fp8Simulation, keep_scales_up_to_date, layer_spec_with_simulated_fp8
@@ -23,13 +24,6 @@ from nemo_rao.mcore.layer_spec import NormColumnParallelLinear, layer_spec_witho
 from nemo_rao.mcore.loss import LOSS, configure_loss_scaling, for_schedule, micro_batch_loss
 from nemo_rao.mcore.output_layer import fuse_output_layer
 from nemo_rao.objectives import registry
-
-try:
-    import transformer_engine  # noqa: F401
-
-    HAVE_TRANSFORMER_ENGINE = True
-except ImportError:
-    HAVE_TRANSFORMER_ENGINE = False
 
 # Before megatron-core 0.15 the wrapper that casts inputs to 16 bits always casts the logits to a second, fp32 copy.
 _TAKES_FP32_OUTPUT = "fp32_output" in inspect.signature(Float16Module.forward).parameters
@@ -42,8 +36,8 @@ class MegatronGPTAlignmentModel(GPTModel):
     objective. Gradients are those of the mean over the global batch's prompts, however it is split.
 
     Args:
-        config: a NeMo GPT config (Llama, Qwen2, Mistral, ...). Its loss scaling is set; without Transformer Engine its
-            layer spec is replaced by one with the same parameter names.
+        config: a NeMo GPT config (Llama, Qwen2, Mistral, ...). Its loss scaling is set; where Transformer Engine is
+            not used, its layer spec is replaced by one with the same parameter names.
         objective: a name of :mod:`nemo_rao.objectives.registry`.
         objective_config: the objective's keys; every key may be left out. ``log_z0: auto`` must be resolved already.
         optim: NeMo optimizer module.
@@ -75,10 +69,10 @@ class MegatronGPTAlignmentModel(GPTModel):
     ) -> None:
         configure_loss_scaling(config)
         if fp8_simulation is not None:
-            assert not HAVE_TRANSFORMER_ENGINE, "its layers cast themselves"
+            assert not transformer_engine_is_used(), "its layers cast themselves"
             simulation = Fp8Simulation(**fp8_simulation)
             config.transformer_layer_spec = functools.partial(layer_spec_with_simulated_fp8, simulation=simulation)
-        elif not HAVE_TRANSFORMER_ENGINE:
+        elif not transformer_engine_is_used():
             config.transformer_layer_spec = layer_spec_without_te
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
         self.objective = registry.get(objective)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import subprocess
 
 from nemo_rao.errors import UserError
+from nemo_rao.gpus import transformer_engine_is_used
 from nemo_rao.integration.config import PrecisionConfig, RunConfig
 from nemo_rao.integration.derived import parallel_multiple
 from nemo_rao.planning.gpus import FP8_RECIPES, GPUS, Capability
@@ -102,10 +102,10 @@ def _check_simulation(config: RunConfig) -> None:
                 "precision=bf16_mixed, or precision.fp8_simulation=true to study the accuracy"
             )
         return
-    if importlib.util.find_spec("transformer_engine") is not None:
+    if transformer_engine_is_used(config.trainer.accelerator):
         raise UserError(
             "precision.fp8_simulation=true: Transformer Engine is installed here, whose layers compute in 8 bits "
-            "themselves; set it to false"
+            "themselves; set it to false, or trainer.accelerator=cpu"
         )
     if keys.fp8_param_gather:
         raise UserError("precision.fp8_param_gather=true: a simulation keeps weights in bf16; set it to false")
@@ -211,7 +211,7 @@ def check_gpus_present(config: RunConfig) -> None:
         return
     for capability in capabilities_present():
         check_capability(config, capability, "a GPU of this machine")
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not transformer_engine_is_used():
         raise UserError(
             f"{FP8}={keys.fp8} needs Transformer Engine, which is not installed; use NVIDIA's container, or choose "
             "precision=bf16_mixed"

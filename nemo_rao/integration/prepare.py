@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nemo_rao import cpu
 from nemo_rao.data.cache import DataCache
@@ -20,6 +19,7 @@ from nemo_rao.data.dataset import load_preferences, mismatched
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
+from nemo_rao.gpus import has_gpu
 from nemo_rao.integration.adapter_checkpoints import base_on_resume, check_resumed_adapters, check_scheme
 from nemo_rao.integration.checkpoints import check_checkpoint, last_checkpoint
 from nemo_rao.integration.checks import check_architecture
@@ -47,6 +47,7 @@ from nemo_rao.integration.precision_checks import FP8, check_gpus_present
 from nemo_rao.integration.starting import FITTING, check_tokenizer
 from nemo_rao.integration.talk import is_first_rank, quiet_imports, say
 from nemo_rao.objectives import registry
+from nemo_rao.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,9 @@ def select_device(config: RunConfig) -> None:
     """
     if config.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Asks the driver without initialising CUDA, which would not survive the fork of the ranks.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
-    if not torch.cuda.is_available():
+    if not has_gpu():
         if config.trainer.accelerator == "gpu":
             raise UserError("trainer.accelerator is gpu, but this machine has no CUDA device; set it to cpu")
         if config.precision.fp8 is not None and not config.precision.fp8_simulation:
@@ -168,19 +167,14 @@ def load_data(config: RunConfig) -> LoadedData:
     cache = None if folder is None else DataCache(folder, tokenizer)
 
     def load(paths: Any, label: str) -> PreferenceData:
-        # None: hidden unless stderr is a terminal, from which the bar is removed: there an error stands alone too.
-        hidden = None if is_first_rank() and config.trainer.enable_progress_bar else True
-        with tqdm(desc=label, unit="row", leave=False, disable=hidden) as bar:
-
-            def progress(rows: int) -> None:
-                bar.update(rows - bar.n)
-
+        shown = is_first_rank() and config.trainer.enable_progress_bar
+        with Progress(label, unit="row", shown=shown, stays=False) as progress:
             if cache is None:
-                data, remark = load_preferences(paths, tokenizer, progress=progress, **wanted), ""
+                data, remark = load_preferences(paths, tokenizer, progress=progress.update, **wanted), ""
             else:
                 data, remark = cache.load(
                     paths,
-                    progress=progress,
+                    progress=progress.update,
                     waiting=lambda: say(f"{label}: another process is reading it; waiting for it"),
                     **wanted,
                 )

@@ -10,16 +10,17 @@ import lightning.pytorch as pl
 from megatron.core.utils import get_model_config
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.callbacks import model_chunks, progress_bar
+from nemo_rao.gpus import transformer_engine_is_used
+from nemo_rao.integration.callbacks import model_chunks
 from nemo_rao.integration.config import PrecisionConfig
 from nemo_rao.integration.data_module import AlignmentData
-from nemo_rao.integration.model import HAVE_TRANSFORMER_ENGINE
 from nemo_rao.integration.talk import say
 from nemo_rao.mcore.fingerprint import weights_fingerprint
 from nemo_rao.mcore.first_step import LogRatios
 from nemo_rao.mcore.network import network_fingerprint
 from nemo_rao.mcore.quantisation import quantisation_fingerprint
 from nemo_rao.mcore.reference import compute_reference, load_reference, reference_key
+from nemo_rao.progress import Progress
 
 
 class ReferencePass(pl.Callback):
@@ -35,6 +36,7 @@ class ReferencePass(pl.Callback):
         micro_batch_size: prompts.
         micro_batches_per_part: how much is lost at most when the pass is interrupted.
         vocab_size: V without padding.
+        show_progress: on the first rank.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ReferencePass(pl.Callback):
         micro_batch_size: int,
         micro_batches_per_part: int,
         vocab_size: int,
+        show_progress: bool = True,
     ) -> None:
         self._data_sets = data_sets
         self._cache_dir = cache_dir
@@ -53,6 +56,7 @@ class ReferencePass(pl.Callback):
         self._micro_batch_size = micro_batch_size
         self._micro_batches_per_part = micro_batches_per_part
         self._vocab_size = vocab_size
+        self._show_progress = show_progress
         self._start: dict[str, str] | None = None  # parts of the keys that are the start's
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,7 +96,8 @@ class ReferencePass(pl.Callback):
                 )
 
     def _compute(self, trainer: pl.Trainer, data_set: AlignmentData, key: str, name: str) -> Any:
-        with progress_bar(f"reference log-probs ({name})", trainer.is_global_zero) as show:
+        shown = self._show_progress and trainer.is_global_zero
+        with Progress(f"reference log-probs ({name})", unit="prompt", shown=shown) as progress:
             return compute_reference(
                 model_chunks(trainer),
                 prompts=data_set.responses_of_prompts(),
@@ -102,7 +107,7 @@ class ReferencePass(pl.Callback):
                 vocab_size=self._vocab_size,
                 cache_dir=self._cache_dir,
                 key=key,
-                progress=show,
+                progress=progress.update,
             )
 
 
@@ -161,7 +166,7 @@ class CheckFirstStep(pl.Callback):
         for chunk in chunks:
             chunk.log_ratios = None
         experts = get_model_config(chunks[0]).num_moe_experts is not None
-        rms, largest = limits(self._precision, experts=experts, tf32=HAVE_TRANSFORMER_ENGINE)
+        rms, largest = limits(self._precision, experts=experts, tf32=transformer_engine_is_used())
         figures = f"rms {found.rms:.2g}, largest {found.largest:.2g} nats per square root of a token"
         if not (found.rms <= rms and found.largest <= largest):  # NaN is refused, too
             raise UserError(

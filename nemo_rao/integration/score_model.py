@@ -28,6 +28,7 @@ from nemo_rao.integration.pickles import refuse_code
 from nemo_rao.integration.precision_checks import quantisation
 from nemo_rao.integration.typed_config import load_recipe
 from nemo_rao.objectives import registry
+from nemo_rao.progress import Progress
 from nemo_rao.scoring.scorer import InputRow, Kind, Place, Scores, ScoringFailure
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ def _run_rank(
 
     from nemo_rao.data.encode import pad_token_id
     from nemo_rao.integration import build
-    from nemo_rao.integration.callbacks import model_chunks, progress_bar
+    from nemo_rao.integration.callbacks import model_chunks
     from nemo_rao.integration.data_module import AlignmentData, AlignmentDataModule
     from nemo_rao.integration.train import make_trainer, set_up_rank
     from nemo_rao.mcore.loss import sequence_log_probs
@@ -291,7 +292,8 @@ def _run_rank(
                     return output.scores
                 return torch.stack(sequence_log_probs(output, batch, vocab_size=pl_module.vocab_size), dim=-1)
 
-            with progress_bar("scores", trainer.is_global_zero) as show:
+            shown = config.trainer.enable_progress_bar and trainer.is_global_zero
+            with Progress("scores", unit="prompt", shown=shown) as progress:
                 compute_numbers(
                     model_chunks(trainer),
                     numbers=numbers,
@@ -302,7 +304,7 @@ def _run_rank(
                     micro_batches_per_part=config.reference.save_every,
                     cache_dir=folder,
                     key=key,
-                    progress=show,
+                    progress=progress.update,
                 )
             raise Done
 

@@ -229,9 +229,9 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any], reco
         CalibrateScales,
         KeepSchedule,
         MismatchedPass,
-        Progress,
         RecordStart,
         SeedEveryStep,
+        ShowProgress,
     )
     from nemo_rao.integration.finite import StopWhereNotFinite
     from nemo_rao.integration.reference_pass import CheckFirstStep, ReferencePass
@@ -256,6 +256,7 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any], reco
                 micro_batch_size=config.reference.micro_batch_size or keys.micro_batch_size,
                 micro_batches_per_part=config.reference.save_every,
                 vocab_size=model.vocab_size,
+                show_progress=config.trainer.enable_progress_bar,
             )
         )
         callbacks.append(CheckFirstStep(config.precision, reference_dir(config)))
@@ -277,7 +278,7 @@ def _callbacks(config: RunConfig, model: Any, data_sets: Mapping[str, Any], reco
         )
     callbacks.append(RecordStart(record))
     if config.trainer.enable_progress_bar:
-        callbacks.append(Progress())
+        callbacks.append(ShowProgress())
     return callbacks
 
 

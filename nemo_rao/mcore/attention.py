@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch
+from nemo_rao.mcore.causal_masks import causal_mask
 from nemo_rao.mcore.context_parallel import chunks_of_rank, size_and_rank, whole_sequences
 
 # Before megatron-core 0.15 its own attention refuses windows, and has no offset of the softmax.
@@ -174,10 +175,8 @@ class SegmentAttention(DotProductAttention):
         window = self._window
         mask = None
         if num_queries < num_keys or window is not None:
-            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-            mask = mask.tril(num_keys - num_queries)
-            if window is not None:
-                mask = mask.triu(num_keys - num_queries - window[0])
+            earlier = None if window is None else window[0]
+            mask = causal_mask(num_queries, num_keys, dtype=query.dtype, device=query.device, window=earlier)
         dropout = self.attention_dropout.p if self.training else 0.0
         # Without sequence parallelism each rank drops out its own heads' weights, from a generator of its own.
         forked = dropout and not self.config.sequence_parallel

@@ -4,7 +4,7 @@
 
 The last two never stand together: log-probabilities are done when the last layer's backward pass begins, and
 recomputation has not begun before. Where the reference pass has larger micro-batches, states and what one of these
-takes may be more than that.
+takes may be more than that. On a CPU the process shares the memory with its tensors, and is added.
 
 States are exact. The others are within ``UNCERTAINTY`` of those measured.
 """
@@ -20,6 +20,9 @@ from nemo_rao.planning.setting import Setting
 
 UNCERTAINTY = 0.1  # of activations and what comes with them; tests/planning/test_plan_activations.py
 
+PROCESS_BYTES = 3 * 2**28
+"""Bytes of a rank's process on a CPU without tensors: PyTorch, Megatron and NeMo, imported (docs/planning.md)."""
+
 
 @dataclass(frozen=True)
 class StageMemory:
@@ -31,6 +34,7 @@ class StageMemory:
         activations: of all of these.
         log_probs: at the loss, on the last stage.
         backward: of one layer's backward pass, recomputed activations included.
+        process: of what is imported, on a CPU; 0 on GPUs.
         reference: of a micro-batch of the reference pass, which keeps nothing for a backward pass.
     """
 
@@ -42,10 +46,11 @@ class StageMemory:
     log_probs: int
     backward: int
     reference: int
+    process: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.passing
+        return self.weights + self.gradients + self.optimizer + self.passing + self.process
 
     @property
     def passing(self) -> int:
@@ -72,6 +77,7 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
         log_probs=log_prob_bytes(setting) if stage == setting.pipeline - 1 else 0,
         backward=activations.recomputed_unit(setting, stage) + activations.layer_gradients(setting),
         reference=_reference(setting.of_reference_pass(), stage) if setting.reference else 0,
+        process=0 if setting.transformer_engine else PROCESS_BYTES,
     )
 
 

@@ -154,10 +154,12 @@ def _memory(setting: Setting) -> Iterator[str]:
         ("activations", [stages[n].activations for n in shown]),
         ("a layer's backward pass *", [stages[n].backward for n in shown]),
         ("log-probabilities at the loss *", [stages[n].log_probs for n in shown]),
-        ("total", [stages[n].total for n in shown]),
     ]
     if any(stage.reference == stage.passing for stage in stages):
-        rows.insert(-1, ("or a micro-batch of the reference **", [stages[n].reference for n in shown]))
+        rows.append(("or a micro-batch of the reference **", [stages[n].reference for n in shown]))
+    if not setting.transformer_engine:  # on a CPU
+        rows.append(("process, without tensors", [stages[n].process for n in shown]))
+    rows.append(("total", [stages[n].total for n in shown]))
     for name, values in rows:
         yield f"  {name:<32}" + "".join(f"{value / GIB:>11.2f}" for value in values)
     held = ", ".join(str(stages[n].in_flight) for n in shown)
@@ -270,6 +272,7 @@ def _largest_part(stage: StageMemory) -> str:
         "activations": stage.activations,
         "log-probabilities": stage.log_probs,
         "a layer's backward pass": stage.backward,
+        "the process without tensors": stage.process,
         "the reference pass": stage.reference if stage.reference == stage.passing else 0,
     }
     name = max(parts, key=lambda part: parts[part])

@@ -7,7 +7,6 @@ another batch.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.settings import PolicySettings
 from nemo_rao.keys import check
+from nemo_rao.progress import Progress
 from nemo_rao.scoring.chat import ChatQuestion
 from nemo_rao.scoring.judge_config import JudgeConfig
 
@@ -47,19 +47,16 @@ class LocalModel:
             raise UserError(f"{error}{'; or set system to null' if config.system else ''}") from None
 
     def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, str], None]) -> None:
-        from tqdm import tqdm
-
         # Questions of like lengths go together, to fill batches less; the longest first, as they need most memory.
         order = sorted(range(len(questions)), key=lambda at: -len(questions[at].messages[-1]["content"]))
-        shown = sys.stderr.isatty()
-        with tqdm(total=len(questions), unit="answer", leave=False, position=1, disable=not shown) as bar:
+        with Progress("answers", unit="answer", total=len(questions), stays=False, position=1) as progress:
             for start in range(0, len(order), self._batch_size):
                 batch = order[start : start + self._batch_size]
                 answers = self._policy.answer([self._question(questions[at]) for at in batch], self._max_tokens)
                 self.num_requests += len(batch)
                 for at, answer in zip(batch, answers, strict=True):
                     keep(at, "" if answer is None else answer.text)  # none: the question fills the model's context
-                bar.update(len(batch))
+                progress.advance(len(batch))
 
     def _question(self, asked: ChatQuestion) -> Question:
         return Question(asked.messages, asked.place, asked.stream, self._temperature)

@@ -22,6 +22,7 @@ from nemo_rao.batch import Row
 from nemo_rao.data.rows import HUB, JSON_LINES, expand_paths
 from nemo_rao.errors import UserError
 from nemo_rao.part_file import PartFile, part_path
+from nemo_rao.progress import Progress
 from nemo_rao.scoring.column import COLUMN, ColumnScorer
 from nemo_rao.scoring.finish import Scaling, stated_statistics, write_output
 from nemo_rao.scoring.rule import RULE
@@ -132,19 +133,9 @@ def _score_rows(
     part: PartFile, rows: Iterator[InputRow], num_rows: int, scorers: Mapping[str, Scorer], job: Job
 ) -> None:
     """Scores the rows that are not in the part file yet, and puts them there, in order."""
-    from tqdm import tqdm
-
     order = sorted(scorers, key=lambda name: not scorers[name].forks)
     unscored = itertools.islice(rows, part.num_records, None)
-    shown = sys.stderr.isatty()  # elsewhere, a line a minute
-    with tqdm(
-        total=num_rows,
-        initial=part.num_records,
-        unit="row",
-        leave=shown,
-        delay=0 if shown else 60,
-        mininterval=0.5 if shown else 60,
-    ) as bar:
+    with Progress("score", unit="row", total=num_rows, done=part.num_records, stays=False) as progress:
         while batch := list(itertools.islice(unscored, job.rows_at_once)):
             columns = {name: scorers[name].score(batch) for name in order}
             scores = [{name: columns[name][at] for name in scorers} for at in range(len(batch))]
@@ -158,7 +149,7 @@ def _score_rows(
                             "missing; leave that out, or drop the row"
                         )
             part.append(_record(row, own) for row, own in zip(batch, scores, strict=True))
-            bar.update(len(batch))
+            progress.advance(len(batch))
 
 
 def _kept(part: PartFile, num_rows: int) -> str:

@@ -211,6 +211,21 @@ def test_prefix_sharing_and_transformer_engine_exclude_each_other() -> None:
     assert not works(facts(transformer_engine=ABSENT, apex=ABSENT))["fused optimizer"]
 
 
+def test_transformer_engine_without_a_gpu_is_not_used_and_forbids_nothing() -> None:
+    no_gpu = {**TORCH, "gpus": [], "no_gpu": "RuntimeError: Found no NVIDIA driver on your system."}
+    able = {one.what: one for one in abilities(facts(torch=Probe(None, facts=no_gpu)))}
+    assert able["training on the CPU"].works and not able["training on GPUs"].works
+    assert able["prefix sharing"].works
+    assert able["prefix sharing"].why == "Transformer Engine is not used without a GPU"
+    assert not able["fused optimizer"].works
+    assert able["fused optimizer"].why == (
+        "Transformer Engine is not used without a GPU; torch's own Adam runs instead"
+    )
+    assert not able["FP8, delayed"].works and "no NVIDIA driver" in able["FP8, delayed"].why.lower().replace(
+        "nvidia", "NVIDIA"
+    )
+
+
 def test_slurm_needs_both_of_its_programs() -> None:
     of = Facts({**facts().probes}, {}, False, {**PROGRAMS, "srun": None})
     found = next(one for one in abilities(of) if "SLURM" in one.what)

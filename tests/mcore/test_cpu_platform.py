@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ import torch
 from ..megatron_ranks import import_once
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is changed where CUDA exists")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # What Transformer Engine, apex or a CUDA kernel would have to do.
 FUSIONS = (
@@ -35,7 +39,8 @@ def installed() -> None:
 
 def in_fresh_process(code: str) -> tuple[str, str]:
     """Standard output and error of a new interpreter."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
@@ -62,6 +67,49 @@ def test_installing_twice_changes_once_and_says_nothing_itself() -> None:
     output, errors = in_fresh_process(INSTALL)
     assert json.loads(output.splitlines()[-1]) == ["torch.FloatTensor", True, True, True, 1]
     assert "nemo" not in errors  # the caller tells the user, once nothing is left to refuse
+
+
+NO_DRIVER = """
+import json, sys
+sys.modules["nemo"] = None
+from tests.login_node import cuda_without_a_driver
+cuda_without_a_driver()
+import torch
+from torch.cuda import is_available
+from nemo_rao import cpu
+
+assert cpu.install_if_needed()
+cuda = torch.cuda
+available = [cuda.is_available(), is_available(), torch.accelerator.is_available()]
+formats = [cuda.is_bf16_supported(), cuda.is_tf32_supported()]
+state = [cuda.is_initialized(), cuda.memory_allocated(), cuda.device_count()]
+print(json.dumps([available, formats, state, list(torch.ones(2, device="cuda").tolist())]))
+"""
+
+
+def test_a_build_with_cuda_that_finds_no_driver_is_asked_for_nothing() -> None:
+    """Whoever follows ``device_count()`` or ``is_available()``, or imported it by name, is sent to no driver."""
+    output, _ = in_fresh_process(NO_DRIVER)
+    assert json.loads(output.splitlines()[-1]) == [[False] * 3, [False] * 2, [False, 0, 1], [1.0, 1.0]]
+
+
+TOO_LATE = """
+import sys, types
+sys.modules["megatron.core"] = sys.modules["transformer_engine"] = types.ModuleType("imported before")
+import torch
+from nemo_rao import cpu
+from nemo_rao.errors import UserError
+
+try:
+    cpu.install_if_needed()
+except UserError as error:
+    print(torch._C._len_torch_function_stack(), error)
+"""
+
+
+def test_a_megatron_that_has_taken_transformer_engine_already_is_refused() -> None:
+    output, _ = in_fresh_process(TOO_LATE)
+    assert output.startswith("0 Megatron was imported with transformer_engine, which needs a GPU, and there is none;")
 
 
 IMPORT = """
@@ -140,6 +188,23 @@ def test_streams_exist_and_everything_on_them_has_happened() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.synchronize()
     assert made.item() == 1
+
+
+def test_events_have_happened_and_lie_apart_by_the_time_between_them() -> None:
+    first, second = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record(torch.cuda.current_stream())
+    time.sleep(0.02)
+    second.record()
+    second.wait()
+    assert second.query() and first.elapsed_time(second) >= 20
+
+
+def test_markers_and_memory_figures_ask_no_driver() -> None:
+    with torch.cuda.nvtx.range("a step"):
+        torch.cuda.nvtx.range_push("a layer")
+        torch.cuda.nvtx.range_pop()
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated() == 0
 
 
 def test_random_state_of_the_device_is_that_of_the_cpu() -> None:

@@ -17,7 +17,7 @@ from nemo_rao.planning.advise import advise
 from nemo_rao.planning.communication import communication
 from nemo_rao.planning.compute import bubble, flops
 from nemo_rao.planning.gpus import GIB
-from nemo_rao.planning.memory import memory, peak
+from nemo_rao.planning.memory import PROCESS_BYTES, memory, peak
 from nemo_rao.planning.setting import Setting
 
 LARGE = {path.stem for path in package_recipes().glob("model/*.yaml")} - {"tiny_llama", "demo_llama"}
@@ -53,6 +53,20 @@ def test_a_plan_that_fits_is_a_table_of_at_most_a_hundred_columns(run: Callable,
     assert written["fits"] and len(written["memory_bytes"]) == 2
     for stage in written["memory_bytes"]:
         assert f"{stage['total'] / GIB:.2f}" in table and f"{stage['optimizer'] / GIB:.2f}" in table
+
+
+def test_a_plan_for_a_cpu_counts_the_process_on_a_line_of_its_own(run: Callable, tmp_path: Path) -> None:
+    file = str(tmp_path / "plan.json")
+    tokens = "model.arch.extra={vocab_size: 1024}"
+    _, on_gpu, _ = run("--json", file, tokens, recipe="gpt_rao")
+    [gpu] = json.loads(Path(file).read_text())["memory_bytes"]
+    _, on_cpu, _ = run("--json", file, tokens, "trainer.accelerator=cpu", recipe="gpt_rao")
+    [cpu] = json.loads(Path(file).read_text())["memory_bytes"]
+    assert (gpu["process"], cpu["process"]) == (0, PROCESS_BYTES)
+    states = cpu["weights"] + cpu["gradients"] + cpu["optimizer"]
+    assert cpu["total"] == states + cpu["activations"] + max(cpu["backward"], cpu["log_probs"]) + PROCESS_BYTES
+    [line] = [line for line in on_cpu.splitlines() if line.startswith("  process")]
+    assert line.split()[-1] == f"{PROCESS_BYTES / GIB:.2f}" and "  process" not in on_gpu
 
 
 def test_what_does_not_fit_is_told_with_overrides_that_make_it_fit(run: Callable, llama: RunConfig) -> None:

@@ -1,0 +1,109 @@
+"""Peak memory of training steps beside what ``nemo-rao plan`` says, for a recipe, a model and data of your own.
+
+python -m benchmarks.memory --config-dir IMPORTED --config-name gpt_rao model=imported data.train_path=FILE ...
+
+IMPORTED is what `nemo-rao import-hf` makes. Each layout of the batch runs in a process of its own, two steps of one
+rank. The plan is that of the largest micro-batch the run has seen: a plan does not know how long the rows are.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.results import parser, write_result
+from benchmarks.training import ENDLESS
+from nemo_rao.planning.gpus import GIB
+
+LAYOUTS = {"rows": (), "packed": ("data.packing=true",), "shared": ("data.packing=true", "data.prefix_sharing=true")}
+
+
+def run(recipe: str, config_dir: str | None, overrides: Sequence[str], threads: int, connection: Any) -> None:
+    """In a process of its own: trains, then sends the plan's figures, in bytes, beside the peak."""
+    import lightning.pytorch as pl
+    import torch
+
+    from nemo_rao.integration.checks import check_run
+    from nemo_rao.integration.compose import compose
+    from nemo_rao.integration.derived import run_dir
+    from nemo_rao.integration.plan import setting_of
+    from nemo_rao.integration.train import train
+    from nemo_rao.planning.memory import stage_memory
+
+    class LargestMicroBatch(pl.Callback):
+        tokens = 0
+
+        def on_megatron_microbatch_start(self, step: Any, batch: Any, forward_callback: Any) -> None:
+            self.tokens = max(self.tokens, batch.tokens.numel())
+
+    largest = LargestMicroBatch()
+    config = compose(recipe, [f"trainer.threads_per_rank={threads}", *overrides], config_dir)
+    if config.data.num_prompts is None:  # the reference pass need not see more than the steps
+        config.data.num_prompts = (config.trainer.max_steps or 1) * config.model.global_batch_size
+    check_run(config)
+    train(config, callbacks=lambda callbacks: [*callbacks, largest])
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        config.trainer.accelerator = "cpu"
+    setting = setting_of(config)
+    per_row = -(-largest.tokens // setting.rows)
+    planned = stage_memory(setting_of(config, tokens_per_row=per_row), 0)
+    [peak] = json.loads((run_dir(config) / "memory.json").read_text())["peak_bytes_by_rank"]
+    connection.send(
+        {
+            "micro_batch_tokens": largest.tokens,
+            "rows": setting.rows,
+            "planned_bytes": planned.total,
+            "planned": vars(planned),
+            "peak_bytes": peak,
+            "peak_over_planned": peak / planned.total,
+        }
+    )
+
+
+def measure(recipe: str, config_dir: str | None, overrides: Sequence[str], threads: int) -> dict[str, Any]:
+    context: Any = multiprocessing.get_context("spawn")  # a fork would count what this process has imported
+    ours, theirs = context.Pipe()
+    process = context.Process(target=run, args=(recipe, config_dir, overrides, threads, theirs))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise SystemExit(f"the run ended with exit code {process.exitcode}") from None
+    finally:
+        process.join()
+
+
+def main() -> None:
+    made = parser(__doc__, repeats=1)
+    made.add_argument("--config-name", default="gpt_rao", help="recipe (default: %(default)s)")
+    made.add_argument("--config-dir", help="folder of your own recipes")
+    made.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
+    made.add_argument("--steps", type=int, default=2)
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = made.parse_intermixed_args()
+    found: dict[str, Any] = {}
+    print(f"{'layout':<10}{'tokens':>8}{'plan, GiB':>12}{'peak, GiB':>12}{'peak / plan':>14}")
+    for layout in arguments.layouts:
+        with tempfile.TemporaryDirectory() as folder:
+            own = [*ENDLESS, f"trainer.max_steps={arguments.steps}", f"exp_manager.exp_dir={folder}"]
+            given = [*own, *LAYOUTS[layout], *arguments.overrides]
+            one = measure(arguments.config_name, arguments.config_dir, given, arguments.threads)
+        found[layout] = one
+        print(
+            f"{layout:<10}{one['micro_batch_tokens']:>8,}{one['planned_bytes'] / GIB:>12.2f}"
+            f"{one['peak_bytes'] / GIB:>12.2f}{one['peak_over_planned']:>14.2f}",
+            flush=True,
+        )
+    # Paths are nobody's business.
+    shown = {"config_dir": None, "overrides": [key for key in arguments.overrides if "/" not in key]}
+    write_result("memory", arguments, {"layouts": found}, shown=shown)
+
+
+if __name__ == "__main__":
+    main()
