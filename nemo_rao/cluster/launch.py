@@ -28,7 +28,7 @@ from nemo_rao.cluster.script import LATE_SECONDS, Job, RunFolder, batch_script
 from nemo_rao.errors import UserError
 from nemo_rao.files import write_atomically
 from nemo_rao.integration.checkpoints import last_checkpoint
-from nemo_rao.integration.checks import check_run
+from nemo_rao.integration.checks import check_keys_are_read, check_run
 from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.continuing import check_settings, describe
@@ -48,6 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
         runs = [(run.label, run.config) for run in sweep.runs]
     else:
         config = compose(arguments.config_name, overrides, arguments.config_dir)
+        check_keys_are_read(overrides, config)
         runs = [("", config)]
     if cluster.scheduler == "local":
         if arguments.dependency is not None:

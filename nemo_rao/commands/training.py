@@ -47,8 +47,9 @@ def train_one(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return 0
-    from nemo_rao.integration.checks import check_run
+    from nemo_rao.integration.checks import check_keys_are_read, check_run
 
+    check_keys_are_read(arguments.overrides, config)
     check_run(config)
     from nemo_rao.integration.train import train as run
 
@@ -161,7 +162,7 @@ def launch_parser() -> Parser:
         description="Train on a cluster: submit the run as a SLURM job that survives time limits, pre-emption and the "
         "loss of nodes, and follow it. With cluster=local, or none, it is trained here.",
         epilog="example: nemo-rao launch --config-dir my_recipes --config-name gpt_rao_llama3_8b cluster=my_cluster "
-        "cluster.time=8:00:00 data.train_path=/data/prefs.jsonl",
+        "data.train_path=/data/prefs.jsonl model.restore_from_path=/checkpoints/llama3_8b",
         allow_abbrev=False,
     )
     add_recipe(parser, " and of cluster/NAME.yaml")

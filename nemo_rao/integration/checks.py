@@ -5,6 +5,7 @@ machine together. Nothing is written. A :class:`UserError` names the key, its va
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_rao.data.rows import expand_paths
@@ -46,6 +47,18 @@ def check_run(config: RunConfig, *, start_exists: bool = True) -> None:
     _check_paths(config)
     if start_exists:
         check_start(config)
+
+
+def check_keys_are_read(overrides: Sequence[str], config: RunConfig) -> None:
+    """Refuses overrides of a block that the run's objective does not read: they would change nothing."""
+    unread = {f"model.{name}" for name in registry.OBJECTIVES} - {f"model.{config.model.objective}"}
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key in unread or key.rpartition(".")[0] in unread:
+            raise UserError(
+                f"{text}: model.objective={config.model.objective} does not read {key}; set keys of "
+                f"model.{config.model.objective}, or choose another recipe"
+            )
 
 
 def check_sizes(config: RunConfig) -> None:

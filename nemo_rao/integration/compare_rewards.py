@@ -38,6 +38,7 @@ from typing import Any
 from nemo_rao.errors import UserError
 from nemo_rao.integration.adapter_checkpoints import refuse_adapters
 from nemo_rao.integration.checkpoints import resolve_checkpoint
+from nemo_rao.integration.checks import check_keys_are_read
 from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.continuing import DATA, read_data_record
@@ -46,7 +47,6 @@ from nemo_rao.integration.metrics_file import read_metrics
 from nemo_rao.integration.several_runs import (
     PlannedRun,
     State,
-    check_keys_are_read,
     check_runs,
     finished_runs,
     in_child,

@@ -35,7 +35,6 @@ from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.continuing import check_settings, has_results
 from nemo_rao.integration.derived import run_dir
 from nemo_rao.integration.metrics_file import read_metrics
-from nemo_rao.objectives.registry import OBJECTIVES
 
 if TYPE_CHECKING:
     from nemo_rao.integration.prepare import LoadedData
@@ -68,18 +67,6 @@ def told_of(place: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{place}: {error}" if place else str(error)) from None
-
-
-def check_keys_are_read(overrides: Sequence[str], config: RunConfig) -> None:
-    """Refuses overrides of a block that the run's objective does not read: they would change nothing."""
-    unread = {f"model.{name}" for name in OBJECTIVES} - {f"model.{config.model.objective}"}
-    for text in overrides:
-        key = text.partition("=")[0]
-        if key in unread or key.rpartition(".")[0] in unread:
-            raise UserError(
-                f"{text}: model.objective={config.model.objective} does not read {key}; set keys of "
-                f"model.{config.model.objective}, or choose another recipe"
-            )
 
 
 def check_runs(runs: Sequence[PlannedRun], *, another: str = "exp_manager.name") -> None:

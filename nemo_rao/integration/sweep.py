@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
+from nemo_rao.integration.checks import check_keys_are_read
 from nemo_rao.integration.compose import compose_grid
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import run_dir
 from nemo_rao.integration.several_runs import (
     PlannedRun,
-    check_keys_are_read,
     check_runs,
     last_values,
     print_table,

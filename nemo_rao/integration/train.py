@@ -77,7 +77,7 @@ def train(config: RunConfig, *, callbacks: Callable[[list[Any]], list[Any]] = as
         run_rank, (config, prepared, callbacks), num_ranks=config.trainer.devices, num_nodes=config.trainer.num_nodes
     )
     if is_first_rank():
-        say(f"checkpoint   {last_checkpoint(folder)}")
+        say(f"checkpoint   {last_checkpoint(folder) or 'none kept'}")
         say(f"TensorBoard  {folder / 'tensorboard'}")
         say(f"metrics      {folder / 'metrics.jsonl'}")
         if config.exp_manager.draw_curves:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.checks import check_architecture, check_run
+from nemo_rao.integration.checks import check_architecture, check_keys_are_read, check_run
 from nemo_rao.integration.compose import compose
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import data_parallel_size
@@ -151,3 +151,10 @@ def test_any_metric_of_an_objective_may_rank_checkpoints_and_no_other(files: lis
             said = f"monitor={keep.monitor}: a run with objective {objective} reports no such metric; "
             with pytest.raises(UserError, match=said):
                 check_monitor(config)
+
+
+def test_overrides_that_the_objective_does_not_read_are_refused() -> None:
+    config = composed("model.dpo.beta=0.3")
+    with pytest.raises(UserError, match=r"model.dpo.beta=0.3: model.objective=rao does not read model.dpo.beta"):
+        check_keys_are_read(["model.dpo.beta=0.3"], config)
+    check_keys_are_read(["model.rao.beta=0.3", "model.optim.lr=1e-6"], config)

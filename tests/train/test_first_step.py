@@ -87,11 +87,12 @@ def test_a_reference_that_is_not_the_starting_policys_stops_the_run_in_one_line(
 def test_the_first_step_says_that_log_ratios_are_0_or_why_that_is_not_checked(
     data: tuple[str, ...], start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_training("gpt_rao", overrides(tmp_path, "run", data, start, *parallel(2, 1, 1), "model.global_batch_size=4"))
+    four = "model.global_batch_size=4"
+    run_training("gpt_rao", overrides(tmp_path, "run", data, start, *parallel(2, 1, 1), four))
     run_training(
         "gpt_rao", overrides(tmp_path, "dropout", data, start, *NO_CHECKPOINTS, "model.arch.hidden_dropout=0.1")
     )
-    run_training("gpt_rao", overrides(tmp_path, "run", data, start, "trainer.max_steps=2"))  # resumed
+    run_training("gpt_rao", overrides(tmp_path, "run", data, start, four, "trainer.max_steps=2"))  # resumed
     checked, dropped_out = [line for line in capfd.readouterr().out.splitlines() if line.startswith("first step")]
     assert "are 0 but for rounding" in checked
     # Four prompts of the file, each with three or four responses; DPO compares responses alone, two of each.
@@ -109,7 +110,7 @@ def test_rows_of_mismatched_prompts_and_responses_are_checked_too(
     for key, path in sums(tmp_path).items():
         np.save(path, first[key] - 1)
         with pytest.raises(AssertionError, match="are not those of the starting policy"):
-            run_training("gpt_rao", overrides(tmp_path, "run", data, start, *kto))
+            run_training("gpt_rao", overrides(tmp_path, f"with_{key}", data, start, *kto))
         np.save(path, first[key])
 
 

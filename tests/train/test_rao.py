@@ -109,21 +109,14 @@ def _tokenizer_of_real_data(folder: Path) -> None:
     train_tokenizer(texts_of_rows(read_rows(str(REAL_DATA))), folder, 2048)
 
 
-def test_log_z0_auto_starts_at_a_mean_target_of_zero(start: Path, tmp_path: Path) -> None:
+def test_log_z0_auto_starts_at_a_mean_target_of_zero(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
     """The mean of r - r_hat over the data is 0 at the reference: what is left is the rewards' own spread."""
-    data = make_data(tmp_path / "data", num_prompts=8)
+    train_path, _ = make_data(tmp_path / "data", num_prompts=8)
     rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
     by_prompt = [[response["reward"] for response in row["responses"]] for row in rows]
     mean = sum(sum(rewards) / len(rewards) for rewards in by_prompt) / len(by_prompt)
     spread = sum(sum((r - mean) ** 2 for r in rewards) / len(rewards) for rewards in by_prompt) / len(by_prompt)
-    tokenizer = next(override for override in data if override.startswith("data.tokenizer"))
-    # The start's vocabulary is that of another tokenizer: only the number of tokens has to fit.
-    got = train(
-        tmp_path,
-        (data[0], tokenizer),
-        start,
-        "model.global_batch_size=8",
-        "trainer.max_steps=1",
-    )
+    of_start = next(override for override in data if override.startswith("data.tokenizer"))
+    got = train(tmp_path, (train_path, of_start), start, "model.global_batch_size=8", "trainer.max_steps=1")
     assert got[0]["loss"] == pytest.approx(spread, rel=1e-4)
     assert got[0]["rao/log_z"] == pytest.approx(mean / BETA, rel=1e-4)
