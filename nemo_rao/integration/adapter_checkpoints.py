@@ -10,7 +10,9 @@ to the base.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from nemo_rao.errors import UserError
 from nemo_rao.integration.checkpoints import resolve_checkpoint, stored_tensors
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.lora_targets import KEY, adapted, linear_layers, lora_targets
+from nemo_rao.integration.pickles import read_metadata
 from nemo_rao.integration.typed_config import load_recipe
 
 METADATA = "adapter_metadata.json"
 _LAYERS, _INTO = "decoder.layers.", ".adapter.linear_in.weight"
-_SAMPLE = 1 << 14  # bytes read at each of three places in a file of weights
+_SAMPLE = 1 << 12  # bytes read at each of these places in a stored tensor, behind its header
+_SAMPLED_AT = (0.25, 0.5, 0.75)
 
 
 def holds_adapters(checkpoint: Path) -> bool:
@@ -106,15 +110,24 @@ def _record(checkpoint: Path, key: str) -> dict[str, Any]:
 
 
 def digest_of_weights(weights: Path) -> str:
-    """A digest of a checkpoint's tensors, wherever it lies: of its files' names, sizes, and samples of their bytes."""
+    """A digest of the model in a checkpoint's ``weights/``, wherever it lies.
+
+    Of each stored part of each tensor it covers name, size and samples of its bytes: models differ in all of their
+    matrices, or in whole matrices, and reading all of a large one would take minutes.
+    """
+    parts = [
+        (place.relative_path, place.offset, place.length, index.fqn)
+        for index, place in read_metadata(weights.parent).storage_data.items()
+        if index.fqn.startswith("module.")
+    ]
     digest = hashlib.sha256()
-    for file in sorted(weights.glob("*.distcp")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}|{size}|".encode())
-        with file.open("rb") as opened:
-            for start in (0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)):
-                opened.seek(start)
-                digest.update(opened.read(_SAMPLE))
+    for name, of_file in itertools.groupby(sorted(parts), key=operator.itemgetter(0)):
+        with (weights / name).open("rb") as file:
+            for _, offset, length, tensor in of_file:
+                digest.update(f"{tensor}|{length}|".encode())
+                for place in _SAMPLED_AT:
+                    file.seek(offset + int(length * place))
+                    digest.update(file.read(min(_SAMPLE, length)))
     return digest.hexdigest()[:16]
 
 

@@ -156,7 +156,7 @@ _STAGES = (
 
 def strategy(config: RunConfig) -> AlignmentStrategy:
     keys = config.model
-    return AlignmentStrategy(
+    made = AlignmentStrategy(
         **{name: value for name, value in keys.arch.extra.items() if name in _STAGES},
         tensor_model_parallel_size=keys.tensor_model_parallel_size,
         pipeline_model_parallel_size=keys.pipeline_model_parallel_size,
@@ -181,6 +181,8 @@ def strategy(config: RunConfig) -> AlignmentStrategy:
         # NeMo's printer lets rank 0 take part in a collective alone, which hangs the next one over gloo.
         replace_progress_bar=False,
     )
+    made.seed = config.trainer.seed
+    return made
 
 
 def precision(config: RunConfig) -> nl.MegatronMixedPrecision:

@@ -86,15 +86,16 @@ class StepCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             self._removed += remove_checkpoints(Path(self.dirpath), self._written - self._wanted(trainer))
             if self._removed:
-                say(f"removed what an interrupted run has left behind: {', '.join(self._removed)}")
+                say(f"removed checkpoints that an earlier start has left behind: {', '.join(self._removed)}")
         self._written &= self._wanted(trainer)
         super().on_train_start(trainer, pl_module)  # where all ranks meet
 
-    def _wanted(self, trainer: Any) -> set[str]:
-        """Names of the best, of the newest, and of what the run continues from; of a link, also what it names."""
+    def _wanted(self, trainer: Any, *, with_start: bool = True) -> set[str]:
+        """Names of the best and the newest, and of what the run continues from; of a link, also what it names."""
         if self.save_top_k == -1:
             return set(self._written)
-        paths = (*self.best_k_models, self.best_model_path, self.last_model_path, trainer.ckpt_path)
+        paths = [*self.best_k_models, self.best_model_path, self.last_model_path]
+        paths += [trainer.ckpt_path] if with_start else []
         names = {_name(path) for path in paths if path}
         links = [Path(self.dirpath) / name for name in names]
         return names | {link.readlink().name for link in links if link.is_symlink()}
@@ -103,6 +104,11 @@ class StepCheckpoint(ModelCheckpoint):
         # NeMo decides by the validation interval of Lightning's own loop, which is not used.
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        # Lightning never removes the checkpoint that a run continues from.
+        wanted = self._wanted(trainer, with_start=not self.save_last)
+        if trainer.is_global_zero:
+            remove_checkpoints(Path(self.dirpath), self._written - wanted)
+        self._written &= wanted
 
 
 def _is_there(path: str) -> bool:

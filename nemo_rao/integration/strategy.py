@@ -14,6 +14,7 @@ from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from torch import Tensor
 
 from nemo_rao.mcore.heads import HEADS, heads
+from nemo_rao.mcore.seeds import seed_weights
 
 # Entries of an optimizer's group of parameters that a recipe sets.
 _HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps")
@@ -30,11 +31,19 @@ class AlignmentStrategy(nl.MegatronStrategy):
     In fp16 the loss is multiplied by the optimizer's loss scale.
 
     Attributes:
+        seed: of the initial weights, to be set before the run is started: NeMo takes the same one for every run. No
+            argument, as NeMo stores those with every checkpoint.
         of_recipe: for each optimizer, the hyperparameters of its groups of parameters as the recipe has them; a
             checkpoint brings its own.
 
     A run that starts from a checkpoint without its head (see :mod:`nemo_rao.mcore.heads`) starts with a new one.
     """
+
+    seed = 1234
+
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        seed_weights(self.seed)
 
     def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
         new = list(heads(self.megatron_parallel))

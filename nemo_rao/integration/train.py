@@ -107,7 +107,7 @@ def set_up_rank(config: RunConfig) -> None:
         torch.set_num_threads(config.trainer.threads_per_rank)
     # The one place where NeMo reads how long ranks wait for each other.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(config.trainer.timeout_minutes * 60)))
-    torch.manual_seed(config.trainer.seed)  # initial weights
+    torch.manual_seed(config.trainer.seed)
 
 
 def make_trainer(

@@ -1,4 +1,5 @@
-"""Random numbers of a step, as a function of seed, step and rank: a resumed run draws what an undisturbed one would.
+"""Random numbers of the initial weights, and of a step as a function of seed, step and rank: a resumed run draws what
+an undisturbed one would.
 
 Megatron keeps several streams on each rank. What each must share, and with whom:
 
@@ -19,6 +20,17 @@ import hashlib
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+
+def seed_weights(seed: int) -> None:
+    """Seed this rank's generators for the initial weights, as Megatron's own training does.
+
+    Args:
+        seed: of the run.
+    """
+    of_stage = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(of_stage)
+    model_parallel_cuda_manual_seed(of_stage)
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed import checkpoint as torch_checkpoint
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.adapter_checkpoints import base_of_adapters, base_on_resume, digest_of_weights
@@ -138,10 +140,11 @@ def test_layers_are_dealt_to_stages_as_megatron_deals_them() -> None:
 # ---------------------------------------------------------------------------------- checkpoints, made by hand
 
 
-def checkpoint(folder: Path, *, base: Path | None = None, weights: bytes = b"w", digest: str | None = None) -> Path:
-    """A folder that looks like a checkpoint; with ``base``, one of adapters for it."""
-    (folder / "weights").mkdir(parents=True)
-    (folder / "weights" / "__0_0.distcp").write_bytes(weights)
+def checkpoint(folder: Path, *, base: Path | None = None, weights: float = 1.0, digest: str | None = None) -> Path:
+    """A checkpoint of two tensors, the second with these weights; with ``base``, one of adapters for it."""
+    tensors = {"module.norm": torch.ones(64), "module.linear": torch.full((64, 64), weights)}
+    states = {"optimizer.state.exp_avg": torch.rand(64, 64)}  # no part of the model
+    torch_checkpoint.save({**tensors, **states}, checkpoint_id=folder / "weights", no_dist=True)
     if base is not None:
         record = {"model_ckpt_path": str(base)} | ({} if digest is None else {"model_digest": digest})
         (folder / "weights" / "adapter_metadata.json").write_text(json.dumps(record))
@@ -193,11 +196,9 @@ def test_adapters_that_are_each_others_base_are_refused(tmp_path: Path) -> None:
 
 
 def test_adapters_go_with_the_weights_that_they_were_trained_on(tmp_path: Path) -> None:
-    weights = bytes(range(256)) * 1000
-    whole = checkpoint(tmp_path / "base", weights=weights)
+    whole = checkpoint(tmp_path / "base")
     digest = digest_of_weights(whole / "weights")
-    copy = checkpoint(tmp_path / "copy", weights=weights)
-    other = checkpoint(tmp_path / "other", weights=weights[:-1] + b"x")
+    copy, other = checkpoint(tmp_path / "copy"), checkpoint(tmp_path / "other", weights=0.5)
     trained = checkpoint(tmp_path / "adapters", base=whole, digest=digest)
     assert base_on_resume(trained, copy, "run") == copy
     assert base_on_resume(trained, other, "run") == whole  # restore_from_path may name a run that has gone on since
@@ -211,8 +212,8 @@ def test_adapters_go_with_the_weights_that_they_were_trained_on(tmp_path: Path) 
 
 
 def test_a_copy_of_the_base_is_the_same_start(tmp_path: Path) -> None:
-    whole = checkpoint(tmp_path / "base", weights=b"weights")
-    copy, other = checkpoint(tmp_path / "copy", weights=b"weights"), checkpoint(tmp_path / "other", weights=b"others")
+    whole, copy = checkpoint(tmp_path / "base"), checkpoint(tmp_path / "copy")
+    other = checkpoint(tmp_path / "other", weights=0.5)
     folder, digest = tmp_path / "run", digest_of_weights(whole / "weights")
     checkpoint(folder / "checkpoints" / "step=2-last", base=whole, digest=digest)
 
