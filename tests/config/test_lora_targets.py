@@ -144,7 +144,7 @@ def checkpoint(folder: Path, *, base: Path | None = None, weights: float = 1.0, 
     """A checkpoint of two tensors, the second with these weights; with ``base``, one of adapters for it."""
     tensors = {"module.norm": torch.ones(64), "module.linear": torch.full((64, 64), weights)}
     states = {"optimizer.state.exp_avg": torch.rand(64, 64)}  # no part of the model
-    torch_checkpoint.save({**tensors, **states}, checkpoint_id=folder / "weights", no_dist=True)
+    torch_checkpoint.save({**tensors, **states}, checkpoint_id=str(folder / "weights"), no_dist=True)
     if base is not None:
         record = {"model_ckpt_path": str(base)} | ({} if digest is None else {"model_digest": digest})
         (folder / "weights" / "adapter_metadata.json").write_text(json.dumps(record))
