@@ -31,6 +31,7 @@ _NAMES = {
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
+    ("pathlib", "PosixPath"),  # where torch's own writer has put it
     ("collections", "OrderedDict"),
     ("collections", "ChainMap"),
 }
