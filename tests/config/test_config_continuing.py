@@ -183,8 +183,7 @@ def test_every_key_that_is_declared_is_one(tmp_path: Path) -> None:
 
 def test_a_key_that_nobody_has_declared_is_refused() -> None:
     before, now = compose("gpt_rao", []), compose("gpt_rao", [])
-    now.model.undeclared = 1  # type: ignore[attr-defined]
-    vars(before.model)["arch"].extra, vars(now.model)["arch"].extra = {"new": 1}, {"new": 2}
+    before.model.arch.extra, now.model.arch.extra = {"new": 1}, {"new": 2}
     changes = continuing.settings_changes(before, now)
     assert [change.keeps_numbers for change in changes] == [False]
 
