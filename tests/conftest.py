@@ -1,6 +1,7 @@
 """What all tests share: an environment that survives forks, and the table at the end of the session."""
 
 import os
+import sys
 from collections.abc import Callable
 
 import hypothesis
@@ -21,6 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="parity over every parallelism and layout of the batch, not a selection of them: some ten minutes more",
     )
+
+
+@pytest.fixture
+def gpu_packages_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets packages for GPUs be found though an earlier test has put Megatron on the CPU in this process."""
+    for name in ("transformer_engine", "transformer_engine_torch", "apex", "amp_C"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 # A test's row of the table goes with its report, from whichever process runs it to the one that prints.

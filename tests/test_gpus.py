@@ -15,7 +15,7 @@ from .login_node import write_packages
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_packages_not_hidden: None) -> None:
     write_packages(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 

@@ -107,7 +107,9 @@ def test_whatever_an_import_does_is_told_in_one_line(
     assert error is None or ((tried.error or "").startswith(error) and "\n" not in (tried.error or ""))
 
 
-def test_the_apex_of_pypi_is_told_from_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_apex_of_pypi_is_told_from_nvidias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_packages_not_hidden: None
+) -> None:
     package(tmp_path / "pypi", "apex", "", "0.9.10.dev0")
     package(tmp_path / "nvidia", "apex", "", "0.1")
     package(tmp_path / "nvidia" / "apex", "optimizers", "class FusedAdam: ...")
