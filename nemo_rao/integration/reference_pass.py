@@ -19,7 +19,7 @@ from nemo_rao.mcore.fingerprint import weights_fingerprint
 from nemo_rao.mcore.first_step import LogRatios
 from nemo_rao.mcore.network import network_fingerprint
 from nemo_rao.mcore.quantisation import quantisation_fingerprint
-from nemo_rao.mcore.reference import compute_reference, load_reference, reference_key
+from nemo_rao.mcore.reference import compute_reference, earlier_reference_key, load_reference, reference_key
 from nemo_rao.progress import Progress
 
 
@@ -63,7 +63,7 @@ class ReferencePass(pl.Callback):
         return dict(self._start or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Checkpoints of earlier versions have fewer parts; nothing is found under a key that lacks one.
+        # Checkpoints of earlier versions have no network, and the first ones no scales.
         self._start = {"weights": "", "network": "", "scales": "", **state_dict}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -78,12 +78,7 @@ class ReferencePass(pl.Callback):
             }
         for name, data_set in self._data_sets.items():
             data = data_set.data
-            key = reference_key(
-                weights=self._start["weights"],
-                network=self._start["network"],
-                data=data.fingerprint(),
-                precision=self._precision + self._start["scales"],
-            )
+            key = self._key(data.fingerprint())
             if resumed:
                 data_set.reference = load_reference(self._cache_dir, key, data.num_responses)
             else:
@@ -94,6 +89,13 @@ class ReferencePass(pl.Callback):
                     "run started with (or the data has changed since); restore the folder and the data, or start a "
                     "new run under another exp_manager.name"
                 )
+
+    def _key(self, data: str) -> str:
+        assert self._start is not None
+        parts = {"weights": self._start["weights"], "data": data, "precision": self._precision + self._start["scales"]}
+        if not self._start["network"]:
+            return earlier_reference_key(**parts)
+        return reference_key(network=self._start["network"], **parts)
 
     def _compute(self, trainer: pl.Trainer, data_set: AlignmentData, key: str, name: str) -> Any:
         shown = self._show_progress and trainer.is_global_zero

@@ -52,6 +52,11 @@ def reference_key(*, weights: str, network: str, data: str, precision: str) -> s
     return hashlib.sha256("|".join((_FORMAT, weights, network, data, precision)).encode()).hexdigest()[:32]
 
 
+def earlier_reference_key(*, weights: str, data: str, precision: str) -> str:
+    """The key of earlier versions, whose checkpoints do not record their network, for the same numbers."""
+    return hashlib.sha256("|".join(("reference-sums-1", weights, data, precision)).encode()).hexdigest()[:32]
+
+
 def load_numbers(cache_dir: Path, key: str, num_responses: int, width: int) -> np.ndarray | None:
     """The finished numbers ``[responses, width]`` float32, memory-mapped, or ``None``."""
     path = cache_dir / key / _SUMS

@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from ..megatron_ranks import import_once
 from .runs import NO_CHECKPOINTS, TINY, in_fork, parallel, run_training, steps
 
 
@@ -153,3 +155,21 @@ def test_limits_are_those_of_the_coarsest_format(
 
     rms, largest = limits(PrecisionConfig(params=params, fp8=fp8), experts=experts, tf32=tf32)
     assert (rms, largest) == (expected, pytest.approx(10 * expected))
+
+
+def test_a_run_of_an_earlier_version_finds_the_reference_that_it_was_begun_with(tmp_path: Path) -> None:
+    """Checkpoints of before the key held the network name the weights alone; the sums are in the old place."""
+    import_once()
+    from nemo_rao.integration.reference_pass import ReferencePass
+    from nemo_rao.mcore.reference import earlier_reference_key
+
+    data = SimpleNamespace(fingerprint=lambda: "d" * 64, num_responses=3)
+    data_set = SimpleNamespace(data=data, reference=None)
+    folder = tmp_path / earlier_reference_key(weights="w", data="d" * 64, precision="fp32")
+    folder.mkdir()
+    np.save(folder / "sums.npy", np.arange(6, dtype=np.float32).reshape(3, 2))
+    sizes = {"micro_batch_size": 1, "micro_batches_per_part": 1, "vocab_size": 8}
+    callback = ReferencePass({"training": data_set}, cache_dir=tmp_path, precision="fp32", **sizes)  # type: ignore[dict-item]
+    callback.load_state_dict({"weights": "w"})
+    callback.on_train_start(None, None)  # type: ignore[arg-type]
+    assert np.asarray(data_set.reference).tolist() == [[0, 1], [2, 3], [4, 5]]
