@@ -1,7 +1,7 @@
 """Checkpoints of LoRA runs: adapters alone, with a record of the checkpoint whose weights they change.
 
     weights/adapter_metadata.json    model_ckpt_path   folder of the base's checkpoint
-                                     model_digest      of that checkpoint's weights; absent from checkpoints of earlier versions
+                                     model_digest      of its weights; absent from checkpoints of earlier versions
 
 NeMo's own record is wrong after a resume: it names the adapters that the run continued from. Such records are followed
 to the base.
