@@ -168,7 +168,9 @@ KEYS: dict[str, Counterpart] = {
     "lora_alpha": Counterpart("LoRA's alpha", ("model.peft.lora.alpha",)),
     "lora_dropout": Counterpart("LoRA's dropout", ("model.peft.lora.dropout",)),
     "lora_target_modules": Counterpart(
-        "the list of layers with an adapter", ("model.peft.lora.target_modules",), "by Megatron's names"
+        "the list of layers with an adapter",
+        ("model.peft.lora.target_modules",),
+        "Megatron's names or Hugging Face's",
     ),
     "load_in_4bit": Counterpart("quantized base weights (QLoRA)", note="are not supported; LoRA trains over bf16 ones"),
     "load_in_8bit": Counterpart("quantized base weights (QLoRA)", note="are not supported; LoRA trains over bf16 ones"),

@@ -26,7 +26,7 @@ import numpy as np
 from nemo_rao.batch import RewardSummary, Sample
 from nemo_rao.files import folder_written_atomically
 
-FORMAT = "nemo_rao preference data 1"
+FORMAT = "nemo_rao preference data 2"  # counts up when rows are read, checked or counted otherwise, too
 _RECORD = "data.json"
 _END = 1 << 20  # bytes of each end of a large file that are checked when it is opened
 

@@ -39,7 +39,7 @@ class AlignmentStrategy(nl.MegatronStrategy):
     A run that starts from a checkpoint without its head (see :mod:`nemo_rao.mcore.heads`) starts with a new one.
     """
 
-    seed = 1234
+    seed: int
 
     def setup_distributed(self) -> None:
         super().setup_distributed()
