@@ -16,7 +16,7 @@ Shape legend, used throughout the project:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,12 +35,19 @@ class Response:
         ensemble: the rewards of M reward models, or M attributes, where several were named; else empty. NaN where
             the file has null.
         continuation: of a conversation, the messages after this answer; the assistant's are answers too.
+        fields: what the answer's message has beside role and content, for the chat template (``reasoning_content``,
+            ``tool_calls``). With ``tool_calls`` the content may be empty.
+        weight: 1, or 0 for an answer of a conversation that is context and not learned.
+        truncated: the text was cut where its sampler stopped at a limit, and is no whole answer.
     """
 
     content: str
     reward: float | None = None
     ensemble: tuple[float, ...] = ()
     continuation: tuple[Mapping[str, Any], ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Row:
         place: where the row came from, for messages to the user ("data.jsonl.gz line 12").
         ranked: the responses' order is a preference, best first (published as chosen/rejected).
         reference_rewards: rewards of further responses, which the reference policy gave to the prompt; often empty.
+        template_fields: what the chat template takes beside the messages (``tools``, ``documents``).
+        unused: paths of the fields of its record that nothing reads, such as ``source`` or ``completions[].model``.
     """
 
     prompt: str | tuple[Mapping[str, Any], ...]
@@ -61,6 +70,8 @@ class Row:
     place: str
     ranked: bool = False
     reference_rewards: tuple[float, ...] = ()
+    template_fields: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
