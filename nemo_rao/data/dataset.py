@@ -29,7 +29,7 @@ from nemo_rao.data.choice import (
     which_pair,
 )
 from nemo_rao.data.encode import ChatTemplate, Encoder
-from nemo_rao.data.fields import RewardField
+from nemo_rao.data.rewards import RewardField
 from nemo_rao.data.rows import Paths, read_rows
 from nemo_rao.data.store import LoadReport, PreferenceData
 from nemo_rao.errors import UserError
