@@ -81,11 +81,11 @@ def _decoded(text: str) -> Any:
 
 
 def read_prompt(value: object, record: View, name: str) -> str | Messages:
-    """A prompt: text, or messages of which the last is to be answered."""
+    """A prompt: text or messages."""
     value = as_messages(value, record.place, record.path_of(name))
     if isinstance(value, str):
         return read_text(value, record.place, record.path_of(name))
-    return check_prompt(read_messages(value, record, name), record.place, record.path_of(name))
+    return read_messages(value, record, name)
 
 
 def check_prompt(messages: Messages, place: str, field: str) -> Messages:

@@ -104,7 +104,7 @@ def _unanswered(record: View, name: str) -> Messages | None:
     last = value[-1] if isinstance(value, list) and value else None
     if not isinstance(last, dict) or _is_answer(last):
         return None
-    return check_prompt(read_messages(record[name], record, name), record.place, record.path_of(name))
+    return read_messages(record[name], record, name)
 
 
 def asks_alone(record: View) -> bool:
@@ -120,8 +120,12 @@ def _is_answer(message: object) -> bool:
     return isinstance(message, dict) and SPEAKERS.get(str(message.get("role", message.get("from")))) == "assistant"
 
 
-def with_context(record: View, content: str | Messages) -> Asked:
-    """The prompt after its system message and history, a transcript as messages."""
+def with_context(record: View, content: str | Messages, name: str = "prompt") -> Asked:
+    """The prompt after its system message and history, a transcript as messages; ``name``: its field, for messages.
+
+    Raises:
+        UserError: its last message is empty or the assistant's.
+    """
     plain: str | None = None
     awaits_answer = True
     if isinstance(content, str) and (transcript := split_prompt(content)) is not None:
@@ -133,8 +137,9 @@ def with_context(record: View, content: str | Messages) -> Asked:
         messages = ({"role": "user", "content": content},) if isinstance(content, str) else content
         leading = 1 if messages and messages[0]["role"] == "system" and before[0]["role"] != "system" else 0
         content, plain = (*messages[:leading], *before, *messages[leading:]), None
-    asked = content if isinstance(content, str) else without_weights(content)
-    return Asked(asked, is_transcript, plain, awaits_answer)
+    if not isinstance(content, str) and content:
+        content = check_prompt(without_weights(content), record.place, name)
+    return Asked(content, is_transcript, plain, awaits_answer)
 
 
 def _system(record: View, content: str | Messages) -> Messages:
