@@ -138,10 +138,12 @@ def _read_message(message: View) -> dict[str, Any]:
 
 
 def _role(message: View) -> str:
-    role = message.required("role")
-    if not isinstance(role, str):
-        raise UserError(f"{message.place}: field '{message.path_of('role')}' must be text, found {describe(role)}")
-    return check_unicode(role, message.place, message.path_of("role"))
+    role = read_text(message.required("role"), message.place, message.path_of("role"))
+    if len(role.split()) > 1:
+        raise UserError(
+            f"{message.place}: field '{message.path_of('role')}' must be one word, such as user, found {describe(role)}"
+        )
+    return role
 
 
 def _speaker(message: View) -> tuple[str, str | None, dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_rao.batch import Response, Row
-from nemo_rao.data.fields import Messages, check_json, describe, read_text
+from nemo_rao.data.fields import Messages, check_json, check_unicode, describe, read_text
 from nemo_rao.data.messages import CALLS, answer_of, is_empty, read_calls, read_messages, read_truncated, read_weight
 from nemo_rao.data.prompt import Asked, check_nothing_asked_is_left, read_template_fields
 from nemo_rao.data.rewards import RewardField, read_reward
@@ -25,6 +25,7 @@ def read_response(record: View, content_name: str, reward_name: str, reward_fiel
         content = record.get(content_name, "")
         if not isinstance(content, str):
             raise UserError(f"{place}: field '{path}' must be text, found {describe(content)}")
+        check_unicode(content, place, path)
     else:
         content = read_text(record.required(content_name), place, path)
     reward, ensemble = read_reward(record, reward_name, reward_field)
