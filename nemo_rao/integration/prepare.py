@@ -15,7 +15,8 @@ import numpy as np
 
 from nemo_rao import cpu
 from nemo_rao.data.cache import DataCache
-from nemo_rao.data.dataset import load_preferences, mismatched
+from nemo_rao.data.dataset import load_preferences
+from nemo_rao.data.mismatched import mismatched
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
