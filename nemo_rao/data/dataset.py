@@ -157,7 +157,7 @@ def load_preferences(
                 outcome = judged(candidate, made)
                 if observer is not None:
                     observer(outcome)
-                sample, read, row = outcome.sample, outcome.read, outcome.row
+                sample, read, row = outcome.sample, outcome.read, outcome.used
                 if outcome.reason is not None:
                     continue
                 assert sample is not None and read is not None and row is not None

@@ -24,7 +24,7 @@ class Outcome:
 
     Attributes:
         read: the row as it was read; ``None`` where its record cannot be read.
-        row: the row with the responses that are used; ``None`` where none are.
+        used: the row with the responses that are used; ``None`` where none are.
         sample: its tokens, also of a row that is dropped for its length; ``None`` where there are none.
         reason: under which the row is counted as dropped; ``None``: it is kept.
         detail: one line about a dropped row, with its place.
@@ -33,7 +33,7 @@ class Outcome:
     """
 
     read: Row | None
-    row: Row | None
+    used: Row | None
     sample: Sample | None
     reason: str | None
     detail: str = ""
@@ -74,9 +74,9 @@ class LoadReport:
 
     def keep(self, outcome: Outcome, pair: str | None) -> None:
         """Count a kept row; ``pair``: which two of its responses are compared."""
-        assert outcome.read is not None and outcome.row is not None
+        assert outcome.read is not None and outcome.used is not None
         self.rows_kept += 1
-        given, used = len(outcome.read.responses), len(outcome.row.responses)
+        given, used = len(outcome.read.responses), len(outcome.used.responses)
         self.given = [min([given, *self.given]), max([given, *self.given])]
         self.used = [min([used, *self.used]), max([used, *self.used])]
         for reason in outcome.left_out:
@@ -85,7 +85,7 @@ class LoadReport:
             _count(self.pairs, pair)
         for remark in outcome.remarks:
             _count(self.remarks, remark)
-            self.examples.setdefault(remark, outcome.row.place)
+            self.examples.setdefault(remark, outcome.used.place)
 
     def drop(self, reason: str, example: str) -> None:
         """Count a dropped row; ``example``: the line about it."""

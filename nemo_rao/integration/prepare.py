@@ -16,8 +16,8 @@ import numpy as np
 from nemo_rao import cpu
 from nemo_rao.data.cache import DataCache
 from nemo_rao.data.dataset import load_preferences
-from nemo_rao.data.mismatched import mismatched
 from nemo_rao.data.encode import load_tokenizer
+from nemo_rao.data.mismatched import mismatched
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.gpus import has_gpu
@@ -164,7 +164,7 @@ class LoadedData:
 
 def load_data(config: RunConfig) -> LoadedData:
     """Reads, tokenises and checks a run's data, or reads it back. See :func:`train` for the errors."""
-    tokenizer, wanted, folder = load_tokenizer(config.data.tokenizer or ""), _wanted(config), data_cache_dir(config)
+    tokenizer, wanted, folder = load_tokenizer(config.data.tokenizer or ""), wanted_rows(config), data_cache_dir(config)
     cache = None if folder is None else DataCache(folder, tokenizer)
 
     def load(paths: Any, label: str) -> PreferenceData:
@@ -191,10 +191,10 @@ def load_data(config: RunConfig) -> LoadedData:
 def data_identity(config: RunConfig) -> str:
     """The same text for runs for which :func:`load_data` gives the same."""
     paths = (config.data.train_path, config.data.validation_path, config.data.tokenizer)
-    return repr((paths, {name: value for name, value in _wanted(config).items() if name != "needed_by"}))
+    return repr((paths, {name: value for name, value in wanted_rows(config).items() if name != "needed_by"}))
 
 
-def _wanted(config: RunConfig) -> dict[str, Any]:
+def wanted_rows(config: RunConfig) -> dict[str, Any]:
     """What a run asks of its rows; see :func:`nemo_rao.data.dataset.load_preferences`."""
     objective = registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))

@@ -15,8 +15,8 @@ from nemo_rao.batch import Sample
 from nemo_rao.data import cache as cache_module
 from nemo_rao.data.cache import READ_FROM_CACHE, DataCache
 from nemo_rao.data.dataset import load_preferences
-from nemo_rao.data.mismatched import mismatched
 from nemo_rao.data.encode import load_tokenizer
+from nemo_rao.data.mismatched import mismatched
 from nemo_rao.data.store import PreferenceData, open_data
 from nemo_rao.errors import UserError
 from nemo_rao.files import one_at_a_time
