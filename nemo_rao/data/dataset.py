@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nemo_rao.batch import Row, Sample
 from nemo_rao.data.choice import PairsBy, Responses, which_pair
-from nemo_rao.data.encode import BoundaryError, ChatTemplate, Encoder
+from nemo_rao.data.encode import Answers, BoundaryError, ChatTemplate, Encoder, inner_ends
 from nemo_rao.data.fields import RewardField
 from nemo_rao.data.report import LoadReport, Outcome
 from nemo_rao.data.row_checks import Candidate, RowChecks, Truncated
@@ -30,7 +30,6 @@ _T = TypeVar("_T")
 BadRows = Literal["refuse", "drop"]
 
 ROWS_AT_ONCE = 64  # tokenised in one call
-NO_BOUNDARY = "no boundary in tokens between prompt and response"
 INNER_END = "a response holds the end token inside, which looks like an early end"
 
 
@@ -55,7 +54,10 @@ def load_preferences(
     truncated: Truncated = "drop",
     chat_template: ChatTemplate = "auto",
     template_arguments: Mapping[str, Any] | None = None,
+    answers: Answers = "template",
     reward_field: RewardField = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_fields: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
     observer: Callable[[Outcome], None] | None = None,
 ) -> PreferenceData:
@@ -82,8 +84,8 @@ def load_preferences(
         max_bad_rows: the share of bad rows above which the run stops all the same, in [0, 1].
         truncated: ``drop``: responses that are marked as cut short are left out, and a row that then has too few of
             them is dropped. ``without_end``: they are kept, and no end token follows them.
-        chat_template, template_arguments: see ``encode.Encoder``.
-        reward_field: see ``rows.read_rows``.
+        chat_template, template_arguments, answers: see ``encode.Encoder``.
+        reward_field, columns, ignore_fields: see ``rows.read_rows``.
         progress: called now and then with the number of rows read so far.
         observer: called with what became of each row, in the files' order but for records that cannot be read, which
             may come a little early.
@@ -103,14 +105,20 @@ def load_preferences(
         seed,
         truncated,
     )
-    encoder = Encoder(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
+    encoder = Encoder(tokenizer, chat_template=chat_template, template_arguments=template_arguments, answers=answers)
     report = LoadReport()
     drops_bad = bad_rows == "drop" and not strict
 
     def candidates() -> Iterator[Candidate | UserError]:
         """Rows, and what is wrong with records that are none."""
         unreadable: list[UserError] = []
-        rows = read_rows(paths, reward_field=reward_field)
+        rows = read_rows(
+            paths,
+            reward_field=reward_field,
+            columns=columns or {},
+            ignore_fields=ignore_fields,
+            on_bad=unreadable.append if drops_bad else None,
+        )
         for number, row in enumerate(rows):
             yield from unreadable
             unreadable.clear()
@@ -122,9 +130,10 @@ def load_preferences(
         if isinstance(candidate, UserError):
             return bad(None, None, None, candidate)
         read, row, sample = candidate.read, candidate.row, encoded if isinstance(encoded, Sample) else None
+        report.not_used(read.unused)
         dropped = candidate.dropped
         if dropped is None and isinstance(encoded, BoundaryError):
-            dropped = NO_BOUNDARY, str(encoded)
+            dropped = encoded.reason, str(encoded)
         if dropped is None and isinstance(encoded, UserError):
             return bad(read, row, None, encoded)
         if dropped is None:
@@ -138,8 +147,8 @@ def load_preferences(
         if candidate.bad is not None:
             return bad(read, row, sample, candidate.bad)
         assert sample is not None
-        remarks = [*candidate.remarks, *equal_tokens(sample)]
-        if any(encoder.end_token_id in response[:-1] for response in sample.responses):
+        remarks = [*candidate.remarks, *sample.remarks, *equal_tokens(sample)]
+        if inner_ends(sample, encoder.end_token_id):
             remarks.append(INNER_END)
         return Outcome(read, row, sample, None, remarks=tuple(remarks), left_out=candidate.left_out)
 
@@ -170,6 +179,7 @@ def load_preferences(
                 progress(report.rows_read)
 
     data = PreferenceData(kept_samples(), report)
+    report.notes = list(dict.fromkeys(encoder.notes))
     sources = ", ".join(map(str, [paths] if isinstance(paths, (str, os.PathLike)) else paths))
     if report.rows_bad > max_bad_rows * report.rows_read:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from nemo_rao.batch import Row, Sample
@@ -134,15 +134,17 @@ class LoadReport:
     def __str__(self) -> str:
         return "; ".join(self.parts())
 
-    def text(self, remark: str = "") -> str:
+    def text(self, remark: str = "", said: Collection[str] = ()) -> str:
         """The report in one line where it is short, else with a line for each part.
 
         Args:
             remark: follows the numbers of rows.
+            said: notes that need not be repeated.
         """
         first, *others = self.parts()
-        line = "; ".join([first + remark, *others])
-        return line if len(line) <= _LONGEST_LINE else "\n  ".join([first + remark, *others])
+        parts = [first + remark, *(part for part in others if part not in said)]
+        line = "; ".join(parts)
+        return line if len(line) <= _LONGEST_LINE else "\n  ".join(parts)
 
 
 def cause_of(complaint: str) -> str:

@@ -46,6 +46,7 @@ class Arrays:
         ensemble: ``[all responses, M]`` float64.
         reference_rewards: float64, sample after sample, delimited by ``reference_reward_ends`` ``[N + 1]`` int64.
         ranked: ``[N]`` bool.
+        prompt_digests: ``[N]`` uint64, of each prompt's tokens.
         places: uint8, the samples' places as UTF-8, delimited by ``place_ends`` ``[N + 1]`` int64.
         answers: bool, where a token is an answer, of the segments that are told apart so (conversations), delimited by
             ``answer_ends``; ``answer_segments``, int64 and rising, are their numbers.
@@ -59,6 +60,7 @@ class Arrays:
     reference_rewards: np.ndarray
     reference_reward_ends: np.ndarray
     ranked: np.ndarray
+    prompt_digests: np.ndarray
     places: np.ndarray
     place_ends: np.ndarray
     answers: np.ndarray
@@ -153,6 +155,11 @@ class PreferenceData:
         """Tokens of the longest prompt with one response; 0 where there is no sample."""
         return int(self.lengths.max(initial=0))
 
+    @property
+    def prompt_digests(self) -> np.ndarray:
+        """``[N]`` uint64, equal for prompts of the same tokens."""
+        return self._arrays.prompt_digests
+
     def reward_summary(self) -> RewardSummary:
         """What is known of the rewards of all responses."""
         rewards, ranked = self._arrays.rewards, self._arrays.ranked
@@ -246,6 +253,7 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
     rewards, reference_rewards, reference_reward_ends = array.array("d"), array.array("d"), array.array("q", [0])
     ensemble: list[np.ndarray] = []
     ranked, places, place_ends = bytearray(), bytearray(), array.array("q", [0])
+    prompt_digests = bytearray()
     answers, answer_ends, answer_segments = bytearray(), array.array("q", [0]), array.array("q")
     for sample in samples:
         for segment in (sample.prompt, *sample.responses):
@@ -260,6 +268,7 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
         reference_rewards.frombytes(sample.reference_rewards.astype(np.float64).tobytes())
         reference_reward_ends.append(len(reference_rewards))
         ranked.append(sample.ranked)
+        prompt_digests += hashlib.blake2b(sample.prompt.astype("<i4").tobytes(), digest_size=8).digest()
         places += sample.place.encode("utf-8", "surrogatepass")
         place_ends.append(len(places))
         first_segment.append(len(segment_ends) - 1)
@@ -280,6 +289,7 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
         reference_rewards=flat(reference_rewards, np.float64),
         reference_reward_ends=flat(reference_reward_ends, np.int64),
         ranked=flat(ranked, np.bool_),
+        prompt_digests=flat(prompt_digests, np.uint64),
         places=flat(places, np.uint8),
         place_ends=flat(place_ends, np.int64),
         answers=flat(answers, np.bool_),

@@ -160,7 +160,10 @@ OPTIONS = {
     "truncated": "without_end",
     "chat_template": "never",
     "template_arguments": {"enable_thinking": False},
+    "answers": "verbatim",
     "reward_field": "reward",
+    "columns": {"prompt": "prompt"},
+    "ignore_fields": ["source"],
 }
 
 

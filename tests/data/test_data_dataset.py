@@ -9,8 +9,8 @@ import pytest
 from nemo_rao.batch import RewardSummary, Sample
 from nemo_rao.data.choice import NO_PAIR
 from nemo_rao.data.collate import collate
-from nemo_rao.data.dataset import INNER_END, NO_BOUNDARY, load_preferences
-from nemo_rao.data.encode import Encoder
+from nemo_rao.data.dataset import INNER_END, load_preferences
+from nemo_rao.data.encode import BoundaryError, Encoder
 from nemo_rao.data.mismatched import mismatched
 from nemo_rao.data.row_checks import NOT_FINITE
 from nemo_rao.data.rows import read_rows
@@ -170,7 +170,7 @@ def test_a_row_of_exactly_seq_length_is_kept(load):
 
 def test_rows_without_a_boundary_are_dropped_and_counted(load):
     data = load([RECORDS[0], record("x", 1, content="\n\n\nmerges")], tokenizer="chatml")
-    assert data.report.dropped == {NO_BOUNDARY: 1}
+    assert data.report.dropped == {BoundaryError.reason: 1}
     assert "data.jsonl line 2: response 1 has no boundary" in str(data.report)
 
 
