@@ -15,7 +15,7 @@ _MOST_NAMES = 40  # unused fields that are listed
 _LONGEST_LINE = 120  # characters
 _PLACE = re.compile(r"^.*? (?:line|row) \d+: ")
 _VALUES = re.compile(r"; | \(|, found | \d+:\d+")
-_NUMBER = re.compile(r"(?<![\w'.])\d[\d.,]*(?![\w'])")
+_NUMBER = re.compile(r"(?<![\w'.-])\d[\d.,]*(?![\w'])")
 
 
 @dataclass(frozen=True)
