@@ -192,7 +192,7 @@ def load_preferences(
     if report.rows_bad > max_bad_rows * report.rows_read:
         raise UserError(
             f"{sources}: {report.rows_bad} of {report.rows_read} rows are bad, a larger share than "
-            f"data.max_bad_rows={max_bad_rows:g}; mend them, or raise it: {'; '.join(report.bad_rows())}"
+            f"data.max_bad_rows={max_bad_rows:g}; mend them, or raise it: {'; '.join(report.about_bad())}"
         )
     if not data:
         raise UserError(f"{sources}: no rows left to train on; {report}")
