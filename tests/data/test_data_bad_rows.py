@@ -108,8 +108,8 @@ def test_a_share_of_bad_rows_above_the_key_stops_with_the_counts(load):
         load(records, bad_rows="drop", max_bad_rows=0.19)
     message = str(caught.value)
     assert "2 of 10 rows are bad, a larger share than data.max_bad_rows=0.19" in message and "\n" not in message
-    assert message.count("1 bad rows dropped (") == 2 and "line 9: " in message and "line 10: " in message
-    with pytest.raises(UserError, match=r"no rows left to train on; 0 of 2 rows kept; 1 bad rows"):
+    assert message.count("1 bad row dropped (") == 2 and "line 9: " in message and "line 10: " in message
+    with pytest.raises(UserError, match=r"no rows left to train on; 0 of 2 rows kept; 1 bad row"):
         load(BAD[:2], bad_rows="drop", max_bad_rows=1.0)
 
 
@@ -251,7 +251,7 @@ def test_equal_tokens_are_counted_and_dropped_where_only_they_are_compared(recor
         with pytest.raises(UserError, match=r"line 2: responses 1 and 2 .*strict"):
             load([record("a", 1, 0), *records], "llama_3", strict=True, **options)
     else:
-        assert all(f"1 rows: {remark} (first: " in str(data.report) for remark in remarks)
+        assert all(f"1 row: {remark} (first: " in str(data.report) for remark in remarks)
 
 
 # ---------------------------------------------------------------------------------------------- what is said of it
@@ -262,7 +262,7 @@ def test_the_report_is_one_line_or_a_line_for_each_part_and_notes_are_said_once(
     assert report.text(" (read from cache)") == "3 of 3 rows kept (read from cache)"
     report.not_used(["source", "completions[].model"])
     report.not_used(["source"])
-    assert report.text() == "3 of 3 rows kept; fields that are not used: source (2 rows), completions[].model (1 rows)"
+    assert report.text() == "3 of 3 rows kept; fields that are not used: source (2 rows), completions[].model (1 row)"
     report.notes.append("tokenizer t: " + "a note of some length " * 4)
     first, *others = report.text(" (read from cache)").splitlines()
     assert first == "3 of 3 rows kept (read from cache)" and len(others) == 2
