@@ -28,7 +28,7 @@ from nemo_rao.data.choice import (
     where_to_add_rewards,
     which_pair,
 )
-from nemo_rao.data.encode import ChatTemplate, Encoder
+from nemo_rao.data.encode import BoundaryError, ChatTemplate, Encoder, inner_ends
 from nemo_rao.data.fields import RewardField
 from nemo_rao.data.rows import Paths, read_rows
 from nemo_rao.data.store import LoadReport, PreferenceData
@@ -43,7 +43,7 @@ ROWS_AT_ONCE = 64  # tokenised in one call
 
 PROMPT_TOO_LONG = "prompt alone as long as seq_length"
 TOO_LONG = "prompt and response longer than seq_length"
-NO_BOUNDARY = "no boundary in tokens between prompt and response"
+NO_BOUNDARY = BoundaryError.reason
 
 
 def load_preferences(
@@ -118,6 +118,8 @@ def load_preferences(
             rows = [row for _, row, _ in batch]
             for (read, row, complaint), sample in zip(batch, encoder.encode_many(rows), strict=True):
                 report.rows_read += 1
+                if isinstance(sample, UserError) and not isinstance(sample, BoundaryError):
+                    raise sample
                 problem = _why_dropped(row, sample, seq_length, needs_pairs and complaint is None)
                 if problem is None and complaint is not None:
                     raise complaint
@@ -140,7 +142,7 @@ def load_preferences(
                 report.unknown_rewards += sum(
                     response.reward is not None and not is_known(response.reward) for response in row.responses
                 )
-                report.inner_ends += sum(encoder.end_token_id in response[:-1] for response in sample.responses)
+                report.inner_ends += inner_ends(sample, encoder.end_token_id)
                 yield sample
             if progress is not None:
                 progress(report.rows_read)
@@ -172,12 +174,14 @@ def _check_responses(row: Row, min_responses: int, needs_rewards: bool, needs_pr
         )
 
 
-def _why_dropped(row: Row, sample: Sample | UserError, seq_length: int, needs_pairs: bool) -> tuple[str, str] | None:
+def _why_dropped(
+    row: Row, sample: Sample | BoundaryError, seq_length: int, needs_pairs: bool
+) -> tuple[str, str] | None:
     """(reason, what to say about this row), or None to keep it."""
     if needs_pairs and not has_pair(row):
         return NO_PAIR, f"{row.place}: all responses have the same reward"
-    if isinstance(sample, UserError):
-        return NO_BOUNDARY, str(sample)
+    if isinstance(sample, BoundaryError):
+        return sample.reason, str(sample)
     if len(sample.prompt) >= seq_length:
         return PROMPT_TOO_LONG, f"{row.place}: the prompt has {len(sample.prompt)} tokens, seq_length is {seq_length}"
     for number, response in enumerate(sample.responses, start=1):
