@@ -17,6 +17,7 @@ Message = Mapping[str, Any]
 # What a message has beside its fields for the template.
 _OWN = frozenset({"role", "content", "weight"})
 _LONGEST_QUOTE = 60  # characters
+_SHORTEST_MATCH = 3
 
 
 def find(text: str, content: str, start: int = 0) -> int:
@@ -57,12 +58,13 @@ def difference(content: str, text: str) -> str:
 
 
 def _longest(limit: int, holds: Callable[[int], bool]) -> int:
-    """The largest length up to ``limit`` for which ``holds``, which it does for every smaller one."""
+    """The largest length up to ``limit`` for which ``holds``, which it does for every smaller one; 0 for a length that
+    says nothing, as some text holds any letter."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
+    return low if low >= _SHORTEST_MATCH else 0
 
 
 def quoted(text: str) -> str:
@@ -74,15 +76,6 @@ def contents_of(message: Message) -> str:
     """The message's content, empty where it is null."""
     content = message.get("content")
     return content if isinstance(content, str) else ""
-
-
-def for_template(message: Message) -> dict[str, Any]:
-    """The message as the template gets it: without empty fields, in which Parquet files are rich, and ``weight``."""
-    return {
-        name: value
-        for name, value in message.items()
-        if name in ("role", "content") or (name != "weight" and value is not None and value != [])
-    }
 
 
 def field_names(messages: Sequence[Message]) -> list[str]:
@@ -120,6 +113,28 @@ def unrendered_fields(
         if value and same_without(messages, {key: other for key, other in beside.items() if key != name}):
             names.append(name)
     return names
+
+
+def unrendered_call(
+    messages: Sequence[Message], text: str, render: Callable[[Sequence[Message], Mapping[str, Any]], str]
+) -> Any:
+    """One of several ``tool_calls`` of a message that makes no difference to the rendering, or ``None``.
+
+    Args:
+        messages, text, render: see :func:`unrendered_fields`.
+    """
+    for at, message in enumerate(messages):
+        calls = message.get("tool_calls")
+        if not isinstance(calls, (list, tuple)) or len(calls) < 2:
+            continue
+        for number, call in enumerate(calls):
+            others = {**message, "tool_calls": [*calls[:number], *calls[number + 1 :]]}
+            try:
+                if render([*messages[:at], others, *messages[at + 1 :]], {}) == text:
+                    return call
+            except UserError:  # the template insists on the call
+                continue
+    return None
 
 
 def find_missing_part(name: str, value: Any, text: str) -> str | None:

@@ -18,8 +18,8 @@ from nemo_rao.data.content import (
     find,
     find_missing_part,
     first_missing,
-    for_template,
     quoted,
+    unrendered_call,
     unrendered_fields,
 )
 from nemo_rao.data.template import Message, Template
@@ -27,6 +27,7 @@ from nemo_rao.errors import UserError
 
 Answers = Literal["template", "verbatim"]
 
+_NO_BLOCK = "use a template or data.template_arguments that open no block, or drop the row"
 NO_TOKEN = "no token of its own before the end token"
 
 # Fields without which a prompt says something else. Others, such as a name, are reported where they are not rendered.
@@ -146,7 +147,7 @@ class ChatRenderer:
             BoundaryError: a part of the row is not rendered, or its answers do not continue its prompt.
         """
         given = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-        prompt: list[Message] = [for_template(message) for message in given]
+        prompt: list[Message] = [self.template.message(message) for message in given]
         if is_conversation(row):
             return self._conversation(row, prompt)
         rendered = RenderedRow(self._prompt(prompt, row))
@@ -165,7 +166,7 @@ class ChatRenderer:
         first = {**response.fields, "role": "assistant", "content": response.content, "weight": response.weight}
         given: list[Message] = [*prompt, first, *response.continuation]
         turns = [at for at in range(len(prompt), len(given)) if given[at]["role"] == "assistant"]
-        messages: list[Message] = [for_template(message) for message in given]
+        messages: list[Message] = [self.template.message(message) for message in given]
         rendered = RenderedRow("")
         for number, at in enumerate(turns, start=1):
             learned, is_last = given[at].get("weight", 1) != 0, at == turns[-1]
@@ -200,9 +201,10 @@ class ChatRenderer:
             what = difference(contents[lost], text)
         else:
             return text
+        role = messages[lost]["role"]
         raise ContentError(
-            f"{row.place}: the chat template leaves out a part of message {lost + 1} ({messages[lost]['role']}): {what}; "
-            "use another template, or drop the row"
+            f"{row.place}: the chat template leaves out a part of message {lost + 1} ({role}): {what}; use another "
+            "template, or drop the row"
         )
 
     def _check_fields_of_prompt(self, messages: Sequence[Message], row: Row, text: str) -> list[str]:
@@ -221,6 +223,11 @@ class ChatRenderer:
                     f"{row.place}: the chat template does not render the prompt's field '{name}'; use another "
                     "template, list the field in data.ignore_fields, or drop the row"
                 )
+        if (call := unrendered_call(messages, text, lambda changed, _: render(changed, fields))) is not None:
+            raise ContentError(
+                f"{row.place}: the chat template does not render every one of the prompt's tool_calls: "
+                f"{quoted(str(call))}; use another template, or drop the row"
+            )
         for holder in (fields, *messages):
             for name, value in holder.items():
                 if name in _CONTENT and (part := find_missing_part(name, value, text)) is not None:
@@ -251,7 +258,7 @@ class ChatRenderer:
             given: the answer's message.
             remarks: what is to be said about the answer is added to it.
         """
-        message = for_template(given)
+        message = self.template.message(given)
         content = contents_of(message)
         if not content.strip() and not field_names([message]):
             raise BoundaryError(f"{row.place}: {answer.name} has {NO_TOKEN}; drop the row")
@@ -292,7 +299,7 @@ class ChatRenderer:
             if template.closing not in text and not answer.truncated:
                 raise ThinkingError(
                     f"{row.place}: {answer.name} has no {template.closing}, which closes the {tag} at the end of the "
-                    "generation prompt; use a template or data.template_arguments that open none, or drop the row"
+                    f"generation prompt; {_NO_BLOCK}"
                 )
         return answer.before + template.before + text + template.behind
 
@@ -303,9 +310,11 @@ class ChatRenderer:
         whole = template.render([*messages, message], row.place, fields)
         if not whole.startswith(answer.before):
             if template.opening and whole.startswith(answer.before.removesuffix(template.opening)):
+                closed = template.closing in contents_of(message)
+                remedy = "set data.answers=verbatim" if closed else f"it has no {template.closing} either"
                 raise ThinkingError(
                     f"{row.place}: the generation prompt ends with {template.opening!r}, which the chat template does "
-                    f"not repeat before {answer.name}; set data.answers=verbatim, or use another chat template"
+                    f"not repeat before {answer.name}; {remedy}, {_NO_BLOCK}"
                 )
             raise BoundaryError(
                 f"{row.place}: {answer.name} has no boundary in tokens: the chat template renders the prompt otherwise "
@@ -320,17 +329,37 @@ class ChatRenderer:
                 "template, or drop the row"
             )
 
-        def render(changed: Sequence[Message], fields: Mapping[str, Any]) -> str:
-            return template.render([*messages, *changed], row.place, fields)
+        if names := field_names([message]):
+            self._check_fields_of_answer(answer, messages, message, row, names, said)
+        return whole
 
-        names = field_names([message])
-        lost = unrendered_fields([message], {}, whole, lambda changed, _: render(changed, fields)) if names else []
+    def _check_fields_of_answer(
+        self,
+        answer: Answer,
+        messages: Sequence[Message],
+        message: Message,
+        row: Row,
+        names: Sequence[str],
+        said: str,
+    ) -> None:
+        """Raises if a field of the answer's message is not in ``said``, its rendering."""
+
+        def render(changed: Sequence[Message], _: Mapping[str, Any]) -> str:
+            return self.template.render([*messages, *changed], row.place, row.template_fields)
+
+        whole = answer.before + said
+        lost = unrendered_fields([message], {}, whole, render)
+        call = unrendered_call([message], whole, render)
         for name in names:
-            part = find_missing_part(name, message[name], said)
-            if name in lost or part is not None:
-                what = f"a part of field '{name}': {difference(part, said)}" if part else f"field '{name}'"
+            what = None
+            if name in lost:
+                what = f"field '{name}'"
+            elif name == "tool_calls" and call is not None:
+                what = f"one of the tool_calls: {quoted(str(call))}"
+            elif (part := find_missing_part(name, message[name], said)) is not None:
+                what = f"a part of field '{name}': {difference(part, said)}"
+            if what is not None:
                 raise ContentError(
                     f"{row.place}: of {answer.name}, the chat template leaves out {what}; use another template, list "
                     "the field in data.ignore_fields, or drop the row"
                 )
-        return whole

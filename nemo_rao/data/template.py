@@ -8,6 +8,7 @@ That is found by rendering a probe. Of ChatML's ``...<|im_end|>\\n<|im_start|>as
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ class Template:
             self._arguments.setdefault("date_string", "26 Jul 2024")
         self.notes: list[str] = []
         self.header = ""
-        self._roles: dict[tuple[str, ...], int | None] = {}
+        self._left_out: dict[tuple[Any, ...], int | None] = {}
 
         place = f"tokenizer {self.name}"
         question: list[Message] = [{"role": "user", "content": QUESTION}]
@@ -99,9 +100,9 @@ class Template:
 
     def left_out(self, messages: Sequence[Message]) -> int | None:
         """The first message that the template leaves out whatever its content, because of its role or position."""
-        roles = tuple(str(message["role"]) for message in messages)
-        if roles not in self._roles:
-            probes = [f"Probe {number}, boundary." for number in range(len(roles))]
+        shape = tuple((str(message["role"]), bool(message.get("content")), *sorted(message)) for message in messages)
+        if shape not in self._left_out:
+            probes = [f"Probe {number}, boundary." for number in range(len(shape))]
             probing = [
                 {**message, "content": probe} if message.get("content") else message
                 for message, probe in zip(messages, probes, strict=True)
@@ -111,8 +112,34 @@ class Template:
             except UserError:  # it insists on something about the content: nothing is known
                 text = "".join(probes)
             lost = (at for at, message in enumerate(probing) if message.get("content") and probes[at] not in text)
-            self._roles[roles] = next(lost, None)
-        return self._roles[roles]
+            self._left_out[shape] = next(lost, None)
+        return self._left_out[shape]
+
+    @functools.cached_property
+    def no_content(self) -> str | None:
+        """What the template takes for the missing content of a message with ``tool_calls``: some insist on null."""
+        calls = [{"type": "function", "id": "probe0000", "function": {"name": "probe_call", "arguments": {}}}]
+        question = {"role": "user", "content": QUESTION}
+        for content in ("", None):
+            try:
+                if "probe_call" in self.render(
+                    [question, {"role": "assistant", "content": content, "tool_calls": calls}], ""
+                ):
+                    return content
+            except UserError:
+                continue
+        return ""
+
+    def message(self, given: Message) -> dict[str, Any]:
+        """A message as the template gets it, without empty fields, in which Parquet files are rich, and ``weight``."""
+        message = {
+            name: value
+            for name, value in given.items()
+            if name in ("role", "content") or (name != "weight" and value is not None and value != [])
+        }
+        if not message.get("content"):
+            message["content"] = self.no_content if message.get("tool_calls") else ""
+        return message
 
     # ------------------------------------------------------------------------------------------------------- probes
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_rao.data.template import Template
@@ -57,20 +60,31 @@ def _load(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer {name}: tokenizer_config.json names the class {kind}, which transformers 5 saved and "
             f"transformers {transformers.__version__} does not have; save it as a fast tokenizer (tokenizer.json)"
         )
-    loader: Any = PreTrainedTokenizerFast if kind == FAST_CLASS_OF_5 else AutoTokenizer
-    tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
-        name, trust_remote_code=False, **_as_in_4(config.get("extra_special_tokens"), config)
-    )
-    return tokenizer
+    arguments = _as_in_4(config)
+    if kind != FAST_CLASS_OF_5:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **arguments)
+    with _without_warnings("transformers.tokenization_utils_base"):  # about the class's other name
+        return PreTrainedTokenizerFast.from_pretrained(name, **arguments)
 
 
-def _as_in_4(extra: object, config: dict[str, Any]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _as_in_4(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that replace transformers 5's spelling of further special tokens by that of transformers 4.
 
     A list in ``extra_special_tokens`` is what transformers 4 calls ``additional_special_tokens``; a dictionary in
     ``model_specific_special_tokens`` (name -> token) is its ``extra_special_tokens``.
     """
-    named = config.get("model_specific_special_tokens")
+    extra, named = config.get("extra_special_tokens"), config.get("model_specific_special_tokens")
     arguments: dict[str, Any] = {}
     if isinstance(extra, list):
         listed = [*(config.get("additional_special_tokens") or []), *extra]

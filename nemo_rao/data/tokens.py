@@ -65,7 +65,7 @@ def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Special and other added tokens by id. Runs of blanks, which some vocabularies have as added tokens, are left out."""
+    """Special and other added tokens by id, without the runs of blanks that some vocabularies have among them."""
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
     added.update(zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True))
     return {number: text for number, text in added.items() if text.strip()}
