@@ -11,7 +11,7 @@ from nemo_rao.batch import Response, Row
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.overlap import shared_prompts
 from nemo_rao.data.report import OTHER_CAUSES, LoadReport, Outcome, cause_of
-from nemo_rao.data.row_checks import CUT_LEFT_OUT, CUT_SHORT, CUT_WITHOUT_END, NOT_LEARNED, RowChecks
+from nemo_rao.data.row_checks import CUT_LEFT_OUT, CUT_SHORT, CUT_WITHOUT_END, RowChecks
 from nemo_rao.data.sample_checks import EQUAL_TOKENS, EQUAL_TOKENS_OTHER_REWARDS, SAME_TOKENS, TOO_LONG
 from nemo_rao.errors import UserError
 
@@ -203,17 +203,21 @@ def test_responses_that_were_cut_are_left_out_before_others_are_chosen(row, opti
 # ------------------------------------------------------------------------------------------------------- weights
 
 
-def test_a_weight_of_0_drops_a_single_answer_and_is_refused_among_several():
-    def weighted(*weights: float, continuation=()) -> Row:
-        responses = tuple(Response("x", 1.0, weight=weight, continuation=continuation) for weight in weights)
-        return Row("p", responses, "f.jsonl line 3")
+def test_an_answer_of_weight_0_is_context_in_a_conversation_and_drops_the_row_elsewhere(load, tokenizers):
+    def chat(*weights: int) -> dict:
+        turns = [
+            [{"role": "user", "content": f"u{k}"}, {"role": "assistant", "content": f"a{k}", "weight": weight}]
+            for k, weight in enumerate(weights)
+        ]
+        return {"messages": [message for turn in turns for message in turn]}
 
-    assert checks().apply(weighted(1), 0).dropped is None
-    assert checks().apply(weighted(0), 0).dropped == (NOT_LEARNED, "f.jsonl line 3: the only answer has weight 0")
-    conversation = ({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"})
-    assert checks().apply(weighted(0, continuation=conversation), 0).dropped is None
-    assert checks().apply(weighted(1, 1), 0).bad is None
-    assert "f.jsonl line 3: response 2 has weight 0" in str(checks().apply(weighted(1, 0), 0).bad)
+    weighted = PAIR | {"chosen": [{"role": "assistant", "content": "good", "weight": 0}]}
+    weighted["rejected"] = [{"role": "assistant", "content": "bad"}]
+    data = load([chat(0, 1), chat(0), chat(0, 0), weighted], "chatml")
+    (context,) = data
+    learned = tokenizers["chatml"].decode(context.responses[0][context.answers[0]])
+    assert "a1" in learned and "a0" not in learned
+    assert list(data.report.dropped.values()) == [3] and "weight 0" in str(data.report)
 
 
 # -------------------------------------------------------------------------------------------------- equal tokens
