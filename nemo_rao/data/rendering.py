@@ -313,10 +313,10 @@ class ChatRenderer:
         if not whole.startswith(answer.before):
             if template.opening and whole.startswith(answer.before.removesuffix(template.opening)):
                 closed = template.closing in contents_of(message)
-                remedy = "set data.answers=verbatim" if closed else f"it has no {template.closing} either"
+                remedy = "; set data.answers=verbatim, " if closed else f", nor does this one have {template.closing}; "
                 raise ThinkingError(
                     f"{row.place}: the generation prompt ends with {template.opening!r}, which the chat template does "
-                    f"not repeat before {answer.name}; {remedy}, {_NO_BLOCK}"
+                    f"not repeat before {answer.name}{remedy}{_NO_BLOCK}"
                 )
             raise BoundaryError(
                 f"{row.place}: {answer.name} has no boundary in tokens: the chat template renders the prompt otherwise "

@@ -1,14 +1,18 @@
 """What templates of published models do to a row: it is trained on whole, or dropped and its cause quoted."""
 
 import copy
+import json
+import shutil
 
 import hypothesis
 import numpy as np
 import pytest
+import transformers
 from hypothesis import strategies as st
 
 from nemo_rao.batch import Response, Row, Sample
 from nemo_rao.data.encode import BoundaryError, ContentError, Encoder, inner_ends, load_tokenizer
+from nemo_rao.data.tokenizer import save_for_4, written_by_5
 from nemo_rao.errors import UserError
 
 HEADER = "{{ '<|im_start|>' + m.role + '\n' }}"
@@ -227,8 +231,8 @@ def test_a_generation_prompt_that_opens_a_block_is_continued(encoder):
         with pytest.raises(BoundaryError, match=cause) as raised:
             verbatim.encode(row(given))
         assert raised.value.reason == "the generation prompt opens a block that the answer does not continue"
-    for given, remedy in ((REASONED, "set data.answers=verbatim"), ("4", "it has no </think> either")):
-        with pytest.raises(BoundaryError, match=rf"ends with '<think>\\n', which .* before response 1; {remedy}"):
+    for given, remedy in ((REASONED, "; set data.answers=verbatim"), ("4", ", nor does this one have </think>")):
+        with pytest.raises(BoundaryError, match=rf"ends with '<think>\\n', which .* before response 1{remedy}"):
             encoder("r1_opens_thinking").encode(row(given))
 
 
@@ -392,9 +396,6 @@ def test_whatever_is_in_a_row_each_response_holds_its_content_or_the_row_says_wh
 
 
 def test_a_tokenizer_that_transformers_5_saved_is_loaded(tokenizer_folder, tmp_path, caplog):
-    import json
-    import shutil
-
     folder = tmp_path / "of_5"
     shutil.copytree(tokenizer_folder, folder)
     (folder / "special_tokens_map.json").unlink()
@@ -410,7 +411,10 @@ def test_a_tokenizer_that_transformers_5_saved_is_loaded(tokenizer_folder, tmp_p
     loaded = load_tokenizer(folder)
     assert Encoder(loaded).encode(row("4")).prompt.tolist() == Encoder(expected).encode(row("4")).prompt.tolist()
     assert set(loaded.all_special_tokens) == set(expected.all_special_tokens)
-    assert not caplog.records
+    assert not caplog.records and written_by_5(str(folder)) and not written_by_5(str(tokenizer_folder))
+    save_for_4(str(folder), folder)
+    again = transformers.AutoTokenizer.from_pretrained(folder)
+    assert Encoder(again).encode(row("4")).prompt.tolist() == Encoder(expected).encode(row("4")).prompt.tolist()
     path.write_text(json.dumps({**config, "tokenizer_class": "SentencePieceBackend"}))
     with pytest.raises(UserError, match="names the class SentencePieceBackend, which transformers 5 saved"):
         load_tokenizer(folder)
