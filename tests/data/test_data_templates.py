@@ -11,7 +11,7 @@ import transformers
 from hypothesis import strategies as st
 
 from nemo_rao.batch import Response, Row, Sample
-from nemo_rao.data.encode import BoundaryError, ContentError, Encoder, inner_ends, load_tokenizer
+from nemo_rao.data.encode import BoundaryError, ContentError, Encoder, end_tokens, inner_ends, load_tokenizer
 from nemo_rao.data.tokenizer import save_for_4, written_by_5
 from nemo_rao.errors import UserError
 
@@ -187,6 +187,7 @@ def test_an_end_of_turn_that_is_no_token_is_refused_at_the_start(tokenizers):
     tokenizer.chat_template = TEMPLATES["chatml"]
     with pytest.raises(UserError, match=r"ends an answer with '<\|im_end\|>\\n', which holds no special token"):
         Encoder(tokenizer)
+    assert end_tokens(tokenizer) == [tokenizer.eos_token_id]  # plain text can be trained on
     tokenizer.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
     assert Encoder(tokenizer).notes == [
         "the chat template puts '<|im_end|>\\n' between an answer and its end token; it is learned"
@@ -310,6 +311,7 @@ def test_a_truncated_answer_gets_no_end_token(encoder):
 def test_end_tokens_are_counted_within_an_answer(encoder):
     chatml = encoder("chatml")
     end = chatml.end_token_id
+    assert end_tokens(chatml.tokenizer) == [end, chatml.tokenizer.eos_token_id]
     assert inner_ends(chatml.encode(chat(1, 1)), end) == 0
     assert inner_ends(chatml.encode(chat(1, 1, contents=("o<|im_end|>ne", "two"))), end) == 1
     assert inner_ends(chatml.encode(row("4<|im_end|>\n", "a<|im_end|>b", "<|im_end|>c")), end) == 2
