@@ -3,6 +3,9 @@
     fields    typed fields of a record, or an error that names the place
     formats   one record of a published data set          -> Row
     rows      files, globs, `datasets` names              -> Row after Row
+    tokenizer a folder or a name                          -> a tokenizer; ``tokens``: text -> token ids
+    template  a tokenizer's chat template                 -> what it puts around messages and answers
+    rendering a Row                                       -> text, by the template or as it is; ``content``: what is lost
     encode    a Row and a tokenizer                       -> Sample (exact prompt and response boundaries)
     row_checks, choice  what an objective needs of a Row  -> the Row with the responses that are used
     dataset   all Samples, checked (``sample_checks``)    -> PreferenceData and its LoadReport (``report``)
