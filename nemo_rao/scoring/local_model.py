@@ -15,7 +15,7 @@ from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.settings import PolicySettings
 from nemo_rao.keys import check
 from nemo_rao.progress import Progress
-from nemo_rao.scoring.chat import ChatQuestion
+from nemo_rao.scoring.chat import ChatAnswer, ChatQuestion
 from nemo_rao.scoring.judge_config import JudgeConfig
 
 
@@ -46,7 +46,7 @@ class LocalModel:
         except UserError as error:
             raise UserError(f"{error}{'; or set system to null' if config.system else ''}") from None
 
-    def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, str], None]) -> None:
+    def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
         # Questions of like lengths go together, to fill batches less; the longest first, as they need most memory.
         order = sorted(range(len(questions)), key=lambda at: -len(questions[at].messages[-1]["content"]))
         with Progress("answers", unit="answer", total=len(questions), stays=False, position=1) as progress:
@@ -55,7 +55,8 @@ class LocalModel:
                 answers = self._policy.answer([self._question(questions[at]) for at in batch], self._max_tokens)
                 self.num_requests += len(batch)
                 for at, answer in zip(batch, answers, strict=True):
-                    keep(at, "" if answer is None else answer.text)  # none: the question fills the model's context
+                    # None: the question fills the model's context.
+                    keep(at, ChatAnswer("") if answer is None else ChatAnswer(answer.text, answer.cut))
                 progress.advance(len(batch))
 
     def _question(self, asked: ChatQuestion) -> Question:

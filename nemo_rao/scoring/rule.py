@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_rao.data.fields import LARGEST_REWARD, describe
 from nemo_rao.errors import UserError
-from nemo_rao.scoring.scorer import Kind, Pair, PairScorer, ScoringFailure
+from nemo_rao.scoring.scorer import Kind, NoScore, Pair, PairScorer, ScoringFailure
 
 EXAMPLE = "nemo_rao.data.synthetic:ground_truth_reward"
 
@@ -29,7 +29,7 @@ class RuleScorer(PairScorer):
         self.function = find_function(path)
         self.identity = {"rule": path, "source": _source_digest(self.function)}
 
-    def score_pairs(self, pairs: Sequence[Pair]) -> list[float | None]:
+    def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
         with _current_folder_on_path():
             return [self._score(pair) for pair in pairs]
 

@@ -1,6 +1,6 @@
 """What a scorer is, and the rows it sees.
 
-A scorer is given rows in batches, in the file's order, and gives each response a number or ``None``. Those that look
+A scorer is given rows in batches, in the file's order, and gives each response a number, or why it has none. Those that look
 at one (prompt, response) at a time derive from :class:`PairScorer`; a model that scores a prompt's responses together
 implements :class:`Scorer` itself.
 """
@@ -20,12 +20,22 @@ from nemo_rao.batch import Row
 from nemo_rao.data.rows import read_rows
 from nemo_rao.errors import UserError
 
-Scores = tuple[float | None, ...]
+Scores = tuple[float | None, ...]  # as they are written
 RESERVED = ("content", "reward", "label")  # fields of a response that have a meaning of their own
 
 
 class ScoringFailure(RuntimeError):
     """What stopped scoring under way, in one line with place and remedy. What is done is kept."""
+
+
+@dataclass(frozen=True)
+class NoScore:
+    """A response has no score: ``reason``, in a few words, by which such responses are counted."""
+
+    reason: str
+
+
+Scored = tuple[float | NoScore, ...]  # of a row's responses, as a scorer gives them
 
 
 @dataclass(frozen=True)
@@ -53,15 +63,15 @@ class Scorer(Protocol):
     forks: bool
     identity: Mapping[str, Any]
 
-    def score(self, rows: Sequence[InputRow]) -> list[Scores]:
-        """For each row a number per response, ``None`` where there is none.
+    def score(self, rows: Sequence[InputRow]) -> list[Scored]:
+        """For each row a number per response, or why it has none.
 
         Raises:
             ScoringFailure: no use in going on.
         """
 
     def notes(self) -> Mapping[str, int]:
-        """Counts worth telling at the end, by what they count."""
+        """Counts of this run to be reported at its end, by what they count."""
 
     def close(self) -> None:
         """Gives back what it holds. Called once, also after a failure."""
@@ -75,10 +85,10 @@ class PairScorer(abc.ABC):
     identity: Mapping[str, Any]
 
     @abc.abstractmethod
-    def score_pairs(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """A number for each pair, in order."""
+    def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
+        """A number for each pair, in order, or why it has none."""
 
-    def score(self, rows: Sequence[InputRow]) -> list[Scores]:
+    def score(self, rows: Sequence[InputRow]) -> list[Scored]:
         scores = iter(self.score_pairs([pair for row in rows for pair in pairs_of(row)]))
         return [tuple(itertools.islice(scores, len(row.responses))) for row in rows]
 
@@ -97,16 +107,20 @@ class Pair:
         prompt: text, or messages with ``role`` and ``content``.
         response: its text.
         place: file, line and number of the response, for messages.
+        response_fields, template_fields: see :class:`nemo_rao.batch.Response` and :class:`nemo_rao.batch.Row`.
     """
 
     prompt: str | tuple[Mapping[str, Any], ...]
     response: str
     place: str
+    response_fields: Mapping[str, Any] = field(default_factory=dict)
+    template_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def pairs_of(row: Row) -> Iterator[Pair]:
     for number, response in enumerate(row.responses, start=1):
-        yield Pair(row.prompt, response.content, f"{row.place}, response {number}")
+        place = f"{row.place}, response {number}"
+        yield Pair(row.prompt, response.content, place, response.fields, row.template_fields)
 
 
 def read_input(path: str, fields: Sequence[str]) -> Iterator[InputRow]:
