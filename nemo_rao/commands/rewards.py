@@ -41,7 +41,49 @@ def score_parser() -> Parser:
     )
     parser.add_argument("--shift", type=float, default=0.0, metavar="X", help="then subtract X from each column")
     parser.add_argument("--scale", type=float, default=1.0, metavar="Y", help="then divide by Y, above 0")
-    parser.add_argument("--strict", action="store_true", help="stop at a response that gets no score")
+    parser.add_argument(
+        "--max-missing",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="stop where more of the responses than this share get no score; what is scored is kept (default: "
+        "%(default)s)",
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at the first response that gets no score")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and response that a model as scorer reads, up to its context (default: the "
+        "model.seq_length that it was trained with); longer responses get no score",
+    )
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="the name that a column has in INPUT, such as prompt=question (as data.columns)",
+    )
+    parser.add_argument(
+        "--ignore-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a field of INPUT that is not wanted (as data.ignore_fields)",
+    )
+    parser.add_argument(
+        "--bad-rows",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="rows that cannot be read: refuse the first one, or drop and count them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bad-rows",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="with drop: refuse INPUT where more of its rows are bad (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
     parser.add_argument(
         "--rows-at-once", type=int, default=32, metavar="N", help="rows scored, then written (default: %(default)s)"

@@ -77,7 +77,12 @@ class JudgeScorer(PairScorer):
                 self._count(case)
         while unsettled := [case for case in cases.values() if not self._is_settled(case)]:
             self.chat.ask([self._asked(case) for case in unsettled], functools.partial(self._keep, unsettled))
-        return [cases[self._key(pair)].score for pair in pairs]
+        return [self._outcome(cases[self._key(pair)]) for pair in pairs]
+
+    def _outcome(self, case: _Case) -> float | NoScore:
+        if isinstance(case.score, NoScore) and case.answers:
+            return NoScore(case.score.reason, _short(case.answers[-1].text))
+        return case.score
 
     def _asked(self, case: _Case) -> ChatQuestion:
         stream = (int(case.key[:16], 16), len(case.answers))
@@ -150,12 +155,15 @@ def prompt_text(pair: Pair) -> str:
 
 def _with_fields(text: str | None, fields: Mapping[str, Any]) -> str:
     """A text, then each field in a line of its own."""
-    values = {name: one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for name, one in fields.items()}
+    values = {
+        name: one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for name, one in fields.items()
+    }
     return "\n".join([*([text] if text else []), *(f"{name}: {value}" for name, value in values.items())])
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
+    """Its end, where a score would stand."""
+    return repr(text if len(text) <= 80 else "..." + text[-77:])
 
 
 def make(path: str, place: Place) -> JudgeScorer:

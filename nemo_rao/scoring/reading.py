@@ -25,7 +25,7 @@ OUTSIDE = NoScore("score outside low and high")
 
 _THINKING = re.compile(r"<(/?)(?:\w+:)?think(?:ing)?>|\[(/?)THINK\]", re.IGNORECASE)
 _MARKUP = r"[\s*_`)\]$}]*"  # what may stand between a number and what continues it: "**8**/10", "8 (of 10)"
-_OF = re.compile(rf"{_MARKUP}[(\[]?\s*(?:/|\bout\s+of\b|\bof\b)[\s*_`(]*(\d+(?:\.\d+)?)(?![.,]?\d)", re.IGNORECASE)
+_OF = re.compile(rf"{_MARKUP}[(\[]?\s*(?:[/⁄／]|\bout\s+of\b|\bof\b)[\s*_`(]*(\d+(?:\.\d+)?)(?![.,]?\d)", re.IGNORECASE)
 _PERCENT = re.compile(rf"{_MARKUP}(?:%|percent\b)", re.IGNORECASE)
 _GOES_ON = re.compile(rf"{_MARKUP}[(\[]?\s*(?:[/%‰]|(?:to|or|out\s+of)\b)|[A-Za-z]", re.IGNORECASE)
 _BEGAN_BEFORE = re.compile(
@@ -53,9 +53,7 @@ class ScoreForm:
             return CUT
         if not text.strip():
             return EMPTY
-        match = None
-        for match in self._pattern.finditer(text):  # the last one counts
-            pass
+        match = max(self._pattern.finditer(text), key=lambda one: one.start(), default=None)  # the last one
         if match is None or match[1] is None or self._is_announced_again(text, match.end()):
             return NO_SCORE
         try:

@@ -1,14 +1,13 @@
 """What a scorer is, and the rows it sees.
 
-A scorer is given rows in batches, in the file's order, and gives each response a number, or why it has none. Those that look
-at one (prompt, response) at a time derive from :class:`PairScorer`; a model that scores a prompt's responses together
-implements :class:`Scorer` itself.
+A scorer is given rows in batches, in the file's order, and gives each response a number, or why it has none. Those that
+look at one (prompt, response) at a time derive from :class:`PairScorer`; a model that scores a prompt's responses
+together implements :class:`Scorer` itself.
 """
 
 from __future__ import annotations
 
 import abc
-import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_rao.batch import Row
-from nemo_rao.data.rows import read_rows
+from nemo_rao.data.writing import ANSWER_FIELDS
 from nemo_rao.errors import UserError
 
 Scores = tuple[float | None, ...]  # as they are written
-RESERVED = ("content", "reward", "label")  # fields of a response that have a meaning of their own
+# Fields of a response that have a meaning of their own.
+RESERVED = ("content", "reward", "label", "weight", "truncated", "message_fields", *ANSWER_FIELDS)
 
 
 class ScoringFailure(RuntimeError):
@@ -30,9 +30,15 @@ class ScoringFailure(RuntimeError):
 
 @dataclass(frozen=True)
 class NoScore:
-    """A response has no score: ``reason``, in a few words, by which such responses are counted."""
+    """A response has no score.
+
+    Attributes:
+        reason: in a few words, by which such responses are counted.
+        detail: what the user should see of this one, such as the judge's answer.
+    """
 
     reason: str
+    detail: str = field(default="", compare=False)
 
 
 Scored = tuple[float | NoScore, ...]  # of a row's responses, as a scorer gives them
@@ -121,21 +127,6 @@ def pairs_of(row: Row) -> Iterator[Pair]:
     for number, response in enumerate(row.responses, start=1):
         place = f"{row.place}, response {number}"
         yield Pair(row.prompt, response.content, place, response.fields, row.template_fields)
-
-
-def read_input(path: str, fields: Sequence[str]) -> Iterator[InputRow]:
-    """The rows of a file with the rewards it has under ``fields``; see ``data.rows.read_rows``.
-
-    The file is read once more for each field, so that a field may be null where an ensemble's may not.
-    """
-    plain = read_rows(path)
-    columns = [read_rows(path, reward_field=name) for name in fields]
-    for row, *same in zip(plain, *columns, strict=True):
-        values = {
-            name: tuple(response.reward for response in other.responses)
-            for name, other in zip(fields, same, strict=True)
-        }
-        yield InputRow(**{one.name: getattr(row, one.name) for one in dataclasses.fields(Row)}, columns=values)
 
 
 # ------------------------------------------------------------------------------------------- NAME=KIND:ARGUMENT

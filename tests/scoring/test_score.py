@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,10 @@ def test_a_response_that_lacks_a_column_has_no_reward_unless_that_weighs_nothing
     write_lines("in.jsonl", {"prompt": "p", "responses": [{"content": "a", "reward": 2}, {"content": "b"}]})
     Path("rules_of_one.py").write_text("def one(prompt, response):\n    return 1\n")
     given = ("in.jsonl", "out.jsonl", "--scorer", "column", "--scorer", "rule:rules_of_one.one")
-    assert command(*given)[0] == 0
+    code, _, message = command(*given, "--max-missing", "0.4")
+    assert code == 1 and message.count("\n") == 1 and "1 of 2 rows" not in message, message
+    assert "given: 1 of 2 responses have no score" in message and "1 null or missing in the input" in message
+    assert command(*given, "--max-missing", "0.5")[0] == 0
     assert column("reward") == [[1.5, None]] and column("given") == [[2, None]]
     assert json.loads(Path("out.jsonl.stats.json").read_text())["reward"]["missing"] == 1
     assert command(*given, "--overwrite", "--weight", "given=0")[0] == 0
@@ -147,11 +151,33 @@ def test_a_response_that_lacks_a_column_has_no_reward_unless_that_weighs_nothing
     assert code == 1 and "in.jsonl line 1, response 2: given gave no score" in message
 
 
-def test_rewards_of_further_responses_are_left_out_and_counted(command: Command) -> None:
-    write_lines("in.jsonl", RATED[0] | {"reference_rewards": [1.0, 2.0]}, RATED[1])
-    code, output, _ = command("in.jsonl", "out.jsonl", "--scorer", "column:r_1")
-    assert code == 0 and "reference_rewards of 1 rows left out" in output
-    assert "reference_rewards" not in Path("out.jsonl").read_text()
+def test_nothing_of_a_row_is_lost(command: Command) -> None:
+    row = {
+        "prompt": [{"role": "user", "content": "u", "name": "Ann"}],
+        "responses": [
+            {"content": "a", "reward": 2.0, "truncated": True},
+            {"content": "b", "reward": 1.0, "weight": 0, "reasoning_content": "why"},
+        ],
+        "ranked": True,
+        "reference_rewards": [1.0, 2.0],
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}],
+        "source": "somewhere",
+    }
+    write_lines("in.jsonl", row)
+    code, output, message = command("in.jsonl", "same.jsonl", "--scorer", "column")
+    assert code == 0, message
+    assert "field source of 1 rows is not read" in output and "reference_rewards" not in output
+    [before], [after] = read_rows("in.jsonl"), read_rows("same.jsonl")
+    assert replace(after, place="", unused=()) == replace(before, place="", unused=())
+    # Rewards of another scorer are not on the scale of the reference policy's.
+    Path("rules_of_a.py").write_text("def is_a(prompt, response):\n    return response == 'a'\n")
+    code, output, _ = command("in.jsonl", "out.jsonl", "--scorer", "rule:rules_of_a:is_a")
+    assert code == 0 and "rewards or labels of 2 responses in the input are replaced" in output
+    assert "reference_rewards of 1 rows are kept as input_reference_rewards" in output
+    assert "rule:" not in output and "1 responses with reasoning_content, which a rule is not given" in output
+    [written], [read] = read_lines("out.jsonl"), list(read_rows("out.jsonl"))
+    assert written["input_reference_rewards"] == [1.0, 2.0] and read.reference_rewards == ()
+    assert [one.reward for one in read.responses] == [1.0, 0.0] and read.template_fields == before.template_fields
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
