@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nemo_rao.commands.parser import Command, Parser
+from nemo_rao.errors import UserError
 
 
 def score_parser() -> Parser:
@@ -92,14 +93,18 @@ def score_parser() -> Parser:
 
 
 def score(arguments: argparse.Namespace) -> int:
-    from nemo_rao.scoring.run import KINDS
+    from nemo_rao.scoring.run import KINDS, Job
     from nemo_rao.scoring.run import main as run
 
     if not any(":" in spec and spec.partition(":")[0].rpartition("=")[2] == "model" for spec in arguments.scorer):
+        if arguments.max_length is not None:
+            raise UserError(
+                "--max-length is of a model:RUN_FOLDER, and no scorer is one; leave it out (a judge has max_tokens)"
+            )
         return run(arguments)
     from nemo_rao.integration.score_model import model_kind  # costs only those who score with a model
 
-    return run(arguments, {**KINDS, "model": model_kind(arguments.input)})
+    return run(arguments, {**KINDS, "model": model_kind(Job.of(arguments))})
 
 
 def compare_rewards_parser() -> Parser:

@@ -81,7 +81,7 @@ class JudgeScorer(PairScorer):
 
     def _outcome(self, case: _Case) -> float | NoScore:
         if isinstance(case.score, NoScore) and case.answers:
-            return NoScore(case.score.reason, _short(case.answers[-1].text))
+            return NoScore(case.score.reason, f"{_short(case.answers[-1].text)} (answer {len(case.answers)})")
         return case.score
 
     def _asked(self, case: _Case) -> ChatQuestion:
@@ -123,7 +123,6 @@ class JudgeScorer(PairScorer):
         return {
             "requests": self.chat.num_requests,
             "questions answered before": self.num_known,
-            "questions without a score": self.num_without,
         } | again
 
     def close(self) -> None:

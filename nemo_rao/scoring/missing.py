@@ -16,7 +16,7 @@ class Missing:
     """Counts them over the items of a part file.
 
     Args:
-        columns: those whose scores a reward needs.
+        columns: their names.
         num_responses: of the whole input.
         limit: the largest share of them that may have no score.
     """

@@ -65,7 +65,7 @@ class Job:
         weight: ``NAME=NUMBER`` each.
         standardize, shift, scale: see ``finish``.
         statistics: a .stats.json whose means and standard deviations ``global`` takes; ``None``: the output's own.
-        max_missing: the largest share of the responses that may have no score in a column that the reward needs.
+        max_missing: the largest share of the responses that may have no score, in any column.
         strict: a response without a score stops the run.
         column: ``OURS=THEIRS`` each, names of columns in the input.
         ignore_field: fields of the input that are not wanted.
@@ -94,6 +94,12 @@ class Job:
     overwrite: bool = False
     rows_at_once: int = 32
 
+    @staticmethod
+    def of(arguments: argparse.Namespace) -> Job:
+        """What the command's arguments ask for."""
+        given = {one.name: vars(arguments)[one.name] for one in dataclasses.fields(Job)}
+        return Job(**given | {"output": Path(arguments.output).expanduser()})
+
     def source(self) -> Source:
         """The input, with what is said of its rows."""
         columns = {}
@@ -116,9 +122,8 @@ def main(arguments: argparse.Namespace, kinds: Mapping[str, Kind] = KINDS) -> in
     Raises:
         UserError: input that cannot be used, before anything is scored.
     """
-    given = {one.name: vars(arguments)[one.name] for one in dataclasses.fields(Job)}
     try:
-        score(Job(**given | {"output": Path(arguments.output).expanduser()}), kinds)
+        score(Job.of(arguments), kinds)
     except ScoringFailure as failure:
         print(f"error: {' '.join(str(failure).split())}", file=sys.stderr)
         return 1
@@ -146,8 +151,7 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
         part = held.enter_context(PartFile(part_path(job.output), _work(source, scorers, same_rewards)))
         if part.num_records:
             print(f"goes on after {part.num_records} of {found.num_rows} rows", flush=True)
-        weighing = [name for name in scorers if scaling.weights.get(name, 1.0) > 0]
-        missing = Missing(weighing, found.num_responses, job.max_missing)
+        missing = Missing(list(scorers), found.num_responses, job.max_missing)
         missing.add(part.records())
         try:
             missing.check()

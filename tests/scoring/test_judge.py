@@ -185,7 +185,7 @@ def test_an_answer_that_is_no_score_is_asked_for_again_and_then_counted_by_its_r
         "judge": {"answer cut off (raise max_tokens)": 2, "no score in the form of pattern": 2}
     }
     assert found["columns"]["judge"]["missing"] == found["reward"]["missing"] == 4
-    first = "(the first: in.jsonl line 3, response 2: 'Score: 3')"
+    first = "(the first: in.jsonl line 3, response 2: 'Score: 3' (answer 2))"
     assert f"judge: responses without a score: 2 answer cut off (raise max_tokens) {first}" in output
 
 
