@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from nemo_rao.batch import Row, Sample
 from nemo_rao.data.choice import PairsBy, Responses, which_pair
 from nemo_rao.data.encode import Answers, BoundaryError, ChatTemplate, Encoder, inner_ends
-from nemo_rao.data.fields import RewardField
 from nemo_rao.data.report import LoadReport, Outcome
+from nemo_rao.data.rewards import RewardField
 from nemo_rao.data.row_checks import Candidate, RowChecks, Truncated
 from nemo_rao.data.rows import Paths, read_rows
 from nemo_rao.data.sample_checks import equal_tokens, why_dropped

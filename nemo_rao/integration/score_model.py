@@ -109,7 +109,6 @@ class ModelScorer:
             }
         return {row.place: tuple(scores[at, k] for k in range(len(row.responses))) for at, row in enumerate(rows)}
 
-
     def _check_missing(self, rows: Sequence[Row], made: Tokenised) -> None:
         """Stops before the pass where it could not give scores enough.
 

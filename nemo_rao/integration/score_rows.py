@@ -80,7 +80,8 @@ def context_length(config: RunConfig) -> int:
     made = build.model_config(config)
     if made.position_embedding_type == "learned_absolute":
         return trained
-    of_class = {one.name: one.default for one in dataclasses.fields(type(made))}["seq_length"]
+    of_class = next(one.default for one in dataclasses.fields(type(made)) if one.name == "seq_length")
+    assert isinstance(of_class, int)
     with_tokenizer = Path(config.data.tokenizer or "").expanduser() / "config.json"
     found = json.loads(with_tokenizer.read_text()) if with_tokenizer.is_file() else {}
     same = found.get("hidden_size") == made.hidden_size

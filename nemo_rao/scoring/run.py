@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from nemo_rao.batch import Row
-from nemo_rao.data.rows import HUB, JSON_LINES, expand_paths
+from nemo_rao.data.sources import HUB, JSON_LINES, expand_paths
 from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
 from nemo_rao.part_file import PartFile, part_path
@@ -102,7 +102,7 @@ class Job:
 
     def source(self) -> Source:
         """The input, with what is said of its rows."""
-        columns = {}
+        columns: dict[str, str] = {}
         for text in self.column:
             ours, _, theirs = text.partition("=")
             if not ours or not theirs:

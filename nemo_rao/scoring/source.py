@@ -6,20 +6,21 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_rao.batch import Row
-from nemo_rao.data.rows import HUB, expand_paths, read_rows
+from nemo_rao.data.report import LoadReport
+from nemo_rao.data.rows import read_rows
+from nemo_rao.data.sources import HUB, OnBad, expand_paths
 from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
 from nemo_rao.scoring.column import ColumnScorer
 from nemo_rao.scoring.scorer import InputRow, NoScore, Scorer
-
-OnBad = Callable[[UserError], None]
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,12 @@ class Source:
     ignore_fields: tuple[str, ...] = ()
     drops_bad_rows: bool = False
 
-    def rows(self, on_bad: OnBad | None = None, **reward_field: Sequence[str]) -> Iterator[Row]:
+    def rows(self, on_bad: OnBad | None = None, reward_field: Sequence[str] | None = None) -> Iterator[Row]:
         """All rows; of those that cannot be read, where they are dropped, ``on_bad`` is told."""
-        keywords = dict(reward_field)
-        if self.columns:
-            keywords["columns"] = self.columns
-        if self.ignore_fields:
-            keywords["ignore_fields"] = self.ignore_fields
-        if self.drops_bad_rows:
-            keywords["on_bad"] = on_bad or (lambda _: None)  # type: ignore[assignment]
-        return read_rows(self.path, **keywords)
+        skipped = (on_bad or (lambda _: None)) if self.drops_bad_rows else None
+        return read_rows(
+            self.path, reward_field=reward_field, columns=self.columns, ignore_fields=self.ignore_fields, on_bad=skipped
+        )
 
     def input_rows(self, fields: Sequence[str], on_bad: OnBad | None = None) -> Iterator[InputRow]:
         """The rows that can be scored, with the rewards that they have under ``fields``."""
@@ -145,13 +142,20 @@ def survey(
             column that is to be taken from the input.
     """
     found = Survey()
-    bad: dict[str, UserError] = {}
+    bad = LoadReport()
+    bad_places: set[str] = set()
     unused: Counter[str] = Counter()
     num_rewarded = num_references = 0
     empty = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, ColumnScorer)}
+
+    def note_bad(error: UserError) -> None:
+        place = str(error).partition(": ")[0]
+        if place not in bad_places:  # two readings of a row may complain: it is one bad row
+            bad_places.add(place)
+            bad.drop_bad(_with_options(error))
+
     try:
-        # Two readings of a row may complain alike: they are one bad row.
-        for row in source.input_rows(fields, lambda error: bad.setdefault(_place(error), error) and None):
+        for row in source.input_rows(fields, note_bad):
             found.num_rows += 1
             found.num_responses += len(row.responses)
             num_references += bool(row.reference_rewards)
@@ -161,21 +165,18 @@ def survey(
                 name: one for name, one in empty.items() if all(isinstance(s, NoScore) for s in one.score([row])[0])
             }
     except UserError as error:
-        said = str(error).replace("leave data.reward_field unset", "take these with --scorer column, without a field")
-        raise UserError(said) from None
-    first = next(iter(bad.values()), None)
-    if first is not None and len(bad) > max_bad_rows * (len(bad) + found.num_rows):
+        raise UserError(_with_options(error)) from None
+    if bad.rows_bad > max_bad_rows * (bad.rows_bad + found.num_rows):
         raise UserError(
-            f"{source.path}: {len(bad)} of {len(bad) + found.num_rows} rows are bad, more than --max-bad-rows "
-            f"{max_bad_rows:g} allows, the first: {first}"
+            f"{source.path}: {bad.rows_bad} of {bad.rows_bad + found.num_rows} rows are bad, a larger share than "
+            f"--max-bad-rows {max_bad_rows:g}; mend them, or raise it: {'; '.join(bad.bad_rows())}"
         )
     if not found.num_rows:
         raise UserError(f"{source.path}: has no rows; give a file with some")
     for name, column in empty.items():
         where = f"under {column.field}" if column.field else "of its own"
         raise UserError(f"--scorer column: {source.path} has no rewards {where} for column {name}; leave it out")
-    if first is not None:
-        found.notes.append(f"{len(bad)} bad rows dropped, the first: {first}")
+    found.notes += bad.bad_rows()
     if num_rewarded and not any(isinstance(one, ColumnScorer) and not one.field for one in scorers.values()):
         found.notes.append(
             f"rewards or labels of {num_rewarded} responses in the input are replaced; --scorer column keeps them too"
@@ -189,8 +190,16 @@ def survey(
     return found
 
 
-def _place(error: UserError) -> str:
-    return str(error).partition(": ")[0]
+def _with_options(error: UserError) -> str:
+    """What is wrong with a row, whose remedy is a key of a run's data, with this command's options in its place."""
+    said = str(error).replace("leave data.reward_field unset", "take these with --scorer column, without a field")
+    said = re.sub(r"data\.columns\.(\w+)", r"--column \1", said).replace("data.columns", "--column")
+    said = re.sub(r"data\.ignore_fields=\[([^]]*)\]", lambda names: _ignoring(names[1]), said)
+    return said.replace("data.ignore_fields", "--ignore-field")
+
+
+def _ignoring(names: str) -> str:
+    return " ".join(f"--ignore-field {name.strip()}" for name in names.split(","))
 
 
 def _digest(path: str) -> str:
