@@ -145,10 +145,10 @@ def test_a_response_that_lacks_a_column_has_no_reward_unless_that_weighs_nothing
     assert command(*given, "--max-missing", "0.5")[0] == 0
     assert column("reward") == [[1.5, None]] and column("given") == [[2, None]]
     assert json.loads(Path("out.jsonl.stats.json").read_text())["reward"]["missing"] == 1
-    given = (*given, "--max-missing", "0.5", "--overwrite")
-    assert command(*given, "--weight", "given=0")[0] == 0
+    again = (*given, "--max-missing", "0.5", "--overwrite")
+    assert command(*again, "--weight", "given=0")[0] == 0
     assert column("reward") == [[1, 1]]
-    code, _, message = command(*given, "--strict")
+    code, _, message = command(*again, "--strict")
     assert code == 1 and "in.jsonl line 1, response 2: given gave no score" in message
 
 
