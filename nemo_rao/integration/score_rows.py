@@ -146,18 +146,8 @@ class _Encoded:
 
 def _encode(encoder: Encoder, rows: Sequence[Row]) -> list[list[_Encoded | NoScore]]:
     """Each row's responses in tokens, or what keeps them from being read."""
-    try:
-        samples: list[Sample | UserError] = [*encoder.encode_many(rows)]
-    except UserError:  # of one row, which is to be found
-        samples = [_encode_row(encoder, row) for row in rows]
-    return [_of_responses(encoder, row, sample) for row, sample in zip(rows, samples, strict=True)]
-
-
-def _encode_row(encoder: Encoder, row: Row) -> Sample | UserError:
-    try:
-        return encoder.encode_many([row])[0]
-    except UserError as error:
-        return error
+    wanted = [replace(row, responses=tuple(replace(one, weight=1.0) for one in row.responses)) for row in rows]
+    return [_of_responses(encoder, *pair) for pair in zip(wanted, encoder.encode_many(wanted), strict=True)]
 
 
 def _of_responses(encoder: Encoder, row: Row, encoded: Sample | UserError) -> list[_Encoded | NoScore]:
@@ -165,7 +155,7 @@ def _of_responses(encoder: Encoder, row: Row, encoded: Sample | UserError) -> li
         return [_Encoded(encoded, number) for number in range(len(row.responses))]
     if len(row.responses) > 1:  # one of them may be all that cannot be read
         single = [replace(row, responses=(response,)) for response in row.responses]
-        return [_of_responses(encoder, one, _encode_row(encoder, one))[0] for one in single]
+        return [one for responses in _encode(encoder, single) for one in responses]
     reason = encoded.reason if isinstance(encoded, BoundaryError) else "refused by the chat template"
     return [NoScore(reason, str(encoded).removeprefix(f"{row.place}: "))]
 
