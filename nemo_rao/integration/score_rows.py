@@ -156,8 +156,9 @@ def _of_responses(encoder: Encoder, row: Row, encoded: Sample | UserError) -> li
     if len(row.responses) > 1:  # one of them may be all that cannot be read
         single = [replace(row, responses=(response,)) for response in row.responses]
         return [one for responses in _encode(encoder, single) for one in responses]
-    reason = encoded.reason if isinstance(encoded, BoundaryError) else "refused by the chat template"
-    return [NoScore(reason, str(encoded).removeprefix(f"{row.place}: "))]
+    reason = encoded.reason if isinstance(encoded, BoundaryError) else "cannot be rendered as in the run's training"
+    said = str(encoded).removeprefix(f"{row.place}: ").replace("data.ignore_fields", "--ignore-field")
+    return [NoScore(reason, said.replace("response 1", "the response"))]  # the caller says which one it is
 
 
 def _unrewarded(kept: Sequence[_Encoded]) -> Sample:

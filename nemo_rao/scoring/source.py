@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,9 +141,8 @@ def survey(
             column that is to be taken from the input.
     """
     found = Survey()
-    bad = LoadReport()
+    report = LoadReport()
     bad_places: set[str] = set()
-    unused: Counter[str] = Counter()
     num_rewarded = num_references = 0
     empty = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, ColumnScorer)}
 
@@ -152,7 +150,7 @@ def survey(
         place = str(error).partition(": ")[0]
         if place not in bad_places:  # two readings of a row may complain: it is one bad row
             bad_places.add(place)
-            bad.drop_bad(_with_options(error))
+            report.drop_bad(_with_options(error))
 
     try:
         for row in source.input_rows(fields, note_bad):
@@ -160,23 +158,23 @@ def survey(
             found.num_responses += len(row.responses)
             num_references += bool(row.reference_rewards)
             num_rewarded += sum(response.reward is not None for response in row.responses)
-            unused.update(row.unused)
+            report.not_used(row.unused)
             empty = {
                 name: one for name, one in empty.items() if all(isinstance(s, NoScore) for s in one.score([row])[0])
             }
     except UserError as error:
         raise UserError(_with_options(error)) from None
-    if bad.rows_bad > max_bad_rows * (bad.rows_bad + found.num_rows):
+    if report.rows_bad > max_bad_rows * (report.rows_bad + found.num_rows):
         raise UserError(
-            f"{source.path}: {bad.rows_bad} of {bad.rows_bad + found.num_rows} rows are bad, a larger share than "
-            f"--max-bad-rows {max_bad_rows:g}; mend them, or raise it: {'; '.join(bad.bad_rows())}"
+            f"{source.path}: {report.rows_bad} of {report.rows_bad + found.num_rows} rows are bad, a larger share than "
+            f"--max-bad-rows {max_bad_rows:g}; mend them, or raise it: {'; '.join(report.about_bad())}"
         )
     if not found.num_rows:
         raise UserError(f"{source.path}: has no rows; give a file with some")
     for name, column in empty.items():
         where = f"under {column.field}" if column.field else "of its own"
         raise UserError(f"--scorer column: {source.path} has no rewards {where} for column {name}; leave it out")
-    found.notes += bad.bad_rows()
+    found.notes += report.about_bad()
     if num_rewarded and not any(isinstance(one, ColumnScorer) and not one.field for one in scorers.values()):
         found.notes.append(
             f"rewards or labels of {num_rewarded} responses in the input are replaced; --scorer column keeps them too"
@@ -186,7 +184,7 @@ def survey(
             f"reference_rewards of {num_references} rows are kept as input_reference_rewards: they are not on the "
             "scale of these scorers"
         )
-    found.notes += [f"field {name} of {count} rows is not read" for name, count in unused.most_common()]
+    found.notes += report.about_kept()
     return found
 
 
