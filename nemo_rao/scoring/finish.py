@@ -113,9 +113,22 @@ def stated_statistics(path: str, columns: Sequence[str]) -> dict[str, tuple[floa
 
 
 def write_output(
-    part: PartFile, output: Path, names: Sequence[str], scaling: Scaling, missing: Missing
+    part: PartFile,
+    output: Path,
+    names: Sequence[str],
+    scaling: Scaling,
+    missing: Missing,
+    notes: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any]:
     """Writes OUTPUT and OUTPUT.stats.json, each at once or not at all. Returns the statistics.
+
+    Args:
+        part: all rows with their columns.
+        output: the file to be written.
+        names: of the columns.
+        scaling: how columns become rewards.
+        missing: responses without a score.
+        notes: column -> counts of the run that ends here, by what they count.
 
     Raises:
         UserError: the disk is full.
@@ -154,6 +167,7 @@ def write_output(
                 "columns": statistics["columns"],
                 "reward": rewards["columns"]["reward"],
                 "without_score": missing.as_json(),
+                "notes": notes,
                 "agreement_with_labels": statistics["agreement_with_labels"] | rewards["agreement_with_labels"],
                 "agreement_between": statistics["agreement_between"],
             }

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
 from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.settings import PolicySettings
@@ -17,6 +18,7 @@ from nemo_rao.keys import check
 from nemo_rao.progress import Progress
 from nemo_rao.scoring.chat import ChatAnswer, ChatQuestion
 from nemo_rao.scoring.judge_config import JudgeConfig
+from nemo_rao.scoring.reading import OPENED_THINKING
 
 
 class LocalModel:
@@ -42,9 +44,12 @@ class LocalModel:
         self.varies = config.temperature > 0
         self.num_requests = 0
         try:
-            self._policy.check(self._question(ChatQuestion(config.messages("a question"), "system and template", ())))
+            prompt = self._policy.encoder.encode(Row(config.messages("a question"), (), "system and template")).prompt
         except UserError as error:
             raise UserError(f"{error}{'; or set system to null' if config.system else ''}") from None
+        # What a generation prompt opens is part of the answer: thinking that does not end has no score.
+        opened = OPENED_THINKING.search(str(self._policy.tokenizer.decode(prompt.tolist())))
+        self._opened = "" if opened is None else opened[0]
 
     def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
         # Questions of like lengths go together, to fill batches less; the longest first, as they need most memory.
@@ -56,7 +61,7 @@ class LocalModel:
                 self.num_requests += len(batch)
                 for at, answer in zip(batch, answers, strict=True):
                     # None: the question fills the model's context.
-                    keep(at, ChatAnswer("") if answer is None else ChatAnswer(answer.text, answer.cut))
+                    keep(at, ChatAnswer("") if answer is None else ChatAnswer(self._opened + answer.text, answer.cut))
                 progress.advance(len(batch))
 
     def _question(self, asked: ChatQuestion) -> Question:

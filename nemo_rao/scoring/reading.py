@@ -23,6 +23,7 @@ AMBIGUOUS = NoScore("score beside other numbers, such as 7-8 or 8,5")
 OTHER_SCALE = NoScore("score stated on another scale, such as 4/5")
 OUTSIDE = NoScore("score outside low and high")
 
+OPENED_THINKING = re.compile(r"(?:<(?:\w+:)?think(?:ing)?>|\[THINK\])\s*$", re.IGNORECASE)
 _THINKING = re.compile(r"<(/?)(?:\w+:)?think(?:ing)?>|\[(/?)THINK\]", re.IGNORECASE)
 _MARKUP = r"[\s*_`)\]$}]*"  # what may stand between a number and what continues it: "**8**/10", "8 (of 10)"
 _OF = re.compile(rf"{_MARKUP}[(\[]?\s*(?:[/⁄／]|\bout\s+of\b|\bof\b)[\s*_`(]*(\d+(?:\.\d+)?)(?![.,]?\d)", re.IGNORECASE)

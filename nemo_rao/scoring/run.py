@@ -161,7 +161,8 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
                 part.append(records)
                 missing.add(records)
                 missing.check()
-            statistics = write_output(part, job.output, list(scorers), scaling, missing)
+            counts = {name: dict(scorer.notes()) for name, scorer in scorers.items()}
+            statistics = write_output(part, job.output, list(scorers), scaling, missing, counts)
         except (ScoringFailure, UserError) as error:  # a full disk, an input that has changed meanwhile, ...
             raise ScoringFailure(f"{error}. {_kept(part, found.num_rows)}") from error
         except KeyboardInterrupt:
@@ -169,8 +170,8 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
             raise
         part.remove()
         notes = list(found.notes)
-        for name, scorer in scorers.items():
-            notes += [f"{name}: {count} {what}" for what, count in scorer.notes().items()]
+        for name in scorers:
+            notes += [f"{name}: {count} {what}" for what, count in counts[name].items()]
             notes += [f"{name}: responses without a score: {text}" for text in missing.of(name)]
     from nemo_rao.scoring.report import print_report
 

@@ -27,7 +27,7 @@ EXPECTED = [[float((i + k) % 10) for k in range(2)] for i in range(6)]
 
 
 def test_scores_stand_at_their_responses_in_the_files_order(judge: JudgeServer, command: Command) -> None:
-    judge.delay = 0.01
+    judge.delay = 0.05
     write_rows("in.jsonl")
     code, output, message = command("in.jsonl", "out.jsonl", "--scorer", write_judge(judge.url, concurrency=3))
     assert code == 0, message
@@ -171,18 +171,27 @@ def test_an_answer_that_is_no_score_is_asked_for_again_and_then_counted_by_its_r
 
     write_rows("in.jsonl")
     with JudgeServer(reply) as server:
-        arguments = ("in.jsonl", "out.jsonl", "--scorer", write_judge(server.url), "--max-missing")
-        code, output, message = command(*arguments, "0.3")
-        assert code == 1 and message.count("\n") == 1 and not Path("out.jsonl").exists()
-        assert "column judge: 4 of 12 responses have no score, more than --max-missing 0.3 allows" in message
+        given = ("--scorer", write_judge(server.url), "--max-missing")
+        code, output, message = command("in.jsonl", "out.jsonl", *given, "0.4")
+        assert code == 0, message
         asked = sum(server.asked.values())
-        code, output, message = command(*arguments, "0.4")  # everything is kept
-        assert code == 0 and sum(server.asked.values()) == asked, message
+        code, _, message = command("in.jsonl", "fewer.jsonl", *given, "0.3")
+        assert code == 1 and message.count("\n") == 1 and not Path("fewer.jsonl").exists()
+        assert "column judge: 4 of 12 responses have no score, more than --max-missing 0.3 allows" in message
+        assert "6 of 6 rows are kept" in message and command("in.jsonl", "fewer.jsonl", *given, "0.4")[0] == 0
+        assert sum(server.asked.values()) == asked and Path("fewer.jsonl").read_text() == Path("out.jsonl").read_text()
     assert rewards() == [[None if score in (3, 5) else score for score in row] for row in EXPECTED]
     assert {times for text, times in server.asked.items() if any(f"answer {n}" in text for n in (2, 3, 4, 5))} == {2}
     found = json.loads(Path("out.jsonl.stats.json").read_text())
     assert found["without_score"] == {
         "judge": {"answer cut off (raise max_tokens)": 2, "no score in the form of pattern": 2}
+    }
+    assert found["notes"]["judge"] == {
+        "requests": 12 + 8,
+        "questions answered before": 0,
+        "answers asked for again: answer cut off (raise max_tokens)": 4,
+        "answers asked for again: score outside low and high": 2,
+        "answers asked for again: no score in the form of pattern": 2,
     }
     assert found["columns"]["judge"]["missing"] == found["reward"]["missing"] == 4
     first = "(the first: in.jsonl line 3, response 2: 'Score: 3' (answer 2))"

@@ -213,6 +213,20 @@ def test_a_question_longer_than_the_context_has_no_score_and_the_others_have(
     assert rewards()[:2] == wanted[:2] and rewards()[2] == [None, wanted[2][1]]
 
 
+def test_thinking_that_the_generation_prompt_opens_is_no_answer_before_it_ends(
+    judge_folder: Path, command: Command, tmp_path: Path
+) -> None:
+    write_rows("in.jsonl", 2)
+    thinks = shutil.copytree(judge_folder, tmp_path / "models" / "thinks")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(thinks)
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    (thinks / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(thinks)
+    code, output, message = command("in.jsonl", "out.jsonl", "--scorer", write_judge(thinks), *SOME_MISSING)
+    assert code == 0 and rewards() == [[None, None]] * 2, message
+    assert "4 answer cut off" in output and "'<think>" in output
+
+
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [

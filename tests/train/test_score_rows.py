@@ -20,7 +20,9 @@ CUTS_THINKING = (
 )
 THINKING = "<think>two and two</think>four"
 ROWS = [
-    Row("ask", (Response("four"), Response(THINKING), Response("four " * 150), Response("five", weight=0.0)), "a row 1"),
+    Row(
+        "ask", (Response("four"), Response(THINKING), Response("four " * 150), Response("five", weight=0.0)), "a row 1"
+    ),
     Row("ask", (Response(THINKING),), "a row 2"),
 ]
 
@@ -45,7 +47,7 @@ def test_answers_are_rendered_as_the_recipe_says_and_those_left_out_are_named(to
     limit = Limit(100, "--max-length 100")
     decode = transformers.AutoTokenizer.from_pretrained(tokenizer).decode
     made = tokenise(ROWS, recipe(tokenizer, "template"), limit)
-    assert made.numbers == [(0, 0), (0, 3)] and [len(sample.responses) for sample in made.data] == [2]
+    assert made.numbers == [(0, 0), (0, 3)] and len(made.data) == 1
     assert {at: lacks.reason for at, lacks in made.lacks.items()} == {
         (0, 1): "text or fields that the chat template leaves out",
         (0, 2): "longer than --max-length 100",
@@ -55,7 +57,7 @@ def test_answers_are_rendered_as_the_recipe_says_and_those_left_out_are_named(to
     assert "two and two" in detail and "response 1" not in detail and "a row 1" not in detail
     verbatim = tokenise(ROWS, recipe(tokenizer, "verbatim"), limit)
     assert verbatim.numbers == [(0, 0), (0, 1), (0, 3), (1, 0)] and list(verbatim.lacks) == [(0, 2)]
-    texts = [decode(response) for sample in verbatim.data for response in sample.responses]
+    texts = [decode(response) for at in range(2) for response in verbatim.data[at].responses]
     assert texts == ["four<|end|>", f"{THINKING}<|end|>", "five<|end|>", f"{THINKING}<|end|>"]
 
 
