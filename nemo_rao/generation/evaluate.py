@@ -115,6 +115,8 @@ def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> 
         settings = dataclasses.replace(settings, engine="transformers")
     manager = task_manager(of_harness, asked.include_path) if of_harness else None
     policy = Policy(folder, settings)
+    for note in policy.notes:
+        print(note, flush=True)
     harness = Harness(policy, manager, settings)
     works = {task: _work(policy, task, benchmarks.get(task), harness) for task in tasks}
     results = Results(Path(out).expanduser(), model, policy.fingerprint)
@@ -148,11 +150,11 @@ def _answer(benchmark: Benchmark, policy: Policy, results: Results, work: Mappin
 
 def _work(policy: Policy, task: str, benchmark: Benchmark | None, harness: Harness) -> dict[str, Any]:
     """What a task's result is a function of."""
-    common = {"command": task, "version": 1, "digest_of_model": policy.fingerprint, "engine": policy.engine_name}
+    common = {"command": task, "version": 2, "digest_of_model": policy.fingerprint, "engine": policy.engine_name}
     if benchmark is None:
         return common | harness.identity()
-    keys = ("seed", "system", "chat_template", "top_p", "top_k")
-    chosen = {name: getattr(policy.settings, name) for name in keys}
+    chosen = {name: getattr(policy.settings, name) for name in ("seed", "system", "top_p", "top_k")}
+    chosen |= dataclasses.asdict(policy.rendering)
     return common | chosen | benchmark.identity | {"model_name": benchmark.model_name}
 
 
