@@ -93,6 +93,8 @@ class Sample:
         reference_rewards: ``[N]`` float64.
         answers: of conversations, for each response ``[response tokens]`` bool, true where the assistant speaks (with
             its end tokens); ``None`` where every response is one answer.
+        remarks: what was noticed about the row while it was encoded, each to be counted and reported behind the number
+            of rows: "prompts hold the chat template's own tokens ...".
     """
 
     prompt: np.ndarray
@@ -103,6 +105,7 @@ class Sample:
     ensemble: np.ndarray
     reference_rewards: np.ndarray
     answers: tuple[np.ndarray, ...] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
