@@ -14,18 +14,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from nemo_rao.batch import Row, Sample
+from nemo_rao.data.rendering import Answers, ChatTemplate
 from nemo_rao.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ChatTemplate = Literal["auto", "always", "never"]
-Answers = Literal["template", "verbatim"]
 PROBE = "Tell me, boundary."
 
 

@@ -44,7 +44,15 @@ class Rendering:
         """
         from nemo_rao.data.encode import Encoder
 
-        return Encoder(tokenizer, chat_template=self.chat_template, template_arguments=self.template_arguments)
+        return Encoder(
+            tokenizer,
+            chat_template=self.chat_template,
+            template_arguments=self.template_arguments,
+            answers=self.answers,
+        )
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Rendering))
 
 
 def write_rendering(folder: Path, rendering: Rendering) -> None:
@@ -66,14 +74,28 @@ def read_rendering(folder: Path) -> Rendering | None:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); {remedy}") from None
-    known = {field.name for field in dataclasses.fields(Rendering)}
-    if not isinstance(found, dict) or (unknown := sorted(found.keys() - known)):
-        what = f"has the unknown key {unknown[0]}" if isinstance(found, dict) else "is not a JSON object"
-        raise UserError(f"{path}: {what}; {remedy}")
-    allowed = {"chat_template": typing.get_args(ChatTemplate), "answers": typing.get_args(Answers)}
-    for name, choices in allowed.items():
-        if name in found and found[name] not in choices:
-            raise UserError(f"{path}: {name} is {found[name]!r}; allowed are {', '.join(choices)}; {remedy}")
-    if not isinstance(found.get("template_arguments", {}), dict):
-        raise UserError(f"{path}: template_arguments must be an object; {remedy}")
-    return Rendering(**found)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is not a JSON object; {remedy}")
+    if unknown := sorted(found.keys() - set(NAMES)):
+        raise UserError(f"{path}: has the unknown key {unknown[0]}; {remedy}")
+    return checked_rendering(found, f"{path}: ", f"; {remedy}")
+
+
+def checked_rendering(values: Mapping[str, Any], where: str, remedy: str = "") -> Rendering:
+    """The rendering of these keys; others are not looked at.
+
+    Args:
+        values: as a file has them.
+        where, remedy: around the message.
+
+    Raises:
+        UserError: a value is not allowed.
+    """
+    chosen = {name: values[name] for name in NAMES if name in values}
+    for name, kind in (("chat_template", ChatTemplate), ("answers", Answers)):
+        allowed = typing.get_args(kind)
+        if name in chosen and chosen[name] not in allowed:
+            raise UserError(f"{where}{name} is {chosen[name]!r}; allowed are {', '.join(allowed)}{remedy}")
+    if not isinstance(chosen.get("template_arguments", {}), dict):
+        raise UserError(f"{where}template_arguments must be an object{remedy}")
+    return Rendering(**chosen)

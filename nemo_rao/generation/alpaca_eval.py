@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,10 @@ class AlpacaEval:
             "max_new_tokens": self._max_new_tokens,
         }
 
-    def check(self, policy: Policy) -> None:
-        """Refuse what the chat template does not take."""
+    def check(self, policy: Policy) -> Iterator[str]:
+        """Refuses what the chat template does not take. Yields remarks on prompts."""
         for number in range(len(self._examples)):
-            policy.check(self._question(number))
+            yield from policy.check(self._question(number))
 
     def answer(self, policy: Policy, part: PartFile) -> None:
         """Answers what ``part`` does not have yet. A record: ``[output, tokens, cut]``."""
@@ -90,7 +90,8 @@ class AlpacaEval:
         return {
             "answers": len(records),
             "mean_tokens": sum(num_tokens for _, num_tokens, _ in records) / len(records),
-            "cut": sum(cut for _, _, cut in records) / len(records),
+            "cut": sum(cut and num_tokens > 0 for _, num_tokens, cut in records) / len(records),
+            "no_room": sum(cut and num_tokens == 0 for _, num_tokens, cut in records) / len(records),
         }
 
     def judge_command(self, folder: Path) -> str:

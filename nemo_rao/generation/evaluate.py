@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from nemo_rao.generation.harness import Harness, task_manager
 from nemo_rao.generation.model_folder import check_folder
 from nemo_rao.generation.mt_bench import MtBench
 from nemo_rao.generation.policy import Policy
+from nemo_rao.generation.progress import print_notes
 from nemo_rao.generation.settings import EvaluateSettings
 from nemo_rao.part_file import PartFile, part_path
 
@@ -115,24 +117,27 @@ def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> 
         settings = dataclasses.replace(settings, engine="transformers")
     manager = task_manager(of_harness, asked.include_path) if of_harness else None
     policy = Policy(folder, settings)
-    for note in policy.notes:
-        print(note, flush=True)
     harness = Harness(policy, manager, settings)
     works = {task: _work(policy, task, benchmarks.get(task), harness) for task in tasks}
     results = Results(Path(out).expanduser(), model, policy.fingerprint)
     todo = [task for task in tasks if not results.has(task, works[task])]
+    remarks: Counter[str] = Counter()
     for task in todo:
         if task in benchmarks:
-            benchmarks[task].check(policy)
+            remarks.update(benchmarks[task].check(policy))
             path = results.folder / benchmarks[task].file_name
             if not part_path(path).exists():  # else the answers are ours, and a kill came before their result was kept
                 check_place(path)
+    print_notes(policy, remarks)
     for task in todo:
         if task in benchmarks:
             _answer(benchmarks[task], policy, results, works[task])
         else:
             results.add(task, works[task], harness.run(task))
     print_table(name, {task: results.metrics(task) for task in tasks})
+    for task in benchmarks:
+        if line := _cut_line(task, results.metrics(task), works[task]["max_new_tokens"]):
+            print(line, flush=True)
     for task, benchmark in benchmarks.items():
         print(f"To judge {task}: {benchmark.judge_command(results.folder)}", flush=True)
 
@@ -156,6 +161,13 @@ def _work(policy: Policy, task: str, benchmark: Benchmark | None, harness: Harne
     chosen = {name: getattr(policy.settings, name) for name in ("seed", "system", "top_p", "top_k")}
     chosen |= dataclasses.asdict(policy.rendering)
     return common | chosen | benchmark.identity | {"model_name": benchmark.model_name}
+
+
+def _cut_line(task: str, metrics: Mapping[str, float], limit: int) -> str | None:
+    """How many answers are not whole, which a judge cannot know."""
+    told = {"cut": f"cut at {limit} tokens (--max-new-tokens)", "no_room": "without room in the model's context"}
+    parts = [f"{round(metrics[name] * metrics['answers'])} {words}" for name, words in told.items() if metrics[name]]
+    return f"{task}: of {metrics['answers']:.0f} answers {', '.join(parts)}" if parts else None
 
 
 def print_table(name: str, metrics: Mapping[str, Mapping[str, float]]) -> None:

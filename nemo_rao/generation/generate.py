@@ -16,7 +16,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.files import check_place, write_atomically
 from nemo_rao.generation.model_folder import check_folder
 from nemo_rao.generation.policy import EMPTY, Answer, Policy, Question
-from nemo_rao.generation.progress import work_through
+from nemo_rao.generation.progress import print_notes, work_through
 from nemo_rao.generation.prompts import Prompt, digest_of, read_prompts
 from nemo_rao.generation.settings import GenerateSettings
 from nemo_rao.part_file import PartFile, part_path
@@ -42,11 +42,9 @@ def generate(model: str, prompts_path: str, output: str, settings: GenerateSetti
     check_folder(model)  # before the prompts are read, which may be many
     prompts = read_prompts(prompts_path, settings.system)
     policy = Policy(model, settings)
-    for prompt in prompts:
-        policy.check(_question(prompt))
+    remarks = Counter(remark for prompt in prompts for remark in policy.check(_question(prompt)))
     check_answers(policy, _question(prompts[0]))
-    for note in policy.notes:
-        print(note, flush=True)
+    print_notes(policy, remarks)
     with PartFile(part_path(path), work_of(policy, prompts, settings)) as part:
         at_once = max(1, settings.batch_size // settings.num_responses)
         numbered = list(enumerate(prompts))

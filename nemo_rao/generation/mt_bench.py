@@ -78,10 +78,10 @@ class MtBench:
             "max_new_tokens": self._max_new_tokens,
         }
 
-    def check(self, policy: Policy) -> None:
-        """Refuse what the chat template does not take, a second turn included."""
+    def check(self, policy: Policy) -> Iterator[str]:
+        """Refuses what the chat template does not take, a second turn included. Yields remarks on prompts."""
         for number, example in enumerate(self._examples):
-            policy.check(self._question(number, ["An answer."] * (len(example.turns) - 1)))
+            yield from policy.check(self._question(number, ["An answer."] * (len(example.turns) - 1)))
 
     def answer(self, policy: Policy, part: PartFile) -> None:
         """Answers what ``part`` does not have yet. A record: answers by turn, their tokens, whether cut, the time."""
@@ -117,8 +117,14 @@ class MtBench:
     def metrics(self, records: Sequence[Any]) -> Mapping[str, float]:
         """What can be told without a judge."""
         tokens = [count for _, counts, _, _ in records for count in counts]
-        cut = [was_cut for _, _, cuts, _ in records for was_cut in cuts]
-        return {"answers": len(tokens), "mean_tokens": sum(tokens) / len(tokens), "cut": sum(cut) / len(cut)}
+        # Without room for an answer there is one without tokens, which counts as cut.
+        cut = [count for _, counts, cuts, _ in records for count, was_cut in zip(counts, cuts, strict=True) if was_cut]
+        return {
+            "answers": len(tokens),
+            "mean_tokens": sum(tokens) / len(tokens),
+            "cut": sum(count > 0 for count in cut) / len(tokens),
+            "no_room": sum(count == 0 for count in cut) / len(tokens),
+        }
 
     def judge_command(self, folder: Path) -> str:
         """How FastChat judges the file."""

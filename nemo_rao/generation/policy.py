@@ -111,8 +111,9 @@ class Policy:
         self.fingerprint = fingerprint(self.folder)
         self._context = context_length(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
-        self.rendering, self.notes = settings.rendering(read_rendering(self.folder))
+        self.rendering, differences = settings.rendering(read_rendering(self.folder))
         self.encoder = self.rendering.encoder(self.tokenizer)
+        self.notes = (*differences, *self.encoder.notes)
         if settings.template_arguments and not self.encoder.uses_template:
             raise UserError("template_arguments: the tokenizer has no chat template to pass them to; leave them out")
         self._stop = {self.encoder.end_token_id} | stop_tokens(self.folder)
@@ -140,9 +141,13 @@ class Policy:
             for tokens, room in zip(prompts, rooms, strict=True)
         ]
 
-    def check(self, question: Question) -> None:
-        """Refuse, before the weights are loaded, a prompt that the chat template does not take."""
-        self._tokens(question)
+    def check(self, question: Question) -> tuple[str, ...]:
+        """Refuses, before the weights are loaded, a prompt that the chat template does not take.
+
+        Returns:
+            remarks on it, see :class:`nemo_rao.batch.Sample`.
+        """
+        return self.encoder.encode(question.row()).remarks
 
     def prompt_text(self, content: str | Messages, place: str) -> str:
         """The prompt as it is rendered, up to where the policy begins to answer.

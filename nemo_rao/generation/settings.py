@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from nemo_rao.data.rendering import Answers, ChatTemplate, Rendering
+from nemo_rao.data.rendering import NAMES, Answers, ChatTemplate, Rendering
 from nemo_rao.errors import UserError
 from nemo_rao.keys import KeySpec, check, key
 
@@ -56,7 +56,7 @@ class PolicySettings:
         Args:
             trained: how it was trained; ``None`` where that is not known.
         """
-        names = {field.name for field in dataclasses.fields(Rendering)} & {field.name for field in dataclasses.fields(self)}
+        names = set(NAMES) & {field.name for field in dataclasses.fields(self)}
         chosen = {name: value for name in names if (value := getattr(self, name)) is not None}
         made = dataclasses.replace(trained or Rendering(), **chosen)
         if trained is None:

@@ -346,5 +346,5 @@ def begun(model: Path, prompts: str, folder: Path) -> Path:
     settings = GenerateSettings(num_responses=3, max_new_tokens=16, engine="transformers")
     path = folder / "out.jsonl.part.jsonl"
     with PartFile(path, work_of(Policy(model, settings), read_prompts(prompts), settings)) as part:
-        part.append([{"responses": [["one", 1, False]] * 3}])
+        part.append([{"responses": [["one", 1, False, False]] * 3}])
     return path
