@@ -160,13 +160,16 @@ class Policy:
     def problem_of(self, question: Question, answer: Answer) -> str | None:
         """Why training could not read the answer, such as for want of a boundary in tokens to its prompt.
 
+        An answer that was cut only has to have text: it is marked, and training drops it by default.
+
         Returns:
             :data:`EMPTY` for one without text, else a line; ``None`` for an answer that can be read.
         """
         if not answer.text.strip():
             return EMPTY
-        row = question.row(Response(answer.text, truncated=answer.cut))
-        problem = self.encoder.encode_many([row])[0]
+        if answer.cut:
+            return None
+        problem = self.encoder.encode_many([question.row(Response(answer.text))])[0]
         return str(problem) if isinstance(problem, UserError) else None
 
     def _tokens(self, question: Question) -> np.ndarray:
