@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.batch import Response
+from nemo_rao.data.rendering import Rendering
 from nemo_rao.data.rows import JSON_LINES
 from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
@@ -18,7 +19,7 @@ from nemo_rao.generation.model_folder import check_folder
 from nemo_rao.generation.policy import EMPTY, Answer, Policy, Question
 from nemo_rao.generation.progress import print_notes, work_through
 from nemo_rao.generation.prompts import Prompt, digest_of, read_prompts
-from nemo_rao.generation.settings import GenerateSettings
+from nemo_rao.generation.settings import GenerateSettings, shown
 from nemo_rao.part_file import PartFile, part_path
 
 # Changed when the same settings would give other responses than before, or records of another form.
@@ -58,6 +59,8 @@ def generate(model: str, prompts_path: str, output: str, settings: GenerateSetti
         write_atomically(path, rows_of(prompts, records))
         part.remove()
     print(report(path, records), flush=True)
+    if keys := training_keys(policy.rendering):
+        print(f"to train on them as they were sampled: {keys}", flush=True)
 
 
 def check_answers(policy: Policy, question: Question) -> None:
@@ -152,6 +155,15 @@ def report(path: Path, records: Sequence[Mapping[str, Any]]) -> str:
     if num_special:
         parts.append(f"{num_special} responses hold special tokens")
     return "; ".join([*parts, *filter(None, [skipped(records)])])
+
+
+def training_keys(rendering: Rendering) -> str:
+    """The keys of a recipe that render rows this way, where they are not the default."""
+    return " ".join(
+        f"data.{name}={shown(value)}"
+        for name, value in dataclasses.asdict(rendering).items()
+        if value != getattr(Rendering(), name) and value != "always"
+    )
 
 
 def skipped(records: Sequence[Mapping[str, Any]]) -> str:

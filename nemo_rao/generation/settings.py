@@ -65,7 +65,7 @@ class PolicySettings:
         kept = {"chat_template"} if (made.chat_template == "never") == (trained.chat_template == "never") else set()
         differing = [name for name in sorted(names - kept) if getattr(made, name) != getattr(trained, name)]
         return made, tuple(
-            f"{name}={_shown(getattr(made, name))}: the model was trained with {_shown(getattr(trained, name))}"
+            f"{name}={shown(getattr(made, name))}: the model was trained with {shown(getattr(trained, name))}"
             for name in differing
         )
 
@@ -158,5 +158,6 @@ def _json_object(text: str) -> dict[str, Any]:
     return found
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A key's value as it is given on the command line, but for quotes of the shell."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

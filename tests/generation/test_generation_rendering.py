@@ -24,10 +24,8 @@ from tests.generation.conftest import read_lines
 from tests.generation.test_generation_generate import one_line
 
 GENERATION_PROMPT = "{{ '<|assistant|>' }}{% endif %}"
-# Templates: one with an argument and tools; one whose generation prompt opens a block that no answer is rendered with.
-WITH_ARGUMENT = "{% for tool in tools or [] %}{{ tool.name }};{% endfor %}" + CHAT_TEMPLATE.replace(
-    GENERATION_PROMPT, "{{ '<|assistant|>' }}{% if thinking is defined %}{{ thinking }}{% endif %}{% endif %}"
-)
+# Templates: one that takes an argument and tools; one whose generation prompt opens a block that answers do not have.
+WITH_ARGUMENT = "{% for tool in tools or [] %}{{ tool.name }};{% endfor %}{{ mode or '' }}" + CHAT_TEMPLATE
 OPENS_A_BLOCK = CHAT_TEMPLATE.replace(GENERATION_PROMPT, "{{ '<|assistant|><think>\n' }}{% endif %}")
 QUESTION = Question("Sort: b a", "here", (0, 0, 0), 1.0)
 
@@ -53,20 +51,20 @@ def test_template_arguments_render_as_in_training_and_are_the_runs_own_by_defaul
 ) -> None:
     folder = with_template(WITH_ARGUMENT)
     path = write_rows({"prompt": "Sort: b a", "chosen": "a b", "rejected": "b"}, name="pairs.jsonl")
-    given = GenerateSettings(template_arguments={"thinking": "none"})
+    given = GenerateSettings(template_arguments={"mode": "none"})
     policy = Policy(folder, given)
-    trained = load_preferences(path, policy.tokenizer, seq_length=64, template_arguments={"thinking": "none"})[0]
+    trained = load_preferences(path, policy.tokenizer, seq_length=64, template_arguments={"mode": "none"})[0]
     assert policy.encoder.encode(QUESTION.row()).prompt.tolist() == trained.prompt.tolist()
-    assert prompt_of(policy).endswith("<|assistant|>none") and policy.notes == ()
-    assert prompt_of(Policy(folder, GenerateSettings())).endswith("<|assistant|>")
+    assert prompt_of(policy).startswith("none<|begin|>") and policy.notes == ()
+    assert prompt_of(Policy(folder, GenerateSettings())).startswith("<|begin|>")
 
-    write_rendering(folder, Rendering("always", {"thinking": "some"}, "verbatim"))
+    write_rendering(folder, Rendering("always", {"mode": "some"}, "verbatim"))
     policy = Policy(folder, EvaluateSettings())
-    assert prompt_of(policy).endswith("<|assistant|>some") and policy.notes == ()
+    assert prompt_of(policy).startswith("some<|begin|>") and policy.notes == ()
     assert policy.rendering.answers == "verbatim"
     policy = Policy(folder, given)
-    assert prompt_of(policy).endswith("<|assistant|>none")
-    assert policy.notes == ('template_arguments={"thinking": "none"}: the model was trained with {"thinking": "some"}',)
+    assert prompt_of(policy).startswith("none<|begin|>")
+    assert policy.notes == ('template_arguments={"mode": "none"}: the model was trained with {"mode": "some"}',)
     assert Policy(folder, GenerateSettings(chat_template="auto")).notes == ()  # renders like always
     policy = Policy(folder, GenerateSettings(chat_template="never", answers="template"))
     assert policy.notes == (
@@ -90,12 +88,13 @@ def test_commands_report_how_they_differ_from_the_training(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     folder = with_template(WITH_ARGUMENT)
-    write_rendering(folder, Rendering(template_arguments={"thinking": "x"}))
-    options = ("--engine=transformers", "--max-new-tokens=4", '--template-arguments={"thinking": "y"}')
-    line = 'template_arguments={"thinking": "y"}: the model was trained with {"thinking": "x"}\n'
+    write_rendering(folder, Rendering(template_arguments={"mode": "x"}))
+    options = ("--engine=transformers", "--max-new-tokens=4", '--template-arguments={"mode": "y"}')
+    line = 'template_arguments={"mode": "y"}: the model was trained with {"mode": "x"}\n'
     output = tmp_path / "out.jsonl"
     assert main(["generate", str(folder), prompts, str(output), "--num-responses=1", *options]) == 0
-    assert capfd.readouterr().out.startswith(line)
+    said = capfd.readouterr().out
+    assert said.startswith(line) and said.endswith('data.template_arguments={"mode": "y"}\n')
     rows = write_rows({"instruction": "Say a."}, {"instruction": "Say b."}, name="instructions.jsonl")
     evaluate = ["evaluate", str(folder), "--task=alpaca_eval", "--instructions", rows, "--out", str(tmp_path / "out")]
     assert main([*evaluate, *options, "--max-new-tokens=1"]) == 0
@@ -126,7 +125,7 @@ def test_template_arguments_without_a_template_are_refused(with_template: Callab
     folder = with_template("")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="template_arguments: the tokenizer has no chat template"):
-        Policy(folder, GenerateSettings(template_arguments={"thinking": "x"}))
+        Policy(folder, GenerateSettings(template_arguments={"mode": "x"}))
 
 
 # ------------------------------------------------------------------------------- responses that cannot be trained on
