@@ -15,7 +15,7 @@ _MOST_NAMES = 40  # unused fields that are listed
 _LONGEST_LINE = 120  # characters
 _PLACE = re.compile(r"^.*? (?:line|row) \d+: ")
 _VALUES = re.compile(r"; | \(|, found | \d+:\d+")
-_NUMBER = re.compile(r"(?<![\w'.])\d[\d.,]*(?![\w'])")
+_NUMBER = re.compile(r"(?<![\w'.-])\d[\d.,]*(?![\w'])")
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,27 @@ class LoadReport:
             _count(self.unused, path)
 
     @property
+    def rows_dropped(self) -> int:
+        """Without the bad ones."""
+        return sum(self.dropped.values())
+
+    @property
     def rows_bad(self) -> int:
         return sum(self.bad.values())
 
-    def bad_rows(self) -> list[str]:
-        """Parts of the report: each cause of bad rows, with its first row."""
+    def about_bad(self) -> list[str]:
+        """Each cause of bad rows, with its first row."""
         return [f"{rows} bad rows dropped ({cause}; first: {self.examples[cause]})" for cause, rows in self.bad.items()]
 
     def parts(self) -> list[str]:
         """All there is to say, the numbers of rows first."""
         parts = [f"{self.rows_kept} of {self.rows_read} rows kept"]
         parts += [f"{rows} dropped ({reason}; first: {self.examples[reason]})" for reason, rows in self.dropped.items()]
-        parts += self.bad_rows()
+        return parts + self.about_bad() + self.about_kept()
+
+    def about_kept(self) -> list[str]:
+        """What there is to say of the rows that are kept, of fields, and of the tokenizer."""
+        parts = []
         if self.left_out:
             reasons = " and ".join(self.left_out)
             parts.append(f"{_range(self.used)} of {_range(self.given)} responses of a prompt are used ({reasons})")
