@@ -61,6 +61,8 @@ def check_unicode(value: str, place: str, field: str) -> str:
 
 def check_json(value: object, place: str, field: str) -> None:
     """Refuses values that a chat template cannot be given: dates and bytes of column stores, half surrogate pairs."""
+    if not value:
+        return
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -7,7 +7,7 @@ import dataclasses
 from nemo_rao.batch import Response, Row
 from nemo_rao.data.fields import Messages, describe, read_text
 from nemo_rao.data.messages import answer_of, as_messages, read_messages
-from nemo_rao.data.prompt import Asked, read_given, with_context
+from nemo_rao.data.prompt import Asked, prompt_name, read_given, with_context
 from nemo_rao.data.responses import make_row, roles_of
 from nemo_rao.data.rewards import RewardField, no_reward_field, read_score_of_pair
 from nemo_rao.data.transcripts import is_transcript, turns_of
@@ -86,14 +86,15 @@ def _shared_prompt(
         shared += 1
     leading = chosen[:shared]
     before: str | Messages = leading
+    name = prompt_name(record) or "prompt"
     if isinstance(prompt, str):
         if not leading:
             before = prompt
         elif all(" ".join(message["content"].split()) != " ".join(prompt.split()) for message in leading):
             raise UserError(
-                f"{place}: field 'prompt' is text that belongs among the messages which 'chosen' and 'rejected' share, "
+                f"{place}: field '{name}' is text that belongs among the messages which 'chosen' and 'rejected' share, "
                 "and is none of them; write it there as a user message, give the answers alone, or leave it out "
-                "(data.ignore_fields)"
+                f"(data.ignore_fields=[{name}])"
             )
     elif prompt is not None and leading[: len(prompt)] != prompt:  # otherwise both sides repeat the prompt
         before = prompt if prompt[len(prompt) - shared :] == leading else prompt + leading

@@ -15,7 +15,15 @@ from typing import Any
 
 from nemo_rao.batch import Response
 from nemo_rao.data.fields import Messages, check_json, describe, read_text
-from nemo_rao.data.messages import as_messages, check_prompt, decoded_json, read_messages, read_prompt, without_weights
+from nemo_rao.data.messages import (
+    SPEAKERS,
+    as_messages,
+    check_prompt,
+    decoded_json,
+    read_messages,
+    read_prompt,
+    without_weights,
+)
 from nemo_rao.data.transcripts import is_transcript, split_prompt
 from nemo_rao.data.view import View
 from nemo_rao.data.writing import TEMPLATE_COLUMNS
@@ -69,14 +77,19 @@ def read_asked(record: View, own: str = "prompt") -> Asked:
 
 def read_given(record: View, own: str = "prompt") -> str | Messages | None:
     """The prompt alone; None where no field holds it."""
-    names = dict.fromkeys((own, *PROMPT_NAMES))
-    name = own if own in record else next((name for name in names if _is_filled(record, name)), None)
+    name = prompt_name(record, own)
     if name is None:
         return next(filter(None, (_unanswered(record, name) for name in CONVERSATIONS if name in record)), None)
     content = read_prompt(record[name], record, name)
     if name == "instruction" and isinstance(content, str) and _is_filled(record, "input"):  # Alpaca
         content += "\n" + read_text(record["input"], record.place, "input")
     return content
+
+
+def prompt_name(record: View, own: str = "prompt") -> str | None:
+    """The field that holds the prompt, a conversation aside."""
+    names = dict.fromkeys((own, *PROMPT_NAMES))
+    return own if own in record else next((name for name in names if _is_filled(record, name)), None)
 
 
 def _is_filled(record: View, name: str) -> bool:
@@ -92,9 +105,22 @@ def _unanswered(record: View, name: str) -> Messages | None:
     """A conversation that ends with a message to be answered; None, and not taken, where another speaks last."""
     value = as_messages(record.peek(name), record.place, record.path_of(name))
     last = value[-1] if isinstance(value, list) and value else None
-    if not isinstance(last, dict) or last.get("role", last.get("from")) in ("assistant", "gpt"):
+    if not isinstance(last, dict) or _is_answer(last):
         return None
     return check_prompt(read_messages(record[name], record, name), record.place, record.path_of(name))
+
+
+def asks_alone(record: View) -> bool:
+    """Whether the record holds a prompt, or a conversation without an answer, so that it may do without responses."""
+    name = next((name for name in CONVERSATIONS if name in record), None)
+    if name is None:
+        return any(name in record or record.is_null(name) for name in PROMPT_NAMES)
+    messages = as_messages(record.peek(name), record.place, name)
+    return isinstance(messages, list) and not any(map(_is_answer, messages))
+
+
+def _is_answer(message: object) -> bool:
+    return isinstance(message, dict) and SPEAKERS.get(str(message.get("role", message.get("from")))) == "assistant"
 
 
 def with_context(record: View, content: str | Messages) -> Asked:
@@ -162,7 +188,10 @@ def read_template_fields(record: View) -> dict[str, Any]:
         if _is_filled(record, name):
             value = decoded_json(record[name], record.place, name)
             if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-                raise UserError(f"{record.place}: field '{name}' must be a list of objects, found {describe(value)}")
+                raise UserError(
+                    f"{record.place}: field '{name}' must be a list of objects, found {describe(value)}; "
+                    f"correct it, or add {name} to data.ignore_fields"
+                )
             if value:
                 found[name] = value
     if _is_filled(record, "chat_template_kwargs"):
@@ -178,14 +207,14 @@ def read_template_fields(record: View) -> dict[str, Any]:
 
 def check_nothing_asked_is_left(record: View, content: str | Messages, responses: Iterable[Response]) -> None:
     """Refuses fields that look like part of the prompt, unless empty or said by the row already; these are taken."""
-    texts = {_normal(content)} if isinstance(content, str) else {_normal(message["content"]) for message in content}
-    for response in responses:
-        texts.add(_normal(response.content))
-        texts.update(_normal(message["content"]) for message in response.continuation)
+    suspects = {
+        name: value
+        for name, value in record.unread().items()
+        if name.lower() in PROMPT_LIKE and isinstance(value, (str, list, tuple, dict))
+    }
+    texts = _texts_of(content, responses) if suspects else set()
     left = []
-    for name, value in record.unread().items():
-        if name.lower() not in PROMPT_LIKE or not isinstance(value, (str, list, tuple, dict)):
-            continue
+    for name, value in suspects.items():
         if _is_empty(value) or _says_only(as_messages(value, record.place, name), texts):
             record[name]
         else:
@@ -196,6 +225,14 @@ def check_nothing_asked_is_left(record: View, content: str | Messages, responses
             f"{record.place}: {fields} like part of the prompt, but would not be used; say which field holds what "
             f"(data.columns.prompt={left[0]}), or that it is not wanted (data.ignore_fields=[{','.join(left)}])"
         )
+
+
+def _texts_of(content: str | Messages, responses: Iterable[Response]) -> set[str]:
+    """Every text of a row, blanks aside."""
+    texts = [content] if isinstance(content, str) else [message["content"] for message in content]
+    for response in responses:
+        texts += [response.content, *(message["content"] for message in response.continuation)]
+    return set(map(_normal, texts))
 
 
 def _says_only(value: Any, texts: set[str]) -> bool:

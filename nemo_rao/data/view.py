@@ -102,11 +102,9 @@ class View(Mapping[str, Any]):
         self._kind = path if kind is None else kind  # the path without numbers, responses[]
         self._ignored = ignored
         self._nulls = [str(name) for name, value in record.items() if value is None]
-        self._fields = {
-            str(name): value
-            for name, value in record.items()
-            if value is not None and self._general(str(name)) not in ignored
-        }
+        self._fields = {str(name): value for name, value in record.items() if value is not None}
+        if ignored:
+            self._fields = {n: value for n, value in self._fields.items() if self._general(n) not in ignored}
         self._taken: set[str] = set()
         self._children: list[View] = []
 

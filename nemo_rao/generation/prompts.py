@@ -12,12 +12,12 @@ from nemo_rao.batch import Row
 from nemo_rao.data import rows
 from nemo_rao.data.fields import Messages
 from nemo_rao.data.formats import FORMATS, recognise
-from nemo_rao.data.prompt import CONVERSATIONS, PROMPT_NAMES, read_asked
+from nemo_rao.data.prompt import CONVERSATIONS, asks_alone, read_asked
 from nemo_rao.data.responses import make_row
 from nemo_rao.data.view import Columns, View
 from nemo_rao.errors import UserError
 
-_MARKS = {mark for known in FORMATS for mark in known.marks}
+_MARKS = {mark for known in FORMATS for mark in known.marks} - set(CONVERSATIONS)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
     """Tells one list of prompts from another, wherever it lies."""
     found = hashlib.sha256()
     for prompt in prompts:
-        asked = [prompt.content, prompt.fields]
+        asked: list[Any] = [prompt.content, prompt.fields]
         if prompt.template_fields or prompt.plain is not None:
             asked += [prompt.template_fields, prompt.plain]
         found.update(json.dumps(asked, sort_keys=True, default=str).encode())
@@ -130,9 +130,7 @@ def _prompts_of_source(source: str, names: Columns) -> Iterator[Prompt]:
 
 def _has_prompt_alone(view: View) -> bool:
     """Whether the record is a prompt without responses."""
-    if any(mark in view for mark in _MARKS - set(CONVERSATIONS)):
-        return False
-    return any(name in view or view.is_null(name) for name in PROMPT_NAMES)
+    return not any(mark in view for mark in _MARKS) and asks_alone(view)
 
 
 def _objects(records: list[tuple[str, Any]], path: str) -> list[tuple[str, Mapping[str, Any]]]:
