@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from nemo_rao.batch import Row, Sample
-from nemo_rao.data.rendering import Answers, ChatTemplate
 from nemo_rao.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ChatTemplate = Literal["auto", "always", "never"]
+Answers = Literal["template", "verbatim"]
 PROBE = "Tell me, boundary."
 
 
@@ -168,14 +168,6 @@ class Encoder:
         if isinstance(sample, UserError):
             raise sample
         return sample
-
-    def prompt_text(self, row: Row) -> str:
-        """The row's prompt as text, up to where a response begins; of plain text, without the beginning token.
-
-        Raises:
-            UserError: see :meth:`encode_many`.
-        """
-        return self._render(replace(row, responses=()))[0]
 
     def encode_many(self, rows: Sequence[Row]) -> list[Sample | BoundaryError]:
         """The rows' samples, tokenised in one call, which fast tokenizers spread over threads.

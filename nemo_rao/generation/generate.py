@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.batch import Response
-from nemo_rao.data.rendering import Rendering
+from nemo_rao.data.rendering_record import Rendering
 from nemo_rao.data.rows import JSON_LINES
 from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError

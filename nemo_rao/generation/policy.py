@@ -19,7 +19,7 @@ import numpy as np
 from nemo_rao.batch import Response, Row
 from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.data.fields import Messages
-from nemo_rao.data.rendering import read_rendering
+from nemo_rao.data.rendering_record import read_rendering
 from nemo_rao.errors import UserError
 from nemo_rao.generation.engine import Continuation, Engine, Request, choose_engine, open_engine
 from nemo_rao.generation.model_folder import (

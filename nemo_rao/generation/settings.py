@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from nemo_rao.data.rendering import NAMES, Answers, ChatTemplate, Rendering
+from nemo_rao.data.rendering_record import NAMES, Answers, ChatTemplate, Rendering
 from nemo_rao.errors import UserError
 from nemo_rao.keys import KeySpec, check, key
 
@@ -26,7 +26,7 @@ _AS_TRAINED = " (default: as the model was trained, if nemo_rao.json beside it s
 class PolicySettings:
     """How a policy is loaded and asked, whatever for.
 
-    What is ``None`` of the keys of :class:`nemo_rao.data.rendering.Rendering` is as the model was trained.
+    What is ``None`` of the keys of :class:`nemo_rao.data.rendering_record.Rendering` is as the model was trained.
     """
 
     batch_size: int = key(32, "sequences generated at once", low=1)

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_rao.data.rendering import write_rendering
+from nemo_rao.data.rendering_record import write_rendering
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.adapters import changes_output_layer, check_adapters, merge, write_adapters
 from nemo_rao.hugging_face.checkpoint import (

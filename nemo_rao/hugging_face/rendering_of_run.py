@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_rao.data.rendering import Rendering, checked_rendering
+from nemo_rao.data.rendering_record import Rendering, checked_rendering
 from nemo_rao.errors import UserError
 from nemo_rao.integration.continuing import RECIPE
 

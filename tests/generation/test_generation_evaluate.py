@@ -17,7 +17,7 @@ import transformers
 
 from nemo_rao.cli import main
 from nemo_rao.data.encode import load_tokenizer
-from nemo_rao.data.rendering import Rendering, write_rendering
+from nemo_rao.data.rendering_record import Rendering, write_rendering
 from nemo_rao.generation.with_transformers import TransformersEngine
 from tests.generation.conftest import read_lines
 from tests.generation.test_generation_generate import Killed, one_line

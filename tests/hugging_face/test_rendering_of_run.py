@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.data.rendering import Rendering
+from nemo_rao.data.rendering_record import Rendering
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.rendering_of_run import rendering_of_run
 from nemo_rao.integration.compose import compose

@@ -10,7 +10,7 @@ import torch
 
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import load_tokenizer
-from nemo_rao.data.rendering import Rendering, read_rendering
+from nemo_rao.data.rendering_record import Rendering, read_rendering
 
 from .conftest import Converted
 from .models import MODELS, command, log_prob_sums, make_model, read_json, sft_loss, tensors
