@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nemo_rao.data.rendering import Answers
 from nemo_rao.errors import UserError
 from nemo_rao.files import write_atomically
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from nemo_rao.data.encode import Encoder
 
 ChatTemplate = Literal["auto", "always", "never"]
-Answers = Literal["template", "verbatim"]
 FILE = "nemo_rao.json"
 
 

@@ -13,7 +13,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from nemo_rao.data.rendering_record import NAMES, Answers, ChatTemplate, Rendering
+from nemo_rao.data.rendering import Answers
+from nemo_rao.data.rendering_record import NAMES, ChatTemplate, Rendering
 from nemo_rao.errors import UserError
 from nemo_rao.keys import KeySpec, check, key
 
