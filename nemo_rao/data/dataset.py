@@ -158,7 +158,7 @@ def load_preferences(
         remarks = [*candidate.remarks, *sample.remarks, *equal_tokens(sample)]
         if inner_ends(sample, encoder.end_token_id):
             remarks.append(INNER_END)
-        return Outcome(read, row, sample, None, remarks=tuple(remarks), left_out=candidate.left_out)
+        return Outcome(read, row, sample, None, "", tuple(dict.fromkeys(remarks)), candidate.left_out)
 
     def bad(read: Row | None, row: Row | None, sample: Sample | None, complaint: UserError) -> Outcome:
         if not drops_bad:
@@ -212,19 +212,8 @@ _Read = Candidate | UserError | _Stop
 def _encode(encoder: Encoder, batch: Sequence[_Read]) -> list[Sample | UserError | None]:
     """Of each row its sample or the reason why it has none; ``None`` where there is nothing to encode."""
     rows = [entry.row if isinstance(entry, Candidate) and entry.dropped is None else None for entry in batch]
-    given = [row for row in rows if row is not None]
-    try:
-        made: Iterator[Sample | UserError] = iter(encoder.encode_many(given))
-    except UserError:  # of one row, which is to be found
-        made = (_encode_alone(encoder, row) for row in given)
+    made = iter(encoder.encode_many([row for row in rows if row is not None]))
     return [None if row is None else next(made) for row in rows]
-
-
-def _encode_alone(encoder: Encoder, row: Row) -> Sample | UserError:
-    try:
-        return encoder.encode_many([row])[0]
-    except UserError as complaint:
-        return complaint
 
 
 def _different_first_tokens(a: Sample, b: Sample, tokenizer: PreTrainedTokenizerBase, needed_by: str) -> UserError:

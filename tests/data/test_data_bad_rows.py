@@ -11,7 +11,7 @@ from nemo_rao.batch import Response, Row
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.overlap import shared_prompts
 from nemo_rao.data.report import OTHER_CAUSES, LoadReport, Outcome, cause_of
-from nemo_rao.data.row_checks import CUT_LEFT_OUT, CUT_SHORT, CUT_WITHOUT_END, NOT_LEARNED, RowChecks
+from nemo_rao.data.row_checks import CUT_LEFT_OUT, CUT_SHORT, CUT_WITHOUT_END, RowChecks
 from nemo_rao.data.sample_checks import EQUAL_TOKENS, EQUAL_TOKENS_OTHER_REWARDS, SAME_TOKENS, TOO_LONG
 from nemo_rao.errors import UserError
 
@@ -108,8 +108,8 @@ def test_a_share_of_bad_rows_above_the_key_stops_with_the_counts(load):
         load(records, bad_rows="drop", max_bad_rows=0.19)
     message = str(caught.value)
     assert "2 of 10 rows are bad, a larger share than data.max_bad_rows=0.19" in message and "\n" not in message
-    assert message.count("1 bad rows dropped (") == 2 and "line 9: " in message and "line 10: " in message
-    with pytest.raises(UserError, match=r"no rows left to train on; 0 of 2 rows kept; 1 bad rows"):
+    assert message.count("1 bad row dropped (") == 2 and "line 9: " in message and "line 10: " in message
+    with pytest.raises(UserError, match=r"no rows left to train on; 0 of 2 rows kept; 1 bad row"):
         load(BAD[:2], bad_rows="drop", max_bad_rows=1.0)
 
 
@@ -203,17 +203,21 @@ def test_responses_that_were_cut_are_left_out_before_others_are_chosen(row, opti
 # ------------------------------------------------------------------------------------------------------- weights
 
 
-def test_a_weight_of_0_drops_a_single_answer_and_is_refused_among_several():
-    def weighted(*weights: float, continuation=()) -> Row:
-        responses = tuple(Response("x", 1.0, weight=weight, continuation=continuation) for weight in weights)
-        return Row("p", responses, "f.jsonl line 3")
+def test_an_answer_of_weight_0_is_context_in_a_conversation_and_drops_the_row_elsewhere(load, tokenizers):
+    def chat(*weights: int) -> dict:
+        turns = [
+            [{"role": "user", "content": f"u{k}"}, {"role": "assistant", "content": f"a{k}", "weight": weight}]
+            for k, weight in enumerate(weights)
+        ]
+        return {"messages": [message for turn in turns for message in turn]}
 
-    assert checks().apply(weighted(1), 0).dropped is None
-    assert checks().apply(weighted(0), 0).dropped == (NOT_LEARNED, "f.jsonl line 3: the only answer has weight 0")
-    conversation = ({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"})
-    assert checks().apply(weighted(0, continuation=conversation), 0).dropped is None
-    assert checks().apply(weighted(1, 1), 0).bad is None
-    assert "f.jsonl line 3: response 2 has weight 0" in str(checks().apply(weighted(1, 0), 0).bad)
+    weighted = PAIR | {"chosen": [{"role": "assistant", "content": "good", "weight": 0}]}
+    weighted["rejected"] = [{"role": "assistant", "content": "bad"}]
+    data = load([chat(0, 1), chat(0), chat(0, 0), weighted], "chatml")
+    (context,) = data
+    learned = tokenizers["chatml"].decode(context.responses[0][context.answers[0]])
+    assert "a1" in learned and "a0" not in learned
+    assert list(data.report.dropped.values()) == [3] and "weight 0" in str(data.report)
 
 
 # -------------------------------------------------------------------------------------------------- equal tokens
@@ -251,7 +255,7 @@ def test_equal_tokens_are_counted_and_dropped_where_only_they_are_compared(recor
         with pytest.raises(UserError, match=r"line 2: responses 1 and 2 .*strict"):
             load([record("a", 1, 0), *records], "llama_3", strict=True, **options)
     else:
-        assert all(f"1 rows: {remark} (first: " in str(data.report) for remark in remarks)
+        assert all(f"1 row: {remark} (first: " in str(data.report) for remark in remarks)
 
 
 # ---------------------------------------------------------------------------------------------- what is said of it
@@ -262,7 +266,7 @@ def test_the_report_is_one_line_or_a_line_for_each_part_and_notes_are_said_once(
     assert report.text(" (read from cache)") == "3 of 3 rows kept (read from cache)"
     report.not_used(["source", "completions[].model"])
     report.not_used(["source"])
-    assert report.text() == "3 of 3 rows kept; fields that are not used: source (2 rows), completions[].model (1 rows)"
+    assert report.text() == "3 of 3 rows kept; fields that are not used: source (2 rows), completions[].model (1 row)"
     report.notes.append("tokenizer t: " + "a note of some length " * 4)
     first, *others = report.text(" (read from cache)").splitlines()
     assert first == "3 of 3 rows kept (read from cache)" and len(others) == 2

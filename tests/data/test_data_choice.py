@@ -286,6 +286,23 @@ def test_mismatched_responses_are_made_of_all_data_for_the_objective_that_needs_
     assert prepared("dpo", pairs, validation=pairs[:2]).mismatched == {}
 
 
+def test_the_datas_keys_reach_loading(prepared):
+    rows = [
+        {"question": "a", "chosen": "Hello!", "rejected": "What?", "source": "x"},
+        {"question": "b", "responses": [{"content": str(k), "reward": k, "truncated": k == 0} for k in range(3)]},
+        {"question": "c", "chosen": "", "rejected": "What?"},
+    ]
+    keys = ["data.columns={prompt: question}", "data.ignore_fields=[source]", "data.bad_rows=drop"]
+    keys.append("data.max_bad_rows=0.4")
+    whole = prepared("dpo", rows, *keys, "data.truncated=without_end", "data.answers=verbatim").train
+    assert [sample.rewards.tolist()[1:] for sample in whole][1] == [0.0]
+    report = prepared("dpo", rows, *keys).train.report
+    assert (report.rows_kept, report.rows_bad, report.unused) == (2, 1, {})
+    assert "data.truncated=drop" in report.left_out
+    with pytest.raises(UserError, match=r"data.max_bad_rows=0.05"):
+        prepared("dpo", rows, *keys[:-1])
+
+
 def test_an_ensemble_named_in_the_datas_keys_reaches_the_samples(prepared):
     members = [{"content": f"Hello {k}", "help": k, "honest": 3 * k} for k in range(3)]
     [sample] = prepared("robust_po", [{"prompt": "Hi?", "responses": members}], "data.reward_field=[help,honest]").train
