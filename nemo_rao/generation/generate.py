@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_rao.batch import Response
 from nemo_rao.data.rendering_record import Rendering
-from nemo_rao.data.rows import JSON_LINES
+from nemo_rao.data.sources import JSON_LINES
 from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
 from nemo_rao.files import check_place, write_atomically
