@@ -31,13 +31,22 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be evaluated: tasks (commas separate them, too), the model's name in answers, and the tasks' files."""
+    """What is to be evaluated.
+
+    Attributes:
+        tasks: commas separate them, too.
+        name: the model's, in answers; ``None``: its folder's.
+        instructions, questions: files of alpaca_eval and mt_bench.
+        include_path: folder of tasks of lm-evaluation-harness.
+        ignore_fields: fields of instructions and questions that are not wanted.
+    """
 
     tasks: Sequence[str]
     name: str | None = None
     instructions: str | None = None
     questions: str | None = None
     include_path: str | None = None
+    ignore_fields: tuple[str, ...] = ()
 
 
 class Results:
@@ -105,9 +114,9 @@ def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> 
         raise UserError(f"--name {name!r}: becomes the name of a file; choose one without / and without leading dot")
     benchmarks: dict[str, Benchmark] = {}
     if AlpacaEval.name in tasks:
-        benchmarks[AlpacaEval.name] = AlpacaEval(asked.instructions, name, settings)
+        benchmarks[AlpacaEval.name] = AlpacaEval(asked.instructions, name, settings, asked.ignore_fields)
     if MtBench.name in tasks:
-        benchmarks[MtBench.name] = MtBench(asked.questions, name, settings)
+        benchmarks[MtBench.name] = MtBench(asked.questions, name, settings, asked.ignore_fields)
     of_harness = [task for task in tasks if task not in benchmarks]
     if of_harness:
         if settings.engine == "vllm":

@@ -30,10 +30,20 @@ TOO_LONG, UNREADABLE = "too long", "unreadable"  # reasons why a prompt has no r
 _PROBES = ("An answer.", "A thought.\n</think>\n\nAn answer.")
 
 
-def generate(model: str, prompts_path: str, output: str, settings: GenerateSettings) -> None:
+def generate(
+    model: str,
+    prompts_path: str,
+    output: str,
+    settings: GenerateSettings,
+    columns: Mapping[str, str] | None = None,
+    ignore_fields: Sequence[str] = (),
+) -> None:
     """Samples K responses to each prompt into ``output``, in the prompts' order.
 
     What is finished is kept in ``OUTPUT.part.jsonl``, from which the same command goes on.
+
+    Args:
+        columns, ignore_fields: see :func:`nemo_rao.data.rows.read_rows`.
 
     Raises:
         UserError: before any weights are loaded, for whatever is wrong with model, prompts, settings or output;
@@ -41,9 +51,11 @@ def generate(model: str, prompts_path: str, output: str, settings: GenerateSetti
     """
     path = check_output(output)
     check_folder(model)  # before the prompts are read, which may be many
-    prompts = read_prompts(prompts_path, settings.system)
+    prompts = read_prompts(prompts_path, settings.system, columns=columns, ignore_fields=ignore_fields)
     policy = Policy(model, settings)
     remarks = Counter(remark for prompt in prompts for remark in policy.check(_question(prompt)))
+    for name in (name for prompt in prompts for name in prompt.unused):
+        remarks[f"prompts have a field '{name}' that is neither used nor written"] += 1
     check_answers(policy, _question(prompts[0]))
     print_notes(policy, remarks)
     with PartFile(part_path(path), work_of(policy, prompts, settings)) as part:

@@ -208,6 +208,33 @@ def test_the_reason_why_a_prompt_has_no_responses_is_reported(
     ]
 
 
+def test_thinking_of_earlier_answers_is_left_out_where_the_template_cuts_it(
+    with_template: Callable[[str], Path],
+    write_rows: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuts = CHAT_TEMPLATE.replace("message['content'] +", "message['content'].split('</think>')[-1] +")
+    folder = with_template(cuts)
+    asked: list[str] = []
+
+    def generate(self: TransformersEngine, requests: Any) -> list[Continuation]:
+        asked.extend(tokenizer.decode(request.tokens) for request in requests)
+        return [Continuation(tokenizer.encode("hm</think>\n42", add_special_tokens=False), False) for _ in requests]
+
+    tokenizer = load_tokenizer(folder)
+    monkeypatch.setattr(TransformersEngine, "generate", generate)
+    questions = write_rows({"question_id": 1, "category": "math", "turns": ["6 * 7?", "7 * 6?"]}, name="q.jsonl")
+    evaluate = ["evaluate", str(folder), "--task=mt_bench", "--questions", questions, "--out", str(tmp_path / "out")]
+    assert main([*evaluate, "--engine=transformers", "--name=mine"]) == 0
+    assert asked == [
+        "<|begin|><|user|>6 * 7?<|end|><|assistant|>",
+        "<|begin|><|user|>6 * 7?<|end|><|assistant|>42<|end|><|user|>7 * 6?<|end|><|assistant|>",
+    ]
+    (answer,) = read_lines(tmp_path / "out/mt_bench/mine.jsonl")
+    assert answer["choices"][0]["turns"] == ["hm</think>\n42"] * 2
+
+
 def test_evaluation_has_no_option_about_answers(capfd: pytest.CaptureFixture[str]) -> None:
     """It puts no answer behind a prompt to be trained on."""
     assert main(["evaluate", "nowhere", "--task=mmlu", "--out=out", "--answers=verbatim"]) == 2
