@@ -72,7 +72,7 @@ def test_fields_of_prompts_are_rendered_and_carried_along(
         ("--column=prompt=other", "--column prompt=other: prompt is ask already"),
         ("--ignore-field=ask", "'ask', which data.columns names for 'prompt', is missing"),
     ):
-        assert main([*command, *options, option]) == 2
+        assert main([*command[:3], str(tmp_path / "other.jsonl"), *options, option]) == 2
         assert part in one_line(capfd)
 
 

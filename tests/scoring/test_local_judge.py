@@ -106,7 +106,7 @@ def expected(folder: Path, path: str = "in.jsonl") -> list[list[float | None]]:
             return_tensors="pt",
         )
         said = model.generate(tokens, attention_mask=torch.ones_like(tokens))
-        found = re.findall(PATTERN, tokenizer.decode(said[0, tokens.shape[1] :], skip_special_tokens=True))
+        found = re.findall(PATTERN, tokenizer.decode(said[0, tokens.shape[1] :]))
         return float(found[-1]) if found and float(found[-1]) <= HIGH else None
 
     return [[score(row["prompt"], one["content"]) for one in row["responses"]] for row in read_lines(path)]
