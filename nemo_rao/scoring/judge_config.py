@@ -20,7 +20,7 @@ JUDGES = Path(__file__).with_name("judges")
 # Keys of one kind of judge alone.
 OF_ENDPOINT = ("base_url", "model", "api_key_variable", "concurrency", "timeout", "retries", "backoff")
 OF_FOLDER = ("model_folder", "engine", "batch_size")
-PARAMETERS_OF_FOLDER = ("seed", "top_p", "top_k")
+PARAMETERS_OF_FOLDER = ("seed", "top_p", "top_k", "template_arguments")
 
 
 @dataclass
@@ -49,7 +49,8 @@ class JudgeConfig:
     max_tokens: int | None = key(1024, "tokens of an answer; null: the endpoint's own limit, and none is sent", low=1)
     temperature: float = key(0.0, "divides the logits of an answer's tokens; 0: the most probable token", low=0.0)
     parameters: dict[str, Any] = key(
-        {}, "further fields of the request, such as {top_p: 1.0}; of model_folder: seed, top_p, top_k"
+        {},
+        "further fields of the request, such as {top_p: 1.0}; of model_folder: seed, top_p, top_k, template_arguments",
     )
     concurrency: int = key(16, "questions under way at once", low=1, high=1024)
     timeout: float = key(120.0, "seconds for one answer", low=0, exclusive=True)

@@ -13,6 +13,7 @@ from typing import Any
 from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
 from nemo_rao.generation.policy import Policy, Question
+from nemo_rao.generation.progress import print_notes
 from nemo_rao.generation.settings import PolicySettings
 from nemo_rao.keys import check
 from nemo_rao.progress import Progress
@@ -38,6 +39,7 @@ class LocalModel:
         )
         check(settings, "parameters")
         self._policy = Policy(config.model_folder, settings)
+        print_notes(self._policy)
         self._batch_size, self._max_tokens, self._temperature = config.batch_size, config.max_tokens, config.temperature
         self.name = self._policy.folder.name
         self.identity: Mapping[str, Any] = {"model": self._policy.fingerprint, "engine": self._policy.engine_name}

@@ -112,7 +112,7 @@ def expected(folder: Path, path: str = "in.jsonl") -> list[list[float | None]]:
         said = model.generate(tokens, attention_mask=torch.ones_like(tokens))
         if said[0, -1] != tokenizer.eos_token_id:
             return None  # cut off
-        found = re.findall(PATTERN, tokenizer.decode(said[0, tokens.shape[1] :], skip_special_tokens=True))
+        found = re.findall(PATTERN, tokenizer.decode(said[0, tokens.shape[1] : -1]))
         return float(found[-1]) if found and float(found[-1]) <= HIGH else None
 
     return [[score(row["prompt"], one["content"]) for one in row["responses"]] for row in read_lines(path)]
