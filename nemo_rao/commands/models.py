@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nemo_rao.commands.parser import Command, Parser
+from nemo_rao.commands.parser import Command, Parser, add_columns, add_ignored, columns_of
 
 
 def import_hf_parser() -> Parser:
@@ -80,6 +80,7 @@ def generate_parser() -> Parser:
         "prompts", metavar="PROMPTS", help="a file that training reads, or rows with prompt (text or messages) alone"
     )
     parser.add_argument("output", metavar="OUTPUT", help="file of rows to write, such as responses.jsonl")
+    add_columns(parser, "PROMPTS")
     add_options(parser, GenerateSettings)
     return parser
 
@@ -87,10 +88,10 @@ def generate_parser() -> Parser:
 def generate(arguments: argparse.Namespace) -> int:
     from nemo_rao.generation.settings import GenerateSettings, from_options
 
-    settings = from_options(arguments, GenerateSettings)
+    settings, columns = from_options(arguments, GenerateSettings), columns_of(arguments.column)
     from nemo_rao.generation.generate import generate as run
 
-    run(arguments.model, arguments.prompts, arguments.output, settings)
+    run(arguments.model, arguments.prompts, arguments.output, settings, columns, arguments.ignore_field)
     return 0
 
 
@@ -118,6 +119,7 @@ def evaluate_parser() -> Parser:
     parser.add_argument("--instructions", metavar="FILE", help="alpaca_eval: AlpacaEval's alpaca_eval.json or the like")
     parser.add_argument("--questions", metavar="FILE", help="mt_bench: FastChat's question.jsonl")
     parser.add_argument("--include-path", metavar="DIR", help="folder of your own lm-evaluation-harness tasks (YAML)")
+    add_ignored(parser, "these two files")
     add_options(parser, EvaluateSettings)
     return parser
 
@@ -129,8 +131,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from nemo_rao.generation.evaluate import Asked
     from nemo_rao.generation.evaluate import evaluate as run
 
-    files = Asked(arguments.task, arguments.name, arguments.instructions, arguments.questions, arguments.include_path)
-    run(arguments.model, arguments.out, files, settings)
+    asked = Asked(
+        tasks=arguments.task,
+        name=arguments.name,
+        instructions=arguments.instructions,
+        questions=arguments.questions,
+        ignore_fields=tuple(arguments.ignore_field),
+        include_path=arguments.include_path,
+    )
+    run(arguments.model, arguments.out, asked, settings)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -36,6 +36,45 @@ class Command:
     summary: str
     parser: Callable[[], Parser]
     run: Callable[[argparse.Namespace], int]
+
+
+def add_columns(parser: Parser, of_what: str) -> None:
+    """The options that say which column of a file is what, and which are not wanted; see :func:`columns_of`."""
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
+        help=f"the name that a column has in {of_what}, such as prompt=question (as data.columns)",
+    )
+    add_ignored(parser, of_what)
+
+
+def add_ignored(parser: Parser, of_what: str) -> None:
+    """The option that names fields which are not wanted."""
+    parser.add_argument(
+        "--ignore-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"a field of {of_what} that is not wanted (as data.ignore_fields)",
+    )
+
+
+def columns_of(given: Sequence[str]) -> dict[str, str]:
+    """Our name of a column -> its name in the file.
+
+    Raises:
+        UserError: one is not OURS=THEIRS, or a column has two names.
+    """
+    columns: dict[str, str] = {}
+    for text in given:
+        ours, _, theirs = text.partition("=")
+        if not ours or not theirs:
+            raise UserError(f"--column {text}: must be OURS=THEIRS, such as prompt=question")
+        if columns.setdefault(ours, theirs) != theirs:
+            raise UserError(f"--column {text}: {ours} is {columns[ours]} already; leave one of them out")
+    return columns
 
 
 def add_recipe(parser: Parser, of_what: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nemo_rao.commands.parser import Command, Parser
+from nemo_rao.errors import UserError
 
 
 def score_parser() -> Parser:
@@ -41,7 +42,49 @@ def score_parser() -> Parser:
     )
     parser.add_argument("--shift", type=float, default=0.0, metavar="X", help="then subtract X from each column")
     parser.add_argument("--scale", type=float, default=1.0, metavar="Y", help="then divide by Y, above 0")
-    parser.add_argument("--strict", action="store_true", help="stop at a response that gets no score")
+    parser.add_argument(
+        "--max-missing",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="stop where more of the responses than this share get no score; what is scored is kept (default: "
+        "%(default)s)",
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at the first response that gets no score")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and response that a model as scorer reads, up to its context (default: the "
+        "model.seq_length that it was trained with); longer responses get no score",
+    )
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="the name that a column has in INPUT, such as prompt=question (as data.columns)",
+    )
+    parser.add_argument(
+        "--ignore-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a field of INPUT that is not wanted (as data.ignore_fields)",
+    )
+    parser.add_argument(
+        "--bad-rows",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="rows that cannot be read: refuse the first one, or drop and count them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bad-rows",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="with drop: refuse INPUT where more of its rows are bad (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
     parser.add_argument(
         "--rows-at-once", type=int, default=32, metavar="N", help="rows scored, then written (default: %(default)s)"
@@ -50,14 +93,18 @@ def score_parser() -> Parser:
 
 
 def score(arguments: argparse.Namespace) -> int:
-    from nemo_rao.scoring.run import KINDS
+    from nemo_rao.scoring.run import KINDS, Job
     from nemo_rao.scoring.run import main as run
 
     if not any(":" in spec and spec.partition(":")[0].rpartition("=")[2] == "model" for spec in arguments.scorer):
+        if arguments.max_length is not None:
+            raise UserError(
+                "--max-length is of a model:RUN_FOLDER, and no scorer is one; leave it out (a judge has max_tokens)"
+            )
         return run(arguments)
     from nemo_rao.integration.score_model import model_kind  # costs only those who score with a model
 
-    return run(arguments, {**KINDS, "model": model_kind(arguments.input)})
+    return run(arguments, {**KINDS, "model": model_kind(Job.of(arguments))})
 
 
 def compare_rewards_parser() -> Parser:

@@ -19,7 +19,8 @@ tokenizer's; whatever a template adds behind it ("\\n" in ChatML) is dropped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from nemo_rao.data.rendering import (
     is_conversation,
     render_plain,
 )
+from nemo_rao.data.rendering_record import ChatTemplate
 from nemo_rao.data.template import Template, depends_on_the_day
 from nemo_rao.data.tokenizer import load_tokenizer
 from nemo_rao.data.tokens import beginning_tokens, end_of_text, name_of, pad_token_id, token_ids
@@ -56,8 +58,6 @@ __all__ = [
     "load_tokenizer",
     "pad_token_id",
 ]
-
-ChatTemplate = Literal["auto", "always", "never"]
 
 
 def inner_ends(sample: Sample, end_token_id: int) -> int:
@@ -169,6 +169,17 @@ class Encoder:
         if isinstance(sample, UserError):
             raise sample
         return sample
+
+    def prompt_text(self, row: Row) -> str:
+        """The row's prompt as text, up to where a response begins; of plain text, without the beginning token.
+
+        Raises:
+            UserError: it cannot be rendered, or not with all of its content.
+        """
+        rendered = self._render(replace(row, responses=()))
+        if isinstance(rendered, UserError):
+            raise rendered
+        return rendered.prompt
 
     def encode_many(self, rows: Sequence[Row]) -> list[Sample | UserError]:
         """The rows' samples, tokenised in one call, which fast tokenizers spread over threads.

@@ -11,11 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_rao.data.fields import read_text, required
+from nemo_rao.batch import Row
+from nemo_rao.data.fields import read_text
+from nemo_rao.data.prompt import read_asked
+from nemo_rao.data.responses import make_row
+from nemo_rao.data.view import Columns
 from nemo_rao.errors import UserError
 from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.progress import work_through
@@ -24,20 +29,34 @@ from nemo_rao.generation.settings import EvaluateSettings
 from nemo_rao.part_file import PartFile
 
 DATASET = "alpaca_eval"  # of instructions whose file has no `dataset`
+_OF_OTHERS = ("output", "generator", "datasplit")  # AlpacaEval's own file has the answers of a model
+
+
+@dataclass(frozen=True)
+class Example:
+    """One instruction, with its prompt as a row without responses."""
+
+    instruction: str
+    dataset: str
+    row: Row
 
 
 class AlpacaEval:
     """The benchmark with a user's instructions.
 
     Args:
-        path: a JSON array or JSON Lines, each with ``instruction`` and perhaps ``dataset``.
+        path: a JSON array or JSON Lines, each with ``instruction`` and perhaps ``dataset``, and what training reads
+            beside a prompt (``input``, ``system``, ``tools``).
         model_name: becomes ``generator``.
         settings: of sampling.
+        ignore_fields: fields that are not wanted.
     """
 
     name = "alpaca_eval"
 
-    def __init__(self, path: str | None, model_name: str, settings: EvaluateSettings) -> None:
+    def __init__(
+        self, path: str | None, model_name: str, settings: EvaluateSettings, ignore_fields: tuple[str, ...] = ()
+    ) -> None:
         if path is None:
             raise UserError(
                 "task alpaca_eval needs --instructions FILE: alpaca_eval.json of the data set tatsu-lab/alpaca_eval, "
@@ -45,27 +64,22 @@ class AlpacaEval:
             )
         self.model_name, self._settings = model_name, settings
         self._max_new_tokens = settings.max_new_tokens or 2048
-        self._examples = [
-            (
-                place,
-                read_text(required(record, "instruction", place), place, "instruction"),
-                str(record.get("dataset") or DATASET),
-            )
-            for place, record in read_records(path)
-        ][: settings.limit]
+        columns = Columns(ignore_fields=ignore_fields)
+        self._examples = [_example(place, record, columns) for place, record in read_records(path)][: settings.limit]
         self.file_name = "alpaca_eval.json"
         self.identity = {
             "digest_of_instructions": hashlib.sha256(
-                json.dumps([example[1:] for example in self._examples]).encode()
+                json.dumps([_identity(example) for example in self._examples]).encode()
             ).hexdigest()[:32],
             "temperature": settings.temperature,
             "max_new_tokens": self._max_new_tokens,
         }
 
-    def check(self, policy: Policy) -> None:
-        """Refuse what the chat template does not take."""
-        for number in range(len(self._examples)):
-            policy.check(self._question(number))
+    def check(self, policy: Policy) -> Iterator[str]:
+        """Refuses what the chat template does not take. Yields remarks on prompts."""
+        for number, example in enumerate(self._examples):
+            yield from policy.check(self._question(number))
+            yield from (f"instructions have a field '{name}' that is not used" for name in example.row.unused)
 
     def answer(self, policy: Policy, part: PartFile) -> None:
         """Answers what ``part`` does not have yet. A record: ``[output, tokens, cut]``."""
@@ -80,8 +94,13 @@ class AlpacaEval:
     def whole(self, records: Sequence[Any]) -> str:
         """The file for the judge."""
         outputs = [
-            {"instruction": instruction, "output": output.strip(), "generator": self.model_name, "dataset": dataset}
-            for (_, instruction, dataset), (output, _, _) in zip(self._examples, records, strict=True)
+            {
+                "instruction": example.instruction,
+                "output": output.strip(),
+                "generator": self.model_name,
+                "dataset": example.dataset,
+            }
+            for example, (output, _, _) in zip(self._examples, records, strict=True)
         ]
         return json.dumps(outputs, ensure_ascii=False, indent=2) + "\n"
 
@@ -90,7 +109,8 @@ class AlpacaEval:
         return {
             "answers": len(records),
             "mean_tokens": sum(num_tokens for _, num_tokens, _ in records) / len(records),
-            "cut": sum(cut for _, _, cut in records) / len(records),
+            "cut": sum(cut and num_tokens > 0 for _, num_tokens, cut in records) / len(records),
+            "no_room": sum(cut and num_tokens == 0 for _, num_tokens, cut in records) / len(records),
         }
 
     def judge_command(self, folder: Path) -> str:
@@ -102,6 +122,23 @@ class AlpacaEval:
         )
 
     def _question(self, number: int) -> Question:
-        place, instruction, _ = self._examples[number]
-        content = with_system(instruction, self._settings.system)
-        return Question(content, place, (number, 0, 0), self._settings.temperature)
+        row = self._examples[number].row
+        content = with_system(row.prompt, self._settings.system)
+        plain = row.plain_prompt if content is row.prompt else None
+        return Question(content, row.place, (number, 0, 0), self._settings.temperature, row.template_fields, plain)
+
+
+def _example(place: str, record: Mapping[str, Any], columns: Columns) -> Example:
+    view = columns.view(record, place)
+    instruction = read_text(view.required("instruction"), place, "instruction")
+    dataset = str(view.get("dataset") or DATASET)
+    for name in _OF_OTHERS:
+        view.get(name)
+    return Example(instruction, dataset, make_row(view, read_asked(view, "instruction"), (), ()))
+
+
+def _identity(example: Example) -> list[Any]:
+    """What an answer depends on."""
+    row = example.row
+    more = [] if row.prompt == example.instruction and not row.template_fields else [row.prompt, row.template_fields]
+    return [example.instruction, example.dataset, *more]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from nemo_rao.generation.harness import Harness, task_manager
 from nemo_rao.generation.model_folder import check_folder
 from nemo_rao.generation.mt_bench import MtBench
 from nemo_rao.generation.policy import Policy
+from nemo_rao.generation.progress import print_notes
 from nemo_rao.generation.settings import EvaluateSettings
 from nemo_rao.part_file import PartFile, part_path
 
@@ -29,13 +31,22 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be evaluated: tasks (commas separate them, too), the model's name in answers, and the tasks' files."""
+    """What is to be evaluated.
+
+    Attributes:
+        tasks: commas separate them, too.
+        name: the model's, in answers; ``None``: its folder's.
+        instructions, questions: files of alpaca_eval and mt_bench.
+        include_path: folder of tasks of lm-evaluation-harness.
+        ignore_fields: fields of instructions and questions that are not wanted.
+    """
 
     tasks: Sequence[str]
     name: str | None = None
     instructions: str | None = None
     questions: str | None = None
     include_path: str | None = None
+    ignore_fields: tuple[str, ...] = ()
 
 
 class Results:
@@ -103,9 +114,9 @@ def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> 
         raise UserError(f"--name {name!r}: becomes the name of a file; choose one without / and without leading dot")
     benchmarks: dict[str, Benchmark] = {}
     if AlpacaEval.name in tasks:
-        benchmarks[AlpacaEval.name] = AlpacaEval(asked.instructions, name, settings)
+        benchmarks[AlpacaEval.name] = AlpacaEval(asked.instructions, name, settings, asked.ignore_fields)
     if MtBench.name in tasks:
-        benchmarks[MtBench.name] = MtBench(asked.questions, name, settings)
+        benchmarks[MtBench.name] = MtBench(asked.questions, name, settings, asked.ignore_fields)
     of_harness = [task for task in tasks if task not in benchmarks]
     if of_harness:
         if settings.engine == "vllm":
@@ -119,18 +130,23 @@ def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> 
     works = {task: _work(policy, task, benchmarks.get(task), harness) for task in tasks}
     results = Results(Path(out).expanduser(), model, policy.fingerprint)
     todo = [task for task in tasks if not results.has(task, works[task])]
+    remarks: Counter[str] = Counter()
     for task in todo:
         if task in benchmarks:
-            benchmarks[task].check(policy)
+            remarks.update(benchmarks[task].check(policy))
             path = results.folder / benchmarks[task].file_name
             if not part_path(path).exists():  # else the answers are ours, and a kill came before their result was kept
                 check_place(path)
+    print_notes(policy, remarks)
     for task in todo:
         if task in benchmarks:
             _answer(benchmarks[task], policy, results, works[task])
         else:
             results.add(task, works[task], harness.run(task))
     print_table(name, {task: results.metrics(task) for task in tasks})
+    for task in benchmarks:
+        if line := _cut_line(task, results.metrics(task), works[task]["max_new_tokens"]):
+            print(line, flush=True)
     for task, benchmark in benchmarks.items():
         print(f"To judge {task}: {benchmark.judge_command(results.folder)}", flush=True)
 
@@ -148,12 +164,19 @@ def _answer(benchmark: Benchmark, policy: Policy, results: Results, work: Mappin
 
 def _work(policy: Policy, task: str, benchmark: Benchmark | None, harness: Harness) -> dict[str, Any]:
     """What a task's result is a function of."""
-    common = {"command": task, "version": 1, "digest_of_model": policy.fingerprint, "engine": policy.engine_name}
+    common = {"command": task, "version": 2, "digest_of_model": policy.fingerprint, "engine": policy.engine_name}
     if benchmark is None:
         return common | harness.identity()
-    keys = ("seed", "system", "chat_template", "top_p", "top_k")
-    chosen = {name: getattr(policy.settings, name) for name in keys}
+    chosen = {name: getattr(policy.settings, name) for name in ("seed", "system", "top_p", "top_k")}
+    chosen |= dataclasses.asdict(policy.rendering)
     return common | chosen | benchmark.identity | {"model_name": benchmark.model_name}
+
+
+def _cut_line(task: str, metrics: Mapping[str, float], limit: int) -> str | None:
+    """How many answers are not whole, which a judge cannot know."""
+    told = {"cut": f"cut at {limit} tokens (--max-new-tokens)", "no_room": "without room in the model's context"}
+    parts = [f"{round(metrics[name] * metrics['answers'])} {words}" for name, words in told.items() if metrics[name]]
+    return f"{task}: of {metrics['answers']:.0f} answers {', '.join(parts)}" if parts else None
 
 
 def print_table(name: str, metrics: Mapping[str, Mapping[str, float]]) -> None:

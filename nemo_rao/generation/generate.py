@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_rao.data.rows import JSON_LINES
+from nemo_rao.batch import Response
+from nemo_rao.data.rendering_record import Rendering
+from nemo_rao.data.sources import JSON_LINES
+from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
 from nemo_rao.files import check_place, write_atomically
 from nemo_rao.generation.model_folder import check_folder
-from nemo_rao.generation.policy import Answer, Policy, Question
-from nemo_rao.generation.progress import work_through
+from nemo_rao.generation.policy import EMPTY, Answer, Policy, Question
+from nemo_rao.generation.progress import print_notes, work_through
 from nemo_rao.generation.prompts import Prompt, digest_of, read_prompts
-from nemo_rao.generation.settings import GenerateSettings
+from nemo_rao.generation.settings import GenerateSettings, shown
 from nemo_rao.part_file import PartFile, part_path
 
-# Changed when the same settings would give other responses than before.
-_VERSION = 1
+# Changed when the same settings would give other responses than before, or records of another form.
+_VERSION = 2
+
+TOO_LONG, UNREADABLE = "too long", "unreadable"  # reasons why a prompt has no responses, besides EMPTY
+# What a policy could say: one of them at least has to be readable for training.
+_PROBES = ("An answer.", "A thought.\n</think>\n\nAn answer.")
 
 
-def generate(model: str, prompts_path: str, output: str, settings: GenerateSettings) -> None:
+def generate(
+    model: str,
+    prompts_path: str,
+    output: str,
+    settings: GenerateSettings,
+    columns: Mapping[str, str] | None = None,
+    ignore_fields: Sequence[str] = (),
+) -> None:
     """Samples K responses to each prompt into ``output``, in the prompts' order.
 
     What is finished is kept in ``OUTPUT.part.jsonl``, from which the same command goes on.
+
+    Args:
+        columns, ignore_fields: see :func:`nemo_rao.data.rows.read_rows`.
 
     Raises:
         UserError: before any weights are loaded, for whatever is wrong with model, prompts, settings or output;
@@ -33,10 +51,13 @@ def generate(model: str, prompts_path: str, output: str, settings: GenerateSetti
     """
     path = check_output(output)
     check_folder(model)  # before the prompts are read, which may be many
-    prompts = read_prompts(prompts_path, settings.system)
+    prompts = read_prompts(prompts_path, settings.system, columns=columns, ignore_fields=ignore_fields)
     policy = Policy(model, settings)
-    for prompt in prompts:
-        policy.check(Question(prompt.content, prompt.place, (), 0.0))
+    remarks = Counter(remark for prompt in prompts for remark in policy.check(_question(prompt)))
+    for name in (name for prompt in prompts for name in prompt.unused):
+        remarks[f"prompts have a field '{name}' that is neither used nor written"] += 1
+    check_answers(policy, _question(prompts[0]))
+    print_notes(policy, remarks)
     with PartFile(part_path(path), work_of(policy, prompts, settings)) as part:
         at_once = max(1, settings.batch_size // settings.num_responses)
         numbered = list(enumerate(prompts))
@@ -44,12 +65,28 @@ def generate(model: str, prompts_path: str, output: str, settings: GenerateSetti
         records = list(part.records())
         if not any(record["responses"] for record in records):
             raise UserError(
-                f"{output}: no prompt got {settings.num_responses} usable responses ({_skipped(records)}); "
-                "look at the model and its chat template, or shorten the prompts"
+                f"{output}: no prompt got {settings.num_responses} usable responses ({skipped(records)}); look at the "
+                "model and its chat template, or shorten the prompts"
             )
         write_atomically(path, rows_of(prompts, records))
         part.remove()
     print(report(path, records), flush=True)
+    if keys := training_keys(policy.rendering):
+        print(f"to train on them as they were sampled: {keys}", flush=True)
+
+
+def check_answers(policy: Policy, question: Question) -> None:
+    """Refuses, before the weights are loaded, a chat template behind whose prompts no response could be trained on.
+
+    Raises:
+        UserError: it says why. Templates are meant that cut or move what stands behind their generation prompt.
+    """
+    if not policy.encoder.uses_template:  # plain text has its boundary at one prompt and not at another
+        return
+    problems = [policy.problem_of(question, Answer(probe, 1, False, False)) for probe in _PROBES]
+    if all(problems):
+        remedy = "" if policy.rendering.answers == "verbatim" else "; --answers verbatim keeps responses unchanged"
+        raise UserError(f"training could not read any response to these prompts: {problems[0]}{remedy}")
 
 
 def respond(policy: Policy, items: Sequence[tuple[int, Prompt]], settings: GenerateSettings) -> list[dict[str, Any]]:
@@ -58,76 +95,106 @@ def respond(policy: Policy, items: Sequence[tuple[int, Prompt]], settings: Gener
     Args:
         policy: who answers.
         items: (the prompt's number in the file, the prompt).
-        settings: of sampling. An empty response is sampled again, with another draw, ``resamples`` times.
+        settings: of sampling. A response that training could not read, such as an empty one, is sampled again, with
+            another draw, ``resamples`` times.
     """
     questions = {
-        (number, response): Question(prompt.content, prompt.place, (number, response), settings.temperature)
+        (number, response): dataclasses.replace(
+            _question(prompt), stream=(number, response), temperature=settings.temperature
+        )
         for number, prompt in items
         for response in range(settings.num_responses)
     }
     found: dict[tuple[int, int], Answer] = {}
-    too_long: set[int] = set()
+    problems: dict[tuple[int, int], str] = {}  # of those not found, at the last attempt
     open_questions = questions
     for attempt in range(1 + (settings.resamples if settings.temperature > 0 else 0)):
         asked = [dataclasses.replace(question, stream=(*place, attempt)) for place, question in open_questions.items()]
         answers = policy.answer(asked, settings.max_new_tokens)
         for place, answer in zip(open_questions, answers, strict=True):
-            if answer is None:
-                too_long.add(place[0])
-            elif policy.can_be_trained_on(questions[place], answer):
+            problem = TOO_LONG if answer is None else policy.problem_of(questions[place], answer)
+            if problem is not None:
+                problems[place] = problem
+            elif answer is not None:
                 found[place] = answer
-        open_questions = {
-            place: question
-            for place, question in open_questions.items()
-            if place not in found and place[0] not in too_long
-        }
+                problems.pop(place, None)
+        open_questions = {place: questions[place] for place, problem in problems.items() if problem != TOO_LONG}
         if not open_questions:
             break
+    responses = range(settings.num_responses)
     return [
-        _record([found.get((number, k)) for k in range(settings.num_responses)], number in too_long)
+        _record(
+            [found[number, k] for k in responses if (number, k) in found],
+            [problems[number, k] for k in responses if (number, k) in problems],
+        )
         for number, _ in items
     ]
 
 
-def _record(answers: Sequence[Answer | None], too_long: bool) -> dict[str, Any]:
-    whole = [answer for answer in answers if answer is not None]
-    if len(whole) < len(answers):
-        return {"responses": [], "skipped": "too long" if too_long else "empty"}
-    return {"responses": [[answer.text, answer.num_tokens, answer.cut] for answer in whole]}
+def _record(answers: Sequence[Answer], problems: Sequence[str]) -> dict[str, Any]:
+    """``{"responses": [[text, tokens, cut, has special tokens], ...]}``, or why there are none."""
+    if not problems:
+        return {"responses": [dataclasses.astuple(answer) for answer in answers]}
+    problem = next((problem for problem in problems if problem != EMPTY), EMPTY)
+    if problem in (EMPTY, TOO_LONG):
+        return {"responses": [], "skipped": problem}
+    return {"responses": [], "skipped": UNREADABLE, "problem": problem}
+
+
+def _question(prompt: Prompt) -> Question:
+    return Question(prompt.content, prompt.place, (), 0.0, prompt.template_fields, prompt.plain)
 
 
 def rows_of(prompts: Iterable[Prompt], records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Lines of the project's own format; what else a prompt's row had is kept beside it."""
     for prompt, record in zip(prompts, records, strict=True):
         if record["responses"]:
-            responses = [{"content": text} for text, _, _ in record["responses"]]
-            yield json_line({"prompt": prompt.content, "responses": responses, **prompt.fields})
+            responses = [Response(text, truncated=cut) for text, _, cut, _ in record["responses"]]
+            yield json_line({**record_of(_question(prompt).row(*responses)), **prompt.fields})
 
 
 def report(path: Path, records: Sequence[Mapping[str, Any]]) -> str:
     """What was made, in a line: how much of it, how long, how much was cut or skipped."""
     responses = [response for record in records for response in record["responses"]]
     rows = sum(bool(record["responses"]) for record in records)
-    mean = sum(num_tokens for _, num_tokens, _ in responses) / len(responses)
-    cut = 100 * sum(cut for _, _, cut in responses) / len(responses)
-    skipped = _skipped(records)
-    return (
-        f"{path}: {rows} prompts, {len(responses)} responses, mean length {mean:.1f} tokens, {cut:.1f} % cut at "
-        f"--max-new-tokens{f'; {skipped}' if skipped else ''}"
+    mean = sum(num_tokens for _, num_tokens, _, _ in responses) / len(responses)
+    num_cut, num_special = (sum(response[at] for response in responses) for at in (2, 3))
+    parts = [
+        f"{path}: {rows} prompts, {len(responses)} responses, mean length {mean:.1f} tokens, "
+        f"{100 * num_cut / len(responses):.1f} % cut at --max-new-tokens"
+        + (' ("truncated": true, which training drops unless data.truncated=without_end)' if num_cut else "")
+    ]
+    if num_special:
+        parts.append(f"{num_special} responses hold special tokens")
+    return "; ".join([*parts, *filter(None, [skipped(records)])])
+
+
+def training_keys(rendering: Rendering) -> str:
+    """The keys of a recipe that render rows this way, where they are not the default."""
+    return " ".join(
+        f"data.{name}={shown(value)}"
+        for name, value in dataclasses.asdict(rendering).items()
+        if value != getattr(Rendering(), name) and value != "always"
     )
 
 
-def _skipped(records: Sequence[Mapping[str, Any]]) -> str:
-    counts = {reason: sum(record.get("skipped") == reason for record in records) for reason in ("empty", "too long")}
-    told = {"empty": "skipped for empty responses", "too long": "skipped as too long for the model's context"}
-    return ", ".join(f"{count} {told[reason]}" for reason, count in counts.items() if count)
+def skipped(records: Sequence[Mapping[str, Any]]) -> str:
+    """How many prompts have no responses, by reason; of those that training could not read, the first one's problem."""
+    counts = Counter(record["skipped"] for record in records if "skipped" in record)
+    first = next((record["problem"] for record in records if "problem" in record), "")
+    told = {
+        EMPTY: "skipped for empty responses",
+        UNREADABLE: f"skipped for responses that training could not read, the first: {first}",
+        TOO_LONG: "skipped as too long for the model's context",
+    }
+    return ", ".join(f"{counts[reason]} {words}" for reason, words in told.items() if counts[reason])
 
 
 def work_of(policy: Policy, prompts: Sequence[Prompt], settings: GenerateSettings) -> dict[str, Any]:
     """What the responses are a function of. ``batch_size`` is not among it, and may be changed on the way."""
     keys = dataclasses.asdict(settings)
     del keys["batch_size"], keys["system"]  # the system message is in the prompts
-    keys["engine"] = policy.engine_name
+    keys |= dataclasses.asdict(policy.rendering) | {"engine": policy.engine_name}
     return {
         "command": "generate",
         "version": _VERSION,

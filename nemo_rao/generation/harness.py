@@ -52,18 +52,28 @@ class Harness:
         policy: whose engine is `transformers`.
         manager: from :func:`task_manager`.
         settings: batch size, number of examples, few-shot examples, chat template.
+
+    Raises:
+        UserError: the chat template is asked for, and there is none or it is not to be used.
     """
 
     def __init__(self, policy: Policy, manager: Any, settings: EvaluateSettings) -> None:
         self._policy, self._manager, self._settings = policy, manager, settings
         self._model: Any = None
+        if settings.apply_chat_template and not policy.encoder.uses_template:
+            raise UserError(
+                "apply_chat_template: the tokenizer has no chat template, or chat_template is 'never'; leave it out"
+            )
 
     def identity(self) -> dict[str, Any]:
         """What the results are a function of, besides the model."""
         import lm_eval
 
         keys = ("limit", "num_fewshot", "apply_chat_template", "system", "seed")
-        return {name: getattr(self._settings, name) for name in keys} | {"lm_eval": lm_eval.__version__}
+        identity = {name: getattr(self._settings, name) for name in keys} | {"lm_eval": lm_eval.__version__}
+        if self._settings.apply_chat_template:
+            identity["template_arguments"] = dict(self._policy.rendering.template_arguments)
+        return identity
 
     def run(self, task: str) -> dict[str, Any]:
         """The task's metrics, of its sub-tasks too: ``{"metrics": {...}, "subtasks": {...}, "versions": {...}}``."""
@@ -103,19 +113,37 @@ class Harness:
 
     def _loaded(self) -> Any:
         if self._model is None:
-            from lm_eval.models.huggingface import HFLM
-
-            from nemo_rao.generation.with_transformers import TransformersEngine
-
-            engine = self._policy.engine
-            assert isinstance(engine, TransformersEngine)
-            self._model = HFLM(
-                pretrained=engine.model,
-                tokenizer=self._policy.tokenizer,
-                batch_size=self._settings.batch_size,
-                trust_remote_code=False,
-            )
+            self._model = _model_class()(self._policy, self._settings)
         return self._model
+
+
+def _model_class() -> Any:
+    """The library's class of models, with prompts rendered as in training."""
+    from lm_eval.models.huggingface import HFLM
+
+    from nemo_rao.generation.with_transformers import TransformersEngine
+
+    class Model(HFLM):  # type: ignore[misc,no-any-unimported]
+        def __init__(self, policy: Policy, settings: EvaluateSettings) -> None:
+            assert isinstance(policy.engine, TransformersEngine)
+            super().__init__(
+                pretrained=policy.engine.model,
+                tokenizer=policy.tokenizer,
+                batch_size=settings.batch_size,
+                trust_remote_code=False,
+                chat_template_args=dict(policy.rendering.template_arguments),
+                # A chat template writes the beginning token itself, if it wants one.
+                add_bos_token=False if settings.apply_chat_template else None,
+            )
+            self._policy = policy
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            """The library's own drops a system message that the template refuses, in silence."""
+            if not add_generation_prompt:  # the task has written the beginning of the answer
+                return super().apply_chat_template(chat_history, add_generation_prompt=False)
+            return self._policy.prompt_text(tuple(chat_history), "a question of lm_eval")
+
+    return Model
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_rao.data.fields import Messages, describe, read_text, required
+from nemo_rao.batch import Row
+from nemo_rao.data.encode import BoundaryError
+from nemo_rao.data.fields import Messages, describe, read_text
+from nemo_rao.data.prompt import with_context
+from nemo_rao.data.responses import make_row
+from nemo_rao.data.view import Columns
 from nemo_rao.errors import UserError
 from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.progress import work_through
-from nemo_rao.generation.prompts import read_records
+from nemo_rao.generation.prompts import read_records, with_system
 from nemo_rao.generation.settings import EvaluateSettings
 from nemo_rao.part_file import PartFile
 
@@ -35,16 +41,19 @@ TEMPERATURES: Mapping[str, float] = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE = 0.7
+# What stands before an answer proper, up to </think>, [/THINK] and the like.
+_THINKING = re.compile(r".*(?:</\w*(?:think|reason)\w*>|\[/\w*(?:think|reason)\w*\])\s*", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question of several turns."""
+    """One question of several turns; ``row`` has the first one as its prompt, and no responses."""
 
     place: str
     question_id: Any
     category: str
     turns: tuple[str, ...]
+    row: Row
 
 
 class MtBench:
@@ -54,11 +63,14 @@ class MtBench:
         path: FastChat's ``question.jsonl``: ``question_id``, ``category``, ``turns``.
         model_name: becomes ``model_id``, and the name of the file, from which FastChat takes it.
         settings: of sampling; the temperature is the category's.
+        ignore_fields: fields that are not wanted.
     """
 
     name = "mt_bench"
 
-    def __init__(self, path: str | None, model_name: str, settings: EvaluateSettings) -> None:
+    def __init__(
+        self, path: str | None, model_name: str, settings: EvaluateSettings, ignore_fields: tuple[str, ...] = ()
+    ) -> None:
         if path is None:
             raise UserError(
                 "task mt_bench needs --questions FILE: FastChat's fastchat/llm_judge/data/mt_bench/question.jsonl"
@@ -69,19 +81,21 @@ class MtBench:
             )
         self.model_name, self._settings = model_name, settings
         self._max_new_tokens = settings.max_new_tokens or 1024
-        self._examples = [_example(place, record) for place, record in read_records(path)][: settings.limit]
+        columns = Columns(ignore_fields=ignore_fields)
+        self._examples = [_example(place, record, columns) for place, record in read_records(path)][: settings.limit]
         self.file_name = f"mt_bench/{model_name}.jsonl"
         self.identity = {
             "digest_of_questions": hashlib.sha256(
-                json.dumps([[e.question_id, e.category, e.turns] for e in self._examples]).encode()
+                json.dumps([_identity(example) for example in self._examples]).encode()
             ).hexdigest()[:32],
             "max_new_tokens": self._max_new_tokens,
         }
 
-    def check(self, policy: Policy) -> None:
-        """Refuse what the chat template does not take, a second turn included."""
+    def check(self, policy: Policy) -> Iterator[str]:
+        """Refuses what the chat template does not take, a second turn included. Yields remarks on prompts."""
         for number, example in enumerate(self._examples):
-            policy.check(self._question(number, ["An answer."] * (len(example.turns) - 1)))
+            yield from policy.check(self._question(number, ["An answer."] * (len(example.turns) - 1)))
+            yield from (f"questions have a field '{name}' that is not used" for name in example.row.unused)
 
     def answer(self, policy: Policy, part: PartFile) -> None:
         """Answers what ``part`` does not have yet. A record: answers by turn, their tokens, whether cut, the time."""
@@ -92,7 +106,7 @@ class MtBench:
             cut: dict[int, list[bool]] = {number: [] for number in numbers}
             for turn in range(max(len(self._examples[number].turns) for number in numbers)):
                 asked = [number for number in numbers if turn < len(self._examples[number].turns)]
-                answers = policy.answer([self._question(n, turns[n]) for n in asked], self._max_new_tokens)
+                answers = policy.answer([self._asked(policy, n, turns[n]) for n in asked], self._max_new_tokens)
                 for number, found in zip(asked, answers, strict=True):
                     turns[number].append("" if found is None else found.text.strip())
                     tokens[number].append(0 if found is None else found.num_tokens)
@@ -117,8 +131,14 @@ class MtBench:
     def metrics(self, records: Sequence[Any]) -> Mapping[str, float]:
         """What can be told without a judge."""
         tokens = [count for _, counts, _, _ in records for count in counts]
-        cut = [was_cut for _, _, cuts, _ in records for was_cut in cuts]
-        return {"answers": len(tokens), "mean_tokens": sum(tokens) / len(tokens), "cut": sum(cut) / len(cut)}
+        # Without room for an answer there is one without tokens, which counts as cut.
+        cut = [count for _, counts, cuts, _ in records for count, was_cut in zip(counts, cuts, strict=True) if was_cut]
+        return {
+            "answers": len(tokens),
+            "mean_tokens": sum(tokens) / len(tokens),
+            "cut": sum(count > 0 for count in cut) / len(tokens),
+            "no_room": sum(count == 0 for count in cut) / len(tokens),
+        }
 
     def judge_command(self, folder: Path) -> str:
         """How FastChat judges the file."""
@@ -128,27 +148,42 @@ class MtBench:
             f"python show_result.py --model-list {self.model_name}"
         )
 
+    def _asked(self, policy: Policy, number: int, answers: Sequence[str]) -> Question:
+        """The next turn. Thinking in earlier answers is left out where the chat template would cut it."""
+        question = self._question(number, answers)
+        try:
+            policy.check(question)
+        except BoundaryError:
+            return self._question(number, [_THINKING.sub("", answer) for answer in answers])
+        return question
+
     def _question(self, number: int, answers: Sequence[str]) -> Question:
         """The turn after those that were answered, with the conversation before it."""
         example = self._examples[number]
-        messages: list[dict[str, str]] = []
-        if self._settings.system is not None:
-            messages.append({"role": "system", "content": self._settings.system})
-        for turn, answer in zip(example.turns, answers, strict=False):
-            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": example.turns[len(answers)]})
+        content = with_system(example.row.prompt, self._settings.system)
+        first = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        later: list[Mapping[str, str]] = []
+        for answer, turn in zip(answers, example.turns[1:], strict=False):
+            later += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
+        messages: Messages = (*first, *later)
         temperature = TEMPERATURES.get(example.category, OTHER_TEMPERATURE)
-        content: Messages = tuple(messages)
-        return Question(content, example.place, (number, len(answers), 0), temperature)
+        stream = (number, len(answers), 0)
+        return Question(messages, example.place, stream, temperature, example.row.template_fields)
 
 
-def _example(place: str, record: Mapping[str, Any]) -> Example:
-    turns = required(record, "turns", place)
+def _identity(example: Example) -> list[Any]:
+    """What answers depend on."""
+    row = example.row
+    more = [] if row.prompt == example.turns[0] and not row.template_fields else [row.prompt, row.template_fields]
+    return [example.question_id, example.category, example.turns, *more]
+
+
+def _example(place: str, record: Mapping[str, Any], columns: Columns) -> Example:
+    view = columns.view(record, place)
+    turns = view.required("turns")
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{place}: field 'turns' must be a list of texts, found {describe(turns)}")
-    return Example(
-        place=place,
-        question_id=required(record, "question_id", place),
-        category=read_text(required(record, "category", place), place, "category"),
-        turns=tuple(read_text(turn, place, f"turns[{number}]") for number, turn in enumerate(turns)),
-    )
+    texts = tuple(read_text(turn, place, f"turns[{number}]") for number, turn in enumerate(turns))
+    question_id, category = view.required("question_id"), read_text(view.required("category"), place, "category")
+    view.get("reference")  # the judge's
+    return Example(place, question_id, category, texts, make_row(view, with_context(view, texts[0]), (), ()))

@@ -1,20 +1,25 @@
 """A policy that is asked in text and answers in text: folder, tokenizer, template, engine.
 
-prompt -> (chat template, as in training) -> tokens -> (engine) -> tokens -> text without special tokens
+prompt -> (chat template, as in training) -> tokens -> (engine) -> tokens -> text
+
+Special tokens that a model says within an answer, such as ``[TOOL_CALLS]`` or ``<think>``, are part of it and stay in
+the text; the token that ends the answer does not.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from nemo_rao.batch import Response, Row, Sample
-from nemo_rao.data.encode import Encoder, load_tokenizer, pad_token_id
+from nemo_rao.batch import Response, Row
+from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.data.fields import Messages
+from nemo_rao.data.rendering_record import read_rendering
 from nemo_rao.errors import UserError
 from nemo_rao.generation.engine import Continuation, Engine, Request, choose_engine, open_engine
 from nemo_rao.generation.model_folder import (
@@ -26,6 +31,8 @@ from nemo_rao.generation.model_folder import (
 )
 from nemo_rao.generation.settings import PolicySettings
 
+EMPTY = "empty"
+
 
 @dataclass(frozen=True)
 class Question:
@@ -36,21 +43,43 @@ class Question:
         place: where it came from, for messages.
         stream: see :class:`nemo_rao.generation.engine.Request`.
         temperature: of this answer.
+        template_fields: see :class:`nemo_rao.batch.Row`.
+        plain_prompt: see :class:`nemo_rao.batch.Row`.
     """
 
     content: str | Messages
     place: str
     stream: tuple[int, ...]
     temperature: float
+    template_fields: Mapping[str, Any] = field(default_factory=dict)
+    plain_prompt: str | None = None
+
+    def row(self, *responses: Response) -> Row:
+        """The prompt with these responses, as training reads them."""
+        return Row(
+            self.content,
+            responses,
+            self.place,
+            template_fields=self.template_fields,
+            plain_prompt=self.plain_prompt,
+        )
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the policy said: ``text``, its ``num_tokens`` without the end token, and whether it was ``cut``."""
+    """What the policy said.
+
+    Attributes:
+        text: with the special tokens that are part of it.
+        num_tokens: without the end token.
+        cut: it reached its largest length before it ended.
+        has_special_tokens: there are some in it.
+    """
 
     text: str
     num_tokens: int
     cut: bool
+    has_special_tokens: bool
 
 
 class Policy:
@@ -65,7 +94,9 @@ class Policy:
     Attributes:
         engine_name: what generates.
         fingerprint: tells this model from others.
-        encoder: renders prompts as in training.
+        rendering: as the model was trained, where its folder has that, unless the settings say otherwise.
+        encoder: renders prompts that way.
+        notes: lines for the user, such as how ``rendering`` differs from the training.
 
     Raises:
         UserError: the folder, its tokenizer, or the settings cannot be used.
@@ -80,7 +111,11 @@ class Policy:
         self.fingerprint = fingerprint(self.folder)
         self._context = context_length(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
-        self.encoder = Encoder(self.tokenizer, chat_template=settings.chat_template)
+        self.rendering, differences = settings.rendering(read_rendering(self.folder))
+        self.encoder = self.rendering.encoder(self.tokenizer)
+        self.notes = (*differences, *self.encoder.notes)
+        if settings.template_arguments and not self.encoder.uses_template:
+            raise UserError("template_arguments: the tokenizer has no chat template to pass them to; leave them out")
         self._stop = {self.encoder.end_token_id} | stop_tokens(self.folder)
         if self.tokenizer.eos_token_id is not None:
             self._stop.add(int(self.tokenizer.eos_token_id))
@@ -106,31 +141,63 @@ class Policy:
             for tokens, room in zip(prompts, rooms, strict=True)
         ]
 
-    def check(self, question: Question) -> None:
-        """Refuse, before the weights are loaded, a prompt that the chat template does not take."""
-        self._tokens(question)
+    def check(self, question: Question) -> tuple[str, ...]:
+        """Refuses, before the weights are loaded, a prompt that the chat template does not take.
 
-    def can_be_trained_on(self, question: Question, answer: Answer) -> bool:
-        """Whether training could read the answer: it has text, and a boundary in tokens to its prompt."""
+        Returns:
+            remarks on it, see :class:`nemo_rao.batch.Sample`.
+        """
+        return self.encoder.encode(question.row()).remarks
+
+    def prompt_text(self, content: str | Messages, place: str) -> str:
+        """The prompt as it is rendered, up to where the policy begins to answer.
+
+        Raises:
+            UserError: the chat template does not take it.
+        """
+        return self.encoder.prompt_text(Row(content, (), place))
+
+    def problem_of(self, question: Question, answer: Answer) -> str | None:
+        """Why training could not read the answer, such as for want of a boundary in tokens to its prompt.
+
+        An answer that was cut only has to have text: it is marked, and training drops it by default.
+
+        Returns:
+            :data:`EMPTY` for one without text, else a line; ``None`` for an answer that can be read.
+        """
         if not answer.text.strip():
-            return False
-        row = Row(question.content, (Response(answer.text),), question.place)
-        return isinstance(self.encoder.encode_many([row])[0], Sample)
+            return EMPTY
+        if answer.cut:
+            return None
+        problem = self.encoder.encode_many([question.row(Response(answer.text))])[0]
+        return str(problem) if isinstance(problem, UserError) else None
 
     def _tokens(self, question: Question) -> np.ndarray:
         # A row without responses: the prompt alone, up to where the policy begins to answer.
-        return self.encoder.encode(Row(question.content, (), question.place)).prompt
+        return self.encoder.encode(question.row()).prompt
+
+    @functools.cached_property
+    def _special(self) -> set[int]:
+        """Tokens that the tokenizer calls special, whether or not they have a role."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {number for number, token in added if token.special} | set(self.tokenizer.all_special_ids)
 
     def _answer(self, prompt: np.ndarray, said: Continuation) -> Answer:
         """Decoded behind the prompt: some tokenizers drop a blank at the beginning of a text."""
-        before, whole = self._text(prompt.tolist()), self._text(prompt.tolist() + said.tokens)
-        text = whole[len(before) :] if whole.startswith(before) else self._text(said.tokens)
+        tokens = [token for token in said.tokens if token != self.tokenizer.pad_token_id]
+        before, whole = self._text(prompt.tolist()), self._text(prompt.tolist() + tokens)
+        text = whole[len(before) :] if whole.startswith(before) else self._text(tokens)
         if said.cut:
             text = text.rstrip("\ufffd")  # half of a character
-        return Answer(text, len(said.tokens), said.cut)
+        return Answer(text, len(said.tokens), said.cut, not self._special.isdisjoint(tokens))
 
     def _text(self, tokens: list[int]) -> str:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(
+            tokens,
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+            spaces_between_special_tokens=False,  # of tokenizers in Python
+        )
         if not isinstance(text, str):
             raise UserError(f"tokenizer {self.folder}: does not decode to text; use another tokenizer")
         return text

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from nemo_rao.generation.policy import Policy
 from nemo_rao.part_file import PartFile
 from nemo_rao.progress import Progress
 
@@ -23,3 +25,9 @@ def work_through(
             records = produce(items[start : start + at_once])
             part.append(records[done - start :])
             progress.update(part.num_records)
+
+
+def print_notes(policy: Policy, remarks: Mapping[str, int] = MappingProxyType({})) -> None:
+    """Prints what the policy has to say, and what was noticed about prompts, with their number."""
+    for line in [*policy.notes, *(f"{count} {remark}" for remark, count in remarks.items())]:
+        print(line, flush=True)

@@ -7,30 +7,41 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from nemo_rao.data.rendering import Answers
+from nemo_rao.data.rendering_record import NAMES, ChatTemplate, Rendering
 from nemo_rao.errors import UserError
 from nemo_rao.keys import KeySpec, check, key
 
-ChatTemplate = Literal["auto", "always", "never"]
 EngineName = Literal["auto", "transformers", "vllm"]
 Settings = TypeVar("Settings", bound="PolicySettings")
+_AS_TRAINED = " (default: as the model was trained, if nemo_rao.json beside it says so, else {})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings:
-    """How a policy is loaded and asked, whatever for."""
+    """How a policy is loaded and asked, whatever for.
+
+    What is ``None`` of the keys of :class:`nemo_rao.data.rendering_record.Rendering` is as the model was trained.
+    """
 
     batch_size: int = key(32, "sequences generated at once", low=1)
     seed: int = key(1234, "what is sampled is a function of it and of the prompt's number", low=0)
     system: str | None = key(None, "system message put before prompts that have none")
-    chat_template: ChatTemplate = key(
-        "auto",
-        "auto: where the tokenizer has one; always: refuse a tokenizer without; never: plain text as it stands",
-        choices=typing.get_args(ChatTemplate),
+    chat_template: ChatTemplate | None = key(
+        None,
+        "auto: where the tokenizer has one; always: refuse a tokenizer without; never: plain text, unchanged"
+        + _AS_TRAINED.format("auto"),
+        choices=(None, *typing.get_args(ChatTemplate)),
+    )
+    template_arguments: dict[str, Any] | None = key(
+        None,
+        'JSON object passed to the chat template, such as {"enable_thinking": false}' + _AS_TRAINED.format("{}"),
     )
     engine: EngineName = key(
         "auto",
@@ -40,6 +51,25 @@ class PolicySettings:
     top_p: float = key(1.0, "smallest set of tokens with this probability is sampled from; 1: all", low=1e-6, high=1.0)
     top_k: int = key(0, "tokens sampled from; 0: all", low=0)
 
+    def rendering(self, trained: Rendering | None) -> tuple[Rendering, tuple[str, ...]]:
+        """How prompts are rendered, and a line for each choice that is not the one the model was trained with.
+
+        Args:
+            trained: how it was trained; ``None`` where that is not known.
+        """
+        names = set(NAMES) & {field.name for field in dataclasses.fields(self)}
+        chosen = {name: value for name in names if (value := getattr(self, name)) is not None}
+        made = dataclasses.replace(trained or Rendering(), **chosen)
+        if trained is None:
+            return made, ()
+        # auto and always render alike.
+        kept = {"chat_template"} if (made.chat_template == "never") == (trained.chat_template == "never") else set()
+        differing = [name for name in sorted(names - kept) if getattr(made, name) != getattr(trained, name)]
+        return made, tuple(
+            f"{name}={shown(getattr(made, name))}: the model was trained with {shown(getattr(trained, name))}"
+            for name in differing
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings(PolicySettings):
@@ -48,7 +78,15 @@ class GenerateSettings(PolicySettings):
     num_responses: int = key(4, "responses to each prompt (K)", low=1)
     temperature: float = key(1.0, "divides the logits; 0: the most probable token", low=0.0)
     max_new_tokens: int = key(512, "tokens a response may have before it is cut", low=1)
-    resamples: int = key(3, "how often an empty response is sampled again before its prompt is skipped", low=0)
+    resamples: int = key(
+        3, "how often a response that training cannot read is sampled again before its prompt is skipped", low=0
+    )
+    answers: Answers | None = key(
+        None,
+        "how training will put a response behind its prompt; template: through the chat template; verbatim: unchanged, "
+        "behind the generation prompt" + _AS_TRAINED.format("template"),
+        choices=(None, *typing.get_args(Answers)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +113,12 @@ def add_options(parser: argparse.ArgumentParser, settings: type[PolicySettings])
         if kind is bool:
             parser.add_argument(option, action="store_true", help=comment)
         elif spec.choices:
-            parser.add_argument(option, choices=spec.choices, default=field.default, help=comment)
+            choices = [choice for choice in spec.choices if choice is not None]
+            parser.add_argument(option, choices=choices, default=field.default, help=comment)
         else:
-            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-            parser.add_argument(option, type=kind, default=field.default, metavar=metavar, help=comment)
+            metavar = {int: "N", float: "X", str: "TEXT", dict: "JSON"}[kind]
+            convert = _json_object if kind is dict else kind
+            parser.add_argument(option, type=convert, default=field.default, metavar=metavar, help=comment)
 
 
 def from_options(options: argparse.Namespace, settings: type[Settings]) -> Settings:
@@ -93,6 +133,8 @@ def from_options(options: argparse.Namespace, settings: type[Settings]) -> Setti
         raise UserError("system='': is empty; leave --system out, or write a message")
     if made.system is not None and made.chat_template == "never":
         raise UserError("chat_template='never': plain text has no place for --system; leave one of them out")
+    if made.template_arguments and made.chat_template == "never":
+        raise UserError("chat_template='never': plain text takes no --template-arguments; leave one of them out")
     if isinstance(made, GenerateSettings) and made.temperature == 0 and made.num_responses > 1:
         raise UserError(
             f"temperature=0.0: gives the same response {made.num_responses} times; raise it, or set --num-responses 1"
@@ -103,5 +145,20 @@ def from_options(options: argparse.Namespace, settings: type[Settings]) -> Setti
 def _type(hint: Any) -> type:
     """The type that an option's text is turned into: of ``int | None``, ``int``."""
     if typing.get_origin(hint) is types.UnionType:
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return str if typing.get_origin(hint) is Literal else hint
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return str if typing.get_origin(hint) is Literal else typing.get_origin(hint) or hint
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object, such as '{{\"enable_thinking\": false}}'")
+    return found
+
+
+def shown(value: Any) -> str:
+    """A key's value as it is given on the command line, but for quotes of the shell."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.data.rendering_record import write_rendering
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.adapters import changes_output_layer, check_adapters, merge, write_adapters
 from nemo_rao.hugging_face.checkpoint import (
@@ -29,6 +30,7 @@ from nemo_rao.hugging_face.checkpoint import (
 from nemo_rao.hugging_face.conversion import Weights, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
 from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES
+from nemo_rao.hugging_face.rendering_of_run import rendering_of_run
 from nemo_rao.integration.adapter_checkpoints import base_of_adapters
 from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint, stored_tensors
 from nemo_rao.integration.pickles import refuse_code
@@ -60,6 +62,7 @@ def main(arguments: argparse.Namespace) -> int:
     from nemo_rao.data.encode import load_tokenizer
 
     tokenizer = load_tokenizer(described.tokenizer)
+    rendering = rendering_of_run(described.folder)
     vocab_size = base.config.vocab_size or len(tokenizer)
     remedy = "the checkpoint's context/ and weights/ are not of one model"
     with quiet_imports():
@@ -85,6 +88,8 @@ def main(arguments: argparse.Namespace) -> int:
         else:
             _write_model(base, described, partial, dtype, vocab_size, tokenizer)
         _write_tokenizer(described, tokenizer, partial)
+        if rendering is not None:
+            write_rendering(partial, rendering)
     if arguments.adapters:
         say(f"adapters  {destination}")
         say(f'to load   peft.PeftModel.from_pretrained(model, "{destination}"), model: what the run started from')

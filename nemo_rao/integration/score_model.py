@@ -5,8 +5,8 @@ beta * rho(y) = beta * (logp(y) - logp_ref(y)); the reference is the checkpoint 
 
 The run's recipe.yaml says all that is needed: sizes, tokenizer, parallelism, precision. The whole file is scored in
 one forward-only pass over its ranks before the first row is written. What the pass has computed lies beside the output
-(``model_scores/``) and is continued after an interruption. A response that is too long for the model, or has no
-boundary in tokens, gets no score; the prompt's others do.
+(``model_scores/``) and is continued after an interruption. A response that is longer than the run's model.seq_length
+(or ``--max-length``), or cannot be rendered as in training, gets no score; the prompt's others do.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rao.batch import ModelOutput, Row, Sample
-from nemo_rao.data.rows import read_rows
+from nemo_rao.batch import ModelOutput, Row
 from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.derived import objective_config
 from nemo_rao.integration.pickles import refuse_code
 from nemo_rao.integration.precision_checks import quantisation
+from nemo_rao.integration.score_rows import Tokenised, length_limit, tokenise, with_length
+from nemo_rao.integration.talk import quiet_third_parties, say
 from nemo_rao.integration.typed_config import load_recipe
 from nemo_rao.objectives import registry
 from nemo_rao.progress import Progress
-from nemo_rao.scoring.scorer import InputRow, Kind, Place, Scores, ScoringFailure
+from nemo_rao.scoring.missing import Missing, reasons_of
+from nemo_rao.scoring.run import Job
+from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, ScoringFailure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,9 +44,9 @@ if TYPE_CHECKING:
 _FORMAT = "model-scores-2"
 
 
-def model_kind(path: str) -> Kind:
-    """The kind ``model:RUN_FOLDER`` for scoring the file ``path``."""
-    return Kind(lambda run, place: ModelScorer(run, path, place), lambda run: Path(run).name, "RUN_FOLDER")
+def model_kind(job: Job) -> Kind:
+    """The kind ``model:RUN_FOLDER`` for what the command is to do."""
+    return Kind(lambda run, place: ModelScorer(run, job, place), lambda run: Path(run).name, "RUN_FOLDER")
 
 
 class ModelScorer:
@@ -51,58 +54,76 @@ class ModelScorer:
 
     Args:
         run: folder of a finished training run.
-        path: the file to be scored.
+        job: what is to be scored, up to which length, and how many responses may be longer.
         place: where the output goes.
 
     Raises:
-        UserError: the run, its recipe or its checkpoint cannot be used.
+        UserError: the run, its recipe or its checkpoint cannot be used, or ``job.max_length`` is beyond its context.
     """
 
     fields: tuple[str, ...] = ()
     forks = True
 
-    def __init__(self, run: str, path: str, place: Place) -> None:
-        self._job = _job(run)
-        self._path = path
+    def __init__(self, run: str, job: Job, place: Place) -> None:
+        trained = _model(run)
+        self._limit = length_limit(trained.config, run, job.max_length)
+        self._model = replace(trained, config=with_length(trained.config, self._limit.tokens))
+        self._run, self._job = run, job
         self._folder = place.folder / "model_scores"
-        self._scores: dict[str, Scores] | None = None
-        self._unscored = 0
+        self._scores: dict[str, Scored] | None = None
+        self._remarks: dict[str, int] = {}
         self.identity: Mapping[str, Any] = {
             "model": run,
-            "checkpoints": [_digest(c) for c in self._job.checkpoints],
-            "recipe": _what_scores_depend_on(self._job.config),
+            "checkpoints": [_digest(c) for c in trained.checkpoints],
+            "recipe": _what_scores_depend_on(trained.config),
+            "max_length": self._limit.tokens,
         }
 
-    def score(self, rows: Sequence[InputRow]) -> list[Scores]:
+    def score(self, rows: Sequence[InputRow]) -> list[Scored]:
         if self._scores is None:
             self._scores = self._score_file()
-        scores = [self._scores[row.place] for row in rows]
-        self._unscored += sum(score is None for row in scores for score in row)
-        return scores
+        return [self._scores[row.place] for row in rows]
 
     def notes(self) -> Mapping[str, int]:
-        return {"responses without a score: too long, or without a boundary in tokens": self._unscored}
+        return self._remarks
 
     def close(self) -> None:
         pass
 
-    def _score_file(self) -> dict[str, Scores]:
+    def _score_file(self) -> dict[str, Scored]:
         """Place of a row -> its responses' scores."""
-        rows = list(read_rows(self._path))
-        data, kept = _tokenised(rows, self._job.config)
-        scores: dict[str, list[float | None]] = {row.place: [None] * len(row.responses) for row in rows}
-        if len(data):
+        rows = list(self._job.source().rows())
+        made = tokenise(rows, self._model.config, self._limit)
+        self._check_missing(rows, made)
+        for note in made.notes:
+            say(note)
+        self._remarks = {f"rows: {remark}": count for remark, count in made.remarks.items()}
+        scores: dict[tuple[int, int], float | NoScore] = {**made.lacks}
+        if len(made.data):
             try:
-                columns = [_numbers(self._job, checkpoint, data, self._folder) for checkpoint in self._job.checkpoints]
+                columns = [_numbers(self._model, one, made.data, self._folder) for one in self._model.checkpoints]
             except RankFailure as failure:
                 raise ScoringFailure(f"the model's pass failed; the same command continues it: {failure}") from None
-            for (row_number, response_number), value in zip(kept, self._job.score(columns), strict=True):
-                scores[rows[row_number].place][response_number] = float(value)
-        return {place: tuple(of_row) for place, of_row in scores.items()}
+            scores |= {
+                number: float(value) for number, value in zip(made.numbers, self._model.score(columns), strict=True)
+            }
+        return {row.place: tuple(scores[at, k] for k in range(len(row.responses))) for at, row in enumerate(rows)}
+
+    def _check_missing(self, rows: Sequence[Row], made: Tokenised) -> None:
+        """Stops before the pass where it could not give scores enough.
+
+        Raises:
+            ScoringFailure: see there.
+        """
+        missing = Missing([self._run], sum(len(row.responses) for row in rows), self._job.max_missing)
+        for at, row in enumerate(rows):
+            scores = tuple(made.lacks.get((at, number), 0.0) for number in range(len(row.responses)))
+            missing.add([reasons_of(row, {self._run: scores})])
+        missing.check()
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Model:
     """What a run computes of each response, and how that becomes its score.
 
     Attributes:
@@ -120,7 +141,7 @@ class _Job:
     score: Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
-def _job(run: str) -> _Job:
+def _model(run: str) -> _Model:
     folder = Path(run).expanduser()
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{run}: no recipe.yaml in it; give the folder of a training run")
@@ -141,7 +162,7 @@ def _job(run: str) -> _Job:
         if hasattr(keys, "num_attributes"):
             keys = dataclasses.replace(keys, num_attributes=_num_scores(own))
         width = registry.get(config.model.objective).needs_of(keys).scores
-        return _Job(config, keys, (own,), width, lambda columns: columns[0][:, 0])
+        return _Model(config, keys, (own,), width, lambda columns: columns[0][:, 0])
     beta = getattr(keys, "beta", None)
     if beta is None or not needs.reference:
         raise UserError(
@@ -154,7 +175,7 @@ def _job(run: str) -> _Job:
     refuse_adapters(start, f"{run}/recipe.yaml: model.restore_from_path")
     if not config.model.allow_pickle:
         refuse_code(start, f"{run}/recipe.yaml: model.restore_from_path")
-    return _Job(config, keys, (own, start), 2, lambda columns: beta * (columns[0][:, 1] - columns[1][:, 1]))
+    return _Model(config, keys, (own, start), 2, lambda columns: beta * (columns[0][:, 1] - columns[1][:, 1]))
 
 
 def _num_scores(checkpoint: Path) -> int:
@@ -185,86 +206,32 @@ def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
         "network": [config.model.config_class, dataclasses.asdict(config.model.arch), config.model.seq_length],
         "precision": quantisation(config.precision),
         "objective": [config.model.objective, dataclasses.asdict(objective_config(config))],
-        "tokens": [data.tokenizer, data.chat_template, data.template_arguments],
+        "tokens": [data.tokenizer, data.chat_template, data.template_arguments, data.answers],
     }
 
 
-def _tokenised(rows: Sequence[Row], config: RunConfig) -> tuple[PreferenceData, list[tuple[int, int]]]:
-    """The responses that the model can read, and for each, in the data's order, (row, response) numbers in ``rows``."""
-    from nemo_rao.data.dataset import ROWS_AT_ONCE
-    from nemo_rao.data.encode import BoundaryError, Encoder, load_tokenizer
-    from nemo_rao.data.store import PreferenceData
-
-    keys = config.data
-    encoder = Encoder(
-        load_tokenizer(keys.tokenizer or ""),
-        chat_template=keys.chat_template,  # type: ignore[arg-type]
-        template_arguments=keys.template_arguments,
-    )
-    kept: list[tuple[int, int]] = []
-
-    def samples() -> Iterator[Sample]:
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            batch = rows[start : start + ROWS_AT_ONCE]
-            for row_number, (row, whole) in enumerate(zip(batch, encoder.encode_many(batch), strict=True), start):
-                numbers = list(range(len(row.responses)))
-                if isinstance(whole, UserError) and not isinstance(whole, BoundaryError):
-                    raise whole
-                if isinstance(whole, BoundaryError):  # of at least one response
-                    single = encoder.encode_many([replace(row, responses=(response,)) for response in row.responses])
-                    readable = [(at, sample) for at, sample in enumerate(single) if isinstance(sample, Sample)]
-                    if not readable:
-                        continue
-                    numbers = [at for at, _ in readable]
-                    whole = replace(readable[0][1], responses=tuple(sample.responses[0] for _, sample in readable))
-                room = config.model.seq_length - len(whole.prompt)
-                fits = [at for at, response in enumerate(whole.responses) if len(response) <= room]
-                if fits:
-                    kept.extend((row_number, numbers[at]) for at in fits)
-                    yield _unrewarded(whole, fits)
-
-    return PreferenceData(samples()), kept
-
-
-def _unrewarded(sample: Sample, responses: Sequence[int]) -> Sample:
-    """The prompt with some of its responses, and nothing of what the file says of them."""
-    import numpy as np
-
-    return Sample(
-        prompt=sample.prompt,
-        responses=tuple(sample.responses[at] for at in responses),
-        rewards=np.full(len(responses), np.nan),
-        ranked=False,
-        place=sample.place,
-        ensemble=np.zeros((len(responses), 0)),
-        reference_rewards=np.zeros(0),
-        answers=None if sample.answers is None else tuple(sample.answers[at] for at in responses),
-    )
-
-
-def _numbers(job: _Job, checkpoint: Path, data: PreferenceData, folder: Path) -> np.ndarray:
+def _numbers(model: _Model, checkpoint: Path, data: PreferenceData, folder: Path) -> np.ndarray:
     """``[responses, width]`` of one checkpoint: read back, or computed on the run's ranks."""
     from nemo_rao.integration.launch import launch, started_externally
     from nemo_rao.integration.prepare import import_nemo, select_device
-    from nemo_rao.integration.talk import quiet_third_parties
 
-    if started_externally() or job.config.trainer.num_nodes > 1:
+    if started_externally() or model.config.trainer.num_nodes > 1:
         raise UserError("nemo-rao score starts its ranks itself, on one node; do not start it with srun or torchrun")
     quiet_third_parties()
-    select_device(job.config)
+    select_device(model.config)
     import_nemo()
     from nemo_rao.integration import build
     from nemo_rao.mcore.network import network_fingerprint
     from nemo_rao.mcore.reference import load_numbers
 
-    network = network_fingerprint(build.model_config(job.config))
-    parts = (_FORMAT, _digest(checkpoint), network, data.fingerprint(), quantisation(job.config.precision))
+    network = network_fingerprint(build.model_config(model.config))
+    parts = (_FORMAT, _digest(checkpoint), network, data.fingerprint(), quantisation(model.config.precision))
     key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
-    if (found := load_numbers(folder, key, data.num_responses, job.width)) is None:
+    if (found := load_numbers(folder, key, data.num_responses, model.width)) is None:
         folder.mkdir(parents=True, exist_ok=True)
-        arguments = (job.config, job.objective_config, data, checkpoint, folder, key, job.width)
-        launch(_run_rank, arguments, num_ranks=job.config.trainer.devices, in_children=True)
-        found = load_numbers(folder, key, data.num_responses, job.width)
+        arguments = (model.config, model.objective_config, data, checkpoint, folder, key, model.width)
+        launch(_run_rank, arguments, num_ranks=model.config.trainer.devices, in_children=True)
+        found = load_numbers(folder, key, data.num_responses, model.width)
     assert found is not None
     return found
 

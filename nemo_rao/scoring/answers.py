@@ -1,4 +1,4 @@
-"""A judge's answers on disk: question's key -> the texts it answered, oldest first.
+"""A judge's answers on disk: question's key -> its answers, oldest first.
 
 SQLite: one file, safe against kills in the middle of a write, usable by several runs at once.
 """
@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from typing import Any
 
+from nemo_rao.scoring.chat import ChatAnswer
 from nemo_rao.scoring.scorer import ScoringFailure
+
+# Files of earlier versions have a table `answers`, which does not say what was cut off; it is left alone.
+_TABLE = "whole_and_cut_answers"
 
 
 class Answers:
@@ -18,16 +23,17 @@ class Answers:
         self.path = path
         self._opened: sqlite3.Connection | None = None
 
-    def get(self, key: str) -> list[str]:
-        found = self._run("SELECT answer FROM answers WHERE key = ? ORDER BY rowid", key)
-        return [answer for (answer,) in found]
+    def get(self, key: str) -> list[ChatAnswer]:
+        found = self._run(f"SELECT answer, cut FROM {_TABLE} WHERE key = ? ORDER BY rowid", key)
+        return [ChatAnswer(text, bool(cut)) for text, cut in found]
 
-    def add(self, key: str, answer: str) -> None:
+    def add(self, key: str, answer: ChatAnswer) -> None:
         """On its way to the disk when this returns."""
         # Half a surrogate pair, which JSON may bring, is no text to SQLite.
-        self._run("INSERT INTO answers VALUES (?, ?)", key, answer.encode(errors="replace").decode())
+        text = answer.text.encode(errors="replace").decode()
+        self._run(f"INSERT INTO {_TABLE} VALUES (?, ?, ?)", key, text, answer.cut)
 
-    def _run(self, statement: str, *values: str) -> list[tuple[str, ...]]:
+    def _run(self, statement: str, *values: str | bool) -> list[tuple[Any, ...]]:
         try:
             if self._opened is None:
                 self._opened = _open(self.path)
@@ -47,6 +53,7 @@ def _open(path: Path) -> sqlite3.Connection:
     opened = sqlite3.connect(path, timeout=60, isolation_level=None)  # each statement for itself
     opened.execute("PRAGMA journal_mode=WAL")
     opened.execute("PRAGMA synchronous=NORMAL")
-    opened.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT NOT NULL, answer TEXT NOT NULL)")
-    opened.execute("CREATE INDEX IF NOT EXISTS by_key ON answers (key)")
+    columns = "key TEXT NOT NULL, answer TEXT NOT NULL, cut INTEGER NOT NULL"
+    opened.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE} ({columns})")
+    opened.execute(f"CREATE INDEX IF NOT EXISTS {_TABLE}_by_key ON {_TABLE} (key)")
     return opened

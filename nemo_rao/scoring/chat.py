@@ -22,6 +22,19 @@ class ChatQuestion:
     stream: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ChatAnswer:
+    """What a chat model answered.
+
+    Attributes:
+        text: empty where there is none.
+        cut: the answer was cut off, at ``max_tokens`` for instance.
+    """
+
+    text: str
+    cut: bool = False
+
+
 class Chat(Protocol):
     """A chat model.
 
@@ -37,8 +50,8 @@ class Chat(Protocol):
     varies: bool
     num_requests: int
 
-    def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, str], None]) -> None:
-        """Calls ``keep`` with a question's position and its answer, empty where there is none, as soon as it is known.
+    def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
+        """Calls ``keep`` with a question's position and its answer, as soon as it is known.
 
         Raises:
             ScoringFailure: no use in going on; whatever ``keep`` raises ends the asking, too.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_rao.scoring.scorer import InputRow, Kind, Scores
+from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Scored, Scores
 
 
 class ColumnScorer:
@@ -22,14 +22,16 @@ class ColumnScorer:
         self.fields: tuple[str, ...] = (field,) if field else ()
         self.identity: Mapping[str, Any] = {"column": field}
 
-    def score(self, rows: Sequence[InputRow]) -> list[Scores]:
-        if self.field:
-            return [row.columns[self.field] for row in rows]
-        # NaN stands for a number that is not finite: no score.
-        return [
-            tuple(None if response.reward != response.reward else response.reward for response in row.responses)
-            for row in rows
-        ]
+    def score(self, rows: Sequence[InputRow]) -> list[Scored]:
+        return [tuple(self._score(score) for score in self._scores(row)) for row in rows]
+
+    def _scores(self, row: InputRow) -> Scores:
+        return row.columns[self.field] if self.field else tuple(response.reward for response in row.responses)
+
+    def _score(self, score: float | None) -> float | NoScore:
+        if score is None:
+            return NoScore("null or missing in the input")
+        return NoScore("not finite in the input") if score != score else score
 
     def notes(self) -> Mapping[str, int]:
         return {}

@@ -17,12 +17,14 @@ from typing import Any
 
 import httpx
 
-from nemo_rao.scoring.chat import ChatQuestion
+from nemo_rao.scoring.chat import ChatAnswer, ChatQuestion
 from nemo_rao.scoring.judge_config import JudgeConfig
 from nemo_rao.scoring.scorer import ScoringFailure
 
 AGAIN = frozenset({408, 409, 425, 429})  # and 5xx
 NO_ANSWER = frozenset({400, 413, 422})  # this question is refused, such as one that is too long
+# How servers say that an answer did not come to its end.
+CUT = frozenset({"length", "max_tokens", "model_length", "content_filter", "abort", "error"})
 LONGEST_WAIT = 60.0  # seconds between two requests; an endpoint may ask for five times as long
 
 
@@ -42,7 +44,7 @@ class Endpoint:
         assert config.base_url is not None and config.model is not None
         self.url = config.base_url.rstrip("/") + "/chat/completions"
         self.name = config.model
-        self.identity: Mapping[str, Any] = {"model": config.model}
+        self.identity: Mapping[str, Any] = {"base_url": config.base_url.rstrip("/"), "model": config.model}
         self.num_requests = 0
         self._api_key, self._timeout, self._retries, self._backoff = (
             api_key,
@@ -63,7 +65,7 @@ class Endpoint:
         self._free = asyncio.Semaphore(config.concurrency)
         self._answered = False
 
-    def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, str], None]) -> None:
+    def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
         """Where one question fails, or Ctrl-C is pressed, the others are given up."""
 
         async def one(number: int, question: ChatQuestion) -> None:
@@ -80,8 +82,8 @@ class Endpoint:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(self, question: ChatQuestion) -> str:
-        """The text of the answer; empty where the endpoint refuses this question alone.
+    async def _answer(self, question: ChatQuestion) -> ChatAnswer:
+        """The answer; empty where the endpoint refuses this question alone.
 
         Raises:
             ScoringFailure: the key is refused, the endpoint or the model is not there, or every retry failed.
@@ -101,16 +103,18 @@ class Endpoint:
                     raise self._failure(place, f"{type(error).__name__}: {error}; check base_url") from None
                 else:
                     if response.status_code == 200:
-                        answer = _text(response)
-                        if answer is not None:
+                        try:
+                            answer = _read(response)
+                        except _Unreadable as error:
+                            said = f"{error} ({self._begin(response)}); check base_url"
+                        else:
                             self._answered = True
                             return answer
-                        said = f"an answer that is no chat completion ({self._begin(response)}); check base_url"
                     elif response.status_code in AGAIN or response.status_code >= 500:
                         said = f"{response.status_code} ({self._begin(response)})"
                         wait = max(wait, _asked_to_wait(response))
                     elif response.status_code in NO_ANSWER and self._answered:
-                        return ""
+                        return ChatAnswer("")
                     else:
                         raise self._failure(place, self._refusal(response))
                 if retry < self._retries:
@@ -158,13 +162,36 @@ def _certificates() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def _text(response: httpx.Response) -> str | None:
-    """The answer's text; empty for one without (a refusal, say), ``None`` where the body is no chat completion."""
+class _Unreadable(Exception):
+    """What the endpoint sent instead of an answer."""
+
+
+def _read(response: httpx.Response) -> ChatAnswer:
+    """The answer in a chat completion; empty for one without text, such as a refusal.
+
+    Raises:
+        _Unreadable: the body is no chat completion, or its content is neither text nor parts of text.
+    """
     try:
-        content = response.json()["choices"][0]["message"].get("content")
+        choice = response.json()["choices"][0]
+        content, reason = choice["message"].get("content"), choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return None
-    return content if isinstance(content, str) else ""
+        raise _Unreadable("an answer that is no chat completion") from None
+    parts = content if isinstance(content, list) else [] if content is None else [content]
+    return ChatAnswer("".join(map(_text_of, parts)), isinstance(reason, str) and reason.lower() in CUT)
+
+
+def _text_of(part: object) -> str:
+    """The text of one part of a content; none of the model's thinking, or of a refusal."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and kind in ("text", "output_text") and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind in ("thinking", "reasoning", "redacted_thinking", "refusal"):
+        return ""
+    what = f"a part of type {kind!r}" if isinstance(kind, str) else f"a part that is {type(part).__name__}"
+    raise _Unreadable(f"an answer whose content holds {what}, and no text can be read from that")
 
 
 def _asked_to_wait(response: httpx.Response) -> float:

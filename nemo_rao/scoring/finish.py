@@ -22,6 +22,7 @@ from nemo_rao.data.fields import LARGEST_REWARD
 from nemo_rao.errors import UserError
 from nemo_rao.files import told, written_atomically
 from nemo_rao.part_file import PartFile
+from nemo_rao.scoring.missing import WITHOUT, Missing
 from nemo_rao.scoring.scorer import Scores, ScoringFailure
 
 STANDARDIZE = ("none", "global", "prompt")
@@ -57,6 +58,11 @@ class Scaling:
                 raise UserError(f"--weight {name}={weight:g}: must be >= 0, and finite")
         if not sum(self.weights.get(name, 1.0) for name in columns) > 0:
             raise UserError("--weight: all are 0; leave one above it")
+
+    @property
+    def changes_nothing(self) -> bool:
+        """A single column is the reward."""
+        return (self.standardize, self.shift, self.scale) == ("none", 0.0, 1.0)
 
     def columns(self, raw: Mapping[str, Scores], means: Mapping[str, tuple[float, float]]) -> dict[str, Scores]:
         """One row's columns as they are written; ``means``: column -> (mean, sd) over the file."""
@@ -106,8 +112,23 @@ def stated_statistics(path: str, columns: Sequence[str]) -> dict[str, tuple[floa
         raise UserError(f"--statistics {path}: is no .stats.json of nemo-rao score; name one") from None
 
 
-def write_output(part: PartFile, output: Path, names: Sequence[str], scaling: Scaling) -> dict[str, Any]:
+def write_output(
+    part: PartFile,
+    output: Path,
+    names: Sequence[str],
+    scaling: Scaling,
+    missing: Missing,
+    notes: Mapping[str, Mapping[str, int]],
+) -> dict[str, Any]:
     """Writes OUTPUT and OUTPUT.stats.json, each at once or not at all. Returns the statistics.
+
+    Args:
+        part: all rows with their columns.
+        output: the file to be written.
+        names: of the columns.
+        scaling: how columns become rewards.
+        missing: responses without a score.
+        notes: column -> counts of the run that ends here, by what they count.
 
     Raises:
         UserError: the disk is full.
@@ -129,6 +150,7 @@ def write_output(part: PartFile, output: Path, names: Sequence[str], scaling: Sc
             written_atomically(statistics_path, output) as (statistics_file, file),
         ):
             for number, record in enumerate(part.records(), start=1):
+                record.pop(WITHOUT, None)
                 _put_rewards(record, names, scaling, means, f"{output} row {number}")
                 after.add({"reward": _scores(record, "reward")}, bool(record.get("ranked")))
                 file.write((json.dumps(record) + "\n").encode())
@@ -144,6 +166,8 @@ def write_output(part: PartFile, output: Path, names: Sequence[str], scaling: Sc
                 "weights": {name: scaling.weights.get(name, 1.0) for name in names},
                 "columns": statistics["columns"],
                 "reward": rewards["columns"]["reward"],
+                "without_score": missing.as_json(),
+                "notes": notes,
                 "agreement_with_labels": statistics["agreement_with_labels"] | rewards["agreement_with_labels"],
                 "agreement_between": statistics["agreement_between"],
             }
@@ -174,6 +198,6 @@ def _put_rewards(
         for value in (*own.values(), reward):
             if value is not None and not abs(value) <= LARGEST_REWARD:
                 raise ScoringFailure(f"{place}, response {number + 1}: a reward of {value:g}; choose another --scale")
-        content = response.pop("content")
+        rest = {name: value for name, value in response.items() if name not in own}
         response.clear()
-        response.update({"content": content, "reward": reward} | own)
+        response.update({"content": rest.pop("content"), "reward": reward} | own | rest)

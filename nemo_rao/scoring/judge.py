@@ -1,10 +1,10 @@
 """A chat model as judge: what it is asked, how its answer becomes a number, and what is done where it gives none.
 
-    judge.yaml + (prompt, response) -> messages -> (endpoint, or model here) -> answer -> (pattern, range) -> number
+    judge.yaml + (prompt, response) -> messages -> (endpoint, or model here) -> answer -> (pattern, scale) -> number
 
-The judge answers at temperature 0, unless its file says otherwise. An answer without a number in range is asked for
-again, ``attempts`` times in all; then the response has no reward. Answers are kept on disk as they came, so that
-another pattern needs no new question.
+The judge answers at temperature 0, unless its file says otherwise. A question whose answer holds no score, was cut off
+or is not on the scale (:mod:`nemo_rao.scoring.reading`) is asked again, ``attempts`` times in all; then the response
+has no score. Answers are kept on disk as they came, so that another pattern needs no new question.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +21,23 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.scoring.answers import Answers
-from nemo_rao.scoring.chat import Chat, ChatQuestion
+from nemo_rao.scoring.chat import Chat, ChatAnswer, ChatQuestion
 from nemo_rao.scoring.judge_config import JudgeConfig, load_judge
-from nemo_rao.scoring.scorer import Pair, PairScorer, Place, ScoringFailure
+from nemo_rao.scoring.reading import EMPTY, ScoreForm
+from nemo_rao.scoring.scorer import NoScore, Pair, PairScorer, Place, ScoringFailure
 
+_OF_ALL = ("role", "content")  # what every message has
 HOPELESS_AFTER = 20  # questions: where none of the first so many has a usable answer, the rest is not asked
 
 
 @dataclass
 class _Case:
-    """A pair to be judged, with the answers about it so far and the first score that one of them holds."""
+    """A pair to be judged, with the answers about it so far, and the first score in them or what the last one lacks."""
 
     key: str
     pair: Pair
-    answers: list[str]
-    score: float | None
+    answers: list[ChatAnswer]
+    score: float | NoScore
 
 
 class JudgeScorer(PairScorer):
@@ -47,78 +50,80 @@ class JudgeScorer(PairScorer):
             chat: who is asked.
             folder: where the file of answers lies, unless ``config.cache`` names one.
         """
-        assert config.template is not None
+        assert config.template is not None and config.low is not None and config.high is not None
         self.config, self.chat, self.template = config, chat, config.template
-        self.pattern = re.compile(config.pattern)
+        self.form = ScoreForm(config.pattern, config.low, config.high)
         self.attempts = config.attempts if chat.varies else 1
-        asked = ("system", "template", "max_tokens", "temperature", "parameters")
+        asked = ("max_tokens", "temperature", "parameters")
         self.question = dict(chat.identity) | {name: vars(config)[name] for name in asked}
+        self.question["messages"] = [dict(one) for one in config.messages(self.template)]
         self.identity = {"judge": self.question, "score": [config.pattern, config.low, config.high, self.attempts]}
         path = Path(config.cache).expanduser() if config.cache else folder / "judge_answers.sqlite"
         self.answers = Answers(path)
         self.num_known = self.num_without = self.num_usable = 0
+        self.asked_again: Counter[NoScore] = Counter()
 
-    def score_pairs(self, pairs: Sequence[Pair]) -> list[float | None]:
+    def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
         cases: dict[str, _Case] = {}  # what is the same is asked once
         for pair in pairs:
             if (key := self._key(pair)) not in cases:
                 answers = self.answers.get(key)
-                score = next((one for one in map(self.parse, answers) if one is not None), None)
-                cases[key] = _Case(key, pair, answers, score)
+                scores = [self.form.read(answer) for answer in answers] or [EMPTY]
+                first = next((score for score in scores if not isinstance(score, NoScore)), scores[-1])
+                cases[key] = _Case(key, pair, answers, first)
         for case in cases.values():
             if self._is_settled(case):
                 self.num_known += 1
                 self._count(case)
         while unsettled := [case for case in cases.values() if not self._is_settled(case)]:
             self.chat.ask([self._asked(case) for case in unsettled], functools.partial(self._keep, unsettled))
-        return [cases[self._key(pair)].score for pair in pairs]
+        return [self._outcome(cases[self._key(pair)]) for pair in pairs]
+
+    def _outcome(self, case: _Case) -> float | NoScore:
+        if isinstance(case.score, NoScore) and case.answers:
+            return NoScore(case.score.reason, f"{_short(case.answers[-1].text)} (answer {len(case.answers)})")
+        return case.score
 
     def _asked(self, case: _Case) -> ChatQuestion:
         stream = (int(case.key[:16], 16), len(case.answers))
         return ChatQuestion(self.config.messages(fill(self.template, case.pair)), case.pair.place, stream)
 
-    def _keep(self, cases: Sequence[_Case], number: int, answer: str) -> None:
+    def _keep(self, cases: Sequence[_Case], number: int, answer: ChatAnswer) -> None:
         """One more answer, to the question of this number."""
         case = cases[number]
         self.answers.add(case.key, answer)
         case.answers.append(answer)
-        case.score = self.parse(answer)
+        case.score = self.form.read(answer)
         if self._is_settled(case):
             self._count(case)
+        elif isinstance(case.score, NoScore):
+            self.asked_again[case.score] += 1
 
     def _is_settled(self, case: _Case) -> bool:
-        return case.score is not None or len(case.answers) >= self.attempts
+        return not isinstance(case.score, NoScore) or len(case.answers) >= self.attempts
 
     def _count(self, case: _Case) -> None:
-        if case.score is not None:
+        if not isinstance(case.score, NoScore):
             self.num_usable += 1
             return
         self.num_without += 1
         if not self.num_usable and self.num_without >= HOPELESS_AFTER:
             raise ScoringFailure(
                 f"{case.pair.place}: judge {self.chat.name} gave no score in {self.num_without} answers, the last "
-                f"{_short(case.answers[-1])}; check pattern ({self.config.pattern}), low, high, template and max_tokens"
+                f"{_short(case.answers[-1].text)}: {case.score.reason}; check pattern ({self.config.pattern}), low, "
+                "high, template and max_tokens"
             )
 
-    def parse(self, answer: str) -> float | None:
-        """The number that the pattern's last match has in its group; ``None`` without match or out of range."""
-        matches = list(self.pattern.finditer(answer))
-        try:
-            score = float(matches[-1][1]) if matches else float("nan")
-        except (TypeError, ValueError):  # a group that took no part, or no number
-            return None
-        return score if self.config.low <= score <= self.config.high else None
-
     def _key(self, pair: Pair) -> str:
-        asked = [self.question, pair.prompt, pair.response]
+        asked = [self.question, self.config.messages(fill(self.template, pair))]
         return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
     def notes(self) -> Mapping[str, int]:
+        again = {f"answers asked for again: {lacks.reason}": count for lacks, count in self.asked_again.items()}
         return {
             "requests": self.chat.num_requests,
             "questions answered before": self.num_known,
-            "questions without a score": self.num_without,
-        }
+        } | again
 
     def close(self) -> None:
         self.chat.close()
@@ -127,21 +132,37 @@ class JudgeScorer(PairScorer):
 
 def fill(template: str, pair: Pair) -> str:
     """The template with both texts in place, in one pass: braces in the texts and elsewhere stay as they are."""
-    texts = {"prompt": prompt_text(pair.prompt), "response": pair.response}
+    texts = {"prompt": prompt_text(pair), "response": _with_fields(pair.response, pair.response_fields)}
     return re.sub(r"\{(prompt|response)\}", lambda match: texts[match[1]], template)
 
 
-def prompt_text(prompt: str | tuple[Mapping[str, Any], ...]) -> str:
-    """A prompt to be read by a judge: a single message is its text, several have their roles before them."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+def prompt_text(pair: Pair) -> str:
+    """A prompt to be read by a judge: a single message is its text, several have their roles before them.
+
+    Whatever else belongs to it (tools, a message's calls of them) stands there as JSON.
+    """
+    if isinstance(pair.prompt, str):
+        text = pair.prompt
+    else:
+        messages = [
+            (str(one["role"]), _with_fields(one["content"], {k: v for k, v in one.items() if k not in _OF_ALL}))
+            for one in pair.prompt
+        ]
+        text = messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {said}" for role, said in messages)
+    return _with_fields("", pair.template_fields) + "\n\n" * bool(pair.template_fields) + text
+
+
+def _with_fields(text: str | None, fields: Mapping[str, Any]) -> str:
+    """A text, then each field in a line of its own."""
+    values = {
+        name: one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for name, one in fields.items()
+    }
+    return "\n".join([*([text] if text else []), *(f"{name}: {value}" for name, value in values.items())])
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
+    """Its end, where a score would stand."""
+    return repr(text if len(text) <= 80 else "..." + text[-77:])
 
 
 def make(path: str, place: Place) -> JudgeScorer:

@@ -20,7 +20,7 @@ JUDGES = Path(__file__).with_name("judges")
 # Keys of one kind of judge alone.
 OF_ENDPOINT = ("base_url", "model", "api_key_variable", "concurrency", "timeout", "retries", "backoff")
 OF_FOLDER = ("model_folder", "engine", "batch_size")
-PARAMETERS_OF_FOLDER = ("seed", "top_p", "top_k")
+PARAMETERS_OF_FOLDER = ("seed", "top_p", "top_k", "template_arguments")
 
 
 @dataclass
@@ -37,15 +37,20 @@ class JudgeConfig:
     pattern: str = key(
         r"(?i)score\**:\s*\**\s*(-?\d+(?:\.\d+)?)", "regular expression whose one group is the score; the last match"
     )
-    low: float = key(0.0, "lowest score; an answer out of range counts as none")
-    high: float = key(10.0, "highest score")
+    low: float | None = key(
+        None,
+        "lowest score of the scale. The judge is told both where template or system have {low} and {high}, else in a "
+        "sentence behind the question; a score outside them counts as none",
+    )
+    high: float | None = key(None, "highest score of the scale; must be set, as low must")
     attempts: int = key(
-        2, "times a question is asked until its answer holds a score; model_folder at temperature 0: once", low=1
+        2, "times a question is asked until a whole answer holds a score; model_folder at temperature 0: once", low=1
     )
     max_tokens: int | None = key(1024, "tokens of an answer; null: the endpoint's own limit, and none is sent", low=1)
     temperature: float = key(0.0, "divides the logits of an answer's tokens; 0: the most probable token", low=0.0)
     parameters: dict[str, Any] = key(
-        {}, "further fields of the request, such as {top_p: 1.0}; of model_folder: seed, top_p, top_k"
+        {},
+        "further fields of the request, such as {top_p: 1.0}; of model_folder: seed, top_p, top_k, template_arguments",
     )
     concurrency: int = key(16, "questions under way at once", low=1, high=1024)
     timeout: float = key(120.0, "seconds for one answer", low=0, exclusive=True)
@@ -80,7 +85,7 @@ def load_judge(path: str) -> tuple[JudgeConfig, str | None]:
         _check_together(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return config, _api_key(config, path)
+    return _with_scale(config), _api_key(config, path)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -143,8 +148,24 @@ def _check_together(config: JudgeConfig) -> None:
         raise UserError(f"pattern={config.pattern!r}: no regular expression ({error})") from None
     if groups != 1:
         raise UserError(f"pattern={config.pattern!r}: has {groups} groups; one must hold the score, (?:...) is none")
+    if config.low is None or config.high is None:
+        missing = "low" if config.low is None else "high"
+        raise UserError(f"{missing} is not set; state the scale that the judge is to use, such as low: 1 and high: 10")
     if not config.low < config.high:
         raise UserError(f"low={config.low:g} must be below high={config.high:g}")
+
+
+def _with_scale(config: JudgeConfig) -> JudgeConfig:
+    """The judge told its scale: ``{low}`` and ``{high}`` filled in, or a sentence behind the question."""
+    assert config.template is not None
+    ends = {name: f"{getattr(config, name):.10g}" for name in ("low", "high")}
+    system, template = config.system, config.template
+    if not all(f"{{{name}}}" in f"{system}{template}" for name in ends):
+        template = f"{template.rstrip()}\n\nThe score is a number from {{low}} to {{high}}."
+    for name, end in ends.items():
+        template = template.replace(f"{{{name}}}", end)
+        system = system and system.replace(f"{{{name}}}", end)
+    return dataclasses.replace(config, system=system, template=template)
 
 
 def _check_endpoint(config: JudgeConfig) -> None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
 from nemo_rao.generation.policy import Policy, Question
+from nemo_rao.generation.progress import print_notes
 from nemo_rao.generation.settings import PolicySettings
 from nemo_rao.keys import check
 from nemo_rao.progress import Progress
-from nemo_rao.scoring.chat import ChatQuestion
+from nemo_rao.scoring.chat import ChatAnswer, ChatQuestion
 from nemo_rao.scoring.judge_config import JudgeConfig
+from nemo_rao.scoring.reading import OPENED_THINKING
 
 
 class LocalModel:
@@ -36,17 +39,21 @@ class LocalModel:
         )
         check(settings, "parameters")
         self._policy = Policy(config.model_folder, settings)
+        print_notes(self._policy)
         self._batch_size, self._max_tokens, self._temperature = config.batch_size, config.max_tokens, config.temperature
         self.name = self._policy.folder.name
         self.identity: Mapping[str, Any] = {"model": self._policy.fingerprint, "engine": self._policy.engine_name}
         self.varies = config.temperature > 0
         self.num_requests = 0
         try:
-            self._policy.check(self._question(ChatQuestion(config.messages("a question"), "system and template", ())))
+            prompt = self._policy.encoder.encode(Row(config.messages("a question"), (), "system and template")).prompt
         except UserError as error:
             raise UserError(f"{error}{'; or set system to null' if config.system else ''}") from None
+        # What a generation prompt opens is part of the answer: thinking that does not end has no score.
+        opened = OPENED_THINKING.search(str(self._policy.tokenizer.decode(prompt.tolist())))
+        self._opened = "" if opened is None else opened[0]
 
-    def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, str], None]) -> None:
+    def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
         # Questions of like lengths go together, to fill batches less; the longest first, as they need most memory.
         order = sorted(range(len(questions)), key=lambda at: -len(questions[at].messages[-1]["content"]))
         with Progress("answers", unit="answer", total=len(questions), stays=False, position=1) as progress:
@@ -55,7 +62,8 @@ class LocalModel:
                 answers = self._policy.answer([self._question(questions[at]) for at in batch], self._max_tokens)
                 self.num_requests += len(batch)
                 for at, answer in zip(batch, answers, strict=True):
-                    keep(at, "" if answer is None else answer.text)  # none: the question fills the model's context
+                    # None: the question fills the model's context.
+                    keep(at, ChatAnswer("") if answer is None else ChatAnswer(self._opened + answer.text, answer.cut))
                 progress.advance(len(batch))
 
     def _question(self, asked: ChatQuestion) -> Question:

@@ -11,12 +11,13 @@ import operator
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nemo_rao.data.fields import LARGEST_REWARD, describe
 from nemo_rao.errors import UserError
-from nemo_rao.scoring.scorer import Kind, Pair, PairScorer, ScoringFailure
+from nemo_rao.scoring.scorer import Kind, NoScore, Pair, PairScorer, ScoringFailure
 
 EXAMPLE = "nemo_rao.data.synthetic:ground_truth_reward"
 
@@ -28,10 +29,16 @@ class RuleScorer(PairScorer):
         self.path = path
         self.function = find_function(path)
         self.identity = {"rule": path, "source": _source_digest(self.function)}
+        self.not_given: Counter[str] = Counter()
 
-    def score_pairs(self, pairs: Sequence[Pair]) -> list[float | None]:
+    def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
+        for pair in pairs:
+            self.not_given.update([*pair.template_fields, *pair.response_fields])
         with _current_folder_on_path():
             return [self._score(pair) for pair in pairs]
+
+    def notes(self) -> Mapping[str, int]:
+        return {f"responses with {name}, which a rule is not given": count for name, count in self.not_given.items()}
 
     def _score(self, pair: Pair) -> float:
         prompt = pair.prompt if isinstance(pair.prompt, str) else [dict(message) for message in pair.prompt]

@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,16 +17,28 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from nemo_rao.batch import Row
-from nemo_rao.data.rows import HUB, JSON_LINES, expand_paths
+from nemo_rao.data.sources import HUB, JSON_LINES, expand_paths
+from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
 from nemo_rao.part_file import PartFile, part_path
 from nemo_rao.progress import Progress
 from nemo_rao.scoring.column import COLUMN, ColumnScorer
 from nemo_rao.scoring.finish import Scaling, stated_statistics, write_output
+from nemo_rao.scoring.missing import Missing, reasons_of
 from nemo_rao.scoring.rule import RULE
-from nemo_rao.scoring.scorer import InputRow, Kind, Place, Scorer, Scores, ScoringFailure, make_scorers, read_input
+from nemo_rao.scoring.scorer import (
+    InputRow,
+    Kind,
+    NoScore,
+    Place,
+    Scored,
+    Scorer,
+    ScoringFailure,
+    make_scorers,
+)
+from nemo_rao.scoring.source import Source, Survey, survey
 
-VERSION = 2  # changed when the same scorers would leave another part file than before
+VERSION = 3  # changed when the same scorers would leave another part file than before
 
 
 def _make_judge(path: str, place: Place) -> Scorer:
@@ -55,7 +65,13 @@ class Job:
         weight: ``NAME=NUMBER`` each.
         standardize, shift, scale: see ``finish``.
         statistics: a .stats.json whose means and standard deviations ``global`` takes; ``None``: the output's own.
+        max_missing: the largest share of the responses that may have no score, in any column.
         strict: a response without a score stops the run.
+        column: ``OURS=THEIRS`` each, names of columns in the input.
+        ignore_field: fields of the input that are not wanted.
+        bad_rows: ``refuse`` or ``drop`` rows that cannot be read.
+        max_bad_rows: the largest share of them.
+        max_length: tokens that a model as scorer reads, ``None``: as many as it was trained on.
         overwrite: ``output`` may exist.
         rows_at_once: rows handed to the scorers, and then written, together.
     """
@@ -68,9 +84,32 @@ class Job:
     statistics: str | None = None
     shift: float = 0.0
     scale: float = 1.0
+    max_missing: float = 0.05
     strict: bool = False
+    column: Sequence[str] = ()
+    ignore_field: Sequence[str] = ()
+    bad_rows: str = "refuse"
+    max_bad_rows: float = 0.05
+    max_length: int | None = None
     overwrite: bool = False
     rows_at_once: int = 32
+
+    @staticmethod
+    def of(arguments: argparse.Namespace) -> Job:
+        """What the command's arguments ask for."""
+        given = {one.name: vars(arguments)[one.name] for one in dataclasses.fields(Job)}
+        return Job(**given | {"output": Path(arguments.output).expanduser()})
+
+    def source(self) -> Source:
+        """The input, with what is said of its rows."""
+        columns: dict[str, str] = {}
+        for text in self.column:
+            ours, _, theirs = text.partition("=")
+            if not ours or not theirs:
+                raise UserError(f"--column {text}: must be OURS=THEIRS, such as prompt=question")
+            if columns.setdefault(ours, theirs) != theirs:
+                raise UserError(f"--column {text}: {ours} is {columns[ours]} already; leave one of them out")
+        return Source(self.input, columns, tuple(self.ignore_field), self.bad_rows == "drop")
 
 
 def main(arguments: argparse.Namespace, kinds: Mapping[str, Kind] = KINDS) -> int:
@@ -83,9 +122,8 @@ def main(arguments: argparse.Namespace, kinds: Mapping[str, Kind] = KINDS) -> in
     Raises:
         UserError: input that cannot be used, before anything is scored.
     """
-    given = {one.name: vars(arguments)[one.name] for one in dataclasses.fields(Job)}
     try:
-        score(Job(**given | {"output": Path(arguments.output).expanduser()}), kinds)
+        score(Job.of(arguments), kinds)
     except ScoringFailure as failure:
         print(f"error: {' '.join(str(failure).split())}", file=sys.stderr)
         return 1
@@ -99,28 +137,42 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
         UserError: input that cannot be used, before anything is scored.
         ScoringFailure: a failure under way; what is scored is kept, and the same call goes on from it.
     """
+    _check_options(job)
     _check_files(job)
+    source = job.source()
     with contextlib.ExitStack() as held:
         scorers = make_scorers(job.scorer, kinds, Place(job.output.parent))
         for scorer in scorers.values():
             held.callback(scorer.close)
         scaling = _scaling(job, list(scorers))
         fields = list(dict.fromkeys(name for scorer in scorers.values() for name in scorer.fields))
-        num_rows, notes = _check_rows(job.input, fields, scorers)
-        part = held.enter_context(PartFile(part_path(job.output), _work(job.input, scorers)))
+        same_rewards = scaling.changes_nothing and all(_gives_own_rewards(one) for one in scorers.values())
+        found = survey(source, scorers, fields, max_bad_rows=job.max_bad_rows, same_rewards=same_rewards)
+        part = held.enter_context(PartFile(part_path(job.output), _work(source, scorers, same_rewards)))
         if part.num_records:
-            print(f"goes on after {part.num_records} of {num_rows} rows", flush=True)
+            print(f"goes on after {part.num_records} of {found.num_rows} rows", flush=True)
+        missing = Missing(list(scorers), found.num_responses, job.max_missing)
+        missing.add(part.records())
         try:
-            _score_rows(part, read_input(job.input, fields), num_rows, scorers, job)
-            statistics = write_output(part, job.output, list(scorers), scaling)
+            missing.check()
+            unscored = itertools.islice(source.input_rows(fields), part.num_records, None)
+            for batch, scores in _scored(unscored, part.num_records, found, scorers, job):
+                records = [_record(row, own, same_rewards) for row, own in zip(batch, scores, strict=True)]
+                part.append(records)
+                missing.add(records)
+                missing.check()
+            counts = {name: dict(scorer.notes()) for name, scorer in scorers.items()}
+            statistics = write_output(part, job.output, list(scorers), scaling, missing, counts)
         except (ScoringFailure, UserError) as error:  # a full disk, an input that has changed meanwhile, ...
-            raise ScoringFailure(f"{error}. {_kept(part, num_rows)}") from error
+            raise ScoringFailure(f"{error}. {_kept(part, found.num_rows)}") from error
         except KeyboardInterrupt:
-            print(f"interrupted. {_kept(part, num_rows)}", file=sys.stderr)
+            print(f"interrupted. {_kept(part, found.num_rows)}", file=sys.stderr)
             raise
         part.remove()
-        for name, scorer in scorers.items():
-            notes += [f"{name}: {count} {what}" for what, count in scorer.notes().items()]
+        notes = list(found.notes)
+        for name in scorers:
+            notes += [f"{name}: {count} {what}" for what, count in counts[name].items()]
+            notes += [f"{name}: responses without a score: {text}" for text in missing.of(name)]
     from nemo_rao.scoring.report import print_report
 
     print_report(statistics)
@@ -129,26 +181,25 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
     return statistics
 
 
-def _score_rows(
-    part: PartFile, rows: Iterator[InputRow], num_rows: int, scorers: Mapping[str, Scorer], job: Job
-) -> None:
-    """Scores the rows that are not in the part file yet, and puts them there, in order."""
+def _scored(
+    rows: Iterator[InputRow], num_done: int, found: Survey, scorers: Mapping[str, Scorer], job: Job
+) -> Iterator[tuple[list[InputRow], list[dict[str, Scored]]]]:
+    """The rows in batches, with their scores by column."""
     order = sorted(scorers, key=lambda name: not scorers[name].forks)
-    unscored = itertools.islice(rows, part.num_records, None)
-    with Progress("score", unit="row", total=num_rows, done=part.num_records, stays=False) as progress:
-        while batch := list(itertools.islice(unscored, job.rows_at_once)):
+    with Progress("score", unit="row", total=found.num_rows, done=num_done, stays=False) as progress:
+        while batch := list(itertools.islice(rows, job.rows_at_once)):
             columns = {name: scorers[name].score(batch) for name in order}
             scores = [{name: columns[name][at] for name in scorers} for at in range(len(batch))]
             for row, own in zip(batch, scores, strict=True):
                 for name, values in own.items():
                     assert len(values) == len(row.responses), f"scorer {name}: a score for each response"
-                    if job.strict and None in values:
-                        number = values.index(None) + 1
-                        raise ScoringFailure(
-                            f"{row.place}, response {number}: {name} gave no score, and with --strict none may be "
-                            "missing; leave that out, or drop the row"
-                        )
-            part.append(_record(row, own) for row, own in zip(batch, scores, strict=True))
+                    for number, value in enumerate(values, start=1):
+                        if job.strict and isinstance(value, NoScore):
+                            raise ScoringFailure(
+                                f"{row.place}, response {number}: {name} gave no score ({value.reason}), and with "
+                                "--strict none may be missing; leave that out, or drop the row"
+                            )
+            yield batch, scores
             progress.advance(len(batch))
 
 
@@ -156,32 +207,48 @@ def _kept(part: PartFile, num_rows: int) -> str:
     return f"{part.num_records} of {num_rows} rows are kept in {part.path}; the same command goes on from there"
 
 
-def _record(row: Row, columns: Mapping[str, Scores]) -> dict[str, Any]:
-    """The row in the canonical format, without ``reward``: an item of the part file."""
-    responses = [
-        {"content": response.content} | {name: scores[number] for name, scores in columns.items()}
-        for number, response in enumerate(row.responses)
-    ]
-    prompt = row.prompt if isinstance(row.prompt, str) else [dict(message) for message in row.prompt]
-    ranked = {"ranked": True} if row.ranked else {}
-    return {"prompt": prompt, "responses": responses} | ranked
+def _record(row: Row, columns: Mapping[str, Scored], same_rewards: bool) -> dict[str, Any]:
+    """An item of the part file: the row in the canonical format, with the columns in the place of its rewards.
+
+    Where other scorers give the rewards, those of the reference policy's responses are kept under another name.
+    """
+    responses = tuple(dataclasses.replace(response, reward=None, ensemble=()) for response in row.responses)
+    record = record_of(dataclasses.replace(row, responses=responses))
+    for number, response in enumerate(record["responses"]):
+        for name, scores in columns.items():
+            score = scores[number]
+            response[name] = None if isinstance(score, NoScore) else score
+    if "reference_rewards" in record and not same_rewards:
+        record["input_reference_rewards"] = record.pop("reference_rewards")
+    return record | reasons_of(row, columns)
 
 
-def _work(path: str, scorers: Mapping[str, Scorer]) -> dict[str, Any]:
-    """What the scores are a function of."""
+def _gives_own_rewards(scorer: Scorer) -> bool:
+    return isinstance(scorer, ColumnScorer) and not scorer.field
+
+
+def _work(source: Source, scorers: Mapping[str, Scorer], same_rewards: bool) -> dict[str, Any]:
+    """What the part file is a function of."""
     identities = {f"digest_of_scorer {name}": scorer.identity for name, scorer in scorers.items()}
-    own = {"command": "score", "version": VERSION, "digest_of_input": _digest(path), "columns": list(scorers)}
-    return own | identities
+    own = {"command": "score", "version": VERSION, "columns": list(scorers), "same_rewards": same_rewards}
+    return own | source.identity() | identities
 
 
 # ----------------------------------------------------------------------------------- checks before anything is scored
 
 
+def _check_options(job: Job) -> None:
+    for option, value in (("--rows-at-once", job.rows_at_once), ("--max-length", job.max_length)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value}: must be >= 1")
+    for option, share in (("--max-missing", job.max_missing), ("--max-bad-rows", job.max_bad_rows)):
+        if not 0 <= share <= 1:
+            raise UserError(f"{option} {share:g}: must be a share of all, from 0 to 1")
+
+
 def _check_files(job: Job) -> None:
-    """The arguments that need neither input nor scorers."""
+    """The files, as far as neither rows nor scorers are needed."""
     output = job.output
-    if job.rows_at_once < 1:
-        raise UserError(f"--rows-at-once {job.rows_at_once}: must be >= 1")
     if not output.name.endswith(JSON_LINES):
         raise UserError(f"output {output}: its name must end in one of {', '.join(JSON_LINES)}")
     if output.is_dir():
@@ -214,54 +281,3 @@ def _scaling(job: Job, columns: Sequence[str]) -> Scaling:
     scaling = Scaling(job.standardize, job.shift, job.scale, weights, stated)
     scaling.check(columns)
     return scaling
-
-
-def _check_rows(path: str, fields: Sequence[str], scorers: Mapping[str, Scorer]) -> tuple[int, list[str]]:
-    """Reads the whole input once. Returns its number of rows, and what the user should know of it."""
-    empty: dict[str, ColumnScorer] = {
-        name: scorer for name, scorer in scorers.items() if isinstance(scorer, ColumnScorer)
-    }
-    num_rows = num_dropped = 0
-    try:
-        for row in read_input(path, fields):
-            num_rows += 1
-            num_dropped += bool(row.reference_rewards)
-            empty = {name: one for name, one in empty.items() if not any(s is not None for s in one.score([row])[0])}
-            if not isinstance(row.prompt, str):
-                _check_json(row)
-            if any(response.continuation for response in row.responses):
-                raise UserError(f"{row.place}: a conversation of several answers cannot be scored; keep its last turn")
-    except UserError as error:
-        said = str(error).replace("leave data.reward_field unset", "take these with --scorer column, without a field")
-        raise UserError(said) from None
-    if not num_rows:
-        raise UserError(f"{path}: has no rows; give a file with some")
-    for name, column in empty.items():
-        where = f"under {column.field}" if column.field else "of its own"
-        raise UserError(f"--scorer column: {path} has no rewards {where} for column {name}; leave it out")
-    left_out = f"reference_rewards of {num_dropped} rows left out: another scorer gave them"
-    return num_rows, [left_out] if num_dropped else []
-
-
-def _check_json(row: InputRow) -> None:
-    try:
-        json.dumps(_record(row, {}))
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{row.place}: the prompt's messages cannot be written as JSON ({error}); drop the row"
-        ) from None
-
-
-def _digest(path: str) -> str:
-    """Of the input's content, wherever it lies; of a data set ``hf:NAME``, of its name."""
-    digest = hashlib.blake2b(digest_size=20)
-    for source in expand_paths(path):
-        if source.startswith(HUB):
-            digest.update(source.encode())
-            continue
-        files = sorted(file for file in Path(source).rglob("*") if file.is_file()) or [Path(source)]
-        for name in files:
-            with open(name, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()

@@ -1,14 +1,13 @@
 """What a scorer is, and the rows it sees.
 
-A scorer is given rows in batches, in the file's order, and gives each response a number or ``None``. Those that look
-at one (prompt, response) at a time derive from :class:`PairScorer`; a model that scores a prompt's responses together
-implements :class:`Scorer` itself.
+A scorer is given rows in batches, in the file's order, and gives each response a number, or why it has none. Those that
+look at one (prompt, response) at a time derive from :class:`PairScorer`; a model that scores a prompt's responses
+together implements :class:`Scorer` itself.
 """
 
 from __future__ import annotations
 
 import abc
-import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +16,32 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_rao.batch import Row
-from nemo_rao.data.rows import read_rows
+from nemo_rao.data.writing import ANSWER_FIELDS
 from nemo_rao.errors import UserError
 
-Scores = tuple[float | None, ...]
-RESERVED = ("content", "reward", "label")  # fields of a response that have a meaning of their own
+Scores = tuple[float | None, ...]  # as they are written
+# Fields of a response that have a meaning of their own.
+RESERVED = ("content", "reward", "label", "weight", "truncated", "message_fields", *ANSWER_FIELDS)
 
 
 class ScoringFailure(RuntimeError):
     """What stopped scoring under way, in one line with place and remedy. What is done is kept."""
+
+
+@dataclass(frozen=True)
+class NoScore:
+    """A response has no score.
+
+    Attributes:
+        reason: in a few words, by which such responses are counted.
+        detail: what the user should see of this one, such as the judge's answer.
+    """
+
+    reason: str
+    detail: str = field(default="", compare=False)
+
+
+Scored = tuple[float | NoScore, ...]  # of a row's responses, as a scorer gives them
 
 
 @dataclass(frozen=True)
@@ -53,15 +69,15 @@ class Scorer(Protocol):
     forks: bool
     identity: Mapping[str, Any]
 
-    def score(self, rows: Sequence[InputRow]) -> list[Scores]:
-        """For each row a number per response, ``None`` where there is none.
+    def score(self, rows: Sequence[InputRow]) -> list[Scored]:
+        """For each row a number per response, or why it has none.
 
         Raises:
             ScoringFailure: no use in going on.
         """
 
     def notes(self) -> Mapping[str, int]:
-        """Counts worth telling at the end, by what they count."""
+        """Counts of this run to be reported at its end, by what they count."""
 
     def close(self) -> None:
         """Gives back what it holds. Called once, also after a failure."""
@@ -75,10 +91,10 @@ class PairScorer(abc.ABC):
     identity: Mapping[str, Any]
 
     @abc.abstractmethod
-    def score_pairs(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """A number for each pair, in order."""
+    def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
+        """A number for each pair, in order, or why it has none."""
 
-    def score(self, rows: Sequence[InputRow]) -> list[Scores]:
+    def score(self, rows: Sequence[InputRow]) -> list[Scored]:
         scores = iter(self.score_pairs([pair for row in rows for pair in pairs_of(row)]))
         return [tuple(itertools.islice(scores, len(row.responses))) for row in rows]
 
@@ -97,31 +113,20 @@ class Pair:
         prompt: text, or messages with ``role`` and ``content``.
         response: its text.
         place: file, line and number of the response, for messages.
+        response_fields, template_fields: see :class:`nemo_rao.batch.Response` and :class:`nemo_rao.batch.Row`.
     """
 
     prompt: str | tuple[Mapping[str, Any], ...]
     response: str
     place: str
+    response_fields: Mapping[str, Any] = field(default_factory=dict)
+    template_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def pairs_of(row: Row) -> Iterator[Pair]:
     for number, response in enumerate(row.responses, start=1):
-        yield Pair(row.prompt, response.content, f"{row.place}, response {number}")
-
-
-def read_input(path: str, fields: Sequence[str]) -> Iterator[InputRow]:
-    """The rows of a file with the rewards it has under ``fields``; see ``data.rows.read_rows``.
-
-    The file is read once more for each field, so that a field may be null where an ensemble's may not.
-    """
-    plain = read_rows(path)
-    columns = [read_rows(path, reward_field=name) for name in fields]
-    for row, *same in zip(plain, *columns, strict=True):
-        values = {
-            name: tuple(response.reward for response in other.responses)
-            for name, other in zip(fields, same, strict=True)
-        }
-        yield InputRow(**{one.name: getattr(row, one.name) for one in dataclasses.fields(Row)}, columns=values)
+        place = f"{row.place}, response {number}"
+        yield Pair(row.prompt, response.content, place, response.fields, row.template_fields)
 
 
 # ------------------------------------------------------------------------------------------- NAME=KIND:ARGUMENT

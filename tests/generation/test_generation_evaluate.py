@@ -6,7 +6,8 @@ import functools
 import importlib.util
 import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 import transformers
 
 from nemo_rao.cli import main
+from nemo_rao.data.encode import load_tokenizer
+from nemo_rao.data.rendering_record import Rendering, write_rendering
 from nemo_rao.generation.with_transformers import TransformersEngine
 from tests.generation.conftest import read_lines
 from tests.generation.test_generation_generate import Killed, one_line
@@ -188,16 +191,8 @@ def test_a_task_of_the_harness_says_what_to_install_where_it_is_not(
 def test_a_users_own_task_is_run_by_the_harness_with_the_policys_log_probabilities(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    manager = pytest.importorskip("lm_eval.tasks").TaskManager
-    # Its own thousands of tasks take seconds to list, and need the network.
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(manager, include_defaults=False))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
     documents = [{"question": f"What is the answer {text}?", "answer": n % 2} for n, text in enumerate("abcdefgh")]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    (tasks / "own.yaml").write_text(MULTIPLE_CHOICE.format(name="own_task", data=tmp_path / "data.jsonl"))
-    options = ("--task=own_task", "--include-path", str(tasks))
+    tasks, options = own_task(documents, tmp_path, monkeypatch)
     assert evaluate(model_folder, tmp_path / "out", *options) == 0
     found = json.loads((tmp_path / "out/results.json").read_text())["tasks"]["own_task"]["metrics"]
 
@@ -218,3 +213,46 @@ def test_a_users_own_task_is_run_by_the_harness_with_the_policys_log_probabiliti
 
     assert evaluate(model_folder, tmp_path / "out", "--task=own_tusk", "--include-path", str(tasks)) == 2
     assert "task own_tusk: lm_eval has none of this name" in capfd.readouterr().err
+
+
+def test_the_harness_renders_questions_as_in_training(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, options = own_task([{"question": "What is a?", "answer": 0}], tmp_path, monkeypatch)
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("{{ bos_token }}", "{{ mode or '' }}"))
+    write_rendering(folder, Rendering(template_arguments={"mode": "m"}))
+    from lm_eval.models.huggingface import HFLM
+
+    asked: list[list[int]] = []
+    original = HFLM._loglikelihood_tokens
+
+    def watched(self: Any, requests: Any, *args: Any, **options: Any) -> Any:
+        asked.extend(context for _, context, _ in requests)
+        return original(self, requests, *args, **options)
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", watched)
+    assert evaluate(folder, tmp_path / "out", *options, "--apply-chat-template") == 0
+    # Without the beginning token, which the tokenizer adds to plain text.
+    assert [load_tokenizer(folder).decode(tokens) for tokens in asked] == [
+        "m<|user|>What is a?<|end|><|assistant|>"
+    ] * 2
+    capfd.readouterr()
+    assert evaluate(folder, tmp_path / "out", *options, "--apply-chat-template", "--template-arguments={}") == 2
+    assert "has own_task with another template_arguments" in one_line(capfd).splitlines()[-1]
+    assert evaluate(folder, tmp_path / "never", *options, "--apply-chat-template", "--chat-template=never") == 2
+    assert "apply_chat_template: the tokenizer has no chat template, or" in one_line(capfd)
+
+
+def own_task(documents: Sequence[Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, tuple[str, ...]]:
+    """The folder of a multiple-choice task over these documents, and the options that name it."""
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager
+    # Its own thousands of tasks take seconds to list, and need the network.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(manager, include_defaults=False))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    (folder / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tasks / "own.yaml").write_text(MULTIPLE_CHOICE.format(name="own_task", data=folder / "data.jsonl"))
+    return tasks, ("--task=own_task", "--include-path", str(tasks))

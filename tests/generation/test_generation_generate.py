@@ -48,8 +48,16 @@ def test_responses_are_rows_that_training_reads(
 ) -> None:
     assert generate(model_folder, prompts, tmp_path / "out.jsonl", "--system", "Be kind.") == 0
     report = capfd.readouterr().out
-    assert "5 prompts, 15 responses, mean length" in report and "% cut at --max-new-tokens" in report
+    assert "5 prompts, 15 responses, mean length" in report
     rows = list(read_rows(tmp_path / "out.jsonl"))
+    written = [response for row in read_lines(tmp_path / "out.jsonl") for response in row["responses"]]
+    num_cut = sum(response.get("truncated", False) for response in written)
+    num_special = sum("<|" in response["content"] for response in written)
+    assert f"{100 * num_cut / 15:.1f} % cut at --max-new-tokens" in report and 0 < num_cut < 15
+    assert f"{num_special} responses hold special tokens" in report and num_special
+    assert [response.truncated for row in rows for response in row.responses] == [
+        response.get("truncated", False) for response in written
+    ]
     encoder = Encoder(load_tokenizer(model_folder))
     for row in rows:
         sample = encoder.encode(row)
@@ -217,6 +225,8 @@ def test_wrong_keys_are_told_before_anything_is_read(
         (["--engine=vlm"], "--engine: invalid choice: 'vlm'"),
         (["--batch-size=many"], "invalid int value: 'many'"),
         (["--system=x", "--chat-template=never"], "plain text has no place for --system"),
+        (["--template-arguments={a: 1}"], "{a: 1} is not a JSON object"),
+        (['--template-arguments={"a": 1}', "--chat-template=never"], "plain text takes no --template-arguments"),
     ):
         assert main(["generate", "nowhere", "nothing.jsonl", "out.jsonl", *options]) == 2
         assert part in one_line(capfd)
@@ -346,5 +356,5 @@ def begun(model: Path, prompts: str, folder: Path) -> Path:
     settings = GenerateSettings(num_responses=3, max_new_tokens=16, engine="transformers")
     path = folder / "out.jsonl.part.jsonl"
     with PartFile(path, work_of(Policy(model, settings), read_prompts(prompts), settings)) as part:
-        part.append([{"responses": [["one", 1, False]] * 3}])
+        part.append([{"responses": [["one", 1, False, False]] * 3}])
     return path

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from nemo_rao.generation.engine import Request
+from nemo_rao.generation.engine import Continuation, Request
 from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.settings import GenerateSettings
 from nemo_rao.generation.with_transformers import draw, uniforms
@@ -77,18 +77,28 @@ def test_greedy_answers_are_those_of_the_model_alone_without_padding(model_folde
             told.append(token)
         assert answer is not None
         assert answer.num_tokens == len(told) and answer.cut == (len(told) == 24)
-        assert answer.text == policy.tokenizer.decode(told, skip_special_tokens=True).rstrip(
-            "\ufffd" if answer.cut else ""
-        )
+        assert answer.text == policy.tokenizer.decode(told).rstrip("\ufffd" if answer.cut else "")
 
 
-def test_the_end_token_ends_a_response_and_no_special_token_is_in_the_text(model_folder: Path) -> None:
+def test_the_end_token_ends_a_response_and_other_special_tokens_stay_in_it(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = Policy(model_folder, settings())
     answers = policy.answer([Question("Name a prime.", "", (0, k, 0), 1.0) for k in range(60)], 12)
     assert any(answer and not answer.cut for answer in answers) and any(answer and answer.cut for answer in answers)
+    special = {"<|begin|>", "<|system|>", "<|user|>", "<|assistant|>"}
     for answer in answers:
         assert answer is not None and answer.cut == (answer.num_tokens == 12)
-        assert not any(token in answer.text for token in policy.tokenizer.all_special_tokens)
+        assert "<|end|>" not in answer.text and "<|pad|>" not in answer.text
+        assert answer.has_special_tokens == any(token in answer.text for token in special)
+
+    said = [policy.tokenizer.encode(text, add_special_tokens=False) for text in ("<|user|>a<|pad|> b<|user|>", "a b")]
+    monkeypatch.setattr(policy.engine, "generate", lambda _: [Continuation(tokens, False) for tokens in said])
+    answers = policy.answer([Question("Name a prime.", "", (0, k, 0), 1.0) for k in range(2)], 12)
+    assert [(answer.text, answer.has_special_tokens) for answer in answers if answer] == [
+        ("<|user|>a b<|user|>", True),
+        ("a b", False),
+    ]
 
 
 def test_tokens_that_the_tokenizer_does_not_have_are_never_drawn(model_folder: Path) -> None:

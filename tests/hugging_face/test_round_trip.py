@@ -10,6 +10,7 @@ import torch
 
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import load_tokenizer
+from nemo_rao.data.rendering_record import Rendering, read_rendering
 
 from .conftest import Converted
 from .models import MODELS, command, log_prob_sums, make_model, read_json, sft_loss, tensors
@@ -106,7 +107,7 @@ def lora(converted: dict[str, Converted], data: Path, tmp_path_factory: pytest.T
         *("model=imported", *paths, "trainer.max_steps=3", "model.peft.scheme=lora", "model.optim.lr=1e-2"),
         *("model.peft.lora.dim=4", "model.peft.lora.alpha=24", "model.optim.sched.name=constant"),
         *("trainer.devices=2", "model.tensor_model_parallel_size=2", "trainer.enable_progress_bar=false"),
-        *(f"exp_manager.exp_dir={folder}", "exp_manager.name=run"),
+        *(f"exp_manager.exp_dir={folder}", "exp_manager.name=run", "data.chat_template=always"),
     )
     return folder
 
@@ -122,6 +123,9 @@ def test_adapters_merged_or_not_give_the_loss_that_the_run_ended_with(
     logged = [float(line.split('"val/loss": ')[1].split(",")[0]) for line in _scored(lora / "run")]
     source = converted["tied qwen2, padded"].source
     base = AutoModelForCausalLM.from_pretrained(source)
+    assert not (converted["tied qwen2, padded"].exported / "nemo_rao.json").exists()  # nothing was trained
+    for exported in (lora / "merged", lora / "adapters"):
+        assert read_rendering(exported) == Rendering(chat_template="always")
     assert sft_loss(base, lora / "merged", data) == pytest.approx(logged[0], abs=1e-5)
     assert logged[-1] < logged[0] - 0.1  # the adapters do something
     merged = AutoModelForCausalLM.from_pretrained(lora / "merged")

@@ -73,6 +73,8 @@ def write_judge(url: str, path: str = "judge.yaml", **keys: Any) -> str:
         "base_url": url,
         "model": "small",
         "template": "<prompt>{prompt}</prompt><response>{response}</response> {other} {}",
+        "low": 0,
+        "high": 10,
         "backoff": 0.01,
         "retries": 2,
         "timeout": 20,

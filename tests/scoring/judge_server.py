@@ -14,8 +14,8 @@ from typing import Any
 Reply = tuple[int, dict[str, str], bytes]
 
 
-def completion(text: str | None) -> Reply:
-    body = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+def completion(content: object, finish_reason: str | None = "stop") -> Reply:
+    body = {"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}]}
     return 200, {}, json.dumps(body).encode()
 
 

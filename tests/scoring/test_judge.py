@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from nemo_rao.scoring.judge import fill, make
+from nemo_rao.scoring.judge import fill
 from nemo_rao.scoring.judge_config import load_judge
-from nemo_rao.scoring.scorer import Pair, Place
+from nemo_rao.scoring.scorer import Pair
 from tests.scoring.conftest import read_lines, wait_for, write_judge, write_lines, write_rows
 from tests.scoring.judge_server import JudgeServer, Reply, by_number, completion, error
 
@@ -26,7 +27,7 @@ EXPECTED = [[float((i + k) % 10) for k in range(2)] for i in range(6)]
 
 
 def test_scores_stand_at_their_responses_in_the_files_order(judge: JudgeServer, command: Command) -> None:
-    judge.delay = 0.01
+    judge.delay = 0.05
     write_rows("in.jsonl")
     code, output, message = command("in.jsonl", "out.jsonl", "--scorer", write_judge(judge.url, concurrency=3))
     assert code == 0, message
@@ -78,8 +79,8 @@ def test_the_same_question_is_asked_once_within_a_run_and_over_runs(judge: Judge
     write_lines("in.jsonl", row, row)
     assert command("in.jsonl", "out.jsonl", "--scorer", write_judge(judge.url))[0] == 0
     assert set(judge.asked.values()) == {1} and len(judge.asked) == 2
-    # Another pattern reads the same answers; another template is another question.
-    again = write_judge(judge.url, pattern=r"Score: (\d)", high=20)
+    # Another pattern reads the same answers; another template or scale is another question.
+    again = write_judge(judge.url, pattern=r"Score: (\d)")
     code, output, _ = command("in.jsonl", "again.jsonl", "--scorer", again)
     assert code == 0 and len(judge.requests) == 2 and "judge: 0 requests" in output
     assert rewards("again.jsonl") == [[3.0, 3.0, 4.0]] * 2
@@ -154,21 +155,47 @@ def test_a_judge_that_does_not_answer_in_time_or_is_not_there_is_named(command: 
     assert code == 1 and "ConnectError" in message and message.count("\n") == 1
 
 
-def test_nonsense_is_asked_again_and_then_counted(command: Command) -> None:
+def test_an_answer_that_is_no_score_is_asked_for_again_and_then_counted_by_its_reason(command: Command) -> None:
+    cut = "<think>A first guess would be Score: 3, but"
+
     def reply(text: str, times: int) -> Reply:
+        if "answer 2" in text:  # cut off in its thinking, at max_tokens, and then whole
+            return completion([{"type": "text", "text": "Score: 2"}]) if times == 2 else completion(cut, "length")
         if "answer 3" in text:
-            return completion(None)
+            return completion(cut) if times == 1 else completion("Score: 3", "length")
         if "answer 4" in text:
             return completion("Score: 7, no: Score: 4") if times == 2 else completion("Score: 11")
+        if "answer 5" in text:
+            return completion("The answer says Score: 5.\nScore: two")
         return by_number(text, times)
 
     write_rows("in.jsonl")
     with JudgeServer(reply) as server:
-        code, output, message = command("in.jsonl", "out.jsonl", "--scorer", write_judge(server.url))
-    assert code == 0, message
-    assert rewards() == [[None if score == 3 else score for score in row] for row in EXPECTED]
-    assert "judge: 2 questions without a score" in output
-    assert {times for text, times in server.asked.items() if "answer 3" in text or "answer 4" in text} == {2}
+        given = ("--scorer", write_judge(server.url), "--max-missing")
+        code, output, message = command("in.jsonl", "out.jsonl", *given, "0.4")
+        assert code == 0, message
+        asked = sum(server.asked.values())
+        code, _, message = command("in.jsonl", "fewer.jsonl", *given, "0.3")
+        assert code == 1 and message.count("\n") == 1 and not Path("fewer.jsonl").exists()
+        assert "column judge: 4 of 12 responses have no score, more than --max-missing 0.3 allows" in message
+        assert "6 of 6 rows are kept" in message and command("in.jsonl", "fewer.jsonl", *given, "0.4")[0] == 0
+        assert sum(server.asked.values()) == asked and Path("fewer.jsonl").read_text() == Path("out.jsonl").read_text()
+    assert rewards() == [[None if score in (3, 5) else score for score in row] for row in EXPECTED]
+    assert {times for text, times in server.asked.items() if any(f"answer {n}" in text for n in (2, 3, 4, 5))} == {2}
+    found = json.loads(Path("out.jsonl.stats.json").read_text())
+    assert found["without_score"] == {
+        "judge": {"answer cut off (raise max_tokens)": 2, "no score in the form of pattern": 2}
+    }
+    assert found["notes"]["judge"] == {
+        "requests": 12 + 8,
+        "questions answered before": 0,
+        "answers asked for again: answer cut off (raise max_tokens)": 4,
+        "answers asked for again: score outside low and high": 2,
+        "answers asked for again: no score in the form of pattern": 2,
+    }
+    assert found["columns"]["judge"]["missing"] == found["reward"]["missing"] == 4
+    first = "(the first: in.jsonl line 3, response 2: 'Score: 3' (answer 2))"
+    assert f"judge: responses without a score: 2 answer cut off (raise max_tokens) {first}" in output
 
 
 def test_nonsense_stops_the_run_where_asked_and_where_there_is_nothing_else(command: Command) -> None:
@@ -190,10 +217,71 @@ def test_a_question_that_is_refused_alone_leaves_its_response_without_a_reward(c
         return error(400, "context too long") if "5.1" in text else by_number(text, times)
 
     write_rows("in.jsonl")
+    few = ("--rows-at-once", "1", "--max-missing", "0.1")
     with JudgeServer(reply) as server:
-        code, _, message = command("in.jsonl", "out.jsonl", "--scorer", write_judge(server.url), "--rows-at-once", "1")
+        code, _, message = command("in.jsonl", "out.jsonl", "--scorer", write_judge(server.url), *few)
     assert code == 0, message
     assert rewards() == [*EXPECTED[:5], [5.0, None]]
+
+
+@pytest.mark.parametrize(
+    ("content", "score"),
+    [
+        ([{"type": "thinking", "thinking": "Score: 1"}, {"type": "text", "text": "Fine.\nScore: "}, "8"], 8.0),
+        ({"type": "text", "text": "Score: 8"}, 8.0),
+        ([{"type": "refusal", "refusal": "Score: 8"}], None),
+        ([{"type": "image_url", "image_url": {}}], "a part of type 'image_url'"),
+        (8, "a part that is int"),
+    ],
+)
+def test_an_answer_in_parts_is_their_text_or_its_kind_is_named(
+    content: object, score: float | str | None, command: Command
+) -> None:
+    write_rows("in.jsonl", 1, 1)
+    with JudgeServer(lambda *_: completion(content)) as server:
+        scorer = write_judge(server.url, attempts=1)
+        code, _, message = command("in.jsonl", "out.jsonl", "--scorer", scorer, "--max-missing", "1")
+    if isinstance(score, str):
+        assert code == 1 and score in message and message.count("\n") == 1
+    else:
+        assert code == 0 and rewards() == [[score]], message
+
+
+def test_the_judge_is_told_its_scale(judge: JudgeServer, command: Command) -> None:
+    write_lines("in.jsonl", {"prompt": "{low}", "responses": [{"content": "3 {high}"}]})
+    settings = f"base_url: {judge.url}\nmodel: small\nhigh: 5\n"
+    Path("based.yaml").write_text(f"based_on: helpfulness\n{settings}")
+    Path("own.yaml").write_text(f"low: -2.5\ntemplate: '<response>{{response}}</response>'\n{settings}")
+    for name in ("based", "own"):
+        assert command("in.jsonl", f"{name}.jsonl", "--scorer", f"judge:{name}.yaml")[0] == 0
+    based, own = judge.asked
+    assert "from 1 (useless)\nto 5 (could" in based and "{low}" in based and "3 {high}" in based
+    assert own == "<response>3 {high}</response>\n\nThe score is a number from -2.5 to 5."
+
+
+def test_another_endpoint_is_another_judge(judge: JudgeServer, command: Command) -> None:
+    write_rows("in.jsonl", 1, 1)
+    with JudgeServer(lambda *_: completion("Score: 9")) as other:
+        for url in (judge.url, judge.url + "/", other.url):
+            assert command("in.jsonl", "out.jsonl", "--overwrite", "--scorer", write_judge(url))[0] == 0
+    assert len(judge.requests) == len(other.requests) == 1 and rewards() == [[9.0]]
+
+
+def test_the_judge_sees_all_that_belongs_to_prompt_and_response(judge: JudgeServer, command: Command) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    pair = Pair(
+        ({"role": "user", "content": "U"}, {"role": "assistant", "content": "", "tool_calls": [call]}),
+        "R",
+        "here",
+        {"reasoning_content": "because"},
+        {"tools": [{"name": "add"}]},
+    )
+    asked = fill("{prompt}|{response}", pair)
+    calls = json.dumps([call])
+    assert (
+        asked
+        == f'tools: [{{"name": "add"}}]\n\nuser: U\n\nassistant: tool_calls: {calls}|R\nreasoning_content: because'
+    )
 
 
 def test_the_packages_judges_can_be_used(judge: JudgeServer, command: Command) -> None:
@@ -204,29 +292,6 @@ def test_the_packages_judges_can_be_used(judge: JudgeServer, command: Command) -
         assert config.high == high and config.low == 0
         assert command("in.jsonl", f"{name}.jsonl", "--scorer", f"judge:{name}.yaml")[0] == 0
         assert rewards(f"{name}.jsonl") == EXPECTED[:2]
-
-
-@pytest.mark.parametrize(
-    ("answer", "score"),
-    [
-        ("Score: 7", 7.0),
-        ("**Score:** 7.5", 7.5),
-        ("score: 3\nScore: -1", -1.0),
-        ("Score: 8/10", 8.0),
-        ("Score: ten", None),
-        ("Score: 11", None),
-        ("", None),
-    ],
-)
-def test_the_default_pattern_takes_the_last_score_in_range(
-    answer: str, score: float | None, judge: JudgeServer
-) -> None:
-    scorer = make(write_judge(judge.url, low=-1).removeprefix("judge:"), Place(Path()))
-    try:
-        assert scorer.parse(answer) == score
-    finally:
-        scorer.close()
-    assert not list(Path().glob("*.sqlite"))
 
 
 @pytest.mark.parametrize(
@@ -241,6 +306,7 @@ def test_the_default_pattern_takes_the_last_score_in_range(
         ({"pattern": "(("}, ("pattern='(('", "no regular expression")),
         ({"pattern": r"\d"}, ("has 0 groups",)),
         ({"low": 3, "high": 3}, ("low=3", "high=3")),
+        ({"high": None}, ("high is not set", "high: 10")),
         ({"base_url": "localhost:8000"}, ("base_url='localhost:8000'", "http://localhost:8000/v1")),
         ({"base_url": "http://u:pw@host/v1"}, ("base_url holds a password",)),
         ({"based_on": "nope"}, ("based_on='nope'", "helpfulness, translation")),

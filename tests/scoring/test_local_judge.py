@@ -21,13 +21,14 @@ from tests.scoring.conftest import read_lines, write_rows
 Command = Callable[..., tuple[int, str, str]]
 TEMPLATE = "Rate {response} to {prompt}, 0 1 2 3 4 5 6 7 8 9."
 SYSTEM = "You rate."
-MAX_TOKENS = 12
-PATTERN, HIGH = r"(\d+)", 99999.0  # the answer's last number, unless that is too large
+MAX_TOKENS = 6  # some answers are longer, and cut off
+PATTERN, HIGH = r"(\d+)", 99999.0  # the answer's last number
+SOME_MISSING = ("--max-missing", "1")
 
 
 @pytest.fixture(scope="session")
 def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chat model of random weights, most of whose tokens are digits."""
+    """A chat model of random weights, most of whose tokens are digits and ends."""
     folder = tmp_path_factory.mktemp("models") / "judge"
     train_tokenizer([f"{SYSTEM} {TEMPLATE} prompt answer of the letters a b c d e f g h"] * 3, folder, 300)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -48,9 +49,10 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.model.embed_tokens.weight[:, 0] = 3.0  # a coordinate that is positive everywhere ...
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
-        draw = torch.Generator().manual_seed(6)  # of those tried, one whose answers differ and are not all in range
+        draw = torch.Generator().manual_seed(25)  # of those tried, one whose answers differ, and end early or late
         model.lm_head.weight[digits] = torch.randn(len(digits), 48, generator=draw) * 0.45
-        model.lm_head.weight[digits, 0] = 7.0  # ... raises the logits of digits
+        model.lm_head.weight[tokenizer.eos_token_id] = torch.randn(48, generator=draw) * 0.8
+        model.lm_head.weight[[*digits, tokenizer.eos_token_id], 0] = 7.0  # ... raises the logits of digits and the end
     # Settings of its own, which must not reach what is asked here.
     model.generation_config = transformers.GenerationConfig(do_sample=True, temperature=2.0, repetition_penalty=1.5)
     model.save_pretrained(folder)
@@ -79,6 +81,7 @@ def write_judge(folder: Path, path: str = "judge.yaml", **keys: Any) -> str:
         "template": TEMPLATE,
         "pattern": PATTERN,
         "max_tokens": MAX_TOKENS,
+        "low": 0,
         "high": HIGH,
     }
     Path(path).write_text(json.dumps(settings | keys))
@@ -100,13 +103,16 @@ def expected(folder: Path, path: str = "in.jsonl") -> list[list[float | None]]:
 
     def score(prompt: str, response: str) -> float | None:
         question = TEMPLATE.replace("{prompt}", prompt).replace("{response}", response)
+        question += f"\n\nThe score is a number from 0 to {HIGH:g}."
         tokens = tokenizer.apply_chat_template(
             [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
             add_generation_prompt=True,
             return_tensors="pt",
         )
         said = model.generate(tokens, attention_mask=torch.ones_like(tokens))
-        found = re.findall(PATTERN, tokenizer.decode(said[0, tokens.shape[1] :], skip_special_tokens=True))
+        if said[0, -1] != tokenizer.eos_token_id:
+            return None  # cut off
+        found = re.findall(PATTERN, tokenizer.decode(said[0, tokens.shape[1] : -1]))
         return float(found[-1]) if found and float(found[-1]) <= HIGH else None
 
     return [[score(row["prompt"], one["content"]) for one in row["responses"]] for row in read_lines(path)]
@@ -122,12 +128,12 @@ def test_scores_are_those_of_transformers_own_greedy_answers_in_any_batch(
     for size in (1, 5, 64):
         asked.clear()
         scorer = write_judge(judge_folder, batch_size=size, cache=f"{size}.sqlite")
-        code, output, message = command("in.jsonl", f"{size}.jsonl", "--scorer", scorer)
+        code, output, message = command("in.jsonl", f"{size}.jsonl", "--scorer", scorer, *SOME_MISSING)
         assert code == 0, message
         assert rewards(f"{size}.jsonl") == wanted
         assert [len(batch) for batch in asked] == {1: [1] * 16, 5: [5, 5, 5, 1], 64: [16]}[size]
         # Greedy: an answer without a score would come again as it was.
-        assert "judge: 16 requests" in output and f"judge: {scores.count(None)} questions without a score" in output
+        assert "judge: 16 requests" in output and f"{scores.count(None)} answer cut off (raise max_tokens)" in output
 
 
 def test_a_run_that_was_killed_asks_nothing_again_that_was_answered(
@@ -137,7 +143,8 @@ def test_a_run_that_was_killed_asks_nothing_again_that_was_answered(
         """Nothing catches it, like a signal."""
 
     write_rows("in.jsonl", 8)
-    arguments = ("in.jsonl", "out.jsonl", "--scorer", write_judge(judge_folder, batch_size=3), "--rows-at-once", "4")
+    scorer = write_judge(judge_folder, batch_size=3)
+    arguments = ("in.jsonl", "out.jsonl", "--scorer", scorer, "--rows-at-once", "4", *SOME_MISSING)
     counting = TransformersEngine.generate
 
     def killed(self: TransformersEngine, requests: Any) -> Any:
@@ -161,14 +168,14 @@ def test_answers_are_kept_for_other_patterns_and_another_place_but_not_for_anoth
     judge_folder: Path, command: Command, asked: list[list[Any]], tmp_path: Path
 ) -> None:
     write_rows("in.jsonl", 2)
-    assert command("in.jsonl", "out.jsonl", "--scorer", write_judge(judge_folder))[0] == 0
+    assert command("in.jsonl", "out.jsonl", "--scorer", write_judge(judge_folder), *SOME_MISSING)[0] == 0
     elsewhere = shutil.copytree(judge_folder, tmp_path / "elsewhere")
     scorer = write_judge(elsewhere, pattern=r"(\d+)\D*$", batch_size=2)
-    assert command("in.jsonl", "again.jsonl", "--scorer", scorer)[0] == 0
+    assert command("in.jsonl", "again.jsonl", "--scorer", scorer, *SOME_MISSING)[0] == 0
     assert len(asked) == 1 and rewards("again.jsonl") == rewards()
     settings = json.loads((elsewhere / "config.json").read_text())
     (elsewhere / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-3}))
-    assert command("in.jsonl", "other.jsonl", "--scorer", scorer)[0] == 0
+    assert command("in.jsonl", "other.jsonl", "--scorer", scorer, *SOME_MISSING)[0] == 0
     assert len(asked) > 1
 
 
@@ -180,7 +187,8 @@ def test_above_temperature_0_answers_are_drawn_by_the_seed_and_asked_for_again(
     for number, seed in enumerate((1, 1, 2)):
         keys = {"temperature": 1.5, "parameters": {"seed": seed}, "attempts": 3, "low": 5, "cache": f"{number}.sqlite"}
         asked.clear()
-        assert command("in.jsonl", f"{number}.jsonl", "--scorer", write_judge(judge_folder, **keys))[0] == 0
+        scorer = write_judge(judge_folder, **keys)
+        assert command("in.jsonl", f"{number}.jsonl", "--scorer", scorer, *SOME_MISSING)[0] == 0
         made.append(rewards(f"{number}.jsonl"))
         requests = [request for batch in asked for request in batch]
         assert len({request.stream for request in requests}) == len(requests)
@@ -198,11 +206,25 @@ def test_a_question_longer_than_the_context_has_no_score_and_the_others_have(
     write_rows("in.jsonl", 2)
     with open("in.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "p", "responses": [{"content": "7 " * 300}, {"content": "a"}]}) + "\n")
-    code, _, message = command("in.jsonl", "out.jsonl", "--scorer", write_judge(judge_folder))
+    code, _, message = command("in.jsonl", "out.jsonl", "--scorer", write_judge(judge_folder), *SOME_MISSING)
     assert code == 0, message
     Path("in.jsonl").write_text(Path("in.jsonl").read_text().replace("7 " * 300, "-"))
     wanted = expected(judge_folder)
     assert rewards()[:2] == wanted[:2] and rewards()[2] == [None, wanted[2][1]]
+
+
+def test_thinking_that_the_generation_prompt_opens_is_no_answer_before_it_ends(
+    judge_folder: Path, command: Command, tmp_path: Path
+) -> None:
+    write_rows("in.jsonl", 2)
+    thinks = shutil.copytree(judge_folder, tmp_path / "models" / "thinks")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(thinks)
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    (thinks / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(thinks)
+    code, output, message = command("in.jsonl", "out.jsonl", "--scorer", write_judge(thinks), *SOME_MISSING)
+    assert code == 0 and rewards() == [[None, None]] * 2, message
+    assert "4 answer cut off" in output and "'<think>" in output
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,20 +139,88 @@ def test_a_response_that_lacks_a_column_has_no_reward_unless_that_weighs_nothing
     write_lines("in.jsonl", {"prompt": "p", "responses": [{"content": "a", "reward": 2}, {"content": "b"}]})
     Path("rules_of_one.py").write_text("def one(prompt, response):\n    return 1\n")
     given = ("in.jsonl", "out.jsonl", "--scorer", "column", "--scorer", "rule:rules_of_one.one")
-    assert command(*given)[0] == 0
+    code, _, message = command(*given, "--max-missing", "0.4")
+    assert code == 1 and message.count("\n") == 1 and "1 of 2 rows" not in message, message
+    assert "given: 1 of 2 responses have no score" in message and "1 null or missing in the input" in message
+    assert command(*given, "--max-missing", "0.5")[0] == 0
     assert column("reward") == [[1.5, None]] and column("given") == [[2, None]]
     assert json.loads(Path("out.jsonl.stats.json").read_text())["reward"]["missing"] == 1
-    assert command(*given, "--overwrite", "--weight", "given=0")[0] == 0
+    again = (*given, "--max-missing", "0.5", "--overwrite")
+    assert command(*again, "--weight", "given=0")[0] == 0
     assert column("reward") == [[1, 1]]
-    code, _, message = command(*given, "--overwrite", "--strict")
+    code, _, message = command(*again, "--strict")
     assert code == 1 and "in.jsonl line 1, response 2: given gave no score" in message
 
 
-def test_rewards_of_further_responses_are_left_out_and_counted(command: Command) -> None:
-    write_lines("in.jsonl", RATED[0] | {"reference_rewards": [1.0, 2.0]}, RATED[1])
-    code, output, _ = command("in.jsonl", "out.jsonl", "--scorer", "column:r_1")
-    assert code == 0 and "reference_rewards of 1 rows left out" in output
-    assert "reference_rewards" not in Path("out.jsonl").read_text()
+def test_nothing_of_a_row_is_lost(command: Command) -> None:
+    row = {
+        "prompt": [{"role": "user", "content": "u", "name": "Ann"}],
+        "responses": [
+            {"content": "a", "reward": 2.0, "truncated": True},
+            {"content": "b", "reward": 1.0, "weight": 0, "reasoning_content": "why"},
+        ],
+        "ranked": True,
+        "reference_rewards": [1.0, 2.0],
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}],
+        "source": "somewhere",
+    }
+    write_lines("in.jsonl", row)
+    code, output, message = command("in.jsonl", "same.jsonl", "--scorer", "column")
+    assert code == 0, message
+    assert "fields that are not used: source (1 row)" in output and "reference_rewards" not in output
+    [before], [after] = read_rows("in.jsonl"), read_rows("same.jsonl")
+    assert replace(after, place="", unused=()) == replace(before, place="", unused=())
+    # Rewards of another scorer are not on the scale of the reference policy's.
+    Path("rules_of_a.py").write_text("def is_a(prompt, response):\n    return response == 'a'\n")
+    code, output, _ = command("in.jsonl", "out.jsonl", "--scorer", "rule:rules_of_a:is_a")
+    assert code == 0 and "rewards or labels of 2 responses in the input are replaced" in output
+    assert "reference_rewards of 1 rows are kept as input_reference_rewards" in output
+    assert "rule:" not in output and "1 responses with reasoning_content, which a rule is not given" in output
+    [written], [read] = read_lines("out.jsonl"), list(read_rows("out.jsonl"))
+    assert written["input_reference_rewards"] == [1.0, 2.0] and read.reference_rewards == ()
+    assert [one.reward for one in read.responses] == [1.0, 0.0] and read.template_fields == before.template_fields
+
+
+def test_columns_of_other_names_are_read_and_bad_rows_dropped_and_counted_by_cause(command: Command) -> None:
+    rows = [{"ask": f"q{i}", "chosen": "good", "rejected": "bad", "topic": "x", "id": i} for i in range(8)]
+    write_lines("in.jsonl", *rows[:4], rows[4] | {"chosen": ""}, {"ask": "q"}, *rows[5:], rows[0] | {"rejected": " "})
+    with open("in.jsonl", "a") as file:
+        file.write('{"ask": "cut o')
+    Path("rules_of_good.py").write_text("def good(prompt, response):\n    return prompt + response == 'q7good'\n")
+    given = ("in.jsonl", "out.jsonl", "--scorer", "rule:rules_of_good:good", "--column", "prompt=ask")
+    code, _, message = command(*given)
+    assert code == 2 and "in.jsonl line 5: field 'chosen' is empty" in message
+    code, _, message = command(*given, "--bad-rows", "drop")
+    assert code == 2 and message.count("\n") == 1 and not list(Path().glob("out*"))
+    assert "4 of 11 rows are bad, a larger share than --max-bad-rows 0.05; mend them, or raise it" in message
+    code, output, message = command(*given, "--bad-rows", "drop", "--max-bad-rows", "0.4", "--ignore-field", "id")
+    assert code == 0, message
+    assert output.count("1 bad row dropped") == 4 and "first: in.jsonl line 5: field 'chosen' is empty" in output
+    assert "fields that are not used: topic (7 rows)" in output
+    assert [row["prompt"] for row in read_lines("out.jsonl")] == ["q0", "q1", "q2", "q3", "q5", "q6", "q7"]
+    assert column("reward") == [[0, 0]] * 6 + [[1, 0]]
+
+
+def test_a_row_that_is_bad_for_one_column_alone_is_dropped_for_all(command: Command) -> None:
+    bad = [{"prompt": "p", "responses": [{"content": "a", "r_1": value, "r_2": 1.0}]} for value in ("high", 2.0)]
+    worse = {"prompt": "p", "responses": [{"content": "a", "r_1": 1.0, "r_2": 1.0, "reward": "high"}]}
+    write_lines("in.jsonl", RATED[0], bad[0], worse, bad[1], RATED[1])
+    given = ("in.jsonl", "out.jsonl", "--scorer", "column:r_1", "--scorer", "column:r_2", "--bad-rows", "drop")
+    code, output, message = command(*given, "--max-bad-rows", "0.4")
+    assert code == 0, message
+    assert column("r_1") == [[1, 3], [2], [5, 5]] and column("r_2") == [[30, 10], [1], [20, 60]]
+    assert "line 2" in output and "line 3" in output
+
+
+def test_a_null_of_a_column_is_no_score(command: Command) -> None:
+    answers = [{"content": "a", "r_1": 1.0, "r_2": 2.0}, {"content": "b", "r_1": None, "r_2": 4.0}]
+    write_lines("in.jsonl", {"prompt": "p", "responses": answers})
+    given = ("in.jsonl", "out.jsonl", "--scorer", "column:r_1", "--scorer", "column:r_2", "--max-missing", "0.5")
+    code, output, message = command(*given)
+    assert code == 0 and column("r_1") == [[1, None]] and column("reward") == [[1.5, None]], message
+    assert "r_1: responses without a score: 1 null or missing in the input (the first: in.jsonl line 1" in output
+    found = json.loads(Path("out.jsonl.stats.json").read_text())["without_score"]
+    assert found == {"r_1": {"null or missing in the input": 1}}
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
@@ -234,6 +303,13 @@ FINE = ("in.jsonl", "out.jsonl", "--scorer", "rule:bad_rules:fine")
         ((*FINE, "--standardize", "global", "--statistics", "x.json"), ("x.json", "cannot be read")),
         ((*FINE, "--standardize", "global", "--statistics", "bad_rules.py"), ("bad_rules.py", ".stats.json")),
         ((*FINE, "--rows-at-once", "0"), ("--rows-at-once 0", ">= 1")),
+        ((*FINE, "--max-missing", "5"), ("--max-missing 5", "from 0 to 1")),
+        ((*FINE, "--max-bad-rows", "nan"), ("--max-bad-rows nan", "from 0 to 1")),
+        ((*FINE, "--max-length", "100"), ("--max-length", "model:RUN_FOLDER", "leave it out")),
+        ((*FINE, "--column", "prompt"), ("--column prompt", "OURS=THEIRS")),
+        ((*FINE, "--column", "promt=prompt"), ("--column promt", "did you mean prompt?")),
+        ((*FINE, "--column", "question=ask"), ("line 1: field 'ask', which --column names", "correct --column")),
+        (("in.jsonl", "out.jsonl", "--scorer", "weight=column:r"), ("'weight' is taken",)),
     ],
 )
 def test_what_is_known_before_is_refused_with_code_2_and_nothing_written(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from nemo_rao.integration.metrics_file import read_metrics
 
-from .runs import NO_CHECKPOINTS, TINY, parallel, run_training, score
+from .runs import NO_CHECKPOINTS, TINY, in_fork, parallel, run_training, score
 
 
 @pytest.mark.parametrize(
@@ -53,10 +55,28 @@ def test_the_margins_of_the_scored_file_are_those_of_validation(
     assert expected["val/rewards/margins"] != 0
 
 
+def fails(folder: Path, *arguments: str) -> str:
+    """``nemo-rao score`` with these arguments, in a process of its own; returns the line with which it fails."""
+    in_fork(_fail, folder / "said", arguments)
+    said = (folder / "said").read_text()
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+def _fail(said: Path, arguments: Sequence[str]) -> None:
+    from nemo_rao.cli import main
+
+    with said.open("w") as file, contextlib.redirect_stderr(file):
+        assert main(["score", *arguments]) in (1, 2)
+
+
 def test_a_file_with_responses_too_long_for_the_model_is_scored_and_trains(
     data: tuple[str, ...], start: Path, tmp_path: Path
 ) -> None:
-    """One response of a prompt that is too long costs its prompt's others nothing, and RAO drops that prompt."""
+    """One response of a prompt that is too long costs its prompt's others nothing, and RAO drops that prompt.
+
+    The limit is named, can be raised up to the model's context, and stops the command where too many are beyond it.
+    """
     with Path(data[0].partition("=")[2]).open() as lines:
         rows = [json.loads(line) for line in itertools.islice(lines, 9)]
     answers = rows[4]["responses"]
@@ -66,12 +86,25 @@ def test_a_file_with_responses_too_long_for_the_model_is_scored_and_trains(
     shared = [*TINY, *NO_CHECKPOINTS, data[1], f"model.restore_from_path={start}", f"exp_manager.exp_dir={tmp_path}"]
     rm = [*TINY, *data, f"model.restore_from_path={start}", f"exp_manager.exp_dir={tmp_path}"]
     run_training("gpt_rm", [*rm, "exp_manager.name=rm", "trainer.max_steps=1"])
-    score(str(given), str(scored), "--scorer", f"model:{tmp_path / 'rm'}")
+    scorer = f"model:{tmp_path / 'rm'}"
+    too_many = fails(tmp_path, str(given), str(scored), "--scorer", scorer, "--max-missing", "0.02")
+    assert f"model.seq_length=64, with which {tmp_path / 'rm'} was trained (--max-length reads more)" in too_many
+    assert "given.jsonl line 5, response 2" in too_many and not list(tmp_path.glob("model_scores/*"))
+    beyond = fails(tmp_path, str(given), str(scored), "--scorer", scorer, "--max-length", "99999")
+    assert f"--max-length 99999: the context of {tmp_path / 'rm'}'s model is 4096 tokens" in beyond
+    score(str(given), str(tmp_path / "long.jsonl"), "--scorer", scorer, "--max-length", "1000")
+    scored_lines = (tmp_path / "long.jsonl").read_text().splitlines()
+    longer = [[answer["reward"] for answer in json.loads(line)["responses"]] for line in scored_lines]
+    score(str(given), str(scored), "--scorer", scorer)
 
     found = [[answer["reward"] for answer in json.loads(line)["responses"]] for line in scored.open()]
     assert [[value is None for value in row] for row in found] == [
         [(number, at) == (4, 1) for at in range(len(row["responses"]))] for number, row in enumerate(rows)
     ]
+    assert longer[4][1] is not None
+    for there, row in zip(longer, found, strict=True):
+        both = [(one, other) for one, other in zip(there, row, strict=True) if other is not None]
+        assert [one for one, _ in both] == pytest.approx([other for _, other in both], rel=1e-5, abs=1e-6)
     alone = tmp_path / "alone.jsonl"  # without the long one the others have the same scores
     del answers[1]
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,9 +149,10 @@ def test_a_trained_model_is_asked_before_what_computes_in_this_process(
 def test_a_run_that_cannot_score_is_refused(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
     from nemo_rao.errors import UserError
     from nemo_rao.integration.score_model import model_kind
+    from nemo_rao.scoring.run import Job
     from nemo_rao.scoring.scorer import Place
 
-    path = data[0].partition("=")[2]
+    job = Job(data[0].partition("=")[2], tmp_path / "out.jsonl", [])
     for run, complaint in ((tmp_path, "no recipe.yaml"), (start, "objective sft has no implicit reward")):
         with pytest.raises(UserError, match=complaint):
-            model_kind(path).make(str(run), Place(tmp_path))
+            model_kind(job).make(str(run), Place(tmp_path))

@@ -1,0 +1,34 @@
+"""How the run that wrote a checkpoint turned its rows into text, as its recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_rao.data.rendering_record import Rendering, checked_rendering
+from nemo_rao.errors import UserError
+from nemo_rao.integration.continuing import RECIPE
+
+
+def rendering_of_run(checkpoint: Path) -> Rendering | None:
+    """Read from the recipe of the checkpoint's run; ``None`` for a checkpoint of no run, such as an imported model.
+
+    Only the keys in question are read, so that runs of other versions can be exported.
+
+    Raises:
+        UserError: the recipe cannot be read, or has a value that is not allowed.
+    """
+    import yaml
+
+    recipe = checkpoint.resolve().parent.parent / RECIPE
+    if checkpoint.resolve().parent.name != "checkpoints" or not recipe.is_file():
+        return None
+    try:
+        found = yaml.safe_load(recipe.read_text())
+        data = found["data"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{recipe}: cannot be read as a recipe ({type(error).__name__}: {reason}), so that nothing says how the "
+            "model's prompts are rendered; restore the file, or move it away to export without"
+        ) from None
+    return checked_rendering(data, f"{recipe}: data.")

@@ -1,0 +1,71 @@
+"""Responses without a score: why, how many, and when they are too many."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from nemo_rao.batch import Row
+from nemo_rao.scoring.scorer import NoScore, Scored, ScoringFailure
+
+WITHOUT = "without_score"  # the field of an item in the part file
+
+
+class Missing:
+    """Counts them over the items of a part file.
+
+    Args:
+        columns: their names.
+        num_responses: of the whole input.
+        limit: the largest share of them that may have no score.
+    """
+
+    def __init__(self, columns: Sequence[str], num_responses: int, limit: float) -> None:
+        self.columns, self.num_responses, self.limit = columns, num_responses, limit
+        self.counts: dict[str, Counter[str]] = {}
+        self.first: dict[tuple[str, str], str] = {}
+
+    def add(self, records: Iterable[Mapping[str, Any]]) -> None:
+        for record in records:
+            for column, entries in record.get(WITHOUT, {}).items():
+                for reason, where in entries:
+                    self.counts.setdefault(column, Counter())[reason] += 1
+                    self.first.setdefault((column, reason), where)
+
+    def check(self) -> None:
+        """Stops as soon as the whole input's share is above the limit, whatever the rest of it gives.
+
+        Raises:
+            ScoringFailure: it is.
+        """
+        for column in self.columns:
+            count = self.counts.get(column, Counter()).total()
+            if count > self.limit * self.num_responses:
+                raise ScoringFailure(
+                    f"column {column}: {count} of {self.num_responses} responses have no score, more than "
+                    f"--max-missing {self.limit:g} allows: {'; '.join(self.of(column))}. Mend the cause, or raise "
+                    "--max-missing"
+                )
+
+    def of(self, column: str) -> list[str]:
+        """One text for each reason, with its first response."""
+        return [
+            f"{count} {reason} (the first: {self.first[column, reason]})"
+            for reason, count in self.counts.get(column, Counter()).most_common()
+        ]
+
+    def as_json(self) -> dict[str, dict[str, int]]:
+        """Column -> reason -> responses."""
+        return {column: dict(counts) for column, counts in self.counts.items()}
+
+
+def reasons_of(row: Row, scores: Mapping[str, Scored]) -> dict[str, Any]:
+    """What an item of the part file says of responses without a score; nothing where all have one."""
+    entries: dict[str, list[list[str]]] = {}
+    for column, values in scores.items():
+        for number, value in enumerate(values, start=1):
+            if isinstance(value, NoScore):
+                where = f"{row.place}, response {number}{f': {value.detail}' if value.detail else ''}"
+                entries.setdefault(column, []).append([value.reason, where])
+    return {WITHOUT: entries} if entries else {}

@@ -1,0 +1,214 @@
+"""The input of scoring: its rows, and what has to be right with them before the first response is scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.batch import Row
+from nemo_rao.data.report import LoadReport
+from nemo_rao.data.rows import read_rows
+from nemo_rao.data.sources import HUB, OnBad, expand_paths
+from nemo_rao.data.writing import record_of
+from nemo_rao.errors import UserError
+from nemo_rao.scoring.column import ColumnScorer
+from nemo_rao.scoring.scorer import InputRow, NoScore, Scorer
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of an input.
+
+    Attributes:
+        path: whatever ``data.rows.read_rows`` reads.
+        columns: our name of a column -> its name in the input.
+        ignore_fields: fields that are not wanted.
+        drops_bad_rows: rows that cannot be read are left out and counted; else the first one is refused.
+    """
+
+    path: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    ignore_fields: tuple[str, ...] = ()
+    drops_bad_rows: bool = False
+
+    def rows(self, on_bad: OnBad | None = None, reward_field: Sequence[str] | None = None) -> Iterator[Row]:
+        """All rows; of those that cannot be read, where they are dropped, ``on_bad`` is told."""
+        skipped = (on_bad or (lambda _: None)) if self.drops_bad_rows else None
+        return read_rows(
+            self.path, reward_field=reward_field, columns=self.columns, ignore_fields=self.ignore_fields, on_bad=skipped
+        )
+
+    def input_rows(self, fields: Sequence[str], on_bad: OnBad | None = None) -> Iterator[InputRow]:
+        """The rows that can be scored, with the rewards that they have under ``fields``."""
+        own = {one.name for one in dataclasses.fields(Row)}
+        readings = [self.rows(on_bad)] + ([self.rows(on_bad, reward_field=fields)] if fields else [])
+        for row, *same in _with_one_place(readings, self.drops_bad_rows):
+            columns, unused = {}, set(row.unused)
+            for other in same:
+                unused &= set(other.unused)
+                for at, name in enumerate(fields):
+                    values = (response.ensemble[at] for response in other.responses)
+                    columns[name] = tuple(None if math.isnan(value) else value for value in values)
+            values_of_row = {name: getattr(row, name) for name in own}
+            made = InputRow(**values_of_row | {"unused": tuple(sorted(unused))}, columns=columns)
+            try:
+                _check(made)
+            except UserError as error:
+                if not self.drops_bad_rows:
+                    raise
+                if on_bad is not None:
+                    on_bad(error)
+                continue
+            yield made
+
+    def identity(self) -> dict[str, Any]:
+        """What the rows are a function of: the input's content, wherever it lies (of ``hf:NAME``, its name)."""
+        return {
+            "digest_of_input": _digest(self.path),
+            "columns_of_input": dict(self.columns),
+            "ignored_fields": sorted(self.ignore_fields),
+            "bad_rows_dropped": self.drops_bad_rows,
+        }
+
+
+def _with_one_place(readings: Sequence[Iterator[Row]], may_differ: bool) -> Iterator[tuple[Row, ...]]:
+    """The same rows of several readings of one input, of which each may have dropped some."""
+    if not may_differ:
+        yield from zip(*readings, strict=True)
+        return
+    waiting: list[dict[str, Row]] = [{} for _ in readings]
+    unfinished = set(range(len(readings)))
+    while unfinished:
+        for number in sorted(unfinished):
+            if (row := next(readings[number], None)) is None:
+                unfinished.discard(number)
+                continue
+            waiting[number][row.place] = row
+            if all(row.place in rows for rows in waiting):
+                found = tuple(rows[row.place] for rows in waiting)
+                for rows in waiting:  # what came before in one reading alone was dropped in another
+                    while next(iter(rows)) != row.place:
+                        rows.pop(next(iter(rows)))
+                    rows.pop(row.place)
+                if len({tuple(one.content for one in same.responses) for same in found}) == 1:
+                    yield found
+
+
+def _check(row: InputRow) -> None:
+    if any(response.continuation for response in row.responses):
+        raise UserError(f"{row.place}: a conversation of several answers cannot be scored; keep its last turn")
+    try:
+        json.dumps(record_of(row))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{row.place}: the row cannot be written as JSON ({error}); drop the row") from None
+
+
+@dataclass
+class Survey:
+    """What there is to score.
+
+    Attributes:
+        num_rows, num_responses: to be scored.
+        notes: what the user should know of the input.
+    """
+
+    num_rows: int = 0
+    num_responses: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def survey(
+    source: Source, scorers: Mapping[str, Scorer], fields: Sequence[str], *, max_bad_rows: float, same_rewards: bool
+) -> Survey:
+    """Reads the whole input once.
+
+    Args:
+        source: the input.
+        scorers: column -> scorer.
+        fields: of the responses, that scorers read.
+        max_bad_rows: the largest share of the rows that may be bad, where they are dropped.
+        same_rewards: the output's rewards are the input's.
+
+    Raises:
+        UserError: a row that cannot be scored, or too many of them where they are dropped; no row; or no reward in a
+            column that is to be taken from the input.
+    """
+    found = Survey()
+    report = LoadReport()
+    bad_places: set[str] = set()
+    num_rewarded = num_references = 0
+    empty = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, ColumnScorer)}
+
+    def note_bad(error: UserError) -> None:
+        place = str(error).partition(": ")[0]
+        if place not in bad_places:  # two readings of a row may complain: it is one bad row
+            bad_places.add(place)
+            report.drop_bad(_with_options(error))
+
+    try:
+        for row in source.input_rows(fields, note_bad):
+            found.num_rows += 1
+            found.num_responses += len(row.responses)
+            num_references += bool(row.reference_rewards)
+            num_rewarded += sum(response.reward is not None for response in row.responses)
+            report.not_used(row.unused)
+            empty = {
+                name: one for name, one in empty.items() if all(isinstance(s, NoScore) for s in one.score([row])[0])
+            }
+    except UserError as error:
+        raise UserError(_with_options(error)) from None
+    if report.rows_bad > max_bad_rows * (report.rows_bad + found.num_rows):
+        raise UserError(
+            f"{source.path}: {report.rows_bad} of {report.rows_bad + found.num_rows} rows are bad, a larger share than "
+            f"--max-bad-rows {max_bad_rows:g}; mend them, or raise it: {'; '.join(report.about_bad())}"
+        )
+    if not found.num_rows:
+        raise UserError(f"{source.path}: has no rows; give a file with some")
+    for name, column in empty.items():
+        where = f"under {column.field}" if column.field else "of its own"
+        raise UserError(f"--scorer column: {source.path} has no rewards {where} for column {name}; leave it out")
+    found.notes += report.about_bad()
+    if num_rewarded and not any(isinstance(one, ColumnScorer) and not one.field for one in scorers.values()):
+        found.notes.append(
+            f"rewards or labels of {num_rewarded} responses in the input are replaced; --scorer column keeps them too"
+        )
+    if num_references and not same_rewards:
+        found.notes.append(
+            f"reference_rewards of {num_references} rows are kept as input_reference_rewards: they are not on the "
+            "scale of these scorers"
+        )
+    found.notes += report.about_kept()
+    return found
+
+
+def _with_options(error: UserError) -> str:
+    """What is wrong with a row, whose remedy is a key of a run's data, with this command's options in its place."""
+    said = str(error).replace("leave data.reward_field unset", "take these with --scorer column, without a field")
+    said = re.sub(r"data\.columns\.(\w+)", r"--column \1", said).replace("data.columns", "--column")
+    said = re.sub(r"data\.ignore_fields=\[([^]]*)\]", lambda names: _ignoring(names[1]), said)
+    return said.replace("data.ignore_fields", "--ignore-field")
+
+
+def _ignoring(names: str) -> str:
+    return " ".join(f"--ignore-field {name.strip()}" for name in names.split(","))
+
+
+def _digest(path: str) -> str:
+    digest = hashlib.blake2b(digest_size=20)
+    for source in expand_paths(path):
+        if source.startswith(HUB):
+            digest.update(source.encode())
+            continue
+        files = sorted(file for file in Path(source).rglob("*") if file.is_file()) or [Path(source)]
+        for name in files:
+            with open(name, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
