@@ -5,7 +5,7 @@
     rows      files, globs, `datasets` names              -> Row after Row
     tokenizer a folder or a name                          -> a tokenizer; ``tokens``: text -> token ids
     template  a tokenizer's chat template                 -> what it puts around messages and answers
-    rendering a Row                                       -> text, by the template or as it is; ``content``: what is lost
+    rendering a Row                                       -> text; ``content``: what of the row is not in it
     encode    a Row and a tokenizer                       -> Sample (exact prompt and response boundaries)
     dataset   all Samples, checked                        -> PreferenceData and its LoadReport
     store     PreferenceData: flat arrays                 <-> a folder, memory-mapped
