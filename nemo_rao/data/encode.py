@@ -13,6 +13,7 @@ tokenizer's; whatever a template adds behind it ("\\n" in ChatML) is dropped.
     template    the chat template, and what it puts around an answer
     content     what a rendered text holds of its messages
     rendering   Row -> text
+    dropped     why a row is dropped
     encode      Row -> text -> Sample
 """
 
@@ -25,14 +26,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from nemo_rao.batch import Row, Sample
+from nemo_rao.data.dropped import BoundaryError, ContentError, NothingToLearnError
 from nemo_rao.data.rendering import (
     NO_TOKEN,
     Answer,
     Answers,
-    BoundaryError,
     ChatRenderer,
-    ContentError,
-    NothingToLearnError,
     RenderedRow,
     is_conversation,
     render_plain,
@@ -141,6 +140,7 @@ class Encoder:
         self._template: Template | None = None
         self._beginning: list[int] = []
         self._boundary_remedy = "end plain-text prompts with one line break and begin responses without any"
+        self._conversation_remedy = "set data.answers=verbatim, " if answers == "template" else ""
         if self.uses_template:
             self._template = template = Template(tokenizer, template_arguments)
             self._renderer = ChatRenderer(template, answers)
@@ -300,7 +300,7 @@ class Encoder:
             if not fits or not np.array_equal(whole[len(before) : end], said):
                 raise BoundaryError(
                     f"{row.place}: {answer.name} has no boundary in tokens: the chat template renders earlier messages "
-                    "otherwise once others follow; set data.answers=verbatim, use another template, or drop the row"
+                    f"otherwise once others follow; {self._conversation_remedy}use another template, or drop the row"
                 )
             is_answer[len(before) : end] = answer.learned
         return [whole[len(prompt) :]], (is_answer[len(prompt) :],)

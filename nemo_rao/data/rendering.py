@@ -22,6 +22,7 @@ from nemo_rao.data.content import (
     unrendered_call,
     unrendered_fields,
 )
+from nemo_rao.data.dropped import BoundaryError, ContentError, NothingToLearnError, ThinkingError
 from nemo_rao.data.template import Message, Template
 from nemo_rao.errors import UserError
 
@@ -32,34 +33,6 @@ NO_TOKEN = "no token of its own before the end token"
 
 # Fields without which a prompt says something else. Others, such as a name, are reported where they are not rendered.
 _CONTENT = ("tool_calls", "tools", "documents", "functions")
-
-
-class BoundaryError(UserError):
-    """A row whose prompt and response cannot be told apart in tokens. Loading drops and counts such rows.
-
-    Attributes:
-        reason: what rows dropped for the same cause are counted under.
-    """
-
-    reason = "no boundary in tokens between prompt and response"
-
-
-class ContentError(BoundaryError):
-    """A row of which the chat template leaves out text or a field. Dropped and counted like the others."""
-
-    reason = "text or fields that the chat template leaves out"
-
-
-class ThinkingError(BoundaryError):
-    """A row whose answer does not continue the block of thinking that the generation prompt opens."""
-
-    reason = "the generation prompt opens a block that the answer does not continue"
-
-
-class NothingToLearnError(BoundaryError):
-    """A row with an answer that is not to be learned, and no other. Dropped and counted like the others."""
-
-    reason = "no answer to learn (weight 0)"
 
 
 @dataclass

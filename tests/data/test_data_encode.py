@@ -108,6 +108,8 @@ def test_the_choice_of_template_must_fit_tokenizer_and_data(tokenizers):
         Encoder(tokenizers["plain"], chat_template="always")
     with pytest.raises(UserError, match="'sometimes'; allowed are auto, always, never"):
         Encoder(tokenizers["own"], chat_template="sometimes")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="answers is 'raw'; allowed are template, verbatim"):
+        Encoder(tokenizers["own"], answers="raw")  # type: ignore[arg-type]
     for encoder in (Encoder(tokenizers["plain"]), Encoder(tokenizers["own"], chat_template="never")):
         with pytest.raises(UserError, match=r"line 7: the prompt is a list of messages, which needs a chat template"):
             encoder.encode(row(MULTI_TURN, "x"))
