@@ -36,7 +36,7 @@ def load_model(folder: Path) -> Any:
     transformers.logging.set_verbosity_error()
     configuration, tensors = read_configuration(folder), tensors_for_transformers(folder)
     try:
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loading = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(configuration)].from_pretrained(
             str(folder) if tensors is None else None,
             config=configuration,
             state_dict=tensors,

@@ -74,9 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
     check_names(base, shapes)
     if described.lora is not None:
         check_adapters(described)
-    generation, changed = read_generation_config(
-        Path(base.tokenizer), "CHECKPOINT"
-    )  # refused before the work, not after
+    generation, changed = read_generation_config(Path(base.tokenizer), "CHECKPOINT")
     for line in changed:
         say(line)
 

@@ -116,7 +116,7 @@ def tokenizer(config: RunConfig) -> AutoTokenizer:
 
 def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignmentModel:
     """The model that a recipe describes; ``resolved``: the objective's keys, with what the data decides."""
-    return MegatronGPTAlignmentModel(
+    made = MegatronGPTAlignmentModel(
         model_config(config),
         objective=config.model.objective,
         objective_config=dataclasses.asdict(resolved),
@@ -126,6 +126,8 @@ def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignm
         fused_log_probs=config.model.fused_log_probs,
         fp8_simulation=_fp8_simulation(config.precision),
     )
+    made.head_seed = config.trainer.seed
+    return made
 
 
 def _fp8_simulation(keys: PrecisionConfig) -> dict[str, Any] | None:

@@ -50,6 +50,8 @@ class MegatronGPTAlignmentModel(GPTModel):
         needs: what the objective, under its keys, asks for.
         mismatched_log_ratio: ``[]`` fp32, nats, of the global batch at hand; to be set before each step where
             ``needs.mismatched``.
+        head_seed: decides a new score head's start; to be set before the model is built. No argument, as NeMo stores
+            those with every checkpoint.
         log_ratios: collects those of the first step (:class:`nemo_rao.integration.reference_pass.CheckFirstStep`).
 
     Raises:
@@ -80,6 +82,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         self.needs = self.objective.needs_of(self.objective_config)
         self.mismatched_log_ratio: Tensor | None = None
         self.log_ratios: LogRatios | None = None
+        self.head_seed = 0
         self._fused_log_probs = fused_log_probs
         self._fp8_is_simulated = fp8_simulation is not None
 
@@ -94,7 +97,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         if self.needs.values:
             add_value_head(self.module)
         if self.needs.scores:
-            add_score_head(self.module, self.needs.scores)
+            add_score_head(self.module, self.needs.scores, seed=self.head_seed)
         elif self._fused_log_probs:
             fuse_output_layer(self.module)
 
