@@ -13,7 +13,7 @@ from typing import Any
 from nemo_rao.errors import UserError
 from nemo_rao.integration.adapter_checkpoints import refuse_adapters
 from nemo_rao.integration.architecture import approximate_parameters, architecture_fields, num_tokens, vocabulary
-from nemo_rao.integration.checkpoints import check_checkpoint, stored_tensors, token_embeddings
+from nemo_rao.integration.checkpoints import check_checkpoint, refuse_hugging_face, stored_tensors, token_embeddings
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.continuing import START, needs_start, start_of
 from nemo_rao.objectives import registry
@@ -40,6 +40,7 @@ def check_start(config: RunConfig) -> None:
     if given is None:
         _check_random(config, approximate_parameters(fields, tokens or 0))
         return
+    refuse_hugging_face(given, START)
     if not Path(given).expanduser().is_dir():
         raise UserError(f"{START}={given}: no such folder; give the folder of a NeMo checkpoint")
     checkpoint = start_of(config)

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_rao.integration.metrics_file import read_metrics
 
-from .runs import TINY, run_training
+from .runs import TINY, parallel, run_training
 
 
 def test_a_reward_model_trained_further_keeps_its_head(
@@ -40,9 +40,11 @@ def test_a_reward_model_trained_further_keeps_its_head(
     assert abs(other_seed[0] - first[0]) > 1e-5
 
     # Another seed would draw another head, if one were drawn.
-    again, said = losses("again", "gpt_rm", tmp_path / "first", "trainer.max_steps=1", "trainer.seed=1")
+    again, said = losses(
+        "again", "gpt_rm", tmp_path / "first", "trainer.max_steps=1", "trainer.seed=1", *parallel(1, 2, 1)
+    )
     assert said == "score head: the start's is kept"
-    assert again[0] == pytest.approx(first[-1], rel=1e-6) and abs(first[-1] - first[0]) > 1e-3
+    assert again[0] == pytest.approx(first[-1], rel=1e-5) and abs(first[-1] - first[0]) > 1e-3
 
     two = ("model.objective=rm_regression", "data.reward_field=[reward,other]", "trainer.max_steps=1")
     _, said = losses("two", "gpt_rm", tmp_path / "first", *two)
