@@ -48,6 +48,11 @@ def load_model(folder: Path) -> Any:
         )
         if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
             raise UserError(f"it has no tensor {missing[0]}")
+        if left_over := sorted(loading["unexpected_keys"]):
+            named = f"{len(left_over)} tensors, such as {left_over[0]}"
+            print(
+                f"model {folder}: left out, as a {configuration.model_type} has no place for them: {named}", flush=True
+            )
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     except torch.OutOfMemoryError:
         raise UserError(f"model {folder}: does not fit into the GPU's memory; use a larger one") from None

@@ -70,9 +70,14 @@ def test_settings_that_the_installed_release_has_by_another_name_are_refused(tmp
         read_configuration(tmp_path)
 
 
-def test_a_missing_tensor_is_never_drawn_at_random(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_not_drawn_at_random_and_a_further_one_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "score.weight": torch.ones(1, 32)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_model(tmp_path)
+    assert "has no place for them: 1 tensors, such as score.weight" in capsys.readouterr().out
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"it has no tensor model\.norm\.weight"):
