@@ -116,7 +116,7 @@ def tokenizer(config: RunConfig) -> AutoTokenizer:
 
 def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignmentModel:
     """The model that a recipe describes; ``resolved``: the objective's keys, with what the data decides."""
-    made = MegatronGPTAlignmentModel(
+    return MegatronGPTAlignmentModel(
         model_config(config),
         objective=config.model.objective,
         objective_config=dataclasses.asdict(resolved),
@@ -124,10 +124,9 @@ def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignm
         tokenizer=tokenizer(config),
         model_transform=lora(config),
         fused_log_probs=config.model.fused_log_probs,
+        head_seed=config.trainer.seed,
         fp8_simulation=_fp8_simulation(config.precision),
     )
-    made.head_seed = config.trainer.seed
-    return made
 
 
 def _fp8_simulation(keys: PrecisionConfig) -> dict[str, Any] | None:
