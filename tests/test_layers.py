@@ -25,12 +25,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": FOUNDATION,
     "ops": FOUNDATION,
     "objectives": FOUNDATION,
+    "model_files": {"errors"},
     "mcore": FOUNDATION | {"data", "ops", "objectives"},
-    "generation": FOUNDATION | {"data", "progress"},
+    "generation": FOUNDATION | {"data", "model_files", "progress"},
     "scoring": FOUNDATION | {"data", "generation", "progress"},  # a judge may be a model that generates here
     "integration": FOUNDATION
     | {"data", "ops", "objectives", "mcore", "cpu", "gpus", "progress", "scoring", "planning"},
-    "hugging_face": FOUNDATION | {"data", "mcore", "integration"},
+    "hugging_face": FOUNDATION | {"data", "mcore", "integration", "model_files"},
     "cluster": FOUNDATION | {"integration"},
     "doctor": FOUNDATION | {"integration", "planning"},  # the latter in processes of their own
     "commands": {"errors", "other_names", "cluster", "doctor", "generation", "hugging_face", "integration", "scoring"},

@@ -22,6 +22,14 @@ def import_hf_parser() -> Parser:
         action="store_true",
         help="read weights from .bin files where there are no safetensors; pickles can run code: trust who made them",
     )
+    parser.add_argument(
+        "--ignore-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="key of config.json that import-hf does not know and the network does not depend on; may be given several "
+        "times",
+    )
     return parser
 
 

@@ -6,14 +6,18 @@ Only safetensors are loaded: a pickled file could run code.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
+from nemo_rao.model_files.config_json import ROPE_PARAMETERS, read_json, with_flat_rope
+from nemo_rao.model_files.weights import read_headers, weight_files
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_KEY = "model"  # how messages name the folder's option or argument
+# Kinds of rotary scaling whose settings transformers 4 and 5 spell alike.
+_SAME_IN_BOTH = (None, "linear", "dynamic", "yarn", "llama3")
 _BLOCK, _BLOCKS = 1 << 16, 64
 
 
@@ -34,23 +38,23 @@ def check_folder(given: str | os.PathLike[str]) -> Path:
             f"model {given}: has no config.json; give a folder in Hugging Face's format (a checkpoint of a run is "
             "turned into one by `nemo-rao export-hf`)"
         )
-    configuration = _json(folder / "config.json")
-    if not isinstance(configuration, dict) or "model_type" not in configuration:
+    if "model_type" not in read_json(folder / "config.json", _KEY):
         raise UserError(f"model {given}: its config.json names no model_type; export or download the model again")
-    for file in weight_files(folder):
-        _check_safetensors(file)
+    read_headers(folder, weight_files(folder, _KEY), _KEY)
     return folder
 
 
-def check_architecture(folder: Path) -> None:
-    """Refuse, by its configuration alone, what `transformers` does not run as a causal language model.
+def read_configuration(folder: Path) -> Any:
+    """`transformers`' configuration of the model, in the installed release's spelling.
 
     Raises:
-        UserError: a kind of model that it does not know, or knows for other tasks only.
+        UserError: a kind of model that it does not know, or knows for other tasks only, or settings that it would
+            ignore.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    kind = _json(folder / "config.json")["model_type"]
+    kind = read_json(folder / "config.json", _KEY)["model_type"]
+    moved = moved_settings(folder)
     try:
         configuration = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # many kinds: a type that is not known, code of its own, values out of range
@@ -63,27 +67,66 @@ def check_architecture(folder: Path) -> None:
         raise UserError(
             f"model {folder}: {kind} is no causal language model that `transformers` has; give one that generates text"
         )
+    for name, value in moved.items():
+        if name not in vars(configuration) and name != "rope_scaling":
+            raise UserError(
+                f"model {folder}: config.json has {name} in {ROPE_PARAMETERS}, which the installed `transformers` does "
+                f"not read from a {kind}; save the model with `transformers` 4"
+            )
+        setattr(configuration, name, value)
+    return configuration
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files with the model's weights, in order of their names; all are there."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        others = sorted(path.name for path in folder.glob("*.bin"))
-        found = f" ({others[0]} is pickled, and is never loaded: save it as safetensors)" if others else ""
+def moved_settings(folder: Path) -> dict[str, Any]:
+    """Settings that `transformers` 5 writes into ``rope_parameters``, by the keys that the installed release reads.
+
+    Raises:
+        UserError: they have no such keys.
+    """
+    import transformers
+
+    given, file = read_json(folder / "config.json", _KEY), folder / "config.json"
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        return {}
+    for name, inner in _objects(given):
+        if ROPE_PARAMETERS in inner:
+            raise UserError(
+                f"{file}: {name}.{ROPE_PARAMETERS} is ignored by the installed `transformers` "
+                f"{transformers.__version__}; save the model with `transformers` 4"
+            )
+    scaling = given.get("rope_scaling")
+    if ROPE_PARAMETERS not in given and not (isinstance(scaling, Mapping) and "rope_theta" in scaling):
+        return {}
+    flat = with_flat_rope(given, str(file))
+    kind = (flat["rope_scaling"] or {}).get("rope_type")
+    if kind not in _SAME_IN_BOTH:
         raise UserError(
-            f"model {folder}: has no weights, neither {WEIGHTS} nor {INDEX}{found}; export or download the model again"
+            f"{file}: rope_type {kind} in {ROPE_PARAMETERS} is spelled otherwise for the installed `transformers` "
+            f"{transformers.__version__}; save the model with `transformers` 4"
         )
-    index = _json(folder / INDEX)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{folder / INDEX}: lists no weights; export or download the model again")
-    files = [folder / name for name in sorted(set(map(str, names.values())))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"model {folder}: {file.name} is missing; copy or download it again")
-    return files
+    names = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+    return {name: flat[name] for name in names if name in flat and flat[name] != given.get(name)}
+
+
+def _objects(given: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects within config.json, such as ``text_config``, with their dotted names."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            yield before + name, value
+            yield from _objects(value, f"{before}{name}.")
+
+
+def tensors_for_transformers(folder: Path) -> dict[str, Any] | None:
+    """The weights, where `transformers` would refuse their files: metadata that does not name a format; else ``None``.
+
+    Without that entry the tensors are the same.
+    """
+    files = weight_files(folder, _KEY)
+    if all(header.has_format for header in read_headers(folder, files, _KEY).values()):
+        return None
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def fingerprint(folder: Path) -> str:
@@ -93,7 +136,7 @@ def fingerprint(folder: Path) -> str:
     loading the model, and training changes every part of a matrix.
     """
     found = hashlib.sha256()
-    weights = weight_files(folder)
+    weights = weight_files(folder, _KEY)
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
             found.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -109,7 +152,7 @@ def fingerprint(folder: Path) -> str:
 
 def context_length(folder: Path) -> int | None:
     """Tokens of prompt and response together that the model takes; ``None`` where its configuration has no limit."""
-    configuration = _json(folder / "config.json")
+    configuration = read_json(folder / "config.json", _KEY)
     configuration = configuration.get("text_config") or configuration
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(configuration.get(name), int) and configuration[name] > 0:
@@ -120,26 +163,5 @@ def context_length(folder: Path) -> int | None:
 def stop_tokens(folder: Path) -> set[int]:
     """The tokens with which the model itself says that it ends, besides its tokenizer's."""
     path = folder / "generation_config.json"
-    ends = _json(path).get("eos_token_id") if path.is_file() else None
+    ends = read_json(path, _KEY).get("eos_token_id") if path.is_file() else None
     return {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
-
-
-def _check_safetensors(file: Path) -> None:
-    """The format's header says where the last tensor ends, so a file that was cut short is known by its size."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if length < size else None
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")  # type: ignore[union-attr]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, IndexError):
-        raise UserError(f"{file}: is no whole safetensors file; copy or download it again") from None
-    if size < 8 + length + end:
-        raise UserError(f"{file}: has {size} of {8 + length + end} bytes; copy or download it again")
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); copy or download it again") from None

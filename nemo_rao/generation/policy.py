@@ -23,10 +23,10 @@ from nemo_rao.data.rendering_record import read_rendering
 from nemo_rao.errors import UserError
 from nemo_rao.generation.engine import Continuation, Engine, Request, choose_engine, open_engine
 from nemo_rao.generation.model_folder import (
-    check_architecture,
     check_folder,
     context_length,
     fingerprint,
+    read_configuration,
     stop_tokens,
 )
 from nemo_rao.generation.settings import PolicySettings
@@ -107,7 +107,7 @@ class Policy:
         self.settings = settings
         self.engine_name = choose_engine(settings.engine)
         if self.engine_name == "transformers":  # vLLM has models of its own
-            check_architecture(self.folder)
+            read_configuration(self.folder)
         self.fingerprint = fingerprint(self.folder)
         self._context = context_length(self.folder)
         self.tokenizer = load_tokenizer(self.folder)

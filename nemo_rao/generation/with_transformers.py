@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nemo_rao.errors import UserError
 from nemo_rao.generation.engine import Continuation, Request, first_stop
+from nemo_rao.generation.model_folder import read_configuration, tensors_for_transformers
 from nemo_rao.generation.settings import PolicySettings
 
 
@@ -33,10 +34,25 @@ def load_model(folder: Path) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    configuration, tensors = read_configuration(folder), tensors_for_transformers(folder)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), torch_dtype="auto", trust_remote_code=False, use_safetensors=True, local_files_only=True
+        model, loading = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(configuration)].from_pretrained(
+            str(folder) if tensors is None else None,
+            config=configuration,
+            state_dict=tensors,
+            torch_dtype="auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
+        if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+            raise UserError(f"it has no tensor {missing[0]}")
+        if left_over := sorted(loading["unexpected_keys"]):
+            named = f"{len(left_over)} tensors, such as {left_over[0]}"
+            print(
+                f"model {folder}: left out, as a {configuration.model_type} has no place for them: {named}", flush=True
+            )
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     except torch.OutOfMemoryError:
         raise UserError(f"model {folder}: does not fit into the GPU's memory; use a larger one") from None

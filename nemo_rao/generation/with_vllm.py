@@ -12,6 +12,7 @@ import numpy as np
 
 from nemo_rao.errors import UserError
 from nemo_rao.generation.engine import Continuation, Request, first_stop
+from nemo_rao.generation.model_folder import moved_settings
 from nemo_rao.generation.settings import PolicySettings
 
 
@@ -24,10 +25,15 @@ class VllmEngine:
         from vllm import LLM
 
         self._settings, self._stop = settings, frozenset(stop)
+        moved = moved_settings(folder)
         try:
             # "vllm": not the sampling settings that the folder brings along.
             self._model = LLM(
-                model=str(folder), load_format="safetensors", trust_remote_code=False, generation_config="vllm"
+                model=str(folder),
+                load_format="safetensors",
+                trust_remote_code=False,
+                generation_config="vllm",
+                hf_overrides=moved,
             )
         except Exception as error:  # many kinds: a model it does not know, memory, drivers
             reason = " ".join(str(error).split())[:300]

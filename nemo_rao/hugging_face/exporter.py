@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from nemo_rao.hugging_face.checkpoint import (
 from nemo_rao.hugging_face.conversion import Weights, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
 from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES
+from nemo_rao.hugging_face.generation_config import read_generation_config
 from nemo_rao.hugging_face.rendering_of_run import rendering_of_run
 from nemo_rao.integration.adapter_checkpoints import base_of_adapters
 from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint, stored_tensors
@@ -75,6 +77,9 @@ def main(arguments: argparse.Namespace) -> int:
     check_names(base, shapes)
     if described.lora is not None:
         check_adapters(described)
+    generation, changed = read_generation_config(Path(base.tokenizer), "CHECKPOINT")
+    for line in changed:
+        say(line)
 
     wanted = described if arguments.adapters else base
     tensors = stored_tensors(wanted.folder, trusted=True).values()
@@ -86,7 +91,7 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.adapters:
             write_adapters(described, partial, _DTYPES[dtype], vocab_size)
         else:
-            _write_model(base, described, partial, dtype, vocab_size, tokenizer)
+            _write_model(base, described, partial, dtype, vocab_size, tokenizer, generation)
         _write_tokenizer(described, tokenizer, partial)
         if rendering is not None:
             write_rendering(partial, rendering)
@@ -148,7 +153,13 @@ def _hf_config(base: Described, vocab_size: int, tokenizer: Any, *, tied: bool) 
 
 
 def _write_model(
-    base: Described, described: Described, folder: Path, dtype: str, vocab_size: int, tokenizer: Any
+    base: Described,
+    described: Described,
+    folder: Path,
+    dtype: str,
+    vocab_size: int,
+    tokenizer: Any,
+    generation: Mapping[str, Any] | None,
 ) -> None:
     import torch
     import transformers
@@ -194,7 +205,7 @@ def _write_model(
     if SCORE_HEAD in source.state_dict():
         target = _classifier(target, source.state_dict()[SCORE_HEAD], tokenizer)
     else:
-        target.generation_config = _generation_config(base, tokenizer)
+        target.generation_config = _generation_config(generation or {}, tokenizer)
     say("writing")
     target.save_pretrained(folder)
 
@@ -222,16 +233,13 @@ def _classifier(model: Any, head: Any, tokenizer: Any) -> Any:
     return classifier
 
 
-def _generation_config(base: Described, tokenizer: Any) -> Any:
-    """The model's own, where it came with the tokenizer; generation ends at the end of a turn and of a text."""
+def _generation_config(carried: Mapping[str, Any], tokenizer: Any) -> Any:
+    """``carried``, the model's own, with an end at the end of a turn and of a text."""
     from transformers import GenerationConfig
 
     from nemo_rao.data.encode import end_tokens
 
     ends = end_tokens(tokenizer)
-    given = Path(base.tokenizer) / "generation_config.json"
-    carried = json.loads(given.read_text()) if given.is_file() else {}
-    carried.pop("_from_model_config", None)
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],

@@ -4,8 +4,9 @@
     DEST/tokenizer                tokenizer, chat template, config.json: data.tokenizer=DEST/tokenizer
     DEST/model/imported.yaml      sizes and both paths: --config-dir DEST model=imported, with any recipe
 
-Weights are read from safetensors, whose headers are held against config.json before anything else: nothing is missing,
-of another shape, cut off, or left over. No code of the model's is run.
+Every key of config.json is understood, known to be harmless, or refused (:mod:`nemo_rao.hugging_face.config_keys`).
+Weights are read from safetensors, whose headers are compared with config.json first: nothing is missing, of another
+shape, cut short, or left over. No code of the model's is run.
 """
 
 from __future__ import annotations
@@ -20,23 +21,24 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face.conversion import import_nemo_aloud, on_cpu_alone
+from nemo_rao.hugging_face.config_keys import head_size, notes
+from nemo_rao.hugging_face.conversion import Weights, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
 from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES, Family
+from nemo_rao.hugging_face.generation_config import GENERATION, read_generation_config
 from nemo_rao.hugging_face.source import (
+    EMBEDDINGS,
+    KEY,
+    OUTPUT,
+    Source,
     check_tensors,
-    family_of,
-    head_size,
-    local_folder,
-    read_config,
-    read_header,
-    read_json,
+    find_source,
+    read_tensors,
     tensors_of,
-    weight_files,
-    widest_dtype,
 )
 from nemo_rao.integration.launch import launch
 from nemo_rao.integration.talk import quiet_third_parties, say
+from nemo_rao.model_files.weights import read_headers, weight_files
 
 _LONGEST = 4096  # tokens; a recipe's model.seq_length is the model's own length, or this
 
@@ -49,34 +51,33 @@ def main(arguments: argparse.Namespace) -> int:
     """
     on_cpu_alone()
     quiet_third_parties()
-    source = local_folder(arguments.source, arguments.allow_pickle)
-    given = read_json(source / "config.json")
-    family = family_of(given, source)
-    files = weight_files(source, arguments.allow_pickle)
-    headers: dict[str, tuple[str, list[int]]] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            headers |= read_header(file)
+    source = find_source(arguments.source, allow_pickle=arguments.allow_pickle, ignored=arguments.ignore_key)
+    folder, family, config = source.folder, source.family, source.config
+    generation, changed = read_generation_config(folder, KEY)
+    files = weight_files(folder, KEY, allow_pickle=arguments.allow_pickle)
+    wanted = tensors_of(config, family)
+    if headers := read_headers(folder, files, KEY):
+        check_tensors(
+            {name: one for header in headers.values() for name, one in header.tensors.items()}, wanted, folder
+        )
     destination = check_destination(arguments.dest, sum(file.stat().st_size for file in files), "DEST")
 
-    config = read_config(given, family, source)
-    if headers:
-        check_tensors(headers, tensors_of(config, family), source)
     from nemo_rao.data.encode import load_tokenizer
 
-    num_tokens = len(load_tokenizer(source))
+    num_tokens = len(load_tokenizer(folder))
     if num_tokens > config.vocab_size:
         raise UserError(
-            f"SOURCE: the tokenizer in {source} has {num_tokens} tokens, more than the {config.vocab_size} of the "
+            f"{KEY}: the tokenizer in {folder} has {num_tokens} tokens, more than the {config.vocab_size} of the "
             "model's embeddings; give the model its own tokenizer"
         )
     keys = model_keys(config, family)
-    num_parameters = sum(math.prod(shape) for shape in tensors_of(config, family).values())
-    say(f"{family.architecture} of {num_parameters:,} parameters in {len(files)} files of {source}")
+    num_parameters = sum(math.prod(shape) for shape in wanted.values())
+    say(f"{family.architecture} of {num_parameters:,} parameters in {len(files)} files of {folder}")
+    for line in [*notes(source.given, family), *changed]:
+        say(line)
     with written_whole(destination, "DEST") as partial:
-        _copy_tokenizer(source, partial / "tokenizer", given, arguments.source)
-        dtype = widest_dtype({dtype for dtype, _ in headers.values()})
-        launch(_convert, (source, partial, family, keys, config, dtype, not headers), num_ranks=1)
+        _copy_tokenizer(source, partial / "tokenizer", arguments.source, generation)
+        launch(_convert, (files, wanted, partial, family, keys, config), num_ranks=1)
         say("writing the recipe's model group")
         (partial / "model").mkdir()
         (partial / "model" / "imported.yaml").write_text(_recipe(destination, keys, config, num_tokens))
@@ -91,7 +92,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def model_keys(config: Any, family: Family) -> dict[str, Any]:
     """``model.config_class`` and ``model.arch`` of a recipe, from Hugging Face's config; without ``vocab_size``."""
-    rope = vars(config).get("rope_scaling") or {}
+    rope = config.rope_scaling or {}
     extra: dict[str, Any] = {"layernorm_epsilon": config.rms_norm_eps, "init_method_std": config.initializer_range}
     config_class = family.config_class
     if rope:
@@ -147,45 +148,45 @@ def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens:
     return "\n".join(lines) + "\n"
 
 
-def _copy_tokenizer(source: Path, folder: Path, given: Mapping[str, Any], name: str) -> None:
-    """The tokenizer as it is, in a folder of its own: NeMo copies that folder into every checkpoint."""
+def _copy_tokenizer(source: Source, folder: Path, name: str, generation: Mapping[str, Any] | None) -> None:
+    """The tokenizer in a folder of its own, which NeMo copies into every checkpoint; unchanged if it can be read."""
     from nemo_rao.data.tokenizer import save_for_4, written_by_5
 
     folder.mkdir()
-    for file in (*TOKENIZER_FILES, "generation_config.json"):
-        if (source / file).is_dir():
-            shutil.copytree(source / file, folder / file)
-        elif (source / file).is_file():
-            shutil.copyfile(source / file, folder / file)
+    for file in TOKENIZER_FILES:
+        if (source.folder / file).is_dir():
+            shutil.copytree(source.folder / file, folder / file)
+        elif (source.folder / file).is_file():
+            shutil.copyfile(source.folder / file, folder / file)
     if written_by_5(str(folder)):
         save_for_4(str(folder), folder)
-    kept = {key: value for key, value in given.items() if key != "auto_map"}
+    kept = {key: value for key, value in source.given.items() if key != "auto_map"}
     (folder / "config.json").write_text(json.dumps({**kept, "_name_or_path": name}, indent=2) + "\n")
+    if generation is not None:
+        (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def _convert(
-    source: Path, folder: Path, family: Family, keys: dict[str, Any], config: Any, dtype: str | None, pickled: bool
+    files: list[Path],
+    wanted: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    family: Family,
+    keys: dict[str, Any],
+    config: Any,
 ) -> None:
     """Read the weights, rename them with NeMo's importer, write the checkpoint."""
     import torch
-    import transformers
 
     say("reading the weights")
-    transformers.logging.set_verbosity_error()
-    torch_dtype = vars(torch)[dtype] if dtype is not None else "auto"
-    # Weights that were not there, or of another shape, would be drawn at random: the headers have told, and this does.
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        source,
-        config=config,
-        torch_dtype=torch_dtype,
-        use_safetensors=not pickled,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    missing = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
-    if missing:
-        raise UserError(f"SOURCE: {source} has no tensor {missing[0]}, which config.json asks for; download it again")
+    tensors = read_tensors(files, wanted)
+    if config.tie_word_embeddings and OUTPUT in tensors and not torch.equal(tensors[OUTPUT], tensors[EMBEDDINGS]):
+        raise UserError(
+            f"{KEY}: {files[0].parent}: config.json ties the embeddings (tie_word_embeddings), but {OUTPUT} is stored "
+            "with other values; set tie_word_embeddings to false in config.json if both matrices are the model's"
+        )
+    dtype = next(iter(tensors.values())).dtype
+    model = Weights(tensors, config)
+    del tensors
 
     import_nemo_aloud()
     from nemo.collections import llm
@@ -203,9 +204,9 @@ def _convert(
         **arch,
         vocab_size=config.vocab_size,
         seq_length=config.max_position_embeddings,
-        params_dtype=model.dtype,
-        bf16=model.dtype == torch.bfloat16,
-        fp16=model.dtype == torch.float16,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
     )
     # After construction: the checkpoint's context is to know nothing of it.
     made.transformer_layer_spec = layer_spec_without_te
@@ -213,7 +214,7 @@ def _convert(
     target = vars(llm)[family.model_class](
         made, tokenizer=AutoTokenizer(str(folder / "tokenizer"), trust_remote_code=False)
     )
-    importer = HFLlamaImporter(source)
+    importer = HFLlamaImporter(files[0].parent)
     trainer = importer.nemo_setup(target, ckpt_async_save=False)
     importer.convert_state(model, target)
     if family.qkv_bias:

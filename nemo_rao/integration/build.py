@@ -140,6 +140,7 @@ def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignm
         tokenizer=tokenizer(config),
         model_transform=lora(config),
         fused_log_probs=config.model.fused_log_probs,
+        head_seed=config.trainer.seed,
         fp8_simulation=_fp8_simulation(config.precision),
     )
 

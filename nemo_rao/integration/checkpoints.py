@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.integration.pickles import read_metadata, refuse_code
 
 _UNFINISHED = "-unfinished"  # NeMo's marker file beside a checkpoint that is being written or removed
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
 _OWN = re.compile(r"step=\d+(-last)?(-v\d+)?")  # names that a run gives
 
 
@@ -79,9 +81,10 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     """The checkpoint folder that a user names: itself, or the last one of a run folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; of a Hugging Face model, how to make one of it.
     """
     folder = Path(path).expanduser().absolute()
+    refuse_hugging_face(path, key)
     if (folder / "weights").is_dir():
         if _is_unfinished(folder):
             raise UserError(f"{key}: {folder} was interrupted while it was written; name a finished checkpoint")
@@ -93,6 +96,35 @@ def resolve_checkpoint(path: str, key: str) -> Path:
             "one in checkpoints/"
         )
     return found
+
+
+def refuse_hugging_face(path: str, key: str) -> None:
+    """Refuses a model in Hugging Face's format where NeMo's is needed: a folder, or a name such as ORG/NAME.
+
+    Raises:
+        UserError: names the command that makes a NeMo checkpoint of it.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not folder.exists():
+        if _HUB_NAME.fullmatch(path):
+            raise UserError(
+                f"{key}={path}: no such folder; give the folder of a NeMo checkpoint (of a model on huggingface.co, "
+                f"nemo-rao import-hf {path} DEST makes one)"
+            )
+        return
+    if (found := hugging_face_file(folder)) is not None:
+        raise UserError(
+            f"{key}={path}: is a model in Hugging Face's format (it has {found}), not a NeMo checkpoint; make one of "
+            f"it, and name that: nemo-rao import-hf {shlex.quote(path)} DEST"
+        )
+
+
+def hugging_face_file(folder: Path) -> str | None:
+    """The name of a file that shows that ``folder`` is a model in Hugging Face's format; ``None`` where it is not."""
+    if (folder / "weights").is_dir() or (folder / "checkpoints").is_dir():
+        return None
+    names = ("config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
+    return next((file.name for name in names for file in sorted(folder.glob(name))), None)
 
 
 def check_checkpoint(

@@ -45,7 +45,7 @@ class TrainerConfig:
     )
     log_every_n_steps: int = key(1, "steps from one line of metrics to the next", low=1)
     gradient_clip_val: float = key(1.0, "largest gradient norm, over all ranks; 0: gradients are not clipped", low=0)
-    seed: int = key(1234, "of random initial weights, a reward head's excepted, of adapters and of dropout", low=0)
+    seed: int = key(1234, "of random initial weights, of adapters, of a new reward head and of dropout", low=0)
     enable_progress_bar: bool = key(True, "show progress: a bar on a terminal, in a log file a line now and then")
     timeout_minutes: float = key(
         30.0, "minutes a rank waits for the others before the run fails", low=0, exclusive=True

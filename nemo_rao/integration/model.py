@@ -44,6 +44,8 @@ class MegatronGPTAlignmentModel(GPTModel):
         tokenizer: NeMo tokenizer; its ``vocab_size`` counts where ``config.vocab_size`` is ``None``.
         model_transform: such as ``nemo.collections.llm.peft.LoRA``.
         fused_log_probs: never hold the logits, see :mod:`nemo_rao.mcore.output_layer`.
+        head_seed: decides a new score head's start. An argument, as NeMo makes the further chunks of an interleaved
+            pipeline from the first one's arguments.
         fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: nothing is rounded.
 
     Attributes:
@@ -65,6 +67,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         tokenizer: Any = None,
         model_transform: Callable[[nn.Module], nn.Module] | None = None,
         fused_log_probs: bool = True,
+        head_seed: int = 0,
         fp8_simulation: Mapping[str, Any] | None = None,
     ) -> None:
         configure_loss_scaling(config)
@@ -81,6 +84,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         self.mismatched_log_ratio: Tensor | None = None
         self.log_ratios: LogRatios | None = None
         self._fused_log_probs = fused_log_probs
+        self._head_seed = head_seed
         self._fp8_is_simulated = fp8_simulation is not None
 
     def configure_model(self, vp_stage: int | None = None) -> None:
@@ -94,7 +98,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         if self.needs.values:
             add_value_head(self.module)
         if self.needs.scores:
-            add_score_head(self.module, self.needs.scores)
+            add_score_head(self.module, self.needs.scores, seed=self._head_seed)
         elif self._fused_log_probs:
             fuse_output_layer(self.module)
 

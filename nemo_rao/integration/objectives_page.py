@@ -49,7 +49,8 @@ what centres it. kto compares rewards with `model.kto.threshold`. All other obje
 where it is not named, no such pass is run. *rewards*: of every response. *preference*: labels or rewards. *K ≥ 2*: two
 responses to every prompt. *t0*: all prompts begin with the same token. *value head*: a linear head on the last pipeline
 stage, with a learning rate of its own, saved with the model. *score head*: a reward model's, in the place of the output
-layer. *mismatched*: a forward pass before each step over the
+layer. A run whose start has a head of the same size keeps it; a new one starts at 0 (value) or at random numbers of
+trainer.seed (score); the start of the run reports which. *mismatched*: a forward pass before each step over the
 batch's prompts with responses to other prompts.
 
 """

@@ -142,14 +142,20 @@ class _Model:
 
 
 def _model(run: str) -> _Model:
+    from nemo_rao.integration.checkpoints import hugging_face_file, last_checkpoint, resolve_checkpoint
+
     folder = Path(run).expanduser()
     if not (folder / "recipe.yaml").is_file():
+        if (found := hugging_face_file(folder)) is not None:
+            raise UserError(
+                f"{run}: is a model in Hugging Face's format (it has {found}); `model:` takes the folder of a run: "
+                "import the model with nemo-rao import-hf and train from it"
+            )
         raise UserError(f"{run}: no recipe.yaml in it; give the folder of a training run")
     config = load_recipe(folder / "recipe.yaml")
     if config.model.peft.scheme != "none":
         raise UserError(f"{run}: trained adapters ({config.model.peft.scheme}), which cannot be scored with yet")
     from nemo_rao.integration.adapter_checkpoints import refuse_adapters
-    from nemo_rao.integration.checkpoints import last_checkpoint, resolve_checkpoint
 
     own = last_checkpoint(folder)
     if own is None:

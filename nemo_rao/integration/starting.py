@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.integration.adapter_checkpoints import refuse_adapters
 from nemo_rao.integration.architecture import approximate_parameters, architecture_fields, num_tokens, vocabulary
-from nemo_rao.integration.checkpoints import check_checkpoint, token_embeddings
+from nemo_rao.integration.checkpoints import check_checkpoint, refuse_hugging_face, stored_tensors, token_embeddings
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.continuing import START, needs_start, start_of
+from nemo_rao.objectives import registry
 
 RANDOM_LIMIT = 1_000_000_000  # parameters; models below it are trained from scratch, in studies and tests
 FITTING = "set model.config_class, model.arch and data.tokenizer to the checkpoint's"
@@ -38,6 +40,7 @@ def check_start(config: RunConfig) -> None:
     if given is None:
         _check_random(config, approximate_parameters(fields, tokens or 0))
         return
+    refuse_hugging_face(given, START)
     if not Path(given).expanduser().is_dir():
         raise UserError(f"{START}={given}: no such folder; give the folder of a NeMo checkpoint")
     checkpoint = start_of(config)
@@ -100,3 +103,32 @@ def describe_start(config: RunConfig, start_from: Path | None) -> str:
     if start_from is None:
         return f"starting from random weights (trainer.seed={config.trainer.seed}; {START} is null)"
     return f"starting from {start_from}"
+
+
+def describe_heads(config: RunConfig, objective_config: Any, start_from: Path | None) -> list[str]:
+    """A line about each head of the run or of its start: whether it is kept, new, or left behind. Imports megatron.
+
+    Args:
+        objective_config: the objective's keys, with what the data decides.
+    """
+    from nemo_rao.mcore.heads import HEADS, SCORE_HEAD, VALUE_HEAD, is_stored
+
+    if start_from is None:
+        return []
+    tensors = stored_tensors(start_from, trusted=config.model.allow_pickle)
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    needs = registry.get(config.model.objective).needs_of(objective_config)
+    outputs = {SCORE_HEAD: needs.scores, VALUE_HEAD: int(needs.values)}
+    lines = []
+    for name in HEADS:
+        wanted, said = outputs[name], name.replace("_", " ")
+        stored = next((shape for key, shape in shapes.items() if key.split(".")[-2:] == [name, "weight"]), None)
+        if wanted and stored is not None and is_stored(name, (wanted, *stored[1:]), shapes):
+            lines.append(f"{said}: the start's is kept")
+        elif wanted:
+            drawn = f"drawn from trainer.seed={config.trainer.seed}" if name == SCORE_HEAD else "at 0"
+            why = "has none" if stored is None else f"has one of {stored[0]} outputs, {wanted} are needed"
+            lines.append(f"{said}: starts anew, {drawn} (the start {why})")
+        elif stored is not None:
+            lines.append(f"{said}: left behind, as {config.model.objective} has none")
+    return lines

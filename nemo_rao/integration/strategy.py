@@ -13,7 +13,7 @@ from nemo import lightning as nl
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from torch import Tensor
 
-from nemo_rao.mcore.heads import HEADS, heads
+from nemo_rao.mcore.heads import heads, is_stored
 from nemo_rao.mcore.seeds import seed_weights
 
 # Entries of an optimizer's group of parameters that a recipe sets.
@@ -36,7 +36,8 @@ class AlignmentStrategy(nl.MegatronStrategy):
         of_recipe: for each optimizer, the hyperparameters of its groups of parameters as the recipe has them; a
             checkpoint brings its own.
 
-    A run that starts from a checkpoint without its head (see :mod:`nemo_rao.mcore.heads`) starts with a new one.
+    A run that starts from a checkpoint without its head, or with one of another size, starts with a new one
+    (:mod:`nemo_rao.mcore.heads`).
     """
 
     seed: int
@@ -48,9 +49,10 @@ class AlignmentStrategy(nl.MegatronStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
         new = list(heads(self.megatron_parallel))
         if new:
-            stored = load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint_path, is_saving=False)))
+            metadata = load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint_path, is_saving=False)))
+            stored = {name: tensor.global_shape for name, tensor in metadata.items()}
             for head in new:
-                head.stored = any(name in key for name in HEADS for key in stored)
+                head.stored = is_stored(head.name, head.weight.shape, stored)
         try:
             return super().load_checkpoint(checkpoint_path, selective_restore)
         finally:

@@ -33,7 +33,7 @@ from nemo_rao.integration.monitor import validation_intervals
 from nemo_rao.integration.precision_checks import quantisation
 from nemo_rao.integration.prepare import Prepared, check_ranks_started, import_nemo, prepare, select_device
 from nemo_rao.integration.recipe_text import to_yaml
-from nemo_rao.integration.starting import describe_start
+from nemo_rao.integration.starting import describe_heads, describe_start
 from nemo_rao.integration.talk import global_rank, is_first_rank, quiet_third_parties, say
 from nemo_rao.integration.targets import say_targets
 
@@ -68,6 +68,8 @@ def train(config: RunConfig, *, callbacks: Callable[[list[Any]], list[Any]] = as
     say_targets(config, prepared.objective_config, prepared.train.reward_summary())
     if prepared.resume_from is None:
         say(describe_start(config, prepared.start_from))
+        for line in describe_heads(config, prepared.objective_config, prepared.start_from):
+            say(line)
     else:
         say(f"continuing from {prepared.resume_from}, step {step_of(prepared.resume_from)} of {prepared.max_steps}")
     for line in describe(prepared.changes):

@@ -7,14 +7,15 @@
                   whole model, stands in the place of the output layer, and has no bias, as the sequence classifiers of
                   `transformers` have none.
 
-The value head starts at 0, the score head at random. Both read the state after the final norm. Every tensor-parallel
+A run whose start has a head of this kind and size keeps it. A new value head starts at 0, a new score head at random
+numbers of the run's seed. Both read the state after the final norm. Every tensor-parallel
 rank holds all of a head, since it is a few rows; it counts once in gradient norms and checkpoints. It is no weight of
 the policy: fingerprints leave it out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from nemo_rao.batch import MicroBatch
 from nemo_rao.mcore.context_parallel import summed
+from nemo_rao.mcore.seeds import derived_seed
 
 # Their names in the model, in checkpoints, and in the optimizer's parameter groups.
 VALUE_HEAD, SCORE_HEAD = "value_head", "score_head"
@@ -36,21 +38,25 @@ class LinearHead(nn.Module):
 
     Args:
         config: the model's.
+        name: of :data:`HEADS`.
         num_outputs: numbers per row.
         position: where they are read: at the end of the prompt, or of the response.
         detached: nothing of the gradient passes into the model.
         bias: beside the weight.
 
     Attributes:
-        stored: the checkpoint that is being read has the head; where not, it keeps the values that it has.
+        name: in the model.
+        stored: the checkpoint that is being read has this head; where not, it keeps the values that it has.
     """
 
-    def __init__(self, config: Any, *, num_outputs: int, position: Position, detached: bool, bias: bool) -> None:
+    def __init__(
+        self, config: Any, name: str, *, num_outputs: int, position: Position, detached: bool, bias: bool
+    ) -> None:
         super().__init__()
         like = {"dtype": config.params_dtype, "device": _device()}
         self.weight = nn.Parameter(torch.zeros(num_outputs, config.hidden_size, **like))
         self.bias = nn.Parameter(torch.zeros(num_outputs, **like)) if bias else None
-        self.stored = True
+        self.name, self.stored = name, True
         self._sequence_parallel = config.sequence_parallel
         self._position = position
         self._detached = detached
@@ -104,22 +110,27 @@ def add_value_head(model: Any) -> None:
     """Give a Megatron GPT model chunk its value head, where it is the last pipeline stage's."""
     if not model.post_process:
         return
-    head = LinearHead(model.config, num_outputs=1, position="prompt", detached=True, bias=True)
+    head = LinearHead(model.config, VALUE_HEAD, num_outputs=1, position="prompt", detached=True, bias=True)
     head.watch(model.output_layer)
     setattr(model, VALUE_HEAD, head)
 
 
-def add_score_head(model: Any, num_scores: int) -> None:
+def add_score_head(model: Any, num_scores: int, *, seed: int) -> None:
     """Give a Megatron GPT model chunk its score head, where it is the last pipeline stage's.
 
     The output layer is skipped: the model then returns its hidden states, ``[B, T, H]``. Its weight stays in the model,
     and in checkpoints, as it is.
+
+    Args:
+        num_scores: of each response.
+        seed: of the run; decides the head's start.
     """
     if not model.post_process:
         return
-    head = LinearHead(model.config, num_outputs=num_scores, position="response", detached=False, bias=False)
+    head = LinearHead(model.config, SCORE_HEAD, num_outputs=num_scores, position="response", detached=False, bias=False)
     # From a generator of its own: the same on every tensor-parallel rank, whatever was drawn before.
-    start = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(num_scores)) * 0.02
+    generator = torch.Generator().manual_seed(derived_seed(SCORE_HEAD, seed))
+    start = torch.randn(head.weight.shape, generator=generator) * 0.02
     head.weight.data.copy_(start)
     head.watch(model.output_layer)
     setattr(model, SCORE_HEAD, head)
@@ -134,6 +145,19 @@ def add_score_head(model: Any, num_scores: int) -> None:
         return (hidden + 0 * own.sum() if shared_over_stages and own is not None else hidden), None
 
     output_layer.forward = skip
+
+
+def is_stored(name: str, shape: Sequence[int], stored: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a checkpoint has a head of this name and size.
+
+    Args:
+        name: of :data:`HEADS`.
+        shape: of its weight, ``[outputs, H]``.
+        stored: shapes of the checkpoint's tensors, by names that may have a prefix.
+    """
+    return any(
+        key.split(".")[-2:] == [name, "weight"] and tuple(found) == tuple(shape) for key, found in stored.items()
+    )
 
 
 def heads(model: nn.Module) -> Iterator[LinearHead]:

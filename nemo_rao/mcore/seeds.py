@@ -45,8 +45,15 @@ def seed_step(seed: int, step: int) -> None:
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
         parallel_state.get_pipeline_model_parallel_rank(),
     )
-    # A hash, not a sum of multiples: Megatron derives further seeds by adding to this one. 31 bits: a CPU's generator
-    # reads no more than 32.
-    drawn = int.from_bytes(hashlib.sha256(repr((seed, step, *rank)).encode()).digest()[:4], "big") >> 1
+    drawn = derived_seed(seed, step, *rank)
     torch.manual_seed(drawn)
     model_parallel_cuda_manual_seed(drawn)
+
+
+def derived_seed(*values: int | str) -> int:
+    """A seed that these values decide, of 31 bits.
+
+    A hash, not a sum of multiples: Megatron derives further seeds by adding to one. 31 bits: a CPU's generator reads no
+    more than 32.
+    """
+    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:4], "big") >> 1

@@ -261,9 +261,12 @@ def test_prompts_that_cannot_be_used_are_told_with_their_line(
         ("nothing there", "no such folder"),
         ("config.json", "has no config.json"),
         ("model.safetensors", "has no weights"),
-        ("pickled", "pytorch_model.bin is pickled, and is never loaded"),
-        ("cut", "bytes; copy or download it again"),
+        ("pickled", "pytorch_model.bin is pickled, and pickles can run code"),
+        ("cut", "bytes; copy, export or download the model again"),
         ("shard", "model-2.safetensors is missing"),
+        ("whole beside shards", "has both model.safetensors and model.safetensors.index.json"),
+        ("rotary per layer", "rope_parameters differs by kind of layer"),
+        ("rotary within", "text_config.rope_parameters is ignored by the installed `transformers`"),
         ("tokenizer", "give a folder with a Hugging Face tokenizer"),
         ("end token", "has no end token"),
         ("of a kind there is not", "cannot read the configuration of this lama"),
@@ -289,6 +292,13 @@ def test_a_folder_that_is_no_whole_model_is_told(
         (model / "model.safetensors").rename(model / "model-1.safetensors")
         index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif damage == "whole beside shards":
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    elif damage.startswith("rotary"):
+        found = json.loads((model / "config.json").read_text())
+        rope = {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}
+        changes = rope if damage == "rotary per layer" else {"text_config": rope}
+        (model / "config.json").write_text(json.dumps({**found, **changes}))
     elif damage == "of a kind there is not":
         (model / "config.json").write_text(json.dumps({"model_type": "lama"}))
     elif damage == "of another task":

@@ -64,7 +64,15 @@ def make_model(name: str, tokenizer: Path, folder: Path, **save: Any) -> Path:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder, **save)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    if name == "tied llama 3.2":
+        spell_as_transformers_5(folder / "config.json")
     return folder
+
+
+def spell_as_transformers_5(file: Path) -> None:
+    given = json.loads(file.read_text())
+    rope = {"rope_theta": given.pop("rope_theta"), **(given.pop("rope_scaling") or {"rope_type": "default"})}
+    file.write_text(json.dumps({**given, "rope_parameters": rope, "transformers_version": "5.3.0"}))
 
 
 def command(*arguments: str | Path) -> None:

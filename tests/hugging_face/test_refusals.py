@@ -68,6 +68,44 @@ def without_a_tensor(folder: Path) -> None:
     save_file(tensors, shard(folder))
 
 
+def rewrite(file: Path, metadata: dict[str, str], **changes: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({**load_file(file), **changes}, file, metadata=metadata)
+
+
+def tensors_that_overlap(folder: Path) -> None:
+    """The last tensor begins with the one before it; its size is another, the file's is the same."""
+    length = int.from_bytes(shard(folder).read_bytes()[:8], "little")
+    whole = shard(folder).read_bytes()
+    header = json.loads(whole[8 : 8 + length])
+    entries = sorted(
+        (entry for name, entry in header.items() if name != "__metadata__"), key=lambda entry: entry["data_offsets"]
+    )
+    entries[-1]["data_offsets"][0] = entries[-2]["data_offsets"][0]
+    text = json.dumps(header).encode()
+    shard(folder).write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+
+
+def whole_beside_shards(folder: Path) -> None:
+    shutil.copyfile(shard(folder), folder / "model.safetensors")
+
+
+def index_of_other_files(folder: Path) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["another"] = shard(folder).name
+    file.write_text(json.dumps(index))
+
+
+def a_tensor_twice(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    first, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    name, tensor = next((name, tensor) for name, tensor in load_file(first).items() if "layers.0" in name)
+    rewrite(second, {"format": "pt"}, **{name: tensor})
+
+
 def pickled(folder: Path) -> None:
     for file in folder.glob("*.safetensors*"):
         file.unlink()
@@ -83,14 +121,28 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "GPT2LMHeadModel, which cannot be imported; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM can",
     ),
     "a missing shard": (lambda folder: shard(folder).unlink(), "model-00001-of-00004.safetensors is missing"),
-    "a truncated shard": (lambda folder: cut(shard(folder), 9000), "is not whole: 9000 of"),
-    "an empty shard": (lambda folder: cut(shard(folder), 0), "is no safetensors file"),
-    "a missing tensor": (without_a_tensor, "has no tensor model.layers.0"),
+    "a truncated shard": (lambda folder: cut(shard(folder), 9000), "is not whole: it has 9000 of"),
+    "an empty shard": (lambda folder: cut(shard(folder), 0), "is not a safetensors file"),
+    "a header that contradicts itself": (tensors_that_overlap, "is damaged"),
+    "a shard of TensorFlow": (lambda folder: rewrite(shard(folder), {"format": "tf"}), "a model in tf"),
+    "whole weights beside shards": (whole_beside_shards, "has both model.safetensors and model.safetensors.index.json"),
+    "an index of other files": (index_of_other_files, "index.json does not belong to the files: tensor another"),
+    "a tensor in two shards": (a_tensor_twice, "both have a tensor model.layers.0"),
+    "a missing tensor": (without_a_tensor, "is in the index and not in the files"),
     "other sizes": (lambda folder: change(folder, hidden_size=64), "config.json asks for [300, 64]"),
     "a layer too many": (lambda folder: change(folder, num_hidden_layers=1), "for which the model has no place"),
     "other positions": (
         lambda folder: change(folder, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
-        "rope_scaling (yarn)",
+        'rope_scaling ({"rope_type": "yarn"',
+    ),
+    "a generation config that cannot be saved": (
+        lambda folder: (folder / "generation_config.json").write_text('{"max_new_tokens": 0}'),
+        "correct the file, or remove it",
+    ),
+    "ties that the weights do not have": (lambda folder: change(folder, tie_word_embeddings=True), "with other values"),
+    "adapters alone": (
+        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+        "adapters alone",
     ),
     "quantized": (lambda folder: change(folder, quantization_config={"bits": 4}), "quantization_config"),
     "pickles alone": (pickled, "--allow-pickle"),
@@ -122,7 +174,24 @@ def test_a_folder_with_something_in_it_is_not_written_to(
 def test_what_is_no_checkpoint_is_not_exported(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "is neither a NeMo checkpoint" in refusal(capsys, "export-hf", source, tmp_path / "made")
+    (tmp_path / "empty").mkdir()
+    assert "is neither a NeMo checkpoint" in refusal(capsys, "export-hf", tmp_path / "empty", tmp_path / "made")
+
+
+def test_a_hugging_face_folder_in_a_checkpoints_place_is_answered_with_the_command_that_imports_it(
+    source: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remedy = f"nemo-rao import-hf {source} DEST"
+    assert remedy in refusal(capsys, "export-hf", source, tmp_path / "made")
+    paths = (f"data.train_path={data}/train.jsonl", f"data.tokenizer={source}", f"exp_manager.exp_dir={tmp_path}/runs")
+    train = ("train", "--config-name", "gpt_dpo", *paths)
+    assert remedy in refusal(capsys, *train, f"model.restore_from_path={source}")
+    assert "nemo-rao import-hf org/name DEST" in refusal(capsys, *train, "model.restore_from_path=org/name")
+    scored = ("score", data / "train.jsonl", tmp_path / "scored.jsonl", "--scorer", f"model:{source}")
+    assert "import the model with nemo-rao import-hf" in refusal(capsys, *scored)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "model.restore_from_path takes it" in refusal(capsys, "import-hf", tmp_path / "run", tmp_path / "made")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "empty", "run"} - {"empty"}
 
 
 def test_a_damaged_checkpoint_is_not_exported(

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.rendering_record import Rendering, read_rendering
 
 from .conftest import Converted
-from .models import MODELS, command, log_prob_sums, make_model, read_json, sft_loss, tensors
+from .models import MODELS, command, config, log_prob_sums, make_model, read_json, sft_loss, tensors
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -28,10 +29,11 @@ def test_a_round_trip_gives_back_every_weight_bit_for_bit(converted: dict[str, C
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_round_trip_gives_back_the_config(converted: dict[str, Converted], name: str) -> None:
-    given, found = (read_json(folder / "config.json") for folder in (converted[name].source, converted[name].exported))
+    """Also where the source spells its rotary embedding as transformers 5 does."""
+    given, found = config(name).to_diff_dict(), read_json(converted[name].exported / "config.json")
     # The tokens are the tokenizer's, which the random model's config did not know.
     apart = {key for key in given.keys() | found.keys() if given.get(key) != found.get(key)}
-    assert apart <= {"bos_token_id", "eos_token_id"}
+    assert apart <= {"bos_token_id", "eos_token_id", "architectures", "dtype"}
 
 
 @pytest.mark.parametrize("name", ["llama", "tied qwen2, padded"])
@@ -85,12 +87,14 @@ def test_generation_ends_at_the_end_of_a_turn_and_at_the_end_of_a_text(data: Pat
     tokenizer.eos_token = "<|pad|>"
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     source = make_model("llama", tmp_path / "tokenizer", tmp_path / "source")
-    (source / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true, "eos_token_id": 7}')
+    (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 7}')  # and no do_sample
+    for file in source.glob("*.safetensors"):  # without a format entry, and another kind of metadata
+        save_file(load_file(file), file, metadata={"origin": "a merge"})
     command("import-hf", source, tmp_path / "imported")
     command("export-hf", tmp_path / "imported", tmp_path / "exported", "--dtype", "bf16")
     written = read_json(tmp_path / "exported" / "generation_config.json")
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|pad|>")]
-    assert written["eos_token_id"] == ends and written["temperature"] == 0.6
+    assert written["eos_token_id"] == ends and (written["temperature"], written["do_sample"]) == (0.6, True)
     found = tensors(tmp_path / "exported")
     assert all(torch.equal(tensor.bfloat16(), found[name]) for name, tensor in tensors(source).items())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", torch_dtype="auto")

@@ -46,7 +46,8 @@ def on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> 
         config = RM.make_config({"center": CENTER})
         return for_schedule(micro_batch_loss(output, batch, RM, config, vocab_size=tiny.VOCAB))
 
-    found = {}
+    found: dict[tuple[str, str], Any] = {}
+    starts: list[Tensor] = []
     for layout_name, (layout, by_rank) in LAYOUTS.items():
         tiny.enter(layout)
         batches = [
@@ -55,9 +56,9 @@ def on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> 
         ]
         for model_name, (weights, gradients) in wanted.items():
             model = tiny.build(weights, layout, tied=TIED[model_name])
-            add_score_head(model, 1)
+            add_score_head(model, 1, seed=len(found))
             for head in heads(model):
-                assert head.weight.any()
+                starts.append(head.weight.detach().clone())
                 head.weight.data.copy_(head_weight())
             computed, reported = tiny.run_schedule(model, batches, loss)
             of_head = {name: computed.pop(name) for name in list(computed) if "score_head" in name}
@@ -66,6 +67,7 @@ def on_ranks(wanted: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> 
                 "head": of_head,
                 "statistics": {key: pair.tolist() for key, pair in reduce_statistics(reported).items()},
             }
+    found["starts", "of heads"] = starts
     return found
 
 
@@ -132,6 +134,14 @@ def test_gradients_are_those_of_one_process(
             torch.testing.assert_close(gradient, dense[model]["head"], rtol=1e-4, atol=1e-6)
             heads += 1
     assert heads == (1 if layout == "PP 2" else 2)
+
+
+def test_the_seed_decides_a_heads_start(ranks: list[dict[tuple[str, str], Any]]) -> None:
+    """A seed for each network: all differ, and ranks that hold the same head hold the same start of it."""
+    whole = max((rank["starts", "of heads"] for rank in ranks), key=len)
+    for rank in ranks:
+        for start in rank["starts", "of heads"]:
+            assert sum(torch.equal(start, other) for other in whole) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -151,7 +151,7 @@ def _model(config: RunConfig, tokens: int, chunk: int | None = None) -> Any:
     if needs.values:
         add_value_head(model)
     if needs.scores:
-        add_score_head(model, needs.scores)
+        add_score_head(model, needs.scores, seed=0)
     add_adapters(build.lora(config), model)
     return model
 

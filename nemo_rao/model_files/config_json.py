@@ -1,0 +1,95 @@
+"""config.json, whichever release of transformers has written it.
+
+transformers 5 writes ``rope_parameters`` where earlier releases write ``rope_theta`` and ``rope_scaling``. Earlier
+releases take the new key without a word and compute with the default base: a model of base 500000 then runs with
+10000.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.errors import UserError
+
+ROPE_PARAMETERS = "rope_parameters"
+_MOVED = ("rope_theta", "partial_rotary_factor")  # keys of their own in transformers 4
+
+
+def read_json(file: Path, key: str) -> dict[str, Any]:
+    """The object in ``file``.
+
+    Args:
+        key: the option or argument that names the file's folder, for messages.
+
+    Raises:
+        UserError: it is missing, cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{key}: {file.parent} has no {file.name}; give the folder of a model in Hugging Face's format"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}: {file} cannot be read ({reason}); copy or download it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{key}: {file} is not a JSON object; copy or download it again")
+    return found
+
+
+def with_flat_rope(given: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """config.json with ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` instead of ``rope_parameters``.
+
+    ``rope_scaling`` has a ``rope_type`` then, or is ``None`` where nothing is scaled. A ``rope_theta`` within
+    ``rope_scaling``, which transformers 5 reads and transformers 4 does not, is moved out of it.
+
+    Args:
+        place: the file, for messages.
+
+    Raises:
+        UserError: the settings are not of one rotary embedding for all layers, or contradict each other.
+    """
+    found = dict(given)
+    new, old = found.pop(ROPE_PARAMETERS, None), found.pop("rope_scaling", None)
+    settings = {
+        name: _flat(value, f"{place}: {name}") for name, value in ((ROPE_PARAMETERS, new), ("rope_scaling", old))
+    }
+    for name, values in settings.items():
+        for moved in _MOVED:
+            if (value := values.pop(moved, None)) is None:
+                continue
+            if found.get(moved, value) not in (value, None):
+                raise UserError(f"{place}: {moved} is {found[moved]}, but {value} in {name}; remove the wrong one")
+            found[moved] = value
+    scaling = settings["rope_scaling"] or settings[ROPE_PARAMETERS]
+    if settings[ROPE_PARAMETERS] and settings["rope_scaling"] not in ({}, settings[ROPE_PARAMETERS]):
+        raise UserError(f"{place}: rope_scaling and {ROPE_PARAMETERS} differ; remove the wrong one")
+    if scaling.get("rope_type") == "default" and len(scaling) == 1:
+        scaling = {}
+    if {*settings} & {*given}:
+        found["rope_scaling"] = scaling or None
+    return found
+
+
+def _flat(value: Any, place: str) -> dict[str, Any]:
+    """The settings of one rotary embedding, with ``rope_type`` for the older ``type``, without what is null."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f'{place} is {json.dumps(value)[:100]}, not an object such as {{"rope_type": "default"}}')
+    if any(isinstance(inner, dict) for inner in value.values()):
+        raise UserError(
+            f"{place} differs by kind of layer ({', '.join(map(str, value))}), which cannot be read here; use a model "
+            "with one rotary embedding for all layers"
+        )
+    found = {name: inner for name, inner in value.items() if inner is not None}
+    kind = found.pop("type", None)
+    if kind is not None and found.setdefault("rope_type", kind) != kind:
+        raise UserError(f"{place}: rope_type is {found['rope_type']}, but type is {kind}; remove the wrong one")
+    if found and set(found) - set(_MOVED):
+        found.setdefault("rope_type", "default")
+    return found
