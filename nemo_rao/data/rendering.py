@@ -33,6 +33,13 @@ NO_TOKEN = "no token of its own before the end token"
 
 # Fields without which a prompt says something else. Others, such as a name, are reported where they are not rendered.
 _CONTENT = ("tool_calls", "tools", "documents", "functions")
+# Those without which an answer does: these, and whatever is named after reasoning or thinking.
+_CONTENT_OF_ANSWERS = ("tool_calls", "function_call", "refusal")
+
+
+def _is_said(name: str) -> bool:
+    """Whether an answer's field of this name is a part of what is answered, and not of what is known about it."""
+    return name in _CONTENT_OF_ANSWERS or "reason" in name.lower() or "think" in name.lower()
 
 
 @dataclass
@@ -83,10 +90,12 @@ def render_plain(row: Row, tokenizer_name: str) -> RenderedRow:
             f"{row.place}: the prompt is a list of messages, which needs a chat template; tokenizer "
             f"{tokenizer_name} has none or chat_template is 'never'"
         )
-    answers = []
+    answers, remarks = [], []
     fields = [name for name, value in row.template_fields.items() if value]
     for number, response in enumerate(row.responses, start=1):
-        fields += field_names([response.fields])
+        names = field_names([response.fields])
+        fields += [name for name in names if _is_said(name)]
+        remarks += [_not_rendered(name) for name in names if not _is_said(name)]
         content = response.content if response.plain_content is None else response.plain_content
         answers.append(Answer(f"response {number}", prompt, prompt + content, truncated=response.truncated))
     if fields:
@@ -94,7 +103,7 @@ def render_plain(row: Row, tokenizer_name: str) -> RenderedRow:
             f"{row.place}: field '{fields[0]}' needs a chat template, and tokenizer {tokenizer_name} has none or "
             "chat_template is 'never'; list it in data.ignore_fields or drop the row"
         )
-    return RenderedRow(prompt, answers)
+    return RenderedRow(prompt, answers, remarks)
 
 
 # ----------------------------------------------------------------------------------------------------- chat template
@@ -245,7 +254,7 @@ class ChatRenderer:
         if markers:
             remarks.append(f"responses hold the chat template's own tokens ({markers[0]})")
         complete = self._verbatim if self.verbatim else self._rendered
-        answer.whole = complete(answer, messages, message, row)
+        answer.whole = complete(answer, messages, message, row, remarks)
         if closed:
             answer.whole = answer.whole[: answer.whole.rindex(end_text) + len(end_text)]
         if answer.truncated:
@@ -256,9 +265,12 @@ class ChatRenderer:
                 )
             answer.whole = answer.whole.removesuffix(self.template.behind)
 
-    def _verbatim(self, answer: Answer, messages: Sequence[Message], message: Message, row: Row) -> str:
-        template, text = self.template, contents_of(message)
-        if names := field_names([message]):
+    def _verbatim(
+        self, answer: Answer, messages: Sequence[Message], message: Message, row: Row, remarks: list[str]
+    ) -> str:
+        template, text, fields = self.template, contents_of(message), field_names([message])
+        remarks += [_not_rendered(name) for name in fields if not _is_said(name)]
+        if names := [name for name in fields if _is_said(name)]:
             raise ContentError(
                 f"{row.place}: {answer.name} has a field '{names[0]}', which only the chat template can render; set "
                 "data.answers=template, list the field in data.ignore_fields, or drop the row"
@@ -280,7 +292,9 @@ class ChatRenderer:
                 )
         return answer.before + template.before + text + template.behind
 
-    def _rendered(self, answer: Answer, messages: Sequence[Message], message: Message, row: Row) -> str:
+    def _rendered(
+        self, answer: Answer, messages: Sequence[Message], message: Message, row: Row, remarks: list[str]
+    ) -> str:
         template, fields = self.template, row.template_fields
         whole = template.render([*messages, message], row.place, fields)
         if not whole.startswith(answer.before):
@@ -305,7 +319,7 @@ class ChatRenderer:
             )
 
         if names := field_names([message]):
-            self._check_fields_of_answer(answer, messages, message, row, names, said)
+            remarks += self._check_fields_of_answer(answer, messages, message, row, names, said)
         return whole
 
     def _check_fields_of_answer(
@@ -316,8 +330,9 @@ class ChatRenderer:
         row: Row,
         names: Sequence[str],
         said: str,
-    ) -> None:
-        """Raises if a field of the answer's message is not in ``said``, its rendering."""
+    ) -> list[str]:
+        """Raises if a field of the answer's message that is a part of it is not in ``said``, its rendering; returns
+        remarks on others."""
 
         def render(changed: Sequence[Message], _: Mapping[str, Any]) -> str:
             return self.template.render([*messages, *changed], row.place, row.template_fields)
@@ -327,6 +342,8 @@ class ChatRenderer:
         call = unrendered_call([message], whole, render)
         for name in names:
             what = None
+            if not _is_said(name):
+                continue
             if name in lost:
                 what = f"field '{name}'"
             elif name == "tool_calls" and call is not None:
@@ -338,3 +355,8 @@ class ChatRenderer:
                     f"{row.place}: of {answer.name}, the chat template leaves out {what}; use another template, list "
                     "the field in data.ignore_fields, or drop the row"
                 )
+        return [_not_rendered(name) for name in lost if not _is_said(name)]
+
+
+def _not_rendered(name: str) -> str:
+    return f"responses have a field '{name}' that is not rendered"

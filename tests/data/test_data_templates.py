@@ -164,6 +164,15 @@ def test_a_field_of_the_prompt_that_says_little_is_remarked_on(encoder):
 # ---------------------------------------------------------------------------------------- what templates put around it
 
 
+@pytest.mark.parametrize("answers", ["template", "verbatim"])
+def test_what_is_known_about_an_answer_is_remarked_on_where_it_is_not_rendered(answers, encoder):
+    known = Response("4", fields={"id": "a-17", "model": "llama"})
+    sample = encoder("chatml", answers=answers).encode(row(known))
+    assert sorted(sample.remarks) == [f"responses have a field '{name}' that is not rendered" for name in ("id", "model")]
+    with pytest.raises(ContentError, match="'reasoning'"):
+        encoder("chatml", answers=answers).encode(row(Response("4", fields={"id": "a", "reasoning": "two and two"})))
+
+
 def test_the_header_of_a_template_without_a_generation_prompt_belongs_to_the_prompt(encoder):
     without = encoder("no_generation_prompt")
     assert texts(without, without.encode(row("4"))) == texts(encoder("chatml"), encoder("chatml").encode(row("4")))
