@@ -168,7 +168,8 @@ def test_a_field_of_the_prompt_that_says_little_is_remarked_on(encoder):
 def test_what_is_known_about_an_answer_is_remarked_on_where_it_is_not_rendered(answers, encoder):
     known = Response("4", fields={"id": "a-17", "model": "llama"})
     sample = encoder("chatml", answers=answers).encode(row(known))
-    assert sorted(sample.remarks) == [f"responses have a field '{name}' that is not rendered" for name in ("id", "model")]
+    expected = [f"responses have a field '{name}' that is not rendered" for name in ("id", "model")]
+    assert sorted(sample.remarks) == expected
     with pytest.raises(ContentError, match="'reasoning'"):
         encoder("chatml", answers=answers).encode(row(Response("4", fields={"id": "a", "reasoning": "two and two"})))
 
