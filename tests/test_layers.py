@@ -30,10 +30,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": FOUNDATION | {"data", "generation", "progress"},  # a judge may be a model that generates here
     "integration": FOUNDATION
     | {"data", "ops", "objectives", "mcore", "cpu", "gpus", "progress", "scoring", "planning"},
+    "show": FOUNDATION | {"data", "integration", "objectives", "progress"},
     "hugging_face": FOUNDATION | {"data", "mcore", "integration"},
     "cluster": FOUNDATION | {"integration"},
     "doctor": FOUNDATION | {"integration", "planning"},  # the latter in processes of their own
-    "commands": {"errors", "other_names", "cluster", "doctor", "generation", "hugging_face", "integration", "scoring"},
+    "commands": {
+        *("errors", "other_names", "cluster", "doctor", "generation", "hugging_face", "integration", "scoring", "show")
+    },
     "cli": {"errors", "other_names", "commands", "malloc"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -47,7 +50,7 @@ HEAVY: dict[str, set[str]] = {
     "nemo_run": {"doctor", "integration"},
     "hydra": {"cluster", "integration"},
     "omegaconf": {"cluster", "integration"},
-    "transformers": {"data", "doctor", "generation", "hugging_face"},
+    "transformers": {"data", "doctor", "generation", "hugging_face", "show"},
     "vllm": {"doctor", "generation"},
     "lm_eval": {"doctor", "generation"},
     "torch": {

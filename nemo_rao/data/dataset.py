@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -46,6 +46,25 @@ TOO_LONG = "prompt and response longer than seq_length"
 NO_BOUNDARY = "no boundary in tokens between prompt and response"
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row, for whoever shows it.
+
+    Attributes:
+        read: as it stands in the file.
+        used: the same with the responses that are used.
+        sample: its tokens; ``None`` where it cannot be tokenised.
+        left_out: why some of its responses are not used.
+        problem: (reason, what is said about this row) of a row that is dropped; ``None``: it is kept.
+    """
+
+    read: Row
+    used: Row
+    sample: Sample | None
+    left_out: tuple[str, ...]
+    problem: tuple[str, str] | None
+
+
 def load_preferences(
     paths: Paths,
     tokenizer: PreTrainedTokenizerBase,
@@ -66,6 +85,7 @@ def load_preferences(
     template_arguments: Mapping[str, Any] | None = None,
     reward_field: RewardField = None,
     progress: Callable[[int], None] | None = None,
+    observe: Callable[[Outcome], None] | None = None,
 ) -> PreferenceData:
     """Reads, tokenises and checks a data set.
 
@@ -87,6 +107,7 @@ def load_preferences(
         chat_template, template_arguments: see ``encode.Encoder``.
         reward_field: see ``rows.read_rows``.
         progress: called now and then with the number of rows read so far.
+        observe: called with each row, kept or dropped, in the files' order.
 
     Raises:
         UserError: see above; or no row is left.
@@ -121,6 +142,10 @@ def load_preferences(
                 problem = _why_dropped(row, sample, seq_length, needs_pairs and complaint is None)
                 if problem is None and complaint is not None:
                     raise complaint
+                left_out = tuple(reasons_left_out(read, row, num_responses, responses))
+                if observe is not None:
+                    tokens = sample if isinstance(sample, Sample) else None
+                    observe(Outcome(read, row, tokens, left_out, problem))
                 if problem is not None:
                     if strict:
                         raise UserError(f"{problem[1]} (strict: no row may be dropped)")
@@ -134,7 +159,7 @@ def load_preferences(
                 report.use(
                     len(read.responses),
                     len(row.responses),
-                    reasons_left_out(read, row, num_responses, responses),
+                    left_out,
                     which_pair(row, responses) if needs_pairs else None,
                 )
                 report.unknown_rewards += sum(

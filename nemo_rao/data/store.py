@@ -74,6 +74,11 @@ class LoadReport:
     def __str__(self) -> str:
         parts = [f"{self.rows_kept} of {self.rows_read} rows kept"]
         parts += [f"{rows} dropped ({reason}; first: {self.examples[reason]})" for reason, rows in self.dropped.items()]
+        return "; ".join(parts + self.remarks())
+
+    def remarks(self) -> list[str]:
+        """What there is to say of the rows that are kept."""
+        parts = []
         if self.inner_ends:
             parts.append(f"{self.inner_ends} responses hold the end token inside")
         if self.left_out:
@@ -85,7 +90,7 @@ class LoadReport:
             parts.append("pairs: " + ", ".join(f"{pair} ({rows} rows)" for pair, rows in self.pairs.items()))
         if self.unknown_rewards:
             parts.append(f"{self.unknown_rewards} rewards are not finite numbers, and are not used")
-        return "; ".join(parts)
+        return parts
 
 
 def _range(bounds: list[int]) -> str:

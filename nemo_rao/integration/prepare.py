@@ -163,7 +163,7 @@ class LoadedData:
 
 def load_data(config: RunConfig) -> LoadedData:
     """Reads, tokenises and checks a run's data, or reads it back. See :func:`train` for the errors."""
-    tokenizer, wanted, folder = load_tokenizer(config.data.tokenizer or ""), _wanted(config), data_cache_dir(config)
+    tokenizer, wanted, folder = load_tokenizer(config.data.tokenizer or ""), wanted_rows(config), data_cache_dir(config)
     cache = None if folder is None else DataCache(folder, tokenizer)
 
     def load(paths: Any, label: str) -> PreferenceData:
@@ -190,10 +190,10 @@ def load_data(config: RunConfig) -> LoadedData:
 def data_identity(config: RunConfig) -> str:
     """The same text for runs for which :func:`load_data` gives the same."""
     paths = (config.data.train_path, config.data.validation_path, config.data.tokenizer)
-    return repr((paths, {name: value for name, value in _wanted(config).items() if name != "needed_by"}))
+    return repr((paths, {name: value for name, value in wanted_rows(config).items() if name != "needed_by"}))
 
 
-def _wanted(config: RunConfig) -> dict[str, Any]:
+def wanted_rows(config: RunConfig) -> dict[str, Any]:
     """What a run asks of its rows; see :func:`nemo_rao.data.dataset.load_preferences`."""
     objective = registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
@@ -319,6 +319,13 @@ def draw_prompts(data: PreferenceData, num_prompts: int, *, seed: int) -> Prefer
     Raises:
         UserError: there are not so many.
     """
+    drawn = drawn_indices(data, num_prompts, seed=seed)
+    say(f"training data: {num_prompts} of {len(data)} prompts drawn (data.num_prompts)")
+    return PreferenceData((data[index] for index in drawn), data.report)
+
+
+def drawn_indices(data: PreferenceData, num_prompts: int, *, seed: int) -> np.ndarray:
+    """``[num_prompts]`` int64: which prompts :func:`draw_prompts` draws, in the data's order."""
     if num_prompts > len(data):
         raise UserError(
             f"data.num_prompts={num_prompts}, but the training data has only {len(data)} ({data.report}); lower it, "
@@ -326,9 +333,7 @@ def draw_prompts(data: PreferenceData, num_prompts: int, *, seed: int) -> Prefer
         )
     # RandomState: its stream is frozen, see nemo_rao.data.order.
     generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed])))
-    drawn = np.sort(generator.permutation(len(data))[:num_prompts])
-    say(f"training data: {num_prompts} of {len(data)} prompts drawn (data.num_prompts)")
-    return PreferenceData((data[index] for index in drawn), data.report)
+    return np.sort(generator.permutation(len(data))[:num_prompts])
 
 
 def _check_model(config: RunConfig, num_tokens: int, start_from: Path | None, resume_from: Path | None) -> None:

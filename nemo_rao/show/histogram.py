@@ -1,0 +1,125 @@
+"""Numbers as bins with round limits, for charts of text and of SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+_MOST_LEVELS = 12  # distinct values, such as the grades 1 to 10, that have a bar each
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Bins of one width, the same for every series.
+
+    Attributes:
+        edges: ``[bins + 1]``; ascending.
+        counts: name of a series -> ``[bins]``. Numbers below the first edge, or above the last, are in the first and
+            the last bin.
+        is_cut: numbers lie below the first edge, and above the last.
+        levels: the bins stand for single values, their centres.
+        mark: a number to be marked, such as model.seq_length; ``None``: none.
+    """
+
+    edges: np.ndarray
+    counts: Mapping[str, np.ndarray]
+    is_cut: tuple[bool, bool]
+    levels: bool
+    mark: float | None = None
+
+    @property
+    def totals(self) -> np.ndarray:
+        """``[bins]``: of all series together."""
+        return np.sum(list(self.counts.values()), axis=0)
+
+    def label(self, bin: int) -> str:
+        """What is counted there: "128 to 160", "3", "above 4,096"."""
+        low, high = number(self.edges[bin]), number(self.edges[bin + 1])
+        if self.levels:
+            return number((self.edges[bin] + self.edges[bin + 1]) / 2)
+        if bin == 0 and self.is_cut[0]:
+            return f"below {high}"
+        if bin == len(self.edges) - 2 and self.is_cut[1]:
+            return f"above {low}"
+        return f"{low} to {high}"
+
+
+def histogram(
+    series: Mapping[str, np.ndarray], *, bins: int = 28, mark: float | None = None, from_zero: bool = False
+) -> Histogram | None:
+    """The bins of several series; ``None`` where there is no number.
+
+    Args:
+        series: name -> numbers, finite ones or NaN, which is left out.
+        bins: about how many.
+        mark: to be marked; the bins reach as far where the numbers come near it.
+        from_zero: the first edge is 0.
+    """
+    known = {name: values[np.isfinite(values)] for name, values in series.items()}
+    everything = np.concatenate([np.empty(0), *known.values()])
+    if not len(everything):
+        return None
+    distinct = np.unique(everything) if len(everything) <= 1_000_000 else np.unique(everything[::97])
+    if not from_zero and len(distinct) <= _MOST_LEVELS and (step := _even_step(distinct)):
+        edges = np.arange(distinct[0] - step / 2, distinct[-1] + step, step)
+        return _counted(known, edges, levels=True, mark=mark)
+    low, high = _range(everything)
+    if from_zero:
+        low = 0.0
+    if mark is not None and high >= mark / 2:
+        high = max(high, 1.1 * mark)
+    width = _round_width((high - low) / bins)
+    if from_zero:
+        width = max(width, 1.0)
+    first = math.floor(low / width) * width
+    count = max(1, math.ceil((high - first) / width * (1 - 1e-9)))
+    return _counted(known, first + width * np.arange(count + 1), levels=False, mark=mark)
+
+
+def _counted(known: Mapping[str, np.ndarray], edges: np.ndarray, *, levels: bool, mark: float | None) -> Histogram:
+    counts, low, high = {}, False, False
+    for name, values in known.items():
+        at = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+        counts[name] = np.bincount(at, minlength=len(edges) - 1)
+        low, high = low or bool((values < edges[0]).any()), high or bool((values > edges[-1]).any())
+    return Histogram(edges, counts, (low, high), levels, mark)
+
+
+def _even_step(distinct: np.ndarray) -> float:
+    """The distance of which all gaps between the values are a small multiple; 0 where there is none."""
+    if len(distinct) == 1:
+        return 1.0
+    gaps = np.diff(distinct)
+    step = float(gaps.min())
+    multiples = gaps / step
+    even = np.allclose(multiples, np.round(multiples), atol=1e-6) and multiples.sum() < 2 * _MOST_LEVELS
+    return step if even else 0.0
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """Where nearly all of the values lie; single ones that are far off do not squeeze the others into one bin."""
+    low, high = float(values.min()), float(values.max())
+    inner_low, inner_high = np.percentile(values, (0.5, 99.5)).tolist()
+    spread = inner_high - inner_low
+    if spread > 0:
+        low, high = max(low, inner_low - spread), min(high, inner_high + spread)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _round_width(width: float) -> float:
+    """The next 1, 2, 2.5 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(width))
+    return next(step * power for step in (1.0, 2.0, 2.5, 5.0, 10.0) if step * power >= width * (1 - 1e-9))
+
+
+def number(value: float) -> str:
+    """ "1,234", "0.25", "-3.1e-05": four digits at most behind the first that counts."""
+    value = float(value)
+    if abs(value) < 1e-12:
+        return "0"
+    if value == round(value) and abs(value) < 1e9:
+        return f"{int(value):,}"
+    return f"{value:.4g}"

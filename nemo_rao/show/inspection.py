@@ -1,0 +1,276 @@
+"""All that is shown of a recipe's data. It is loaded as training loads it, by the same code, and nothing is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_rao.data.dataset import Outcome, load_preferences
+from nemo_rao.data.encode import Encoder, load_tokenizer
+from nemo_rao.data.rows import Paths, read_rows
+from nemo_rao.data.store import LoadReport, PreferenceData
+from nemo_rao.errors import UserError
+from nemo_rao.integration.config import DataConfig, RunConfig
+from nemo_rao.integration.derived import objective_config, total_steps
+from nemo_rao.integration.prepare import drawn_indices, wanted_rows
+from nemo_rao.objectives import registry
+from nemo_rao.progress import Progress
+from nemo_rao.show.numbers import Collector, Numbers
+from nemo_rao.show.pieces import Decode, visible
+from nemo_rao.show.rows import ShownRow, indices_used, shown_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Keys of ``data`` that do not change what a row becomes, or that are shown elsewhere.
+_UNSHOWN = {
+    *("train_path", "tokenizer", "cache", "cache_dir", "shuffle", "pad_to_multiple_of", "packing", "prefix_sharing"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key that decides what is trained on.
+
+    Attributes:
+        is_default: it has its default value.
+    """
+
+    name: str
+    value: str
+    is_default: bool = False
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is shown.
+
+    Attributes:
+        source: the file or files, as they were named.
+        recipe: its name.
+        settings: what decides what is trained on.
+        report: of the training data.
+        validation: of the validation data; ``None`` where there is none.
+        num_trained: prompts that are trained on; fewer than are kept where ``data.num_prompts`` draws.
+        steps: the run's length, or why it has none.
+        numbers: of these prompts, and of dropped rows.
+        rows: chosen to be looked at.
+        dropped: the first row of each reason, where it could be read.
+        prompt_is_learned: the objective's gradient reaches the prompt's log-probability.
+    """
+
+    source: str
+    recipe: str
+    settings: tuple[Setting, ...]
+    report: LoadReport
+    validation: LoadReport | None
+    num_trained: int
+    steps: str
+    numbers: Numbers
+    rows: tuple[ShownRow, ...]
+    dropped: tuple[ShownRow, ...]
+    seq_length: int
+    prompt_is_learned: bool
+
+
+def inspect(config: RunConfig, recipe: str, *, num_rows: int, places: Sequence[int] = ()) -> Inspection:
+    """Load a recipe's data and gather what is shown of it.
+
+    Args:
+        recipe: its name, for the title.
+        num_rows: rows to look at, spread evenly over those that are trained on, the first among them.
+        places: numbers of lines (rows of Parquet and of `datasets`) to look at, dropped or not.
+
+    Raises:
+        UserError: training would refuse the data, too; or a line is not there.
+    """
+    data_keys, wanted = config.data, wanted_rows(config)
+    tokenizer = load_tokenizer(data_keys.tokenizer or "")
+    objective = registry.get(config.model.objective)
+    needs = objective.needs_of(objective_config(config))
+    watcher = _Watcher(places, needs_pairs=needs.pairs)
+    data = _load(data_keys.train_path, "training data", tokenizer, wanted, watcher.add)
+    validation = None
+    if data_keys.validation_path is not None:
+        validation = _load(data_keys.validation_path, "validation data", tokenizer, wanted)
+    drawn = None
+    if data_keys.num_prompts is not None:
+        drawn = drawn_indices(data, data_keys.num_prompts, seed=data_keys.seed)
+    trained = data if drawn is None else PreferenceData((data[index] for index in drawn), data.report)
+    resolved = objective.resolve(objective_config(config), trained.reward_summary())
+    if validation is not None:
+        objective.resolve(objective_config(config), validation.reward_summary())
+
+    encoder = Encoder(
+        tokenizer, chat_template=wanted["chat_template"], template_arguments=wanted["template_arguments"]
+    )
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def shown(outcome: Outcome) -> ShownRow:
+        return shown_row(outcome, decode, encoder.end_token_id, needs_pairs=needs.pairs)
+
+    spread = [number * len(trained) // num_rows for number in range(min(num_rows, len(trained)))]
+    chosen = [int(index if drawn is None else drawn[index]) for index in dict.fromkeys(spread)]
+    outcomes = [*watcher.asked_for(), *watcher.kept(data, chosen, data_keys.train_path, wanted["reward_field"])]
+    return Inspection(
+        source=_source(data_keys.train_path),
+        recipe=recipe,
+        settings=tuple(_settings(config, tokenizer, encoder, decode, int(data[0].prompt[0]), resolved)),
+        report=data.report,
+        validation=None if validation is None else validation.report,
+        num_trained=len(trained),
+        steps=_steps(config, len(trained)),
+        numbers=watcher.collector.numbers(drawn),
+        rows=tuple(shown(outcome) for outcome in outcomes),
+        dropped=tuple(shown(outcome) for outcome in watcher.first_dropped.values()),
+        seq_length=config.model.seq_length,
+        prompt_is_learned=needs.prompt_gradient,
+    )
+
+
+class _Watcher:
+    """Sees every row while it is loaded, and keeps numbers, the first dropped row of each reason, and those asked for.
+
+    Of the kept rows it remembers which responses are used: the few that are shown are read once more.
+    """
+
+    def __init__(self, places: Sequence[int], *, needs_pairs: bool) -> None:
+        self.collector = Collector(needs_pairs=needs_pairs)
+        self.first_dropped: dict[str, Outcome] = {}
+        self._found: dict[int, Outcome | None] = dict.fromkeys(places)
+        self._used: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
+
+    def add(self, outcome: Outcome) -> None:
+        self.collector.add(outcome)
+        if self._found:
+            number = _number_of(outcome.read.place)
+            if number in self._found and self._found[number] is None:
+                self._found[number] = outcome
+        if outcome.problem is not None:
+            self.first_dropped.setdefault(outcome.problem[0], outcome)
+        else:
+            self._used.append((tuple(indices_used(outcome.read, outcome.used)), outcome.left_out))
+
+    def asked_for(self) -> list[Outcome]:
+        """The rows at the places asked for.
+
+        Raises:
+            UserError: there is none at one of them.
+        """
+        for number, outcome in self._found.items():
+            if outcome is None:
+                raise UserError(
+                    f"--row {number}: no row begins at line {number} of the data; give the number of a line that is "
+                    "not blank, or of a row of a Parquet file or data set"
+                )
+        return [outcome for outcome in self._found.values() if outcome is not None]
+
+    def kept(self, data: PreferenceData, indices: Sequence[int], paths: Paths, reward_field: Any) -> list[Outcome]:
+        """The kept rows with these numbers, their texts read again."""
+        samples = {data[index].place: index for index in indices}
+        found: dict[int, Outcome] = {}
+        for row in _read_until(paths, reward_field, lambda: len(found) == len(samples)):
+            if (index := samples.get(row.place)) is None or index in found:
+                continue
+            used, left_out = self._used[index]
+            responses = tuple(row.responses[at] for at in used)
+            found[index] = Outcome(
+                read=row,
+                used=dataclasses.replace(row, responses=responses, ranked=data[index].ranked),
+                sample=data[index],
+                left_out=left_out,
+                problem=None,
+            )
+        return [found[index] for index in indices if index in found]
+
+
+def _read_until(paths: Paths, reward_field: Any, is_done: Callable[[], bool]) -> Any:
+    for row in read_rows(paths, reward_field=reward_field):
+        if is_done():
+            return
+        yield row
+
+
+def _number_of(place: str) -> int | None:
+    """The line or row of a place such as "prefs.jsonl line 12"."""
+    last = place.rpartition(" ")[2]
+    return int(last) if last.isdecimal() else None
+
+
+def _load(
+    paths: Any,
+    label: str,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: dict[str, Any],
+    observe: Callable[[Outcome], None] | None = None,
+) -> PreferenceData:
+    with Progress(label, unit="row", stays=False) as progress:
+        return load_preferences(paths, tokenizer, progress=progress.update, observe=observe, **wanted)
+
+
+def _source(paths: Any) -> str:
+    return paths if isinstance(paths, str) else ", ".join(map(str, paths))
+
+
+def _steps(config: RunConfig, num_prompts: int) -> str:
+    batch = config.model.global_batch_size
+    try:
+        steps = total_steps(config, num_prompts)
+    except UserError as error:
+        return f"cannot train yet: {error}"
+    epochs = steps * batch / num_prompts
+    return f"{steps:,} steps of {batch:,} prompts ({epochs:.3g} passes over the data)"
+
+
+def _settings(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    decode: Decode,
+    first_token: int,
+    resolved: Any,
+) -> list[Setting]:
+    objective = registry.get(config.model.objective)
+    template = "text as it stands"
+    if encoder.uses_template:
+        template = "the tokenizer's"
+    elif tokenizer.chat_template is None:
+        template = "text as it stands: the tokenizer has none"
+    found = [
+        Setting("objective", f"{objective.name}: {objective.formula}"),
+        Setting("model.seq_length", f"{config.model.seq_length:,} tokens"),
+        Setting("data.tokenizer", f"{config.data.tokenizer} ({len(tokenizer):,} tokens)"),
+        Setting("chat template", template),
+        Setting("first token", f"{visible(decode([first_token]))!s} ({first_token})"),
+        Setting("end token", f"{visible(decode([encoder.end_token_id]))!s} ({encoder.end_token_id})"),
+    ]
+    for field in dataclasses.fields(DataConfig):
+        if field.name in _UNSHOWN:
+            continue
+        value, default = vars(config.data)[field.name], vars(DataConfig())[field.name]
+        if field.name == "responses" and value is None:
+            found.append(Setting("data.responses", f"null: {wanted_rows(config)['responses']}", True))
+            continue
+        found.append(Setting(f"data.{field.name}", _text(value), value == default))
+    defaults = objective.config_type()
+    for field in dataclasses.fields(resolved):
+        value = vars(resolved)[field.name]
+        is_default = value == vars(defaults)[field.name]
+        found.append(Setting(f"model.{objective.name}.{field.name}", _text(value), is_default))
+    return found
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+

@@ -1,0 +1,2 @@
+MARK="x"
+def page(seen): return MARK

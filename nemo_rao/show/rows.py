@@ -1,0 +1,185 @@
+"""A row as it is shown: its tokens by kind, what is compared, what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nemo_rao.batch import Response, Row, Sample
+from nemo_rao.data.choice import is_known
+from nemo_rao.data.dataset import Outcome
+from nemo_rao.show.pieces import Decode, Kind, Piece, kinds_of_prompt, pieces_of
+
+MOST_TOKENS = 6000  # of a prompt or response; rows that are dropped for their length can be much longer
+
+
+@dataclass(frozen=True)
+class ShownResponse:
+    """One response of a row.
+
+    Attributes:
+        number: in the file, from 1.
+        pieces: its tokens; empty where they are not known (left out, or without a boundary).
+        text: its content.
+        num_tokens: with the end token; ``None`` where not known.
+        role: "chosen" or "rejected" where that is told apart, else empty.
+        left_out: why it is not used; ``None``: it is.
+        ended: its last token is the end token.
+    """
+
+    number: int
+    pieces: tuple[Piece, ...]
+    text: str
+    num_tokens: int | None
+    reward: float | None
+    ensemble: tuple[float, ...]
+    role: str
+    left_out: str | None
+    truncated: bool
+    ended: bool
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One row.
+
+    Attributes:
+        place: where it stands, as messages name it.
+        prompt: its tokens; empty where they are not known.
+        prompt_text: its messages.
+        problem: (reason, what is said) of a row that is dropped.
+        unused: its fields that nothing reads.
+        compared_by: "label" or "reward", where two responses are told apart.
+    """
+
+    place: str
+    prompt: tuple[Piece, ...]
+    prompt_text: str
+    num_prompt_tokens: int | None
+    responses: tuple[ShownResponse, ...]
+    problem: tuple[str, str] | None
+    unused: tuple[str, ...]
+    compared_by: str | None
+
+
+def roles(row: Row, *, needs_pairs: bool) -> list[str]:
+    """Of each response that is used: "chosen", "rejected", or empty. By labels where the row has them; by rewards for
+    objectives of pairs. Of more than two, those between the best and the worst have none."""
+    number = len(row.responses)
+    found = [""] * number
+    if number < 2:
+        return found
+    if row.ranked:
+        best, worst = 0, number - 1
+    elif needs_pairs and all(is_known(response.reward) for response in row.responses):
+        rewards = [response.reward or 0.0 for response in row.responses]
+        best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
+        if best == worst:
+            return found
+    else:
+        return found
+    found[best], found[worst] = "chosen", "rejected"
+    return found
+
+
+def indices_used(read: Row, used: Row) -> list[int]:
+    """Which of the responses in the file each used one is."""
+    free = list(range(len(read.responses)))
+    found = []
+    for response in used.responses:
+        at = next((at for at in free if read.responses[at] is response), None)
+        if at is None:
+            at = next((at for at in free if read.responses[at].content == response.content), free[0])
+        free.remove(at)
+        found.append(at)
+    return found
+
+
+def shown_row(outcome: Outcome, decode: Decode, end_token_id: int, *, needs_pairs: bool) -> ShownRow:
+    """What is shown of one row."""
+    read, used, sample = outcome.read, outcome.used, outcome.sample
+    place_of = {at: number for number, at in enumerate(indices_used(read, used))}
+    role = roles(used, needs_pairs=needs_pairs)
+    responses = []
+    for at, response in enumerate(read.responses):
+        number = place_of.get(at)
+        tokens = None if sample is None or number is None else sample.responses[number]
+        answers = None if sample is None or number is None or sample.answers is None else sample.answers[number]
+        responses.append(
+            ShownResponse(
+                number=at + 1,
+                pieces=() if tokens is None else tuple(_response_pieces(tokens, answers, decode, end_token_id)),
+                text=_response_text(response),
+                num_tokens=None if tokens is None else len(tokens),
+                reward=response.reward,
+                ensemble=response.ensemble,
+                role="" if number is None else role[number],
+                left_out=None if number is not None else _why_left_out(at, outcome),
+                truncated=response.truncated,
+                ended=tokens is not None and len(tokens) > 0 and int(tokens[-1]) == end_token_id,
+            )
+        )
+    return ShownRow(
+        place=read.place,
+        prompt=() if sample is None else tuple(_prompt_pieces(read, sample, decode)),
+        prompt_text=_prompt_text(read),
+        num_prompt_tokens=None if sample is None else len(sample.prompt),
+        responses=tuple(responses),
+        problem=outcome.problem,
+        unused=read.unused,
+        compared_by=None if not any(role) else "label" if used.ranked else "reward",
+    )
+
+
+def _prompt_pieces(row: Row, sample: Sample, decode: Decode) -> list[Piece]:
+    ids = sample.prompt[:MOST_TOKENS].tolist()
+    pieces = pieces_of(ids, [Kind.PROMPT] * len(ids), decode)
+    return kinds_of_prompt(pieces, [content for _, content in _messages(row)], cut=len(ids) < len(sample.prompt))
+
+
+def _response_pieces(tokens: np.ndarray, answers: np.ndarray | None, decode: Decode, end: int) -> list[Piece]:
+    ids = tokens[:MOST_TOKENS].tolist()
+    learned = [True] * len(ids) if answers is None else answers[:MOST_TOKENS].tolist()
+    kinds = [Kind.RESPONSE if one else Kind.TEMPLATE for one in learned]
+    for at, one in enumerate(ids):
+        closes = at + 1 == len(learned) or not learned[at + 1]
+        if one == end and learned[at] and closes:
+            kinds[at] = Kind.END
+    return pieces_of(ids, kinds, decode)
+
+
+def _why_left_out(at: int, outcome: Outcome) -> str:
+    """Of the row's reasons, the one that is this response's: ``data.num_responses`` keeps the first ones."""
+    reasons = list(outcome.left_out)
+    first = [reason for reason in reasons if reason.startswith("data.num_responses=")]
+    if first and at >= int(first[0].partition("=")[2]):
+        return first[0]
+    others = [reason for reason in reasons if reason not in first]
+    return " or ".join(others or reasons) or "not used"
+
+
+def _messages(row: Row) -> list[tuple[str, str]]:
+    """(role, content) of the prompt; a plain prompt has the role of none."""
+    if isinstance(row.prompt, str):
+        return [("", row.prompt)]
+    return [(str(message.get("role", "")), _content(message.get("content"))) for message in row.prompt]
+
+
+def _content(content: Any) -> str:
+    return content if isinstance(content, str) else "" if content is None else str(content)
+
+
+def _prompt_text(row: Row) -> str:
+    return _joined(_messages(row))
+
+
+def _response_text(response: Response) -> str:
+    later = [(str(one.get("role", "")), _content(one.get("content"))) for one in response.continuation]
+    return _joined([("", response.content), *later])
+
+
+def _joined(messages: Iterable[tuple[str, str]] | Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"{role}: {content}" if role else content for role, content in messages)
