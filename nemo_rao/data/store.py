@@ -71,6 +71,10 @@ class LoadReport:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.examples.setdefault(reason, example)
 
+    @property
+    def rows_dropped(self) -> int:
+        return sum(self.dropped.values())
+
     def __str__(self) -> str:
         parts = [f"{self.rows_kept} of {self.rows_read} rows kept"]
         parts += [f"{rows} dropped ({reason}; first: {self.examples[reason]})" for reason, rows in self.dropped.items()]

@@ -12,7 +12,7 @@ from nemo_rao.show.histogram import Histogram, histogram, number
 from nemo_rao.show.inspection import Inspection
 from nemo_rao.show.numbers import Numbers
 
-KEPT, DROPPED = "trained on", "dropped"
+KEPT, DROPPED, IN_BETWEEN = "trained on", "dropped", "in between"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _rewards(numbers: Numbers) -> list[Chart | None]:
         between = ~numbers.chosen & ~numbers.rejected
         series = {"chosen": numbers.rewards[numbers.chosen], "rejected": numbers.rewards[numbers.rejected]}
         if between.any():
-            series["in between"] = numbers.rewards[between]
+            series[IN_BETWEEN] = numbers.rewards[between]
         margin = "margin: reward of the chosen response less the rejected one's"
     else:
         series = {KEPT: numbers.rewards}

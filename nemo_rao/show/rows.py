@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from nemo_rao.batch import Response, Row, Sample
 from nemo_rao.data.choice import is_known
 from nemo_rao.data.dataset import Outcome
+from nemo_rao.show.histogram import number
 from nemo_rao.show.pieces import Decode, Kind, Piece, kinds_of_prompt, pieces_of
 
 MOST_TOKENS = 6000  # of a prompt or response; rows that are dropped for their length can be much longer
@@ -132,6 +134,12 @@ def shown_row(outcome: Outcome, decode: Decode, end_token_id: int, *, needs_pair
         unused=read.unused,
         compared_by=None if not any(role) else "label" if used.ranked else "reward",
     )
+
+
+def reward_text(reward: float | None) -> str:
+    if reward is None:
+        return "none"
+    return "not finite" if math.isnan(reward) else number(reward)
 
 
 def _prompt_pieces(row: Row, sample: Sample, decode: Decode) -> list[Piece]:

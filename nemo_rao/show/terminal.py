@@ -14,7 +14,7 @@ from nemo_rao.show.histogram import Histogram, number
 from nemo_rao.show.inspection import Inspection
 from nemo_rao.show.pieces import Kind, Piece, runs, visible
 from nemo_rao.show.report import Chart, charts, reasons, remarks
-from nemo_rao.show.rows import ShownResponse, ShownRow
+from nemo_rao.show.rows import ShownResponse, ShownRow, reward_text
 
 _COLOURS = {Kind.PROMPT: "36", Kind.TEMPLATE: "2", Kind.RESPONSE: "32", Kind.END: "7;32"}
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -167,12 +167,6 @@ def response_title(response: ShownResponse, row: ShownRow) -> str:
     if response.left_out is not None:
         parts.append(f"left out: {response.left_out}")
     return visible(" · ".join(parts))
-
-
-def reward_text(reward: float | None) -> str:
-    if reward is None:
-        return "none"
-    return "not finite" if np.isnan(reward) else number(reward)
 
 
 def chart_lines(histogram: Histogram, width: int, *, indent: str = "") -> list[str]:
