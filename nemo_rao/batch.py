@@ -39,6 +39,7 @@ class Response:
             ``tool_calls``). With ``tool_calls`` the content may be empty.
         weight: 1, or 0 for an answer of a conversation that is context and not learned.
         truncated: the text was cut where its sampler stopped at a limit, and is no whole answer.
+        plain_content: what follows ``Row.plain_prompt`` in a published transcript, blanks included. Set with it alone.
     """
 
     content: str
@@ -48,6 +49,7 @@ class Response:
     fields: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     truncated: bool = False
+    plain_content: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Row:
         ranked: the responses' order is a preference, best first (published as chosen/rejected).
         reference_rewards: rewards of further responses, which the reference policy gave to the prompt; often empty.
         template_fields: what the chat template takes beside the messages (``tools``, ``documents``).
+        plain_prompt: of a prompt published as a transcript (``Human: ... Assistant:``), its text. Tokenised in
+            place of the messages where no chat template is used, with each response's ``plain_content`` behind it.
         unused: paths of the fields of its record that nothing reads, such as ``source`` or ``completions[].model``.
     """
 
@@ -71,6 +75,7 @@ class Row:
     ranked: bool = False
     reference_rewards: tuple[float, ...] = ()
     template_fields: Mapping[str, Any] = field(default_factory=dict)
+    plain_prompt: str | None = None
     unused: tuple[str, ...] = ()
 
 
@@ -88,6 +93,8 @@ class Sample:
         reference_rewards: ``[N]`` float64.
         answers: of conversations, for each response ``[response tokens]`` bool, true where the assistant speaks (with
             its end tokens); ``None`` where every response is one answer.
+        remarks: what was noticed about the row while it was encoded, each to be counted and reported behind the number
+            of rows: "prompts hold the chat template's own tokens ...".
     """
 
     prompt: np.ndarray
@@ -98,6 +105,7 @@ class Sample:
     ensemble: np.ndarray
     reference_rewards: np.ndarray
     answers: tuple[np.ndarray, ...] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,21 @@
 """Which of a prompt's K responses are used, and what says that one is better than another.
 
     responses   all: every response
-                best_worst: the best and the worst by reward; of equal ones the first
+                best_worst: the best and the worst; of equal ones the first
                 best_random: the best, and one of those worse than it, drawn once for each prompt
     pairs_by    auto: labels (chosen, rejected) where the data has them, else rewards
                 label: labels, which every row must have
                 reward: rewards, which every response must have, even against the labels
 
-Rows of two responses are left as they are. Where all rewards are equal there is no best response: the first two stay.
+The best is found by the same: where a row's order is a preference (best first), by this order, whatever the rewards
+are. Rows of two responses are left as they are. Where all rewards are equal there is no best response: the first two
+stay.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, TypeGuard
 
@@ -48,8 +49,15 @@ def num_used(num_responses: int, responses: Responses) -> int:
     return num_responses if responses == "all" else min(2, num_responses)
 
 
+def first_responses(row: Row, number: int | None) -> Row:
+    """The row with its first ``number`` responses; ``None``: with all. Of labelled ones, two are left at least."""
+    if number is None or (row.ranked and number < 2):
+        number = len(row.responses) if number is None else 2
+    return row if len(row.responses) <= number else replace(row, responses=row.responses[:number])
+
+
 def choose_responses(row: Row, responses: Responses, *, seed: int, number: int) -> Row:
-    """The row with the responses that are used.
+    """The row with the responses that are used, of one that :func:`prefer_by` gives.
 
     Args:
         seed, number: the draw of ``best_random`` is a function of these: of the data's seed, and of the row's number.
@@ -59,41 +67,34 @@ def choose_responses(row: Row, responses: Responses, *, seed: int, number: int) 
     """
     if num_used(len(row.responses), responses) == len(row.responses):
         return row
-    _require_rewards(row, f"data.responses is {responses}")
-    rewards = [response.reward or 0.0 for response in row.responses]
-    best = rewards.index(max(rewards))
-    others = [at for at, reward in enumerate(rewards) if reward < rewards[best]]
+    if row.ranked:
+        best, worst, others = 0, len(row.responses) - 1, list(range(1, len(row.responses)))
+    else:
+        _require_rewards(row, f"data.responses is {responses}")
+        rewards = [response.reward or 0.0 for response in row.responses]
+        best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
+        others = [at for at, reward in enumerate(rewards) if reward < rewards[best]]
     if not others:
         return replace(row, responses=row.responses[:2])
-    if responses == "best_worst":
-        other = rewards.index(min(rewards))
-    else:
+    other = worst
+    if responses == "best_random":
         other = random.Random(f"nemo_rao response {seed} {number}").choice(others)
     return replace(row, responses=(row.responses[best], row.responses[other]))
 
 
-def reasons_left_out(row: Row, kept: Row, num_responses: int | None, responses: Responses) -> Iterator[str]:
-    """Why some responses of ``row``, as it was read, are not among those of ``kept``."""
-    cut = len(row.responses) if num_responses is None or row.ranked else min(num_responses, len(row.responses))
-    if cut < len(row.responses):
-        yield f"data.num_responses={num_responses}"
-    if len(kept.responses) < cut:
-        yield f"data.responses={responses}"
-
-
-def which_pair(row: Row, responses: Responses) -> str:
-    """Which two of a row's responses are compared, and what says so. Of a row that can be compared."""
-    by = "label" if row.ranked else "reward"
-    if responses == "all" and len(row.responses) > 2:
+def which_pair(read: Row, used: Row, responses: Responses) -> str:
+    """Which two responses are compared of a row as it is used, and what says so. Of a row that can be compared."""
+    by = "label" if used.ranked else "reward"
+    if len(used.responses) > 2:
         return f"every two by {by}"
-    if row.ranked:
+    if used.ranked and len(read.responses) == 2:
         return "chosen and rejected by label"
-    return "best and a worse one at random, by reward" if responses == "best_random" else "best and worst by reward"
+    return f"best and a worse one at random, by {by}" if responses == "best_random" else f"best and worst by {by}"
 
 
 def has_pair(row: Row) -> bool:
     """One of its responses is better than another. Of a row that can be compared."""
-    return row.ranked or len({response.reward for response in row.responses}) > 1
+    return len(row.responses) > 1 and (row.ranked or len({response.reward for response in row.responses}) > 1)
 
 
 def where_to_add_rewards(row: Row) -> str:

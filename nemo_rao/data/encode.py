@@ -24,11 +24,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ChatTemplate = Literal["auto", "always", "never"]
+Answers = Literal["template", "verbatim"]
 PROBE = "Tell me, boundary."
 
 
 class BoundaryError(UserError):
-    """A row whose prompt and response cannot be told apart in tokens. Loading drops and counts such rows."""
+    """A row whose prompt and response cannot be told apart in tokens. Loading drops and counts such rows.
+
+    Attributes:
+        reason: what rows dropped for the same cause are counted under.
+    """
+
+    reason = "no boundary in tokens between prompt and response"
+
+
+class ContentError(BoundaryError):
+    """A row of which the chat template leaves out text or a field. Dropped and counted, like the others."""
+
+    reason = "text or fields that the chat template leaves out"
+
+
+def inner_ends(sample: Sample, end_token_id: int) -> int:
+    """How many of the sample's responses hold the end token inside an answer, before its end."""
+    count = 0
+    for number, response in enumerate(sample.responses):
+        learned = np.ones(len(response), dtype=bool) if sample.answers is None else sample.answers[number]
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], learned, [False]))))
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            others = np.flatnonzero(response[start:stop] != end_token_id)
+            if len(others) and end_token_id in response[start : start + others[-1]]:
+                count += 1
+                break
+    return count
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -91,8 +118,11 @@ class Encoder:
         template_arguments: passed to the chat template (``enable_thinking`` and the like). Llama's ``date_string``
             is pinned to the template's own default unless given: the day's date in every prompt would make each day's
             tokens new, and reference sums useless the day after.
+        answers: ``template``: answers are rendered by the chat template. ``verbatim``: an answer's text follows the
+            generation prompt unchanged, and the template's end of turn follows the answer.
 
     Attributes:
+        notes: what is unusual about the tokenizer or its template, one line each, to be reported once.
         end_token_id: the token that ends every response.
         uses_template: prompts go through the chat template.
     """
@@ -103,10 +133,14 @@ class Encoder:
         *,
         chat_template: ChatTemplate = "auto",
         template_arguments: Mapping[str, Any] | None = None,
+        answers: Answers = "template",
     ) -> None:
         if chat_template not in get_args(ChatTemplate):
             allowed = ", ".join(get_args(ChatTemplate))
             raise UserError(f"chat_template is {chat_template!r}; allowed are {allowed}")
+        if answers not in get_args(Answers):
+            raise UserError(f"answers is {answers!r}; allowed are {', '.join(get_args(Answers))}")
+        self.notes: list[str] = []
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path or type(tokenizer).__name__
         self.uses_template = chat_template != "never" and tokenizer.chat_template is not None

@@ -12,7 +12,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,14 @@ HUB = "hf:"
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def read_rows(paths: Paths, *, reward_field: RewardField = None) -> Iterator[Row]:
+def read_rows(
+    paths: Paths,
+    *,
+    reward_field: RewardField = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_fields: Sequence[str] = (),
+    on_bad: Callable[[UserError], None] | None = None,
+) -> Iterator[Row]:
     """The rows of one or several sources, in order.
 
     Args:
@@ -47,7 +54,7 @@ def read_rows(paths: Paths, *, reward_field: RewardField = None) -> Iterator[Row
             f"data.reward_field={reward_field!r} names no field; name one, or a list for an ensemble, or set it to null"
         )
     sources = expand_paths(paths)
-    return (row for source in sources for row in _rows_of_source(source, reward_field))
+    return (row for source in sources for row in _rows_of_source(source, reward_field, on_bad))
 
 
 def expand_paths(paths: Paths) -> list[str]:
@@ -73,12 +80,20 @@ def expand_paths(paths: Paths) -> list[str]:
     return sources
 
 
-def _rows_of_source(source: str, reward_field: RewardField) -> Iterator[Row]:
+def _rows_of_source(
+    source: str, reward_field: RewardField, on_bad: Callable[[UserError], None] | None
+) -> Iterator[Row]:
     """Rows of one source. Consecutive records of one response each and the same prompt become one row."""
     open_row: Row | None = None
     for place, record in read_records_of(source):
-        known = recognise(record, place)
-        row = known.convert(record, place, reward_field)  # type: ignore[arg-type]
+        try:
+            known = recognise(record, place)
+            row = known.convert(record, place, reward_field)  # type: ignore[arg-type]
+        except UserError as complaint:
+            if on_bad is None:
+                raise
+            on_bad(complaint)
+            continue
         if open_row is not None:
             if known.one_response_a_record and open_row.prompt == row.prompt:
                 open_row = dataclasses.replace(open_row, responses=open_row.responses + row.responses)

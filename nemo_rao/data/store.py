@@ -17,89 +17,19 @@ import itertools
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nemo_rao.batch import RewardSummary, Sample
+from nemo_rao.data.report import LoadReport
 from nemo_rao.files import folder_written_atomically
 
-FORMAT = "nemo_rao preference data 2"  # counts up when rows are read, checked or counted otherwise, too
+FORMAT = "nemo_rao preference data 3"  # counts up when rows are read, checked or counted otherwise, too
 _RECORD = "data.json"
 _END = 1 << 20  # bytes of each end of a large file that are checked when it is opened
-
-
-@dataclass
-class LoadReport:
-    """What became of the rows read. ``str()`` gives one line for the user.
-
-    Attributes:
-        rows_read: rows (prompts) in the files.
-        rows_kept: of these, those in the data.
-        dropped: reason -> rows.
-        examples: reason -> what was said about the first row dropped for it.
-        inner_ends: kept responses with the end token also inside them, which then looks like an early end.
-        given, used: fewest and most responses of a kept row, in the file and in the data; empty before the first row.
-        left_out: why some of a row's responses are not used -> kept rows.
-        pairs: for objectives of pairs, which two responses are compared -> kept rows.
-        unknown_rewards: rewards of kept rows that are no finite numbers, where the objective does without them.
-    """
-
-    rows_read: int = 0
-    rows_kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
-    inner_ends: int = 0
-    given: list[int] = field(default_factory=list)
-    used: list[int] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)
-    pairs: dict[str, int] = field(default_factory=dict)
-    unknown_rewards: int = 0
-
-    def use(self, given: int, used: int, left_out: Iterable[str], pair: str | None) -> None:
-        """Count a kept row: its responses in the file, those used, why the others are not, and what is compared."""
-        self.given = [min([given, *self.given]), max([given, *self.given])]
-        self.used = [min([used, *self.used]), max([used, *self.used])]
-        for reason in left_out:
-            self.left_out[reason] = self.left_out.get(reason, 0) + 1
-        if pair is not None:
-            self.pairs[pair] = self.pairs.get(pair, 0) + 1
-
-    def drop(self, reason: str, example: str) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.examples.setdefault(reason, example)
-
-    @property
-    def rows_dropped(self) -> int:
-        return sum(self.dropped.values())
-
-    def __str__(self) -> str:
-        parts = [f"{self.rows_kept} of {self.rows_read} rows kept"]
-        parts += [f"{rows} dropped ({reason}; first: {self.examples[reason]})" for reason, rows in self.dropped.items()]
-        return "; ".join(parts + self.remarks())
-
-    def remarks(self) -> list[str]:
-        """What there is to say of the rows that are kept."""
-        parts = []
-        if self.inner_ends:
-            parts.append(f"{self.inner_ends} responses hold the end token inside")
-        if self.left_out:
-            reasons = " and ".join(self.left_out)
-            parts.append(f"{_range(self.used)} of {_range(self.given)} responses of a prompt are used ({reasons})")
-        if len(self.pairs) == 1:
-            parts.append(f"pairs: {next(iter(self.pairs))}")
-        elif self.pairs:
-            parts.append("pairs: " + ", ".join(f"{pair} ({rows} rows)" for pair, rows in self.pairs.items()))
-        if self.unknown_rewards:
-            parts.append(f"{self.unknown_rewards} rewards are not finite numbers, and are not used")
-        return parts
-
-
-def _range(bounds: list[int]) -> str:
-    low, high = bounds
-    return str(low) if low == high else f"{low} to {high}"
 
 
 @dataclass(frozen=True)
@@ -116,6 +46,7 @@ class Arrays:
         ensemble: ``[all responses, M]`` float64.
         reference_rewards: float64, sample after sample, delimited by ``reference_reward_ends`` ``[N + 1]`` int64.
         ranked: ``[N]`` bool.
+        prompt_digests: ``[N]`` uint64, of each prompt's tokens.
         places: uint8, the samples' places as UTF-8, delimited by ``place_ends`` ``[N + 1]`` int64.
         answers: bool, where a token is an answer, of the segments that are told apart so (conversations), delimited by
             ``answer_ends``; ``answer_segments``, int64 and rising, are their numbers.
@@ -129,6 +60,7 @@ class Arrays:
     reference_rewards: np.ndarray
     reference_reward_ends: np.ndarray
     ranked: np.ndarray
+    prompt_digests: np.ndarray
     places: np.ndarray
     place_ends: np.ndarray
     answers: np.ndarray
@@ -223,6 +155,11 @@ class PreferenceData:
         """Tokens of the longest prompt with one response; 0 where there is no sample."""
         return int(self.lengths.max(initial=0))
 
+    @property
+    def prompt_digests(self) -> np.ndarray:
+        """``[N]`` uint64, equal for prompts of the same tokens."""
+        return self._arrays.prompt_digests
+
     def reward_summary(self) -> RewardSummary:
         """What is known of the rewards of all responses."""
         rewards, ranked = self._arrays.rewards, self._arrays.ranked
@@ -316,6 +253,7 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
     rewards, reference_rewards, reference_reward_ends = array.array("d"), array.array("d"), array.array("q", [0])
     ensemble: list[np.ndarray] = []
     ranked, places, place_ends = bytearray(), bytearray(), array.array("q", [0])
+    prompt_digests = bytearray()
     answers, answer_ends, answer_segments = bytearray(), array.array("q", [0]), array.array("q")
     for sample in samples:
         for segment in (sample.prompt, *sample.responses):
@@ -330,6 +268,7 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
         reference_rewards.frombytes(sample.reference_rewards.astype(np.float64).tobytes())
         reference_reward_ends.append(len(reference_rewards))
         ranked.append(sample.ranked)
+        prompt_digests += hashlib.blake2b(sample.prompt.astype("<i4").tobytes(), digest_size=8).digest()
         places += sample.place.encode("utf-8", "surrogatepass")
         place_ends.append(len(places))
         first_segment.append(len(segment_ends) - 1)
@@ -350,6 +289,7 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
         reference_rewards=flat(reference_rewards, np.float64),
         reference_reward_ends=flat(reference_reward_ends, np.int64),
         ranked=flat(ranked, np.bool_),
+        prompt_digests=flat(prompt_digests, np.uint64),
         places=flat(places, np.uint8),
         place_ends=flat(place_ends, np.int64),
         answers=flat(answers, np.bool_),

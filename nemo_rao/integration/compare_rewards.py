@@ -268,14 +268,8 @@ def _check_data(runs: Sequence[PlannedRun]) -> None:
 
     A run that is finished must have been measured on the pairs that the others will be.
     """
-    from nemo_rao.integration.prepare import (
-        LoadedData,
-        check_ranks_started,
-        data_identity,
-        load_data,
-        prepare,
-        select_device,
-    )
+    from nemo_rao.integration.loading import LoadedData, data_identity, load_data
+    from nemo_rao.integration.prepare import check_ranks_started, prepare, select_device
     from nemo_rao.integration.talk import quiet_third_parties
 
     quiet_third_parties()

@@ -248,6 +248,14 @@ class DataConfig:
     )
     validation_path: Any = key(None, "validation data, given alike; null: no validation")
     tokenizer: str | None = key(None, "folder or name of a Hugging Face tokenizer")
+    columns: dict[str, str] = key(
+        {}, "names of the files' fields, where they have others than the data's format, such as {prompt: question}"
+    )
+    ignore_fields: list[str] = key(
+        [],
+        "fields of the files that are not wanted; others that nothing reads are reported, or refused if they look "
+        "like a part of the prompt",
+    )
     num_prompts: int | None = key(
         None,
         "train on so many of the training prompts that are kept, drawn once by data.seed; a smaller number draws a "
@@ -278,6 +286,27 @@ class DataConfig:
         None,
         "where a response's reward stands, such as helpfulness or annotations.helpfulness.Rating; a list: an ensemble "
         "of reward models, whose mean is the reward; null: where the data's format has it",
+    )
+    answers: str = key(
+        "template",
+        "template: answers are rendered by the chat template; verbatim: an answer's text follows the generation prompt "
+        "unchanged, for templates that cut or trim answers",
+        choices=("template", "verbatim"),
+    )
+    truncated: str = key(
+        "drop",
+        "responses marked as cut short (truncated: true); drop: left out and counted; without_end: learned, but no end "
+        "token after them",
+        choices=("drop", "without_end"),
+    )
+    bad_rows: str = key(
+        "refuse",
+        "rows that cannot be read, that the chat template refuses, or that lack what the objective needs; refuse: the "
+        "first one ends the run; drop: counted by cause",
+        choices=("refuse", "drop"),
+    )
+    max_bad_rows: float = key(
+        0.05, "bad_rows=drop: the largest share of a data set's rows that may be bad", low=0, high=1
     )
     strict: bool = key(
         False, "refuse rows that would be dropped and counted: too long, without a boundary in tokens, without a pair"

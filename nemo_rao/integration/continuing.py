@@ -50,6 +50,7 @@ KEEPS_NUMBERS = (
     *("data.packing", "data.prefix_sharing", "data.pad_to_multiple_of"),
     # Caches, and what is compared by content: see :func:`check_data` and :func:`start_of`.
     *("data.cache", "data.strict", "data.train_path", "data.validation_path", "data.tokenizer", "reference."),
+    *("data.columns", "data.ignore_fields", "data.bad_rows", "data.max_bad_rows"),
     START,
 )
 # Keys without which a checkpoint cannot be loaded as it was saved.

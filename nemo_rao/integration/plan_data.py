@@ -32,10 +32,22 @@ def size_of(config: RunConfig, paths: Any) -> DataSize | None:
     if paths is None or not _is_here(paths):
         return None
     prompts = responses = 0
-    for row in read_rows(paths, reward_field=config.data.reward_field):
+    keys = config.data
+    rows = read_rows(
+        paths,
+        reward_field=keys.reward_field,
+        columns=keys.columns,
+        ignore_fields=keys.ignore_fields,
+        on_bad=_passed_over if keys.bad_rows == "drop" else None,
+    )
+    for row in rows:
         prompts += 1
         responses = max(responses, len(row.responses))
     return DataSize(prompts, responses)
+
+
+def _passed_over(complaint: UserError) -> None:
+    """A run drops the row, and counts it."""
 
 
 def run_length(

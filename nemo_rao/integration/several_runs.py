@@ -37,7 +37,7 @@ from nemo_rao.integration.derived import run_dir
 from nemo_rao.integration.metrics_file import read_metrics
 
 if TYPE_CHECKING:
-    from nemo_rao.integration.prepare import LoadedData
+    from nemo_rao.integration.loading import LoadedData
 
 State = Literal["finished", "failed"]
 
@@ -128,13 +128,14 @@ def finished_runs(
     forks of it.
 
     Args:
-        loaded: data by :func:`nemo_rao.integration.prepare.data_identity`; what is read is added.
+        loaded: data by :func:`nemo_rao.integration.loading.data_identity`; what is read is added.
         another: see :func:`check_runs`.
 
     Raises:
         UserError: the data of a run has changed.
     """
-    from nemo_rao.integration.prepare import data_identity, drawn, load_data, plan_steps
+    from nemo_rao.integration.loading import data_identity, drawn, load_data
+    from nemo_rao.integration.prepare import plan_steps
 
     loaded = {} if loaded is None else loaded
     found = set()

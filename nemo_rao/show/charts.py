@@ -67,14 +67,20 @@ def _side_by_side(histogram: Histogram, classes: Mapping[str, str], top: int) ->
         for bin, count in enumerate(series.tolist()):
             if count:
                 height = max(_LEAST_HEIGHT, _BOTTOM - _y(count, top))
-                parts.append(
-                    _bar(histogram, bin, at * share_of, share_of, _BOTTOM, height, classes[name], name, count)
-                )
+                parts.append(_bar(histogram, bin, at * share_of, share_of, _BOTTOM, height, classes[name], name, count))
     return parts
 
 
 def _bar(
-    histogram: Histogram, bin: int, start: float, part: float, base: float, height: float, kind: str, name: str, count: int
+    histogram: Histogram,
+    bin: int,
+    start: float,
+    part: float,
+    base: float,
+    height: float,
+    kind: str,
+    name: str,
+    count: int,
 ) -> str:
     """One bar; ``start`` and ``part`` are shares of the bin's width."""
     width = (_RIGHT - _LEFT) / (len(histogram.edges) - 1)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_rao.data.dataset import Outcome, load_preferences
+from nemo_rao.batch import Row
+from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import Encoder, load_tokenizer
-from nemo_rao.data.rows import Paths, read_rows
-from nemo_rao.data.store import LoadReport, PreferenceData
+from nemo_rao.data.overlap import SharedPrompts, shared_prompts
+from nemo_rao.data.report import LoadReport, Outcome
+from nemo_rao.data.rows import read_rows
+from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.integration.config import DataConfig, RunConfig
 from nemo_rao.integration.derived import objective_config, total_steps
-from nemo_rao.integration.prepare import drawn_indices, wanted_rows
+from nemo_rao.integration.loading import drawn_indices, wanted_rows
 from nemo_rao.objectives import registry
 from nemo_rao.progress import Progress
 from nemo_rao.show.numbers import Collector, Numbers
 from nemo_rao.show.pieces import Decode, visible
-from nemo_rao.show.rows import ShownRow, indices_used, shown_row
+from nemo_rao.show.rows import ShownRow, indices_used, place_of, shown_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +58,7 @@ class Inspection:
         settings: what decides what is trained on.
         report: of the training data.
         validation: of the validation data; ``None`` where there is none.
+        shared: prompts of the validation data that are trained on.
         num_trained: prompts that are trained on; fewer than are kept where ``data.num_prompts`` draws.
         steps: the run's length, or why it has none.
         numbers: of these prompts, and of dropped rows.
@@ -68,6 +72,7 @@ class Inspection:
     settings: tuple[Setting, ...]
     report: LoadReport
     validation: LoadReport | None
+    shared: SharedPrompts | None
     num_trained: int
     steps: str
     numbers: Numbers
@@ -105,25 +110,30 @@ def inspect(config: RunConfig, recipe: str, *, num_rows: int, places: Sequence[i
     if validation is not None:
         objective.resolve(objective_config(config), validation.reward_summary())
 
-    encoder = Encoder(
-        tokenizer, chat_template=wanted["chat_template"], template_arguments=wanted["template_arguments"]
-    )
+    encoder = Encoder(tokenizer, **{name: wanted[name] for name in ("chat_template", "template_arguments", "answers")})
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def shown(outcome: Outcome) -> ShownRow:
-        return shown_row(outcome, decode, encoder.end_token_id, needs_pairs=needs.pairs)
+        return shown_row(
+            outcome,
+            decode,
+            encoder.end_token_id,
+            needs_pairs=needs.pairs,
+            drops_truncated=data_keys.truncated == "drop",
+        )
 
     spread = [number * len(trained) // num_rows for number in range(min(num_rows, len(trained)))]
     chosen = [int(index if drawn is None else drawn[index]) for index in dict.fromkeys(spread)]
-    outcomes = [*watcher.asked_for(), *watcher.kept(data, chosen, data_keys.train_path, wanted["reward_field"])]
+    outcomes = [*watcher.asked_for(), *watcher.kept(data, chosen, lambda: _rows(config))]
     return Inspection(
         source=_source(data_keys.train_path),
         recipe=recipe,
         settings=tuple(_settings(config, tokenizer, encoder, decode, int(data[0].prompt[0]), resolved)),
         report=data.report,
         validation=None if validation is None else validation.report,
+        shared=None if validation is None else shared_prompts(data, validation),
         num_trained=len(trained),
         steps=_steps(config, len(trained)),
         numbers=watcher.collector.numbers(drawn),
@@ -149,12 +159,13 @@ class _Watcher:
     def add(self, outcome: Outcome) -> None:
         self.collector.add(outcome)
         if self._found:
-            number = _number_of(outcome.read.place)
+            number = _number_of(place_of(outcome))
             if number in self._found and self._found[number] is None:
                 self._found[number] = outcome
-        if outcome.problem is not None:
-            self.first_dropped.setdefault(outcome.problem[0], outcome)
+        if outcome.reason is not None:
+            self.first_dropped.setdefault(outcome.reason, outcome)
         else:
+            assert outcome.read is not None and outcome.used is not None
             self._used.append((tuple(indices_used(outcome.read, outcome.used)), outcome.left_out))
 
     def asked_for(self) -> list[Outcome]:
@@ -171,11 +182,17 @@ class _Watcher:
                 )
         return [outcome for outcome in self._found.values() if outcome is not None]
 
-    def kept(self, data: PreferenceData, indices: Sequence[int], paths: Paths, reward_field: Any) -> list[Outcome]:
-        """The kept rows with these numbers, their texts read again."""
+    def kept(self, data: PreferenceData, indices: Sequence[int], read: Callable[[], Iterator[Row]]) -> list[Outcome]:
+        """The kept rows with these numbers.
+
+        Args:
+            read: reads the files' rows once more.
+        """
         samples = {data[index].place: index for index in indices}
         found: dict[int, Outcome] = {}
-        for row in _read_until(paths, reward_field, lambda: len(found) == len(samples)):
+        for row in read():
+            if len(found) == len(samples):
+                break
             if (index := samples.get(row.place)) is None or index in found:
                 continue
             used, left_out = self._used[index]
@@ -184,17 +201,22 @@ class _Watcher:
                 read=row,
                 used=dataclasses.replace(row, responses=responses, ranked=data[index].ranked),
                 sample=data[index],
+                reason=None,
                 left_out=left_out,
-                problem=None,
             )
         return [found[index] for index in indices if index in found]
 
 
-def _read_until(paths: Paths, reward_field: Any, is_done: Callable[[], bool]) -> Any:
-    for row in read_rows(paths, reward_field=reward_field):
-        if is_done():
-            return
-        yield row
+def _rows(config: RunConfig) -> Iterator[Row]:
+    """The rows that the training files hold, those that cannot be read passed over: loading has reported them."""
+    keys = config.data
+    return read_rows(
+        keys.train_path,
+        reward_field=keys.reward_field,
+        columns=keys.columns,
+        ignore_fields=keys.ignore_fields,
+        on_bad=lambda _: None,
+    )
 
 
 def _number_of(place: str) -> int | None:
@@ -208,10 +230,10 @@ def _load(
     label: str,
     tokenizer: PreTrainedTokenizerBase,
     wanted: dict[str, Any],
-    observe: Callable[[Outcome], None] | None = None,
+    observer: Callable[[Outcome], None] | None = None,
 ) -> PreferenceData:
     with Progress(label, unit="row", stays=False) as progress:
-        return load_preferences(paths, tokenizer, progress=progress.update, observe=observe, **wanted)
+        return load_preferences(paths, tokenizer, progress=progress.update, observer=observer, **wanted)
 
 
 def _source(paths: Any) -> str:
@@ -272,5 +294,3 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_rao.data.choice import is_known
-from nemo_rao.data.dataset import Outcome
+from nemo_rao.data.report import Outcome
 from nemo_rao.show.rows import roles
 
 _ROLES = ("", "chosen", "rejected")
@@ -29,11 +29,11 @@ class Collector:
 
     def add(self, outcome: Outcome) -> None:
         """One row, kept or dropped."""
-        sample = outcome.sample
-        if sample is None:
+        sample, used = outcome.sample, outcome.used
+        if sample is None or used is None:
             return
         prompt, lengths = len(sample.prompt), [len(response) for response in sample.responses]
-        if outcome.problem is not None:
+        if outcome.reason is not None:
             self._dropped_prompts.append(prompt)
             self._dropped_responses.extend(lengths)
             self._dropped_totals.extend(prompt + length for length in lengths)
@@ -41,7 +41,7 @@ class Collector:
         row = len(self._prompts)
         self._prompts.append(prompt)
         for length, response, role in zip(
-            lengths, outcome.used.responses, roles(outcome.used, needs_pairs=self._needs_pairs), strict=True
+            lengths, used.responses, roles(used, needs_pairs=self._needs_pairs), strict=True
         ):
             self._responses.append(length)
             self._row_of.append(row)

@@ -30,7 +30,7 @@ def page(seen: Inspection) -> Iterator[str]:
     name = os.path.basename(seen.source.rstrip("/")) or seen.source
     yield (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{MARK}'
-        f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'sha256-{digest}\'; '
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'sha256-{digest}'; "
         "base-uri 'none'; form-action 'none'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(name)} · nemo-rao show</title><style>{STYLE}</style></head><body><main>\n"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_rao.data.store import LoadReport
+from nemo_rao.data.report import LoadReport
 from nemo_rao.show.histogram import Histogram, histogram, number
 from nemo_rao.show.inspection import Inspection
 from nemo_rao.show.numbers import Numbers
@@ -32,15 +32,19 @@ class Chart:
 
 def reasons(report: LoadReport) -> list[tuple[str, int, str]]:
     """(reason, rows, what is said about the first), most rows first."""
-    found = [(reason, rows, report.examples[reason]) for reason, rows in report.dropped.items()]
+    counts = {**report.dropped, **report.bad}
+    found = [(reason, rows, report.examples[reason]) for reason, rows in counts.items()]
     return sorted(found, key=lambda one: -one[1])
 
 
 def remarks(seen: Inspection) -> list[str]:
     """All that the loader reported, and what the numbers show."""
-    found = [*seen.report.remarks(), *seen.numbers.remarks()]
+    found = [*seen.report.other_parts(), *seen.numbers.remarks()]
     if seen.validation is not None:
-        found.append(f"validation data: {seen.validation}")
+        said = seen.report.notes
+        found += [f"validation data: {part}" for part in seen.validation.parts() if part not in said]
+    if seen.shared is not None:
+        found.append(f"validation data: {seen.shared}")
     return found
 
 

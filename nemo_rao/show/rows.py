@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +13,12 @@ import numpy as np
 
 from nemo_rao.batch import Response, Row, Sample
 from nemo_rao.data.choice import is_known
-from nemo_rao.data.dataset import Outcome
+from nemo_rao.data.report import Outcome
 from nemo_rao.show.histogram import number
 from nemo_rao.show.pieces import Decode, Kind, Piece, kinds_of_prompt, pieces_of
 
+_PLACE = re.compile(r"^.*? (?:line|row) \d+(?=: )")
+_FIRST = "data.num_responses="
 MOST_TOKENS = 6000  # of a prompt or response; rows that are dropped for their length can be much longer
 
 
@@ -100,14 +104,28 @@ def indices_used(read: Row, used: Row) -> list[int]:
     return found
 
 
-def shown_row(outcome: Outcome, decode: Decode, end_token_id: int, *, needs_pairs: bool) -> ShownRow:
+def place_of(outcome: Outcome) -> str:
+    """Where the row stands; of one that cannot be read, as its complaint names it."""
+    if outcome.read is not None:
+        return outcome.read.place
+    found = _PLACE.match(outcome.detail)
+    return found[0] if found else ""
+
+
+def shown_row(
+    outcome: Outcome, decode: Decode, end_token_id: int, *, needs_pairs: bool, drops_truncated: bool
+) -> ShownRow:
     """What is shown of one row."""
     read, used, sample = outcome.read, outcome.used, outcome.sample
-    place_of = {at: number for number, at in enumerate(indices_used(read, used))}
+    problem = None if outcome.reason is None else (outcome.reason, outcome.detail)
+    if read is None:
+        return ShownRow(place_of(outcome), (), "", None, (), problem, (), None)
+    used = dataclasses.replace(read, responses=()) if used is None else used
+    number_of = {at: number for number, at in enumerate(indices_used(read, used))}
     role = roles(used, needs_pairs=needs_pairs)
     responses = []
     for at, response in enumerate(read.responses):
-        number = place_of.get(at)
+        number = number_of.get(at)
         tokens = None if sample is None or number is None else sample.responses[number]
         answers = None if sample is None or number is None or sample.answers is None else sample.answers[number]
         responses.append(
@@ -119,7 +137,7 @@ def shown_row(outcome: Outcome, decode: Decode, end_token_id: int, *, needs_pair
                 reward=response.reward,
                 ensemble=response.ensemble,
                 role="" if number is None else role[number],
-                left_out=None if number is not None else _why_left_out(at, outcome),
+                left_out=None if number is not None else _why_left_out(at, outcome, drops_truncated=drops_truncated),
                 truncated=response.truncated,
                 ended=tokens is not None and len(tokens) > 0 and int(tokens[-1]) == end_token_id,
             )
@@ -130,7 +148,7 @@ def shown_row(outcome: Outcome, decode: Decode, end_token_id: int, *, needs_pair
         prompt_text=_prompt_text(read),
         num_prompt_tokens=None if sample is None else len(sample.prompt),
         responses=tuple(responses),
-        problem=outcome.problem,
+        problem=problem,
         unused=read.unused,
         compared_by=None if not any(role) else "label" if used.ranked else "reward",
     )
@@ -159,14 +177,21 @@ def _response_pieces(tokens: np.ndarray, answers: np.ndarray | None, decode: Dec
     return pieces_of(ids, kinds, decode)
 
 
-def _why_left_out(at: int, outcome: Outcome) -> str:
-    """Of the row's reasons, the one that is this response's: ``data.num_responses`` keeps the first ones."""
-    reasons = list(outcome.left_out)
-    first = [reason for reason in reasons if reason.startswith("data.num_responses=")]
-    if first and at >= int(first[0].partition("=")[2]):
+def _why_left_out(at: int, outcome: Outcome, *, drops_truncated: bool) -> str:
+    """Of the row's reasons, the one that is this response's. What is cut short goes first, then all but the first
+    ``data.num_responses`` of the others, then those that ``data.responses`` does not choose."""
+    assert outcome.read is not None
+    responses = outcome.read.responses
+    if drops_truncated and responses[at].truncated:
+        return "data.truncated=drop"
+    if outcome.used is None or outcome.reason is not None:
+        return "the row is dropped"
+    before = sum(not (drops_truncated and response.truncated) for response in responses[:at])
+    first = [reason for reason in outcome.left_out if reason.startswith(_FIRST)]
+    others = [reason for reason in outcome.left_out if reason not in first]
+    if first and (not others or before >= int(first[0].removeprefix(_FIRST))):
         return first[0]
-    others = [reason for reason in reasons if reason not in first]
-    return " or ".join(others or reasons) or "not used"
+    return " or ".join(others) or "not used"
 
 
 def _messages(row: Row) -> list[tuple[str, str]]:

@@ -14,8 +14,9 @@ import pytest
 from nemo_rao.batch import Sample
 from nemo_rao.data import cache as cache_module
 from nemo_rao.data.cache import READ_FROM_CACHE, DataCache
-from nemo_rao.data.dataset import load_preferences, mismatched
+from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import load_tokenizer
+from nemo_rao.data.mismatched import mismatched
 from nemo_rao.data.store import PreferenceData, open_data
 from nemo_rao.errors import UserError
 from nemo_rao.files import one_at_a_time
@@ -154,9 +155,15 @@ OPTIONS = {
     "pairs_by": "reward",
     "seed": 1,
     "strict": True,
+    "bad_rows": "drop",
+    "max_bad_rows": 0.5,
+    "truncated": "without_end",
     "chat_template": "never",
     "template_arguments": {"enable_thinking": False},
+    "answers": "verbatim",
     "reward_field": "reward",
+    "columns": {"prompt": "prompt"},
+    "ignore_fields": ["source"],
 }
 
 
@@ -172,7 +179,7 @@ def test_another_option_is_other_data(data_cache, write_lines):
 def test_every_option_of_loading_is_one_of_these():
     import inspect
 
-    others = {"paths", "tokenizer", "progress", "needed_by"}
+    others = {"paths", "tokenizer", "progress", "observer", "needed_by"}
     assert set(inspect.signature(load_preferences).parameters) == set(OPTIONS) | others
 
 

@@ -9,16 +9,13 @@ import pytest
 from nemo_rao.batch import RewardSummary, Sample
 from nemo_rao.data.choice import NO_PAIR
 from nemo_rao.data.collate import collate
-from nemo_rao.data.dataset import (
-    NO_BOUNDARY,
-    PROMPT_TOO_LONG,
-    TOO_LONG,
-    PreferenceData,
-    load_preferences,
-    mismatched,
-)
-from nemo_rao.data.encode import Encoder
+from nemo_rao.data.dataset import INNER_END, load_preferences
+from nemo_rao.data.encode import BoundaryError, Encoder
+from nemo_rao.data.mismatched import mismatched
+from nemo_rao.data.row_checks import NOT_FINITE
 from nemo_rao.data.rows import read_rows
+from nemo_rao.data.sample_checks import PROMPT_TOO_LONG, TOO_LONG
+from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 
 
@@ -159,7 +156,7 @@ def test_a_score_that_is_not_finite_is_refused_where_it_is_used_and_counted_wher
     row = PAIR | {"score_chosen": score, "score_rejected": 0.5}
     data = load([row], needs_preference=True, needs_pairs=True, min_responses=2)
     assert np.isnan(data[0].rewards[0]) and data[0].rewards[1] == 0.5
-    assert str(data.report).endswith("1 rewards are not finite numbers, and are not used")
+    assert data.report.remarks == {NOT_FINITE: 1}
     for used in ({"needs_rewards": True}, {"pairs_by": "reward"}):
         with pytest.raises(UserError, match=r"data.jsonl line 1: response 1 has a reward that is not a finite number"):
             load([row], **used)
@@ -173,7 +170,7 @@ def test_a_row_of_exactly_seq_length_is_kept(load):
 
 def test_rows_without_a_boundary_are_dropped_and_counted(load):
     data = load([RECORDS[0], record("x", 1, content="\n\n\nmerges")], tokenizer="chatml")
-    assert data.report.dropped == {NO_BOUNDARY: 1}
+    assert data.report.dropped == {BoundaryError.reason: 1}
     assert "data.jsonl line 2: response 1 has no boundary" in str(data.report)
 
 
@@ -191,7 +188,7 @@ def test_strict_stops_at_the_first_row_that_would_be_dropped(bad, tokenizer, com
 
 
 def test_an_end_token_inside_a_response_is_counted(load):
-    assert load([record("x", 1, content="a<|end|>b"), RECORDS[0]]).report.inner_ends == 1
+    assert load([record("x", 1, content="a<|end|>b"), RECORDS[0]]).report.remarks == {INNER_END: 1}
 
 
 @pytest.mark.parametrize(

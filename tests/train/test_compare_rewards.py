@@ -184,7 +184,7 @@ def test_rows_that_cannot_stand_in_one_table_are_refused(
 
 
 def test_the_prompts_drawn_are_a_part_of_a_larger_draw_in_their_order(data: tuple[str, ...]) -> None:
-    from nemo_rao.integration.prepare import draw_prompts
+    from nemo_rao.integration.loading import draw_prompts
 
     train, tokenizer = (text.partition("=")[2] for text in data)
     whole = load_preferences(train, load_tokenizer(tokenizer), seq_length=64)

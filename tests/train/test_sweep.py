@@ -17,7 +17,7 @@ from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.integration.config import RunConfig
 from nemo_rao.integration.continuing import write_run
 from nemo_rao.integration.derived import run_dir
-from nemo_rao.integration.prepare import LoadedData
+from nemo_rao.integration.loading import LoadedData
 from nemo_rao.integration.recipe_text import to_yaml
 
 from .runs import TINY, in_fork, steps
@@ -95,7 +95,7 @@ def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     monkeypatch.setattr("nemo_rao.integration.prepare.import_nemo", lambda: True)
     monkeypatch.setattr("nemo_rao.integration.prepare.select_device", lambda config: None)
     data = PreferenceData([])
-    monkeypatch.setattr("nemo_rao.integration.prepare.load_data", lambda config: LoadedData(data, None, 300))
+    monkeypatch.setattr("nemo_rao.integration.loading.load_data", lambda config: LoadedData(data, None, 300))
     monkeypatch.setattr("nemo_rao.integration.derived.steps_per_epoch", lambda *_: 10)
 
     def run(train: Train, *overrides: str) -> int:

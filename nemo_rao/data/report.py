@@ -1,0 +1,181 @@
+"""What became of the rows of a data set: counted for the user, and row by row for whoever looks at them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from nemo_rao.batch import Row, Sample
+
+OTHER_CAUSES = "other causes"
+_MOST_CAUSES = 20  # of bad rows that are told apart
+_MOST_NAMES = 40  # unused fields that are listed
+_LONGEST_LINE = 120  # characters
+_PLACE = re.compile(r"^.*? (?:line|row) \d+: ")
+_VALUES = re.compile(r"; | \(|, found | \d+:\d+")
+_NUMBER = re.compile(r"(?<![\w'.])\d[\d.,]*(?![\w'])")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row.
+
+    Attributes:
+        read: the row as it was read; ``None`` where its record cannot be read.
+        used: the row with the responses that are used; ``None`` where none are.
+        sample: its tokens, also of a row that is dropped for its length; ``None`` where there are none.
+        reason: under which the row is counted as dropped; ``None``: it is kept.
+        detail: one line about a dropped row, with its place.
+        remarks: what is counted about a kept row (``LoadReport.remarks``).
+        left_out: why some of a kept row's responses are not used (``LoadReport.left_out``).
+    """
+
+    read: Row | None
+    used: Row | None
+    sample: Sample | None
+    reason: str | None
+    detail: str = ""
+    remarks: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass
+class LoadReport:
+    """What became of the rows read. ``str()`` gives one line, :meth:`text` several where there is much to say.
+
+    Attributes:
+        rows_read: rows (prompts) in the files, those that cannot be read included.
+        rows_kept: of these, those in the data.
+        dropped: reason -> rows.
+        bad: cause -> rows that show a mistake in the data, and are dropped since ``bad_rows`` is ``drop``.
+        remarks: what a user should know of kept rows -> rows.
+        examples: reason or cause -> what was said about the first row dropped for it; remark -> its first row's place.
+        given, used: fewest and most responses of a kept row, in the file and in the data; empty before the first row.
+        left_out: why some of a row's responses are not used -> kept rows.
+        pairs: for objectives of pairs, which two responses are compared -> kept rows.
+        unused: path of a field that nothing reads -> rows read that have it.
+        notes: about the tokenizer and its chat template.
+    """
+
+    rows_read: int = 0
+    rows_kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+    remarks: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+    given: list[int] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    pairs: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def keep(self, outcome: Outcome, pair: str | None) -> None:
+        """Count a kept row; ``pair``: which two of its responses are compared."""
+        assert outcome.read is not None and outcome.used is not None
+        self.rows_kept += 1
+        given, used = len(outcome.read.responses), len(outcome.used.responses)
+        self.given = [min([given, *self.given]), max([given, *self.given])]
+        self.used = [min([used, *self.used]), max([used, *self.used])]
+        for reason in outcome.left_out:
+            _count(self.left_out, reason)
+        if pair is not None:
+            _count(self.pairs, pair)
+        for remark in outcome.remarks:
+            _count(self.remarks, remark)
+            self.examples.setdefault(remark, outcome.used.place)
+
+    def drop(self, reason: str, example: str) -> None:
+        """Count a dropped row; ``example``: the line about it."""
+        _count(self.dropped, reason)
+        self.examples.setdefault(reason, example)
+
+    def drop_bad(self, complaint: str) -> str:
+        """Count a row that shows a mistake in the data. Returns the cause under which it is counted."""
+        cause = cause_of(complaint)
+        if cause not in self.bad and len(self.bad) >= _MOST_CAUSES:
+            cause = OTHER_CAUSES
+        _count(self.bad, cause)
+        self.examples.setdefault(cause, complaint)
+        return cause
+
+    def not_used(self, paths: Iterable[str]) -> None:
+        """Count a row's fields that nothing reads."""
+        for path in paths:
+            _count(self.unused, path)
+
+    @property
+    def rows_dropped(self) -> int:
+        """Bad ones included."""
+        return self.rows_read - self.rows_kept
+
+    @property
+    def rows_bad(self) -> int:
+        return sum(self.bad.values())
+
+    def bad_rows(self) -> list[str]:
+        """Parts of the report: each cause of bad rows, with its first row."""
+        return [f"{rows} bad rows dropped ({cause}; first: {self.examples[cause]})" for cause, rows in self.bad.items()]
+
+    def parts(self) -> list[str]:
+        """All there is to say, the numbers of rows first."""
+        parts = [f"{self.rows_kept} of {self.rows_read} rows kept"]
+        parts += [f"{rows} dropped ({reason}; first: {self.examples[reason]})" for reason, rows in self.dropped.items()]
+        return parts + self.bad_rows() + self.other_parts()
+
+    def other_parts(self) -> list[str]:
+        """Parts of the report about rows that are kept, about fields and about the tokenizer."""
+        parts = []
+        if self.left_out:
+            reasons = " and ".join(self.left_out)
+            parts.append(f"{_range(self.used)} of {_range(self.given)} responses of a prompt are used ({reasons})")
+        if len(self.pairs) == 1:
+            parts.append(f"pairs: {next(iter(self.pairs))}")
+        elif self.pairs:
+            parts.append("pairs: " + ", ".join(f"{pair} ({rows} rows)" for pair, rows in self.pairs.items()))
+        parts += [f"{rows} rows: {remark} (first: {self.examples[remark]})" for remark, rows in self.remarks.items()]
+        if self.unused:
+            parts.append(f"fields that are not used: {_names_by_rows(self.unused)}")
+        return parts + self.notes
+
+    def __str__(self) -> str:
+        return "; ".join(self.parts())
+
+    def text(self, remark: str = "", said: Collection[str] = ()) -> str:
+        """The report in one line where it is short, else with a line for each part.
+
+        Args:
+            remark: follows the numbers of rows.
+            said: notes that need not be repeated.
+        """
+        first, *others = self.parts()
+        parts = [first + remark, *(part for part in others if part not in said)]
+        line = "; ".join(parts)
+        return line if len(line) <= _LONGEST_LINE else "\n  ".join(parts)
+
+
+def cause_of(complaint: str) -> str:
+    """What a complaint about a row shares with those about others: without place, values and remedy."""
+    text = _VALUES.split(_PLACE.sub("", complaint, count=1), maxsplit=1)[0]
+    return _NUMBER.sub("N", re.sub(r"\[\d+\]", "[]", text))
+
+
+def _count(counts: dict[str, int], kind: str) -> None:
+    counts[kind] = counts.get(kind, 0) + 1
+
+
+def _range(bounds: list[int]) -> str:
+    low, high = bounds
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _names_by_rows(counts: dict[str, int]) -> str:
+    """``a, b (9 rows), c (2 rows)``: the names of an equal number of rows together, the most rows first."""
+    groups = [
+        ", ".join(name for name in list(counts)[:_MOST_NAMES] if counts[name] == rows) + f" ({rows} rows)"
+        for rows in sorted(Counter(list(counts.values())[:_MOST_NAMES]), reverse=True)
+    ]
+    more = len(counts) - _MOST_NAMES
+    return ", ".join(groups) + (f", and {more} more" if more > 0 else "")
