@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from nemo_rao.show.histogram import Histogram, number
+from nemo_rao.show.histogram import Histogram, number, ticks
 
 _WIDTH, _HEIGHT = 400, 190  # units of the drawing
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 392, 22, 162
@@ -93,19 +93,17 @@ def _bar(
 
 
 def _ticks(histogram: Histogram) -> list[str]:
-    edges, bins = histogram.edges, len(histogram.edges) - 1
+    low, high = histogram.edges[0], histogram.edges[-1]
     parts = []
-    if histogram.levels:
-        step = -(-bins // 8)
-        places = [((bin + 0.5) / bins, number((edges[bin] + edges[bin + 1]) / 2)) for bin in range(0, bins, step)]
-    else:
-        step = -(-bins // 5)
-        places = [(edge / bins, number(edges[edge])) for edge in range(0, bins + 1, step)]
-    for place, text in places:
-        x = _LEFT + place * (_RIGHT - _LEFT)
-        anchor = "end" if x > _RIGHT - 8 else "middle"
+    for value in ticks(histogram):
+        x = _LEFT + (value - low) / (high - low) * (_RIGHT - _LEFT)
+        text = number(value)
+        outside = x + 3.5 * len(text) > _WIDTH
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{_BOTTOM}" y2="{_BOTTOM + 4}"/>')
-        parts.append(f'<text x="{min(x, _RIGHT + 6):.1f}" y="{_BOTTOM + 18}" text-anchor="{anchor}">{text}</text>')
+        parts.append(
+            f'<text x="{_WIDTH if outside else x:.1f}" y="{_BOTTOM + 18}" '
+            f'text-anchor="{"end" if outside else "middle"}">{text}</text>'
+        )
     return parts
 
 

@@ -35,6 +35,10 @@ class Histogram:
         """``[bins]``: of all series together."""
         return np.sum(list(self.counts.values()), axis=0)
 
+    def bins_up_to_mark(self) -> int:
+        """How many of the bins begin below the mark; all where there is none."""
+        return len(self.edges) - 1 if self.mark is None else int(np.sum(self.edges[:-1] < self.mark))
+
     def label(self, bin: int) -> str:
         """What is counted there: "128 to 160", "3", "above 4,096"."""
         low, high = number(self.edges[bin]), number(self.edges[bin + 1])
@@ -55,7 +59,7 @@ def histogram(
     Args:
         series: name -> numbers, finite ones or NaN, which is left out.
         bins: about how many.
-        mark: to be marked; the bins reach as far where the numbers come near it.
+        mark: to be marked; the bins reach as far where the numbers come near it, and to its double at most.
         from_zero: the first edge is 0.
     """
     known = {name: values[np.isfinite(values)] for name, values in series.items()}
@@ -70,7 +74,7 @@ def histogram(
     if from_zero:
         low = 0.0
     if mark is not None and high >= mark / 2:
-        high = max(high, 1.1 * mark)
+        high = min(max(high, 1.1 * mark), 2 * mark)
     width = _round_width((high - low) / bins)
     if from_zero:
         width = max(width, 1.0)
@@ -113,6 +117,17 @@ def _round_width(width: float) -> float:
     """The next 1, 2, 2.5 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(width))
     return next(step * power for step in (1.0, 2.0, 2.5, 5.0, 10.0) if step * power >= width * (1 - 1e-9))
+
+
+def ticks(histogram: Histogram, count: int = 5) -> list[float]:
+    """About ``count`` round numbers between the first edge and the last; the centres of bins that stand for values."""
+    low, high = float(histogram.edges[0]), float(histogram.edges[-1])
+    if histogram.levels:
+        centres = ((histogram.edges[:-1] + histogram.edges[1:]) / 2).tolist()
+        return centres[:: -(-len(centres) // 8)]
+    step = _round_width((high - low) / count)
+    first = math.ceil(low / step - 1e-9)
+    return [step * at for at in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def number(value: float) -> str:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nemo_rao.batch import Row
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import Encoder, load_tokenizer
@@ -81,6 +79,10 @@ class Inspection:
     seq_length: int
     prompt_is_learned: bool
 
+    def short(self, text: str) -> str:
+        """A text that names places, without the file's name: the title has it."""
+        return text.replace(f"{self.source} line ", "line ").replace(f"{self.source} row ", "row ")
+
 
 def inspect(config: RunConfig, recipe: str, *, num_rows: int, places: Sequence[int] = ()) -> Inspection:
     """Load a recipe's data and gather what is shown of it.
@@ -126,7 +128,11 @@ def inspect(config: RunConfig, recipe: str, *, num_rows: int, places: Sequence[i
 
     spread = [number * len(trained) // num_rows for number in range(min(num_rows, len(trained)))]
     chosen = [int(index if drawn is None else drawn[index]) for index in dict.fromkeys(spread)]
-    outcomes = [*watcher.asked_for(), *watcher.kept(data, chosen, lambda: _rows(config))]
+    rows = [
+        dataclasses.replace(shown(outcome), is_drawn=drawn is None or index is None or index in drawn)
+        for outcome, index in watcher.asked_for()
+    ]
+    rows += [shown(outcome) for outcome in watcher.kept(data, chosen, lambda: _rows(config))]
     return Inspection(
         source=_source(data_keys.train_path),
         recipe=recipe,
@@ -137,7 +143,7 @@ def inspect(config: RunConfig, recipe: str, *, num_rows: int, places: Sequence[i
         num_trained=len(trained),
         steps=_steps(config, len(trained)),
         numbers=watcher.collector.numbers(drawn),
-        rows=tuple(shown(outcome) for outcome in outcomes),
+        rows=tuple(rows),
         dropped=tuple(shown(outcome) for outcome in watcher.first_dropped.values()),
         seq_length=config.model.seq_length,
         prompt_is_learned=needs.prompt_gradient,
@@ -153,7 +159,7 @@ class _Watcher:
     def __init__(self, places: Sequence[int], *, needs_pairs: bool) -> None:
         self.collector = Collector(needs_pairs=needs_pairs)
         self.first_dropped: dict[str, Outcome] = {}
-        self._found: dict[int, Outcome | None] = dict.fromkeys(places)
+        self._found: dict[int, tuple[Outcome, int | None] | None] = dict.fromkeys(places)
         self._used: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
 
     def add(self, outcome: Outcome) -> None:
@@ -161,26 +167,28 @@ class _Watcher:
         if self._found:
             number = _number_of(place_of(outcome))
             if number in self._found and self._found[number] is None:
-                self._found[number] = outcome
+                self._found[number] = outcome, None if outcome.reason is not None else len(self._used)
         if outcome.reason is not None:
             self.first_dropped.setdefault(outcome.reason, outcome)
         else:
             assert outcome.read is not None and outcome.used is not None
             self._used.append((tuple(indices_used(outcome.read, outcome.used)), outcome.left_out))
 
-    def asked_for(self) -> list[Outcome]:
-        """The rows at the places asked for.
+    def asked_for(self) -> list[tuple[Outcome, int | None]]:
+        """The rows at the places asked for, each with its number among the kept ones.
 
         Raises:
             UserError: there is none at one of them.
         """
-        for number, outcome in self._found.items():
-            if outcome is None:
+        found = []
+        for number, one in self._found.items():
+            if one is None:
                 raise UserError(
                     f"--row {number}: no row begins at line {number} of the data; give the number of a line that is "
                     "not blank, or of a row of a Parquet file or data set"
                 )
-        return [outcome for outcome in self._found.values() if outcome is not None]
+            found.append(one)
+        return found
 
     def kept(self, data: PreferenceData, indices: Sequence[int], read: Callable[[], Iterator[Row]]) -> list[Outcome]:
         """The kept rows with these numbers.

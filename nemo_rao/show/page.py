@@ -12,7 +12,7 @@ from nemo_rao.show.charts import share, svg
 from nemo_rao.show.histogram import number
 from nemo_rao.show.inspection import Inspection, Setting
 from nemo_rao.show.pieces import Kind, Piece, visible
-from nemo_rao.show.report import DROPPED, IN_BETWEEN, KEPT, Chart, charts, reasons, remarks
+from nemo_rao.show.report import DROPPED, IN_BETWEEN, KEPT, NOT_DRAWN, Chart, charts, reasons, remarks
 from nemo_rao.show.rows import ShownResponse, ShownRow, reward_text
 from nemo_rao.show.style import STYLE
 
@@ -20,7 +20,11 @@ MARK = '<meta name="generator" content="nemo-rao show">'  # by which a page is k
 
 _KINDS = {Kind.PROMPT: "p", Kind.TEMPLATE: "t", Kind.RESPONSE: "r", Kind.END: "e"}
 _SERIES = {
-    **{KEPT: "s-kept", DROPPED: "s-dropped", "chosen": "s-chosen", "rejected": "s-rejected", IN_BETWEEN: "s-between"},
+    KEPT: "s-kept",
+    DROPPED: "s-dropped",
+    "chosen": "s-chosen",
+    "rejected": "s-rejected",
+    IN_BETWEEN: "s-between",
 }
 
 
@@ -46,12 +50,12 @@ def page(seen: Inspection) -> Iterator[str]:
     yield "<h2>Rows as they are trained on</h2>"
     yield from _tools(seen)
     for row in seen.rows:
-        yield from _row(row)
+        yield from _row(row, seen)
     asked = {row.place for row in seen.rows}
     if others := [row for row in seen.dropped if row.place not in asked]:
         yield "<h2>The first row of each reason to drop one</h2>"
         for row in others:
-            yield from _row(row)
+            yield from _row(row, seen)
     yield "<h2>Settings</h2>"
     yield from _settings(seen.settings)
     yield "</main></body></html>\n"
@@ -90,17 +94,17 @@ def _counts(seen: Inspection) -> Iterator[str]:
     yield '<div class="reasons">'
     for reason, rows, example in reasons(report):
         yield f'<div class="reason"><b>{rows:,} dropped</b><div>{_text(reason)}'
-        yield f'<div class="soft small">first: {_text(example)}</div></div></div>'
+        yield f'<div class="soft small">first: {_text(seen.short(example))}</div></div></div>'
     yield "</div>"
     if found := remarks(seen):
-        yield '<ul class="remarks">' + "".join(f"<li>{_text(remark)}</li>" for remark in found) + "</ul>"
+        yield '<ul class="remarks">' + "".join(f"<li>{_text(seen.short(remark))}</li>" for remark in found) + "</ul>"
     yield "</div>"
 
 
 def _charts(group: Iterable[Chart]) -> Iterator[str]:
     group = list(group)
-    series = list(dict.fromkeys(name for chart in group for name in chart.histogram.counts))
-    if len(series) > 1:
+    several = [chart.histogram.counts for chart in group if len(chart.histogram.counts) > 1]
+    if series := list(dict.fromkeys(name for counts in several for name in counts)):
         yield '<p class="keys small">'
         for name in series:
             yield f'<span><span class="k {_SERIES[name]}"></span>{_text(name)}</span>'
@@ -110,7 +114,7 @@ def _charts(group: Iterable[Chart]) -> Iterator[str]:
         drawing = svg(
             chart.histogram,
             classes=_SERIES,
-            stacked=KEPT in chart.histogram.counts,
+            stacked=chart.is_stacked,
             mark_name="seq_length",
             label=f"{chart.title}: {chart.summary}",
         )
@@ -130,13 +134,18 @@ def _tools(seen: Inspection) -> Iterator[str]:
     yield '<p class="soft small">Point at a token for its id.</p>'
 
 
-def _row(row: ShownRow) -> Iterator[str]:
-    yield f'<article class="card row"><header><h3>{_text(row.place)}</h3>'
+def _row(row: ShownRow, seen: Inspection) -> Iterator[str]:
+    yield f'<article class="card row"><header><h3>{_text(seen.short(row.place))}</h3>'
     if row.unused:
         yield f'<span class="soft small">fields that nothing reads: {_text(", ".join(row.unused))}</span>'
     yield "</header>"
     if row.problem is not None:
-        yield f'<p class="notice"><b>dropped: {_text(row.problem[0])}.</b> {_text(row.problem[1])}</p>'
+        yield f'<p class="notice"><b>dropped: {_text(row.problem[0])}.</b> {_text(seen.short(row.problem[1]))}</p>'
+    if not row.is_drawn:
+        yield f'<p class="notice">{NOT_DRAWN}</p>'
+    if not row.responses:  # its record cannot be read
+        yield "</article>\n"
+        return
     size = "" if row.num_prompt_tokens is None else f'<span class="soft">{row.num_prompt_tokens:,} tokens</span>'
     yield f'<section class="part"><p class="head"><b>prompt</b>{size}</p>'
     yield _tokens(row.prompt, row.prompt_text, row.num_prompt_tokens, left_out=False)

@@ -12,6 +12,7 @@ from nemo_rao.show.histogram import Histogram, histogram, number
 from nemo_rao.show.inspection import Inspection
 from nemo_rao.show.numbers import Numbers
 
+NOT_DRAWN = "kept, but not drawn: data.num_prompts trains on other rows"
 KEPT, DROPPED, IN_BETWEEN = "trained on", "dropped", "in between"
 
 
@@ -20,14 +21,17 @@ class Chart:
     """One histogram.
 
     Attributes:
-        summary: a line with its smallest, median and largest number.
-        unit: of the horizontal axis.
+        summary: a line of numbers.
     """
 
     title: str
     summary: str
-    unit: str
     histogram: Histogram
+
+    @property
+    def is_stacked(self) -> bool:
+        """Its series are parts of one whole; else they are compared."""
+        return KEPT in self.histogram.counts
 
 
 def reasons(report: LoadReport) -> list[tuple[str, int, str]]:
@@ -68,7 +72,7 @@ def charts(seen: Inspection) -> list[tuple[str, list[Chart]]]:
 
 def _lengths(title: str, series: Mapping[str, np.ndarray], limit: float) -> Chart | None:
     made = histogram({name: values for name, values in series.items() if len(values)}, mark=limit, from_zero=True)
-    return None if made is None else Chart(title, _summary(series[KEPT]), "tokens", made)
+    return None if made is None else Chart(title, _summary(series[KEPT]) + _cut(made), made)
 
 
 def _rewards(numbers: Numbers) -> list[Chart | None]:
@@ -88,7 +92,7 @@ def _rewards(numbers: Numbers) -> list[Chart | None]:
 
 
 def _chart(title: str, series: Mapping[str, np.ndarray]) -> Chart | None:
-    made = histogram(series)
+    made = histogram(series, bins=28 if len(series) == 1 else 16)
     if made is None:
         return None
     if len(series) == 1:
@@ -96,7 +100,13 @@ def _chart(title: str, series: Mapping[str, np.ndarray]) -> Chart | None:
     else:
         known = {name: values[~np.isnan(values)] for name, values in series.items()}
         summary = ", ".join(f"mean {number(values.mean())} {name}" for name, values in known.items() if len(values))
-    return Chart(title, summary, "reward", made)
+    return Chart(title, summary + _cut(made), made)
+
+
+def _cut(made: Histogram) -> str:
+    """What is not seen at the ends of a chart's axis."""
+    bars = (f"first bar: {made.label(0)}", f"last bar: {made.label(len(made.totals) - 1)}")
+    return "".join(f"; {bar}" for bar, is_cut in zip(bars, made.is_cut, strict=True) if is_cut)
 
 
 def _summary(values: np.ndarray) -> str:

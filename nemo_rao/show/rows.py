@@ -59,6 +59,7 @@ class ShownRow:
         problem: (reason, what is said) of a row that is dropped.
         unused: its fields that nothing reads.
         compared_by: "label" or "reward", where two responses are told apart.
+        is_drawn: ``False`` for a row that is kept, but that ``data.num_prompts`` does not draw.
     """
 
     place: str
@@ -69,6 +70,7 @@ class ShownRow:
     problem: tuple[str, str] | None
     unused: tuple[str, ...]
     compared_by: str | None
+    is_drawn: bool = True
 
 
 def roles(row: Row, *, needs_pairs: bool) -> list[str]:
@@ -185,7 +187,7 @@ def _why_left_out(at: int, outcome: Outcome, *, drops_truncated: bool) -> str:
     if drops_truncated and responses[at].truncated:
         return "data.truncated=drop"
     if outcome.used is None or outcome.reason is not None:
-        return "the row is dropped"
+        return "not used"
     before = sum(not (drops_truncated and response.truncated) for response in responses[:at])
     first = [reason for reason in outcome.left_out if reason.startswith(_FIRST)]
     others = [reason for reason in outcome.left_out if reason not in first]

@@ -4,12 +4,14 @@ content security policy allows this text by its digest alone."""
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #fbfbf9; --card: #fff; --ink: #1d2127; --soft: #5d6672; --line: #dfe2e6; --accent: #2f5fb3;
-  --prompt: #dbe8fb; --template: #ececea; --template-ink: #6b7079; --response: #d9f0dc; --end: #1d7a3c; --end-ink: #fff;
+  --prompt: #dbe8fb; --template: #ececea; --template-ink: #6b7079; --response: #d9f0dc; --end: #1d7a3c;
+  --end-ink: #fff;
   --kept: #4f86c6; --dropped: #d4553f; --chosen: #2f9455; --rejected: #d98324; --between: #9aa3ad; --mark: #1d2127;
   --warn: #a33423; --warn-paper: #fbeae6; --hover: #ffd84d; --hover-ink: #1d2127; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14171b; --card: #1c2026; --ink: #e4e7eb; --soft: #9aa4b0; --line: #31373f; --accent: #8db4f2;
-  --prompt: #1f3557; --template: #292d33; --template-ink: #98a1ac; --response: #1d4229; --end: #6fd48e; --end-ink: #0d1a11;
+  --prompt: #1f3557; --template: #292d33; --template-ink: #98a1ac; --response: #1d4229; --end: #6fd48e;
+  --end-ink: #0d1a11;
   --kept: #6c9fdc; --dropped: #e2705c; --chosen: #58b87a; --rejected: #e3a04f; --between: #77818c; --mark: #e4e7eb;
   --warn: #f29a8a; --warn-paper: #3a2320; --hover: #ffd84d; --hover-ink: #14171b; } }
 * { box-sizing: border-box; }
@@ -20,7 +22,7 @@ h1, h2, h3, p { margin: 0; }
 h1 { font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .9rem; }
 h3 { font-size: .95rem; overflow-wrap: anywhere; }
-code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.mono { overflow-wrap: anywhere; font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .over { color: var(--accent); font-size: .85rem; font-weight: 600; }
 .soft { color: var(--soft); }
 .small { font-size: .85rem; }
@@ -30,16 +32,16 @@ code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaV
 .share { display: block; width: 100%; height: 12px; border-radius: 6px; margin: .3rem 0 1rem; }
 .share .kept { fill: var(--kept); } .share .dropped { fill: var(--dropped); }
 .reasons { display: grid; gap: .8rem; }
-.reason { display: grid; grid-template-columns: 5.5rem 1fr; gap: .2rem .9rem; }
+.reason { display: grid; grid-template-columns: 7.5rem 1fr; gap: .2rem .9rem; }
 .reason b { color: var(--warn); font-variant-numeric: tabular-nums; text-align: right; }
 .reason div { overflow-wrap: anywhere; }
 ul.remarks { margin: 1rem 0 0; padding: .9rem 0 0 1.1rem; border-top: 1px solid var(--line); }
 ul.remarks li { overflow-wrap: anywhere; margin: .2rem 0; }
-.notice { background: var(--warn-paper); color: var(--warn); border-radius: 8px; padding: .55rem .8rem; margin-top: .7rem;
-  overflow-wrap: anywhere; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .8rem; }
-figure { margin: 0; }
-figure svg { display: block; width: 100%; height: auto; margin-top: .5rem; }
+.notice { background: var(--warn-paper); color: var(--warn); border-radius: 8px; padding: .55rem .8rem;
+  margin-top: .7rem; overflow-wrap: anywhere; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .8rem; }
+figure { margin: 0; display: flex; flex-direction: column; }
+figure svg { display: block; width: 100%; height: auto; margin-top: auto; padding-top: .6rem; }
 figure text { font: 12px system-ui, sans-serif; fill: var(--soft); }
 figure .grid { stroke: var(--line); } figure .axis { stroke: var(--soft); }
 figure .mark { stroke: var(--mark); stroke-dasharray: 4 3; } figure text.mark { fill: var(--mark); stroke: none; }
@@ -58,14 +60,15 @@ figure .mark { stroke: var(--mark); stroke-dasharray: 4 3; } figure text.mark { 
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: .9rem;
   margin-top: .9rem; align-items: start; }
 .part { min-width: 0; margin-top: .9rem; } .answers .part { margin-top: 0; }
-.head { display: flex; flex-wrap: wrap; gap: .15rem .6rem; align-items: baseline; margin-bottom: .35rem; font-size: .85rem; }
+.head { display: flex; flex-wrap: wrap; gap: .15rem .6rem; align-items: baseline; margin-bottom: .35rem;
+  font-size: .85rem; }
 .head b { font-size: .9rem; }
 .badge { border-radius: 99px; padding: 0 .55rem; font-size: .78rem; font-weight: 600; color: var(--card); }
 .badge.chosen { background: var(--chosen); } .badge.rejected { background: var(--rejected); }
 .badge.left, .badge.cut { background: var(--soft); }
 .text { font: 13px/1.65 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 8px; padding: .6rem .7rem;
-  max-height: 24rem; overflow: auto; tab-size: 4; }
+  white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 8px;
+  padding: .6rem .7rem; max-height: 24rem; overflow: auto; tab-size: 4; }
 .text.out { color: var(--template-ink); border-style: dashed; }
 .text span, .keys .sample { border-radius: 2px; }
 .p { background: var(--prompt); } .t { background: var(--template); color: var(--template-ink); }
@@ -74,8 +77,8 @@ figure .mark { stroke: var(--mark); stroke-dasharray: 4 3; } figure text.mark { 
 .text i { font-style: normal; opacity: .45; } .text i::before { content: "\\21B5"; }
 .text span:hover { background: var(--hover); color: var(--hover-ink); }
 .text span[data-t]:hover::after { content: attr(data-t); position: fixed; left: 50%; bottom: 1rem; z-index: 2;
-  transform: translateX(-50%); max-width: calc(100vw - 2rem); background: var(--ink); color: var(--paper); font-weight: 400;
-  padding: .4rem .8rem; border-radius: 8px; white-space: pre-wrap; pointer-events: none; }
+  transform: translateX(-50%); max-width: calc(100vw - 2rem); background: var(--ink); color: var(--paper);
+  font-weight: 400; padding: .4rem .8rem; border-radius: 8px; white-space: pre-wrap; pointer-events: none; }
 .keys .sample { padding: .05rem .45rem; font-size: .85rem; }
 body:has(#borders:checked) .text span { box-shadow: inset -1px 0 var(--soft); }
 body:has(#whole:checked) .text { max-height: none; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -10,16 +11,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from nemo_rao.show.histogram import Histogram, number
+from nemo_rao.show.histogram import Histogram, number, ticks
 from nemo_rao.show.inspection import Inspection
 from nemo_rao.show.pieces import Kind, Piece, runs, visible
-from nemo_rao.show.report import Chart, charts, reasons, remarks
+from nemo_rao.show.report import NOT_DRAWN, Chart, charts, reasons, remarks
 from nemo_rao.show.rows import ShownResponse, ShownRow, reward_text
 
 _COLOURS = {Kind.PROMPT: "36", Kind.TEMPLATE: "2", Kind.RESPONSE: "32", Kind.END: "7;32"}
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _CHART_LINES = 3
-_MOST_CHARACTERS = 1200  # of a prompt or response, unless all is asked for
+_MOST_CHARACTERS = 900  # of a prompt or response, unless all is asked for
+_MOST_OF_DROPPED = 300  # likewise, of a row that is dropped
 _INDENT = "  "
 
 
@@ -49,20 +51,20 @@ class Writer:
         yield self._paint("1", f"{visible(seen.source)}  ·  {visible(seen.recipe)}")
         yield ""
         yield from self._settings(seen)
-        yield from self._counts(seen)
-        for title, group in charts(seen):
-            yield from self._heading(title)
-            for chart in group:
-                yield from self._chart(chart)
         yield from self._heading("Rows as they are trained on")
         yield from self._legend(seen)
         for row in seen.rows:
-            yield from self._row(row)
+            yield from self._row(row, seen, _MOST_CHARACTERS)
         asked = {row.place for row in seen.rows}
         if others := [row for row in seen.dropped if row.place not in asked]:
             yield from self._heading("The first row of each reason to drop one")
             for row in others:
-                yield from self._row(row)
+                yield from self._row(row, seen, _MOST_OF_DROPPED)
+        for title, group in charts(seen):
+            yield from self._heading(title)
+            for chart in group:
+                yield from self._chart(chart)
+        yield from self._counts(seen)
 
     # ------------------------------------------------------------------------------------------- settings, counts
 
@@ -82,15 +84,23 @@ class Writer:
         yield f"{len(numbers.responses):,} responses, {numbers.num_tokens:,} tokens; {seen.steps}"
         for reason, rows, example in reasons(report):
             yield self._paint("31", f"{rows:7,} dropped") + f"  {visible(reason)}"
-            yield from self._wrapped(visible(example), first=" " * 17, rest=" " * 17, code="2")
+            yield from self._wrapped(visible(seen.short(example)), first=" " * 17, rest=" " * 17, code="2")
         for remark in remarks(seen):
-            yield from self._wrapped(visible(remark), first="· ", rest="  ")
+            yield from self._wrapped(visible(seen.short(remark)), first="· ", rest="  ")
 
     # ------------------------------------------------------------------------------------------------------ charts
 
     def _chart(self, chart: Chart) -> Iterator[str]:
-        yield f"{chart.title}  " + self._paint("2", chart.summary)
-        yield from chart_lines(chart.histogram, self._width, indent=_INDENT)
+        yield from self._wrapped(f"{chart.title}: {chart.summary}", first="", rest=_INDENT)
+        shown = chart.histogram
+        parts = {"": shown.totals} if chart.is_stacked else shown.counts
+        up_to_mark = shown.bins_up_to_mark() * bar_width(shown, self._width)
+        for name, counts in parts.items():
+            if name:
+                yield self._paint("2", _INDENT + name)
+            for line in bars(counts, bar_width(shown, self._width)):
+                yield _INDENT + line[:up_to_mark] + self._paint("31", line[up_to_mark:])
+        yield from (_INDENT + line for line in axis(shown, bar_width(shown, self._width)))
 
     # -------------------------------------------------------------------------------------------------------- rows
 
@@ -104,27 +114,31 @@ class Writer:
         }
         yield "  ".join(self._kind(kind, name) for kind, name in names.items())
 
-    def _row(self, row: ShownRow) -> Iterator[str]:
+    def _row(self, row: ShownRow, seen: Inspection, most: int) -> Iterator[str]:
         yield ""
-        yield self._paint("1", visible(row.place))
+        yield self._paint("1", visible(seen.short(row.place)))
         if row.problem is not None:
-            yield from self._wrapped(visible(f"dropped: {row.problem[0]}. {row.problem[1]}"), code="31")
+            yield from self._wrapped(visible(f"dropped: {row.problem[0]} ({seen.short(row.problem[1])})"), code="31")
+        if not row.is_drawn:
+            yield from self._wrapped(NOT_DRAWN, code="31")
         if row.unused:
             yield from self._wrapped(visible(f"fields that nothing reads: {', '.join(row.unused)}"), code="2")
+        if not row.responses:
+            return
         size = "" if row.num_prompt_tokens is None else f" · {row.num_prompt_tokens:,} tokens"
         yield self._paint("1", f"{_INDENT}prompt{size}")
-        yield from self._text(row.prompt, row.prompt_text, Kind.PROMPT)
+        yield from self._text(row.prompt, row.prompt_text, Kind.PROMPT, most)
         for response in row.responses:
             yield self._paint("1", f"{_INDENT}{response_title(response, row)}")
-            yield from self._text(response.pieces, response.text, Kind.TEMPLATE)
+            yield from self._text(response.pieces, response.text, Kind.TEMPLATE, most)
             if response.pieces and not response.ended:
                 yield self._paint("2", f"{_INDENT * 2}(no end token)")
 
-    def _text(self, pieces: Sequence[Piece], text: str, kind: Kind) -> Iterator[str]:
+    def _text(self, pieces: Sequence[Piece], text: str, kind: Kind, most: int) -> Iterator[str]:
         """A prompt's or a response's text, shortened in its middle, line by line."""
         parts = list(runs(pieces)) if pieces else [(kind, text)]
         if not self._full:
-            parts = _shortened(parts)
+            parts = _shortened(parts, most)
         painted = "".join(self._kind(part_kind, visible(part)) for part_kind, part in parts)
         for line in painted.split("\n"):
             yield _INDENT * 2 + line
@@ -169,34 +183,50 @@ def response_title(response: ShownResponse, row: ShownRow) -> str:
     return visible(" · ".join(parts))
 
 
-def chart_lines(histogram: Histogram, width: int, *, indent: str = "") -> list[str]:
-    """Bars of three lines and an axis under them. Bars of one number that is not 0 are never empty."""
-    totals = histogram.totals
-    wide = max(1, min(3, (width - len(indent)) // len(totals)))
-    levels = np.ceil(totals / totals.max() * _CHART_LINES * (len(_BLOCKS) - 1)).astype(int)
+def bar_width(histogram: Histogram, width: int) -> int:
+    """Characters of one bar on lines of ``width``."""
+    return max(1, min(3, (width - len(_INDENT)) // len(histogram.totals)))
+
+
+def bars(counts: np.ndarray, wide: int) -> list[str]:
+    """Bars on three lines, ``wide`` characters each. One that counts anything is never empty."""
+    levels = np.ceil(counts / max(1, counts.max()) * _CHART_LINES * (len(_BLOCKS) - 1)).astype(int)
     lines = []
     for line in reversed(range(_CHART_LINES)):
         height = np.clip(levels - line * (len(_BLOCKS) - 1), 0, len(_BLOCKS) - 1)
-        lines.append(indent + "".join(_BLOCKS[one] * wide for one in height).rstrip())
-    columns = wide * len(totals)
-    low, high = histogram.label(0), histogram.label(len(totals) - 1)
-    if not histogram.levels:
-        low = low if histogram.is_cut[0] else number(histogram.edges[0])
-        high = high if histogram.is_cut[1] else number(histogram.edges[-1])
-    axis, mark = ["─"] * columns, histogram.mark
-    labels = f"{low}{high:>{max(1, columns - len(low))}}" if len(totals) > 1 else low
-    if mark is not None and histogram.edges[0] <= mark < histogram.edges[-1]:
-        at = int((mark - histogram.edges[0]) / (histogram.edges[1] - histogram.edges[0]) * wide)
-        axis[at] = "┼"
-    return [*lines, indent + "".join(axis), indent + labels]
+        lines.append("".join(_BLOCKS[one] * wide for one in height).rstrip())
+    return lines
 
 
-def _shortened(parts: Sequence[tuple[Kind, str]]) -> list[tuple[Kind, str]]:
+def axis(histogram: Histogram, wide: int) -> list[str]:
+    """The line under the bars, with the mark in it, and under that as many numbers as it has room for."""
+    low, high = float(histogram.edges[0]), float(histogram.edges[-1])
+    columns = wide * len(histogram.totals)
+    line, labels = ["─"] * columns, [" "] * (columns + 12)
+    values = ticks(histogram)
+    if histogram.mark is not None and low <= histogram.mark < high:
+        values = [histogram.mark, *values]  # the first one gets the room
+        line[_column(histogram.mark, histogram, columns)] = "┼"
+    for value in values:
+        at, text = _column(value, histogram, columns), number(value)
+        start = max(0, at - len(text) // 2)
+        if all(one == " " for one in labels[max(0, start - 1) : start + len(text) + 1]):
+            labels[start : start + len(text)] = text
+            line[min(at, columns - 1)] = "┼" if value == histogram.mark else "┴"
+    return ["".join(line), "".join(labels).rstrip()]
+
+
+def _column(value: float, histogram: Histogram, columns: int) -> int:
+    low, high = histogram.edges[0], histogram.edges[-1]
+    return int((value - low) / (high - low) * columns + 1e-6)
+
+
+def _shortened(parts: Sequence[tuple[Kind, str]], most: int) -> list[tuple[Kind, str]]:
     """The parts without what lies between the first two thirds and the last third of the characters shown."""
     total = sum(len(text) for _, text in parts)
-    if total <= _MOST_CHARACTERS * 5 // 4:
+    if total <= most * 5 // 4:
         return list(parts)
-    first, last = _MOST_CHARACTERS * 2 // 3, total - _MOST_CHARACTERS // 3
+    first, last = most * 2 // 3, total - most // 3
     kept: list[tuple[Kind, str]] = []
     at, is_cut = 0, False
     for kind, text in parts:
@@ -209,4 +239,4 @@ def _shortened(parts: Sequence[tuple[Kind, str]]) -> list[tuple[Kind, str]]:
             kept.append((kind, f" [… {last - first:,} characters; --full shows all …] "))
         if end > last:
             kept.append((kind, text[max(0, last - start) :]))
-    return kept
+    return [(kind, "".join(text for _, text in group)) for kind, group in itertools.groupby(kept, lambda one: one[0])]
