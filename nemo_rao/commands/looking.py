@@ -38,6 +38,9 @@ def show_parser() -> Parser:
         metavar="LINE",
         help="show the row at this line of the file, dropped or not; may be given several times",
     )
+    parser.add_argument(
+        "--first", type=int, metavar="N", help="read the first N rows of the training data alone: a quick look at much"
+    )
     parser.add_argument("--full", action="store_true", help="do not shorten long texts on the terminal")
     parser.add_argument(
         "--output", metavar="PAGE.html", help="also write a page with all of it, and the rows token by token"

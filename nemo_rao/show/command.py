@@ -35,13 +35,15 @@ def main(arguments: argparse.Namespace) -> int:
     check_sources(config)
     if arguments.rows is not None and arguments.rows < 0:
         raise UserError(f"--rows {arguments.rows}: must be at least 0")
+    if arguments.first is not None and arguments.first < 1:
+        raise UserError(f"--first {arguments.first}: must be at least 1")
     output = None if arguments.output is None else Path(arguments.output).expanduser()
     if output is not None:
         _check_output(output)
     num_rows = arguments.rows
     if num_rows is None:
         num_rows = 0 if arguments.row else DEFAULT_ROWS
-    seen = inspect(config, arguments.config_name, num_rows=num_rows, places=arguments.row)
+    seen = inspect(config, arguments.config_name, num_rows=num_rows, places=arguments.row, first=arguments.first)
     writer = Writer(colour=can_show_colour(), width=terminal_width(), full=arguments.full)
     encoding = sys.stdout.encoding or "utf-8"
     for line in writer.lines(seen):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ class Inspection:
         shared: prompts of the validation data that are trained on.
         num_trained: prompts that are trained on; fewer than are kept where ``data.num_prompts`` draws.
         steps: the run's length, or why it has none.
+        first: only so many rows were read; ``None``: all.
         numbers: of these prompts, and of dropped rows.
         rows: chosen to be looked at.
         dropped: the first row of each reason, where it could be read.
@@ -73,6 +74,7 @@ class Inspection:
     shared: SharedPrompts | None
     num_trained: int
     steps: str
+    first: int | None
     numbers: Numbers
     rows: tuple[ShownRow, ...]
     dropped: tuple[ShownRow, ...]
@@ -84,13 +86,16 @@ class Inspection:
         return text.replace(f"{self.source} line ", "line ").replace(f"{self.source} row ", "row ")
 
 
-def inspect(config: RunConfig, recipe: str, *, num_rows: int, places: Sequence[int] = ()) -> Inspection:
+def inspect(
+    config: RunConfig, recipe: str, *, num_rows: int, places: Sequence[int] = (), first: int | None = None
+) -> Inspection:
     """Load a recipe's data and gather what is shown of it.
 
     Args:
         recipe: its name, for the title.
         num_rows: rows to look at, spread evenly over those that are trained on, the first among them.
         places: numbers of lines (rows of Parquet and of `datasets`) to look at, dropped or not.
+        first: load so many rows of the training files alone, of which none are drawn; ``None``: all.
 
     Raises:
         UserError: training would refuse the data, too; or a line is not there.
@@ -100,12 +105,14 @@ def inspect(config: RunConfig, recipe: str, *, num_rows: int, places: Sequence[i
     objective = registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
     watcher = _Watcher(places, needs_pairs=needs.pairs)
-    data = _load(data_keys.train_path, "training data", tokenizer, wanted, watcher.add)
+    data = _load(
+        data_keys.train_path, "training data", tokenizer, {**wanted, "max_rows": first, "observer": watcher.add}
+    )
     validation = None
-    if data_keys.validation_path is not None:
+    if data_keys.validation_path is not None and first is None:
         validation = _load(data_keys.validation_path, "validation data", tokenizer, wanted)
     drawn = None
-    if data_keys.num_prompts is not None:
+    if data_keys.num_prompts is not None and first is None:
         drawn = drawn_indices(data, data_keys.num_prompts, seed=data_keys.seed)
     trained = data if drawn is None else PreferenceData((data[index] for index in drawn), data.report)
     resolved = objective.resolve(objective_config(config), trained.reward_summary())
@@ -142,6 +149,7 @@ def inspect(config: RunConfig, recipe: str, *, num_rows: int, places: Sequence[i
         shared=None if validation is None else shared_prompts(data, validation),
         num_trained=len(trained),
         steps=_steps(config, len(trained)),
+        first=first,
         numbers=watcher.collector.numbers(drawn),
         rows=tuple(rows),
         dropped=tuple(shown(outcome) for outcome in watcher.first_dropped.values()),
@@ -233,15 +241,9 @@ def _number_of(place: str) -> int | None:
     return int(last) if last.isdecimal() else None
 
 
-def _load(
-    paths: Any,
-    label: str,
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: dict[str, Any],
-    observer: Callable[[Outcome], None] | None = None,
-) -> PreferenceData:
+def _load(paths: Any, label: str, tokenizer: PreTrainedTokenizerBase, wanted: Mapping[str, Any]) -> PreferenceData:
     with Progress(label, unit="row", stays=False) as progress:
-        return load_preferences(paths, tokenizer, progress=progress.update, observer=observer, **wanted)
+        return load_preferences(paths, tokenizer, progress=progress.update, **wanted)
 
 
 def _source(paths: Any) -> str:
@@ -254,8 +256,8 @@ def _steps(config: RunConfig, num_prompts: int) -> str:
         steps = total_steps(config, num_prompts)
     except UserError as error:
         return f"cannot train yet: {error}"
-    epochs = steps * batch / num_prompts
-    return f"{steps:,} steps of {batch:,} prompts ({epochs:.3g} passes over the data)"
+    epochs = f"{steps * batch / num_prompts:.3g}"
+    return f"{steps:,} steps of {batch:,} prompts ({epochs} epoch{'' if epochs == '1' else 's'})"
 
 
 def _settings(

@@ -44,6 +44,8 @@ def reasons(report: LoadReport) -> list[tuple[str, int, str]]:
 def remarks(seen: Inspection) -> list[str]:
     """All that the loader reported, and what the numbers show."""
     found = [*seen.report.other_parts(), *seen.numbers.remarks()]
+    if seen.first is not None:
+        found.insert(0, f"only the first {seen.first:,} rows were read (--first); a run reads all")
     if seen.validation is not None:
         said = seen.report.notes
         found += [f"validation data: {part}" for part in seen.validation.parts() if part not in said]

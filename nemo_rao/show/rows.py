@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,13 +208,17 @@ def _content(content: Any) -> str:
 
 
 def _prompt_text(row: Row) -> str:
-    return _joined(_messages(row))
+    return _joined([*_fields(row.template_fields), *_messages(row)])
 
 
 def _response_text(response: Response) -> str:
     later = [(str(one.get("role", "")), _content(one.get("content"))) for one in response.continuation]
-    return _joined([("", response.content), *later])
+    return _joined([*_fields(response.fields), ("", response.content), *later])
 
 
-def _joined(messages: Iterable[tuple[str, str]] | Sequence[tuple[str, str]]) -> str:
+def _fields(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, value if isinstance(value, str) else str(value)) for name, value in fields.items()]
+
+
+def _joined(messages: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"{role}: {content}" if role else content for role, content in messages)

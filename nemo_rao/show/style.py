@@ -22,7 +22,8 @@ h1, h2, h3, p { margin: 0; }
 h1 { font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .9rem; }
 h3 { font-size: .95rem; overflow-wrap: anywhere; }
-.mono { overflow-wrap: anywhere; font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.mono { overflow-wrap: anywhere; font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono",
+  monospace; }
 .over { color: var(--accent); font-size: .85rem; font-weight: 600; }
 .soft { color: var(--soft); }
 .small { font-size: .85rem; }
