@@ -65,6 +65,8 @@ _ONLINE = Counterpart(
     "nemo-rao score rewards them, and rao, rpo or agro train on them"
 )  # fmt: skip
 
+_COLUMNS = Counterpart("a name of the data's fields", ("data.columns",), "such as {prompt: question}")
+_TRUNCATED = Counterpart("what becomes of samples that were cut short", ("data.truncated",))
 _WORKERS = Counterpart("worker processes", note="are not needed: data is tokenised once and memory-mapped")
 _LIKELIHOOD = Counterpart("the weight of the chosen response's likelihood", ("model.dpo.sft_weight",))
 
@@ -150,6 +152,12 @@ KEYS: dict[str, Counterpart] = {
     "val_dataset": Counterpart("the validation data", ("data.validation_path",)),
     "eval_dataset": Counterpart("the validation data", ("data.validation_path",)),
     "max_train_samples": Counterpart("the number of training prompts", ("data.num_prompts",)),
+    "prompt_key": _COLUMNS,
+    "input_key": _COLUMNS,
+    "chosen_key": _COLUMNS,
+    "field_messages": _COLUMNS,
+    "mask_truncated_completions": _TRUNCATED,
+    "overlong_filter": _TRUNCATED,
     "num_generations": Counterpart("the number of responses of each prompt", ("data.num_responses",)),
     "num_generations_per_prompt": Counterpart("the number of responses of each prompt", ("data.num_responses",)),
     "template": _TEMPLATE,

@@ -4,7 +4,8 @@
     formats   one record of a published data set          -> Row
     rows      files, globs, `datasets` names              -> Row after Row
     encode    a Row and a tokenizer                       -> Sample (exact prompt and response boundaries)
-    dataset   all Samples, checked                        -> PreferenceData and its LoadReport
+    row_checks, choice  what an objective needs of a Row  -> the Row with the responses that are used
+    dataset   all Samples, checked (``sample_checks``)    -> PreferenceData and its LoadReport (``report``)
     store     PreferenceData: flat arrays                 <-> a folder, memory-mapped
     cache     what was loaded before                      -> the same PreferenceData, without reading its files' rows
     order     seed and step                               -> the numbers of the samples of each micro-batch

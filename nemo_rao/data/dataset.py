@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nemo_rao.batch import Row, Sample
 from nemo_rao.data.choice import PairsBy, Responses, which_pair
 from nemo_rao.data.encode import Answers, BoundaryError, ChatTemplate, Encoder, inner_ends
-from nemo_rao.data.fields import RewardField
 from nemo_rao.data.report import LoadReport, Outcome
+from nemo_rao.data.rewards import RewardField
 from nemo_rao.data.row_checks import Candidate, RowChecks, Truncated
 from nemo_rao.data.rows import Paths, read_rows
 from nemo_rao.data.sample_checks import equal_tokens, why_dropped
@@ -58,7 +59,6 @@ def load_preferences(
     reward_field: RewardField = None,
     columns: Mapping[str, str] | None = None,
     ignore_fields: Sequence[str] = (),
-    max_rows: int | None = None,
     progress: Callable[[int], None] | None = None,
     observer: Callable[[Outcome], None] | None = None,
 ) -> PreferenceData:
@@ -87,7 +87,6 @@ def load_preferences(
             them is dropped. ``without_end``: they are kept, and no end token follows them.
         chat_template, template_arguments, answers: see ``encode.Encoder``.
         reward_field, columns, ignore_fields: see ``rows.read_rows``.
-        max_rows: read the first so many rows that can be read; ``None``: all. For a look at large data.
         progress: called now and then with the number of rows read so far.
         observer: called with what became of each row, in the files' order but for records that cannot be read, which
             may come a little early.
@@ -111,7 +110,7 @@ def load_preferences(
     report = LoadReport()
     drops_bad = bad_rows == "drop" and not strict
 
-    def candidates() -> Iterator[Candidate | UserError]:
+    def candidates() -> Iterator[_Read]:
         """Rows, and what is wrong with records that are none."""
         unreadable: list[UserError] = []
         rows = read_rows(
@@ -121,14 +120,21 @@ def load_preferences(
             ignore_fields=ignore_fields,
             on_bad=unreadable.append if drops_bad else None,
         )
-        for number, row in enumerate(itertools.islice(rows, max_rows)):
+        try:
+            for number, row in enumerate(rows):
+                yield from unreadable
+                unreadable.clear()
+                yield checks.apply(row, number)
+        except UserError as complaint:  # the rows before it come first, which are read in batches
             yield from unreadable
-            unreadable.clear()
-            yield checks.apply(row, number)
+            yield _Stop(complaint)
+            return
         yield from unreadable
 
-    def judged(candidate: Candidate | UserError, encoded: Sample | UserError | None) -> Outcome:
+    def judged(candidate: _Read, encoded: Sample | UserError | None) -> Outcome:
         """What becomes of a row. Bad rows and those that are dropped are counted here."""
+        if isinstance(candidate, _Stop):
+            raise candidate.complaint
         if isinstance(candidate, UserError):
             return bad(None, None, None, candidate)
         read, row, sample = candidate.read, candidate.row, encoded if isinstance(encoded, Sample) else None
@@ -152,7 +158,7 @@ def load_preferences(
         remarks = [*candidate.remarks, *sample.remarks, *equal_tokens(sample)]
         if inner_ends(sample, encoder.end_token_id):
             remarks.append(INNER_END)
-        return Outcome(read, row, sample, None, remarks=tuple(remarks), left_out=candidate.left_out)
+        return Outcome(read, row, sample, None, "", tuple(dict.fromkeys(remarks)), candidate.left_out)
 
     def bad(read: Row | None, row: Row | None, sample: Sample | None, complaint: UserError) -> Outcome:
         if not drops_bad:
@@ -186,29 +192,28 @@ def load_preferences(
     if report.rows_bad > max_bad_rows * report.rows_read:
         raise UserError(
             f"{sources}: {report.rows_bad} of {report.rows_read} rows are bad, a larger share than "
-            f"data.max_bad_rows={max_bad_rows:g}; mend them, or raise it: {'; '.join(report.bad_rows())}"
+            f"data.max_bad_rows={max_bad_rows:g}; mend them, or raise it: {'; '.join(report.about_bad())}"
         )
     if not data:
         raise UserError(f"{sources}: no rows left to train on; {report}")
     return data
 
 
-def _encode(encoder: Encoder, batch: Sequence[Candidate | UserError]) -> list[Sample | UserError | None]:
+@dataclass(frozen=True)
+class _Stop:
+    """What ends the reading of the files."""
+
+    complaint: UserError
+
+
+_Read = Candidate | UserError | _Stop
+
+
+def _encode(encoder: Encoder, batch: Sequence[_Read]) -> list[Sample | UserError | None]:
     """Of each row its sample or the reason why it has none; ``None`` where there is nothing to encode."""
     rows = [entry.row if isinstance(entry, Candidate) and entry.dropped is None else None for entry in batch]
-    given = [row for row in rows if row is not None]
-    try:
-        made: Iterator[Sample | UserError] = iter(encoder.encode_many(given))
-    except UserError:  # of one row, which is to be found
-        made = (_encode_alone(encoder, row) for row in given)
+    made = iter(encoder.encode_many([row for row in rows if row is not None]))
     return [None if row is None else next(made) for row in rows]
-
-
-def _encode_alone(encoder: Encoder, row: Row) -> Sample | UserError:
-    try:
-        return encoder.encode_many([row])[0]
-    except UserError as complaint:
-        return complaint
 
 
 def _different_first_tokens(a: Sample, b: Sample, tokenizer: PreTrainedTokenizerBase, needed_by: str) -> UserError:

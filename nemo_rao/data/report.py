@@ -15,7 +15,7 @@ _MOST_NAMES = 40  # unused fields that are listed
 _LONGEST_LINE = 120  # characters
 _PLACE = re.compile(r"^.*? (?:line|row) \d+: ")
 _VALUES = re.compile(r"; | \(|, found | \d+:\d+")
-_NUMBER = re.compile(r"(?<![\w'.])\d[\d.,]*(?![\w'])")
+_NUMBER = re.compile(r"(?<![\w'.-])\d[\d.,]*(?![\w'])")
 
 
 @dataclass(frozen=True)
@@ -108,25 +108,28 @@ class LoadReport:
 
     @property
     def rows_dropped(self) -> int:
-        """Bad ones included."""
-        return self.rows_read - self.rows_kept
+        """Without the bad ones."""
+        return sum(self.dropped.values())
 
     @property
     def rows_bad(self) -> int:
         return sum(self.bad.values())
 
-    def bad_rows(self) -> list[str]:
-        """Parts of the report: each cause of bad rows, with its first row."""
-        return [f"{rows} bad rows dropped ({cause}; first: {self.examples[cause]})" for cause, rows in self.bad.items()]
+    def about_bad(self) -> list[str]:
+        """Each cause of bad rows, with its first row."""
+        return [
+            f"{_rows(rows, 'bad ')} dropped ({cause}; first: {self.examples[cause]})"
+            for cause, rows in self.bad.items()
+        ]
 
     def parts(self) -> list[str]:
         """All there is to say, the numbers of rows first."""
         parts = [f"{self.rows_kept} of {self.rows_read} rows kept"]
         parts += [f"{rows} dropped ({reason}; first: {self.examples[reason]})" for reason, rows in self.dropped.items()]
-        return parts + self.bad_rows() + self.other_parts()
+        return parts + self.about_bad() + self.about_kept()
 
-    def other_parts(self) -> list[str]:
-        """Parts of the report about rows that are kept, about fields and about the tokenizer."""
+    def about_kept(self) -> list[str]:
+        """What there is to say of the rows that are kept, of fields, and of the tokenizer."""
         parts = []
         if self.left_out:
             reasons = " and ".join(self.left_out)
@@ -134,8 +137,8 @@ class LoadReport:
         if len(self.pairs) == 1:
             parts.append(f"pairs: {next(iter(self.pairs))}")
         elif self.pairs:
-            parts.append("pairs: " + ", ".join(f"{pair} ({rows} rows)" for pair, rows in self.pairs.items()))
-        parts += [f"{rows} rows: {remark} (first: {self.examples[remark]})" for remark, rows in self.remarks.items()]
+            parts.append("pairs: " + ", ".join(f"{pair} ({_rows(rows)})" for pair, rows in self.pairs.items()))
+        parts += [f"{_rows(rows)}: {remark} (first: {self.examples[remark]})" for remark, rows in self.remarks.items()]
         if self.unused:
             parts.append(f"fields that are not used: {_names_by_rows(self.unused)}")
         return parts + self.notes
@@ -166,6 +169,10 @@ def _count(counts: dict[str, int], kind: str) -> None:
     counts[kind] = counts.get(kind, 0) + 1
 
 
+def _rows(number: int, kind: str = "") -> str:
+    return f"{number} {kind}row" + ("" if number == 1 else "s")
+
+
 def _range(bounds: list[int]) -> str:
     low, high = bounds
     return str(low) if low == high else f"{low} to {high}"
@@ -174,7 +181,7 @@ def _range(bounds: list[int]) -> str:
 def _names_by_rows(counts: dict[str, int]) -> str:
     """``a, b (9 rows), c (2 rows)``: the names of an equal number of rows together, the most rows first."""
     groups = [
-        ", ".join(name for name in list(counts)[:_MOST_NAMES] if counts[name] == rows) + f" ({rows} rows)"
+        ", ".join(name for name in list(counts)[:_MOST_NAMES] if counts[name] == rows) + f" ({_rows(rows)})"
         for rows in sorted(Counter(list(counts.values())[:_MOST_NAMES]), reverse=True)
     ]
     more = len(counts) - _MOST_NAMES

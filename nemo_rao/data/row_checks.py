@@ -28,7 +28,6 @@ from nemo_rao.errors import UserError
 Truncated = Literal["drop", "without_end"]
 
 CUT_SHORT = "too few responses that are not cut short"
-NOT_LEARNED = "its answer has weight 0, so there is nothing to learn"
 CUT_LEFT_OUT = "responses that are cut short are left out (data.truncated=drop)"
 CUT_WITHOUT_END = "responses that are cut short are learned without an end token (data.truncated=without_end)"
 NOT_FINITE = "a reward is not a finite number, and is not used"
@@ -91,7 +90,6 @@ class RowChecks:
                 return Candidate(read, None, dropped=(CUT_SHORT, _cut_short(read, cut)))
             row = replace(read, responses=tuple(whole))
         try:
-            _check_weights(row)
             used = self._choose(row, number)
         except UserError as complaint:
             return Candidate(read, row, bad=complaint)
@@ -126,8 +124,6 @@ class RowChecks:
             )
 
     def _why_dropped(self, row: Row) -> tuple[str, str] | None:
-        if len(row.responses) == 1 and row.responses[0].weight == 0 and not row.responses[0].continuation:
-            return NOT_LEARNED, f"{row.place}: the only answer has weight 0"
         if self.needs_pairs and not has_pair(row):
             return NO_PAIR, f"{row.place}: all responses have the same reward"
         return None
@@ -152,15 +148,3 @@ class RowChecks:
 
 def _cut_short(row: Row, cut: int) -> str:
     return f"{row.place}: {cut} of {len(row.responses)} responses are marked as truncated"
-
-
-def _check_weights(row: Row) -> None:
-    """Refuses weights where responses are compared: they say which answers of a conversation are learned."""
-    if len(row.responses) == 1:
-        return
-    for number, response in enumerate(row.responses, start=1):
-        if response.weight == 0:
-            raise UserError(
-                f"{row.place}: response {number} has weight 0, which is for answers of a conversation that are not to "
-                "be learned; of several responses drop it, or its weight"
-            )

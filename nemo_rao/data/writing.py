@@ -9,7 +9,7 @@ from typing import Any
 from nemo_rao.batch import Response, Row
 
 # Fields of an answer's message that a record's response has beside ``content``; others stand in ``message_fields``.
-ANSWER_FIELDS = ("reasoning_content", "reasoning", "thinking", "tool_calls")
+ANSWER_FIELDS = ("reasoning_content", "tool_calls")
 # Arguments of the chat template that are columns; others stand in ``chat_template_kwargs``.
 TEMPLATE_COLUMNS = ("tools", "documents")
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_rao.batch import Response, Row
-from nemo_rao.data.encode import BoundaryError, Encoder, load_tokenizer, pad_token_id
+from nemo_rao.batch import Response, Row, Sample
+from nemo_rao.data.encode import Encoder, load_tokenizer, pad_token_id
 from nemo_rao.data.fields import Messages
 from nemo_rao.errors import UserError
 from nemo_rao.generation.engine import Continuation, Engine, Request, choose_engine, open_engine
@@ -115,7 +115,7 @@ class Policy:
         if not answer.text.strip():
             return False
         row = Row(question.content, (Response(answer.text),), question.place)
-        return not isinstance(self.encoder.encode_many([row])[0], BoundaryError)
+        return isinstance(self.encoder.encode_many([row])[0], Sample)
 
     def _tokens(self, question: Question) -> np.ndarray:
         # A row without responses: the prompt alone, up to where the policy begins to answer.

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nemo_rao.batch import Row
 from nemo_rao.data import rows
-from nemo_rao.data.fields import Messages, read_prompt
+from nemo_rao.data.fields import Messages
 from nemo_rao.data.formats import FORMATS, recognise
+from nemo_rao.data.prompt import CONVERSATIONS, asks_alone, read_asked
+from nemo_rao.data.responses import make_row
+from nemo_rao.data.view import Columns, View
 from nemo_rao.errors import UserError
 
-_MARKS = {mark for known in FORMATS for mark in known.marks}
+_MARKS = {mark for known in FORMATS for mark in known.marks} - set(CONVERSATIONS)
 
 
 @dataclass(frozen=True)
@@ -24,31 +28,54 @@ class Prompt:
         content: messages or plain text, as in :class:`nemo_rao.batch.Row`.
         place: where it came from.
         fields: what else its row had, such as a reference answer, where the row had no responses.
+        template_fields, plain: ``template_fields`` and ``plain_prompt`` of :class:`nemo_rao.batch.Row`.
+        unused: paths of the fields of a row with responses that nothing reads; they are not among ``fields``.
     """
 
     content: str | Messages
     place: str
     fields: Mapping[str, Any]
+    template_fields: Mapping[str, Any] = field(default_factory=dict)
+    plain: str | None = None
+    unused: tuple[str, ...] = ()
+
+    def as_row(self) -> Row:
+        """A row without responses, as the encoder takes it."""
+        return Row(self.content, (), self.place, template_fields=self.template_fields, plain_prompt=self.plain)
 
 
-def read_prompts(paths: rows.Paths, system: str | None = None) -> list[Prompt]:
+def read_prompts(
+    paths: rows.Paths,
+    system: str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    ignore_fields: Sequence[str] = (),
+) -> list[Prompt]:
     """The prompts of one or several files, in order; whatever is wrong with any row is found here.
 
     Args:
-        paths: see :func:`nemo_rao.data.rows.read_rows`. Rows may also have ``prompt`` alone, text or messages.
+        paths: see :func:`nemo_rao.data.rows.read_rows`. Rows may also have a prompt alone (``prompt``, ``question``,
+            ...), text or messages, with its system message and tools.
         system: a system message, put before prompts that do not begin with one.
+        columns, ignore_fields: see :func:`nemo_rao.data.rows.read_rows`.
 
     Raises:
         UserError: a file cannot be read, a row has no prompt, or there is none at all.
     """
+    names = Columns(dict(columns or {}), tuple(ignore_fields))
     prompts = [
-        Prompt(with_system(prompt.content, system), prompt.place, prompt.fields)
+        _with_system(prompt, system)
         for source in rows.expand_paths(paths)
-        for prompt in _prompts_of_source(source)
+        for prompt in _prompts_of_source(source, names)
     ]
     if not prompts:
         raise UserError(f"{paths}: has no rows; give a file with at least one prompt")
     return prompts
+
+
+def _with_system(prompt: Prompt, system: str | None) -> Prompt:
+    content = with_system(prompt.content, system)
+    return prompt if content is prompt.content else replace(prompt, content=content, plain=None)
 
 
 def read_records(path: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -78,24 +105,32 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
     """Tells one list of prompts from another, wherever it lies."""
     found = hashlib.sha256()
     for prompt in prompts:
-        found.update(json.dumps([prompt.content, prompt.fields], sort_keys=True, default=str).encode())
+        asked: list[Any] = [prompt.content, prompt.fields]
+        if prompt.template_fields or prompt.plain is not None:
+            asked += [prompt.template_fields, prompt.plain]
+        found.update(json.dumps(asked, sort_keys=True, default=str).encode())
     return found.hexdigest()[:32]
 
 
-def _prompts_of_source(source: str) -> Iterator[Prompt]:
+def _prompts_of_source(source: str, names: Columns) -> Iterator[Prompt]:
     """Consecutive records of one response each and the same prompt are one prompt, as they are one row in training."""
-    before: str | Messages | None = None
+    before: Row | None = None
     for place, record in rows.read_records_of(source):
-        if isinstance(record, Mapping) and "prompt" in record and not _MARKS & set(record):
-            content = read_prompt(record["prompt"], place, "prompt")
-            before = None
-            yield Prompt(content, place, {name: value for name, value in record.items() if name != "prompt"})
-            continue
-        known = recognise(record, place)
-        content = known.convert(record, place, None).prompt  # type: ignore[arg-type]
-        if not (known.one_response_a_record and content == before):
-            yield Prompt(content, place, {})
-        before = content if known.one_response_a_record else None
+        view = names.view(record, place)
+        alone = _has_prompt_alone(view)
+        known = None if alone else recognise(view)
+        row = make_row(view, read_asked(view), (), ()) if known is None else known.convert(view, None)
+        fields = view.unread() if alone else {}
+        one_of_several = known is not None and known.one_response_a_record
+        if not (one_of_several and before is not None and rows.same_prompt(before, row)):
+            unused = () if alone else row.unused
+            yield Prompt(row.prompt, place, fields, row.template_fields, row.plain_prompt, unused)
+        before = row if one_of_several else None
+
+
+def _has_prompt_alone(view: View) -> bool:
+    """Whether the record is a prompt without responses."""
+    return not any(mark in view for mark in _MARKS) and asks_alone(view)
 
 
 def _objects(records: list[tuple[str, Any]], path: str) -> list[tuple[str, Mapping[str, Any]]]:

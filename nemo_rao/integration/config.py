@@ -265,7 +265,7 @@ class DataConfig:
     num_responses: int | None = key(None, "K: the first so many responses of each prompt are used; null: all", low=1)
     responses: str | None = key(
         None,
-        "which of them; best_worst: by reward; best_random: the best and a worse one, drawn once for each prompt; "
+        "which of them; best_worst: the two; best_random: the best and a worse one, drawn once for each prompt; "
         "null: best_worst for objectives of pairs, else all",
         choices=(None, "all", "best_worst", "best_random"),
     )

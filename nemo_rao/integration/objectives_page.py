@@ -29,8 +29,9 @@ pairs), however the batch is split over micro-batches and ranks.
 **Pairs.** Of two responses the better one is the chosen one of labelled data (`chosen`, `rejected`), else the one with
 the higher reward. `data.pairs_by=reward` lets rewards decide even against labels, `data.pairs_by=label` refuses data
 without labels. Of K > 2 responses, objectives of pairs are given the best and the worst; `data.responses=best_random`
-gives them the best and a worse one drawn once, `data.responses=all` every pair. Ties: responses with equal rewards are
-no pair; objectives of pairs drop and count a prompt without any. Labels make a pair of equal rewards.
+gives them the best and a worse one drawn once, `data.responses=all` every pair. Rows whose order is a preference
+(`"ranked": true`) are chosen from by that order. Ties: responses with equal rewards are no pair; objectives of pairs
+drop and count a prompt without any. Labels make a pair of equal rewards, but not of equal tokens.
 
 **Data without pairs.** `prompt`, `completion` and `label` (true, false) or `reward`, one row a response. kto takes
 labels, or rewards with `model.kto.threshold`; rao, dro, rpo_partition and qrpo take single responses with rewards. qrpo

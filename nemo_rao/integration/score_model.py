@@ -192,7 +192,7 @@ def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
 def _tokenised(rows: Sequence[Row], config: RunConfig) -> tuple[PreferenceData, list[tuple[int, int]]]:
     """The responses that the model can read, and for each, in the data's order, (row, response) numbers in ``rows``."""
     from nemo_rao.data.dataset import ROWS_AT_ONCE
-    from nemo_rao.data.encode import Encoder, load_tokenizer
+    from nemo_rao.data.encode import BoundaryError, Encoder, load_tokenizer
     from nemo_rao.data.store import PreferenceData
 
     keys = config.data
@@ -208,7 +208,9 @@ def _tokenised(rows: Sequence[Row], config: RunConfig) -> tuple[PreferenceData, 
             batch = rows[start : start + ROWS_AT_ONCE]
             for row_number, (row, whole) in enumerate(zip(batch, encoder.encode_many(batch), strict=True), start):
                 numbers = list(range(len(row.responses)))
-                if isinstance(whole, UserError):  # at least one response has no boundary
+                if isinstance(whole, UserError) and not isinstance(whole, BoundaryError):
+                    raise whole
+                if isinstance(whole, BoundaryError):  # of at least one response
                     single = encoder.encode_many([replace(row, responses=(response,)) for response in row.responses])
                     readable = [(at, sample) for at, sample in enumerate(single) if isinstance(sample, Sample)]
                     if not readable:

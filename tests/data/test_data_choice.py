@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rao.batch import Response, Row
-from nemo_rao.data.choice import choose_responses, has_pair, prefer_by
+from nemo_rao.data.choice import choose_responses, first_responses, has_pair, prefer_by
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.errors import UserError
 from nemo_rao.integration.compose import compose
@@ -58,6 +58,23 @@ def test_one_or_two_responses_are_left_in_their_order_even_without_rewards(respo
 )
 def test_best_worst_takes_the_best_and_the_worst_with_the_best_first(rewards, used):
     assert chosen(row(*rewards), "best_worst") == used
+
+
+@pytest.mark.parametrize("rewards", [(0.0, 9.0, 5.0, 1.0), (None, None, None, None), (1.0, float("nan"), 2.0, None)])
+def test_labels_decide_which_is_best_and_worst_whatever_the_rewards_are(rewards):
+    labelled = row(*rewards, ranked=True)
+    assert chosen(labelled, "best_worst") == [0, 3]
+    draws = Counter(tuple(chosen(labelled, "best_random", number=number)) for number in range(300))
+    assert set(draws) == {(0, 1), (0, 2), (0, 3)} and min(draws.values()) > 60  # of 100 expected
+    if rewards == (0.0, 9.0, 5.0, 1.0):
+        assert chosen(prefer_by(labelled, "reward"), "best_worst") == [1, 0]
+
+
+def test_the_first_responses_are_at_least_two_of_labelled_ones():
+    whole = row(0, 1, 2, 3, ranked=True)
+    used = [len(first_responses(whole, number).responses) for number in (None, 1, 2, 3, 9)]
+    assert used == [4, 2, 2, 3, 4]
+    assert len(first_responses(row(0, 1, 2), 1).responses) == 1
 
 
 def test_what_is_used_keeps_its_rewards_and_the_row_its_prompt_and_place():
@@ -150,6 +167,7 @@ def test_by_reward_refuses_a_row_without_one_and_says_where_it_belongs(lacking, 
 def test_there_is_a_pair_where_there_are_labels_or_different_rewards():
     assert has_pair(row(1, 0)) and has_pair(row(1, 1, 0.5))
     assert not has_pair(row(1, 1)) and not has_pair(row(0, 0, 0)) and not has_pair(row(1))
+    assert not has_pair(row(1, ranked=True))
     assert has_pair(row(None, None, ranked=True)) and has_pair(row(1, 1, ranked=True))
 
 
@@ -266,6 +284,23 @@ def test_mismatched_responses_are_made_of_all_data_for_the_objective_that_needs_
     assert {name: len(data) for name, data in made.mismatched.items()} == {"train": 3, "validation": 2}
     assert set(prepared("kto", pairs).mismatched) == {"train"}
     assert prepared("dpo", pairs, validation=pairs[:2]).mismatched == {}
+
+
+def test_the_datas_keys_reach_loading(prepared):
+    rows = [
+        {"question": "a", "chosen": "Hello!", "rejected": "What?", "source": "x"},
+        {"question": "b", "responses": [{"content": str(k), "reward": k, "truncated": k == 0} for k in range(3)]},
+        {"question": "c", "chosen": "", "rejected": "What?"},
+    ]
+    keys = ["data.columns={prompt: question}", "data.ignore_fields=[source]", "data.bad_rows=drop"]
+    keys.append("data.max_bad_rows=0.4")
+    whole = prepared("dpo", rows, *keys, "data.truncated=without_end", "data.answers=verbatim").train
+    assert [sample.rewards.tolist()[1:] for sample in whole][1] == [0.0]
+    report = prepared("dpo", rows, *keys).train.report
+    assert (report.rows_kept, report.rows_bad, report.unused) == (2, 1, {})
+    assert "data.truncated=drop" in report.left_out
+    with pytest.raises(UserError, match=r"data.max_bad_rows=0.05"):
+        prepared("dpo", rows, *keys[:-1])
 
 
 def test_an_ensemble_named_in_the_datas_keys_reaches_the_samples(prepared):

@@ -143,7 +143,7 @@ FOUR = record("x", 0.25, 0.75, 0.0, 0.5)
         (
             [PAIR, PAIR | {"prompt": "q"}, FOUR],
             {"responses": "best_worst", "needs_pairs": True},
-            "pairs: chosen and rejected by label (2 rows), best and worst by reward (1 rows)",
+            "pairs: chosen and rejected by label (2 rows), best and worst by reward (1 row)",
         ),
     ],
 )

@@ -207,7 +207,8 @@ def test_a_template_that_renders_earlier_answers_otherwise_is_refused(tokenizers
 
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = tokenizer.chat_template.replace(
-        "message['content'] +", "(message['content'] if loop.last or message['role'] != 'assistant' else '...') +"
+        "message['content'] +",
+        "(message['content'] if loop.last or message['role'] != 'assistant' else '...' + message['content']) +",
     )
     with pytest.raises(BoundaryError, match=r"chat.jsonl line 3: answer 1 of the conversation has no boundary"):
         Encoder(tokenizer).encode(chat_row())

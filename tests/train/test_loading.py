@@ -38,16 +38,19 @@ def test_a_run_started_again_tokenises_nothing_and_takes_the_same_steps_bit_for_
     run_training("gpt_rao", overrides(tmp_path, data, "without", "data.cache=false"))
     lines = told(capfd.readouterr().out)
     assert not (tmp_path / "tokenised").exists()
+    first = f"{data[0].partition('=')[2]} line 1"
     assert lines == [
         "training data: 64 of 64 rows kept",
         "validation data: 64 of 64 rows kept",
+        f"validation data: 64 of 64 prompts are also prompts of the training data (first: {first}, as in {first})",
         "training data: 40 of 64 prompts drawn (data.num_prompts)",
     ]
+    cached = [lines[0], f"{lines[1]} (read from cache)", *lines[2:]]
     run_training("gpt_rao", overrides(tmp_path, data, "first"))
     # The same rows, loaded in the same way: validation finds what was just written.
-    assert told(capfd.readouterr().out) == [lines[0], f"{lines[1]} (read from cache)", lines[2]]
+    assert told(capfd.readouterr().out) == cached
     in_fork(train_without_tokeniser, overrides(tmp_path, data, "again"))
-    assert told(capfd.readouterr().out) == [*(f"{line} (read from cache)" for line in lines[:2]), lines[2]]
+    assert told(capfd.readouterr().out) == [f"{lines[0]} (read from cache)", *cached[1:]]
     expected = steps(tmp_path / "without")
     assert len(expected) == 2
     assert steps(tmp_path / "first") == steps(tmp_path / "again") == expected

@@ -1,0 +1,217 @@
+"""Messages in every shape in which they are published, as a chat template takes them: ``role``, ``content``, others.
+
+Read are OpenAI's messages (content may be text, parts of text, or null beside tool calls), ShareGPT's (``from``,
+``value``), and either as JSON text or as Python prints them, which exports to CSV and Parquet leave. The other fields
+of a message (``reasoning_content``, ``tool_calls``, ``name``, ``tool_call_id``, ...) are the template's, and kept.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_rao.batch import Response
+from nemo_rao.data.fields import Messages, check_json, check_unicode, describe, read_text
+from nemo_rao.data.view import View
+from nemo_rao.errors import UserError
+
+# ShareGPT's name of who speaks -> the role.
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "function_call": "assistant",
+}
+CALLS = ("tool_calls", "function_call")  # beside these a message's content may be empty
+_MESSAGES_AS_TEXT = re.compile(r"\s*(?:array\()?\[?\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+
+
+def as_messages(value: object, place: str, field: str) -> object:
+    """Messages that stand in a text, decoded; one message as a list of it; anything else as it is.
+
+    Raises:
+        UserError: a text begins like messages, and is neither JSON nor a Python literal.
+    """
+    if isinstance(value, str) and _MESSAGES_AS_TEXT.match(value):
+        decoded = _decoded(value)
+        if decoded is None:
+            raise UserError(
+                f"{place}: field '{field}' is text that begins like a list of messages, but is not JSON; "
+                "write the file anew with messages as a list, or as JSON text"
+            )
+        value = decoded
+    if isinstance(value, Mapping) and ({"role", "content"} <= set(value) or {"from", "value"} <= set(value)):
+        return [value]
+    return value
+
+
+def decoded_json(value: object, place: str, field: str) -> Any:
+    """A field that column stores hold as JSON text, such as ``tools``, whole or entry by entry."""
+    if isinstance(value, list):
+        return [decoded_json(entry, place, f"{field}[{number}]") for number, entry in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    decoded = _decoded(value)
+    if decoded is None:
+        raise UserError(f"{place}: field '{field}' must be an object or a list, or JSON text of one")
+    return decoded
+
+
+def _decoded(text: str) -> Any:
+    """The object or list that a text holds, or None."""
+    for decode in (json.loads, ast.literal_eval):
+        try:
+            value = decode(text.strip())
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, (dict, list)):
+            return value
+    return None
+
+
+def read_prompt(value: object, record: View, name: str) -> str | Messages:
+    """A prompt: text, or messages of which the last is to be answered."""
+    value = as_messages(value, record.place, record.path_of(name))
+    if isinstance(value, str):
+        return read_text(value, record.place, record.path_of(name))
+    return check_prompt(read_messages(value, record, name), record.place, record.path_of(name))
+
+
+def check_prompt(messages: Messages, place: str, field: str) -> Messages:
+    """Refuses messages that ask for no answer."""
+    last = messages[-1]
+    read_text(last["content"], place, f"{field}[{len(messages) - 1}].content")
+    if last["role"] == "assistant":
+        raise UserError(
+            f"{place}: field '{field}' ends with an assistant message; a prompt ends with the message to be answered"
+        )
+    return messages
+
+
+def read_messages(value: object, record: View, name: str) -> Messages:
+    """A list of messages, each with ``role``, ``content`` and what else it has; nulls left out.
+
+    Raises:
+        UserError: it is no such list, or a message's content is not text.
+    """
+    place, field = record.place, record.path_of(name)
+    value = as_messages(value, place, field)
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{place}: field '{field}' must be text or a list of messages, found {describe(value)}")
+    if not value:
+        raise UserError(f"{place}: field '{field}' is empty; drop the row or fill it in")
+    messages = []
+    for number, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            raise UserError(
+                f"{place}: field '{field}[{number}]' must be a message with role and content, found {describe(message)}"
+            )
+        messages.append(_read_message(record.child(message, name, number)))
+    return tuple(messages)
+
+
+def _read_message(message: View) -> dict[str, Any]:
+    place, path = message.place, message.path
+    calls: dict[str, Any] = {name: message[name] for name in CALLS if message.get(name)}
+    if "from" in message and "role" not in message:
+        speaker, field = message["from"], "value"
+        if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
+            raise UserError(
+                f"{place}: field '{path}.from' must be one of {', '.join(SPEAKERS)}, found {describe(speaker)}"
+            )
+        role = SPEAKERS[speaker.lower()]
+        if speaker.lower() == "function_call":
+            called = decoded_json(message.required("value"), place, f"{path}.value")
+            calls = {"tool_calls": [_call(call) for call in (called if isinstance(called, list) else [called])]}
+            field = ""
+    else:
+        role, field = message.required("role"), "content"
+        if not isinstance(role, str):
+            raise UserError(f"{place}: field '{path}.role' must be text, found {describe(role)}")
+        check_unicode(role, place, f"{path}.role")
+    is_empty = not field or (calls and field not in message)
+    content = "" if is_empty else _read_content(message, field)
+    calls = {name: decoded_json(value, place, f"{path}.{name}") for name, value in calls.items()}
+    read = {"role": role, "content": content} | calls
+    read |= {name: message[name] for name in message if name not in (*CALLS, "from", "value", "role", "content")}
+    if "weight" in read:
+        read["weight"] = read_weight(read["weight"], place, f"{path}.weight")
+        if role != "assistant":  # nobody learns to speak as another
+            del read["weight"]
+    check_json({name: value for name, value in read.items() if name not in ("role", "content")}, place, path)
+    return read
+
+
+def _call(call: Any) -> Any:
+    """ShareGPT's call, ``{"name": ..., "arguments": ...}``, in OpenAI's form."""
+    is_bare = isinstance(call, dict) and "name" in call and "function" not in call
+    return {"type": "function", "function": call} if is_bare else call
+
+
+def _read_content(message: View, field: str) -> str:
+    """Text, or the parts of a text joined."""
+    content, path = message.required(field), message.path_of(field)
+    if isinstance(content, list):
+        texts = []
+        for number, part in enumerate(content):
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = f"type {part['type']!r}" if isinstance(part, Mapping) and "type" in part else describe(part)
+                raise UserError(
+                    f"{message.place}: field '{path}' must be text, or a list of parts of text "
+                    f'({{"type": "text", "text": ...}}), found part {number + 1} of {kind}; drop the row'
+                )
+            view = message.child(part, field, number)
+            texts.append(view["type"] and view["text"])
+        content = "".join(texts)
+    if not isinstance(content, str):
+        raise UserError(f"{message.place}: field '{path}' must be text, found {describe(content)}")
+    return check_unicode(content, message.place, path)
+
+
+def read_weight(value: object, place: str, field: str) -> float:
+    """A message's weight: 1, or 0 for an answer that is not learned."""
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return float(value)
+    raise UserError(f"{place}: field '{field}' must be 0 or 1, found {describe(value)}; drop the row")
+
+
+def read_truncated(value: object, place: str, field: str) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{place}: field '{field}' must be true or false, found {describe(value)}")
+    return value
+
+
+def answer_of(
+    message: Mapping[str, Any],
+    place: str,
+    field: str,
+    reward: float | None = None,
+    ensemble: tuple[float, ...] = (),
+    continuation: Messages = (),
+) -> Response:
+    """The response that an assistant message is.
+
+    Args:
+        message: as :func:`read_messages` gives it.
+        place, field: where it stands, for messages.
+        reward, ensemble, continuation: see :class:`nemo_rao.batch.Response`.
+
+    Raises:
+        UserError: it has neither text nor tool calls.
+    """
+    fields = {name: value for name, value in message.items() if name not in ("role", "content", "weight", "truncated")}
+    content = message["content"]
+    if not any(fields.get(name) for name in CALLS):
+        content = read_text(content, place, field)
+    truncated = read_truncated(message.get("truncated", False), place, f"{field}.truncated")
+    weight = message.get("weight", 1.0)
+    return Response(content, reward, ensemble, tuple(continuation), fields, weight, truncated)
+
+
+def without_weights(messages: Messages) -> Messages:
+    """The messages of a prompt: context, whatever their weight."""
+    return tuple({name: value for name, value in message.items() if name != "weight"} for message in messages)

@@ -1,0 +1,253 @@
+"""What a record asks: its prompt, under any of the names that are in use, and the columns that belong to it.
+
+    prompt (or question, query, instruction with input, ...)  +  system  +  history   ->  messages or plain text
+    tools, documents, chat_template_kwargs                                            ->  the chat template's arguments
+
+A column that looks like part of the prompt and is not used is an error, never a remark: without it the model would be
+trained to answer another question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_rao.batch import Response
+from nemo_rao.data.fields import Messages, check_json, describe, read_text
+from nemo_rao.data.messages import (
+    SPEAKERS,
+    as_messages,
+    check_prompt,
+    decoded_json,
+    read_messages,
+    read_prompt,
+    without_weights,
+)
+from nemo_rao.data.transcripts import is_transcript, split_prompt
+from nemo_rao.data.view import View
+from nemo_rao.data.writing import TEMPLATE_COLUMNS
+from nemo_rao.errors import UserError
+
+PROMPT_NAMES = ("prompt", "question", "query", "instruction", "input")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+SYSTEM_NAMES = ("system", "system_prompt", "system_message")
+PROMPT_LIKE = frozenset(  # names in small letters
+    (
+        *(*PROMPT_NAMES, *CONVERSATIONS, *SYSTEM_NAMES, *TEMPLATE_COLUMNS, "chat_template_kwargs", "functions"),
+        *("history", "context", "contexts", "problem", "passage", "document", "dialogue", "dialog", "system_msg"),
+        *("instructions", "inputs", "questions", "prompts"),
+        *("user_prompt", "user_query", "user_input", "user_message"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A record's prompt.
+
+    Attributes:
+        content: messages or plain text, as in :class:`nemo_rao.batch.Row`.
+        is_transcript: it was published as one text.
+        plain: that text, unless it lacks a message that stands in another column.
+        awaits_answer: the text ends with "Assistant:"; otherwise its answers may begin with that.
+    """
+
+    content: str | Messages
+    is_transcript: bool = False
+    plain: str | None = None
+    awaits_answer: bool = True
+
+
+def read_asked(record: View, own: str = "prompt") -> Asked:
+    """The record's prompt, with the system message and history that stand in columns of their own.
+
+    Args:
+        record: is left without these columns.
+        own: the format's name of the prompt, which goes before others.
+
+    Raises:
+        UserError: there is none, or it cannot be used.
+    """
+    content = read_given(record, own)
+    if content is None:
+        content = read_prompt(record.required(own), record, own)
+    return with_context(record, content)
+
+
+def read_given(record: View, own: str = "prompt") -> str | Messages | None:
+    """The prompt alone; None where no field holds it."""
+    name = prompt_name(record, own)
+    if name is None:
+        return next(filter(None, (_unanswered(record, name) for name in CONVERSATIONS if name in record)), None)
+    content = read_prompt(record[name], record, name)
+    if name == "instruction" and isinstance(content, str) and _is_filled(record, "input"):  # Alpaca
+        content += "\n" + read_text(record["input"], record.place, "input")
+    return content
+
+
+def prompt_name(record: View, own: str = "prompt") -> str | None:
+    """The field that holds the prompt, a conversation aside."""
+    names = dict.fromkeys((own, *PROMPT_NAMES))
+    return own if own in record else next((name for name in names if _is_filled(record, name)), None)
+
+
+def _is_filled(record: View, name: str) -> bool:
+    """Whether the field is there and not empty, without taking it."""
+    return name in record and not _is_empty(record.peek(name))
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list, dict, tuple)) and not value) or str(value).isspace()
+
+
+def _unanswered(record: View, name: str) -> Messages | None:
+    """A conversation that ends with a message to be answered; None, and not taken, where another speaks last."""
+    value = as_messages(record.peek(name), record.place, record.path_of(name))
+    last = value[-1] if isinstance(value, list) and value else None
+    if not isinstance(last, dict) or _is_answer(last):
+        return None
+    return check_prompt(read_messages(record[name], record, name), record.place, record.path_of(name))
+
+
+def asks_alone(record: View) -> bool:
+    """Whether the record holds a prompt, or a conversation without an answer, so that it may do without responses."""
+    name = next((name for name in CONVERSATIONS if name in record), None)
+    if name is None:
+        return any(name in record or record.is_null(name) for name in PROMPT_NAMES)
+    messages = as_messages(record.peek(name), record.place, name)
+    return isinstance(messages, list) and not any(map(_is_answer, messages))
+
+
+def _is_answer(message: object) -> bool:
+    return isinstance(message, dict) and SPEAKERS.get(str(message.get("role", message.get("from")))) == "assistant"
+
+
+def with_context(record: View, content: str | Messages) -> Asked:
+    """The prompt after its system message and history, a transcript as messages."""
+    plain, awaits_answer = None, True
+    from_text = isinstance(content, str) and is_transcript(content)
+    if isinstance(content, str) and from_text:
+        plain = content
+        content, awaits_answer = split_prompt(content)
+        if not content:
+            raise UserError(f"{record.place}: the prompt is a transcript without a message before 'Assistant:'")
+        if content[-1]["role"] == "assistant":
+            raise UserError(f"{record.place}: the prompt is a transcript that ends with an answer; end it before that")
+    before = (*_system(record, content), *_history(record))
+    if before:
+        messages = ({"role": "user", "content": content},) if isinstance(content, str) else content
+        leading = 1 if messages and messages[0]["role"] == "system" and before[0]["role"] != "system" else 0
+        content, plain = (*messages[:leading], *before, *messages[leading:]), None
+    asked = content if isinstance(content, str) else without_weights(content)
+    return Asked(asked, from_text, plain, awaits_answer)
+
+
+def _system(record: View, content: str | Messages) -> Messages:
+    """The system message that stands in a column and is not among the messages already."""
+    name = next((name for name in SYSTEM_NAMES if _is_filled(record, name)), None)
+    if name is None:
+        return ()
+    text = read_text(record[name], record.place, name)
+    if not isinstance(content, str) and content and content[0]["role"] == "system":
+        if _same(content[0]["content"], text):
+            return ()
+        raise UserError(
+            f"{record.place}: field '{name}' differs from the system message of the prompt; keep one of them, or add "
+            f"{name} to data.ignore_fields"
+        )
+    return ({"role": "system", "content": text},)
+
+
+def _history(record: View) -> Messages:
+    """LLaMA-Factory's earlier turns, ``[[question, answer], ...]``; or messages."""
+    if not _is_filled(record, "history"):
+        return ()
+    history, place = record["history"], record.place
+    if not isinstance(history, list):
+        raise UserError(
+            f"{place}: field 'history' must be a list of [question, answer] or of messages, found {describe(history)}"
+        )
+    if all(isinstance(turn, dict) for turn in history):
+        return read_messages(history, record, "history")
+    messages = []
+    for number, turn in enumerate(history):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise UserError(
+                f"{place}: field 'history[{number}]' must be [question, answer], found {describe(turn)}; drop the row"
+            )
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": read_text(text, place, f"history[{number}]")})
+    return tuple(messages)
+
+
+def read_template_fields(record: View) -> dict[str, Any]:
+    """``tools``, ``documents`` (also as JSON text) and TRL's ``chat_template_kwargs``."""
+    found: dict[str, Any] = {}
+    for name in TEMPLATE_COLUMNS:
+        if _is_filled(record, name):
+            value = decoded_json(record[name], record.place, name)
+            if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+                raise UserError(
+                    f"{record.place}: field '{name}' must be a list of objects, found {describe(value)}; "
+                    f"correct it, or add {name} to data.ignore_fields"
+                )
+            if value:
+                found[name] = value
+    if _is_filled(record, "chat_template_kwargs"):
+        given = decoded_json(record["chat_template_kwargs"], record.place, "chat_template_kwargs")
+        if not isinstance(given, dict):
+            raise UserError(
+                f"{record.place}: field 'chat_template_kwargs' must be an object, found {describe(given)}; drop it"
+            )
+        found = given | found
+    check_json(found, record.place, "tools")
+    return found
+
+
+def check_nothing_asked_is_left(record: View, content: str | Messages, responses: Iterable[Response]) -> None:
+    """Refuses fields that look like part of the prompt, unless empty or said by the row already; these are taken."""
+    suspects = {
+        name: value
+        for name, value in record.unread().items()
+        if name.lower() in PROMPT_LIKE and isinstance(value, (str, list, tuple, dict))
+    }
+    texts = _texts_of(content, responses) if suspects else set()
+    left = []
+    for name, value in suspects.items():
+        if _is_empty(value) or _says_only(as_messages(value, record.place, name), texts):
+            record[name]
+        else:
+            left.append(name)
+    if left:
+        fields = f"field '{left[0]}' looks" if len(left) == 1 else f"fields {', '.join(map(repr, left))} look"
+        raise UserError(
+            f"{record.place}: {fields} like part of the prompt, but would not be used; say which field holds what "
+            f"(data.columns.prompt={left[0]}), or that it is not wanted (data.ignore_fields=[{','.join(left)}])"
+        )
+
+
+def _texts_of(content: str | Messages, responses: Iterable[Response]) -> set[str]:
+    """Every text of a row, blanks aside."""
+    texts = [content] if isinstance(content, str) else [message["content"] for message in content]
+    for response in responses:
+        texts += [response.content, *(message["content"] for message in response.continuation)]
+    return set(map(_normal, texts))
+
+
+def _says_only(value: Any, texts: set[str]) -> bool:
+    """Whether a text, or every message of a conversation, is among the row's texts."""
+    if isinstance(value, str):
+        return _normal(value) in texts
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        return False
+    contents = [message.get("content", message.get("value")) for message in value]
+    return all(isinstance(content, str) and _normal(content) in texts for content in contents)
+
+
+def _same(one: str, other: str) -> bool:
+    return _normal(one) == _normal(other)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split())

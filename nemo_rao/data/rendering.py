@@ -1,0 +1,365 @@
+"""Rows to text: a prompt, and each answer with what stands before it. Nothing of a row is left out in silence.
+
+A row is rendered by the tokenizer's chat template, or is plain text. What the template leaves out of a message raises;
+what can be read in more than one way is remarked on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nemo_rao.batch import Row
+from nemo_rao.data.content import (
+    contents_of,
+    difference,
+    field_names,
+    find,
+    find_missing_part,
+    first_missing,
+    quoted,
+    unrendered_call,
+    unrendered_fields,
+)
+from nemo_rao.data.template import Message, Template
+from nemo_rao.errors import UserError
+
+Answers = Literal["template", "verbatim"]
+
+_NO_BLOCK = "use a template or data.template_arguments that open no block, or drop the row"
+NO_TOKEN = "no token of its own before the end token"
+
+# Fields without which a prompt says something else. Others, such as a name, are reported where they are not rendered.
+_CONTENT = ("tool_calls", "tools", "documents", "functions")
+
+
+class BoundaryError(UserError):
+    """A row whose prompt and response cannot be told apart in tokens. Loading drops and counts such rows.
+
+    Attributes:
+        reason: what rows dropped for the same cause are counted under.
+    """
+
+    reason = "no boundary in tokens between prompt and response"
+
+
+class ContentError(BoundaryError):
+    """A row of which the chat template leaves out text or a field. Dropped and counted like the others."""
+
+    reason = "text or fields that the chat template leaves out"
+
+
+class ThinkingError(BoundaryError):
+    """A row whose answer does not continue the block of thinking that the generation prompt opens."""
+
+    reason = "the generation prompt opens a block that the answer does not continue"
+
+
+class NothingToLearnError(BoundaryError):
+    """A row with an answer that is not to be learned, and no other. Dropped and counted like the others."""
+
+    reason = "no answer to learn (weight 0)"
+
+
+@dataclass
+class Answer:
+    """One answer, as text.
+
+    Attributes:
+        name: for messages ("response 2").
+        before: the prompt, or the conversation so far, up to where the model begins to answer.
+        whole: the same with the answer, and what the template puts behind it.
+        learned: of a conversation, whether it is to be learned.
+        truncated: no end token belongs behind it.
+    """
+
+    name: str
+    before: str
+    whole: str
+    learned: bool = True
+    truncated: bool = False
+
+
+@dataclass
+class RenderedRow:
+    """A row as text: its prompt, its answers, and remarks (see :class:`nemo_rao.batch.Sample`)."""
+
+    prompt: str
+    answers: list[Answer] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def is_conversation(row: Row) -> bool:
+    return any(response.continuation for response in row.responses)
+
+
+# ------------------------------------------------------------------------------------------------------- plain text
+
+
+def render_plain(row: Row, tokenizer_name: str) -> RenderedRow:
+    """The row as text without a chat template.
+
+    Raises:
+        UserError: it consists of messages.
+        ContentError: it has fields that only a template could render.
+    """
+    prompt = row.prompt if row.plain_prompt is None else row.plain_prompt
+    if not isinstance(prompt, str) or is_conversation(row):
+        raise UserError(
+            f"{row.place}: the prompt is a list of messages, which needs a chat template; tokenizer "
+            f"{tokenizer_name} has none or chat_template is 'never'"
+        )
+    answers = []
+    fields = [name for name, value in row.template_fields.items() if value]
+    for number, response in enumerate(row.responses, start=1):
+        fields += field_names([response.fields])
+        content = response.content if response.plain_content is None else response.plain_content
+        answers.append(Answer(f"response {number}", prompt, prompt + content, truncated=response.truncated))
+    if fields:
+        raise ContentError(
+            f"{row.place}: field '{fields[0]}' needs a chat template, and tokenizer {tokenizer_name} has none or "
+            "chat_template is 'never'; list it in data.ignore_fields or drop the row"
+        )
+    return RenderedRow(prompt, answers)
+
+
+# ----------------------------------------------------------------------------------------------------- chat template
+
+
+class ChatRenderer:
+    """Renders rows by a chat template.
+
+    Args:
+        template: of the tokenizer.
+        answers: see :class:`nemo_rao.data.encode.Encoder`.
+    """
+
+    def __init__(self, template: Template, answers: Answers) -> None:
+        self.template = template
+        self.verbatim = answers == "verbatim"
+
+    def render(self, row: Row) -> RenderedRow:
+        """The row's text.
+
+        Raises:
+            UserError: the template refuses the row's messages.
+            BoundaryError: a part of the row is not rendered, or its answers do not continue its prompt.
+        """
+        given = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        prompt: list[Message] = [self.template.message(message) for message in given]
+        if is_conversation(row):
+            return self._conversation(row, prompt)
+        rendered = RenderedRow(self._prompt(prompt, row))
+        rendered.remarks += self._check_fields_of_prompt(prompt, row, rendered.prompt)
+        rendered.remarks += self._remarks_on_prompt(prompt)
+        for number, response in enumerate(row.responses, start=1):
+            message = {**response.fields, "role": "assistant", "content": response.content}
+            answer = Answer(f"response {number}", rendered.prompt, "", truncated=response.truncated)
+            self._complete(answer, prompt, message, row, rendered.remarks)
+            rendered.answers.append(answer)
+        return rendered
+
+    def _conversation(self, row: Row, prompt: list[Message]) -> RenderedRow:
+        """Every answer that is to be learned, and the last one in any case, each with the conversation before it."""
+        (response,) = row.responses
+        first = {**response.fields, "role": "assistant", "content": response.content, "weight": response.weight}
+        given: list[Message] = [*prompt, first, *response.continuation]
+        turns = [at for at in range(len(prompt), len(given)) if given[at]["role"] == "assistant"]
+        messages: list[Message] = [self.template.message(message) for message in given]
+        rendered = RenderedRow("")
+        for number, at in enumerate(turns, start=1):
+            learned, is_last = given[at].get("weight", 1) != 0, at == turns[-1]
+            if not learned and not is_last:
+                continue
+            answer = Answer(f"answer {number} of the conversation", "", "", learned, is_last and response.truncated)
+            # All that is rendered stands before the last answer or in it.
+            render = self._prompt if is_last else self._unchecked_prompt
+            answer.before = render(messages[:at], row)
+            self._complete(answer, messages[:at], given[at], row, rendered.remarks)
+            rendered.answers.append(answer)
+        if not any(answer.learned for answer in rendered.answers):
+            raise NothingToLearnError(f"{row.place}: no answer is to be learned (weight 0); drop the row")
+        before = messages[: turns[-1]]
+        rendered.remarks += self._check_fields_of_prompt(before, row, rendered.answers[-1].before)
+        rendered.remarks += self._remarks_on_prompt([message for message in before if message["role"] != "assistant"])
+        rendered.prompt = next(answer.before for answer in rendered.answers if answer.learned)
+        return rendered
+
+    # ---------------------------------------------------------------------------------------------------- the prompt
+
+    def _unchecked_prompt(self, messages: Sequence[Message], row: Row) -> str:
+        return self.template.prompt(messages, row.place, row.template_fields)
+
+    def _prompt(self, messages: Sequence[Message], row: Row) -> str:
+        """The messages' text up to where the model begins to answer, with the content of all of them in it."""
+        text = self._unchecked_prompt(messages, row)
+        contents = [contents_of(message) for message in messages]
+        if (lost := self.template.left_out(messages)) is not None:
+            what = quoted(contents[lost])
+        elif (lost := first_missing(contents, text)) is not None:
+            what = difference(contents[lost], text)
+        else:
+            return text
+        role = messages[lost]["role"]
+        raise ContentError(
+            f"{row.place}: the chat template leaves out a part of message {lost + 1} ({role}): {what}; use another "
+            "template, or drop the row"
+        )
+
+    def _check_fields_of_prompt(self, messages: Sequence[Message], row: Row, text: str) -> list[str]:
+        """Remarks on fields that the template does not render. Raises where the prompt says less without them."""
+        fields = {name: value for name, value in row.template_fields.items() if value}
+        if not fields and not field_names(messages):
+            return []
+
+        def render(messages: Sequence[Message], fields: Mapping[str, Any]) -> str:
+            return self.template.prompt(messages, row.place, fields)
+
+        lost = unrendered_fields(messages, fields, text, render)
+        for name in lost:
+            if name in _CONTENT:
+                raise ContentError(
+                    f"{row.place}: the chat template does not render the prompt's field '{name}'; use another "
+                    "template, list the field in data.ignore_fields, or drop the row"
+                )
+        if (call := unrendered_call(messages, text, lambda changed, _: render(changed, fields))) is not None:
+            raise ContentError(
+                f"{row.place}: the chat template does not render every one of the prompt's tool_calls: "
+                f"{quoted(str(call))}; use another template, or drop the row"
+            )
+        for holder in (fields, *messages):
+            for name, value in holder.items():
+                if name in _CONTENT and (part := find_missing_part(name, value, text)) is not None:
+                    raise ContentError(
+                        f"{row.place}: the chat template leaves out a part of the prompt's field '{name}': "
+                        f"{difference(part, text)}; use another template, or drop the row"
+                    )
+        return [f"prompts have a field '{name}' that the chat template does not render" for name in lost]
+
+    def _remarks_on_prompt(self, messages: Sequence[Message]) -> list[str]:
+        for marker in self.template.markers:
+            if any(marker in contents_of(message) for message in messages):
+                return [
+                    f"prompts hold the chat template's own tokens ({marker}): if they are rendered already, set "
+                    "data.chat_template=never"
+                ]
+        return []
+
+    # --------------------------------------------------------------------------------------------------- the answers
+
+    def _complete(
+        self, answer: Answer, messages: Sequence[Message], given: Message, row: Row, remarks: list[str]
+    ) -> None:
+        """Sets ``answer.whole``.
+
+        Args:
+            answer: to ``messages``.
+            given: the answer's message.
+            remarks: what is to be said about the answer is added to it.
+        """
+        message = self.template.message(given)
+        content = contents_of(message)
+        if not content.strip() and not field_names([message]):
+            raise BoundaryError(f"{row.place}: {answer.name} has {NO_TOKEN}; drop the row")
+        ended = content.rstrip()
+        if ended.endswith(self.template.end_text) and ended != self.template.end_text:
+            message["content"] = ended.removesuffix(self.template.end_text)
+            remarks.append(f"responses end with the end token {self.template.end_text} already, which is not repeated")
+        markers = [marker for marker in self.template.markers if marker in content and marker != self.template.end_text]
+        if markers:
+            remarks.append(f"responses hold the chat template's own tokens ({markers[0]})")
+        complete = self._verbatim if self.verbatim else self._rendered
+        answer.whole = complete(answer, messages, message, row, remarks)
+        if answer.truncated:
+            if not answer.whole.endswith(self.template.behind):
+                raise BoundaryError(
+                    f"{row.place}: {answer.name} is marked as truncated, but the chat template writes something behind "
+                    "its text; drop the row"
+                )
+            answer.whole = answer.whole.removesuffix(self.template.behind)
+
+    def _verbatim(
+        self, answer: Answer, messages: Sequence[Message], message: Message, row: Row, remarks: list[str]
+    ) -> str:
+        template, text = self.template, contents_of(message)
+        if names := field_names([message]):
+            raise ContentError(
+                f"{row.place}: {answer.name} has a field '{names[0]}', which only the chat template can render; set "
+                "data.answers=template, list the field in data.ignore_fields, or drop the row"
+            )
+        if template.opening:
+            tag = template.opening.strip()
+            blanks = template.opening[template.opening.index(tag) + len(tag) :]
+            if text.lstrip().startswith(tag):
+                text = text.lstrip().removeprefix(tag)
+                if not text.startswith(blanks):
+                    remarks.append(f"responses have other blanks behind {tag} than the generation prompt")
+                text = text.removeprefix(blanks)
+            if template.closing not in text and not answer.truncated:
+                raise ThinkingError(
+                    f"{row.place}: {answer.name} has no {template.closing}, which closes the {tag} at the end of the "
+                    f"generation prompt; {_NO_BLOCK}"
+                )
+        return answer.before + template.before + text + template.behind
+
+    def _rendered(
+        self, answer: Answer, messages: Sequence[Message], message: Message, row: Row, remarks: list[str]
+    ) -> str:
+        template, fields = self.template, row.template_fields
+        whole = template.render([*messages, message], row.place, fields)
+        if not whole.startswith(answer.before):
+            if template.opening and whole.startswith(answer.before.removesuffix(template.opening)):
+                closed = template.closing in contents_of(message)
+                remedy = "set data.answers=verbatim" if closed else f"it has no {template.closing} either"
+                raise ThinkingError(
+                    f"{row.place}: the generation prompt ends with {template.opening!r}, which the chat template does "
+                    f"not repeat before {answer.name}; {remedy}, {_NO_BLOCK}"
+                )
+            raise BoundaryError(
+                f"{row.place}: {answer.name} has no boundary in tokens: the chat template renders the prompt otherwise "
+                "once an answer follows; set data.answers=verbatim, use another chat template, or drop the row"
+            )
+        said, content = whole[len(answer.before) :], contents_of(message)
+        opened = template.opening if content.lstrip().startswith(template.opening.strip()) else ""
+        if find(opened + said, content) < 0:
+            raise ContentError(
+                f"{row.place}: the chat template leaves out a part of {answer.name}: "
+                f"{difference(content, said.removesuffix(template.behind))}; set data.answers=verbatim, use another "
+                "template, or drop the row"
+            )
+
+        if names := field_names([message]):
+            self._check_fields_of_answer(answer, messages, message, row, names, said)
+        return whole
+
+    def _check_fields_of_answer(
+        self,
+        answer: Answer,
+        messages: Sequence[Message],
+        message: Message,
+        row: Row,
+        names: Sequence[str],
+        said: str,
+    ) -> None:
+        """Raises if a field of the answer's message is not in ``said``, its rendering."""
+
+        def render(changed: Sequence[Message], _: Mapping[str, Any]) -> str:
+            return self.template.render([*messages, *changed], row.place, row.template_fields)
+
+        whole = answer.before + said
+        lost = unrendered_fields([message], {}, whole, render)
+        call = unrendered_call([message], whole, render)
+        for name in names:
+            what = None
+            if name in lost:
+                what = f"field '{name}'"
+            elif name == "tool_calls" and call is not None:
+                what = f"one of the tool_calls: {quoted(str(call))}"
+            elif (part := find_missing_part(name, message[name], said)) is not None:
+                what = f"a part of field '{name}': {difference(part, said)}"
+            if what is not None:
+                raise ContentError(
+                    f"{row.place}: of {answer.name}, the chat template leaves out {what}; use another template, list "
+                    "the field in data.ignore_fields, or drop the row"
+                )

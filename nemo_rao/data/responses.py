@@ -1,0 +1,137 @@
+"""Responses and rows from what formats find: the steps that all formats share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from nemo_rao.batch import Response, Row
+from nemo_rao.data.fields import Messages, check_json, describe, read_text
+from nemo_rao.data.messages import CALLS, answer_of, decoded_json, read_messages, read_truncated, read_weight
+from nemo_rao.data.prompt import Asked, check_nothing_asked_is_left, read_template_fields
+from nemo_rao.data.rewards import RewardField, read_reward
+from nemo_rao.data.transcripts import has_turns, split_answer_marker
+from nemo_rao.data.view import View
+from nemo_rao.data.writing import ANSWER_FIELDS
+from nemo_rao.errors import UserError
+
+
+def read_response(record: View, content_name: str, reward_name: str, reward_field: RewardField) -> Response:
+    """The response whose text, reward and other fields stand beside each other in ``record``."""
+    place, path = record.place, record.path_of(content_name)
+    fields = _answer_fields(record)
+    if any(fields.get(name) for name in CALLS):
+        content = record.get(content_name, "")
+        if not isinstance(content, str):
+            raise UserError(f"{place}: field '{path}' must be text, found {describe(content)}")
+    else:
+        content = read_text(record.required(content_name), place, path)
+    reward, ensemble = read_reward(record, reward_name, reward_field)
+    return Response(content, reward, ensemble, fields=fields, **_marks(record))
+
+
+def _answer_fields(record: View) -> dict[str, Any]:
+    """What a response has for the chat template: ``reasoning_content``, ``tool_calls``, ``message_fields``."""
+    fields = {name: record[name] for name in ANSWER_FIELDS if name in record}
+    if "tool_calls" in fields:
+        fields["tool_calls"] = decoded_json(fields["tool_calls"], record.place, record.path_of("tool_calls"))
+    if "message_fields" in record:
+        others = record["message_fields"]
+        if not isinstance(others, dict):
+            path = record.path_of("message_fields")
+            raise UserError(f"{record.place}: field '{path}' must be an object, found {describe(others)}")
+        fields = {name: value for name, value in others.items() if value is not None} | fields
+    check_json(fields, record.place, record.path_of("message_fields"))
+    return fields
+
+
+def _marks(record: View) -> dict[str, Any]:
+    """``weight`` and ``truncated`` of a response."""
+    marks: dict[str, Any] = {}
+    if "weight" in record:
+        marks["weight"] = read_weight(record["weight"], record.place, record.path_of("weight"))
+    if "truncated" in record:
+        marks["truncated"] = read_truncated(record["truncated"], record.place, record.path_of("truncated"))
+    return marks
+
+
+def read_answer(value: object, record: View, name: str) -> Response:
+    """The answer that is one assistant message."""
+    messages = read_messages(value, record, name)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise UserError(
+            f"{record.place}: field '{record.path_of(name)}' must be one assistant message, found messages of "
+            f"{roles_of(messages)}"
+        )
+    return answer_of(messages[0], record.place, record.path_of(name))
+
+
+def roles_of(messages: Messages) -> str:
+    return ", ".join(message["role"] for message in messages)
+
+
+def make_row(
+    record: View,
+    asked: Asked,
+    responses: Sequence[Response],
+    names: Sequence[str],
+    *,
+    ranked: bool = False,
+    reference_rewards: tuple[float, ...] = (),
+) -> Row:
+    """The row of a record from which all else has been taken.
+
+    Args:
+        record: what is left in it becomes ``Row.unused``.
+        asked: its prompt.
+        responses: its responses.
+        names: the fields in which these stand, for messages.
+        ranked, reference_rewards: see :class:`nemo_rao.batch.Row`.
+
+    Raises:
+        UserError: a column that looks like part of the prompt is left, or an answer to a transcript goes on with
+            other turns.
+    """
+    plain = asked.plain
+    if asked.is_transcript:
+        responses, plain = _answers_of_transcript(asked, responses, names, record.place)
+    template_fields = read_template_fields(record)
+    check_nothing_asked_is_left(record, asked.content, responses)
+    return Row(
+        asked.content,
+        tuple(responses),
+        record.place,
+        ranked,
+        reference_rewards,
+        template_fields,
+        plain,
+        record.left(),
+    )
+
+
+def _answers_of_transcript(
+    asked: Asked, responses: Sequence[Response], names: Sequence[str], place: str
+) -> tuple[list[Response], str | None]:
+    """The answers that end a transcript, without the marker and blanks before them; and the text up to the answers."""
+    plain, contents = asked.plain, [response.content for response in responses]
+    if not asked.awaits_answer:
+        markers, rests = zip(*map(split_answer_marker, contents), strict=True) if contents else ((), ())
+        if contents and all(markers):
+            contents = list(rests)
+            plain = None if plain is None else plain + markers[0]
+    answers = []
+    for response, content, name in zip(responses, contents, names, strict=True):
+        if has_turns(content):
+            raise UserError(
+                f"{place}: field '{name}' must hold one assistant message after the prompt, found other turns in it "
+                "(after a blank line, 'Human:' or 'Assistant:'); keep only the turn in which the answers differ"
+            )
+        answers.append(
+            dataclasses.replace(
+                response,
+                content=read_text(content, place, name).strip(),
+                plain_content=content if plain is not None else None,
+            )
+        )
+    return answers, plain

@@ -1,0 +1,105 @@
+"""Loads a tokenizer, in the format of transformers 4 or 5."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from nemo_rao.data.template import Template
+from nemo_rao.data.tokens import end_of_text
+from nemo_rao.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The class that transformers 5 names for any tokenizer.json; transformers 4 has the same under another name.
+FAST_CLASS_OF_5 = "TokenizersBackend"
+OTHER_CLASSES_OF_5 = ("SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Load a Hugging Face tokenizer from a local folder or by name. Code that it brings along is never run.
+
+    Raises:
+        UserError: it cannot be loaded, or neither it nor its chat template has an end token.
+    """
+    name = os.path.expanduser(os.fspath(path))
+    if name.startswith((".", "/")) and not os.path.isdir(name):
+        raise UserError(f"tokenizer {name}: no such folder; give a folder with a Hugging Face tokenizer, or a name")
+    try:
+        tokenizer = _load(name)
+    except UserError:
+        raise
+    except Exception as error:  # many kinds: network, access, damaged files, a class that is not known
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {reason}); give a folder with a Hugging Face "
+            "tokenizer (tokenizer.json, tokenizer_config.json) or the name of one"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        if tokenizer.chat_template is None:
+            end_of_text(tokenizer, "has no end token")
+        Template(tokenizer)  # raises unless the chat template has an end of turn
+    return tokenizer
+
+
+def _load(name: str) -> PreTrainedTokenizerBase:
+    import transformers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    config = get_tokenizer_config(name)
+    kind = config.get("tokenizer_class")
+    if kind in OTHER_CLASSES_OF_5:
+        raise UserError(
+            f"tokenizer {name}: tokenizer_config.json names the class {kind}, which transformers 5 saved and "
+            f"transformers {transformers.__version__} does not have; save it as a fast tokenizer (tokenizer.json)"
+        )
+    arguments = _as_in_4(config)
+    if kind != FAST_CLASS_OF_5:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **arguments)
+    with _without_warnings("transformers.tokenization_utils_base"):  # about the class's other name
+        return PreTrainedTokenizerFast.from_pretrained(name, **arguments)
+
+
+@contextlib.contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _as_in_4(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that replace transformers 5's spelling of further special tokens by that of transformers 4.
+
+    A list in ``extra_special_tokens`` is what transformers 4 calls ``additional_special_tokens``; a dictionary in
+    ``model_specific_special_tokens`` (name -> token) is its ``extra_special_tokens``.
+    """
+    extra, named = config.get("extra_special_tokens"), config.get("model_specific_special_tokens")
+    arguments: dict[str, Any] = {}
+    if isinstance(extra, list):
+        listed = [*(config.get("additional_special_tokens") or []), *extra]
+        arguments["additional_special_tokens"] = [_token(token) for token in listed]
+        arguments["extra_special_tokens"] = {}
+    if isinstance(named, dict):
+        arguments["extra_special_tokens"] = {key: _token(token) for key, token in named.items()}
+    return arguments
+
+
+def _token(given: Any) -> Any:
+    """A token as tokenizer_config.json has it: its text, or an object that describes it."""
+    from tokenizers import AddedToken
+
+    if not isinstance(given, dict):
+        return given
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(given["content"], **{flag: given[flag] for flag in flags if flag in given})
