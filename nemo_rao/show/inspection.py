@@ -9,41 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rao.batch import Row
 from nemo_rao.data.dataset import load_preferences
-from nemo_rao.data.encode import Encoder, load_tokenizer
+from nemo_rao.data.encode import Encoder
 from nemo_rao.data.overlap import SharedPrompts, shared_prompts
 from nemo_rao.data.report import LoadReport, Outcome
 from nemo_rao.data.rows import read_rows
 from nemo_rao.data.store import PreferenceData
+from nemo_rao.data.tokenizer import load_tokenizer
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import DataConfig, RunConfig
-from nemo_rao.integration.derived import objective_config, total_steps
+from nemo_rao.integration.config import RunConfig
+from nemo_rao.integration.derived import objective_config
 from nemo_rao.integration.loading import drawn_indices, wanted_rows
 from nemo_rao.objectives import registry
 from nemo_rao.progress import Progress
 from nemo_rao.show.numbers import Collector, Numbers
-from nemo_rao.show.pieces import Decode, visible
 from nemo_rao.show.rows import ShownRow, indices_used, place_of, shown_row
+from nemo_rao.show.settings import Setting, settings, steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Keys of ``data`` that do not change what a row becomes, or that are shown elsewhere.
-_UNSHOWN = {
-    *("train_path", "tokenizer", "cache", "cache_dir", "shuffle", "pad_to_multiple_of", "packing", "prefix_sharing"),
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A key that decides what is trained on.
-
-    Attributes:
-        is_default: it has its default value.
-    """
-
-    name: str
-    value: str
-    is_default: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,12 +126,12 @@ def inspect(
     return Inspection(
         source=_source(data_keys.train_path),
         recipe=recipe,
-        settings=tuple(_settings(config, tokenizer, encoder, decode, int(data[0].prompt[0]), resolved)),
+        settings=tuple(settings(config, tokenizer, encoder, decode, int(data[0].prompt[0]), resolved)),
         report=data.report,
         validation=None if validation is None else validation.report,
         shared=None if validation is None else shared_prompts(data, validation),
         num_trained=len(trained),
-        steps=_steps(config, len(trained)),
+        steps=steps(config, len(trained)),
         first=first,
         numbers=watcher.collector.numbers(drawn),
         rows=tuple(rows),
@@ -248,59 +231,3 @@ def _load(paths: Any, label: str, tokenizer: PreTrainedTokenizerBase, wanted: Ma
 
 def _source(paths: Any) -> str:
     return paths if isinstance(paths, str) else ", ".join(map(str, paths))
-
-
-def _steps(config: RunConfig, num_prompts: int) -> str:
-    batch = config.model.global_batch_size
-    try:
-        steps = total_steps(config, num_prompts)
-    except UserError as error:
-        return f"cannot train yet: {error}"
-    epochs = f"{steps * batch / num_prompts:.3g}"
-    return f"{steps:,} steps of {batch:,} prompts ({epochs} epoch{'' if epochs == '1' else 's'})"
-
-
-def _settings(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    decode: Decode,
-    first_token: int,
-    resolved: Any,
-) -> list[Setting]:
-    objective = registry.get(config.model.objective)
-    template = "text as it stands"
-    if encoder.uses_template:
-        template = "the tokenizer's"
-    elif tokenizer.chat_template is None:
-        template = "text as it stands: the tokenizer has none"
-    found = [
-        Setting("objective", f"{objective.name}: {objective.formula}"),
-        Setting("model.seq_length", f"{config.model.seq_length:,} tokens"),
-        Setting("data.tokenizer", f"{config.data.tokenizer} ({len(tokenizer):,} tokens)"),
-        Setting("chat template", template),
-        Setting("first token", f"{visible(decode([first_token]))!s} ({first_token})"),
-        Setting("end token", f"{visible(decode([encoder.end_token_id]))!s} ({encoder.end_token_id})"),
-    ]
-    for field in dataclasses.fields(DataConfig):
-        if field.name in _UNSHOWN:
-            continue
-        value, default = vars(config.data)[field.name], vars(DataConfig())[field.name]
-        if field.name == "responses" and value is None:
-            found.append(Setting("data.responses", f"null: {wanted_rows(config)['responses']}", True))
-            continue
-        found.append(Setting(f"data.{field.name}", _text(value), value == default))
-    defaults = objective.config_type()
-    for field in dataclasses.fields(resolved):
-        value = vars(resolved)[field.name]
-        is_default = value == vars(defaults)[field.name]
-        found.append(Setting(f"model.{objective.name}.{field.name}", _text(value), is_default))
-    return found
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

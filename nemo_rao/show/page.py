@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from nemo_rao.show.charts import share, svg
-from nemo_rao.show.histogram import number
 from nemo_rao.show.inspection import Inspection, Setting
 from nemo_rao.show.pieces import Kind, Piece, visible
 from nemo_rao.show.report import DROPPED, IN_BETWEEN, KEPT, NOT_DRAWN, Chart, charts, reasons, remarks
-from nemo_rao.show.rows import ShownResponse, ShownRow, reward_text
+from nemo_rao.show.rows import ShownResponse, ShownRow, reward_parts
 from nemo_rao.show.style import STYLE
 
 MARK = '<meta name="generator" content="nemo-rao show">'  # by which a page is known that may be replaced
@@ -70,7 +69,7 @@ def _tiles(seen: Inspection) -> Iterator[str]:
     steps, _, of_what = seen.steps.partition(" steps of ")
     tiles = [
         (f"{seen.num_trained:,}", "prompts to train on"),
-        (f"{report.rows_dropped:,}", f"of {report.rows_read:,} rows dropped"),
+        (f"{report.rows_read - report.rows_kept:,}", f"of {report.rows_read:,} rows dropped"),
         (f"{len(numbers.responses):,}", "responses"),
         (f"{numbers.num_tokens:,}", "tokens in prompts with responses"),
     ]
@@ -165,10 +164,7 @@ def _head(response: ShownResponse, row: ShownRow) -> str:
         parts.append(f'<span class="badge left">left out: {_text(response.left_out)}</span>')
     if response.truncated:
         parts.append('<span class="badge cut">truncated</span>')
-    reward = "no reward" if response.reward is None else f"reward {reward_text(response.reward)}"
-    if response.ensemble:
-        reward += f" = mean of {', '.join(map(number, response.ensemble))}"
-    parts.append(f"<span>{_text(reward)}</span>")
+    parts += [f"<span>{_text(part)}</span>" for part in reward_parts(response, row)]
     if response.num_tokens is not None:
         parts.append(f'<span class="soft">{response.num_tokens:,} tokens</span>')
     if response.pieces and not response.ended:

@@ -157,15 +157,28 @@ def shown_row(
 
 
 def reward_text(reward: float | None) -> str:
+    """A reward as it is shown."""
     if reward is None:
         return "none"
     return "not finite" if math.isnan(reward) else number(reward)
 
 
+def reward_parts(response: ShownResponse, row: ShownRow) -> list[str]:
+    """What is said of a response's reward; nothing where no response of the row has one."""
+    if response.ensemble:
+        return [f"reward {reward_text(response.reward)} = mean of {', '.join(map(number, response.ensemble))}"]
+    if response.reward is not None:
+        return [f"reward {reward_text(response.reward)}"]
+    return ["no reward"] if any(other.reward is not None for other in row.responses) else []
+
+
 def _prompt_pieces(row: Row, sample: Sample, decode: Decode) -> list[Piece]:
     ids = sample.prompt[:MOST_TOKENS].tolist()
     pieces = pieces_of(ids, [Kind.PROMPT] * len(ids), decode)
-    return kinds_of_prompt(pieces, [content for _, content in _messages(row)], cut=len(ids) < len(sample.prompt))
+    contents = [content for _, content in _messages(row)]
+    if len(row.responses) == 1 and (later := row.responses[0].continuation):  # answers of weight 0 are in the prompt
+        contents += [row.responses[0].content, *(_content(message.get("content")) for message in later)]
+    return kinds_of_prompt(pieces, contents, cut=len(ids) < len(sample.prompt))
 
 
 def _response_pieces(tokens: np.ndarray, answers: np.ndarray | None, decode: Decode, end: int) -> list[Piece]:

@@ -15,7 +15,7 @@ from nemo_rao.show.histogram import Histogram, number, ticks
 from nemo_rao.show.inspection import Inspection
 from nemo_rao.show.pieces import Kind, Piece, runs, visible
 from nemo_rao.show.report import NOT_DRAWN, Chart, charts, reasons, remarks
-from nemo_rao.show.rows import ShownResponse, ShownRow, reward_text
+from nemo_rao.show.rows import ShownResponse, ShownRow, reward_parts
 
 _COLOURS = {Kind.PROMPT: "36", Kind.TEMPLATE: "2", Kind.RESPONSE: "32", Kind.END: "7;32"}
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -170,10 +170,7 @@ def response_title(response: ShownResponse, row: ShownRow) -> str:
     parts = [f"response {response.number}"]
     if response.role:
         parts.append(f"{response.role} by {row.compared_by}")
-    if response.ensemble:
-        parts.append(f"reward {reward_text(response.reward)} = mean of {', '.join(map(number, response.ensemble))}")
-    else:
-        parts.append("no reward" if response.reward is None else f"reward {reward_text(response.reward)}")
+    parts += reward_parts(response, row)
     if response.num_tokens is not None:
         parts.append(f"{response.num_tokens:,} tokens")
     if response.truncated:
