@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_LARGEST_LEVEL, _LEAST_STEP = 1e6, 1e-6
 _MOST_LEVELS = 12  # distinct values, such as the grades 1 to 10, that have a bar each
 
 
@@ -68,14 +69,15 @@ def histogram(
         return None
     distinct = np.unique(everything) if len(everything) <= 1_000_000 else np.unique(everything[::97])
     if not from_zero and len(distinct) <= _MOST_LEVELS and (step := _even_step(distinct)):
-        edges = np.arange(distinct[0] - step / 2, distinct[-1] + step, step)
+        steps = round((distinct[-1] - distinct[0]) / step) + 1
+        edges = distinct[0] + step * (np.arange(steps + 1) - 0.5)
         return _counted(known, edges, levels=True, mark=mark)
     low, high = _range(everything)
     if from_zero:
         low = 0.0
     if mark is not None and high >= mark / 2:
         high = min(max(high, 1.1 * mark), 2 * mark)
-    width = _round_width((high - low) / bins)
+    width = _round_width(high / bins - low / bins)
     if from_zero:
         width = max(width, 1.0)
     first = math.floor(low / width) * width
@@ -94,10 +96,14 @@ def _counted(known: Mapping[str, np.ndarray], edges: np.ndarray, *, levels: bool
 
 def _even_step(distinct: np.ndarray) -> float:
     """The distance of which all gaps between the values are a small multiple; 0 where there is none."""
+    if np.abs(distinct).max() > _LARGEST_LEVEL:
+        return 0.0
     if len(distinct) == 1:
         return 1.0
     gaps = np.diff(distinct)
     step = float(gaps.min())
+    if step < _LEAST_STEP:
+        return 0.0
     multiples = gaps / step
     even = np.allclose(multiples, np.round(multiples), atol=1e-6) and multiples.sum() < 2 * _MOST_LEVELS
     return step if even else 0.0
@@ -108,9 +114,10 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     inner_low, inner_high = np.percentile(values, (0.5, 99.5)).tolist()
     spread = inner_high - inner_low
-    if spread > 0:
+    if 0 < spread < np.inf:
         low, high = max(low, inner_low - spread), min(high, inner_high + spread)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    least = max(1e-9, 1e-6 * abs(low), 1e-6 * abs(high))  # so that the edges are told apart
+    return (low, high) if high / 2 - low / 2 > least else (low - 10 * least, high + 10 * least)
 
 
 def _round_width(width: float) -> float:
