@@ -12,7 +12,7 @@ from nemo_rao.show.charts import share, svg
 from nemo_rao.show.inspection import Inspection, Setting
 from nemo_rao.show.pieces import Kind, Piece, visible
 from nemo_rao.show.report import DROPPED, IN_BETWEEN, KEPT, NOT_DRAWN, Chart, charts, reasons, remarks
-from nemo_rao.show.rows import ShownResponse, ShownRow, reward_parts
+from nemo_rao.show.rows import ShownResponse, ShownRow, left_out_text, reward_parts
 from nemo_rao.show.style import STYLE
 
 MARK = '<meta name="generator" content="nemo-rao show">'  # by which a page is known that may be replaced
@@ -66,7 +66,7 @@ def _text(text: str) -> str:
 
 def _tiles(seen: Inspection) -> Iterator[str]:
     numbers, report = seen.numbers, seen.report
-    steps, _, of_what = seen.steps.partition(" steps of ")
+    steps, _, of_what = seen.steps.partition(" ") if seen.steps[0].isdigit() else ("", "", "")
     tiles = [
         (f"{seen.num_trained:,}", "prompts to train on"),
         (f"{report.rows_read - report.rows_kept:,}", f"of {report.rows_read:,} rows dropped"),
@@ -74,7 +74,7 @@ def _tiles(seen: Inspection) -> Iterator[str]:
         (f"{numbers.num_tokens:,}", "tokens in prompts with responses"),
     ]
     if of_what:
-        tiles.append((steps, f"steps of {of_what}"))
+        tiles.append((steps, of_what))
     yield '<div class="tiles">'
     for value, label in tiles:
         yield f'<div class="card"><b>{_text(value)}</b><span class="soft small">{_text(label)}</span></div>'
@@ -161,12 +161,16 @@ def _head(response: ShownResponse, row: ShownRow) -> str:
     if response.role:
         parts.append(f'<span class="badge {response.role}">{response.role} by {row.compared_by}</span>')
     if response.left_out is not None:
-        parts.append(f'<span class="badge left">left out: {_text(response.left_out)}</span>')
+        parts.append(f'<span class="badge left">{_text(left_out_text(response))}</span>')
     if response.truncated:
         parts.append('<span class="badge cut">truncated</span>')
     parts += [f"<span>{_text(part)}</span>" for part in reward_parts(response, row)]
     if response.num_tokens is not None:
         parts.append(f'<span class="soft">{response.num_tokens:,} tokens</span>')
+    if response.ended and response.pieces[-1].kind is Kind.END:
+        parts.append(
+            f'<span class="soft">ends with</span><span class="sample e">{_text(response.pieces[-1].text)}</span>'
+        )
     if response.pieces and not response.ended:
         parts.append('<span class="soft">no end token</span>')
     return f'<p class="head">{"".join(parts)}</p>'

@@ -18,6 +18,7 @@ from nemo_rao.show.histogram import number
 from nemo_rao.show.pieces import Decode, Kind, Piece, kinds_of_prompt, pieces_of
 
 _PLACE = re.compile(r"^.*? (?:line|row) \d+(?=: )")
+NOT_USED = "not used"  # of a row that is dropped
 _FIRST = "data.num_responses="
 MOST_TOKENS = 6000  # of a prompt or response; rows that are dropped for their length can be much longer
 
@@ -119,7 +120,9 @@ def shown_row(
 ) -> ShownRow:
     """What is shown of one row."""
     read, used, sample = outcome.read, outcome.used, outcome.sample
-    problem = None if outcome.reason is None else (outcome.reason, outcome.detail)
+    problem = None
+    if outcome.reason is not None:
+        problem = outcome.reason, outcome.detail.removeprefix(f"{place_of(outcome)}: ")
     if read is None:
         return ShownRow(place_of(outcome), (), "", None, (), problem, (), None)
     used = dataclasses.replace(read, responses=()) if used is None else used
@@ -163,6 +166,11 @@ def reward_text(reward: float | None) -> str:
     return "not finite" if math.isnan(reward) else number(reward)
 
 
+def left_out_text(response: ShownResponse) -> str:
+    """What is said of a response that is not used."""
+    return NOT_USED if response.left_out == NOT_USED else f"left out: {response.left_out}"
+
+
 def reward_parts(response: ShownResponse, row: ShownRow) -> list[str]:
     """What is said of a response's reward; nothing where no response of the row has one."""
     if response.ensemble:
@@ -200,13 +208,13 @@ def _why_left_out(at: int, outcome: Outcome, *, drops_truncated: bool) -> str:
     if drops_truncated and responses[at].truncated:
         return "data.truncated=drop"
     if outcome.used is None or outcome.reason is not None:
-        return "not used"
+        return NOT_USED
     before = sum(not (drops_truncated and response.truncated) for response in responses[:at])
     first = [reason for reason in outcome.left_out if reason.startswith(_FIRST)]
     others = [reason for reason in outcome.left_out if reason not in first]
     if first and (not others or before >= int(first[0].removeprefix(_FIRST))):
         return first[0]
-    return " or ".join(others) or "not used"
+    return " or ".join(others) or NOT_USED
 
 
 def _messages(row: Row) -> list[tuple[str, str]]:

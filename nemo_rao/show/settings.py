@@ -36,13 +36,15 @@ class Setting:
 
 
 def steps(config: RunConfig, num_prompts: int) -> str:
+    """The run's length, "144 steps of 8 prompts (3 epochs)", or why it cannot run."""
     batch = config.model.global_batch_size
     try:
-        steps = total_steps(config, num_prompts)
+        number = total_steps(config, num_prompts)
     except UserError as error:
         return f"cannot train yet: {error}"
-    epochs = f"{steps * batch / num_prompts:.3g}"
-    return f"{steps:,} steps of {batch:,} prompts ({epochs} epoch{'' if epochs == '1' else 's'})"
+    epochs = f"{number * batch / num_prompts:.3g}"
+    length = f"{number:,} step{'' if number == 1 else 's'} of {batch:,} prompts"
+    return f"{length} ({epochs} epoch{'' if epochs == '1' else 's'})"
 
 
 def settings(

@@ -71,7 +71,7 @@ figure .mark { stroke: var(--mark); stroke-dasharray: 4 3; } figure text.mark { 
   white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 8px;
   padding: .6rem .7rem; max-height: 24rem; overflow: auto; tab-size: 4; }
 .text.out { color: var(--template-ink); border-style: dashed; }
-.text span, .keys .sample { border-radius: 2px; }
+.text span { border-radius: 2px; }
 .p { background: var(--prompt); } .t { background: var(--template); color: var(--template-ink); }
 .r { background: var(--response); }
 .e { background: var(--end); color: var(--end-ink); font-weight: 600; }
@@ -80,7 +80,7 @@ figure .mark { stroke: var(--mark); stroke-dasharray: 4 3; } figure text.mark { 
 .text span[data-t]:hover::after { content: attr(data-t); position: fixed; left: 50%; bottom: 1rem; z-index: 2;
   transform: translateX(-50%); max-width: calc(100vw - 2rem); background: var(--ink); color: var(--paper);
   font-weight: 400; padding: .4rem .8rem; border-radius: 8px; white-space: pre-wrap; pointer-events: none; }
-.keys .sample { padding: .05rem .45rem; font-size: .85rem; }
+.sample { padding: .05rem .45rem; font-size: .85rem; border-radius: 2px; }
 body:has(#borders:checked) .text span { box-shadow: inset -1px 0 var(--soft); }
 body:has(#whole:checked) .text { max-height: none; }
 table { border-collapse: collapse; width: 100%; }

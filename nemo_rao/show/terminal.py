@@ -15,7 +15,7 @@ from nemo_rao.show.histogram import Histogram, number, ticks
 from nemo_rao.show.inspection import Inspection
 from nemo_rao.show.pieces import Kind, Piece, runs, visible
 from nemo_rao.show.report import NOT_DRAWN, Chart, charts, reasons, remarks
-from nemo_rao.show.rows import ShownResponse, ShownRow, reward_parts
+from nemo_rao.show.rows import ShownResponse, ShownRow, left_out_text, reward_parts
 
 _COLOURS = {Kind.PROMPT: "36", Kind.TEMPLATE: "2", Kind.RESPONSE: "32", Kind.END: "7;32"}
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -176,7 +176,7 @@ def response_title(response: ShownResponse, row: ShownRow) -> str:
     if response.truncated:
         parts.append("truncated")
     if response.left_out is not None:
-        parts.append(f"left out: {response.left_out}")
+        parts.append(left_out_text(response))
     return visible(" · ".join(parts))
 
 

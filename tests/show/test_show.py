@@ -178,7 +178,7 @@ def test_the_command_needs_no_nemo_and_writes_only_the_page(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout and "9 of 9 rows kept" in done.stdout and "1 steps of 8" in done.stdout
+    assert "\x1b" not in done.stdout and "9 of 9 rows kept" in done.stdout and "1 step of 8 prompts" in done.stdout
     assert "response 2 · rejected by label · " in done.stdout and done.stderr == ""
     assert set(tmp_path.iterdir()) - before == {tmp_path / "page.html"}
     assert main(["show", path, "--config-name", "gpt_dpo", f"data.tokenizer={tokenizer}", "--output", path]) == 2
