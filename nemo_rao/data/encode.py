@@ -51,6 +51,7 @@ __all__ = [
     "ContentError",
     "Encoder",
     "depends_on_the_day",
+    "end_tokens",
     "inner_ends",
     "load_tokenizer",
     "pad_token_id",
@@ -71,6 +72,22 @@ def inner_ends(sample: Sample, end_token_id: int) -> int:
                 count += 1
                 break
     return count
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the chat template's end of turn, then the tokenizer's end token, if it is another one.
+
+    Raises:
+        UserError: there is neither.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    try:
+        turn = Encoder(tokenizer).end_token_id
+    except UserError:  # a template that nothing can be trained through; text without it can be
+        if not ends:
+            raise
+        return ends
+    return [turn, *(end for end in ends if end != turn)]
 
 
 class Encoder:

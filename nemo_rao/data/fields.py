@@ -59,18 +59,25 @@ def check_unicode(value: str, place: str, field: str) -> str:
     return value
 
 
+def is_json(value: object) -> bool:
+    """Whether JSON has such a value: column stores also hold dates and bytes."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 def check_json(value: object, place: str, field: str) -> None:
-    """Refuses values that a chat template cannot be given: dates and bytes of column stores, half surrogate pairs."""
-    if not value:
-        return
+    """Refuses values that a chat template cannot be given: dates, bytes, half surrogate pairs."""
+    if not is_json(value):
+        raise UserError(f"{place}: field '{field}' holds values that JSON does not have, such as dates; drop them")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError(
             f"{place}: field '{field}' holds half a surrogate pair, which is not text; write the file anew as UTF-8"
         ) from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{place}: field '{field}' cannot be written as JSON ({error}); drop the row") from None
 
 
 def read_records(value: object, place: str, field: str) -> Sequence[Record]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from nemo_rao.batch import Response, Row
 from nemo_rao.data.fields import describe, read_numbers, read_text
-from nemo_rao.data.messages import answer_of, as_messages, check_prompt, read_messages
+from nemo_rao.data.messages import answer_of, as_messages, read_messages
 from nemo_rao.data.pairs import SIDES, from_chosen_rejected
 from nemo_rao.data.prompt import CONVERSATIONS, Asked, read_asked, with_context
 from nemo_rao.data.responses import make_row, read_answer, read_response
@@ -142,13 +142,11 @@ def from_messages(record: View, reward_field: RewardField) -> Row:
     name = next(name for name in CONVERSATIONS if name in record or record.is_null(name))
     own = read_messages(record.required(name), record, name)
     answers = [number for number, message in enumerate(own) if message["role"] == "assistant"]
-    asked = with_context(record, own[: answers[0]]) if answers else None
+    asked = with_context(record, own[: answers[0]], name) if answers else None
     if asked is None or not asked.content:
         raise UserError(
             f"{record.place}: field '{name}' must hold an assistant message with another one before it; drop the row"
         )
-    assert not isinstance(asked.content, str)
-    check_prompt(asked.content, record.place, name)
     for number in answers:
         answer_of(own[number], record.place, f"{name}[{number}].content")  # refuses empty ones
     first, last = answers[0], answers[-1]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_rao.batch import Response
-from nemo_rao.data.fields import Messages, check_json, check_unicode, describe, read_text
+from nemo_rao.data.fields import Messages, check_json, check_unicode, describe, is_json, read_text
 from nemo_rao.data.view import View
 from nemo_rao.errors import UserError
 
@@ -61,6 +61,13 @@ def decoded_json(value: object, place: str, field: str) -> Any:
     return decoded
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a field says nothing."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, (list, dict, tuple)) and not value)
+
+
 def _decoded(text: str) -> Any:
     """The object or list that a text holds, or None."""
     for decode in (json.loads, ast.literal_eval):
@@ -74,11 +81,11 @@ def _decoded(text: str) -> Any:
 
 
 def read_prompt(value: object, record: View, name: str) -> str | Messages:
-    """A prompt: text, or messages of which the last is to be answered."""
+    """A prompt: text or messages."""
     value = as_messages(value, record.place, record.path_of(name))
     if isinstance(value, str):
         return read_text(value, record.place, record.path_of(name))
-    return check_prompt(read_messages(value, record, name), record.place, record.path_of(name))
+    return read_messages(value, record, name)
 
 
 def check_prompt(messages: Messages, place: str, field: str) -> Messages:
@@ -115,41 +122,77 @@ def read_messages(value: object, record: View, name: str) -> Messages:
 
 
 def _read_message(message: View) -> dict[str, Any]:
-    place, path = message.place, message.path
-    calls: dict[str, Any] = {name: message[name] for name in CALLS if message.get(name)}
-    if "from" in message and "role" not in message:
-        speaker, field = message["from"], "value"
-        if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
-            raise UserError(
-                f"{place}: field '{path}.from' must be one of {', '.join(SPEAKERS)}, found {describe(speaker)}"
-            )
-        role = SPEAKERS[speaker.lower()]
-        if speaker.lower() == "function_call":
-            called = decoded_json(message.required("value"), place, f"{path}.value")
-            calls = {"tool_calls": [_call(call) for call in (called if isinstance(called, list) else [called])]}
-            field = ""
-    else:
-        role, field = message.required("role"), "content"
-        if not isinstance(role, str):
-            raise UserError(f"{place}: field '{path}.role' must be text, found {describe(role)}")
-        check_unicode(role, place, f"{path}.role")
-    is_empty = not field or (calls and field not in message)
-    content = "" if is_empty else _read_content(message, field)
-    calls = {name: decoded_json(value, place, f"{path}.{name}") for name, value in calls.items()}
-    read = {"role": role, "content": content} | calls
-    read |= {name: message[name] for name in message if name not in (*CALLS, "from", "value", "role", "content")}
-    if "weight" in read:
-        read["weight"] = read_weight(read["weight"], place, f"{path}.weight")
-        if role != "assistant":  # nobody learns to speak as another
-            del read["weight"]
-    check_json({name: value for name, value in read.items() if name not in ("role", "content")}, place, path)
+    is_sharegpt = "from" in message and "role" not in message
+    role, content_name, calls = _speaker(message) if is_sharegpt else (_role(message), "content", {})
+    calls |= {
+        name: read_calls(message, name) for name in CALLS if name not in calls and not is_empty(message.get(name))
+    }
+    no_content = content_name is None or (calls and content_name not in message)
+    read = {"role": role, "content": "" if no_content else _read_content(message, str(content_name))} | calls
+    for name in message:
+        if name not in (*CALLS, "role", "content", *(("from", "value") if is_sharegpt else ())):
+            read |= _read_other(message, name)
+    if role != "assistant":  # nobody learns to speak as another
+        read.pop("weight", None)
     return read
 
 
-def _call(call: Any) -> Any:
-    """ShareGPT's call, ``{"name": ..., "arguments": ...}``, in OpenAI's form."""
-    is_bare = isinstance(call, dict) and "name" in call and "function" not in call
-    return {"type": "function", "function": call} if is_bare else call
+def _role(message: View) -> str:
+    role = message.required("role")
+    if not isinstance(role, str):
+        raise UserError(f"{message.place}: field '{message.path_of('role')}' must be text, found {describe(role)}")
+    return check_unicode(role, message.place, message.path_of("role"))
+
+
+def _speaker(message: View) -> tuple[str, str | None, dict[str, Any]]:
+    """(role, the field with the content, tool calls) of a message of ShareGPT, whose calls are JSON text."""
+    speaker = message["from"]
+    if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
+        raise UserError(
+            f"{message.place}: field '{message.path_of('from')}' must be one of {', '.join(SPEAKERS)}, found "
+            f"{describe(speaker)}"
+        )
+    role = SPEAKERS[speaker.lower()]
+    if speaker.lower() != "function_call":
+        return role, "value", {}
+    message.required("value")
+    called = read_calls(message, "value", "tool_calls")
+    return role, None, {"tool_calls": [_in_full(call) for call in called]}
+
+
+def _in_full(call: dict[str, Any]) -> dict[str, Any]:
+    """A call as OpenAI has it, of one that is no more than a name and arguments."""
+    return call if "function" in call else {"type": "function", "function": call}
+
+
+def read_calls(record: View, name: str, kind: str | None = None) -> Any:
+    """``tool_calls``, a list of objects, or OpenAI's former ``function_call``, an object; either also as JSON text."""
+    calls = decoded_json(record[name], record.place, record.path_of(name))
+    if (kind or name) == "tool_calls":
+        calls = [calls] if isinstance(calls, dict) else calls
+        well_formed = isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    else:
+        well_formed = isinstance(calls, dict)
+    if not well_formed:
+        raise UserError(
+            f"{record.place}: field '{record.path_of(name)}' must be calls of tools as objects, found {describe(calls)}"
+        )
+    check_json(calls, record.place, record.path_of(name))
+    return calls
+
+
+def _read_other(message: View, name: str) -> dict[str, Any]:
+    """A field for the template; none where it is empty, and none, left as not used, where JSON has no such value."""
+    value = message.peek(name)
+    if name == "weight":
+        return {name: read_weight(message[name], message.place, message.path_of(name))}
+    if is_empty(value):
+        message[name]
+        return {}
+    if not is_json(value):
+        return {}
+    check_json(value, message.place, message.path_of(name))
+    return {name: message[name]}
 
 
 def _read_content(message: View, field: str) -> str:

@@ -20,11 +20,12 @@ from nemo_rao.data.messages import (
     as_messages,
     check_prompt,
     decoded_json,
+    is_empty,
     read_messages,
     read_prompt,
     without_weights,
 )
-from nemo_rao.data.transcripts import is_transcript, split_prompt
+from nemo_rao.data.transcripts import split_prompt
 from nemo_rao.data.view import View
 from nemo_rao.data.writing import TEMPLATE_COLUMNS
 from nemo_rao.errors import UserError
@@ -94,11 +95,7 @@ def prompt_name(record: View, own: str = "prompt") -> str | None:
 
 def _is_filled(record: View, name: str) -> bool:
     """Whether the field is there and not empty, without taking it."""
-    return name in record and not _is_empty(record.peek(name))
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, list, dict, tuple)) and not value) or str(value).isspace()
+    return name in record and not is_empty(record.peek(name))
 
 
 def _unanswered(record: View, name: str) -> Messages | None:
@@ -107,7 +104,7 @@ def _unanswered(record: View, name: str) -> Messages | None:
     last = value[-1] if isinstance(value, list) and value else None
     if not isinstance(last, dict) or _is_answer(last):
         return None
-    return check_prompt(read_messages(record[name], record, name), record.place, record.path_of(name))
+    return read_messages(record[name], record, name)
 
 
 def asks_alone(record: View) -> bool:
@@ -123,24 +120,26 @@ def _is_answer(message: object) -> bool:
     return isinstance(message, dict) and SPEAKERS.get(str(message.get("role", message.get("from")))) == "assistant"
 
 
-def with_context(record: View, content: str | Messages) -> Asked:
-    """The prompt after its system message and history, a transcript as messages."""
-    plain, awaits_answer = None, True
-    from_text = isinstance(content, str) and is_transcript(content)
-    if isinstance(content, str) and from_text:
+def with_context(record: View, content: str | Messages, name: str = "prompt") -> Asked:
+    """The prompt after its system message and history, a transcript as messages; ``name``: its field, for messages.
+
+    Raises:
+        UserError: its last message is empty or the assistant's.
+    """
+    plain: str | None = None
+    awaits_answer = True
+    if isinstance(content, str) and (transcript := split_prompt(content)) is not None:
         plain = content
-        content, awaits_answer = split_prompt(content)
-        if not content:
-            raise UserError(f"{record.place}: the prompt is a transcript without a message before 'Assistant:'")
-        if content[-1]["role"] == "assistant":
-            raise UserError(f"{record.place}: the prompt is a transcript that ends with an answer; end it before that")
+        content, awaits_answer = transcript
+    is_transcript = plain is not None
     before = (*_system(record, content), *_history(record))
     if before:
         messages = ({"role": "user", "content": content},) if isinstance(content, str) else content
         leading = 1 if messages and messages[0]["role"] == "system" and before[0]["role"] != "system" else 0
         content, plain = (*messages[:leading], *before, *messages[leading:]), None
-    asked = content if isinstance(content, str) else without_weights(content)
-    return Asked(asked, from_text, plain, awaits_answer)
+    if not isinstance(content, str) and content:
+        content = check_prompt(without_weights(content), record.place, name)
+    return Asked(content, is_transcript, plain, awaits_answer)
 
 
 def _system(record: View, content: str | Messages) -> Messages:
@@ -201,7 +200,8 @@ def read_template_fields(record: View) -> dict[str, Any]:
                 f"{record.place}: field 'chat_template_kwargs' must be an object, found {describe(given)}; drop it"
             )
         found = given | found
-    check_json(found, record.place, "tools")
+    for name, value in found.items():
+        check_json(value, record.place, name)
     return found
 
 
@@ -215,7 +215,7 @@ def check_nothing_asked_is_left(record: View, content: str | Messages, responses
     texts = _texts_of(content, responses) if suspects else set()
     left = []
     for name, value in suspects.items():
-        if _is_empty(value) or _says_only(as_messages(value, record.place, name), texts):
+        if is_empty(value) or _says_only(as_messages(value, record.place, name), texts):
             record[name]
         else:
             left.append(name)

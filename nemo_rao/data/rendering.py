@@ -262,15 +262,19 @@ class ChatRenderer:
         content = contents_of(message)
         if not content.strip() and not field_names([message]):
             raise BoundaryError(f"{row.place}: {answer.name} has {NO_TOKEN}; drop the row")
-        ended = content.rstrip()
-        if ended.endswith(self.template.end_text) and ended != self.template.end_text:
-            message["content"] = ended.removesuffix(self.template.end_text)
-            remarks.append(f"responses end with the end token {self.template.end_text} already, which is not repeated")
-        markers = [marker for marker in self.template.markers if marker in content and marker != self.template.end_text]
+        end_text, closed = self.template.end_text, False
+        bare = content.rstrip().removesuffix(end_text)
+        if bare != content.rstrip() and bare.strip() and not answer.truncated:
+            remarks.append(f"responses end with the end token {end_text} already, which is not repeated")
+            closed = self.template.num_ends == 0  # the template puts none there
+            message["content"] = content.rstrip() if closed else bare
+        markers = [marker for marker in self.template.markers if marker in content and marker != end_text]
         if markers:
             remarks.append(f"responses hold the chat template's own tokens ({markers[0]})")
         complete = self._verbatim if self.verbatim else self._rendered
-        answer.whole = complete(answer, messages, message, row, remarks)
+        answer.whole = complete(answer, messages, message, row)
+        if closed:
+            answer.whole = answer.whole[: answer.whole.rindex(end_text) + len(end_text)]
         if answer.truncated:
             if not answer.whole.endswith(self.template.behind):
                 raise BoundaryError(
@@ -279,9 +283,7 @@ class ChatRenderer:
                 )
             answer.whole = answer.whole.removesuffix(self.template.behind)
 
-    def _verbatim(
-        self, answer: Answer, messages: Sequence[Message], message: Message, row: Row, remarks: list[str]
-    ) -> str:
+    def _verbatim(self, answer: Answer, messages: Sequence[Message], message: Message, row: Row) -> str:
         template, text = self.template, contents_of(message)
         if names := field_names([message]):
             raise ContentError(
@@ -290,12 +292,14 @@ class ChatRenderer:
             )
         if template.opening:
             tag = template.opening.strip()
-            blanks = template.opening[template.opening.index(tag) + len(tag) :]
-            if text.lstrip().startswith(tag):
-                text = text.lstrip().removeprefix(tag)
-                if not text.startswith(blanks):
-                    remarks.append(f"responses have other blanks behind {tag} than the generation prompt")
-                text = text.removeprefix(blanks)
+            if text.startswith(template.opening):
+                text = text.removeprefix(template.opening)
+            elif text.lstrip().startswith(tag):
+                raise ThinkingError(
+                    f"{row.place}: {answer.name} begins with {quoted(text[: text.index(tag) + len(tag) + 1])}, and not "
+                    f"with the {template.opening!r} that ends the generation prompt; write the same in the row, or "
+                    f"{_NO_BLOCK}"
+                )
             if template.closing not in text and not answer.truncated:
                 raise ThinkingError(
                     f"{row.place}: {answer.name} has no {template.closing}, which closes the {tag} at the end of the "
@@ -303,18 +307,16 @@ class ChatRenderer:
                 )
         return answer.before + template.before + text + template.behind
 
-    def _rendered(
-        self, answer: Answer, messages: Sequence[Message], message: Message, row: Row, remarks: list[str]
-    ) -> str:
+    def _rendered(self, answer: Answer, messages: Sequence[Message], message: Message, row: Row) -> str:
         template, fields = self.template, row.template_fields
         whole = template.render([*messages, message], row.place, fields)
         if not whole.startswith(answer.before):
             if template.opening and whole.startswith(answer.before.removesuffix(template.opening)):
                 closed = template.closing in contents_of(message)
-                remedy = "set data.answers=verbatim" if closed else f"it has no {template.closing} either"
+                remedy = "; set data.answers=verbatim, " if closed else f", nor does this one have {template.closing}; "
                 raise ThinkingError(
                     f"{row.place}: the generation prompt ends with {template.opening!r}, which the chat template does "
-                    f"not repeat before {answer.name}; {remedy}, {_NO_BLOCK}"
+                    f"not repeat before {answer.name}{remedy}{_NO_BLOCK}"
                 )
             raise BoundaryError(
                 f"{row.place}: {answer.name} has no boundary in tokens: the chat template renders the prompt otherwise "

@@ -118,7 +118,7 @@ class LoadReport:
     def about_bad(self) -> list[str]:
         """Each cause of bad rows, with its first row."""
         return [
-            f"{_rows(rows, 'bad ')} dropped ({cause}; first: {self.examples[cause]})"
+            f"{_rows(rows, 'bad ')} dropped ({'' if rows == 1 else f'{cause}; first: '}{self.examples[cause]})"
             for cause, rows in self.bad.items()
         ]
 

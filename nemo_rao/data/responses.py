@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_rao.batch import Response, Row
 from nemo_rao.data.fields import Messages, check_json, describe, read_text
-from nemo_rao.data.messages import CALLS, answer_of, decoded_json, read_messages, read_truncated, read_weight
+from nemo_rao.data.messages import CALLS, answer_of, is_empty, read_calls, read_messages, read_truncated, read_weight
 from nemo_rao.data.prompt import Asked, check_nothing_asked_is_left, read_template_fields
 from nemo_rao.data.rewards import RewardField, read_reward
 from nemo_rao.data.transcripts import has_turns, split_answer_marker
@@ -33,16 +33,16 @@ def read_response(record: View, content_name: str, reward_name: str, reward_fiel
 
 def _answer_fields(record: View) -> dict[str, Any]:
     """What a response has for the chat template: ``reasoning_content``, ``tool_calls``, ``message_fields``."""
-    fields = {name: record[name] for name in ANSWER_FIELDS if name in record}
-    if "tool_calls" in fields:
-        fields["tool_calls"] = decoded_json(fields["tool_calls"], record.place, record.path_of("tool_calls"))
-    if "message_fields" in record:
-        others = record["message_fields"]
-        if not isinstance(others, dict):
-            path = record.path_of("message_fields")
-            raise UserError(f"{record.place}: field '{path}' must be an object, found {describe(others)}")
-        fields = {name: value for name, value in others.items() if value is not None} | fields
-    check_json(fields, record.place, record.path_of("message_fields"))
+    others = record.get("message_fields", {})
+    path = record.path_of("message_fields")
+    if not isinstance(others, dict):
+        raise UserError(f"{record.place}: field '{path}' must be an object, found {describe(others)}")
+    fields = {name: value for name, value in others.items() if not is_empty(value)}
+    for name in ANSWER_FIELDS:
+        if not is_empty(record.get(name)):
+            fields[name] = read_calls(record, name) if name in CALLS else record[name]
+    if fields:
+        check_json(fields, record.place, path)
     return fields
 
 

@@ -13,8 +13,15 @@ from nemo_rao.data.view import Columns
 from nemo_rao.errors import UserError
 
 __all__ = [
-    *("HUB", "JSON_LINES", "OnBad", "Paths"),
-    *("expand_paths", "is_saved_dataset", "read_records_of", "read_rows", "same_prompt"),
+    "HUB",
+    "JSON_LINES",
+    "OnBad",
+    "Paths",
+    "expand_paths",
+    "is_saved_dataset",
+    "read_records_of",
+    "read_rows",
+    "same_prompt",
 ]
 
 

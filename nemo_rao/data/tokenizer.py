@@ -49,11 +49,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 def _load(name: str) -> PreTrainedTokenizerBase:
     import transformers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    if int(transformers.__version__.split(".")[0]) >= 5:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    config = get_tokenizer_config(name)
+    config = _config_of_5(name)
     kind = config.get("tokenizer_class")
     if kind in OTHER_CLASSES_OF_5:
         raise UserError(
@@ -65,6 +62,29 @@ def _load(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **arguments)
     with _without_warnings("transformers.tokenization_utils_base"):  # about the class's other name
         return PreTrainedTokenizerFast.from_pretrained(name, **arguments)
+
+
+def written_by_5(name: str) -> bool:
+    """Whether transformers 5 wrote the tokenizer in a form that transformers 4's own loaders refuse."""
+    return bool(_config_of_5(name))
+
+
+def save_for_4(name: str, folder: str | os.PathLike[str]) -> None:
+    """Save the tokenizer so that transformers 4's own loaders, which others call, take it."""
+    load_tokenizer(name).save_pretrained(folder)
+
+
+def _config_of_5(name: str) -> dict[str, Any]:
+    """tokenizer_config.json, if it is in a form that is new in transformers 5 and unknown to the one in use."""
+    import transformers
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return {}
+    config: dict[str, Any] = get_tokenizer_config(name)
+    new_class = config.get("tokenizer_class") in (FAST_CLASS_OF_5, *OTHER_CLASSES_OF_5)
+    new_names = isinstance(config.get("extra_special_tokens"), list) or "model_specific_special_tokens" in config
+    return config if new_class or new_names else {}
 
 
 @contextlib.contextmanager

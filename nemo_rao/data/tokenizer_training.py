@@ -82,5 +82,5 @@ def texts_of_rows(rows: Iterable[Row]) -> Iterator[str]:
         if isinstance(row.prompt, str):
             yield row.prompt
         else:
-            yield from (message["content"] for message in row.prompt)
+            yield from (message["content"] for message in row.prompt if message["content"])
         yield from (response.content for response in row.responses)

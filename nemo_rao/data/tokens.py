@@ -10,6 +10,8 @@ from nemo_rao.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_WHOLE = {"split_special_tokens": False}
+
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without any that the tokenizer adds at its ends. Fast tokenizers use several threads.
@@ -22,10 +24,10 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     batch = tokenizer(
         list(texts),
         add_special_tokens=False,
-        split_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
+        **_WHOLE if tokenizer.split_special_tokens else {},
     )
     return [list(ids) for ids in batch["input_ids"]]
 
@@ -34,7 +36,7 @@ def beginning_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts before plain text."""
     text = "Plain text."
     (bare,) = token_ids(tokenizer, [text])
-    full = tokenizer(text, add_special_tokens=True, split_special_tokens=False)["input_ids"]
+    full = tokenizer(text, add_special_tokens=True, **_WHOLE if tokenizer.split_special_tokens else {})["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return list(full[:start])

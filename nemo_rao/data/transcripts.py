@@ -35,11 +35,19 @@ def has_turns(text: str) -> bool:
     return _TURN.search(text) is not None
 
 
-def split_prompt(text: str) -> tuple[tuple[Mapping[str, Any], ...], bool]:
-    """(the messages of a prompt's transcript, whether it ends where the assistant begins to answer)."""
+def split_prompt(text: str) -> tuple[tuple[Mapping[str, Any], ...], bool] | None:
+    """(the messages of a prompt's transcript, whether it ends where the assistant begins to answer).
+
+    None for other texts, and for those that may as well be what a user wrote about a conversation: they end with an
+    answer, or with the human's turn and do not begin with the blank line of a published transcript.
+    """
+    if not is_transcript(text):
+        return None
     messages = [message for message, _ in turns_of(text)]
-    open_answer = messages[-1]["role"] == "assistant" and not messages[-1]["content"]
-    return tuple(messages[:-1] if open_answer else messages), open_answer
+    last = messages[-1]
+    if last["role"] == "assistant" and not last["content"]:
+        return tuple(messages[:-1]), True
+    return (tuple(messages), False) if last["role"] == "user" and text[:2] == "\n\n" else None
 
 
 def split_answer_marker(text: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ class Prompt:
         place: where it came from.
         fields: what else its row had, such as a reference answer, where the row had no responses.
         template_fields, plain: ``template_fields`` and ``plain_prompt`` of :class:`nemo_rao.batch.Row`.
-        unused: paths of the fields of a row with responses that nothing reads; they are not among ``fields``.
+        unused: paths of the fields that nothing reads and that are not among ``fields``.
     """
 
     content: str | Messages
@@ -123,7 +123,7 @@ def _prompts_of_source(source: str, names: Columns) -> Iterator[Prompt]:
         fields = view.unread() if alone else {}
         one_of_several = known is not None and known.one_response_a_record
         if not (one_of_several and before is not None and rows.same_prompt(before, row)):
-            unused = () if alone else row.unused
+            unused = tuple(path for path in row.unused if path not in fields)
             yield Prompt(row.prompt, place, fields, row.template_fields, row.plain_prompt, unused)
         before = row if one_of_several else None
 

@@ -202,12 +202,12 @@ def _classifier(model: Any, head: Any, tokenizer: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
     from transformers.modeling_utils import no_init_weights
 
-    from nemo_rao.data.encode import Encoder
+    from nemo_rao.data.encode import end_tokens
 
     config = copy.deepcopy(model.config)
     config.num_labels = len(head)
     # It reads the last token that is no padding. Where the end token pads, too, one row at a time is all it can do.
-    ends = {Encoder(tokenizer).end_token_id, tokenizer.eos_token_id}
+    ends = end_tokens(tokenizer)
     config.pad_token_id = None if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
     with no_init_weights():
         classifier = AutoModelForSequenceClassification.from_config(config, torch_dtype=model.dtype)
@@ -221,11 +221,9 @@ def _generation_config(base: Described, tokenizer: Any) -> Any:
     """The model's own, where it came with the tokenizer; generation ends at the end of a turn and of a text."""
     from transformers import GenerationConfig
 
-    from nemo_rao.data.encode import Encoder
+    from nemo_rao.data.encode import end_tokens
 
-    ends = [Encoder(tokenizer).end_token_id]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
+    ends = end_tokens(tokenizer)
     given = Path(base.tokenizer) / "generation_config.json"
     carried = json.loads(given.read_text()) if given.is_file() else {}
     carried.pop("_from_model_config", None)

@@ -149,12 +149,16 @@ def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens:
 
 def _copy_tokenizer(source: Path, folder: Path, given: Mapping[str, Any], name: str) -> None:
     """The tokenizer as it is, in a folder of its own: NeMo copies that folder into every checkpoint."""
+    from nemo_rao.data.tokenizer import save_for_4, written_by_5
+
     folder.mkdir()
     for file in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / file).is_dir():
             shutil.copytree(source / file, folder / file)
         elif (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
+    if written_by_5(str(folder)):
+        save_for_4(str(folder), folder)
     kept = {key: value for key, value in given.items() if key != "auto_map"}
     (folder / "config.json").write_text(json.dumps({**kept, "_name_or_path": name}, indent=2) + "\n")
 

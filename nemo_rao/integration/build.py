@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import math
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
 
+from nemo_rao.data.tokenizer import save_for_4, written_by_5
 from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.integration.config import PrecisionConfig, RunConfig
 from nemo_rao.integration.derived import objective_config
@@ -111,7 +116,18 @@ def optimizer(config: RunConfig, max_steps: int) -> MegatronOptimizerModule:
 def tokenizer(config: RunConfig) -> AutoTokenizer:
     """The Hugging Face tokenizer in NeMo's wrapper."""
     assert config.data.tokenizer is not None
-    return AutoTokenizer(str(Path(config.data.tokenizer).expanduser()), trust_remote_code=False)
+    return AutoTokenizer(_loadable(str(Path(config.data.tokenizer).expanduser())), trust_remote_code=False)
+
+
+@functools.cache
+def _loadable(name: str) -> str:
+    """The tokenizer's folder or name, or a copy that lasts as long as the process, where NeMo could not load it."""
+    if not written_by_5(name):
+        return name
+    folder = tempfile.mkdtemp(prefix="nemo_rao_tokenizer_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save_for_4(name, folder)
+    return folder
 
 
 def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignmentModel:

@@ -115,21 +115,6 @@ def test_chosen_and_rejected_share_the_prompt_and_stay_in_order(record, prompt, 
     assert row.ranked
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "prompt"),
-    [
-        ("The sky is blue.", "The sky is black.", "The sky is"),  # no word is cut
-        ("\n\nHuman: a\n\nAssistant: I do", "\n\nHuman: a\n\nAssistant: I do not", "\n\nHuman: a\n\nAssistant:"),
-        ("Yes it is", "Yes it", "Yes"),  # neither side is left empty
-        ("Same answer", "Same answer", "Same"),
-    ],
-)
-def test_text_without_a_prompt_is_split_where_the_sides_part(chosen, rejected, prompt, write_lines):
-    (row,) = read_rows(write_lines([{"chosen": chosen, "rejected": rejected}]))
-    assert row.prompt == prompt
-    assert [prompt + response.content for response in row.responses] == [chosen, rejected]
-
-
 def test_identical_conversations_keep_their_last_message_as_the_answer(write_lines):
     (row,) = read_rows(write_lines([{"chosen": [USER, GOOD], "rejected": [USER, GOOD]}]))
     assert row.prompt == (USER,)
@@ -194,7 +179,7 @@ def test_a_label_is_a_reward_of_1_or_0_where_there_is_no_reward(kind, fields, re
     unpaired = {"prompt": "Hi?", "completion": "Hello!"} | fields
     canonical = {"prompt": "Hi?", "responses": [{"content": "Hello!"} | fields]}
     (row,) = read_rows(write_lines([unpaired if kind == "unpaired" else canonical]))
-    assert row == Row("Hi?", (Response("Hello!", reward),), row.place)
+    assert (row.prompt, row.responses) == ("Hi?", (Response("Hello!", reward),))
 
 
 def test_a_completion_is_text_or_one_assistant_message_whatever_the_prompt(write_lines):
@@ -441,6 +426,8 @@ UNPAIRED = {"prompt": "Hi?", "completion": "Hello!"}
         ({"prompt": "Hi?", "chosen_response": "x", "rejected_response": ""}, "rejected_response", "is empty"),
         # conversations
         ({"prompt": [USER, GOOD], "responses": [{"content": "x"}]}, "prompt", "ends with an assistant message"),
+        ({"chosen": [USER, GOOD, GOOD], "rejected": [USER, GOOD, BAD]}, "prompt", "ends with an assistant message"),
+        ({"chosen": [USER | {"content": ""}, GOOD], "rejected": [USER | {"content": ""}, BAD]}, "content", "is empty"),
         ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "chosen", "one assistant message"),
         ({"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]}, "chosen", "one assistant message"),
         (

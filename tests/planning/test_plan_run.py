@@ -122,6 +122,10 @@ def test_prompts_and_responses_of_a_file_are_counted(file: Path, llama: RunConfi
     file.write_text('{"prompt": "a"')
     with pytest.raises(UserError, match="line 1"):
         size_of(llama, str(file))
+    keys = override(llama, ["data.bad_rows=drop", "data.columns={prompt: asked}", "data.ignore_fields=[context]"])
+    row = {"asked": "Hi?", "context": "none", "responses": [{"content": "a"}, {"content": "b"}]}
+    file.write_text("{\n" + json.dumps(row) + "\n")
+    assert size_of(keys, str(file)) == DataSize(prompts=1, responses=2)
 
 
 @pytest.fixture
