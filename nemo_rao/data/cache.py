@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 import nemo_rao.batch
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import depends_on_the_day
-from nemo_rao.data.rows import Paths, expand_paths
-from nemo_rao.data.sources import is_saved_dataset
+from nemo_rao.data.rows import Paths, expand_paths, is_saved_dataset
 from nemo_rao.data.store import FORMAT, PreferenceData, open_data
 from nemo_rao.errors import UserError
 from nemo_rao.files import one_at_a_time, remove_folder

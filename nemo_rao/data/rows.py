@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from nemo_rao.batch import Row
 from nemo_rao.data.formats import recognise
 from nemo_rao.data.rewards import RewardField
-from nemo_rao.data.sources import OnBad, Paths, expand_paths, read_records_of
+from nemo_rao.data.sources import HUB, JSON_LINES, OnBad, Paths, expand_paths, is_saved_dataset, read_records_of
 from nemo_rao.data.view import Columns
 from nemo_rao.errors import UserError
 
