@@ -168,9 +168,7 @@ def _head(response: ShownResponse, row: ShownRow) -> str:
     if response.num_tokens is not None:
         parts.append(f'<span class="soft">{response.num_tokens:,} tokens</span>')
     if response.ended and response.pieces[-1].kind is Kind.END:
-        parts.append(
-            f'<span class="soft">ends with</span><span class="sample e">{_text(response.pieces[-1].text)}</span>'
-        )
+        parts.append(f'<span class="sample e">ends with {_text(response.pieces[-1].text)}</span>')
     if response.pieces and not response.ended:
         parts.append('<span class="soft">no end token</span>')
     return f'<p class="head">{"".join(parts)}</p>'

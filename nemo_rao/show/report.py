@@ -44,7 +44,7 @@ def reasons(report: LoadReport) -> list[tuple[str, int, str]]:
 def remarks(seen: Inspection) -> list[str]:
     """All that the loader reported, and what the numbers show."""
     found = [*seen.report.about_kept(), *seen.numbers.remarks()]
-    if seen.first is not None:
+    if seen.first is not None and seen.report.rows_read >= seen.first:
         found.insert(0, f"only the first {seen.first:,} rows were read (--first); a run reads all")
     if seen.validation is not None:
         said = seen.report.notes

@@ -55,6 +55,12 @@ def settings(
     first_token: int,
     resolved: Any,
 ) -> list[Setting]:
+    """The keys that decide what a row becomes, and what follows from the tokenizer.
+
+    Args:
+        first_token: of the prompts.
+        resolved: the objective's keys, with what depends on the data resolved.
+    """
     objective = registry.get(config.model.objective)
     template = "text as it stands"
     if encoder.uses_template:

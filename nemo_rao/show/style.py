@@ -61,9 +61,11 @@ figure .mark { stroke: var(--mark); stroke-dasharray: 4 3; } figure text.mark { 
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: .9rem;
   margin-top: .9rem; align-items: start; }
 .part { min-width: 0; margin-top: .9rem; } .answers .part { margin-top: 0; }
+.sample { padding: .05rem .45rem; font-size: .85rem; border-radius: 2px; }
 .head { display: flex; flex-wrap: wrap; gap: .15rem .6rem; align-items: baseline; margin-bottom: .35rem;
   font-size: .85rem; }
 .head b { font-size: .9rem; }
+.head .sample { font-size: .75rem; font-weight: 500; white-space: nowrap; }
 .badge { border-radius: 99px; padding: 0 .55rem; font-size: .78rem; font-weight: 600; color: var(--card); }
 .badge.chosen { background: var(--chosen); } .badge.rejected { background: var(--rejected); }
 .badge.left, .badge.cut { background: var(--soft); }
@@ -80,7 +82,6 @@ figure .mark { stroke: var(--mark); stroke-dasharray: 4 3; } figure text.mark { 
 .text span[data-t]:hover::after { content: attr(data-t); position: fixed; left: 50%; bottom: 1rem; z-index: 2;
   transform: translateX(-50%); max-width: calc(100vw - 2rem); background: var(--ink); color: var(--paper);
   font-weight: 400; padding: .4rem .8rem; border-radius: 8px; white-space: pre-wrap; pointer-events: none; }
-.sample { padding: .05rem .45rem; font-size: .85rem; border-radius: 2px; }
 body:has(#borders:checked) .text span { box-shadow: inset -1px 0 var(--soft); }
 body:has(#whole:checked) .text { max-height: none; }
 table { border-collapse: collapse; width: 100%; }
