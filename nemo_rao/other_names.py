@@ -270,6 +270,8 @@ COMMANDS: dict[str, str] = {
     "sample": "generate",
     "eval": "evaluate",
     "estimate": "plan",
+    "preprocess": "show",
+    "inspect": "show",
 }
 
 # Files of recipe groups that a command makes.

@@ -32,9 +32,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integration": FOUNDATION
     | {"data", "ops", "objectives", "mcore", "cpu", "gpus", "progress", "scoring", "planning"},
     "hugging_face": FOUNDATION | {"data", "mcore", "integration", "model_files"},
+    "show": FOUNDATION | {"data", "integration", "objectives", "progress"},
     "cluster": FOUNDATION | {"integration"},
     "doctor": FOUNDATION | {"integration", "planning"},  # the latter in processes of their own
-    "commands": {"errors", "other_names", "cluster", "doctor", "generation", "hugging_face", "integration", "scoring"},
+    "commands": {
+        *("errors", "other_names", "cluster", "doctor", "generation", "hugging_face", "integration", "scoring", "show")
+    },
     "cli": {"errors", "other_names", "commands", "malloc"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -48,7 +51,7 @@ HEAVY: dict[str, set[str]] = {
     "nemo_run": {"doctor", "integration"},
     "hydra": {"cluster", "integration"},
     "omegaconf": {"cluster", "integration"},
-    "transformers": {"data", "doctor", "generation", "hugging_face"},
+    "transformers": {"data", "doctor", "generation", "hugging_face", "show"},
     "vllm": {"doctor", "generation"},
     "lm_eval": {"doctor", "generation"},
     "torch": {

@@ -59,6 +59,7 @@ def load_preferences(
     reward_field: RewardField = None,
     columns: Mapping[str, str] | None = None,
     ignore_fields: Sequence[str] = (),
+    max_rows: int | None = None,
     progress: Callable[[int], None] | None = None,
     observer: Callable[[Outcome], None] | None = None,
 ) -> PreferenceData:
@@ -87,6 +88,7 @@ def load_preferences(
             them is dropped. ``without_end``: they are kept, and no end token follows them.
         chat_template, template_arguments, answers: see ``encode.Encoder``.
         reward_field, columns, ignore_fields: see ``rows.read_rows``.
+        max_rows: read the first so many rows that can be read; ``None``: all. For a look at large data.
         progress: called now and then with the number of rows read so far.
         observer: called with what became of each row, in the files' order but for records that cannot be read, which
             may come a little early.
@@ -121,7 +123,7 @@ def load_preferences(
             on_bad=unreadable.append if drops_bad else None,
         )
         try:
-            for number, row in enumerate(rows):
+            for number, row in enumerate(itertools.islice(rows, max_rows)):
                 yield from unreadable
                 unreadable.clear()
                 yield checks.apply(row, number)

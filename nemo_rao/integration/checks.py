@@ -44,7 +44,8 @@ def check_run(config: RunConfig, *, start_exists: bool = True) -> None:
     _check_layout(config)
     _check_peft(config)
     check_monitor(config)
-    _check_paths(config)
+    check_sources(config)
+    _check_results(config)
     if start_exists:
         check_start(config)
 
@@ -274,7 +275,12 @@ def _check_peft(config: RunConfig) -> None:
     check_targets(config, num_layers=arch.num_layers, experts=bool(arch.extra.get("num_moe_experts")))
 
 
-def _check_paths(config: RunConfig) -> None:
+def check_sources(config: RunConfig) -> None:
+    """Checks that data and tokenizer are named, and that the files are there.
+
+    Raises:
+        UserError: the first that is missing.
+    """
     data = config.data
     if data.train_path is None:
         raise UserError("data.train_path is not set; add data.train_path=FILE.jsonl")
@@ -286,7 +292,6 @@ def _check_paths(config: RunConfig) -> None:
     folder = os.path.expanduser(data.tokenizer)
     if (folder.startswith((".", "/")) or folder.count("/") > 1) and not os.path.isdir(folder):
         raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; give a folder or name of a tokenizer")
-    _check_results(config)
 
 
 def _check_results(config: RunConfig) -> None:

@@ -1,0 +1,108 @@
+"""Token ids as pieces of text, so that every boundary between tokens can be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+Decode = Callable[[Sequence[int]], str]
+
+_UNFINISHED = "\ufffd"  # what decoders give for bytes that are no whole character yet
+_LONGEST_CHARACTER = 8  # tokens after which bytes that still are no character are taken as they are
+_BEGINNING = 100  # characters by which a message is found of which only the beginning is shown
+_KEPT_INVISIBLE = {"\n", "\t", " ", "\u200c", "\u200d"}  # joiners are parts of emoji and of several scripts
+
+
+class Kind(Enum):
+    """What a token is to a training."""
+
+    PROMPT = "prompt"  # of a message of the prompt
+    TEMPLATE = "template"  # written by the chat template around messages, or a later turn that is not the assistant's
+    RESPONSE = "response"  # its log-probability is trained
+    END = "end"  # likewise: the token that ends the response
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token, or several where only together they are whole characters."""
+
+    text: str
+    ids: tuple[int, ...]
+    kind: Kind
+
+
+def pieces_of(ids: Sequence[int], kinds: Sequence[Kind], decode: Decode) -> list[Piece]:
+    """The tokens' texts in order; joined they are the text of all.
+
+    Tokens are decoded after those of the piece before them: decoders of SentencePiece drop the blank before the first
+    token. Tokens of different kinds are never in one piece.
+
+    Args:
+        ids: token ids.
+        kinds: of each.
+        decode: ids -> text, special tokens included.
+    """
+    assert len(ids) == len(kinds)
+    pieces: list[Piece] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        is_last = end == len(ids) or kinds[end] is not kinds[start]
+        before = pieces[-1].ids if pieces else ()
+        known = decode(before) if before else ""
+        text = decode((*before, *ids[start:end]))[len(known) :]
+        if text.endswith(_UNFINISHED) and not is_last and end - start < _LONGEST_CHARACTER:
+            continue
+        pieces.append(Piece(text, tuple(int(one) for one in ids[start:end]), kinds[start]))
+        start = end
+    return pieces
+
+
+def runs(pieces: Sequence[Piece]) -> Iterator[tuple[Kind, str]]:
+    """Neighbouring pieces of one kind as one text."""
+    kind: Kind | None = None
+    text: list[str] = []
+    for piece in pieces:
+        if piece.kind is not kind:
+            if kind is not None:
+                yield kind, "".join(text)
+            kind, text = piece.kind, []
+        text.append(piece.text)
+    if kind is not None:
+        yield kind, "".join(text)
+
+
+def kinds_of_prompt(pieces: Sequence[Piece], contents: Sequence[str], *, cut: bool = False) -> list[Piece]:
+    """A prompt's pieces, those outside the messages' contents marked as the template's.
+
+    Args:
+        contents: of the messages, in order; one that is not found is passed over.
+        cut: the pieces end before the prompt does.
+    """
+    text = "".join(piece.text for piece in pieces)
+    spans, at = [], 0
+    for content in contents:
+        wanted = content.strip()
+        found = text.find(wanted, at)
+        if found < 0 and cut:
+            found = text.find(wanted[:_BEGINNING], at)
+        if wanted and found >= 0:
+            at = found + len(wanted)
+            spans.append((found, at))
+    if not spans:
+        return list(pieces)
+    marked, start = [], 0
+    for piece in pieces:
+        end = start + len(piece.text)
+        inside = any(start < last and end > first for first, last in spans)
+        marked.append(Piece(piece.text, piece.ids, Kind.PROMPT if inside else Kind.TEMPLATE))
+        start = end
+    return marked
+
+
+def visible(text: str) -> str:
+    """The text without characters that a terminal or a page would obey rather than show: escapes, marks that turn the
+    writing direction, halves of surrogate pairs. They are written as in Python (``\\x1b``)."""
+    return "".join(
+        one if one.isprintable() or one in _KEPT_INVISIBLE else one.encode("unicode_escape").decode() for one in text
+    )

@@ -1,0 +1,99 @@
+"""The settings that decide what is trained on, as they are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemo_rao.data.encode import Encoder
+from nemo_rao.errors import UserError
+from nemo_rao.integration.config import DataConfig, RunConfig
+from nemo_rao.integration.derived import chosen_responses, total_steps
+from nemo_rao.objectives import registry
+from nemo_rao.show.pieces import Decode, visible
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Keys of ``data`` that do not change what a row becomes, or that are shown elsewhere.
+_UNSHOWN = {
+    *("train_path", "tokenizer", "cache", "cache_dir", "shuffle", "pad_to_multiple_of", "packing", "prefix_sharing"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key that decides what is trained on.
+
+    Attributes:
+        is_default: it has its default value.
+    """
+
+    name: str
+    value: str
+    is_default: bool = False
+
+
+def steps(config: RunConfig, num_prompts: int) -> str:
+    """The run's length, "144 steps of 8 prompts (3 epochs)", or why it cannot run."""
+    batch = config.model.global_batch_size
+    try:
+        number = total_steps(config, num_prompts)
+    except UserError as error:
+        return f"cannot train yet: {error}"
+    epochs = f"{number * batch / num_prompts:.3g}"
+    length = f"{number:,} step{'' if number == 1 else 's'} of {batch:,} prompts"
+    return f"{length} ({epochs} epoch{'' if epochs == '1' else 's'})"
+
+
+def settings(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    decode: Decode,
+    first_token: int,
+    resolved: Any,
+) -> list[Setting]:
+    """The keys that decide what a row becomes, and what follows from the tokenizer.
+
+    Args:
+        first_token: of the prompts.
+        resolved: the objective's keys, with what depends on the data resolved.
+    """
+    objective = registry.get(config.model.objective)
+    template = "text as it stands"
+    if encoder.uses_template:
+        template = "the tokenizer's"
+    elif tokenizer.chat_template is None:
+        template = "text as it stands: the tokenizer has none"
+    found = [
+        Setting("objective", f"{objective.name}: {objective.formula}"),
+        Setting("model.seq_length", f"{config.model.seq_length:,} tokens"),
+        Setting("data.tokenizer", f"{config.data.tokenizer} ({len(tokenizer):,} tokens)"),
+        Setting("chat template", template),
+        Setting("first token", f"{visible(decode([first_token]))!s} ({first_token})"),
+        Setting("end token", f"{visible(decode([encoder.end_token_id]))!s} ({encoder.end_token_id})"),
+    ]
+    for field in dataclasses.fields(DataConfig):
+        if field.name in _UNSHOWN:
+            continue
+        value, default = vars(config.data)[field.name], vars(DataConfig())[field.name]
+        if field.name == "responses" and value is None:
+            found.append(Setting("data.responses", f"null: {chosen_responses(config)}", True))
+            continue
+        found.append(Setting(f"data.{field.name}", _text(value), value == default))
+    defaults = objective.config_type()
+    for field in dataclasses.fields(resolved):
+        value = vars(resolved)[field.name]
+        is_default = value == vars(defaults)[field.name]
+        found.append(Setting(f"model.{objective.name}.{field.name}", _text(value), is_default))
+    return found
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
