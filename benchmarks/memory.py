@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.results import parser, write_result
 from benchmarks.training import ENDLESS
-from nemo_rao.planning.gpus import GIB
+from nemo_rao.config.gpu_models import GIB
 
 LAYOUTS = {"rows": (), "packed": ("data.packing=true",), "shared": ("data.packing=true", "data.prefix_sharing=true")}
 
@@ -26,12 +26,12 @@ def run(recipe: str, config_dir: str | None, overrides: Sequence[str], threads: 
     import lightning.pytorch as pl
     import torch
 
-    from nemo_rao.integration.checks import check_run
-    from nemo_rao.integration.compose import compose
-    from nemo_rao.integration.derived import run_dir
-    from nemo_rao.integration.plan import setting_of
-    from nemo_rao.integration.train import train
+    from nemo_rao.config.checks import check_run
+    from nemo_rao.config.compose import compose
+    from nemo_rao.config.derived import run_dir
     from nemo_rao.planning.memory import stage_memory
+    from nemo_rao.planning.plan import setting_of
+    from nemo_rao.training.train import train
 
     class LargestMicroBatch(pl.Callback):
         tokens = 0

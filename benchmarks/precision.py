@@ -80,7 +80,7 @@ def main() -> None:
     arguments = arguments_of.parse_args()
     import torch
 
-    from nemo_rao.integration.prepare import import_nemo
+    from nemo_rao.training.prepare import import_nemo
 
     torch.set_num_threads(1)  # forking after PyTorch has started threads can hang
     import_nemo()
@@ -111,8 +111,8 @@ def main() -> None:
 def prepare(folder: Path, arguments: argparse.Namespace) -> list[str]:
     """W0 and W1, and the overrides of a run that starts from W0."""
     from nemo_rao.data.rows import read_rows
-    from nemo_rao.data.synthetic import write_preferences
-    from nemo_rao.data.tokenizer_training import texts_of_rows, train_tokenizer
+    from nemo_rao.demo.synthetic import write_preferences
+    from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
 
     num_prompts = max(PROBED, GLOBAL_BATCH * arguments.steps)
     write_preferences(folder / "train.jsonl", max(PROMPTS, num_prompts), RESPONSES)
@@ -183,9 +183,9 @@ def _child(folder: Path, function: Callable[..., None], arguments: Sequence[Any]
 
 
 def run_plain(recipe: str, overrides: Sequence[str], callbacks: Any = None) -> None:
-    from nemo_rao.integration.checks import check_run
-    from nemo_rao.integration.compose import compose
-    from nemo_rao.integration.train import as_they_are, train
+    from nemo_rao.config.checks import check_run
+    from nemo_rao.config.compose import compose
+    from nemo_rao.training.train import as_they_are, train
 
     config = compose(recipe, list(overrides))
     check_run(config)
@@ -205,7 +205,7 @@ def run_w1(overrides: Sequence[str], folder: Path) -> None:
 
 
 def weights(trainer: Any) -> Iterator[tuple[str, Any]]:
-    from nemo_rao.integration.callbacks import model_chunks
+    from nemo_rao.engines.nemo.callbacks import model_chunks
     from nemo_rao.mcore.forward import unwrapped
 
     [chunk] = model_chunks(trainer)
@@ -215,7 +215,7 @@ def weights(trainer: Any) -> Iterator[tuple[str, Any]]:
 def run_format(overrides: Sequence[str], folder: Path, label: str) -> None:
     import lightning.pytorch as pl
 
-    from nemo_rao.integration.callbacks import CalibrateScales
+    from nemo_rao.engines.nemo.callbacks import CalibrateScales
 
     class Probe(pl.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -233,7 +233,7 @@ def probe(trainer: Any, pl_module: Any, folder: Path) -> None:
     """Measures a format's numbers into ``probe.pt``, and leaves weights and scales as they were."""
     import torch
 
-    from nemo_rao.integration.callbacks import model_chunks
+    from nemo_rao.engines.nemo.callbacks import model_chunks
     from nemo_rao.mcore.calibration import calibrate
     from nemo_rao.mcore.quantisation import quantisation_kept
 

@@ -198,7 +198,7 @@ def stage_times(turn: Turn) -> Any:
     import torch
     from megatron.core.utils import get_model_config
 
-    from nemo_rao.integration.callbacks import model_chunks
+    from nemo_rao.engines.nemo.callbacks import model_chunks
 
     timers = StageTimers()
 

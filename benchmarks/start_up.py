@@ -19,8 +19,8 @@ from pathlib import Path
 
 from benchmarks.inputs import ModelSizes, made_up_rows
 from benchmarks.results import parser, summary, write_result
-from nemo_rao.data.tokenizer_training import train_tokenizer
-from nemo_rao.integration.config import DataConfig
+from nemo_rao.config.run_config import DataConfig
+from nemo_rao.demo.tokenizer_training import train_tokenizer
 
 
 def main() -> None:

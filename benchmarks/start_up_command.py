@@ -44,7 +44,8 @@ def main() -> None:
     parts = Parts(begin)
 
     def imports() -> Any:
-        from nemo_rao.integration import checks, compose, prepare, train
+        from nemo_rao.config import checks, compose
+        from nemo_rao.training import prepare, train
 
         return checks.check_run, compose.compose, prepare, train
 

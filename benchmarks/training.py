@@ -40,9 +40,9 @@ def run_ours(
     Args:
         further: functions that are given the turn and make a callback.
     """
-    from nemo_rao.integration.checks import check_run
-    from nemo_rao.integration.compose import compose
-    from nemo_rao.integration.train import train
+    from nemo_rao.config.checks import check_run
+    from nemo_rao.config.compose import compose
+    from nemo_rao.training.train import train
 
     turn.begin()
     config = compose(recipe, list(overrides), config_dir)
@@ -62,7 +62,7 @@ def reference_timed(callbacks: list[Any], note: Callable[[float], None]) -> list
     """The callbacks, between which ``note`` is told the seconds of the reference pass, if there is one."""
     import lightning.pytorch as pl
 
-    from nemo_rao.integration.reference_pass import ReferencePass
+    from nemo_rao.engines.nemo.reference_pass import ReferencePass
 
     class Begin(pl.Callback):
         def on_train_start(self, *arguments: Any) -> None:

@@ -24,8 +24,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nemo_rao.errors import UserError
-from nemo_rao.gpus import has_gpu
-from nemo_rao.malloc import map_large_blocks
+from nemo_rao.runtime.gpus import has_gpu
+from nemo_rao.runtime.malloc import map_large_blocks
 
 _CPU = torch.device("cpu")
 _installed = False

@@ -26,7 +26,7 @@ def import_once() -> None:
 def run_ranks(function: Callable[..., Any], args: Sequence[Any] = (), *, num_ranks: int) -> list[Any]:
     """``function(*args)`` on every rank, in the environment that the launcher gives; the ranks' results in order."""
     import_once()
-    from nemo_rao.integration.launch import launch
+    from nemo_rao.runtime.launch import launch
 
     with tempfile.TemporaryDirectory() as folder:
         if num_ranks == 1:  # the launcher would run it here, in the test's own process

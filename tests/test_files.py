@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nemo_rao.errors import UserError
-from nemo_rao.files import write_atomically, written_atomically
+from nemo_rao.runtime.files import write_atomically, written_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -69,8 +69,8 @@ def test_of_several_files_none_takes_its_name_before_all_are_on_the_disk(
         events.append("synced")
         fsync(number)
 
-    monkeypatch.setattr("nemo_rao.files.os.replace", replacing)
-    monkeypatch.setattr("nemo_rao.files.os.fsync", syncing)
+    monkeypatch.setattr("nemo_rao.runtime.files.os.replace", replacing)
+    monkeypatch.setattr("nemo_rao.runtime.files.os.fsync", syncing)
     with written_atomically(first, second) as (one, two):
         two.write(b"2")
         one.write(b"1")
@@ -80,7 +80,7 @@ def test_of_several_files_none_takes_its_name_before_all_are_on_the_disk(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("nemo_rao.files.os.fsync", full)
+    monkeypatch.setattr("nemo_rao.runtime.files.os.fsync", full)
     with pytest.raises(UserError, match="second: cannot be written"), written_atomically(first, second) as files:
         for file in files:
             file.write(b"new")

@@ -126,6 +126,6 @@ def test_no_subpackage_could_shadow_nemo_or_megatron() -> None:
 def test_objectives_and_recipes_import_without_nemo_and_megatron() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['nemo', 'megatron', 'lightning', 'transformers']))\n"
-        "import nemo_rao.objectives.registry, nemo_rao.integration.compose, nemo_rao.integration.checks"
+        "import nemo_rao.objectives.registry, nemo_rao.config.compose, nemo_rao.config.checks"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=60)

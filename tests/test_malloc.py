@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao import malloc
+from nemo_rao.runtime import malloc
 
 # A block of 24 MiB is freed, which lets glibc raise its threshold; then one of 12 MiB is allocated.
 WORK = """
 import ctypes, json, sys
-from nemo_rao.malloc import map_large_blocks
+from nemo_rao.runtime.malloc import map_large_blocks
 
 libc = ctypes.CDLL(None)
 names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
@@ -61,7 +61,7 @@ def test_what_the_user_sets_stays(environment: dict[str, str]) -> None:
 HUGE_PAGES = """
 from nemo_rao.cli import main
 assert main(["plan", "--gpu", "none"]) == 2
-import nemo_rao.integration.checks  # which imports something that makes a tensor
+import nemo_rao.config.checks  # which imports something that makes a tensor
 import torch
 kept = torch.ones(16 * 2**20)
 sizes_and_flags = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.errors import UserError
-from nemo_rao.part_file import PartFile, part_path
+from nemo_rao.runtime.part_file import PartFile, part_path
 
 WORK = {"command": "test", "seed": 1, "digest_of_input": "abc"}
 
@@ -102,14 +102,14 @@ def test_items_are_on_the_disk_after_some_seconds_and_when_the_file_is_closed(
         synced.append(begun.stat().st_size)
         fsync(number)
 
-    monkeypatch.setattr("nemo_rao.part_file.os.fsync", syncing)
+    monkeypatch.setattr("nemo_rao.runtime.part_file.os.fsync", syncing)
     with PartFile(begun, WORK) as part:
         part.append([1])
         assert synced == []
-        monkeypatch.setattr("nemo_rao.part_file.SYNC_EVERY", 0.0)
+        monkeypatch.setattr("nemo_rao.runtime.part_file.SYNC_EVERY", 0.0)
         part.append([2])
         assert synced == [begun.stat().st_size]
         monkeypatch.undo()
-        monkeypatch.setattr("nemo_rao.part_file.os.fsync", syncing)
+        monkeypatch.setattr("nemo_rao.runtime.part_file.os.fsync", syncing)
         part.append([3])
     assert synced[1:] == [begun.stat().st_size]

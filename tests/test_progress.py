@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao import progress
-from nemo_rao.progress import Progress, duration
+from nemo_rao.runtime import progress
+from nemo_rao.runtime.progress import Progress, duration
 
 
 class Clock:
@@ -105,7 +105,7 @@ def test_durations_have_at_most_two_units(seconds: float, text: str) -> None:
 
 
 WORK = """
-from nemo_rao.progress import Progress
+from nemo_rao.runtime.progress import Progress
 with Progress("work", unit="row", total=3) as shown:
     for _ in range(3):
         shown.advance(1)

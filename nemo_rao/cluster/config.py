@@ -22,8 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_rao.config.compose import package_recipes
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import package_recipes
 from nemo_rao.keys import check, key
 
 

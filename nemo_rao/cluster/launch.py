@@ -20,24 +20,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.checkpoint.continuing import check_settings, describe
+from nemo_rao.checkpoint.find import last_checkpoint
 from nemo_rao.cluster import slurm
 from nemo_rao.cluster.config import ClusterConfig, Mount, mounts, outside, read_cluster, seconds_of
 from nemo_rao.cluster.follow import follow
 from nemo_rao.cluster.records import FOLDER, JobRecord, add_record, read_records
 from nemo_rao.cluster.script import LATE_SECONDS, Job, RunFolder, batch_script
+from nemo_rao.config.checks import check_keys_are_read, check_run
+from nemo_rao.config.compose import compose
+from nemo_rao.config.derived import run_dir
+from nemo_rao.config.experts import check_resumed_experts
+from nemo_rao.config.precision_checks import check_named_gpu
+from nemo_rao.config.recipe_text import to_yaml
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
-from nemo_rao.files import write_atomically
-from nemo_rao.integration.checkpoints import last_checkpoint
-from nemo_rao.integration.checks import check_keys_are_read, check_run
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.continuing import check_settings, describe
-from nemo_rao.integration.derived import run_dir
-from nemo_rao.integration.experts import check_resumed_experts
-from nemo_rao.integration.precision_checks import check_named_gpu
-from nemo_rao.integration.recipe_text import to_yaml
-from nemo_rao.integration.several_runs import told_of
-from nemo_rao.integration.sweep import Sweep, plan
+from nemo_rao.runtime.files import write_atomically
+from nemo_rao.training.several_runs import told_of
+from nemo_rao.training.sweep import Sweep, plan
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -63,10 +63,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _run_here(sweep: Sweep | None, config: RunConfig | None) -> int:
     if sweep is not None:
-        from nemo_rao.integration.sweep import run_sweep
+        from nemo_rao.training.sweep import run_sweep
 
         return run_sweep(sweep)
-    from nemo_rao.integration.train import train
+    from nemo_rao.training.train import train
 
     assert config is not None
     train(config)
@@ -225,7 +225,7 @@ def check_paths(
         the run's folder.
 
     Raises:
-        UserError: see :func:`nemo_rao.integration.checks.check_run`; or the results lie where no task can write.
+        UserError: see :func:`nemo_rao.config.checks.check_run`; or the results lie where no task can write.
     """
     inside = Path(os.path.normpath(working_dir / run_dir(config)))
     folder = outside(inside, mounted, working_dir)
@@ -277,7 +277,7 @@ def check_resume(config: RunConfig, folder: Path) -> None:
     damaged one can be read, and whether the data has changed, the job sees.
 
     Raises:
-        UserError: see :func:`nemo_rao.integration.continuing.check_settings`; or experts are shared otherwise.
+        UserError: see :func:`nemo_rao.checkpoint.continuing.check_settings`; or experts are shared otherwise.
     """
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from nemo_rao.cluster.config import ClusterConfig, Mount
 from nemo_rao.errors import UserError
-from nemo_rao.integration.job import FAILURE, FOLDER, HANG_SECONDS, STOPPED
+from nemo_rao.runtime.job import FAILURE, FOLDER, HANG_SECONDS, STOPPED
 
 LATE_SECONDS = 20  # before the time limit, a job whose ranks have not saved by then is queued again without them
 

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_rao.checkpoint.continuing import read_run
+from nemo_rao.checkpoint.find import last_checkpoint
 from nemo_rao.cluster.follow import follow
 from nemo_rao.cluster.records import JobRecord, last_words, read_records
 from nemo_rao.cluster.slurm import job_states
 from nemo_rao.errors import UserError
-from nemo_rao.integration.checkpoints import last_checkpoint
-from nemo_rao.integration.continuing import read_run
-from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.runtime.metrics_file import read_metrics
 
 _SHOWN = ("loss", "val/loss", "grad_norm", "lr", "rewards/margins", "rewards/accuracies", "tokens_per_second")
 _JOBS = 3  # of a run, the newest

@@ -16,7 +16,7 @@ def objectives_parser() -> Parser:
 
 
 def objectives(arguments: argparse.Namespace) -> int:
-    from nemo_rao.integration.objectives_page import page
+    from nemo_rao.config.objectives_page import page
 
     print(page(), end="")
     return 0

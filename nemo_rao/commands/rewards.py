@@ -102,7 +102,7 @@ def score(arguments: argparse.Namespace) -> int:
                 "--max-length is of a model:RUN_FOLDER, and no scorer is one; leave it out (a judge has max_tokens)"
             )
         return run(arguments)
-    from nemo_rao.integration.score_model import model_kind  # costs only those who score with a model
+    from nemo_rao.training.score_model import model_kind  # costs only those who score with a model
 
     return run(arguments, {**KINDS, "model": model_kind(Job.of(arguments))})
 
@@ -153,7 +153,7 @@ def compare_rewards_parser() -> Parser:
 
 
 def compare_rewards(arguments: argparse.Namespace) -> int:
-    from nemo_rao.integration.compare_rewards import main as run
+    from nemo_rao.training.compare_rewards import main as run
 
     return run(arguments)
 

@@ -33,32 +33,32 @@ def train_parser() -> Parser:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from nemo_rao.integration.job import supervised
+    from nemo_rao.runtime.job import supervised
 
     with supervised():
         return train_grid(arguments) if arguments.multirun else train_one(arguments)
 
 
 def train_one(arguments: argparse.Namespace) -> int:
-    from nemo_rao.integration.compose import compose
-    from nemo_rao.integration.recipe_text import to_yaml
+    from nemo_rao.config.compose import compose
+    from nemo_rao.config.recipe_text import to_yaml
 
     config = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
     if arguments.print_config:
         print(to_yaml(config), end="")
         return 0
-    from nemo_rao.integration.checks import check_keys_are_read, check_run
+    from nemo_rao.config.checks import check_keys_are_read, check_run
 
     check_keys_are_read(arguments.overrides, config)
     check_run(config)
-    from nemo_rao.integration.train import train as run
+    from nemo_rao.training.train import train as run
 
     run(config)
     return 0
 
 
 def train_grid(arguments: argparse.Namespace) -> int:
-    from nemo_rao.integration.sweep import check, plan, run_sweep
+    from nemo_rao.training.sweep import check, plan, run_sweep
 
     sweep = plan(arguments.config_name, arguments.overrides, arguments.config_dir)
     if arguments.print_config:
@@ -151,7 +151,7 @@ def plan_parser() -> Parser:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    from nemo_rao.integration.plan import main as run
+    from nemo_rao.planning.plan import main as run
 
     return run(arguments)
 
@@ -227,7 +227,7 @@ def demo_parser() -> Parser:
 
 
 def demo(arguments: argparse.Namespace) -> int:
-    from nemo_rao.integration.demo import main as run
+    from nemo_rao.demo.run import main as run
 
     return run(arguments) or 0
 

@@ -28,7 +28,7 @@ from nemo_rao.data.encode import depends_on_the_day
 from nemo_rao.data.rows import Paths, expand_paths, is_saved_dataset
 from nemo_rao.data.store import FORMAT, PreferenceData, open_data
 from nemo_rao.errors import UserError
-from nemo_rao.files import one_at_a_time, remove_folder
+from nemo_rao.runtime.files import one_at_a_time, remove_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_rao.data.rendering import Answers
 from nemo_rao.errors import UserError
-from nemo_rao.files import write_atomically
+from nemo_rao.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

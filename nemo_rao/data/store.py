@@ -25,7 +25,7 @@ import numpy as np
 
 from nemo_rao.batch import RewardSummary, Sample
 from nemo_rao.data.report import LoadReport
-from nemo_rao.files import folder_written_atomically
+from nemo_rao.runtime.files import folder_written_atomically
 
 FORMAT = "nemo_rao preference data 3"  # counts up when rows are read, checked or counted otherwise, too
 _RECORD = "data.json"

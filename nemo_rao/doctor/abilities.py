@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_rao.config.gpu_models import FP8_RECIPES, NO_END
 from nemo_rao.doctor.probes import Probe
-from nemo_rao.planning.gpus import FP8_RECIPES, NO_END
 
 # Packages without a version of which nothing can be trained; of others a version out of range is only mentioned.
 DECISIVE = ("torch", "nemo-toolkit", "megatron-core")

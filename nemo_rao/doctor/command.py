@@ -18,7 +18,7 @@ from nemo_rao.doctor.inside import PROBES
 from nemo_rao.doctor.probes import probe_all
 from nemo_rao.doctor.report import Report
 from nemo_rao.errors import UserError
-from nemo_rao.files import write_atomically
+from nemo_rao.runtime.files import write_atomically
 
 # Asked only where training's own imports fail: which of the two it is.
 _PARTS_OF_TRAINING = ("megatron-core", "nemo-toolkit")

@@ -73,8 +73,8 @@ def _cudnn(number: int | None) -> str | None:
 
 def training() -> Facts:
     """All that a run imports of Megatron, NeMo and this project, changed for this machine as in a run."""
-    from nemo_rao.integration import train  # noqa: F401
-    from nemo_rao.integration.prepare import import_nemo
+    from nemo_rao.training import train  # noqa: F401
+    from nemo_rao.training.prepare import import_nemo
 
     return {"on_cpu": import_nemo()}
 

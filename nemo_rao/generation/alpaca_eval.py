@@ -26,7 +26,7 @@ from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.progress import work_through
 from nemo_rao.generation.prompts import read_records, with_system
 from nemo_rao.generation.settings import EvaluateSettings
-from nemo_rao.part_file import PartFile
+from nemo_rao.runtime.part_file import PartFile
 
 DATASET = "alpaca_eval"  # of instructions whose file has no `dataset`
 _OF_OTHERS = ("output", "generator", "datasplit")  # AlpacaEval's own file has the answers of a model

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
-from nemo_rao.files import check_place, write_atomically
 from nemo_rao.generation.alpaca_eval import AlpacaEval
 from nemo_rao.generation.harness import Harness, task_manager
 from nemo_rao.generation.model_folder import check_folder
@@ -23,7 +22,8 @@ from nemo_rao.generation.mt_bench import MtBench
 from nemo_rao.generation.policy import Policy
 from nemo_rao.generation.progress import print_notes
 from nemo_rao.generation.settings import EvaluateSettings
-from nemo_rao.part_file import PartFile, part_path
+from nemo_rao.runtime.files import check_place, write_atomically
+from nemo_rao.runtime.part_file import PartFile, part_path
 
 Benchmark = AlpacaEval | MtBench
 RESULTS = "results.json"

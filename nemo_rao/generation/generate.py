@@ -14,13 +14,13 @@ from nemo_rao.data.rendering_record import Rendering
 from nemo_rao.data.sources import JSON_LINES
 from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
-from nemo_rao.files import check_place, write_atomically
 from nemo_rao.generation.model_folder import check_folder
 from nemo_rao.generation.policy import EMPTY, Answer, Policy, Question
 from nemo_rao.generation.progress import print_notes, work_through
 from nemo_rao.generation.prompts import Prompt, digest_of, read_prompts
 from nemo_rao.generation.settings import GenerateSettings, shown
-from nemo_rao.part_file import PartFile, part_path
+from nemo_rao.runtime.files import check_place, write_atomically
+from nemo_rao.runtime.part_file import PartFile, part_path
 
 # Changed when the same settings would give other responses than before, or records of another form.
 _VERSION = 2

@@ -27,7 +27,7 @@ from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.progress import work_through
 from nemo_rao.generation.prompts import read_records, with_system
 from nemo_rao.generation.settings import EvaluateSettings
-from nemo_rao.part_file import PartFile
+from nemo_rao.runtime.part_file import PartFile
 
 # FastChat's `temperature_config`; 0 is greedy. Other categories have 0.7.
 TEMPERATURES: Mapping[str, float] = {

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_rao.generation.policy import Policy
-from nemo_rao.part_file import PartFile
-from nemo_rao.progress import Progress
+from nemo_rao.runtime.part_file import PartFile
+from nemo_rao.runtime.progress import Progress
 
 
 def work_through(

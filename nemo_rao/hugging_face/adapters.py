@@ -9,11 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from nemo_rao.checkpoint.find import stored_tensors
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.checkpoint import LAYERS, Described, read_tensors
 from nemo_rao.hugging_face.conversion import import_nemo_aloud
-from nemo_rao.integration.checkpoints import stored_tensors
-from nemo_rao.integration.talk import say
+from nemo_rao.runtime.console import say
 
 _INTO, _OUT = ".adapter.linear_in.weight", ".adapter.linear_out.weight"
 

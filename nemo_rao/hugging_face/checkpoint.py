@@ -12,10 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from nemo_rao.checkpoint.find import stored_tensors
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.families import FAMILIES, MEGATRON_BIAS, SUPPORTED, Family
-from nemo_rao.integration.checkpoints import stored_tensors
-from nemo_rao.integration.talk import say
+from nemo_rao.runtime.console import say
 
 LAYERS = "decoder.layers."
 SCORE_HEAD = "score_head.weight"  # of a reward model

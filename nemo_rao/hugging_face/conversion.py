@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nemo_rao.errors import UserError
-from nemo_rao.integration.talk import quiet_third_parties, say
+from nemo_rao.runtime.console import quiet_third_parties, say
 
 
 class Weights:
@@ -40,7 +40,7 @@ class Weights:
 
 def on_cpu_alone() -> None:
     """Conversion is the CPU's, also where there are GPUs: it moves bytes. To be called before torch is imported."""
-    from nemo_rao.integration.launch import started_externally
+    from nemo_rao.runtime.launch import started_externally
 
     if (launcher := started_externally()) is not None:
         raise UserError(f"{launcher} started several ranks, but one process converts a model; run it without")
@@ -54,7 +54,7 @@ def on_cpu_alone() -> None:
 
 def import_nemo_aloud() -> None:
     """Imports NeMo, telling why nothing seems to happen, and keeps it from telling what it does."""
-    from nemo_rao.integration.prepare import import_nemo
+    from nemo_rao.training.prepare import import_nemo
 
     if "nemo.collections.llm" not in sys.modules:
         say("importing NeMo, which takes about 20 seconds")

@@ -2,10 +2,10 @@
 
 What the model is stands as text in the checkpoint's ``context/model.yaml``, which NeMo writes beside its pickled twin:
 that one is never read. The weights' own format, torch_dist, has pickles, which are looked at first
-(:mod:`nemo_rao.integration.pickles`).
+(:mod:`nemo_rao.checkpoint.pickles`).
 
 Adapters of a LoRA run are merged, ``W + alpha / dim * B A`` in fp32, into the weights that the run started from, which
-:mod:`nemo_rao.integration.adapter_checkpoints` finds.
+:mod:`nemo_rao.checkpoint.adapters` finds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.checkpoint.adapters import base_of_adapters
+from nemo_rao.checkpoint.find import check_checkpoint, resolve_checkpoint, stored_tensors
+from nemo_rao.checkpoint.pickles import refuse_code
 from nemo_rao.data.rendering_record import write_rendering
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.adapters import changes_output_layer, check_adapters, merge, write_adapters
@@ -33,10 +36,7 @@ from nemo_rao.hugging_face.destination import check_destination, written_whole
 from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES
 from nemo_rao.hugging_face.generation_config import read_generation_config
 from nemo_rao.hugging_face.rendering_of_run import rendering_of_run
-from nemo_rao.integration.adapter_checkpoints import base_of_adapters
-from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint, stored_tensors
-from nemo_rao.integration.pickles import refuse_code
-from nemo_rao.integration.talk import quiet_imports, quiet_third_parties, say
+from nemo_rao.runtime.console import quiet_imports, quiet_third_parties, say
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _BYTES = {"fp32": 4, "bf16": 2}

@@ -36,9 +36,9 @@ from nemo_rao.hugging_face.source import (
     read_tensors,
     tensors_of,
 )
-from nemo_rao.integration.launch import launch
-from nemo_rao.integration.talk import quiet_third_parties, say
 from nemo_rao.model_files.weights import read_headers, weight_files
+from nemo_rao.runtime.console import quiet_third_parties, say
+from nemo_rao.runtime.launch import launch
 
 _LONGEST = 4096  # tokens; a recipe's model.seq_length is the model's own length, or this
 
@@ -123,7 +123,7 @@ def model_keys(config: Any, family: Family) -> dict[str, Any]:
 
 def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens: int) -> str:
     """A file of the group ``model``."""
-    from nemo_rao.integration.recipe_text import shown
+    from nemo_rao.config.recipe_text import shown
 
     arch = dict(keys["arch"])
     # Otherwise the tokenizer's: Megatron then pads it to whatever its parallelism needs.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_rao.checkpoint.continuing import RECIPE
 from nemo_rao.data.rendering_record import Rendering, checked_rendering
 from nemo_rao.errors import UserError
-from nemo_rao.integration.continuing import RECIPE
 
 
 def rendering_of_run(checkpoint: Path) -> Rendering | None:

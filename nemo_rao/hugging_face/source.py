@@ -13,8 +13,8 @@ from typing import Any
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.config_keys import head_size, read_config
 from nemo_rao.hugging_face.families import FAMILIES, SUPPORTED, Family
-from nemo_rao.integration.talk import say
 from nemo_rao.model_files.config_json import read_json
+from nemo_rao.runtime.console import say
 
 KEY = "SOURCE"  # the argument that names the model
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

@@ -69,7 +69,7 @@ _KERNELS = """
     mlp_chunks_for_prefill deterministic_mode test_mode enable_cuda_graph external_cuda_graph cuda_graph_impl
     cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_warmup_steps
 """
-# Number formats, which are a part of the key by themselves (nemo_rao.integration.precision_checks.quantisation).
+# Number formats, which are a part of the key by themselves (nemo_rao.config.precision_checks.quantisation).
 _PRECISION = """
     fp16 bf16 params_dtype pipeline_dtype enable_autocast autocast_dtype fp8 fp8_recipe fp8_param fp8_margin
     fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad first_last_layers_bf16

@@ -32,9 +32,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
-from nemo_rao.files import written_atomically
 from nemo_rao.mcore.forward import evaluation_mode, forward_only
 from nemo_rao.mcore.loss import sequence_log_probs
+from nemo_rao.runtime.files import written_atomically
 
 _FORMAT = "reference-sums-2"
 _SUMS = "sums.npy"

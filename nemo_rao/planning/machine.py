@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_rao.planning.gpus import GIB
+from nemo_rao.config.gpu_models import GIB
 
 
 @dataclass(frozen=True)

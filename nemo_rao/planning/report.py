@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from nemo_rao.config.gpu_models import GIB
 from nemo_rao.planning import activations
 from nemo_rao.planning.advise import Advice
 from nemo_rao.planning.buffers import stage_states
 from nemo_rao.planning.communication import communication
 from nemo_rao.planning.compute import bubble, flops
-from nemo_rao.planning.gpus import GIB
 from nemo_rao.planning.log_probs import whole_logits
 from nemo_rao.planning.machine import Machine
 from nemo_rao.planning.memory import UNCERTAINTY, StageMemory, memory, peak, upper_peak

@@ -147,7 +147,7 @@ class Setting:
         return self.tokens_per_row if self.packed else self._padded(self.tokens_per_row)
 
     def _padded(self, tokens: int) -> int:
-        """Rounded up as a run does (``nemo_rao.integration.build.pad_multiple``)."""
+        """Rounded up as a run does (``nemo_rao.engines.nemo.build.pad_multiple``)."""
         split = self.context * (self.tensor if self.sequence_parallel else 1)
         chunks = 2 * self.context if self.context > 1 else 1
         multiple = math.lcm(self.pad_to_multiple_of, self.part_multiple * split, chunks)

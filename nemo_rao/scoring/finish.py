@@ -20,8 +20,8 @@ from typing import Any
 
 from nemo_rao.data.fields import LARGEST_REWARD
 from nemo_rao.errors import UserError
-from nemo_rao.files import told, written_atomically
-from nemo_rao.part_file import PartFile
+from nemo_rao.runtime.files import told, written_atomically
+from nemo_rao.runtime.part_file import PartFile
 from nemo_rao.scoring.missing import WITHOUT, Missing
 from nemo_rao.scoring.scorer import Scores, ScoringFailure
 

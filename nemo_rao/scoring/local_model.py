@@ -16,7 +16,7 @@ from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.progress import print_notes
 from nemo_rao.generation.settings import PolicySettings
 from nemo_rao.keys import check
-from nemo_rao.progress import Progress
+from nemo_rao.runtime.progress import Progress
 from nemo_rao.scoring.chat import ChatAnswer, ChatQuestion
 from nemo_rao.scoring.judge_config import JudgeConfig
 from nemo_rao.scoring.reading import OPENED_THINKING

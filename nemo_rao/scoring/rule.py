@@ -19,7 +19,7 @@ from nemo_rao.data.fields import LARGEST_REWARD, describe
 from nemo_rao.errors import UserError
 from nemo_rao.scoring.scorer import Kind, NoScore, Pair, PairScorer, ScoringFailure
 
-EXAMPLE = "nemo_rao.data.synthetic:ground_truth_reward"
+EXAMPLE = "nemo_rao.demo.synthetic:ground_truth_reward"
 
 
 class RuleScorer(PairScorer):

@@ -20,8 +20,8 @@ from nemo_rao.batch import Row
 from nemo_rao.data.sources import HUB, JSON_LINES, expand_paths
 from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
-from nemo_rao.part_file import PartFile, part_path
-from nemo_rao.progress import Progress
+from nemo_rao.runtime.part_file import PartFile, part_path
+from nemo_rao.runtime.progress import Progress
 from nemo_rao.scoring.column import COLUMN, ColumnScorer
 from nemo_rao.scoring.finish import Scaling, stated_statistics, write_output
 from nemo_rao.scoring.missing import Missing, reasons_of

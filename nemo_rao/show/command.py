@@ -7,10 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+from nemo_rao.config.checks import check_keys_are_read, check_sources
+from nemo_rao.config.compose import compose
 from nemo_rao.errors import UserError
-from nemo_rao.files import write_atomically
-from nemo_rao.integration.checks import check_keys_are_read, check_sources
-from nemo_rao.integration.compose import compose
+from nemo_rao.runtime.files import write_atomically
 from nemo_rao.show.inspection import inspect
 from nemo_rao.show.page import MARK, page
 from nemo_rao.show.terminal import Writer, can_show_colour, terminal_width

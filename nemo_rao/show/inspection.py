@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemo_rao.batch import Row
+from nemo_rao.config.derived import objective_config
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import Encoder
 from nemo_rao.data.overlap import SharedPrompts, shared_prompts
@@ -16,14 +18,12 @@ from nemo_rao.data.rows import read_rows
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.data.tokenizer import load_tokenizer
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.derived import objective_config
-from nemo_rao.integration.loading import drawn_indices, wanted_rows
 from nemo_rao.objectives import registry
-from nemo_rao.progress import Progress
+from nemo_rao.runtime.progress import Progress
 from nemo_rao.show.numbers import Collector, Numbers
 from nemo_rao.show.rows import ShownRow, indices_used, place_of, shown_row
 from nemo_rao.show.settings import Setting, settings, steps
+from nemo_rao.training.loading import drawn_indices, wanted_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

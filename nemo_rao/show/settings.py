@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nemo_rao.config.derived import chosen_responses, total_steps
+from nemo_rao.config.run_config import DataConfig, RunConfig
 from nemo_rao.data.encode import Encoder
 from nemo_rao.errors import UserError
-from nemo_rao.integration.config import DataConfig, RunConfig
-from nemo_rao.integration.derived import chosen_responses, total_steps
 from nemo_rao.objectives import registry
 from nemo_rao.show.pieces import Decode, visible
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from benchmarks.precision import FORMATS
 from benchmarks.precision_page import page
 from benchmarks.results import FOLDER
-from nemo_rao.integration.compose import package_recipes
-from nemo_rao.integration.config import PrecisionConfig
+from nemo_rao.config.compose import package_recipes
+from nemo_rao.config.run_config import PrecisionConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "precision.md"
 

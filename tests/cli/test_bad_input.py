@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from nemo_rao.cli import main
-from nemo_rao.data.synthetic import write_preferences
-from nemo_rao.data.tokenizer_training import train_tokenizer
+from nemo_rao.demo.synthetic import write_preferences
+from nemo_rao.demo.tokenizer_training import train_tokenizer
 from tests.megatron_ranks import import_once
 
 TINY = (
@@ -60,7 +60,7 @@ def refused(
 
     def run(*overrides: str, recipe: str = "gpt_rao", tokenizer: str = "tokenizer") -> str:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("nemo_rao.integration.train.launch", no_rank)
+        monkeypatch.setattr("nemo_rao.training.train.launch", no_rank)
         before = contents(tmp_path)
         given = (f"data.train_path={inputs}/prefs.jsonl", f"data.tokenizer={inputs}/{tokenizer}")
         code = main(["train", "--config-name", recipe, *TINY, *given, *overrides])
@@ -218,7 +218,7 @@ def test_a_row_that_is_too_long_is_dropped_and_counted(
     import_once()
     monkeypatch.chdir(tmp_path)
     started: list[Any] = []
-    monkeypatch.setattr("nemo_rao.integration.train.launch", lambda _, args, **__: started.append(args))
+    monkeypatch.setattr("nemo_rao.training.train.launch", lambda _, args, **__: started.append(args))
     long = row(("a b", 1.0), ("b " * 200, 0.0))
     rows = write_rows(tmp_path / "rows.jsonl", GOOD, long, GOOD)
     assert main(["train", *TINY, rows, f"data.tokenizer={inputs}/tokenizer"]) == 0
@@ -273,7 +273,7 @@ def refused_early(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) 
     def no_model(*_: Any) -> None:
         raise AssertionError("a model's config was made")
 
-    monkeypatch.setattr("nemo_rao.integration.prepare._check_model", no_model)
+    monkeypatch.setattr("nemo_rao.training.prepare._check_model", no_model)
     return lambda objective, *overrides: refused(f"model.objective={objective}", *overrides, recipe="gpt_dpo")
 
 

@@ -73,7 +73,7 @@ def test_an_interrupt_ends_with_code_130(monkeypatch: pytest.MonkeyPatch) -> Non
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nemo_rao.integration.compose.compose", interrupted)
+    monkeypatch.setattr("nemo_rao.config.compose.compose", interrupted)
     assert main(["train"]) == 130
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from nemo_rao.config.checks import check_architecture, check_keys_are_read, check_run
+from nemo_rao.config.compose import compose
+from nemo_rao.config.derived import data_parallel_size
+from nemo_rao.config.monitor import check_monitor
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
-from nemo_rao.integration.checks import check_architecture, check_keys_are_read, check_run
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.derived import data_parallel_size
-from nemo_rao.integration.monitor import check_monitor
 from nemo_rao.objectives.registry import OBJECTIVES
 
 TP2_PP2 = (

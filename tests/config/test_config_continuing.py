@@ -11,13 +11,8 @@ import numpy as np
 import pytest
 
 from nemo_rao.batch import Sample
-from nemo_rao.data.store import PreferenceData
-from nemo_rao.errors import UserError
-from nemo_rao.files import write_atomically
-from nemo_rao.integration import continuing
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.continuing import (
+from nemo_rao.checkpoint import continuing
+from nemo_rao.checkpoint.continuing import (
     check_data,
     check_settings,
     data_record,
@@ -27,9 +22,14 @@ from nemo_rao.integration.continuing import (
     start_of,
     write_run,
 )
-from nemo_rao.integration.derived import run_dir
-from nemo_rao.integration.recipe_text import to_yaml
-from nemo_rao.integration.typed_config import known_keys, types_of_keys
+from nemo_rao.config.compose import compose
+from nemo_rao.config.derived import run_dir
+from nemo_rao.config.recipe_text import to_yaml
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.typed_config import known_keys, types_of_keys
+from nemo_rao.data.store import PreferenceData
+from nemo_rao.errors import UserError
+from nemo_rao.runtime.files import write_atomically
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/continuing.md"
 BEGUN = (

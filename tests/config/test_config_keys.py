@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from nemo_rao.config.compose import compose
+from nemo_rao.config.derived import data_cache_dir, objective_config, reference_dir, run_dir
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.typed_config import known_keys
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.derived import data_cache_dir, objective_config, reference_dir, run_dir
-from nemo_rao.integration.typed_config import known_keys
 from nemo_rao.keys import check
 from nemo_rao.objectives.registry import OBJECTIVES
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_rao.integration.checks import check_run
-from nemo_rao.integration.compose import compose, recipe_names
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.derived import objective_config
+from nemo_rao.config.checks import check_run
+from nemo_rao.config.compose import compose, recipe_names
+from nemo_rao.config.derived import objective_config
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.objectives.registry import OBJECTIVES
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from nemo_rao import cli, other_names
+from nemo_rao.config.compose import compose, recipe_names
+from nemo_rao.config.typed_config import known_keys, types_of_keys
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import compose, recipe_names
-from nemo_rao.integration.typed_config import known_keys, types_of_keys
 from nemo_rao.objectives import registry
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.cli import main
-from nemo_rao.errors import UserError
-from nemo_rao.integration.checks import check_architecture, check_sizes
-from nemo_rao.integration.compose import compose, package_recipes
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.precision_checks import (
+from nemo_rao.config.checks import check_architecture, check_sizes
+from nemo_rao.config.compose import compose, package_recipes
+from nemo_rao.config.gpu_models import FP8_RECIPES
+from nemo_rao.config.precision_checks import (
     capabilities_present,
     check_capability,
     check_gpus_present,
@@ -20,7 +19,8 @@ from nemo_rao.integration.precision_checks import (
     quantisation,
     sequence_multiple,
 )
-from nemo_rao.planning.gpus import FP8_RECIPES
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.errors import UserError
 
 FILES = sorted(path.stem for path in package_recipes().glob("precision/*.yaml"))
 FP8_FILES = [name for name in FILES if name.startswith("fp8_")]

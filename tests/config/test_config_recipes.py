@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_rao.config.compose import compose, package_recipes
+from nemo_rao.config.recipe_text import to_yaml
+from nemo_rao.config.typed_config import known_keys
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import compose, package_recipes
-from nemo_rao.integration.recipe_text import to_yaml
-from nemo_rao.integration.typed_config import known_keys
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 # Without search/: what those files hold are several values of a key (test_config_sweeps.py); without cluster/: they are

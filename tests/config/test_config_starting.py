@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.data.tokenizer_training import train_tokenizer
+from nemo_rao.checkpoint import starting
+from nemo_rao.checkpoint.starting import check_start, check_tokenizer, describe_start
+from nemo_rao.config.architecture import approximate_parameters, architecture_fields, vocabulary
+from nemo_rao.config.compose import compose
+from nemo_rao.demo.tokenizer_training import train_tokenizer
 from nemo_rao.errors import UserError
-from nemo_rao.integration import starting
-from nemo_rao.integration.architecture import approximate_parameters, architecture_fields, vocabulary
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.plan import setting_of
-from nemo_rao.integration.starting import check_start, check_tokenizer, describe_start
 from nemo_rao.planning.parameters import stage_parameters
+from nemo_rao.planning.plan import setting_of
 
 
 def words(first: int, number: int) -> list[str]:

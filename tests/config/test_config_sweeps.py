@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.cli import main
+from nemo_rao.config.compose import compose, compose_grid
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import compose, compose_grid
-from nemo_rao.integration.sweep import MAX_NAME, check, plan
+from nemo_rao.training.sweep import MAX_NAME, check, plan
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 BETA, RATE = (0.05, 0.1, 0.5, 1.0), (1e-7, 2e-7, 5e-7, 1e-6)

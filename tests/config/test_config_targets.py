@@ -3,10 +3,10 @@
 import pytest
 
 from nemo_rao.batch import RewardSummary
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.derived import objective_config
-from nemo_rao.integration.targets import say_targets
+from nemo_rao.config.compose import compose
+from nemo_rao.config.derived import objective_config
 from nemo_rao.objectives import registry
+from nemo_rao.training.targets import say_targets
 
 UNIT = RewardSummary(mean=0.6, low=0.0, high=1.0)
 

@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch.distributed import checkpoint as torch_checkpoint
 
-from nemo_rao.errors import UserError
-from nemo_rao.integration.adapter_checkpoints import base_of_adapters, base_on_resume, digest_of_weights
-from nemo_rao.integration.checks import check_run
-from nemo_rao.integration.compare_rewards import Asked, plan
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.continuing import start_of, write_run
-from nemo_rao.integration.lora_targets import (
+from nemo_rao.checkpoint.adapters import base_of_adapters, base_on_resume, digest_of_weights
+from nemo_rao.checkpoint.continuing import start_of, write_run
+from nemo_rao.config.checks import check_run
+from nemo_rao.config.compose import compose
+from nemo_rao.config.lora_targets import (
     adapted,
     check_targets,
     layers_of_stages,
     linear_layers,
     lora_targets,
 )
-from nemo_rao.integration.recipe_text import to_yaml
+from nemo_rao.config.recipe_text import to_yaml
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.errors import UserError
+from nemo_rao.training.compare_rewards import Asked, plan
 
 LORA = ("model.peft.scheme=lora", "model.restore_from_path=x", "model.arch.num_layers=4")
 PP2 = ("trainer.devices=2", "model.pipeline_model_parallel_size=2")

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from nemo_rao.data.encode import load_tokenizer
-from nemo_rao.data.tokenizer_training import train_tokenizer
+from nemo_rao.demo.tokenizer_training import train_tokenizer
 
 CHATML = (
     "{% for message in messages %}"

@@ -19,7 +19,7 @@ from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.mismatched import mismatched
 from nemo_rao.data.store import PreferenceData, open_data
 from nemo_rao.errors import UserError
-from nemo_rao.files import one_at_a_time
+from nemo_rao.runtime.files import one_at_a_time
 
 
 def answer(number, **rewards):

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rao.batch import Response, Row
+from nemo_rao.config.compose import compose
 from nemo_rao.data.choice import choose_responses, first_responses, has_pair, prefer_by
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.prepare import Prepared, prepare
+from nemo_rao.training.prepare import Prepared, prepare
 
 
 def row(*rewards: float | None, ranked: bool = False) -> Row:
@@ -225,7 +225,7 @@ def prepared(
     tokenizer_folder: Path, write_lines: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Prepared]:
     """What a run of an objective on these records is given, up to where a model would be built."""
-    monkeypatch.setattr("nemo_rao.integration.prepare._check_model", lambda *_: None)
+    monkeypatch.setattr("nemo_rao.training.prepare._check_model", lambda *_: None)
 
     def run(objective: str, records: list, *overrides: str, validation: list | None = None) -> Prepared:
         given = [f"model.objective={objective}", f"data.train_path={write_lines(records)}", "model.seq_length=64"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from nemo_rao.data.tokenizer_training import train_tokenizer
+from nemo_rao.demo.tokenizer_training import train_tokenizer
 
 TEXTS = ["Sort these letters: d a c b. Name a prime number. a b c d, 7 or 11!", "What is the answer? It is 42."] * 3
 

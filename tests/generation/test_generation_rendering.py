@@ -14,7 +14,7 @@ from nemo_rao.cli import main
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.rendering_record import FILE, Rendering, read_rendering, write_rendering
-from nemo_rao.data.tokenizer_training import CHAT_TEMPLATE
+from nemo_rao.demo.tokenizer_training import CHAT_TEMPLATE
 from nemo_rao.errors import UserError
 from nemo_rao.generation.engine import Continuation
 from nemo_rao.generation.policy import Policy, Question

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from nemo_rao.config.compose import compose
+from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.data.rendering_record import Rendering
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.rendering_of_run import rendering_of_run
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.recipe_text import to_yaml
 
 
 def test_the_recipe_of_the_checkpoints_run_is_read(tmp_path: Path) -> None:

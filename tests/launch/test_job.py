@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.integration.job import FAILURE, FOLDER, STOPPED
+from nemo_rao.runtime.job import FAILURE, FOLDER, STOPPED
 
 RANK = """
 import os, signal, sys
-from nemo_rao.integration.job import REQUEST, supervised
+from nemo_rao.runtime.job import REQUEST, supervised
 
 with supervised():
     REQUEST.heard_at_steps, REQUEST.stepped = True, sys.argv[2] == "later"
@@ -48,7 +48,7 @@ def test_a_rank_that_is_asked_before_the_first_step_leaves_at_once(tmp_path: Pat
     waits = "\n".join(
         [
             "import time",
-            "from nemo_rao.integration.job import supervised",
+            "from nemo_rao.runtime.job import supervised",
             "with supervised():",
             "    print('up', flush=True)",
             "    time.sleep(60)",

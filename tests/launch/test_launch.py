@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nemo_rao.errors import RankFailure, UserError
-from nemo_rao.integration.launch import launch, started_externally
+from nemo_rao.runtime.launch import launch, started_externally
 
 FOREVER = 600.0
 AT_ONCE = 15.0  # seconds; generous to a busy machine, and far below anything that waits for a time limit
@@ -151,7 +151,7 @@ def ignore_the_request_to_stop(folder: Path) -> None:
 
 
 def test_a_rank_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_rao.integration.launch._GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("nemo_rao.runtime.launch._GRACE_SECONDS", 0.5)
     with at_once(), pytest.raises(RankFailure, match="rank 1 failed"):
         launch(ignore_the_request_to_stop, (tmp_path,), num_ranks=3)
     assert nothing_left(tmp_path)
@@ -255,7 +255,7 @@ def test_what_ranks_have_started_ends_with_them(tmp_path: Path, end: str) -> Non
 PARENT = """
 import os, signal, sys, time
 from pathlib import Path
-from nemo_rao.integration.launch import launch
+from nemo_rao.runtime.launch import launch
 
 def sleep(folder):
     path = Path(folder, f"pid-{os.environ['RANK']}")

@@ -336,6 +336,6 @@ def test_after_calibration_scales_stay_in_the_first_step() -> None:
 
 def test_transformer_engine_is_not_installed_where_it_is_simulated() -> None:
     import_once()
-    from nemo_rao.gpus import transformer_engine_is_used
+    from nemo_rao.runtime.gpus import transformer_engine_is_used
 
     assert not transformer_engine_is_used()

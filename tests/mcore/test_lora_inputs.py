@@ -11,7 +11,7 @@ def _adapter_and_linear_inputs() -> tuple[float, float]:
     from megatron.core.transformer import TransformerConfig
     from nemo.collections.llm.peft.lora import LoRALinear
 
-    from nemo_rao.integration.model import feed_lora_normed_inputs
+    from nemo_rao.engines.nemo.model import feed_lora_normed_inputs
     from nemo_rao.mcore.layer_spec import NormColumnParallelLinear
 
     init_megatron()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_rao.integration.launch import launch
+from nemo_rao.runtime.launch import launch
 
 
 def run_ranks(function: Callable[[], Any], world_size: int) -> list[Any]:

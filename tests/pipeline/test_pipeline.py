@@ -10,8 +10,8 @@ import torch
 
 from nemo_rao.data.encode import Encoder, load_tokenizer
 from nemo_rao.data.rows import read_rows
-from nemo_rao.integration.metrics_file import read_metrics
 from nemo_rao.objectives import registry
+from nemo_rao.runtime.metrics_file import read_metrics
 
 from ..hugging_face.models import command, make_model
 from ..hugging_face.test_trl_dpo import conversations, pairs_of

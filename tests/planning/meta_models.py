@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.derived import objective_config, world_size
+from nemo_rao.config.derived import objective_config, world_size
+from nemo_rao.config.run_config import RunConfig
 
 
 class OnMeta(TorchFunctionMode):
@@ -89,8 +89,8 @@ def _measure(config: RunConfig, tokens: int) -> dict[str, Any]:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import get_megatron_optimizer
 
-    from nemo_rao.integration import build
-    from nemo_rao.integration.strategy import _allocate_state
+    from nemo_rao.engines.nemo import build
+    from nemo_rao.engines.nemo.strategy import _allocate_state
 
     with torch.device("meta"), OnMeta():
         virtual = config.model.virtual_pipeline_model_parallel_size
@@ -126,7 +126,7 @@ def _measure(config: RunConfig, tokens: int) -> dict[str, Any]:
 
 
 def _model(config: RunConfig, tokens: int, chunk: int | None = None) -> Any:
-    from nemo_rao.integration import build
+    from nemo_rao.engines.nemo import build
     from nemo_rao.mcore.heads import add_score_head, add_value_head
     from nemo_rao.mcore.layer_spec import layer_spec_without_te
     from nemo_rao.mcore.loss import configure_loss_scaling

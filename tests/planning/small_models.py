@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rao.integration.config import RunConfig
+from nemo_rao.config.run_config import RunConfig
 
 from ..mcore.tiny import Layout, enter
 from .meta_models import add_adapters
@@ -53,7 +53,7 @@ def _measure(config: RunConfig, batch: tuple[int, int], tokens: int) -> dict[str
 
 
 def _model(config: RunConfig, tokens: int) -> Any:
-    from nemo_rao.integration import build
+    from nemo_rao.engines.nemo import build
     from nemo_rao.mcore.layer_spec import layer_spec_without_te
     from nemo_rao.mcore.loss import configure_loss_scaling
     from nemo_rao.mcore.output_layer import fuse_output_layer, unfuse_adapted_output_layer

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from nemo_rao.integration.compose import compose, override
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.plan import setting_of
+from nemo_rao.config.compose import compose, override
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.planning import activations
 from nemo_rao.planning.compute import flops
 from nemo_rao.planning.log_probs import whole_logits
+from nemo_rao.planning.plan import setting_of
 from nemo_rao.planning.setting import Setting
 
 from ..megatron_ranks import run_ranks

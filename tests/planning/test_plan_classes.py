@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from nemo_rao.config.compose import compose, override
+from nemo_rao.config.nemo_classes import NOT_CONSTANT, config_fields
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import compose, override
-from nemo_rao.integration.plan import network_of_config
-from nemo_rao.planning.nemo_classes import NOT_CONSTANT, config_fields
 from nemo_rao.planning.network import network_of
+from nemo_rao.planning.plan import network_of_config
 
 from .children import in_child
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.cli import main
-from nemo_rao.integration.compose import compose, override, package_recipes
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.plan import setting_of
+from nemo_rao.config.compose import compose, override, package_recipes
+from nemo_rao.config.gpu_models import GIB
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.planning.advise import advise
 from nemo_rao.planning.communication import communication
 from nemo_rao.planning.compute import bubble, flops
-from nemo_rao.planning.gpus import GIB
 from nemo_rao.planning.memory import PROCESS_BYTES, memory, peak
+from nemo_rao.planning.plan import setting_of
 from nemo_rao.planning.setting import Setting
 
 LARGE = {path.stem for path in package_recipes().glob("model/*.yaml")} - {"tiny_llama", "demo_llama"}

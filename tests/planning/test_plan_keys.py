@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from nemo_rao.integration.compose import compose, override
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.plan import setting_of
-from nemo_rao.integration.plan_data import DataSize, run_length
+from nemo_rao.config.compose import compose, override
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.objectives.registry import OBJECTIVES
 from nemo_rao.planning.machine import Machine
+from nemo_rao.planning.plan import setting_of
+from nemo_rao.planning.plan_data import DataSize, run_length
 from nemo_rao.planning.report import record
 
 MACHINE = Machine("H100", 80.0, 4.0, 989.4, 0.5, 450.0, 50.0, 0.8, 8)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from nemo_rao.integration.compose import compose, override
-from nemo_rao.integration.plan import setting_of
+from nemo_rao.config.compose import compose, override
 from nemo_rao.planning.buffers import stage_states
 from nemo_rao.planning.parameters import stage_parameters
+from nemo_rao.planning.plan import setting_of
 
 from .children import in_child
 from .meta_models import ranks_of

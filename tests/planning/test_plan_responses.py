@@ -6,17 +6,17 @@ import dataclasses
 
 import pytest
 
+from nemo_rao.config.compose import compose, override
+from nemo_rao.config.derived import chosen_responses
+from nemo_rao.config.precision_checks import sequence_multiple
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.choice import num_used
-from nemo_rao.integration.compose import compose, override
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.derived import chosen_responses
-from nemo_rao.integration.plan import setting_of
-from nemo_rao.integration.precision_checks import sequence_multiple
 from nemo_rao.objectives.registry import OBJECTIVES
 from nemo_rao.planning.communication import communication
 from nemo_rao.planning.compute import flops
 from nemo_rao.planning.log_probs import log_prob_bytes, whole_logits
 from nemo_rao.planning.memory import memory, peak
+from nemo_rao.planning.plan import setting_of
 from nemo_rao.planning.setting import Setting
 
 OUTPUT = ("model.peft.scheme=lora", "model.peft.lora.target_modules=[linear_qkv,output_layer]")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.cli import main
+from nemo_rao.config.compose import compose, override
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import compose, override
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.plan import setting_of
-from nemo_rao.integration.plan_data import DataSize, run_length, size_of
 from nemo_rao.planning.machine import Machine
+from nemo_rao.planning.plan import setting_of
+from nemo_rao.planning.plan_data import DataSize, run_length, size_of
 from nemo_rao.planning.step_time import forward_seconds, step_time
 from nemo_rao.planning.whole_run import RunLength, num_validations, run_time
 

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.plan import setting_of
+from nemo_rao.config.compose import compose
 from nemo_rao.planning import links
 from nemo_rao.planning.communication import communication, forward_communication
 from nemo_rao.planning.compute import flops
 from nemo_rao.planning.links import Group
 from nemo_rao.planning.machine import Machine
+from nemo_rao.planning.plan import setting_of
 from nemo_rao.planning.setting import Setting
 from nemo_rao.planning.step_time import forward_seconds, step_time
 

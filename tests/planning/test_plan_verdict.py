@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.cli import main
-from nemo_rao.integration.compose import compose, override
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.plan import setting_of
+from nemo_rao.config.compose import compose, override
+from nemo_rao.config.gpu_models import GIB
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.planning.advise import advise
-from nemo_rao.planning.gpus import GIB
 from nemo_rao.planning.memory import memory, peak, upper_peak
+from nemo_rao.planning.plan import setting_of
 from nemo_rao.planning.setting import Setting
 
 ALONE = ("trainer.devices=1", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nemo_rao.cli import COMMANDS
-from nemo_rao.integration.checks import check_sizes
-from nemo_rao.integration.compose import compose, compose_grid
+from nemo_rao.config.checks import check_sizes
+from nemo_rao.config.compose import compose, compose_grid
 
 from .blocks import PAGES, ROOT, blocks, commands
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.data.rows import read_rows
-from nemo_rao.data.synthetic import write_preferences
-from nemo_rao.data.tokenizer_training import train_tokenizer
-from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.demo.synthetic import write_preferences
+from nemo_rao.demo.tokenizer_training import train_tokenizer
+from nemo_rao.runtime.metrics_file import read_metrics
 
 from ..hugging_face.models import command, make_model, read_json
 from ..megatron_ranks import import_once

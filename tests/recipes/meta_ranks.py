@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.derived import objective_config, world_size
+from nemo_rao.config.derived import objective_config, world_size
+from nemo_rao.config.run_config import RunConfig
 
 from ..planning.meta_models import OnMeta, add_adapters
 
@@ -79,8 +79,8 @@ def _as_rank(config: RunConfig, part: Part, rank: int) -> list[dict[str, Any]]:
 
 
 def _chunk(config: RunConfig, chunk: int | None) -> dict[str, Any]:
-    from nemo_rao.integration import build
-    from nemo_rao.integration.model import MegatronGPTAlignmentModel
+    from nemo_rao.engines.nemo import build
+    from nemo_rao.engines.nemo.model import MegatronGPTAlignmentModel
 
     adapt = build.lora(config)
     model = MegatronGPTAlignmentModel(

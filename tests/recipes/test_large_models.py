@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from nemo_rao.integration.compose import compose, package_recipes
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.derived import world_size
-from nemo_rao.integration.plan import setting_of
-from nemo_rao.planning.gpus import GIB, GPUS
+from nemo_rao.config.compose import compose, package_recipes
+from nemo_rao.config.derived import world_size
+from nemo_rao.config.gpu_models import GIB, GPUS
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.planning.memory import peak
 from nemo_rao.planning.parameters import model_parameters, stage_parameters
+from nemo_rao.planning.plan import setting_of
 from nemo_rao.planning.setting import Setting
 
 from ..planning.children import in_child

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from nemo_rao.data.tokenizer_training import train_tokenizer
+from nemo_rao.demo.tokenizer_training import train_tokenizer
 from nemo_rao.generation.with_transformers import TransformersEngine
 from tests.scoring.conftest import read_lines, write_rows
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nemo_rao.part_file import PartFile
+from nemo_rao.runtime.part_file import PartFile
 from tests.scoring.conftest import read_lines, wait_for, write_judge, write_lines, write_rows
 from tests.scoring.judge_server import JudgeServer, Reply, by_number, error
 
@@ -197,7 +197,7 @@ def test_a_disk_that_fills_at_the_last_write_keeps_the_scores(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("nemo_rao.files.os.replace", full)
+        patch.setattr("nemo_rao.runtime.files.os.replace", full)
         code, _, message = command(*arguments)
     assert code == 1 and "No space left on device" in message and "6 of 6 rows are kept" in message
     left = {path.name for path in Path().iterdir() if path.name != "__pycache__"}

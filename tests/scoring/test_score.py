@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.data.rows import read_rows
-from nemo_rao.data.synthetic import write_preferences
+from nemo_rao.demo.synthetic import write_preferences
 from tests.scoring.conftest import read_lines, write_lines, write_rows
 
 Command = Callable[..., tuple[int, str, str]]
-TRUTH = "rule:nemo_rao.data.synthetic:ground_truth_reward"
+TRUTH = "rule:nemo_rao.demo.synthetic:ground_truth_reward"
 RATED = [
     {"prompt": "p", "responses": [{"content": "a", "r_1": 1.0, "r_2": 30}, {"content": "b", "r_1": 3.0, "r_2": 10}]},
     {"prompt": "q", "responses": [{"content": "c", "r_1": 5.0, "r_2": 20}, {"content": "d", "r_1": 5.0, "r_2": 60}]},

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_rao.config.compose import compose
 from nemo_rao.data.tokenizer import load_tokenizer
-from nemo_rao.data.tokenizer_training import train_tokenizer
-from nemo_rao.integration.compose import compose
+from nemo_rao.demo.tokenizer_training import train_tokenizer
 from nemo_rao.show.inspection import Inspection, inspect
 
 CHATML = (

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from nemo_rao.cli import main
+from nemo_rao.config.compose import compose
 from nemo_rao.data.store import PreferenceData
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.loading import drawn, load_data
 from nemo_rao.show.inspection import Inspection
 from nemo_rao.show.page import page
 from nemo_rao.show.pieces import Kind
 from nemo_rao.show.report import charts, remarks
 from nemo_rao.show.rows import ShownRow
 from nemo_rao.show.terminal import Writer, can_show_colour
+from nemo_rao.training.loading import drawn, load_data
 
 Look = Callable[..., Inspection]
 HOSTILE = "</div><script>alert(1)</script>\x1b[31m\u202e\"'<img src=x onerror=y> 日本語 👩\u200d👧"

@@ -19,9 +19,9 @@ import yaml
 from nemo_rao.cli import main
 from nemo_rao.cluster.config import ClusterConfig, read_cluster, seconds_of
 from nemo_rao.cluster.script import Job, RunFolder, batch_script
+from nemo_rao.config.compose import compose, override
+from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.errors import UserError
-from nemo_rao.integration.compose import compose, override
-from nemo_rao.integration.recipe_text import to_yaml
 from nemo_rao.keys import check
 
 ROOT = Path(__file__).resolve().parents[2]

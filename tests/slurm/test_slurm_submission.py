@@ -1,7 +1,7 @@
 """Jobs on a real SLURM whose tasks train nothing: how they are started, ended, and queued again.
 
 The tasks run :data:`TASK` in place of ``python -m nemo_rao``: it notes what it was started with, and then does as a
-rank does that has not come to its first step (:mod:`nemo_rao.integration.job`), without importing NeMo.
+rank does that has not come to its first step (:mod:`nemo_rao.runtime.job`), without importing NeMo.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(240)
 TASK = """\
 #!{python}
 import json, os, sys, time
-from nemo_rao.integration.job import job_folder, supervised
+from nemo_rao.runtime.job import job_folder, supervised
 from nemo_rao.errors import UserError
 
 with supervised():

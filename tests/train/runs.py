@@ -47,8 +47,8 @@ def parallel(tensor: int, pipeline: int, data: int) -> tuple[str, ...]:
 
 def make_data(folder: Path, num_prompts: int = 64) -> tuple[str, ...]:
     """A small preference set, ragged in its number of responses, with its tokenizer; the overrides that name them."""
-    from nemo_rao.data.synthetic import preferences
-    from nemo_rao.data.tokenizer_training import train_tokenizer
+    from nemo_rao.demo.synthetic import preferences
+    from nemo_rao.demo.tokenizer_training import train_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(preferences(num_prompts, 4, seed=3))
@@ -74,9 +74,9 @@ def start_checkpoint(folder: Path, overrides: Sequence[str]) -> Path:
 
 
 def _train(recipe: str, overrides: Sequence[str]) -> None:
-    from nemo_rao.integration.checks import check_run
-    from nemo_rao.integration.compose import compose
-    from nemo_rao.integration.train import train
+    from nemo_rao.config.checks import check_run
+    from nemo_rao.config.compose import compose
+    from nemo_rao.training.train import train
 
     config = compose(recipe, overrides)
     check_run(config)
@@ -85,7 +85,7 @@ def _train(recipe: str, overrides: Sequence[str]) -> None:
 
 def die_after_step(last: int) -> None:
     """Lets rank 0 of this process's next run be killed in the step after ``last``, before its second micro-batch."""
-    from nemo_rao.integration.step_metrics import Metrics
+    from nemo_rao.engines.nemo.step_metrics import Metrics
 
     counted = Metrics.on_megatron_microbatch_start
     seen = []

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from nemo_rao.checkpoint.find import last_checkpoint
 from nemo_rao.cli import main
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.store import PreferenceData
-from nemo_rao.data.synthetic import write_preferences
+from nemo_rao.demo.synthetic import write_preferences
 from nemo_rao.errors import UserError
-from nemo_rao.integration.checkpoints import last_checkpoint
-from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.runtime.metrics_file import read_metrics
 
 from .runs import TINY, in_fork, score, start_fork, steps
 
@@ -184,7 +184,7 @@ def test_rows_that_cannot_stand_in_one_table_are_refused(
 
 
 def test_the_prompts_drawn_are_a_part_of_a_larger_draw_in_their_order(data: tuple[str, ...]) -> None:
-    from nemo_rao.integration.loading import draw_prompts
+    from nemo_rao.training.loading import draw_prompts
 
     train, tokenizer = (text.partition("=")[2] for text in data)
     whole = load_preferences(train, load_tokenizer(tokenizer), seq_length=64)

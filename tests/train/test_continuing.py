@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_rao.checkpoint.find import last_checkpoint
 from nemo_rao.cli import main
-from nemo_rao.integration.checkpoints import last_checkpoint
 
 from .runs import TINY, in_fork, run_training, steps
 

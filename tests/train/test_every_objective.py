@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.integration.metrics_file import read_metrics
 from nemo_rao.objectives.registry import OBJECTIVES
+from nemo_rao.runtime.metrics_file import read_metrics
 
 from .runs import NO_CHECKPOINTS, TINY, parallel, run_training, steps
 

@@ -150,8 +150,8 @@ def steps_as_written(run_dir: Path) -> list[dict[str, float]]:
 def test_limits_are_those_of_the_coarsest_format(
     params: str, fp8: str | None, experts: bool, tf32: bool, expected: float
 ) -> None:
-    from nemo_rao.integration.config import PrecisionConfig
-    from nemo_rao.integration.reference_pass import limits
+    from nemo_rao.config.run_config import PrecisionConfig
+    from nemo_rao.engines.nemo.reference_pass import limits
 
     rms, largest = limits(PrecisionConfig(params=params, fp8=fp8), experts=experts, tf32=tf32)
     assert (rms, largest) == (expected, pytest.approx(10 * expected))
@@ -160,7 +160,7 @@ def test_limits_are_those_of_the_coarsest_format(
 def test_a_run_of_an_earlier_version_finds_the_reference_that_it_was_begun_with(tmp_path: Path) -> None:
     """Checkpoints of before the key held the network name the weights alone; the sums are in the old place."""
     import_once()
-    from nemo_rao.integration.reference_pass import ReferencePass
+    from nemo_rao.engines.nemo.reference_pass import ReferencePass
     from nemo_rao.mcore.reference import earlier_reference_key
 
     data = SimpleNamespace(fingerprint=lambda: "d" * 64, num_responses=3)

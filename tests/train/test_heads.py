@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.runtime.metrics_file import read_metrics
 
 from .runs import TINY, parallel, run_training
 

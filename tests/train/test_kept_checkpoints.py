@@ -87,7 +87,7 @@ def test_a_metric_that_the_data_does_not_give_stops_the_run_at_the_first_checkpo
 
 
 def test_links_to_a_checkpoint_that_was_being_removed_go_with_it(tmp_path: Path) -> None:
-    from nemo_rao.integration.checkpoints import remove_unfinished
+    from nemo_rao.checkpoint.find import remove_unfinished
 
     for name in ("step=3", "step=6", "other"):
         (tmp_path / name / "weights").mkdir(parents=True)

@@ -78,8 +78,8 @@ def test_micro_batches_are_made_ahead_in_the_order_of_the_steps_and_the_thread_e
 
 
 def train_and_watch(given: Sequence[str]) -> None:
-    from nemo_rao.integration.data_module import AlignmentData, AlignmentDataModule
-    from nemo_rao.integration.model import MegatronGPTAlignmentModel
+    from nemo_rao.engines.nemo.data_module import AlignmentData, AlignmentDataModule
+    from nemo_rao.engines.nemo.model import MegatronGPTAlignmentModel
     from nemo_rao.mcore import loss
 
     made: list[tuple[str, list[int]]] = []
@@ -126,7 +126,7 @@ def test_a_mistake_while_a_micro_batch_is_made_ends_the_run_with_its_traceback(
 
 
 def train_and_fail(given: Sequence[str]) -> None:
-    from nemo_rao.integration.data_module import AlignmentDataModule
+    from nemo_rao.engines.nemo.data_module import AlignmentDataModule
 
     def a_mistake_of_ours(self: AlignmentDataModule, step: int) -> Any:
         return rows(self, step) if step < 1 else 1 / 0

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import Logger
 
-from nemo_rao.integration import monitor, train
-from nemo_rao.integration.compose import compose
-from nemo_rao.integration.train import _loggers
+from nemo_rao.config import monitor
+from nemo_rao.config.compose import compose
+from nemo_rao.training import train
+from nemo_rao.training.train import _loggers
 
 from .runs import TINY, run_training
 

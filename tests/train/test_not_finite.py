@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nemo_rao.batch import Sample
-from nemo_rao.integration.finite import not_finite
-from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.engines.nemo.finite import not_finite
+from nemo_rao.runtime.metrics_file import read_metrics
 
 from .runs import TINY, parallel, run_training
 

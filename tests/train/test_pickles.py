@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_rao.checkpoint.find import check_checkpoint, resolve_checkpoint
+from nemo_rao.checkpoint.pickles import refuse_code
 from nemo_rao.errors import UserError
-from nemo_rao.integration.checkpoints import check_checkpoint, resolve_checkpoint
-from nemo_rao.integration.pickles import refuse_code
 
 from .runs import in_fork
 

@@ -15,8 +15,8 @@ def reached() -> Any:
     import_once()
     from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
-    from nemo_rao.integration import build
-    from nemo_rao.integration.compose import compose
+    from nemo_rao.config.compose import compose
+    from nemo_rao.engines.nemo import build
 
     def configs(*overrides: str) -> list[Any]:
         config = compose("gpt_rao", overrides)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.runtime.metrics_file import read_metrics
 
 from .runs import NO_CHECKPOINTS, TINY, in_fork, parallel, run_training, score, steps
 
@@ -17,7 +17,7 @@ REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "alpacaeval_k4_share
 
 def _tokenizer(data: Path, folder: Path) -> None:
     from nemo_rao.data.rows import read_rows
-    from nemo_rao.data.tokenizer_training import texts_of_rows, train_tokenizer
+    from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
 
     train_tokenizer(texts_of_rows(read_rows(str(data))), folder, 2048)
 

@@ -97,7 +97,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_same_command_continues(
 
 
 def test_an_unfinished_checkpoint_is_never_resumed_from(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
-    from nemo_rao.integration.checkpoints import last_checkpoint
+    from nemo_rao.checkpoint.find import last_checkpoint
 
     given = overrides(tmp_path, data, start, "trainer.max_steps=6")
     run_training("gpt_sft", given)
@@ -139,7 +139,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 def test_lines_of_steps_computed_again_are_dropped(tmp_path: Path) -> None:
-    from nemo_rao.integration.metrics_file import read_metrics, truncate_metrics
+    from nemo_rao.runtime.metrics_file import read_metrics, truncate_metrics
 
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')

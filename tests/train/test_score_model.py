@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.integration.metrics_file import read_metrics
+from nemo_rao.runtime.metrics_file import read_metrics
 
 from .runs import NO_CHECKPOINTS, TINY, in_fork, parallel, run_training, score
 
@@ -148,9 +148,9 @@ def test_a_trained_model_is_asked_before_what_computes_in_this_process(
 
 def test_a_run_that_cannot_score_is_refused(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
     from nemo_rao.errors import UserError
-    from nemo_rao.integration.score_model import model_kind
     from nemo_rao.scoring.run import Job
     from nemo_rao.scoring.scorer import Place
+    from nemo_rao.training.score_model import model_kind
 
     job = Job(data[0].partition("=")[2], tmp_path / "out.jsonl", [])
     for run, complaint in ((tmp_path, "no recipe.yaml"), (start, "objective sft has no implicit reward")):

@@ -9,9 +9,9 @@ import pytest
 import transformers
 
 from nemo_rao.batch import Response, Row
-from nemo_rao.data.tokenizer_training import train_tokenizer
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.score_rows import Limit, length_limit, tokenise, with_length
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.demo.tokenizer_training import train_tokenizer
+from nemo_rao.training.score_rows import Limit, length_limit, tokenise, with_length
 
 # Of an answer, what follows its thinking.
 CUTS_THINKING = (

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from nemo_rao.checkpoint.continuing import write_run
 from nemo_rao.cli import main
+from nemo_rao.config.derived import run_dir
+from nemo_rao.config.recipe_text import to_yaml
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import RankFailure, UserError
-from nemo_rao.integration.config import RunConfig
-from nemo_rao.integration.continuing import write_run
-from nemo_rao.integration.derived import run_dir
-from nemo_rao.integration.loading import LoadedData
-from nemo_rao.integration.recipe_text import to_yaml
+from nemo_rao.training.loading import LoadedData
 
 from .runs import TINY, in_fork, steps
 
@@ -92,14 +92,14 @@ def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "tokenizer").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nemo_rao.integration.prepare.import_nemo", lambda: True)
-    monkeypatch.setattr("nemo_rao.integration.prepare.select_device", lambda config: None)
+    monkeypatch.setattr("nemo_rao.training.prepare.import_nemo", lambda: True)
+    monkeypatch.setattr("nemo_rao.training.prepare.select_device", lambda config: None)
     data = PreferenceData([])
-    monkeypatch.setattr("nemo_rao.integration.loading.load_data", lambda config: LoadedData(data, None, 300))
-    monkeypatch.setattr("nemo_rao.integration.derived.steps_per_epoch", lambda *_: 10)
+    monkeypatch.setattr("nemo_rao.training.loading.load_data", lambda config: LoadedData(data, None, 300))
+    monkeypatch.setattr("nemo_rao.config.derived.steps_per_epoch", lambda *_: 10)
 
     def run(train: Train, *overrides: str) -> int:
-        monkeypatch.setattr("nemo_rao.integration.train.train", train)
+        monkeypatch.setattr("nemo_rao.training.train.train", train)
         files = ["data.train_path=train.jsonl", "data.tokenizer=./tokenizer"]
         return main(["train", "-m", "--config-name", "gpt_dpo", *files, "model.dpo.beta=1,2,3", *overrides])
 

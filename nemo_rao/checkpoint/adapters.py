@@ -1,0 +1,218 @@
+"""Checkpoints of LoRA runs: adapters alone, with a record of the checkpoint whose weights they change.
+
+    weights/adapter_metadata.json    model_ckpt_path   folder of the base's checkpoint
+                                     model_digest      of its weights; absent from checkpoints of earlier versions
+
+NeMo's own record is wrong after a resume: it names the adapters that the run continued from. Such records are followed
+to the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.checkpoint.find import resolve_checkpoint, stored_tensors
+from nemo_rao.checkpoint.pickles import read_metadata
+from nemo_rao.config.lora_targets import KEY, adapted, linear_layers, lora_targets
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.typed_config import load_recipe
+from nemo_rao.errors import UserError
+
+METADATA = "adapter_metadata.json"
+_LAYERS, _INTO = "decoder.layers.", ".adapter.linear_in.weight"
+_SAMPLE = 1 << 12  # bytes read at each of these places in a stored tensor, behind its header
+_SAMPLED_AT = (0.25, 0.5, 0.75)
+
+
+def holds_adapters(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds adapters alone and no model."""
+    return (checkpoint / "weights" / METADATA).is_file()
+
+
+def refuse_adapters(checkpoint: Path, key: str) -> None:
+    """Refuses a checkpoint that is no whole model where one is needed.
+
+    Raises:
+        UserError: it holds adapters alone.
+    """
+    if holds_adapters(checkpoint):
+        raise UserError(
+            f"{key}: {checkpoint} holds adapters alone (a run with model.peft.scheme=lora), not a whole model. Merge "
+            f"them first: nemo-rao export-hf {checkpoint} MERGED, then nemo-rao import-hf MERGED WHOLE, and name WHOLE"
+        )
+
+
+def base_of_adapters(checkpoint: Path, key: str, base: str | None = None) -> Path:
+    """The checkpoint whose weights the adapters change.
+
+    Args:
+        checkpoint: that holds the adapters.
+        key: where the user named it, for messages.
+        base: where the user says the base is now; ``None``: where it was.
+
+    Raises:
+        UserError: the base is not known, is gone, or has other weights than those that were trained on.
+    """
+    recorded = _record(checkpoint, key)
+    digest = recorded.get("model_digest")
+    found = _follow(checkpoint, key) if base is None else resolve_checkpoint(base, "--base")
+    refuse_adapters(found, key if base is None else "--base")
+    if digest is not None and digest_of_weights(found / "weights") != digest:
+        raise UserError(
+            f"{key}: the adapters of {checkpoint} were trained on {recorded['model_ckpt_path']}, and the weights of "
+            f"{found} are others; name a copy of that checkpoint"
+        )
+    return found
+
+
+def _follow(checkpoint: Path, key: str) -> Path:
+    """From adapters that name adapters as their base, as older versions wrote on resume, to the base of the first."""
+    seen, at = {checkpoint.resolve()}, checkpoint
+    while True:
+        path = Path(_record(at, key)["model_ckpt_path"])
+        path = path.parent if path.name == "weights" else path
+        if (path / "weights").is_dir():
+            if not holds_adapters(path):
+                return path
+            if path.resolve() not in seen:
+                at = path
+                seen.add(path.resolve())
+                continue
+        if path.parent == at.parent and (start := _start_of_run(at)) is not None:
+            return start  # a former checkpoint of the same run, which is gone; its recipe still has the start
+        raise UserError(
+            f"{key}: the adapters of {checkpoint} were trained on {path}, which is gone; put it back, or name a copy "
+            "(--base of export-hf, model.restore_from_path of a run)"
+        )
+
+
+def _start_of_run(checkpoint: Path) -> Path | None:
+    recipe = checkpoint.parent.parent / "recipe.yaml"
+    path = load_recipe(recipe).model.restore_from_path if recipe.is_file() else None
+    return None if path is None else resolve_checkpoint(path, f"{recipe}: model.restore_from_path")
+
+
+def _record(checkpoint: Path, key: str) -> dict[str, Any]:
+    file = checkpoint / "weights" / METADATA
+    try:
+        record = json.loads(file.read_text())
+        if not isinstance(record["model_ckpt_path"], str):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{key}: {file} does not say which model the adapters are for; restore that file") from None
+    return record
+
+
+def digest_of_weights(weights: Path) -> str:
+    """A digest of the model in a checkpoint's ``weights/``, wherever it lies.
+
+    Of each stored part of each tensor it covers name, size and samples of its bytes: models differ in all of their
+    matrices, or in whole matrices, and reading all of a large one would take minutes.
+    """
+    parts = [
+        (place.relative_path, place.offset, place.length, index.fqn)
+        for index, place in read_metadata(weights.parent).storage_data.items()
+        if index.fqn.startswith("module.")
+    ]
+    digest = hashlib.sha256()
+    for name, of_file in itertools.groupby(sorted(parts), key=operator.itemgetter(0)):
+        with (weights / name).open("rb") as file:
+            for _, offset, length, tensor in of_file:
+                digest.update(f"{tensor}|{length}|".encode())
+                for place in _SAMPLED_AT:
+                    file.seek(offset + int(length * place))
+                    digest.update(file.read(min(_SAMPLE, length)))
+    return digest.hexdigest()[:16]
+
+
+def trained_on(checkpoint: Path | None, base: Path) -> bool:
+    """Whether a checkpoint holds adapters that were trained on the weights of ``base``, wherever they lay then."""
+    if checkpoint is None or not holds_adapters(checkpoint):
+        return False
+    return _record(checkpoint, str(checkpoint)).get("model_digest") == digest_of_weights(base / "weights")
+
+
+def check_scheme(config: RunConfig, checkpoint: Path) -> None:
+    """Refuses to continue a run of adapters without them, or one of all weights with them.
+
+    Raises:
+        UserError: names the key.
+    """
+    scheme = config.model.peft.scheme
+    if holds_adapters(checkpoint) == (scheme == "none"):
+        holds = "adapters alone" if scheme == "none" else "every weight of a model"
+        raise UserError(
+            f"model.peft.scheme={scheme}: exp_manager.name={config.exp_manager.name} would continue from {checkpoint}, "
+            f"which holds {holds}; set model.peft.scheme={'lora' if scheme == 'none' else 'none'}, or give this run "
+            "another exp_manager.name"
+        )
+
+
+def base_on_resume(checkpoint: Path, start: Path, key: str) -> Path:
+    """The base on which adapters are trained further: the one that they were begun on.
+
+    Args:
+        checkpoint: that holds the adapters.
+        start: what ``model.restore_from_path`` means now. A run that is named there may have gone on since.
+        key: for messages.
+
+    Raises:
+        UserError: neither ``start`` nor what was recorded has the weights that were trained on.
+    """
+    digest = _record(checkpoint, key).get("model_digest")
+    if digest is None:
+        try:
+            return _follow(checkpoint, key)
+        except UserError:
+            return start  # nothing to compare it with
+    if digest_of_weights(start / "weights") == digest:
+        return start
+    return base_of_adapters(checkpoint, key)
+
+
+def stored_adapters(shapes: Mapping[str, Sequence[int]], num_layers: int) -> dict[str, int]:
+    """Name of each linear layer that has an adapter -> the adapter's rank.
+
+    Args:
+        shapes: of a checkpoint's tensors, by name without ``module.``; those of all layers in one, or layer by layer.
+    """
+    found: dict[str, int] = {}
+    for full_name, shape in shapes.items():
+        if not full_name.endswith(_INTO):
+            continue
+        name = full_name.removesuffix(_INTO)
+        rest = name.removeprefix(_LAYERS)
+        if rest == name or rest[:1].isdigit():
+            found[name] = shape[0]
+        else:
+            found |= {f"{_LAYERS}{number}.{rest}": shape[1] for number in range(num_layers)}
+    return found
+
+
+def check_resumed_adapters(config: RunConfig, checkpoint: Path, num_layers: int, *, experts: bool) -> None:
+    """Checks that the adapters of a checkpoint are those of the run that is to continue from it: none is dropped.
+
+    Raises:
+        UserError: other layers have adapters, or adapters of another rank.
+    """
+    if config.model.peft.scheme == "none":
+        return
+    tensors = stored_tensors(checkpoint, trusted=config.model.allow_pickle)
+    stored = stored_adapters({name: shape for name, (shape, _) in tensors.items()}, num_layers)
+    wanted = adapted(lora_targets(config), linear_layers(num_layers, experts=experts))
+    run = f"exp_manager.name={config.exp_manager.name} would continue from {checkpoint}"
+    remedy = "set it back, or give this run another exp_manager.name"
+    if more := [name for name in wanted if name not in stored]:
+        raise UserError(f"{KEY}: {run}, which has no adapter of {more[0]} ({len(more)} such layers); {remedy}")
+    if fewer := [name for name in stored if name not in wanted]:
+        raise UserError(f"{KEY}: {run}, which has an adapter of {fewer[0]}, too ({len(fewer)} such layers); {remedy}")
+    if other := sorted(set(stored.values()) - {config.model.peft.lora.dim}):
+        raise UserError(
+            f"model.peft.lora.dim={config.model.peft.lora.dim}: {run}, whose adapters have dim {other[0]}; {remedy}"
+        )

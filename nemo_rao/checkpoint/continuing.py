@@ -1,0 +1,388 @@
+"""What may change when a run of an existing name continues: one rule for train, sweeps, compare-rewards and launch.
+
+A run records its recipe, its data and its start in its folder. The next start compares them with what it is given:
+
+    changes that keep the numbers    logging, checkpoints, length, parallelism, layouts: applied and recorded
+    changes of the numbers           refused, unless exp_manager.resume_with_changes=true: then applied and recorded
+    changes of the network           refused: the checkpoint cannot be loaded into another one
+
+What a key does to the numbers is declared in :data:`KEEPS_NUMBERS` and :data:`NEEDS_NEW_RUN`; a key in neither changes
+them, so that a new key is refused until somebody declares it harmless. Files are compared by content, not by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.checkpoint.adapters import trained_on
+from nemo_rao.checkpoint.find import last_checkpoint, resolve_checkpoint, step_of
+from nemo_rao.config.derived import objective_config, run_dir
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.typed_config import load_recipe
+from nemo_rao.data.store import PreferenceData
+from nemo_rao.errors import UserError
+from nemo_rao.objectives import registry
+from nemo_rao.runtime.files import write_atomically
+
+RECIPE, DATA, RUN, CHANGES = "recipe.yaml", "data.json", "run.json", "changes.jsonl"
+START = "model.restore_from_path"
+ANYWAY = "exp_manager.resume_with_changes"
+
+# Keys, or beginnings of keys, with which a run's numbers stay the same, at least to rounding.
+KEEPS_NUMBERS = (
+    # Length: the learning rate schedule follows it.
+    *("trainer.max_steps", "trainer.max_epochs"),
+    # Logging, checkpoints, patience.
+    *("exp_manager.", "trainer.val_check_interval", "trainer.log_every_n_steps", "trainer.enable_progress_bar"),
+    *("trainer.timeout_minutes", "model.allow_pickle", "model.allow_random_weights"),
+    # Ranks, and how the model and a batch are split over them.
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.threads_per_rank"),
+    *("model.micro_batch_size", "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"),
+    *("model.virtual_pipeline_model_parallel_size", "model.context_parallel_size", "model.expert_model_parallel_size"),
+    *("model.expert_tensor_parallel_size", "model.sequence_parallel", "model.recompute_", "model.fused_log_probs"),
+    *("model.optim.overlap_", "model.arch.make_vocab_size_divisible_by"),
+    *("data.packing", "data.prefix_sharing", "data.pad_to_multiple_of"),
+    # Caches, and what is compared by content: see :func:`check_data` and :func:`start_of`.
+    *("data.cache", "data.strict", "data.train_path", "data.validation_path", "data.tokenizer", "reference."),
+    *("data.columns", "data.ignore_fields", "data.bad_rows", "data.max_bad_rows"),
+    START,
+)
+# Keys without which a checkpoint cannot be loaded as it was saved.
+NEEDS_NEW_RUN = (
+    *("model.config_class", "model.arch.", "model.peft.scheme", "model.peft.lora.dim"),
+    *("model.peft.lora.target_modules", "model.optim.use_distributed_optimizer", "model.optim.name"),
+    *("precision.params", "precision.fp8"),
+)
+_NO_SIZES = ("model.arch.attention_dropout", "model.arch.hidden_dropout", "model.arch.rotary_base")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key, or a data set, that differs from what a run has recorded.
+
+    Attributes:
+        key: dotted, such as ``model.optim.lr``.
+        old, new: the values.
+        keeps_numbers: the run's numbers stay the same, to rounding.
+        loads: the run's checkpoint can be loaded with it.
+    """
+
+    key: str
+    old: Any
+    new: Any
+    keeps_numbers: bool
+    loads: bool = True
+
+
+# ---------------------------------------------------------------------------------------------------------- records
+
+
+def read_run(folder: Path) -> Mapping[str, Any]:
+    """``run.json``, see :func:`write_run`; empty where absent.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _read_json(folder / RUN)
+
+
+def write_run(folder: Path, *, start_from: Path | None, max_steps: int, finished_at: int | None = None) -> None:
+    """Writes ``run.json``: what a run started from, how many steps it has, and whether it has reached its end.
+
+    Args:
+        start_from: checkpoint whose weights the run started with; ``None``: random ones.
+        max_steps: planned optimizer steps.
+        finished_at: steps of a run that has reached its end; its last checkpoint is then recorded, too.
+    """
+    record: dict[str, Any] = {"start_from": None if start_from is None else str(start_from), "max_steps": max_steps}
+    if finished_at is not None:
+        checkpoint = last_checkpoint(folder)
+        record |= {"finished_at": finished_at, "checkpoint": None if checkpoint is None else checkpoint.name}
+    write_atomically(folder / RUN, json.dumps(record, indent=2) + "\n")
+
+
+def read_data_record(folder: Path) -> Mapping[str, Any]:
+    """``data.json``: for each data set its number of prompts and its fingerprints; empty where absent.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _read_json(folder / DATA)
+
+
+def data_record(train: PreferenceData, validation: PreferenceData | None) -> dict[str, Any]:
+    """What ``data.json`` holds: ``fingerprint`` is of the tokens alone, ``contents`` of all that is trained on."""
+    data_sets = {"training": train, "validation": validation}
+    return {
+        name: {
+            "num_prompts": len(data),
+            "fingerprint": data.fingerprint(),
+            "contents": data.contents_fingerprint(),
+            "report": str(data.report),
+        }
+        for name, data in data_sets.items()
+        if data is not None
+    }
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or give the run another name") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must be an object of JSON; restore it, or give the run another name")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- changes
+
+
+def has_results(folder: Path) -> bool:
+    """Whether there is something to continue: a checkpoint, or the end of a run that was to keep none."""
+    return last_checkpoint(folder) is not None or _ended_without_checkpoint(folder)
+
+
+def _ended_without_checkpoint(folder: Path) -> bool:
+    record = read_run(folder)
+    return "finished_at" in record and record["checkpoint"] is None
+
+
+def settings_changes(before: RunConfig, now: RunConfig) -> list[Change]:
+    """The keys in which two recipes differ; keys of objectives that neither of them trains are not compared."""
+    blocks = {f"model.{name}." for name in registry.OBJECTIVES} - {
+        f"model.{config.model.objective}." for config in (before, now)
+    }
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    missing = object()
+    found = []
+    for key in dict.fromkeys([*new, *old]):
+        if old.get(key, missing) == new.get(key, missing) or key.startswith(tuple(blocks)):
+            continue
+        found.append(
+            Change(
+                key,
+                old.get(key),
+                new.get(key),
+                keeps_numbers=key.startswith(KEEPS_NUMBERS),
+                loads=_loads(key, before, now),
+            )
+        )
+    return found
+
+
+def _loads(key: str, before: RunConfig, now: RunConfig) -> bool:
+    if key == "model.objective":
+        return _heads(before) == _heads(now)
+    if key == "model.optim.lr" or key.endswith(".value_lr"):
+        return not _heads(now)[0]  # the ratio of the two is how Megatron finds a value head's optimizer state
+    return key.startswith((*_NO_SIZES, *KEEPS_NUMBERS)) or not key.startswith(NEEDS_NEW_RUN)
+
+
+def _heads(config: RunConfig) -> tuple[Any, ...]:
+    needs = registry.get(config.model.objective).needs_of(objective_config(config))
+    return needs.values, needs.scores
+
+
+def check_settings(config: RunConfig, folder: Path | None = None, *, another: str = "exp_manager.name") -> list[Change]:
+    """Compares a recipe with the one that a run of its name has recorded. Reads no data; writes nothing.
+
+    Args:
+        folder: of the run, where this machine sees it under another path than the recipe says.
+        another: the key or option that gives results another folder, for messages.
+
+    Returns:
+        the changes that are applied when the run continues; empty where there is nothing to continue.
+
+    Raises:
+        UserError: a change that is refused, or results that ``exp_manager.resume_if_exists=false`` would mix with.
+    """
+    folder = folder or run_dir(config)
+    if not has_results(folder):
+        return []
+    if not config.exp_manager.resume_if_exists:
+        if last_checkpoint(folder) is None:
+            return []
+        raise UserError(
+            f"exp_manager.resume_if_exists=false: {folder} has checkpoints of an earlier run, which a new one would "
+            f"mix with its own; give another {another}, or remove that folder"
+        )
+    recipe = folder / RECIPE
+    if not recipe.is_file():
+        raise UserError(
+            f"{folder}: {RECIPE} is missing, so nothing says with which settings its checkpoints were trained; restore "
+            f"it, or give another {another}"
+        )
+    changes = settings_changes(load_recipe(recipe), config)
+    _refuse(changes, config, folder, another)
+    return changes
+
+
+def check_data(config: RunConfig, record: Mapping[str, Any], *, another: str = "exp_manager.name") -> list[Change]:
+    """Compares a run's data with what an earlier start has recorded.
+
+    Args:
+        record: what :func:`data_record` gives for the data at hand.
+        another: see :func:`check_settings`.
+
+    Raises:
+        UserError: it is other data, unless the recipe allows changes.
+    """
+    folder = run_dir(config)
+    if not has_results(folder):
+        return []
+    before, changes = read_data_record(folder), []
+    for name, key in (("training", "data.train_path"), ("validation", "data.validation_path")):
+        old, new = before.get(name), record.get(name)
+        if before and _differ(old, new):
+            changes.append(Change(key, _described(old), _described(new), keeps_numbers=_harmless(old, new, config)))
+    _refuse(changes, config, folder, another)
+    return changes
+
+
+def _differ(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    if one is None or other is None:
+        return one is not other
+    # A version before there were fingerprints of the whole contents recorded that of the tokens alone.
+    name = "contents" if "contents" in one and "contents" in other else "fingerprint"
+    return one[name] != other[name]
+
+
+def _harmless(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, config: RunConfig) -> bool:
+    """Validation data that is left out changes no number; nor does new one, where it needs no reference pass."""
+    if old is not None and new is not None:
+        return False
+    needs = registry.get(config.model.objective).needs_of(objective_config(config))
+    return new is None or not needs.reference
+
+
+def _described(data: Mapping[str, Any] | None) -> str:
+    if data is None:
+        return "none"
+    return f"{data['num_prompts']} prompts (contents {data.get('contents', data['fingerprint'])[:12]})"
+
+
+def _refuse(changes: list[Change], config: RunConfig, folder: Path, another: str = "exp_manager.name") -> None:
+    """Raises for the changes that cannot be, or are not to be, applied."""
+    refused = [change for change in changes if not change.loads]
+    remedy = f"give another {another}"
+    if not refused and not config.exp_manager.resume_with_changes:
+        refused = [change for change in changes if not change.keeps_numbers]
+        remedy += f", or set {ANYWAY}=true, which continues and records the change"
+    if refused:
+        checkpoint = last_checkpoint(folder)
+        at = "is finished" if checkpoint is None else f"continues from {checkpoint.name}"
+        listed = ", ".join(f"{change.key} from {_shown(change.old)} to {_shown(change.new)}" for change in refused)
+        raise UserError(f"{folder} {at}, and this command changes {listed}; {remedy}")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def describe(changes: list[Change]) -> list[str]:
+    """Lines for the user about changes that are applied."""
+    if not changes:
+        return []
+    listed = ", ".join(f"{change.key} {_shown(change.old)} -> {_shown(change.new)}" for change in changes)
+    if not all(change.keeps_numbers for change in changes):
+        note = f" ({ANYWAY}=true; recorded in {CHANGES})"
+    elif any(change.key.startswith(_SPLITS) for change in changes):
+        note = " (numbers agree to rounding, not bit for bit)"
+    else:
+        note = ""
+    return [f"changed since the last start: {listed}{note}"]
+
+
+# Of the keys that keep the numbers, those that reorder sums.
+_SPLITS = (
+    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "model.micro_batch_size", "model.recompute_"),
+    *("model.tensor_", "model.pipeline_", "model.virtual_", "model.context_", "model.expert_", "model.sequence_"),
+    *("model.fused_log_probs", "data.packing", "data.prefix_sharing", "data.pad_to_multiple_of"),
+)
+
+
+def record_changes(folder: Path, changes: list[Change], step: int) -> None:
+    """Appends a line to ``changes.jsonl``: the step from which the changes hold, when, and what changed."""
+    if not changes:
+        return
+    line = {
+        "step": step,
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "changes": [{"key": change.key, "old": change.old, "new": change.new} for change in changes],
+    }
+    with (folder / CHANGES).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups of keys -> dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- start and end
+
+
+def start_of(config: RunConfig) -> Path | None:
+    """The checkpoint that a run starts from, or ``None``; where the run continues, the one that it has started from.
+
+    A run folder that is named as the start may have gone on since, to checkpoints that this run has never seen.
+
+    Raises:
+        UserError: ``model.restore_from_path`` leads to no checkpoint, or to another one than the run started from.
+    """
+    folder, given = run_dir(config), config.model.restore_from_path
+    record = read_run(folder)
+    if not has_results(folder) or "start_from" not in record:
+        return None if given is None else resolve_checkpoint(given, START)
+    recorded = None if record["start_from"] is None else Path(record["start_from"])
+    if _same_place(load_recipe(folder / RECIPE).model.restore_from_path, given):
+        return recorded
+    resolved = None if given is None else resolve_checkpoint(given, START)
+    if resolved is not None and trained_on(last_checkpoint(folder), resolved):
+        return resolved  # a copy of the weights below this run's adapters
+    if resolved != recorded:
+        change = Change(START, recorded, resolved, keeps_numbers=False, loads=config.model.peft.scheme == "none")
+        _refuse([change], config, folder)
+    return recorded
+
+
+def needs_start(config: RunConfig) -> bool:
+    """Whether weights are read from the start: a run's own checkpoints hold all but those below adapters."""
+    return config.model.peft.scheme != "none" or not has_results(run_dir(config))
+
+
+def _same_place(one: str | None, other: str | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def finished_at(config: RunConfig, max_steps: int) -> int | None:
+    """The step at which a run of this name has ended, if this recipe asks for no further one; else ``None``.
+
+    Args:
+        max_steps: optimizer steps that the recipe asks for, over the data at hand.
+    """
+    folder = run_dir(config)
+    if not config.exp_manager.resume_if_exists:
+        return None
+    ended, checkpoint = read_run(folder).get("finished_at"), last_checkpoint(folder)
+    if checkpoint is None:
+        reached = ended if _ended_without_checkpoint(folder) else None
+    else:
+        # One without an end was stopped between its last checkpoint and what follows it.
+        reached = None if ended is None else min(ended, step_of(checkpoint))
+    return reached if reached is not None and reached >= max_steps else None

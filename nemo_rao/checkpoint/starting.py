@@ -1,0 +1,134 @@
+"""What a run starts from: a checkpoint that fits its recipe, or random weights where that is meant.
+
+Checked before anything heavy is imported, and before a job is submitted: from a checkpoint's metadata, a tokenizer's
+vocabulary and the sizes of the recipe.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from nemo_rao.checkpoint.adapters import refuse_adapters
+from nemo_rao.checkpoint.continuing import START, needs_start, start_of
+from nemo_rao.checkpoint.find import check_checkpoint, refuse_hugging_face, stored_tensors, token_embeddings
+from nemo_rao.config.architecture import approximate_parameters, architecture_fields, num_tokens, vocabulary
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.errors import UserError
+from nemo_rao.objectives import registry
+
+RANDOM_LIMIT = 1_000_000_000  # parameters; models below it are trained from scratch, in studies and tests
+FITTING = "set model.config_class, model.arch and data.tokenizer to the checkpoint's"
+# A tokenizer may rename reserved tokens and add some: less than this share of a vocabulary.
+_OTHER_TOKENS = 0.01
+# Rows of an embedding beyond the tokens, where the checkpoint has no tokenizer to compare with: padding.
+_PADDING_ROWS = 8192
+
+
+def check_start(config: RunConfig) -> None:
+    """Checks what the run would start from.
+
+    Raises:
+        UserError: random weights of a large model; a checkpoint of another network, or of another tokenizer.
+    """
+    if not needs_start(config):
+        return
+    fields, given = architecture_fields(config), config.model.restore_from_path
+    preset = fields.get("vocab_size")
+    tokens = preset if isinstance(preset, int) else num_tokens(config.data.tokenizer)
+    if given is None:
+        _check_random(config, approximate_parameters(fields, tokens or 0))
+        return
+    refuse_hugging_face(given, START)
+    if not Path(given).expanduser().is_dir():
+        raise UserError(f"{START}={given}: no such folder; give the folder of a NeMo checkpoint")
+    checkpoint = start_of(config)
+    assert checkpoint is not None
+    refuse_adapters(checkpoint, START)
+    check_checkpoint(
+        checkpoint,
+        SimpleNamespace(**{name: value if isinstance(value, int) else None for name, value in fields.items()}),
+        tokens,
+        key=START,
+        remedy=FITTING,
+        trusted=config.model.allow_pickle,
+    )
+    check_tokenizer(config, checkpoint, num_tokens(config.data.tokenizer))
+
+
+def _check_random(config: RunConfig, parameters: int) -> None:
+    if parameters <= RANDOM_LIMIT or config.model.allow_random_weights:
+        return
+    raise UserError(
+        f"{START} is null, so that {parameters / 1e9:.1f} billion parameters of {config.model.config_class} would "
+        "start from random weights; name the checkpoint to start from (nemo-rao import-hf makes one), or set "
+        "model.allow_random_weights=true to train from scratch"
+    )
+
+
+def check_tokenizer(config: RunConfig, checkpoint: Path, tokens: int | None) -> None:
+    """Refuses a tokenizer whose ids stand for other tokens than the checkpoint's.
+
+    Args:
+        tokens: of the recipe's tokenizer; ``None`` where they are not known yet.
+
+    Raises:
+        UserError: names both tokenizers.
+    """
+    given = Path(config.data.tokenizer or "").expanduser() / "tokenizer.json"
+    own = sorted((checkpoint / "context").glob("*/tokenizer.json"))
+    remedy = f"give the tokenizer that belongs to {checkpoint}"
+    if given.is_file() and len(own) == 1:
+        if given.read_bytes() == own[0].read_bytes():
+            return
+        there, here = vocabulary(own[0]), vocabulary(given)
+        other = sum(here.get(token) != number for token, number in there.items())
+        if other > max(1, _OTHER_TOKENS * len(there)):
+            raise UserError(
+                f"data.tokenizer={config.data.tokenizer}: {other} of the {len(there)} tokens of the checkpoint's "
+                f"tokenizer ({own[0].parent}) are absent or have other ids; data.tokenizer={own[0].parent} is the one "
+                "that the model was trained with"
+            )
+        return
+    rows = token_embeddings(checkpoint, trusted=config.model.allow_pickle)
+    if tokens is not None and rows is not None and rows > 2 * tokens and rows - tokens > _PADDING_ROWS:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer} has {tokens} tokens, but {checkpoint} embeds {rows}; {remedy}"
+        )
+
+
+def describe_start(config: RunConfig, start_from: Path | None) -> str:
+    """A line for the user."""
+    if start_from is None:
+        return f"starting from random weights (trainer.seed={config.trainer.seed}; {START} is null)"
+    return f"starting from {start_from}"
+
+
+def describe_heads(config: RunConfig, objective_config: Any, start_from: Path | None) -> list[str]:
+    """A line about each head of the run or of its start: whether it is kept, new, or left behind. Imports megatron.
+
+    Args:
+        objective_config: the objective's keys, with what the data decides.
+    """
+    from nemo_rao.mcore.heads import HEADS, SCORE_HEAD, VALUE_HEAD, is_stored
+
+    if start_from is None:
+        return []
+    tensors = stored_tensors(start_from, trusted=config.model.allow_pickle)
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    needs = registry.get(config.model.objective).needs_of(objective_config)
+    outputs = {SCORE_HEAD: needs.scores, VALUE_HEAD: int(needs.values)}
+    lines = []
+    for name in HEADS:
+        wanted, said = outputs[name], name.replace("_", " ")
+        stored = next((shape for key, shape in shapes.items() if key.split(".")[-2:] == [name, "weight"]), None)
+        if wanted and stored is not None and is_stored(name, (wanted, *stored[1:]), shapes):
+            lines.append(f"{said}: the start's is kept")
+        elif wanted:
+            drawn = f"drawn from trainer.seed={config.trainer.seed}" if name == SCORE_HEAD else "at 0"
+            why = "has none" if stored is None else f"has one of {stored[0]} outputs, {wanted} are needed"
+            lines.append(f"{said}: starts anew, {drawn} (the start {why})")
+        elif stored is not None:
+            lines.append(f"{said}: left behind, as {config.model.objective} has none")
+    return lines

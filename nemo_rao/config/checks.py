@@ -1,0 +1,315 @@
+"""What can be wrong between the keys of a run, found before anything heavy is imported.
+
+Ranges of single keys are checked where the config is made; here are the rules that tie several keys, files or the
+machine together. Nothing is written. A :class:`UserError` names the key, its value, and what to change.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_rao.checkpoint.starting import check_start
+from nemo_rao.config.derived import data_parallel_size, objective_config, parallel_multiple, run_dir, world_size
+from nemo_rao.config.lora_targets import check_targets
+from nemo_rao.config.monitor import check_monitor
+from nemo_rao.config.precision_checks import check_fp8_network, check_precision
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.data.rows import expand_paths
+from nemo_rao.errors import UserError
+from nemo_rao.objectives import registry
+from nemo_rao.runtime.gpus import transformer_engine_is_used
+
+
+def check_run(config: RunConfig, *, start_exists: bool = True) -> None:
+    """Checks everything that the config alone, and the files it names, can tell.
+
+    Args:
+        start_exists: ``False`` where another run is still to make the checkpoint to start from.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    check_sizes(config)
+    _check_length(config)
+    arch = config.model.arch
+    check_architecture(
+        config,
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+    )
+    _check_layout(config)
+    _check_peft(config)
+    check_monitor(config)
+    check_sources(config)
+    _check_results(config)
+    if start_exists:
+        check_start(config)
+
+
+def check_keys_are_read(overrides: Sequence[str], config: RunConfig) -> None:
+    """Refuses overrides of a block that the run's objective does not read: they would change nothing."""
+    unread = {f"model.{name}" for name in registry.OBJECTIVES} - {f"model.{config.model.objective}"}
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key in unread or key.rpartition(".")[0] in unread:
+            raise UserError(
+                f"{text}: model.objective={config.model.objective} does not read {key}; set keys of "
+                f"model.{config.model.objective}, or choose another recipe"
+            )
+
+
+def check_sizes(config: RunConfig) -> None:
+    """Of these checks, those that need neither data nor a checkpoint to be named: objective, ranks, batches, optimizer.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    registry.get(config.model.objective)  # refuses a name that there is not
+    _check_ranks(config)
+    _check_batches(config)
+    _check_recompute(config)
+    _check_optimizer(config)
+    check_precision(config)
+
+
+def check_architecture(
+    config: RunConfig,
+    *,
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+    ffn_hidden_size: int | None = None,
+    num_attention_heads: int | None = None,
+    num_query_groups: int | None = None,
+    kv_channels: int | None = None,
+) -> None:
+    """Checks that the network can be split as the parallel sizes ask.
+
+    Called twice: with the config's own values, and with those of the config class once NeMo is imported. What is
+    ``None`` is not checked.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    model = config.model
+    tensor_parallel = f"model.tensor_model_parallel_size={model.tensor_model_parallel_size}"
+    for name, value in (
+        ("num_attention_heads", num_attention_heads),
+        ("num_query_groups", num_query_groups),
+        ("ffn_hidden_size", ffn_hidden_size),
+    ):
+        if value is not None and value % model.tensor_model_parallel_size:
+            raise UserError(
+                f"{_given(config, name, value)} is not divisible by {tensor_parallel}; each rank holds an equal part, "
+                "so change one of them"
+            )
+    if num_attention_heads is not None and num_query_groups is not None and num_attention_heads % num_query_groups:
+        raise UserError(
+            f"{_given(config, 'num_attention_heads', num_attention_heads)} is not divisible by "
+            f"{_given(config, 'num_query_groups', num_query_groups)}; each group serves equally many heads"
+        )
+    if hidden_size is None or num_attention_heads is None or kv_channels is not None:
+        pass  # a head's width is not derived from these
+    elif hidden_size % num_attention_heads:
+        raise UserError(
+            f"{_given(config, 'hidden_size', hidden_size)} is not divisible by "
+            f"{_given(config, 'num_attention_heads', num_attention_heads)}; change one, or set model.arch.kv_channels"
+        )
+    if num_layers is not None and not any(key.startswith(UNEVEN_STAGES) for key in model.arch.extra):
+        virtual = model.virtual_pipeline_model_parallel_size
+        stages = model.pipeline_model_parallel_size * (virtual or 1)
+        counted = [name for name in COUNTED_AS_LAYER if model.arch.extra.get(name)]
+        if counted and (num_layers + len(counted)) % stages:
+            raise UserError(
+                f"{_given(config, 'num_layers', num_layers)} and {len(counted)} more by model.arch.extra."
+                f"{' and '.join(counted)} are not divisible by the pipeline's {stages} parts; change one of them"
+            )
+        if not counted and num_layers % stages:
+            times = f" x model.virtual_pipeline_model_parallel_size={virtual}" if virtual else ""
+            raise UserError(
+                f"{_given(config, 'num_layers', num_layers)} is not divisible by "
+                f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size}{times}; each stage holds "
+                "equally many layers, so change one of them"
+            )
+    check_fp8_network(
+        config,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        num_attention_heads=num_attention_heads,
+        kv_channels=kv_channels,
+    )
+
+
+# Fields of Megatron's config by which pipeline stages may hold different numbers of layers.
+UNEVEN_STAGES = ("num_layers_in_", "pipeline_model_parallel_layout")
+# Those by which the embedding or the output layer counts as a layer when layers are dealt out.
+COUNTED_AS_LAYER = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+
+
+def _given(config: RunConfig, name: str, value: int) -> str:
+    """``model.arch.NAME=VALUE``, and where the value comes from if not from the config."""
+    from_class = "" if vars(config.model.arch)[name] is not None else f" (of {config.model.config_class})"
+    return f"model.arch.{name}={value}{from_class}"
+
+
+def _check_length(config: RunConfig) -> None:
+    trainer, sched = config.trainer, config.model.optim.sched
+    if trainer.max_steps is None and trainer.max_epochs is None:
+        raise UserError("trainer.max_steps and trainer.max_epochs are both null; set one, or the run never ends")
+    if trainer.max_steps is not None and sched.warmup_steps + sched.constant_steps > trainer.max_steps:
+        raise UserError(
+            f"model.optim.sched.warmup_steps={sched.warmup_steps} + constant_steps={sched.constant_steps} exceed "
+            f"trainer.max_steps={trainer.max_steps}; lower them"
+        )
+
+
+def _check_ranks(config: RunConfig) -> None:
+    trainer, model = config.trainer, config.model
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    context, ranks = model.context_parallel_size, world_size(config)
+    if ranks % (tensor * pipeline * context):
+        raise UserError(
+            f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} = {ranks} ranks are not "
+            f"divisible by tensor x pipeline x context parallel size = {tensor} x {pipeline} x {context} = "
+            f"{tensor * pipeline * context}; set trainer.devices, or the sizes in model"
+        )
+    experts = model.expert_model_parallel_size * (model.expert_tensor_parallel_size or tensor) * pipeline
+    if ranks % experts:
+        raise UserError(
+            f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} = {ranks} ranks are not "
+            f"divisible by expert model x expert tensor x pipeline parallel size = {experts}; set "
+            "model.expert_model_parallel_size, or trainer.devices"
+        )
+    virtual = model.virtual_pipeline_model_parallel_size
+    if virtual is not None and pipeline == 1:
+        raise UserError(
+            f"model.virtual_pipeline_model_parallel_size={virtual} needs model.pipeline_model_parallel_size of at "
+            "least 2; set it to null"
+        )
+    if model.sequence_parallel and tensor == 1:
+        raise UserError(
+            "model.sequence_parallel=true splits over tensor-parallel ranks, but there is only 1; "
+            "set model.tensor_model_parallel_size, or sequence_parallel=false"
+        )
+    multiple = parallel_multiple(config)
+    if model.seq_length % multiple:
+        raise UserError(
+            f"model.seq_length={model.seq_length} is not a multiple of {multiple}, which sequence and context "
+            f"parallelism need; take {-(-model.seq_length // multiple) * multiple}"
+        )
+
+
+def _check_batches(config: RunConfig) -> None:
+    model, ranks = config.model, data_parallel_size(config)
+    if model.global_batch_size % (model.micro_batch_size * ranks):
+        raise UserError(
+            f"model.global_batch_size={model.global_batch_size} prompts are not divisible by "
+            f"model.micro_batch_size={model.micro_batch_size} x {ranks} data-parallel ranks; change one of them"
+        )
+    micro_batches = model.global_batch_size // (model.micro_batch_size * ranks)
+    if model.virtual_pipeline_model_parallel_size is not None and micro_batches % model.pipeline_model_parallel_size:
+        raise UserError(
+            f"model.global_batch_size={model.global_batch_size} makes {micro_batches} micro-batches on each rank; the "
+            "interleaved schedule needs a multiple of model.pipeline_model_parallel_size="
+            f"{model.pipeline_model_parallel_size}; change a batch size, or unset "
+            "model.virtual_pipeline_model_parallel_size"
+        )
+
+
+def _check_recompute(config: RunConfig) -> None:
+    model = config.model
+    for name, value in (
+        ("recompute_method", model.recompute_method),
+        ("recompute_num_layers", model.recompute_num_layers),
+    ):
+        if value is not None and model.recompute_granularity != "full":
+            raise UserError(f"model.{name}={value} goes with model.recompute_granularity=full; set that, or drop this")
+
+
+def _check_layout(config: RunConfig) -> None:
+    if config.data.prefix_sharing and transformer_engine_is_used(config.trainer.accelerator):
+        raise UserError(
+            "data.prefix_sharing=true: Transformer Engine's attention cannot share a prompt between responses; set it "
+            "to false (data.packing=true packs rows there)"
+        )
+    split = config.data.packing and config.model.context_parallel_size > 1
+    if split and transformer_engine_is_used(config.trainer.accelerator):
+        raise UserError(
+            f"data.packing=true with model.context_parallel_size={config.model.context_parallel_size}: Transformer "
+            "Engine splits each packed row by itself, which is not supported yet; set one of them to its default"
+        )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    optim = config.model.optim
+    if len(optim.betas) != 2 or max(optim.betas) >= 1:
+        raise UserError(f"model.optim.betas={optim.betas}: Adam has two, below 1, such as [0.9, 0.98]")
+    if optim.sched.min_lr > optim.lr:
+        raise UserError(
+            f"model.optim.sched.min_lr={optim.sched.min_lr:g} is above model.optim.lr={optim.lr:g}; lower it"
+        )
+    if optim.overlap_param_gather and not (optim.use_distributed_optimizer and optim.overlap_grad_reduce):
+        raise UserError(
+            "model.optim.overlap_param_gather=true needs model.optim.use_distributed_optimizer=true and "
+            "model.optim.overlap_grad_reduce=true"
+        )
+
+
+def _check_peft(config: RunConfig) -> None:
+    needs = registry.get(config.model.objective).needs_of(objective_config(config))
+    if config.model.peft.scheme != "none" and (needs.values or needs.scores):
+        raise UserError(
+            f"model.peft.scheme={config.model.peft.scheme} trains adapters alone, but objective "
+            f"{config.model.objective} has a head to train; set it to none"
+        )
+    if config.model.peft.scheme != "none" and config.model.restore_from_path is None:
+        raise UserError(
+            f"model.peft.scheme={config.model.peft.scheme} trains adapters of a model's weights, but "
+            "model.restore_from_path is null; name the checkpoint that they are for"
+        )
+    arch = config.model.arch
+    check_targets(config, num_layers=arch.num_layers, experts=bool(arch.extra.get("num_moe_experts")))
+
+
+def check_sources(config: RunConfig) -> None:
+    """Checks that data and tokenizer are named, and that the files are there.
+
+    Raises:
+        UserError: the first that is missing.
+    """
+    data = config.data
+    if data.train_path is None:
+        raise UserError("data.train_path is not set; add data.train_path=FILE.jsonl")
+    for key, value in (("train_path", data.train_path), ("validation_path", data.validation_path)):
+        if value is not None:
+            _check_data(f"data.{key}", value)
+    if data.tokenizer is None:
+        raise UserError("data.tokenizer is not set; add data.tokenizer= the folder or name of a Hugging Face tokenizer")
+    folder = os.path.expanduser(data.tokenizer)
+    if (folder.startswith((".", "/")) or folder.count("/") > 1) and not os.path.isdir(folder):
+        raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; give a folder or name of a tokenizer")
+
+
+def _check_results(config: RunConfig) -> None:
+    name = config.exp_manager.name
+    if not name or Path(name).name != name:
+        raise UserError(f"exp_manager.name={name}: give one folder's name; the path to it is exp_manager.exp_dir")
+    folder = run_dir(config).absolute()
+    present = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not present.is_dir() or not os.access(present, os.W_OK):
+        what = "cannot be written to" if present.is_dir() else "is not a folder"
+        raise UserError(f"exp_manager.exp_dir={config.exp_manager.exp_dir}: {present} {what}; choose another folder")
+
+
+def _check_data(key: str, value: object) -> None:
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
+        raise UserError(f"{key}={value}: give a path, or a list of paths such as [a.jsonl,b.jsonl]")
+    try:
+        expand_paths(paths)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None

@@ -1,0 +1,111 @@
+"""Mixtures of experts: what must divide, and which of Megatron's options suit objectives of whole responses.
+
+A token's experts must depend on the token alone: then a response's log-probability is its own, whatever it is batched
+with, and the reference's sums of it hold for every step. Load-balancing losses are left out
+(:func:`nemo_rao.mcore.loss.configure_loss_scaling` says why).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.checkpoint.find import last_checkpoint
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.typed_config import load_recipe
+from nemo_rao.errors import UserError
+
+# Field of the config -> why it is refused where it is set.
+_REFUSED = {
+    "moe_expert_capacity_factor": "tokens would be dropped by what else is in the batch",
+    "moe_input_jitter_eps": "routing would be random, in the reference pass, too",
+    "moe_shared_expert_intermediate_size": "shared experts are not offered",
+}
+_BALANCING = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type")
+
+
+def check_experts(config: RunConfig, fields: Mapping[str, Any]) -> None:
+    """Checks that the network's experts can be trained and split as the recipe asks; without any, that it does not.
+
+    Args:
+        fields: of the config class, with the recipe's own in their place.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    keys, experts = config.model, fields.get("num_moe_experts")
+    parallel, each = keys.expert_model_parallel_size, keys.expert_tensor_parallel_size
+    if not experts:
+        for name, value, single in (("expert_model", parallel, 1), ("expert_tensor", each, None)):
+            if value != single:
+                raise UserError(
+                    f"model.{name}_parallel_size={value}: {keys.config_class} has no experts; set it to "
+                    f"{'null' if single is None else single}"
+                )
+        return
+    if experts % parallel:
+        raise UserError(
+            f"model.arch.extra.num_moe_experts={experts} (of {keys.config_class}) is not divisible by "
+            f"model.expert_model_parallel_size={parallel}; each rank holds equally many experts, so change one of them"
+        )
+    width = fields.get("moe_ffn_hidden_size") or fields.get("ffn_hidden_size") or 0
+    if width % (each or keys.tensor_model_parallel_size):
+        raise UserError(
+            f"the experts' width, {width} (of {keys.config_class}), is not divisible by "
+            f"model.expert_tensor_parallel_size={each}; change it"
+        )
+    if keys.tensor_model_parallel_size > 1 and not keys.sequence_parallel:
+        raise UserError(
+            f"model.tensor_model_parallel_size={keys.tensor_model_parallel_size} with experts needs the sequence split "
+            "too; set model.sequence_parallel=true"
+        )
+    _check_options(config, fields)
+
+
+def check_resumed_experts(config: RunConfig, folder: Path) -> None:
+    """Refuses to continue a run of shared experts with experts that are not shared, or the other way round.
+
+    Megatron has an optimizer of their own for shared experts, which a checkpoint then holds apart; all else in it can
+    be read under any parallelism.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        UserError: names both sizes.
+    """
+    saved = folder / "recipe.yaml"
+    if not saved.is_file() or last_checkpoint(folder) is None or not config.exp_manager.resume_if_exists:
+        return
+    before, now = load_recipe(saved).model.expert_model_parallel_size, config.model.expert_model_parallel_size
+    if (before > 1) != (now > 1):
+        raise UserError(
+            f"model.expert_model_parallel_size={now}: {folder} was begun with {before}, and an optimizer of shared "
+            "experts cannot be read for experts that are not, or the other way round; set it to "
+            f"{before if before == 1 else 'more than 1'}, or start another exp_manager.name from its checkpoint by "
+            "model.restore_from_path"
+        )
+
+
+def _check_options(config: RunConfig, fields: Mapping[str, Any]) -> None:
+    given = config.model.arch.extra
+    if config.precision.fp8_simulation:
+        raise UserError(
+            f"precision.fp8_simulation=true: products of {config.model.config_class}'s experts are not simulated; set "
+            "it to false"
+        )
+    for name, why in _REFUSED.items():
+        if fields.get(name) is not None:
+            raise UserError(f"model.arch.extra.{name}={fields[name]}: {why}; set it to null")
+    for name in _BALANCING:
+        if given.get(name) not in (None, 0, "none"):
+            raise UserError(
+                f"model.arch.extra.{name}={given[name]}: preferences are trained without a load-balancing loss, which "
+                "Megatron weights by tokens where objectives count prompts; leave it out"
+            )
+    if fields.get("moe_layer_freq", 1) != 1:
+        raise UserError(
+            f"model.arch.extra.moe_layer_freq={fields['moe_layer_freq']}: only mixtures with experts in every layer "
+            "are offered"
+        )

@@ -1,0 +1,183 @@
+"""``model.peft.lora.target_modules``: which linear layers get an adapter, checked before anything is imported.
+
+    decoder.layers.N.self_attention.linear_qkv    q_proj, k_proj and v_proj of Hugging Face's models, in one matrix
+    decoder.layers.N.self_attention.linear_proj   o_proj
+    decoder.layers.N.mlp.linear_fc1               gate_proj and up_proj, in one matrix; experts get no adapters
+    decoder.layers.N.mlp.linear_fc2               down_proj
+    output_layer                                  lm_head
+
+A target is the last part of such a name, or a pattern of the whole name with ``*``, such as
+``*.layers.0.*.linear_qkv``. N counts the layers of the whole model from 0, whichever pipeline stage holds them.
+
+**Choice** Hugging Face's names are accepted where they say the same as Megatron's: a matrix that Megatron fuses has one
+adapter, so all of its parts have to be named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.errors import UserError, did_you_mean
+
+KEY = "model.peft.lora.target_modules"
+OUTPUT_LAYER = "output_layer"
+ATTENTION, FEED_FORWARD = ("linear_qkv", "linear_proj"), ("linear_fc1", "linear_fc2")
+OF_LAYERS = (*ATTENTION, *FEED_FORWARD)
+
+# Megatron's linear layer -> the names of its parts in Hugging Face's models; each set of names means the layer.
+_PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "linear_qkv": (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",), ("Wqkv",)),
+    "linear_proj": (("o_proj",), ("out_proj",), ("dense",)),
+    "linear_fc1": (("gate_proj", "up_proj"), ("gate_up_proj",), ("dense_h_to_4h",)),
+    "linear_fc2": (("down_proj",), ("dense_4h_to_h",)),
+    OUTPUT_LAYER: (("lm_head",),),
+}
+_ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the output layer
+_NAMES = ", ".join((*OF_LAYERS, OUTPUT_LAYER))
+_NOT_LINEAR = {"embed_tokens", "wte", "word_embeddings", "embedding", "embedding.word_embeddings", "router", "gate"}
+
+
+def lora_targets(config: RunConfig) -> tuple[str, ...]:
+    """The run's targets, each once: Megatron's names and patterns, in the order in which they are given.
+
+    Raises:
+        UserError: a name is unknown, or names a part of a layer whose other parts are missing.
+    """
+    given = config.model.peft.lora.target_modules
+    if not given:
+        raise UserError(f"{KEY}=[]: no layer gets an adapter; name some of {_NAMES}")
+    found: dict[str, None] = {}
+    for name in given:
+        if name == _ALL_LINEAR:
+            found |= dict.fromkeys(OF_LAYERS)
+        elif "*" in name or name in (*OF_LAYERS, OUTPUT_LAYER):
+            found[name] = None
+        else:
+            found[_layer_of_part(name, given)] = None
+    return tuple(found)
+
+
+def _layer_of_part(name: str, given: Sequence[str]) -> str:
+    for layer, spellings in _PARTS.items():
+        for parts in spellings:
+            if name not in parts:
+                continue
+            if missing := [part for part in parts if part not in given]:
+                raise UserError(
+                    f"{KEY}: {name} is a part of Megatron's {layer}, which has one adapter for {_and(parts)}; "
+                    f"add {_and(missing)}, or take {layer}"
+                )
+            return layer
+    if name in _NOT_LINEAR:
+        raise UserError(f"{KEY}: {name} is not a linear layer that can have an adapter; take some of {_NAMES}")
+    known = [*OF_LAYERS, OUTPUT_LAYER, *(part for sets in _PARTS.values() for parts in sets for part in parts)]
+    hint = did_you_mean(name, known)
+    raise UserError(f"{KEY}: the model has no linear layer {name}{hint or f'; it has {_NAMES}'}")
+
+
+def linear_layers(num_layers: int, *, experts: bool) -> list[str]:
+    """Names of the whole model's layers that can have an adapter."""
+    parts = [("self_attention", name) for name in ATTENTION]
+    parts += [] if experts else [("mlp", name) for name in FEED_FORWARD]
+    of_layers = [f"decoder.layers.{number}.{part}.{name}" for number in range(num_layers) for part, name in parts]
+    return [*of_layers, OUTPUT_LAYER]
+
+
+def adapted(targets: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that a target means."""
+    targets = list(targets)
+    return [name for name in names if any(_means(target, name) for target in targets)]
+
+
+def _means(target: str, name: str) -> bool:
+    if "*" not in target:
+        return name.rpartition(".")[2] == target
+    expression = ".*".join(map(re.escape, target.split("*")))
+    # Patterns that were written for NeMo may begin with the name of what is around the model.
+    return any(re.fullmatch(expression, whole) for whole in (name, f"module.{name}"))
+
+
+def check_targets(config: RunConfig, *, num_layers: int | None, experts: bool) -> None:
+    """Checks that every target means a layer, and that every pipeline stage has an adapter to train.
+
+    Args:
+        num_layers: of the whole model; ``None``: not known yet, and patterns are not checked.
+        experts: its feed-forward layers are experts.
+
+    Raises:
+        UserError: the first target or stage for which that does not hold.
+    """
+    if config.model.peft.scheme == "none":
+        return
+    targets = lora_targets(config)
+    dim, tensor = config.model.peft.lora.dim, config.model.tensor_model_parallel_size
+    if dim % tensor:
+        raise UserError(
+            f"model.peft.lora.dim={dim} is not divisible by model.tensor_model_parallel_size={tensor}; each rank holds "
+            "an equal part of an adapter, so change one of them"
+        )
+    if experts and (of_experts := [name for name in targets if name in FEED_FORWARD]):
+        raise UserError(f"{KEY}: {_and(of_experts)}: experts get no adapters; take {_and(ATTENTION)}")
+    if num_layers is None:
+        return
+    names = linear_layers(num_layers, experts=experts)
+    for target in targets:
+        if not adapted([target], names):
+            raise UserError(
+                f"{KEY}: {target} matches no linear layer of the model; its layers are 0 to {num_layers - 1}, such as "
+                f"{names[0]}"
+            )
+    _check_stages(config, set(adapted(targets, names)), num_layers)
+
+
+def _check_stages(config: RunConfig, names: set[str], num_layers: int) -> None:
+    """Refuses stages without an adapter: Megatron's optimizer can neither save nor read the state of none."""
+    stages = config.model.pipeline_model_parallel_size
+    with_adapters = {int(name.split(".")[2]) for name in names if name != OUTPUT_LAYER}
+    layers = layers_of_stages(config, num_layers)
+    if layers is None:
+        return  # seen on the ranks
+    for stage, of_stage in enumerate(layers):
+        if not with_adapters & of_stage and not (stage == stages - 1 and OUTPUT_LAYER in names):
+            raise UserError(
+                f"{KEY}={config.model.peft.lora.target_modules}: pipeline stage {stage} of {stages} (layers "
+                f"{_spans(sorted(of_stage))}) has no adapter to train; add a target there, or lower "
+                "model.pipeline_model_parallel_size"
+            )
+
+
+def layers_of_stages(config: RunConfig, num_layers: int) -> list[set[int]] | None:
+    """Numbers of the layers of each pipeline stage; ``None`` where that is not followed here."""
+    stages, virtual = config.model.pipeline_model_parallel_size, config.model.virtual_pipeline_model_parallel_size or 1
+    extra, parts = config.model.arch.extra, stages * virtual
+    at_ends = [extra.get(f"num_layers_in_{end}_pipeline_stage") for end in ("first", "last")]
+    if extra.get("pipeline_model_parallel_layout") is not None or (virtual > 1 and at_ends != [None, None]):
+        return None
+    counted = [bool(extra.get(f"account_for_{end}_in_pipeline_split")) for end in ("embedding", "loss")]
+    equal = parts - sum(size is not None for size in at_ends)
+    each = (num_layers + sum(counted) - sum(size or 0 for size in at_ends)) // max(equal, 1)
+    sizes = [each] * parts
+    for part, size, less in zip((0, -1), at_ends, counted, strict=True):
+        sizes[part] = (sizes[part] if size is None else size) - less
+    found: list[set[int]] = [set() for _ in range(stages)]
+    for part, size in enumerate(sizes):
+        first = sum(sizes[:part])
+        found[part % stages] |= set(range(first, first + size))
+    return found
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Such as ``0-3`` or ``0-1, 4-5``."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

@@ -1,0 +1,84 @@
+"""The metric by which checkpoints are ranked: that the run reports it, and at the step that is ranked."""
+
+from __future__ import annotations
+
+import torch
+
+from nemo_rao.batch import ObjectiveBatch, RewardSummary
+from nemo_rao.config.derived import objective_config
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.errors import UserError, did_you_mean
+from nemo_rao.objectives import registry
+
+_KEYS = "exp_manager.checkpoint_callback_params"
+_VALIDATION = "val/"
+# What nemo_rao.engines.nemo.step_metrics reports of a training step besides the objective's metrics.
+_OF_STEPS = ("grad_norm", "lr", "tokens_per_second", "data/token_efficiency", "data/tokens_shared")
+
+
+def validation_intervals(config: RunConfig) -> set[int]:
+    """Optimizer steps between validations: as asked for, and where a checkpoint is ranked by one."""
+    keys = config.exp_manager.checkpoint_callback_params
+    ranked = keys.monitor is not None and keys.monitor.startswith(_VALIDATION) and keys.save_top_k != 0
+    return {config.trainer.val_check_interval, *([keys.every_n_train_steps] if ranked else [])}
+
+
+def check_monitor(config: RunConfig) -> None:
+    """Checks the keys by which checkpoints are ranked.
+
+    Raises:
+        UserError: there is no metric to rank by, or the run will not report it.
+    """
+    keys = config.exp_manager.checkpoint_callback_params
+    if keys.monitor is None:
+        if keys.save_top_k > 1:
+            raise UserError(
+                f"{_KEYS}.save_top_k={keys.save_top_k} needs a metric to rank by; set {_KEYS}.monitor, such as val/loss"
+            )
+        return
+    if keys.monitor.startswith(_VALIDATION) and config.data.validation_path is None:
+        raise UserError(
+            f"{_KEYS}.monitor={keys.monitor} needs validation data; set data.validation_path, or another metric, such "
+            "as loss"
+        )
+    reported = _reported(config)
+    if reported is not None and keys.monitor not in reported:
+        hint = did_you_mean(keys.monitor, reported) or f"; choose one of {', '.join(sorted(reported))}"
+        raise UserError(
+            f"{_KEYS}.monitor={keys.monitor}: a run with objective {config.model.objective} reports no such "
+            f"metric{hint}"
+        )
+
+
+def _reported(config: RunConfig) -> set[str] | None:
+    """Names of all metrics of a run; ``None`` where only the data can tell."""
+    objective = registry.get(config.model.objective)
+    try:
+        rewards = RewardSummary(mean=0.5, low=0.0, high=1.0, all_labels=True, all_ranked=True)
+        keys = objective.resolve(objective_config(config), rewards)
+    except UserError:
+        return None  # its keys go with other data than this
+    # An objective's metrics have the same names for every batch.
+    of_objective = {"loss", *objective.loss(_any_batch(max(2, objective.needs_of(keys).min_responses)), keys).metrics}
+    validated = {_VALIDATION + name for name in of_objective} if config.data.validation_path is not None else set()
+    return {*of_objective, *_OF_STEPS, *validated}
+
+
+def _any_batch(num_responses: int) -> ObjectiveBatch:
+    """One prompt with so many responses and everything that an objective may ask for."""
+    zeros, ones = torch.zeros(1, num_responses), torch.ones(1, num_responses)
+    return ObjectiveBatch(
+        prompt_logps=zeros,
+        response_logps=zeros,
+        reference_prompt_logps=zeros,
+        reference_response_logps=zeros,
+        rewards=torch.linspace(0, 1, num_responses)[None],
+        lengths=ones,
+        prompt_lengths=ones,
+        valid=ones > 0,
+        ranked=torch.ones(1, dtype=torch.bool),
+        reference_rewards=torch.linspace(0, 1, num_responses)[None],
+        values=zeros,
+        scores=zeros[:, :, None],
+        mismatched_log_ratio=torch.zeros(()),
+    )

@@ -1,0 +1,402 @@
+"""Every key of a run: its default, range, unit and comment, here and nowhere else. YAML in conf/ only overrides.
+
+The tree, in the shape that users of NeMo-Aligner know:
+
+    trainer         steps, ranks, validation                   model        network, parallelism, optimizer,
+    exp_manager     where results go, what is kept                          one block per objective (model.rao ...)
+    data            files, tokenizer                           precision    number formats
+    reference       the pass that scores data with the starting weights
+
+``None`` (``null`` in YAML) always means "not set"; the comment says what happens then. Sizes are in the unit named in
+the comment. An objective's block is its own typed config, taken from the table in ``nemo_rao.objectives.registry``:
+a new objective needs no edit here.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemo_rao.keys import KeySpec, key
+from nemo_rao.objectives.registry import OBJECTIVES
+
+
+def section(config_type: type, comment: str) -> Any:
+    """A group of keys as a field of the group above it."""
+    return dataclasses.field(default_factory=config_type, metadata={"key": KeySpec(comment)})
+
+
+# ------------------------------------------------------------------------------------------------------- trainer
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = key(
+        "auto", "what to train on; auto: GPUs where there are any, else the CPU", choices=("auto", "cpu", "gpu")
+    )
+    devices: int = key(1, "ranks on each node: GPUs, or processes on a CPU", low=1)
+    num_nodes: int = key(1, "nodes; ranks in all are devices x num_nodes", low=1)
+    max_steps: int | None = key(None, "optimizer steps of the run; null: max_epochs alone decides", low=1)
+    max_epochs: int | None = key(1, "passes over the data; with max_steps, whichever ends first. null: no limit", low=1)
+    val_check_interval: int = key(
+        50,
+        "steps from one validation to the next; where there is validation data, the start, the end, and steps whose "
+        "checkpoint is ranked by a val/ metric are always scored",
+        low=1,
+    )
+    log_every_n_steps: int = key(1, "steps from one line of metrics to the next", low=1)
+    gradient_clip_val: float = key(1.0, "largest gradient norm, over all ranks; 0: gradients are not clipped", low=0)
+    seed: int = key(1234, "of random initial weights, of adapters, of a new reward head and of dropout", low=0)
+    enable_progress_bar: bool = key(True, "show progress: a bar on a terminal, in a log file a line now and then")
+    timeout_minutes: float = key(
+        30.0, "minutes a rank waits for the others before the run fails", low=0, exclusive=True
+    )
+    threads_per_rank: int | None = key(
+        None,
+        "CPU threads of each rank; null: on a CPU 1, or the cores shared among several ranks that are started here; "
+        "with a GPU as torch chooses",
+        low=1,
+    )
+
+
+# --------------------------------------------------------------------------------------------------- exp_manager
+
+
+@dataclass
+class WandbConfig:
+    project: str | None = key(None, "project; null: W&B's default")
+    name: str | None = key(None, "name of the run; null: exp_manager.name")
+
+
+@dataclass
+class CheckpointConfig:
+    monitor: str | None = key(
+        None,
+        "metric by which the best checkpoints are kept, as it is logged, such as val/loss; null: the newest are kept",
+    )
+    mode: str = key("min", "whether a lower or a higher metric is better", choices=("min", "max"))
+    save_top_k: int = key(1, "checkpoints kept; 0: none, -1: all", low=-1)
+    save_last: bool = key(True, "also keep the newest checkpoint, from which a run resumes")
+    every_n_train_steps: int = key(50, "steps from one checkpoint to the next", low=1)
+
+
+@dataclass
+class ExpManagerConfig:
+    exp_dir: str = key("runs", "folder of all runs")
+    name: str = key("default", "folder of this run, in exp_dir")
+    resume_if_exists: bool = key(True, "continue from the newest checkpoint of a run of this name")
+    resume_with_changes: bool = key(
+        False,
+        "continue although keys or data that change the run's numbers have changed; recorded in changes.jsonl. false: "
+        "refused",
+    )
+    create_tensorboard_logger: bool = key(True, "a TensorBoard log is always written", choices=(True,))
+    draw_curves: bool = key(True, "draw curves.png when the run has ended")
+    create_wandb_logger: bool = key(False, "also log to Weights & Biases")
+    wandb_logger_kwargs: WandbConfig = section(WandbConfig, "Weights & Biases")
+    checkpoint_callback_params: CheckpointConfig = section(CheckpointConfig, "which checkpoints are kept")
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class ArchitectureConfig:
+    """Sizes that replace those of ``model.config_class``; ``None``: the class's own value."""
+
+    num_layers: int | None = key(None, "transformer layers", low=1)
+    hidden_size: int | None = key(None, "width of the residual stream", low=1)
+    ffn_hidden_size: int | None = key(None, "width of the feed-forward layers", low=1)
+    num_attention_heads: int | None = key(None, "attention heads", low=1)
+    num_query_groups: int | None = key(None, "key/value heads (grouped-query attention)", low=1)
+    kv_channels: int | None = key(None, "width of one head", low=1)
+    rotary_base: float | None = key(None, "base of the rotary position embedding", low=0, exclusive=True)
+    share_embeddings_and_output_weights: bool | None = key(None, "one matrix for input and output embeddings")
+    make_vocab_size_divisible_by: int | None = key(None, "tokens; the vocabulary is padded to a multiple", low=1)
+    attention_dropout: float | None = key(None, "probability", low=0, high=1)
+    hidden_dropout: float | None = key(None, "probability", low=0, high=1)
+    extra: dict[str, Any] = key({}, "further fields of the config class, such as {qk_layernorm: true}")
+
+
+@dataclass
+class LoraConfig:
+    dim: int = key(16, "rank of the adapters", low=1)
+    alpha: int = key(32, "the adapters' output is scaled by alpha / dim", low=1)
+    dropout: float = key(0.0, "probability", low=0, high=1)
+    target_modules: list[str] = key(
+        ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        "linear layers that get an adapter: these, output_layer, Hugging Face's names (all parts of a fused layer), "
+        "all-linear, or patterns such as *.layers.0.*.linear_qkv",
+    )
+
+
+@dataclass
+class PeftConfig:
+    scheme: str = key("none", "none: every weight is trained; lora: low-rank adapters alone", choices=("none", "lora"))
+    lora: LoraConfig = section(LoraConfig, "used with scheme lora")
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = key("cosine", "course of the learning rate after warm-up", choices=("cosine", "constant"))
+    warmup_steps: int = key(0, "steps of linear rise from 0", low=0)
+    constant_steps: int = key(0, "cosine: steps at min_lr, at the end of the run", low=0)
+    min_lr: float = key(0.0, "cosine: learning rate at the end", low=0)
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = key("adam", "Megatron's optimizer (AdamW)", choices=("adam",))
+    lr: float = key(5e-7, "highest learning rate", low=0, exclusive=True)
+    weight_decay: float = key(0.0, "decoupled; not applied to biases and norms", low=0)
+    betas: list[float] = key([0.9, 0.98], "Adam's decay rates of gradient and squared gradient", low=0, high=1)
+    eps: float = key(1e-8, "Adam's epsilon", low=0, exclusive=True)
+    use_distributed_optimizer: bool = key(True, "split the optimizer's state over data-parallel ranks")
+    overlap_grad_reduce: bool = key(False, "reduce gradients during the backward pass; for GPUs")
+    overlap_param_gather: bool = key(False, "gather updated weights during the forward pass; for GPUs")
+    sched: ScheduleConfig = section(ScheduleConfig, "learning rate over the run")
+
+
+@dataclass
+class ModelKeys:
+    """``model`` without the objectives' blocks; see :class:`ModelConfig`."""
+
+    objective: str = key("rao", "name of the objective; its block below holds its own keys")
+    config_class: str = key("LlamaConfig", "a class of nemo.collections.llm, such as Llama3Config8B or Qwen2Config7B")
+    arch: ArchitectureConfig = section(ArchitectureConfig, "sizes; null: the class's own value")
+    restore_from_path: str | None = key(
+        None, "folder of a NeMo checkpoint to start from; null: random weights from trainer.seed"
+    )
+    allow_random_weights: bool = key(
+        False, "train a model of more than 1 billion parameters from random weights; false: refused"
+    )
+    allow_pickle: bool = key(
+        False,
+        "read checkpoints whose pickles name more than tensors and numbers; they can run code: trust whoever made them",
+    )
+    fused_log_probs: bool = key(
+        True,
+        "compute log-probabilities from the last hidden states, block by block, and never hold the logits; false: from "
+        "whole logits",
+    )
+    seq_length: int = key(
+        1024, "tokens; rows that are longer, prompt and response together, are dropped and counted", low=2
+    )
+    micro_batch_size: int = key(1, "prompts of one forward pass, each with all its responses", low=1)
+    global_batch_size: int = key(8, "prompts of one optimizer step, over all ranks", low=1)
+    tensor_model_parallel_size: int = key(1, "ranks that share each layer", low=1)
+    pipeline_model_parallel_size: int = key(1, "ranks that share the stack of layers", low=1)
+    virtual_pipeline_model_parallel_size: int | None = key(
+        None, "layer groups of each pipeline rank (interleaved schedule); null: one", low=2
+    )
+    context_parallel_size: int = key(1, "ranks that share each sequence", low=1)
+    expert_model_parallel_size: int = key(
+        1, "ranks that share the experts of a mixture; taken from the data-parallel ones", low=1
+    )
+    expert_tensor_parallel_size: int | None = key(
+        None, "ranks that share each expert; null: model.tensor_model_parallel_size", low=1
+    )
+    sequence_parallel: bool = key(False, "also split norms and dropout over tensor-parallel ranks; saves memory")
+    recompute_granularity: str | None = key(
+        None,
+        "activations computed anew in the backward pass to save memory: selective, attention alone; full, whole "
+        "layers; null: none",
+        choices=(None, "selective", "full"),
+    )
+    recompute_method: str | None = key(
+        None, "full recompute: which layers, as in Megatron; null: uniform", choices=(None, "uniform", "block")
+    )
+    recompute_num_layers: int | None = key(
+        None, "full recompute: layers of a uniform unit, or of each stage's block; null: 1", low=1
+    )
+    peft: PeftConfig = section(PeftConfig, "which weights are trained")
+    optim: OptimizerConfig = section(OptimizerConfig, "optimizer")
+
+
+def _with_objectives(keys: type) -> type:
+    """``keys`` with one more field per objective: its config, under its name."""
+    blocks = [
+        (
+            name,
+            objective.config_type,
+            dataclasses.field(
+                default_factory=objective.config_type, metadata={"key": KeySpec(f"used with objective {name}")}
+            ),
+        )
+        for name, objective in OBJECTIVES.items()
+    ]
+    made = dataclasses.make_dataclass("ModelConfig", blocks, bases=(keys,))
+    made.__module__ = __name__  # so that a config can be pickled, and so sent to other ranks
+    made.__doc__ = "All keys of ``model``, one block per objective included."
+    return made
+
+
+if TYPE_CHECKING:
+    ModelConfig = ModelKeys
+else:
+    ModelConfig = _with_objectives(ModelKeys)
+
+
+# ------------------------------------------------------------------------------------ data, precision, reference
+
+
+@dataclass
+class DataConfig:
+    train_path: Any = key(
+        None,
+        "training data: a file (.jsonl, .json, either with .gz, .parquet), a pattern, a folder of `datasets`, "
+        "hf:NAME or hf:NAME:SPLIT; or a list of these",
+    )
+    validation_path: Any = key(None, "validation data, given alike; null: no validation")
+    tokenizer: str | None = key(None, "folder or name of a Hugging Face tokenizer")
+    columns: dict[str, str] = key(
+        {}, "names of the files' fields, where they have others than the data's format, such as {prompt: question}"
+    )
+    ignore_fields: list[str] = key(
+        [],
+        "fields of the files that are not wanted; others that nothing reads are reported, or refused if they look "
+        "like a part of the prompt",
+    )
+    num_prompts: int | None = key(
+        None,
+        "train on so many of the training prompts that are kept, drawn once by data.seed; a smaller number draws a "
+        "part of what a larger one does; null: all",
+        low=1,
+    )
+    num_responses: int | None = key(None, "K: the first so many responses of each prompt are used; null: all", low=1)
+    responses: str | None = key(
+        None,
+        "which of them; best_worst: the two; best_random: the best and a worse one, drawn once for each prompt; "
+        "null: best_worst for objectives of pairs, else all",
+        choices=(None, "all", "best_worst", "best_random"),
+    )
+    pairs_by: str = key(
+        "auto",
+        "what makes a response better than another: label (chosen, rejected), or reward, even against labels; auto: "
+        "labels where the data has them, else rewards",
+        choices=("auto", "label", "reward"),
+    )
+    chat_template: str = key(
+        "auto",
+        "auto: through the tokenizer's chat template where it has one; always: refused where it has none; never: "
+        "text as it stands",
+        choices=("auto", "always", "never"),
+    )
+    template_arguments: dict[str, Any] = key({}, "passed to the chat template, such as {enable_thinking: false}")
+    reward_field: str | list[str] | None = key(
+        None,
+        "where a response's reward stands, such as helpfulness or annotations.helpfulness.Rating; a list: an ensemble "
+        "of reward models, whose mean is the reward; null: where the data's format has it",
+    )
+    answers: str = key(
+        "template",
+        "template: answers are rendered by the chat template; verbatim: an answer's text follows the generation prompt "
+        "unchanged, for templates that cut or trim answers",
+        choices=("template", "verbatim"),
+    )
+    truncated: str = key(
+        "drop",
+        "responses marked as cut short (truncated: true); drop: left out and counted; without_end: learned, but no end "
+        "token after them",
+        choices=("drop", "without_end"),
+    )
+    bad_rows: str = key(
+        "refuse",
+        "rows that cannot be read, that the chat template refuses, or that lack what the objective needs; refuse: the "
+        "first one ends the run; drop: counted by cause",
+        choices=("refuse", "drop"),
+    )
+    max_bad_rows: float = key(
+        0.05, "bad_rows=drop: the largest share of a data set's rows that may be bad", low=0, high=1
+    )
+    strict: bool = key(
+        False, "refuse rows that would be dropped and counted: too long, without a boundary in tokens, without a pair"
+    )
+    cache: bool = key(
+        True, "keep tokenised data on disk, for other runs and the next start; false: tokenise at every start"
+    )
+    cache_dir: str | None = key(None, "folder of tokenised data; null: exp_dir/tokenised")
+    shuffle: bool = key(True, "draw training prompts in a new order in each epoch; false: the files' order")
+    seed: int = key(1234, "of that order, and of what is drawn from the data", low=0)
+    pad_to_multiple_of: int = key(
+        1, "tokens; micro-batches are padded to a multiple of it, and of what the parallelism needs", low=1
+    )
+    packing: bool = key(
+        False,
+        "put a micro-batch's rows behind each other into one sequence, in which none sees another: no padding to "
+        "compute",
+    )
+    prefix_sharing: bool = key(
+        False,
+        "compute a prompt once for all its responses; not with Transformer Engine, whose attention has no form for it",
+    )
+
+
+@dataclass
+class PrecisionConfig:
+    """Named as NeMo's ``MegatronMixedPrecision`` names them; docs/precision.md tells what each costs."""
+
+    params: str = key(
+        "fp32",
+        "of weights and activations; bf16, fp16: with fp32 master weights in the optimizer",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    grad_reduce_in_fp32: bool = key(True, "add gradients up in fp32, over micro-batches and ranks")
+    fp8: str | None = key(
+        None,
+        "8-bit products of the layers' four linear layers; e4m3: all in that format; hybrid: gradients in e5m2; null: "
+        "none. The output layer and log-probabilities never are in 8 bits",
+        choices=(None, "hybrid", "e4m3"),
+    )
+    fp8_recipe: str = key(
+        "delayed",
+        "what a scale is made of; delayed: the largest values of earlier micro-batches; tensorwise: of this tensor; "
+        "blockwise: of 1 x 128 and 128 x 128 blocks; mxfp8: of 32 numbers",
+        choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
+    )
+    fp8_amax_history_len: int = key(1024, "delayed: micro-batches whose largest values are kept", low=1)
+    fp8_amax_compute_algo: str = key(
+        "max", "delayed: which of them makes the scale, the largest or the last", choices=("max", "most_recent")
+    )
+    fp8_margin: int = key(0, "delayed: powers of 2 by which scales stay below what would just fit", low=0)
+    fp8_wgrad: bool = key(True, "delayed: compute gradients of weights in 8 bits too; false: in 16 bits")
+    fp8_param_gather: bool = key(
+        False, "keep the weights in 8 bits and gather them so over data-parallel ranks; the optimizer keeps fp32 ones"
+    )
+    first_last_layers_bf16: bool = key(False, "leave the first and the last layers in bf16; not with delayed")
+    num_layers_at_start_in_bf16: int = key(1, "how many of the first, with first_last_layers_bf16", low=0)
+    num_layers_at_end_in_bf16: int = key(1, "how many of the last, with first_last_layers_bf16", low=0)
+    fp8_simulation: bool = key(
+        False, "round through 8 bits in PyTorch, without Transformer Engine and on any device: accuracy alone, no speed"
+    )
+    fp16_loss_scale: float | None = key(
+        None, "fp16: the loss is multiplied by it; null: found by trial while training", low=0, exclusive=True
+    )
+    fp16_initial_loss_scale: float = key(
+        4096.0, "fp16: the first one tried; steps whose gradients overflow are left out, and halve it", low=1
+    )
+    fp16_min_loss_scale: float = key(1.0, "fp16: the least one tried", low=0, exclusive=True)
+    fp16_loss_scale_window: int = key(1000, "fp16: steps without an overflow after which it doubles", low=1)
+    fp16_hysteresis: int = key(2, "fp16: overflows before it is halved", low=1)
+
+
+@dataclass
+class ReferenceConfig:
+    cache_dir: str | None = key(
+        None, "folder of the data's log-probabilities under the starting weights; null: exp_dir/reference"
+    )
+    micro_batch_size: int | None = key(
+        None, "prompts of one forward pass of the reference pass; null: model.micro_batch_size", low=1
+    )
+    save_every: int = key(50, "global batches after which an unfinished pass is saved, to be continued", low=1)
+
+
+@dataclass
+class RunConfig:
+    """A whole run, typed and checked. Made by :func:`nemo_rao.config.compose.compose`."""
+
+    trainer: TrainerConfig = section(TrainerConfig, "steps, ranks, validation")
+    exp_manager: ExpManagerConfig = section(ExpManagerConfig, "where results go, what is kept")
+    model: ModelConfig = section(ModelConfig, "network, parallelism, optimizer, objective")
+    data: DataConfig = section(DataConfig, "files and tokenizer")
+    precision: PrecisionConfig = section(PrecisionConfig, "number formats")
+    reference: ReferenceConfig = section(ReferenceConfig, "scoring the data with the starting weights, once")

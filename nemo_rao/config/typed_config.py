@@ -1,0 +1,185 @@
+"""Keys and values as they stand in files -> a typed, checked :class:`RunConfig`.
+
+They are laid over the defaults, and each key is checked against its :class:`nemo_rao.keys.KeySpec`. (OmegaConf's
+structured configs were considered: they know neither ``Literal`` nor ``tuple``, and their messages name types of their
+own.)
+"""
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.errors import UserError
+from nemo_rao.keys import KeySpec, check
+from nemo_rao.objectives.registry import OBJECTIVES
+from nemo_rao.other_names import counterpart
+
+
+def typed_config(given: DictConfig, *, where: str) -> RunConfig:
+    """``given`` over the defaults, typed and checked.
+
+    Args:
+        given: keys and values as composed or loaded; interpolations may still be unresolved.
+        where: the recipe's name, for messages that no key can be named in.
+
+    Raises:
+        UserError: an unknown key, a value of another type or out of its range, an interpolation that leads nowhere.
+    """
+    overrides = OmegaConf.to_container(given, resolve=False)
+    if not isinstance(overrides, dict):
+        raise UserError(f"recipe {where}: it must be groups of keys, such as trainer: {{max_steps: 100}}")
+    _require_known_keys(RunConfig, overrides, prefix="")
+    try:
+        merged = OmegaConf.merge(_defaults(), overrides)
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or where}: {first_line(error)}") from None
+    assert isinstance(values, dict)
+    config = _build(RunConfig, values)
+    check(config)
+    return config
+
+
+def load_recipe(path: Path) -> RunConfig:
+    """A whole recipe as a run has saved it, ``recipe.yaml``.
+
+    Raises:
+        UserError: it is no recipe of this version.
+    """
+    try:
+        given = OmegaConf.load(path)
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{path}: is no recipe")
+    try:
+        return typed_config(given, where=str(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def known_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, KeySpec]:
+    """Every key by its dotted name, groups of keys included, in the order in which they are defined."""
+    found: dict[str, KeySpec] = {}
+    for name, hint, spec in _keys_of(config_type):
+        found[prefix + name] = spec
+        if _is_section(hint):
+            found |= known_keys(hint, f"{prefix}{name}.")
+    return found
+
+
+def types_of_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """The type of every key that is not a group, by its dotted name."""
+    found: dict[str, Any] = {}
+    for name, hint, _ in _keys_of(config_type):
+        found |= types_of_keys(hint, f"{prefix}{name}.") if _is_section(hint) else {prefix + name: hint}
+    return found
+
+
+def require_known(name: str) -> None:
+    """Refuses a key that is not one, unless it stands in a free dictionary such as ``model.arch.extra``."""
+    free = (key for key, hint in types_of_keys().items() if typing.get_origin(hint) is dict)
+    if name not in known_keys() and not any(name.startswith(f"{key}.") for key in free):
+        raise _unknown_key(name)
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    return OmegaConf.create(dataclasses.asdict(RunConfig()))
+
+
+def _require_known_keys(config_type: type, given: dict, prefix: str) -> None:
+    """Refuses keys that there are not, and takes out groups without keys (all their lines are commented out)."""
+    hints = {name: hint for name, hint, _ in _keys_of(config_type)}
+    for name, value in list(given.items()):
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise _unknown_key(key)
+        if not _is_section(hints[name]):
+            continue
+        if value is None:
+            del given[name]
+        elif isinstance(value, dict):
+            _require_known_keys(hints[name], value, f"{key}.")
+        else:
+            raise not_a_value(key, value)
+
+
+def not_a_value(group: str, value: Any) -> UserError:
+    first = next((key for key in known_keys() if key.startswith(f"{group}.")), None)
+    remedy = f"set one, such as {first}" if first else "it has none"
+    return UserError(f"{group}={value}: {group} is a group of keys; {remedy}")
+
+
+def _build(config_type: type, values: dict) -> Any:
+    """An instance of a config class. YAML's lists become tuples, its whole numbers floats, where the types say so."""
+    arguments = {}
+    for name, hint, _ in _keys_of(config_type):
+        value, kinds = values[name], alternatives(hint)
+        if _is_section(hint):
+            value = _build(hint, value)
+        elif isinstance(value, list) and tuple in {typing.get_origin(kind) for kind in kinds}:
+            value = tuple(value)
+        elif type(value) is int and float in kinds and int not in kinds:
+            value = float(value)
+        arguments[name] = value
+    return config_type(**arguments)
+
+
+def _unknown_key(name: str) -> UserError:
+    if name.partition(".")[0] == "cluster":
+        return UserError(
+            f"unknown key {name}; a cluster goes with nemo-rao launch, which takes the same recipe and keys"
+        )
+    keys = list(known_keys())
+    group, _, last = name.rpartition(".")
+    # In an objective's group, another objective's key of that name would be no help.
+    of_objective = group.removeprefix("model.") in OBJECTIVES
+    here = counterpart(name)
+    if here is not None and not (of_objective and any(key.split(".")[1] in OBJECTIVES for key in here.keys)):
+        return UserError(f"unknown key {name}; {here}")
+    if of_objective:
+        own = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == group}
+        near = difflib.get_close_matches(last, own, n=1)
+        remedy = f"did you mean {own[near[0]]}?" if near else f"the keys of {group} are {', '.join(own)}"
+        return UserError(f"unknown key {name}; {remedy}")
+    nearest = (
+        difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
+        or [key for key in keys if key.rpartition(".")[2] == last][:3]
+        or difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
+        or [key for key in keys if difflib.get_close_matches(last, [key.rpartition(".")[2]], cutoff=0.75)][:3]
+    )
+    remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "all keys: nemo-rao train --print-config"
+    return UserError(f"unknown key {name}; {remedy}")
+
+
+@functools.cache
+def _keys_of(config_type: type) -> tuple[tuple[str, Any, KeySpec], ...]:
+    """(name, type, spec) of each key of a config class."""
+    hints = typing.get_type_hints(config_type)
+    return tuple((field.name, hints[field.name], field.metadata["key"]) for field in dataclasses.fields(config_type))
+
+
+def _is_section(hint: Any) -> TypeGuard[type]:
+    return dataclasses.is_dataclass(hint)
+
+
+def alternatives(hint: Any) -> set[Any]:
+    """The types of a union; a type alone is a union of one. Lists and dictionaries count as they stand."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set(typing.get_args(hint))
+    return {hint}
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of Hydra or OmegaConf says, without the lines that trace its own types and paths."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -1,0 +1,1 @@
+"""``nemo-rao demo``, and the data that it makes."""

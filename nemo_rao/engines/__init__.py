@@ -1,0 +1,1 @@
+"""What drives Megatron: one package for each engine."""

@@ -1,0 +1,1 @@
+"""NeMo 2's LLM collection as the engine. NeMo and Lightning are imported here alone."""

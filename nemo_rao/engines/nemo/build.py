@@ -1,0 +1,267 @@
+"""From a checked recipe to NeMo's objects: one small function each."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.llm.gpt.model.base import GPTConfig
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
+
+from nemo_rao.config.derived import objective_config
+from nemo_rao.config.experts import check_experts
+from nemo_rao.config.lora_targets import check_targets
+from nemo_rao.config.precision_checks import sequence_multiple
+from nemo_rao.config.run_config import PrecisionConfig, RunConfig
+from nemo_rao.data.tokenizer import save_for_4, written_by_5
+from nemo_rao.engines.nemo.kept_checkpoints import StepCheckpoint
+from nemo_rao.engines.nemo.lora import lora
+from nemo_rao.engines.nemo.model import MegatronGPTAlignmentModel
+from nemo_rao.engines.nemo.strategy import AlignmentStrategy
+from nemo_rao.errors import UserError, did_you_mean
+from nemo_rao.mcore.heads import VALUE_HEAD
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PRECISIONS: dict[str, Any] = {"fp32": "32", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def model_config(config: RunConfig) -> GPTConfig:
+    """The NeMo config class that the recipe names, with the recipe's sizes.
+
+    Raises:
+        UserError: there is no such class, or it has no such field.
+    """
+    keys = config.model
+    classes = {
+        name: value for name, value in vars(llm).items() if isinstance(value, type) and issubclass(value, GPTConfig)
+    }
+    if keys.config_class not in classes:
+        hint = did_you_mean(keys.config_class, classes)
+        raise UserError(f"model.config_class: nemo.collections.llm has no GPT config named {keys.config_class!r}{hint}")
+    config_class = classes[keys.config_class]
+    sizes = {name: value for name, value in dataclasses.asdict(keys.arch).items() if value is not None}
+    extra = sizes.pop("extra")
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    for name in extra:
+        if name not in fields:
+            hint = did_you_mean(name, fields)
+            raise UserError(f"model.arch.extra.{name}: {keys.config_class} has no such field{hint}")
+    recompute = {
+        "recompute_granularity": keys.recompute_granularity,
+        "recompute_method": (keys.recompute_method or "uniform") if keys.recompute_granularity == "full" else None,
+        "recompute_num_layers": (keys.recompute_num_layers or 1) if keys.recompute_granularity == "full" else None,
+    }
+    # Two stages of an interleaved pipeline send each other activations and gradients at once: in one batch of messages,
+    # Megatron's default, the one is taken for the other.
+    interleaved = keys.virtual_pipeline_model_parallel_size is not None
+    messages = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}
+    try:
+        made = config_class(**{**sizes, **recompute, **messages, **extra}, seq_length=keys.seq_length)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"model.arch: {keys.config_class} refuses these sizes: {error}") from None
+    check_experts(config, vars(made))
+    check_targets(config, num_layers=made.num_layers, experts=bool(made.num_moe_experts))
+    return made
+
+
+def _of_value_head(name: str, parameter: torch.nn.Parameter) -> bool:
+    return VALUE_HEAD in name
+
+
+def optimizer(config: RunConfig, max_steps: int) -> MegatronOptimizerModule:
+    keys = config.model.optim
+    # A value head's learning rate is a key of the objective that has one; NeMo scales what the schedule starts from.
+    value_lr = getattr(objective_config(config), "value_lr", None)
+    if keys.sched.name == "cosine":
+        schedule: Any = CosineAnnealingScheduler(
+            max_steps=max_steps,
+            warmup_steps=keys.sched.warmup_steps,
+            constant_steps=keys.sched.constant_steps,
+            min_lr=keys.sched.min_lr,
+        )
+    else:
+        schedule = WarmupPolicyScheduler(max_steps=max_steps, warmup_steps=keys.sched.warmup_steps)
+    return MegatronOptimizerModule(
+        scale_lr_cond=_of_value_head if value_lr is not None else None,
+        lr_mult=value_lr / keys.lr if value_lr is not None else 1.0,
+        config=OptimizerConfig(
+            optimizer=keys.name,
+            lr=keys.lr,
+            weight_decay=keys.weight_decay,
+            adam_beta1=keys.betas[0],
+            adam_beta2=keys.betas[1],
+            adam_eps=keys.eps,
+            clip_grad=config.trainer.gradient_clip_val,
+            use_distributed_optimizer=keys.use_distributed_optimizer,
+            bf16=config.precision.params == "bf16",
+            fp16=config.precision.params == "fp16",
+            params_dtype=_DTYPES[config.precision.params],
+        ),
+        lr_scheduler=schedule,
+    )
+
+
+def tokenizer(config: RunConfig) -> AutoTokenizer:
+    """The Hugging Face tokenizer in NeMo's wrapper."""
+    assert config.data.tokenizer is not None
+    return AutoTokenizer(_loadable(str(Path(config.data.tokenizer).expanduser())), trust_remote_code=False)
+
+
+@functools.cache
+def _loadable(name: str) -> str:
+    """The tokenizer's folder or name, or a copy that lasts as long as the process, where NeMo could not load it."""
+    if not written_by_5(name):
+        return name
+    folder = tempfile.mkdtemp(prefix="nemo_rao_tokenizer_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save_for_4(name, folder)
+    return folder
+
+
+def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignmentModel:
+    """The model that a recipe describes; ``resolved``: the objective's keys, with what the data decides."""
+    return MegatronGPTAlignmentModel(
+        model_config(config),
+        objective=config.model.objective,
+        objective_config=dataclasses.asdict(resolved),
+        optim=optimizer(config, max_steps),
+        tokenizer=tokenizer(config),
+        model_transform=lora(config),
+        fused_log_probs=config.model.fused_log_probs,
+        head_seed=config.trainer.seed,
+        fp8_simulation=_fp8_simulation(config.precision),
+    )
+
+
+def _fp8_simulation(keys: PrecisionConfig) -> dict[str, Any] | None:
+    """Fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`, or ``None``."""
+    if keys.fp8 is None or not keys.fp8_simulation:
+        return None
+    return {
+        "format": keys.fp8,
+        "recipe": keys.fp8_recipe,
+        "amax_history_len": keys.fp8_amax_history_len,
+        "amax_compute_algo": keys.fp8_amax_compute_algo,
+        "margin": keys.fp8_margin,
+        "wgrad": keys.fp8_wgrad,
+        "num_layers_at_start_in_bf16": keys.num_layers_at_start_in_bf16 if keys.first_last_layers_bf16 else 0,
+        "num_layers_at_end_in_bf16": keys.num_layers_at_end_in_bf16 if keys.first_last_layers_bf16 else 0,
+    }
+
+
+# Fields of Megatron's config that say which layers a stage has: NeMo's strategy overwrites them with its own.
+_STAGES = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
+def strategy(config: RunConfig) -> AlignmentStrategy:
+    keys = config.model
+    made = AlignmentStrategy(
+        **{name: value for name, value in keys.arch.extra.items() if name in _STAGES},
+        tensor_model_parallel_size=keys.tensor_model_parallel_size,
+        pipeline_model_parallel_size=keys.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=keys.virtual_pipeline_model_parallel_size,
+        context_parallel_size=keys.context_parallel_size,
+        expert_model_parallel_size=keys.expert_model_parallel_size,
+        expert_tensor_parallel_size=keys.expert_tensor_parallel_size,
+        sequence_parallel=keys.sequence_parallel and keys.tensor_model_parallel_size > 1,
+        pipeline_dtype=_DTYPES[config.precision.params],
+        ddp=DistributedDataParallelConfig(
+            # Megatron would raise before it is known which rows and rewards the step had: see engines/nemo/finite.py.
+            check_for_nan_in_grad=False,
+            grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
+            use_distributed_optimizer=keys.optim.use_distributed_optimizer,
+            overlap_grad_reduce=keys.optim.overlap_grad_reduce,
+            overlap_param_gather=keys.optim.overlap_param_gather,
+        ),
+        # The reshardable format lets a run resume under another TP, PP or DP, and is the only one that takes
+        # torch's own Adam, which runs where apex and Transformer Engine are absent.
+        ckpt_optim_fully_reshardable=True,
+        ckpt_async_save=False,
+        # NeMo's printer lets rank 0 take part in a collective alone, which hangs the next one over gloo.
+        replace_progress_bar=False,
+    )
+    made.seed = config.trainer.seed
+    return made
+
+
+def precision(config: RunConfig) -> nl.MegatronMixedPrecision:
+    """Number formats, which NeMo writes into Megatron's configs of model, optimizer and gradient buffers."""
+    keys = config.precision
+    dtype = _DTYPES[keys.params]
+    return nl.MegatronMixedPrecision(
+        precision=_PRECISIONS[keys.params],
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=keys.grad_reduce_in_fp32,
+        **(_fp8(keys) if keys.fp8 is not None and not keys.fp8_simulation else {}),
+        fp16_loss_scale=keys.fp16_loss_scale,
+        fp16_initial_loss_scale=keys.fp16_initial_loss_scale,
+        fp16_min_loss_scale=keys.fp16_min_loss_scale,
+        fp16_loss_scale_window=keys.fp16_loss_scale_window,
+        fp16_hysteresis=keys.fp16_hysteresis,
+    )
+
+
+def _fp8(keys: PrecisionConfig) -> dict[str, Any]:
+    """What Megatron is told of 8 bits. In a simulation it is told nothing: it would ask Transformer Engine."""
+    return {
+        "fp8": keys.fp8,
+        "fp8_recipe": keys.fp8_recipe,
+        "fp8_margin": keys.fp8_margin,
+        "fp8_amax_history_len": keys.fp8_amax_history_len,
+        "fp8_amax_compute_algo": keys.fp8_amax_compute_algo,
+        "fp8_wgrad": keys.fp8_wgrad,
+        "fp8_param_gather": keys.fp8_param_gather,
+        "first_last_layers_bf16": keys.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": keys.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": keys.num_layers_at_end_in_bf16,
+    }
+
+
+def checkpoint_callback(config: RunConfig, folder: Path) -> StepCheckpoint:
+    keys = config.exp_manager.checkpoint_callback_params
+    return StepCheckpoint(
+        dirpath=folder / "checkpoints",
+        filename="{step}",
+        monitor=keys.monitor,
+        mode=keys.mode,
+        save_top_k=keys.save_top_k,
+        # A link where the newest is also among the best: nothing is written twice.
+        save_last="link" if keys.save_last else False,
+        every_n_train_steps=keys.every_n_train_steps,
+        save_optim_on_train_end=True,  # a finished run can be extended
+        verbose=False,
+    )
+
+
+def batch_layout(config: RunConfig) -> dict[str, Any]:
+    """How micro-batches are laid out, as arguments of :func:`nemo_rao.data.collate.collate`."""
+    return {
+        "pad_multiple": pad_multiple(config),
+        "packed": config.data.packing,
+        "shared_prompts": config.data.prefix_sharing,
+    }
+
+
+def pad_multiple(config: RunConfig) -> int:
+    """Tokens: what the recipe asks for, and what splitting a sequence over ranks and 8-bit products need."""
+    return math.lcm(config.data.pad_to_multiple_of, sequence_multiple(config))

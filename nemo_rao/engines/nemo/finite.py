@@ -1,0 +1,67 @@
+"""A loss or gradient norm that is not finite ends the run, with the rows and rewards of its step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+
+from nemo_rao.batch import Sample
+from nemo_rao.errors import RankFailure
+
+NUM_SHOWN = 4  # rows of a step that a message names
+
+
+class StopWhereNotFinite(pl.Callback):
+    """Ends the run after such a step, on all ranks alike, before a checkpoint of its weights is written.
+
+    Comes after :class:`nemo_rao.engines.nemo.step_metrics.Metrics`, whose numbers are those of the whole global batch.
+
+    Args:
+        skips_steps: fp16. There an overflow of gradients is no mistake: the optimizer leaves the step out and lowers
+            the loss scale. The loss that is logged is not scaled.
+    """
+
+    def __init__(self, *, skips_steps: bool) -> None:
+        self._checked = ("loss",) if skips_steps else ("loss", "grad_norm")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        metrics = trainer.callback_metrics
+        for name in self._checked:
+            if name in metrics and not math.isfinite(value := float(metrics[name])):
+                module: Any = trainer.datamodule
+                rows = (module.train.data[index] for index in module.prompts_of_step(trainer.global_step - 1))
+                raise RankFailure(not_finite(name, value, trainer.global_step, rows))
+
+
+def not_finite(name: str, value: float, step: int, rows: Iterable[Sample]) -> str:
+    """One line: the step, its rows with the largest rewards first, and what may be done.
+
+    Args:
+        name: of the metric.
+        step: counted from 1, as in ``metrics.jsonl``.
+        rows: of the step's global batch.
+    """
+    by_size = sorted(rows, key=_largest_reward, reverse=True)
+    shown = [f"{row.place}{_reward_of(row)}" for row in by_size[:NUM_SHOWN]]
+    more = f" and {len(by_size) - NUM_SHOWN} more" if len(by_size) > NUM_SHOWN else ""
+    what = "gradient norm" if name == "grad_norm" else name
+    return (
+        f"{what} of step {step} is {value:g}; rows of the step, largest rewards first: {', '.join(shown)}{more}. Check "
+        "these rows, lower model.optim.lr, or scale the rewards (nemo-rao score --standardize global); no checkpoint "
+        "of this step is kept"
+    )
+
+
+def _largest_reward(row: Sample) -> float:
+    """In absolute value; -1 where none is known."""
+    rewards = np.abs(row.rewards[~np.isnan(row.rewards)])
+    return float(rewards.max(initial=-1.0))
+
+
+def _reward_of(row: Sample) -> str:
+    largest = _largest_reward(row)
+    return f" (|reward| up to {largest:.6g})" if largest >= 0 else ""

@@ -1,0 +1,177 @@
+"""The Megatron GPT that is aligned: NeMo's ``GPTModel`` with an objective in place of next-token cross-entropy."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import Float16Module
+from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from nemo.lightning.pytorch.optim import OptimizerModule
+from torch import Tensor, nn
+
+from nemo_rao.batch import MicroBatch, ModelOutput
+from nemo_rao.mcore.first_step import LogRatios
+from nemo_rao.mcore.forward import forward_step, to_device, unwrapped
+from nemo_rao.mcore.fp8_simulation import Fp8Simulation, keep_scales_up_to_date, layer_spec_with_simulated_fp8
+from nemo_rao.mcore.heads import add_score_head, add_value_head
+from nemo_rao.mcore.layer_spec import NormColumnParallelLinear, layer_spec_without_te
+from nemo_rao.mcore.loss import LOSS, configure_loss_scaling, for_schedule, micro_batch_loss
+from nemo_rao.mcore.output_layer import fuse_output_layer
+from nemo_rao.objectives import registry
+from nemo_rao.runtime.gpus import transformer_engine_is_used
+
+# Before megatron-core 0.15 the wrapper that casts inputs to 16 bits always casts the logits to a second, fp32 copy.
+_TAKES_FP32_OUTPUT = "fp32_output" in inspect.signature(Float16Module.forward).parameters
+
+
+class MegatronGPTAlignmentModel(GPTModel):
+    """Any NeMo GPT, trained with an objective of :mod:`nemo_rao.objectives`.
+
+    The last pipeline stage turns its vocab-parallel logits into log-probabilities per sequence and hands them to the
+    objective. Gradients are those of the mean over the global batch's prompts, however it is split.
+
+    Args:
+        config: a NeMo GPT config (Llama, Qwen2, Mistral, ...). Its loss scaling is set; where Transformer Engine is
+            not used, its layer spec is replaced by one with the same parameter names.
+        objective: a name of :mod:`nemo_rao.objectives.registry`.
+        objective_config: the objective's keys; every key may be left out. ``log_z0: auto`` must be resolved already.
+        optim: NeMo optimizer module.
+        tokenizer: NeMo tokenizer; its ``vocab_size`` counts where ``config.vocab_size`` is ``None``.
+        model_transform: such as ``nemo.collections.llm.peft.LoRA``.
+        fused_log_probs: never hold the logits, see :mod:`nemo_rao.mcore.output_layer`.
+        head_seed: decides a new score head's start. An argument, as NeMo makes the further chunks of an interleaved
+            pipeline from the first one's arguments.
+        fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: nothing is rounded.
+
+    Attributes:
+        needs: what the objective, under its keys, asks for.
+        mismatched_log_ratio: ``[]`` fp32, nats, of the global batch at hand; to be set before each step where
+            ``needs.mismatched``.
+        log_ratios: collects those of the first step (:class:`nemo_rao.engines.nemo.reference_pass.CheckFirstStep`).
+
+    Raises:
+        UserError: the objective is unknown, or has no such key or value.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        objective: str = "rao",
+        objective_config: Mapping[str, Any] | None = None,
+        optim: OptimizerModule | None = None,
+        tokenizer: Any = None,
+        model_transform: Callable[[nn.Module], nn.Module] | None = None,
+        fused_log_probs: bool = True,
+        head_seed: int = 0,
+        fp8_simulation: Mapping[str, Any] | None = None,
+    ) -> None:
+        configure_loss_scaling(config)
+        if fp8_simulation is not None:
+            assert not transformer_engine_is_used(), "its layers cast themselves"
+            simulation = Fp8Simulation(**fp8_simulation)
+            config.transformer_layer_spec = functools.partial(layer_spec_with_simulated_fp8, simulation=simulation)
+        elif not transformer_engine_is_used():
+            config.transformer_layer_spec = layer_spec_without_te
+        super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
+        self.objective = registry.get(objective)
+        self.objective_config = self.objective.make_config(objective_config or {})
+        self.needs = self.objective.needs_of(self.objective_config)
+        self.mismatched_log_ratio: Tensor | None = None
+        self.log_ratios: LogRatios | None = None
+        self._fused_log_probs = fused_log_probs
+        self._head_seed = head_seed
+        self._fp8_is_simulated = fp8_simulation is not None
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        """Build this rank's part of the model, on the last pipeline stage with the head that is needed."""
+        built_before = hasattr(self, "module")
+        super().configure_model(vp_stage=vp_stage) if vp_stage is not None else super().configure_model()
+        if built_before:
+            return
+        if self._fp8_is_simulated:
+            keep_scales_up_to_date(self.module)
+        if self.needs.values:
+            add_value_head(self.module)
+        if self.needs.scores:
+            add_score_head(self.module, self.needs.scores, seed=self._head_seed)
+        elif self._fused_log_probs:
+            fuse_output_layer(self.module)
+
+    @property
+    def vocab_size(self) -> int:
+        """V without padding: the columns of the logits that are tokens."""
+        return self.config.vocab_size or self.tokenizer.vocab_size
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``GPTModel.forward``, with bf16 logits left in bf16: their log-probabilities accumulate in fp32.
+
+        Before adapters are added, as in their reference pass, NeMo has not put the wrapper that casts around the model.
+        """
+        if _TAKES_FP32_OUTPUT and isinstance(self.module, Float16Module):
+            return self.module(*args, **kwargs, fp32_output=False)
+        return super().forward(*args, **kwargs)
+
+    def data_step(self, dataloader_iter: Iterator) -> MicroBatch:
+        """The next micro-batch, on this rank's device."""
+        batch, *_ = next(dataloader_iter)
+        return to_device(batch)
+
+    def forward_step(self, batch: MicroBatch) -> Tensor | ModelOutput:
+        """The model's output on the last pipeline stage, hidden states before it."""
+        return forward_step(self, batch)
+
+    @property
+    def training_loss_reduction(self) -> AlignmentLossReduction:
+        return AlignmentLossReduction(self)
+
+    @property
+    def validation_loss_reduction(self) -> AlignmentLossReduction:
+        return AlignmentLossReduction(self)
+
+
+class AlignmentLossReduction(MegatronLossReduction):
+    """What NeMo calls with the last pipeline stage's output of a micro-batch."""
+
+    def __init__(self, model: MegatronGPTAlignmentModel) -> None:
+        super().__init__()
+        self._model = model
+
+    @property
+    def embeds_tokens(self) -> bool:
+        """The model chunk is the pipeline's first."""
+        return unwrapped(self._model).pre_process
+
+    def forward(self, batch: MicroBatch, forward_out: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(sum over prompts, number of prompts, statistics) of a micro-batch; see :mod:`nemo_rao.mcore.loss`."""
+        model = self._model
+        output = micro_batch_loss(
+            forward_out,
+            batch,
+            model.objective,
+            model.objective_config,
+            vocab_size=model.vocab_size,
+            mismatched_log_ratio=model.mismatched_log_ratio,
+            observe=None if model.log_ratios is None else model.log_ratios.add,
+        )
+        return for_schedule(output)
+
+    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
+        """This data-parallel rank's mean loss. The global statistics are the metrics callback's to reduce and log."""
+        pairs = torch.stack([statistics[LOSS] for statistics in losses_reduced_per_micro_batch]).sum(0)
+        return pairs[0] / pairs[1].clamp(min=1)
+
+
+def feed_lora_normed_inputs(model: nn.Module) -> None:
+    """Let adapters see the linear layer's input where this project's layers fuse the norm in front of it.
+
+    NeMo's LoRA transform asks Transformer Engine's fused layers for their normed input; ours are asked here.
+    """
+    for module in model.modules():
+        wrapped = getattr(module, "to_wrap", None)
+        if isinstance(wrapped, NormColumnParallelLinear):
+            wrapped.return_layernorm_output = True

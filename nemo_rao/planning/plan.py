@@ -1,0 +1,237 @@
+"""``nemo-rao plan``: from a recipe to what it takes. The arithmetic is in :mod:`nemo_rao.planning`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from nemo_rao.config.architecture import architecture_fields, num_tokens
+from nemo_rao.config.checks import check_architecture, check_sizes
+from nemo_rao.config.compose import compose, override
+from nemo_rao.config.derived import chosen_responses, objective_config
+from nemo_rao.config.experts import check_experts
+from nemo_rao.config.gpu_models import GPUS
+from nemo_rao.config.lora_targets import check_targets, lora_targets
+from nemo_rao.config.precision_checks import check_named_gpu, fp8_multiple
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.data.choice import num_used
+from nemo_rao.errors import UserError
+from nemo_rao.objectives import registry
+from nemo_rao.ops.workspace import CPU_WORKSPACE_BYTES, CUDA_WORKSPACE_BYTES
+from nemo_rao.planning.advise import Advice, advise
+from nemo_rao.planning.machine import Machine
+from nemo_rao.planning.memory import peak, upper_peak
+from nemo_rao.planning.network import Network, network_of
+from nemo_rao.planning.plan_data import run_length, size_of
+from nemo_rao.planning.report import fits, fits_surely, record, table
+from nemo_rao.planning.setting import Lora, Setting
+from nemo_rao.runtime.files import write_atomically
+
+NUM_ADVICE = 3
+NODE_SIZE = 8  # GPUs of NVIDIA's DGX and HGX systems
+DEFAULT_RESPONSES = 2  # of a prompt, where neither the recipe nor data says
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the plan. Returns 0 if the run fits, tightly or not, and 1 if it does not.
+
+    Raises:
+        UserError: the recipe, or an option, cannot be used.
+    """
+    config = compose(arguments.config_name, arguments.overrides, arguments.config_dir)
+    setting = setting_of(config, tokens_per_row=arguments.tokens_per_row, responses=arguments.responses)
+    machine = machine_of(arguments, setting)
+    if arguments.gpu_memory is None:
+        check_named_gpu(config, arguments.gpu, f"--gpu {arguments.gpu}")
+    # Files are read once everything else is known to be right: they may be large.
+    training, validation = size_of(config, config.data.train_path), size_of(config, config.data.validation_path)
+    if arguments.responses is None and training is not None:
+        setting = dataclasses.replace(setting, responses=_responses_used(config, training.responses))
+    length = run_length(config, training=training, validation=validation, prompts=arguments.prompts)
+    found = [] if fits_surely(setting, machine) else _advice(config, setting, machine)
+    title = f"nemo-rao plan {arguments.config_name}"
+    print(table(title, setting, machine, found, length), end="")
+    if config.data.prefix_sharing:
+        print(
+            "data.prefix_sharing=true: what is saved by computing a prompt once is not planned; give\n"
+            "--tokens-per-row as the mean of the tokens that are computed of a row."
+        )
+    if config.precision.fp8 is not None:
+        print(
+            f"precision.fp8={config.precision.fp8} is planned as bf16, which is no faster. Copies of weights\nin 8 "
+            "bits, up to 2 bytes each, are not counted, nor what activations in 8 bits save."
+        )
+    if arguments.json is not None:
+        text = json.dumps(record(title, setting, machine, found, length), indent=2) + "\n"
+        write_atomically(Path(arguments.json).expanduser(), text)
+    return 0 if fits(setting, machine) else 1
+
+
+def _advice(config: RunConfig, setting: Setting, machine: Machine) -> list[Advice]:
+    """Settings that fit with the uncertainty of activations; where there are none, and this one does not, without."""
+
+    def first(need: Callable[[Setting], int]) -> list[Advice]:
+        found = advise(setting, machine.limit, node_size=machine.node_size, need=need)
+        return list(itertools.islice((one for one in found if _accepted(config, one)), NUM_ADVICE))
+
+    return first(upper_peak) or ([] if fits(setting, machine) else first(peak))
+
+
+def machine_of(arguments: argparse.Namespace, setting: Setting) -> Machine:
+    """The GPU that the options describe."""
+    if arguments.gpu not in GPUS:
+        raise UserError(f"--gpu {arguments.gpu}: there are {', '.join(GPUS)}; others by --gpu-memory and --peak-tflops")
+    gpu = GPUS[arguments.gpu]
+    given = arguments.gpu_memory is not None
+    values = {
+        "--gpu-memory": arguments.gpu_memory if given else gpu.memory_gib,
+        "--peak-tflops": _either(arguments.peak_tflops, gpu.peak_tflops(setting.param_bytes)),
+        "--mfu": arguments.mfu,
+        "--intra-node-bandwidth": _either(arguments.intra_node_bandwidth, gpu.intra_node_gbs),
+        "--inter-node-bandwidth": _either(arguments.inter_node_bandwidth, gpu.inter_node_gbs),
+        "--link-efficiency": arguments.link_efficiency,
+    }
+    for name, value in values.items():
+        share = name in ("--mfu", "--link-efficiency")
+        if not (math.isfinite(value) and value > 0) or (share and value > 1):
+            raise UserError(f"{name} {value:g}: must be above 0{' and at most 1' if share else ''}")
+    if arguments.devices_per_node is not None and arguments.devices_per_node < setting.devices:
+        raise UserError(
+            f"--devices-per-node {arguments.devices_per_node}: the recipe has trainer.devices={setting.devices} on a "
+            "node; raise it, or lower trainer.devices"
+        )
+    if not 0 <= arguments.reserve < values["--gpu-memory"]:
+        raise UserError(f"--reserve {arguments.reserve:g}: must be at least 0, and below the GPU's memory, in GiB")
+    return Machine(
+        name="a GPU" if given else gpu.name,
+        memory_gib=values["--gpu-memory"],
+        reserve_gib=arguments.reserve,
+        peak_tflops=values["--peak-tflops"],
+        mfu=arguments.mfu,
+        intra_node_gbs=values["--intra-node-bandwidth"],
+        inter_node_gbs=values["--inter-node-bandwidth"],
+        link_efficiency=arguments.link_efficiency,
+        # A recipe for several nodes says how large they are.
+        node_size=arguments.devices_per_node or (NODE_SIZE if setting.nodes == 1 else setting.devices),
+    )
+
+
+def _either(given: float | None, otherwise: float) -> float:
+    return otherwise if given is None else given
+
+
+def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, responses: int | None = None) -> Setting:
+    """What is planned of a recipe.
+
+    Args:
+        tokens_per_row: mean tokens of prompt and response; ``None``: ``model.seq_length``, the most there can be.
+        responses: that each prompt of the data has; ``None``: ``data.num_responses``, or 2. Planned are those that a
+            run uses: the first ``data.num_responses``, of which objectives of pairs take two.
+
+    Raises:
+        UserError: sizes that do not divide, or that are not known.
+    """
+    check_sizes(config)
+    check_experts(config, architecture_fields(config))
+    network = network_of_config(config)
+    check_architecture(
+        config,
+        num_layers=network.layers,
+        hidden_size=network.hidden,
+        ffn_hidden_size=None if network.experts else network.ffn,
+        num_attention_heads=network.heads,
+        num_query_groups=network.groups,
+        kv_channels=network.head,
+    )
+    keys, needs = config.model, registry.get(config.model.objective).needs_of(objective_config(config))
+    if network.vocabulary(keys.tensor_model_parallel_size) % keys.tensor_model_parallel_size:
+        raise UserError(
+            f"model.arch.extra.vocab_size={network.tokens} is not divisible by "
+            f"model.tensor_model_parallel_size={keys.tensor_model_parallel_size}; change one of them"
+        )
+    for name, value in (("--tokens-per-row", tokens_per_row), ("--responses", responses)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value}: must be at least 1")
+    if tokens_per_row is not None and tokens_per_row > keys.seq_length:
+        raise UserError(
+            f"--tokens-per-row {tokens_per_row}: rows longer than model.seq_length={keys.seq_length} are dropped; "
+            "lower it"
+        )
+    check_targets(config, num_layers=network.layers, experts=bool(network.experts))
+    lora = Lora(keys.peft.lora.dim, lora_targets(config), keys.peft.lora.dropout > 0)
+    full = keys.recompute_granularity == "full"
+    return Setting(
+        network=network,
+        devices=config.trainer.devices,
+        nodes=config.trainer.num_nodes,
+        tensor=keys.tensor_model_parallel_size,
+        pipeline=keys.pipeline_model_parallel_size,
+        virtual=keys.virtual_pipeline_model_parallel_size or 1,
+        context=keys.context_parallel_size,
+        expert=keys.expert_model_parallel_size,
+        expert_tensor=keys.expert_tensor_parallel_size,
+        sequence_parallel=keys.sequence_parallel,
+        micro_batch_size=keys.micro_batch_size,
+        global_batch_size=keys.global_batch_size,
+        responses=_responses_used(config, responses),
+        tokens_per_row=tokens_per_row or keys.seq_length,
+        pad_to_multiple_of=config.data.pad_to_multiple_of,
+        part_multiple=fp8_multiple(config),
+        packed=config.data.packing,
+        param_bytes={"bf16": 2, "fp16": 2, "fp32": 4}[config.precision.params],
+        grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
+        use_distributed_optimizer=keys.optim.use_distributed_optimizer,
+        overlap_grad_reduce=keys.optim.overlap_grad_reduce,
+        overlap_param_gather=keys.optim.overlap_param_gather,
+        recompute_granularity=keys.recompute_granularity,
+        recompute_method=(keys.recompute_method or "uniform") if full else "uniform",
+        recompute_num_layers=(keys.recompute_num_layers or 1) if full else 1,
+        lora=None if keys.peft.scheme == "none" else lora,
+        lora_offered=None if needs.values or needs.scores else lora,
+        fused_log_probs=keys.fused_log_probs,
+        workspace_bytes=_workspace_bytes(config),
+        value_head=needs.values,
+        scores=needs.scores,
+        reference=needs.reference,
+        reference_micro_batch_size=config.reference.micro_batch_size,
+        reference_in_a_row=config.reference.save_every,
+        mismatched=needs.mismatched,
+        transformer_engine=config.trainer.accelerator != "cpu",
+    )
+
+
+def _responses_used(config: RunConfig, given: int | None) -> int:
+    """Responses of a prompt that a run computes, of ``given`` ones in the data."""
+    first = config.data.num_responses
+    if given is None:
+        given = first or DEFAULT_RESPONSES
+    return num_used(min(given, first or given), chosen_responses(config))
+
+
+def network_of_config(config: RunConfig) -> Network:
+    """The recipe's sizes over those of its config class, which is read, not imported."""
+    keys, fields = config.model, architecture_fields(config)
+    return network_of(
+        fields,
+        config_class=keys.config_class,
+        num_tokens=None if fields.get("vocab_size") is not None else num_tokens(config.data.tokenizer),
+        seq_length=keys.seq_length,
+    )
+
+
+def _workspace_bytes(config: RunConfig) -> int:
+    return CPU_WORKSPACE_BYTES if config.trainer.accelerator == "cpu" else CUDA_WORKSPACE_BYTES
+
+
+def _accepted(config: RunConfig, advice: Advice) -> bool:
+    """Whether the recipe's own checks let the overrides pass, so that they can be pasted."""
+    try:
+        setting_of(override(config, advice.overrides))
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,37 @@
+"""``metrics.jsonl``: one line of JSON for each step, and for each validation, written by rank 0 as it happens.
+
+Each line has ``step``, the optimizer steps done; a training line has ``loss`` and the objective's metrics,
+``grad_norm``, ``lr`` and ``tokens_per_second``; a validation line has the same metrics as ``val/<name>``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemo_rao.runtime.files import write_atomically
+
+
+def append_metrics(path: Path, record: Mapping[str, float]) -> None:
+    """Add one line in a single write."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines, without a last one that a kill cut short."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drop what was logged after ``last_step``: those steps are computed again."""
+    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+    write_atomically(path, (json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,175 @@
+"""What is finished of a long work, on disk: a file that only grows, so that a kill costs no more than a batch.
+
+The first line says what the work is (model, input, settings); each line after it is one finished item, in order:
+
+    {"part_of": {"command": "generate", "digest_of_model": "5f0c...", "seed": 1234, ...}}
+    {"item": 0, "record": {...}}
+    {"item": 1, "record": {...}}
+
+A kill or a full disk may leave half a line at the end; it is cut off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.errors import UserError
+from nemo_rao.runtime.files import told
+
+SYNC_EVERY = 5.0  # seconds; a kill loses nothing that is written, a power cut what came after the last sync
+_KEPT = "; what was finished is kept: make room and give the same command again"
+
+
+def part_path(output: Path) -> Path:
+    """Where unfinished work lies: out.jsonl -> out.jsonl.part.jsonl."""
+    return output.with_name(f"{output.name}.part.jsonl")
+
+
+class PartFile:
+    """An unfinished result, continued where it is there already; locked for this process.
+
+    Args:
+        path: the file; its folder is made.
+        work: what tells this work from other work; of JSON types. A name that begins with ``digest_of_`` is told
+            without its value.
+
+    Attributes:
+        num_records: finished items in it.
+
+    Raises:
+        UserError: the file belongs to other work, is damaged, is being written by another process, or cannot be
+            written.
+    """
+
+    def __init__(self, path: Path, work: Mapping[str, Any]) -> None:
+        self.path = path
+        self.num_records = 0
+        with told(path, "; choose another output"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Not buffered: a buffer that could not be written would be tried again when the file is closed.
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        try:
+            self._lock()
+            header = _line({"part_of": work})
+            self._end = self._read(header)
+            with told(path):
+                self._file.truncate(self._end)
+            if self._end == 0:
+                self._write(header)
+        except BaseException:
+            self._file.close()
+            raise
+        self._synced_at, self._synced_end = time.monotonic(), self._end
+
+    def append(self, records: Iterable[Any]) -> None:
+        """Adds finished items, in order.
+
+        Raises:
+            UserError: the disk is full, or another fault of it; whole items are kept.
+        """
+        for record in records:
+            self._write(_line({"item": self.num_records, "record": record}))
+            self.num_records += 1
+        if time.monotonic() - self._synced_at > SYNC_EVERY:
+            self._sync()
+
+    def records(self) -> Iterator[Any]:
+        """The finished items, in order."""
+        with open(self.path, "rb") as file:
+            for line in itertools.islice(file, 1, 1 + self.num_records):
+                yield json.loads(line)["record"]
+
+    def close(self) -> None:
+        """Twice is as good as once."""
+        if self._file.closed:
+            return
+        if self._end != self._synced_end:
+            with contextlib.suppress(UserError):  # the work goes on from what the disk has
+                self._sync()
+        self._file.close()
+
+    def remove(self) -> None:
+        """The result is whole elsewhere."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def __enter__(self) -> PartFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, line: bytes) -> None:
+        with told(self.path, _KEPT):
+            try:
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._end)
+                raise
+        self._end += len(line)
+
+    def _sync(self) -> None:
+        with told(self.path, _KEPT):
+            os.fsync(self._file.fileno())
+        self._synced_at, self._synced_end = time.monotonic(), self._end
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another process is writing it; wait for it, or choose another output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _read(self, header: bytes) -> int:
+        """Counts the finished items of the file as it is. Returns the byte after the last of them, or the header."""
+        end = 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                # A first line cut short is this work's own, or else somebody's file that is none of ours.
+                if not line.endswith(b"\n") and (number or header.startswith(line)):
+                    break
+                try:
+                    entry = json.loads(line)
+                    found, item = (entry["part_of"], None) if number == 0 else (entry["record"], entry["item"])
+                    if number and item != number - 1:
+                        raise ValueError
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(
+                        f"{self.path} line {number + 1}: was not written by this command, or is damaged; delete the "
+                        "file, or choose another output"
+                    ) from None
+                if number == 0:
+                    self._check_work(found, json.loads(header)["part_of"])
+                self.num_records = number
+                end += len(line)
+        return end
+
+    def _check_work(self, found: Any, work: Mapping[str, Any]) -> None:
+        before = found if isinstance(found, dict) else {}
+        for name in work:
+            if before.get(name) == work[name]:
+                continue
+            remedy = f"give what it was begun with, or delete {self.path} to start anew"
+            if name.startswith("digest_of_"):
+                raise UserError(f"{self.path}: was begun with another {name.removeprefix('digest_of_')}; {remedy}")
+            raise UserError(
+                f"{self.path}: was begun with {name}={before.get(name)!r}, not {name}={work[name]!r}; {remedy}"
+            )
+
+
+def _line(entry: Any) -> bytes:
+    return json.dumps(entry, default=str).encode() + b"\n"

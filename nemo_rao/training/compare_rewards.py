@@ -1,0 +1,366 @@
+"""``nemo-rao compare-rewards``: which reward tells held-out pairs apart best; Table 1 of the RAO paper.
+
+    method       what gives a response y its reward                              starts from
+    rm_base      s(y), the score of a Bradley-Terry reward model (rm)            the base model
+    rm_sft       the same                                                        the fine-tuned model
+    dpo_sft      beta * (logp(y) - logp_ref(y)), a DPO policy's implicit reward  the fine-tuned model, its reference
+
+Each is trained on a small and on a large part of one preference set, and measured on the same held-out pairs. With
+m = reward of the chosen response - reward of the rejected one and p = sigmoid(m), the means over held-out pairs:
+
+    loss        -log p, nats; log 2 for a reward that knows nothing
+    accuracy    1 where m > 0; equal rewards are no right answer
+    brier       (1 - p)^2; 0.25 for a reward that knows nothing
+
+They are ``val/rewards/*`` of a run's last validation (:mod:`nemo_rao.objectives.metrics`), after its last step.
+
+**Choices.** The loss is that of the formula above in every row: ``val/loss`` would have the reward model's centring and
+margin, and DPO's label smoothing, too. The reward of DPO has the beta that it was trained with; another one would
+change its loss, not its accuracy. No step is picked by the held-out pairs: the last one counts. The small part is drawn
+at random by ``data.seed``, the same one for every method, and a part of every larger one. A prompt is one pair: of more
+than two responses the best and the worst (``data.responses``), which is also what is held out.
+
+    plan: recipes gpt_rm and gpt_dpo, a PlannedRun for each method and size -> check -> run_comparison: data and
+    checkpoints of all runs checked -> several_runs.train_runs -> a row a run -> table, comparison.json, comparison.md
+
+The same command again trains what is not finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.checkpoint.adapters import refuse_adapters
+from nemo_rao.checkpoint.continuing import DATA, read_data_record
+from nemo_rao.checkpoint.find import resolve_checkpoint
+from nemo_rao.config.checks import check_keys_are_read
+from nemo_rao.config.compose import compose
+from nemo_rao.config.derived import objective_config, run_dir
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.errors import UserError
+from nemo_rao.runtime.metrics_file import read_metrics
+from nemo_rao.training.several_runs import (
+    PlannedRun,
+    State,
+    check_runs,
+    finished_runs,
+    in_child,
+    print_table,
+    told_of,
+    train_runs,
+    write_results,
+)
+
+RANDOM = "random"  # in the place of the base model: the random weights of trainer.seed
+SMALL_AND_LARGE = ("10000", "all")  # the paper's
+
+# Keys that the command sets itself -> what to give in their place.
+SET_HERE = {
+    "exp_manager.exp_dir": "give --out",
+    "exp_manager.name": "leave it out: runs are named by method and size",
+    "model.objective": "leave it out: it is the method's",
+    "model.restore_from_path": "give --base and --sft",
+    "data.num_prompts": "give --pairs",
+}
+
+# Column -> metric of the validation.
+FIGURES = {"loss": "val/rewards/log_loss", "accuracy": "val/rewards/accuracies", "brier": "val/rewards/brier"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table for each size.
+
+    Attributes:
+        name: runs are named by it.
+        recipe, objective: what is trained.
+        start: "base" or "sft".
+        label: of the table; ``{beta}`` is the run's.
+    """
+
+    name: str
+    recipe: str
+    objective: str
+    start: str
+    label: str
+
+
+METHODS = (
+    Method("rm_base", "gpt_rm", "rm", "base", "Bradley-Terry reward model"),
+    Method("rm_sft", "gpt_rm", "rm", "sft", "Bradley-Terry reward model"),
+    Method("dpo_sft", "gpt_dpo", "dpo", "sft", "implicit reward of DPO, β = {beta:g}"),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user has asked for.
+
+    Attributes:
+        base, sft: NeMo checkpoints or folders of runs; ``base`` may be :data:`RANDOM`.
+        pairs: numbers of training pairs, or "all".
+        out: folder of the runs and of the table.
+        overrides: ``key=value`` of every run.
+        of_objective: objective -> ``key=value`` of its runs, after the common ones.
+        config_dir: see :func:`nemo_rao.config.compose.compose`.
+    """
+
+    base: str
+    sft: str
+    pairs: Sequence[str]
+    out: str
+    overrides: Sequence[str]
+    of_objective: Mapping[str, Sequence[str]]
+    config_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs, and where the table goes.
+
+    Attributes:
+        folder: of the runs, and of ``comparison.json`` and ``comparison.md``.
+        runs: in the order in which they are trained.
+        methods: of each run.
+    """
+
+    folder: Path
+    runs: tuple[PlannedRun, ...]
+    methods: tuple[Method, ...]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """The command; returns the exit code."""
+    asked = Asked(
+        base=arguments.base,
+        sft=arguments.sft,
+        pairs=arguments.pairs or SMALL_AND_LARGE,
+        out=arguments.out,
+        overrides=arguments.overrides,
+        of_objective={"rm": arguments.rm, "dpo": arguments.dpo},
+        config_dir=arguments.config_dir,
+    )
+    comparison = plan(asked)
+    check(comparison)
+    return run_comparison(comparison)
+
+
+def _start(path: str, option: str) -> str:
+    checkpoint = resolve_checkpoint(path, option)
+    refuse_adapters(checkpoint, option)
+    return str(checkpoint)
+
+
+def plan(asked: Asked) -> Comparison:
+    """Composes all runs; reads recipes and the names of checkpoints, no data.
+
+    Raises:
+        UserError: an option or a key that cannot be used; runs that would be measured on different pairs.
+    """
+    sizes = [_size(given) for given in asked.pairs]
+    for given in {given for given in asked.pairs if sizes.count(_size(given)) > 1}:
+        raise UserError(f"--pairs {given}: given twice; give each size once")
+    for text in (*asked.overrides, *(text for own in asked.of_objective.values() for text in own)):
+        if (remedy := SET_HERE.get(key := text.lstrip("+").partition("=")[0])) is not None:
+            raise UserError(f"{text}: compare-rewards sets {key} itself; {remedy}")
+    starts = {"sft": _start(asked.sft, "--sft")}
+    starts["base"] = "null" if asked.base == RANDOM else _start(asked.base, "--base")
+    runs, methods = [], []
+    for size in sizes:
+        for method in METHODS:
+            own = tuple(asked.of_objective.get(method.objective, ()))
+            name = f"{method.name}-{size or 'all'}"
+            set_here = (
+                f"exp_manager.exp_dir={asked.out}",
+                f"exp_manager.name={name}",
+                f"model.objective={method.objective}",
+                f"model.restore_from_path={starts[method.start]}",
+                f"data.num_prompts={size or 'null'}",
+            )
+            with told_of(f"--{method.objective}" if own else ""):
+                config = compose(method.recipe, [*asked.overrides, *own, *set_here], asked.config_dir)
+                check_keys_are_read(own, config)
+            runs.append(PlannedRun(name, name, config))
+            methods.append(method)
+    _check_same_pairs([run.config for run in runs])
+    return Comparison(run_dir(runs[0].config).parent, tuple(runs), tuple(methods))
+
+
+def check(comparison: Comparison) -> None:
+    """Checks every run as far as recipes and the names of files can tell. Nothing is written.
+
+    Raises:
+        UserError: the first mistake.
+    """
+    check_runs(comparison.runs, another="--out")
+
+
+def run_comparison(comparison: Comparison) -> int:
+    """Trains the checked runs and prints the table.
+
+    Returns:
+        the exit code: 0, or 1 where a run failed.
+
+    Raises:
+        UserError: the data or a checkpoint does not fit; nothing has been trained then.
+        RankFailure: under SLURM or torchrun, a run failed.
+    """
+    from nemo_rao.runtime.console import say
+
+    runs, rows = comparison.runs, []
+    say(f"checking data and checkpoints of {len(runs)} runs")
+    # In a child: tokenizers that have worked in this process would be slow in the forks of it.
+    in_child(_check_data, runs, name="the check of data and checkpoints")
+    for method, run, state in zip(comparison.methods, runs, train_runs(runs), strict=True):
+        rows.append(_row(method, run, state))
+        _write(comparison.folder, rows)
+    _print(comparison.folder, rows)
+    return 1 if any(row["state"] == "failed" for row in rows) else 0
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def _size(given: str) -> int | None:
+    """Pairs to train on; ``None``: all."""
+    if given == "all":
+        return None
+    if given.isascii() and given.isdigit() and int(given) > 0:
+        return int(given)
+    raise UserError(f"--pairs {given}: give a number of pairs above 0, or all")
+
+
+def _check_same_pairs(configs: Sequence[RunConfig]) -> None:
+    """Refuses runs that would keep other held-out pairs than the first, or take other prompts from the same data."""
+    first = configs[0]
+    for config in configs:
+        if config.data.validation_path is None:
+            raise UserError(
+                "data.validation_path is not set; add data.validation_path=FILE.jsonl, the held-out pairs that all "
+                "rewards are compared on"
+            )
+        if config.data.responses == "all":
+            raise UserError(
+                "data.responses=all: a prompt is one pair in this comparison; set it to best_worst or best_random"
+            )
+        for key, one, other in (
+            ("model.seq_length", first.model.seq_length, config.model.seq_length),
+            *(
+                (f"data.{name}", one, vars(config.data)[name])
+                for name, one in vars(first.data).items()
+                if name != "num_prompts"
+            ),
+        ):
+            if one != other:
+                raise UserError(
+                    f"{key} is {one} for {first.model.objective}, but {other} for {config.model.objective}: all "
+                    "rewards are compared on the same pairs; set it without --rm or --dpo"
+                )
+
+
+def _check_data(runs: Sequence[PlannedRun]) -> None:
+    """Checks what only the data and the checkpoints can tell, for all runs that are to be trained.
+
+    A run that is finished must have been measured on the pairs that the others will be.
+    """
+    from nemo_rao.runtime.console import quiet_third_parties
+    from nemo_rao.training.loading import LoadedData, data_identity, load_data
+    from nemo_rao.training.prepare import check_ranks_started, prepare, select_device
+
+    quiet_third_parties()
+    held_out: dict[str, str] = {}  # fingerprint -> the first run with it
+    loaded: dict[str, LoadedData] = {}
+    finished = finished_runs(runs, loaded, another="--out")
+    for run in sorted(runs, key=lambda run: run.name not in finished):
+        with told_of(run.name):
+            if run.name in finished:
+                fingerprint = _data_record(run.config)["validation"]["fingerprint"]
+            else:
+                check_ranks_started(run.config)
+                select_device(run.config)
+                identity = data_identity(run.config)
+                if identity not in loaded:
+                    loaded[identity] = load_data(run.config)
+                prepared = prepare(run.config, loaded[identity])
+                assert prepared.validation is not None
+                fingerprint = prepared.validation.fingerprint()
+            held_out.setdefault(fingerprint, run.name)
+        if len(held_out) > 1:
+            raise UserError(
+                f"data.validation_path={run.config.data.validation_path}: {next(iter(held_out.values()))} was measured "
+                f"on other pairs than those that are in it now, on which {run.name} is; give another --out, or the "
+                "file as it was"
+            )
+
+
+def _data_record(config: RunConfig) -> Mapping[str, Any]:
+    """What a run has written of its data."""
+    if record := read_data_record(run_dir(config)):
+        return record
+    raise UserError(f"{run_dir(config) / DATA}: is missing; remove {run_dir(config)}, and it is trained again")
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def _row(method: Method, run: PlannedRun, state: State) -> dict[str, Any]:
+    """A run's line of the table; a run that failed has no figures."""
+    label = method.label.format(**vars(objective_config(run.config)))
+    row: dict[str, Any] = {
+        "run": run.name,
+        "folder": str(run_dir(run.config)),
+        "reward": label,
+        "start": method.start if run.config.model.restore_from_path is not None else RANDOM,
+        "state": state,
+    }
+    names = ("pairs", "held_out_pairs", "steps", *FIGURES)
+    if state == "failed":
+        return row | dict.fromkeys(names)
+    record = _data_record(run.config)
+    counts = {
+        "pairs": record["training"]["num_prompts"],
+        "held_out_pairs": record["validation"]["num_prompts"],
+    }
+    last = [line for line in read_metrics(run_dir(run.config) / "metrics.jsonl") if "val/loss" in line][-1]
+    return row | counts | {"steps": last["step"]} | {name: last[metric] for name, metric in FIGURES.items()}
+
+
+def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_results(folder / "comparison.json", json.dumps({"rows": rows}, indent=2) + "\n")
+    header, *lines = _cells(rows)
+    ruled = [header, ["---", "---", *["---:"] * (len(header) - 2)], *lines]
+    write_results(folder / "comparison.md", "".join(f"| {' | '.join(line)} |\n" for line in ruled))
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table as text, its header first."""
+    cells = [["reward", "trained from", "pairs", "steps", "held-out loss", "held-out accuracy", "Brier score"]]
+    for row in rows:
+        numbers = ["", row["state"], *[""] * len(FIGURES)]
+        if row["state"] == "finished":
+            counts = [f"{row[name]:,}" for name in ("pairs", "steps")]
+            numbers = [*counts, *(f"{row[name]:.4f}" for name in FIGURES)]
+        cells.append([row["reward"], row["start"], *numbers])
+    return cells
+
+
+def _print(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    from nemo_rao.runtime.console import say
+
+    held_out = next((row["held_out_pairs"] for row in rows if row["held_out_pairs"] is not None), None)
+    title = f"rewards on {held_out:,} held-out pairs" if held_out is not None else "no run has reached its end"
+    table = Table(title=title, title_justify="left")
+    header, *lines = _cells(rows)
+    for number, label in enumerate(header):
+        table.add_column(label, justify="left" if number < 2 else "right")
+    for number, line in enumerate(lines, start=1):
+        table.add_row(*line, end_section=number % len(METHODS) == 0)
+    print_table(table)
+    say(f"the same: {folder / 'comparison.json'}, {folder / 'comparison.md'}")

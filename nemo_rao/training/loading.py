@@ -1,0 +1,133 @@
+"""A run's data: read, tokenised and checked as its recipe says, or read back from the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nemo_rao.config.derived import chosen_responses, data_cache_dir, objective_config
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.data.cache import DataCache
+from nemo_rao.data.dataset import load_preferences
+from nemo_rao.data.encode import load_tokenizer
+from nemo_rao.data.overlap import shared_prompts
+from nemo_rao.data.store import PreferenceData
+from nemo_rao.errors import UserError
+from nemo_rao.objectives import registry
+from nemo_rao.runtime.console import is_first_rank, say
+from nemo_rao.runtime.progress import Progress
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """What a run's files hold.
+
+    Attributes:
+        train: all of it, before ``data.num_prompts`` are drawn.
+        validation: or ``None``.
+        num_tokens: of the tokenizer.
+    """
+
+    train: PreferenceData
+    validation: PreferenceData | None
+    num_tokens: int
+
+
+def load_data(config: RunConfig) -> LoadedData:
+    """Reads, tokenises and checks a run's data, or reads it back. See :func:`train` for the errors."""
+    tokenizer, wanted, folder = load_tokenizer(config.data.tokenizer or ""), wanted_rows(config), data_cache_dir(config)
+    cache = None if folder is None else DataCache(folder, tokenizer)
+
+    said: list[str] = []  # about the tokenizer, which is the same for all data
+
+    def load(paths: Any, label: str) -> PreferenceData:
+        shown = is_first_rank() and config.trainer.enable_progress_bar
+        with Progress(label, unit="row", shown=shown, stays=False) as progress:
+            if cache is None:
+                data, remark = load_preferences(paths, tokenizer, progress=progress.update, **wanted), ""
+            else:
+                data, remark = cache.load(
+                    paths,
+                    progress=progress.update,
+                    waiting=lambda: say(f"{label}: another process is reading it; waiting for it"),
+                    **wanted,
+                )
+        say(f"{label}: {data.report.text(remark, said=said)}")
+        said.extend(data.report.notes)
+        return data
+
+    train, validation = load(config.data.train_path, "training data"), None
+    if config.data.validation_path is not None:
+        validation = load(config.data.validation_path, "validation data")
+        if (shared := shared_prompts(train, validation)) is not None:
+            say(f"validation data: {shared}")
+    return LoadedData(train, validation, len(tokenizer))
+
+
+def data_identity(config: RunConfig) -> str:
+    """The same text for runs for which :func:`load_data` gives the same."""
+    paths = (config.data.train_path, config.data.validation_path, config.data.tokenizer)
+    return repr((paths, {name: value for name, value in wanted_rows(config).items() if name != "needed_by"}))
+
+
+def wanted_rows(config: RunConfig) -> dict[str, Any]:
+    """What a run asks of its rows; see :func:`nemo_rao.data.dataset.load_preferences`."""
+    objective = registry.get(config.model.objective)
+    needs = objective.needs_of(objective_config(config))
+    return {
+        "seq_length": config.model.seq_length,
+        "num_responses": config.data.num_responses,
+        "responses": chosen_responses(config),
+        "pairs_by": config.data.pairs_by,
+        "seed": config.data.seed,
+        "min_responses": needs.min_responses,
+        "needs_rewards": needs.rewards,
+        "needs_preference": needs.preference,
+        "needs_pairs": needs.pairs,
+        "needs_shared_first_token": needs.shared_first_token,
+        "needed_by": f"objective {objective.name}",
+        "strict": config.data.strict,
+        "bad_rows": config.data.bad_rows,
+        "max_bad_rows": config.data.max_bad_rows,
+        "truncated": config.data.truncated,
+        "chat_template": config.data.chat_template,
+        "template_arguments": config.data.template_arguments,
+        "answers": config.data.answers,
+        "reward_field": config.data.reward_field,
+        "columns": config.data.columns,
+        "ignore_fields": config.data.ignore_fields,
+    }
+
+
+def drawn(config: RunConfig, loaded: LoadedData) -> PreferenceData:
+    """The prompts that are trained on: all, or those that ``data.num_prompts`` draws."""
+    if config.data.num_prompts is None:
+        return loaded.train
+    return draw_prompts(loaded.train, config.data.num_prompts, seed=config.data.seed)
+
+
+def draw_prompts(data: PreferenceData, num_prompts: int, *, seed: int) -> PreferenceData:
+    """``num_prompts`` of the prompts, drawn by the seed, in the data's order; fewer of them are a part of more.
+
+    Drawn rather than the first ones: files are often sorted by where their rows come from.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    drawn = drawn_indices(data, num_prompts, seed=seed)
+    say(f"training data: {num_prompts} of {len(data)} prompts drawn (data.num_prompts)")
+    return PreferenceData((data[index] for index in drawn), data.report)
+
+
+def drawn_indices(data: PreferenceData, num_prompts: int, *, seed: int) -> np.ndarray:
+    """``[num_prompts]`` int64: which prompts :func:`draw_prompts` draws, in the data's order."""
+    if num_prompts > len(data):
+        raise UserError(
+            f"data.num_prompts={num_prompts}, but the training data has only {len(data)} ({data.report}); lower it, "
+            "or set it to null for all"
+        )
+    # RandomState: its stream is frozen, see nemo_rao.data.order.
+    generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed])))
+    return np.sort(generator.permutation(len(data))[:num_prompts])

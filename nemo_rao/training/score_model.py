@@ -1,0 +1,300 @@
+"""A trained run as a scorer: ``nemo-rao score IN OUT --scorer model:runs/gpt_rm``.
+
+A reward model gives the score of its head, of several the first. A policy gives its implicit reward
+beta * rho(y) = beta * (logp(y) - logp_ref(y)); the reference is the checkpoint that its run started from.
+
+The run's recipe.yaml says all that is needed: sizes, tokenizer, parallelism, precision. The whole file is scored in
+one forward-only pass over its ranks before the first row is written. What the pass has computed lies beside the output
+(``model_scores/``) and is continued after an interruption. A response that is longer than the run's model.seq_length
+(or ``--max-length``), or cannot be rendered as in training, gets no score; the prompt's others do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rao.batch import ModelOutput, Row
+from nemo_rao.checkpoint.pickles import refuse_code
+from nemo_rao.config.derived import objective_config
+from nemo_rao.config.precision_checks import quantisation
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.typed_config import load_recipe
+from nemo_rao.errors import RankFailure, UserError
+from nemo_rao.objectives import registry
+from nemo_rao.runtime.console import quiet_third_parties, say
+from nemo_rao.runtime.progress import Progress
+from nemo_rao.scoring.missing import Missing, reasons_of
+from nemo_rao.scoring.run import Job
+from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, ScoringFailure
+from nemo_rao.training.score_rows import Tokenised, length_limit, tokenise, with_length
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from nemo_rao.batch import MicroBatch
+    from nemo_rao.data.store import PreferenceData
+
+_FORMAT = "model-scores-2"
+
+
+def model_kind(job: Job) -> Kind:
+    """The kind ``model:RUN_FOLDER`` for what the command is to do."""
+    return Kind(lambda run, place: ModelScorer(run, job, place), lambda run: Path(run).name, "RUN_FOLDER")
+
+
+class ModelScorer:
+    """Scores of a whole file, given out row by row; see :mod:`nemo_rao.scoring.scorer`.
+
+    Args:
+        run: folder of a finished training run.
+        job: what is to be scored, up to which length, and how many responses may be longer.
+        place: where the output goes.
+
+    Raises:
+        UserError: the run, its recipe or its checkpoint cannot be used, or ``job.max_length`` is beyond its context.
+    """
+
+    fields: tuple[str, ...] = ()
+    forks = True
+
+    def __init__(self, run: str, job: Job, place: Place) -> None:
+        trained = _model(run)
+        self._limit = length_limit(trained.config, run, job.max_length)
+        self._model = replace(trained, config=with_length(trained.config, self._limit.tokens))
+        self._run, self._job = run, job
+        self._folder = place.folder / "model_scores"
+        self._scores: dict[str, Scored] | None = None
+        self._remarks: dict[str, int] = {}
+        self.identity: Mapping[str, Any] = {
+            "model": run,
+            "checkpoints": [_digest(c) for c in trained.checkpoints],
+            "recipe": _what_scores_depend_on(trained.config),
+            "max_length": self._limit.tokens,
+        }
+
+    def score(self, rows: Sequence[InputRow]) -> list[Scored]:
+        if self._scores is None:
+            self._scores = self._score_file()
+        return [self._scores[row.place] for row in rows]
+
+    def notes(self) -> Mapping[str, int]:
+        return self._remarks
+
+    def close(self) -> None:
+        pass
+
+    def _score_file(self) -> dict[str, Scored]:
+        """Place of a row -> its responses' scores."""
+        rows = list(self._job.source().rows())
+        made = tokenise(rows, self._model.config, self._limit)
+        self._check_missing(rows, made)
+        for note in made.notes:
+            say(note)
+        self._remarks = {f"rows: {remark}": count for remark, count in made.remarks.items()}
+        scores: dict[tuple[int, int], float | NoScore] = {**made.lacks}
+        if len(made.data):
+            try:
+                columns = [_numbers(self._model, one, made.data, self._folder) for one in self._model.checkpoints]
+            except RankFailure as failure:
+                raise ScoringFailure(f"the model's pass failed; the same command continues it: {failure}") from None
+            scores |= {
+                number: float(value) for number, value in zip(made.numbers, self._model.score(columns), strict=True)
+            }
+        return {row.place: tuple(scores[at, k] for k in range(len(row.responses))) for at, row in enumerate(rows)}
+
+    def _check_missing(self, rows: Sequence[Row], made: Tokenised) -> None:
+        """Stops before the pass where it could not give scores enough.
+
+        Raises:
+            ScoringFailure: see there.
+        """
+        missing = Missing([self._run], sum(len(row.responses) for row in rows), self._job.max_missing)
+        for at, row in enumerate(rows):
+            scores = tuple(made.lacks.get((at, number), 0.0) for number in range(len(row.responses)))
+            missing.add([reasons_of(row, {self._run: scores})])
+        missing.check()
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a run computes of each response, and how that becomes its score.
+
+    Attributes:
+        config: the run's recipe.
+        objective_config: of its objective, with the number of scores that its head has.
+        checkpoints: whose weights are run: the run's own, and for an implicit reward its start's.
+        width: numbers of each response.
+        score: arrays ``[responses, width]``, one for each checkpoint -> ``[responses]``.
+    """
+
+    config: RunConfig
+    objective_config: Any
+    checkpoints: tuple[Path, ...]
+    width: int
+    score: Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+def _model(run: str) -> _Model:
+    from nemo_rao.checkpoint.find import hugging_face_file, last_checkpoint, resolve_checkpoint
+
+    folder = Path(run).expanduser()
+    if not (folder / "recipe.yaml").is_file():
+        if (found := hugging_face_file(folder)) is not None:
+            raise UserError(
+                f"{run}: is a model in Hugging Face's format (it has {found}); `model:` takes the folder of a run: "
+                "import the model with nemo-rao import-hf and train from it"
+            )
+        raise UserError(f"{run}: no recipe.yaml in it; give the folder of a training run")
+    config = load_recipe(folder / "recipe.yaml")
+    if config.model.peft.scheme != "none":
+        raise UserError(f"{run}: trained adapters ({config.model.peft.scheme}), which cannot be scored with yet")
+    from nemo_rao.checkpoint.adapters import refuse_adapters
+
+    own = last_checkpoint(folder)
+    if own is None:
+        raise UserError(f"{run}: no finished checkpoint in checkpoints/; train it first")
+    if not config.model.allow_pickle:
+        refuse_code(own, run)
+    keys = objective_config(config)
+    needs = registry.get(config.model.objective).needs_of(keys)
+    if needs.scores:
+        if hasattr(keys, "num_attributes"):
+            keys = dataclasses.replace(keys, num_attributes=_num_scores(own))
+        width = registry.get(config.model.objective).needs_of(keys).scores
+        return _Model(config, keys, (own,), width, lambda columns: columns[0][:, 0])
+    beta = getattr(keys, "beta", None)
+    if beta is None or not needs.reference:
+        raise UserError(
+            f"{run}: objective {config.model.objective} has no implicit reward (a beta and a reference); give the run "
+            "of a reward model, or of an objective such as rao or dpo"
+        )
+    if config.model.restore_from_path is None:
+        raise UserError(f"{run}: started from random weights, no reference; give a run that started from a model")
+    start = resolve_checkpoint(config.model.restore_from_path, f"{run}/recipe.yaml: model.restore_from_path")
+    refuse_adapters(start, f"{run}/recipe.yaml: model.restore_from_path")
+    if not config.model.allow_pickle:
+        refuse_code(start, f"{run}/recipe.yaml: model.restore_from_path")
+    return _Model(config, keys, (own, start), 2, lambda columns: beta * (columns[0][:, 1] - columns[1][:, 1]))
+
+
+def _num_scores(checkpoint: Path) -> int:
+    from nemo_rao.training.prepare import import_nemo
+
+    import_nemo()
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    from nemo_rao.mcore.heads import SCORE_HEAD
+
+    for name, tensor in load_tensors_metadata(str(checkpoint / "weights")).items():
+        if name.endswith(f"{SCORE_HEAD}.weight"):
+            return int(tensor.global_shape[0])
+    raise UserError(f"{checkpoint}: has no score head; name the run of a reward model")
+
+
+def _digest(checkpoint: Path) -> str:
+    """Of a checkpoint's place and files; other weights are other files."""
+    files = sorted((checkpoint / "weights").glob("*"))
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((str(checkpoint), stamps)).encode()).hexdigest()
+
+
+def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
+    """Of a run's recipe: network, number formats, objective, and how text becomes tokens."""
+    data = config.data
+    return {
+        "network": [config.model.config_class, dataclasses.asdict(config.model.arch), config.model.seq_length],
+        "precision": quantisation(config.precision),
+        "objective": [config.model.objective, dataclasses.asdict(objective_config(config))],
+        "tokens": [data.tokenizer, data.chat_template, data.template_arguments, data.answers],
+    }
+
+
+def _numbers(model: _Model, checkpoint: Path, data: PreferenceData, folder: Path) -> np.ndarray:
+    """``[responses, width]`` of one checkpoint: read back, or computed on the run's ranks."""
+    from nemo_rao.runtime.launch import launch, started_externally
+    from nemo_rao.training.prepare import import_nemo, select_device
+
+    if started_externally() or model.config.trainer.num_nodes > 1:
+        raise UserError("nemo-rao score starts its ranks itself, on one node; do not start it with srun or torchrun")
+    quiet_third_parties()
+    select_device(model.config)
+    import_nemo()
+    from nemo_rao.engines.nemo import build
+    from nemo_rao.mcore.network import network_fingerprint
+    from nemo_rao.mcore.reference import load_numbers
+
+    network = network_fingerprint(build.model_config(model.config))
+    parts = (_FORMAT, _digest(checkpoint), network, data.fingerprint(), quantisation(model.config.precision))
+    key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
+    if (found := load_numbers(folder, key, data.num_responses, model.width)) is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        arguments = (model.config, model.objective_config, data, checkpoint, folder, key, model.width)
+        launch(_run_rank, arguments, num_ranks=model.config.trainer.devices, in_children=True)
+        found = load_numbers(folder, key, data.num_responses, model.width)
+    assert found is not None
+    return found
+
+
+def _run_rank(
+    config: RunConfig, keys: Any, data: PreferenceData, checkpoint: Path, folder: Path, key: str, width: int
+) -> None:
+    """One rank's part of the pass; its place is in the environment."""
+    import lightning.pytorch as pl
+    import torch
+
+    from nemo_rao.data.encode import pad_token_id
+    from nemo_rao.engines.nemo import build
+    from nemo_rao.engines.nemo.callbacks import model_chunks
+    from nemo_rao.engines.nemo.data_module import AlignmentData, AlignmentDataModule
+    from nemo_rao.mcore.loss import sequence_log_probs
+    from nemo_rao.mcore.reference import compute_numbers
+    from nemo_rao.training.train import make_trainer, set_up_rank
+
+    class Done(Exception):
+        """The pass is over: nothing is to be trained."""
+
+    class Pass(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            def numbers(output: ModelOutput, batch: MicroBatch) -> Tensor:
+                if output.scores is not None:
+                    return output.scores
+                return torch.stack(sequence_log_probs(output, batch, vocab_size=pl_module.vocab_size), dim=-1)
+
+            shown = config.trainer.enable_progress_bar and trainer.is_global_zero
+            with Progress("scores", unit="prompt", shown=shown) as progress:
+                compute_numbers(
+                    model_chunks(trainer),
+                    numbers=numbers,
+                    width=width,
+                    prompts=scored.responses_of_prompts(),
+                    make_micro_batch=scored.micro_batch,
+                    micro_batch_size=config.reference.micro_batch_size or config.model.micro_batch_size,
+                    micro_batches_per_part=config.reference.save_every,
+                    cache_dir=folder,
+                    key=key,
+                    progress=progress.update,
+                )
+            raise Done
+
+    set_up_rank(config)
+    model = build.model(config, keys, max_steps=1)
+    padding = pad_token_id(model.tokenizer.tokenizer)
+    scored = AlignmentData(data, pad_token_id=padding, **build.batch_layout(config))
+    module = AlignmentDataModule(
+        scored,
+        micro_batch_size=config.model.micro_batch_size,
+        global_batch_size=config.model.global_batch_size,
+        seq_length=config.model.seq_length,
+        seed=None,
+    )
+    trainer = make_trainer(config, max_steps=1, folder=folder, start_from=checkpoint)
+    trainer.callbacks[:0] = [Pass()]
+    with contextlib.suppress(Done):
+        trainer.fit(model, module)

@@ -1,0 +1,178 @@
+"""The rows of a file as the model of a trained run reads them: its template, its tokens, its length."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_rao.batch import Row, Sample
+from nemo_rao.config.precision_checks import sequence_multiple
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.data.encode import BoundaryError, Encoder, load_tokenizer
+from nemo_rao.errors import UserError
+from nemo_rao.scoring.scorer import NoScore
+
+if TYPE_CHECKING:
+    from nemo_rao.data.store import PreferenceData
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The longest prompt with a response that is scored: ``tokens``, and what sets it, for messages."""
+
+    tokens: int
+    set_by: str
+
+    def lacks(self, num_tokens: int) -> NoScore:
+        return NoScore(f"longer than {self.set_by}", f"{num_tokens} tokens")
+
+
+@dataclass
+class Tokenised:
+    """What the model can read of the rows, and what it cannot.
+
+    Attributes:
+        data: prompts with the responses that can be read.
+        numbers: of each response in ``data``, in its order, (row, response) in the rows.
+        lacks: (row, response) -> why the response is not in ``data``.
+        remarks: what was noticed about rows -> how many.
+        notes: about the tokenizer and its chat template.
+    """
+
+    data: PreferenceData
+    numbers: list[tuple[int, int]] = field(default_factory=list)
+    lacks: dict[tuple[int, int], NoScore] = field(default_factory=dict)
+    remarks: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+
+def length_limit(config: RunConfig, run: str, max_length: int | None) -> Limit:
+    """What ``--max-length`` allows, or else the length that the run was trained with.
+
+    Raises:
+        UserError: ``--max-length`` is beyond the model's context.
+    """
+    trained = config.model.seq_length
+    if max_length is None:
+        return Limit(trained, f"model.seq_length={trained}, with which {run} was trained (--max-length reads more)")
+    if max_length > trained and max_length > (longest := context_length(config)):
+        raise UserError(f"--max-length {max_length}: the context of {run}'s model is {longest} tokens; lower it")
+    return Limit(max_length, f"--max-length {max_length}")
+
+
+def context_length(config: RunConfig) -> int:
+    """Tokens that the network's positions are made for: at least those that it was trained with.
+
+    A checkpoint does not say it. The config.json beside an imported model's tokenizer does, and else NeMo's config
+    class of the model. Learned positions end where training did.
+    """
+    from nemo_rao.training.prepare import import_nemo
+
+    import_nemo()
+    from nemo_rao.engines.nemo import build
+
+    trained = config.model.seq_length
+    made = build.model_config(config)
+    if made.position_embedding_type == "learned_absolute":
+        return trained
+    of_class = next(one.default for one in dataclasses.fields(type(made)) if one.name == "seq_length")
+    assert isinstance(of_class, int)
+    with_tokenizer = Path(config.data.tokenizer or "").expanduser() / "config.json"
+    found = json.loads(with_tokenizer.read_text()) if with_tokenizer.is_file() else {}
+    same = found.get("hidden_size") == made.hidden_size
+    return max(trained, int(found["max_position_embeddings"] if same else of_class))
+
+
+def with_length(config: RunConfig, num_tokens: int) -> RunConfig:
+    """The recipe for sequences of so many tokens, or as many more as its parallelism needs."""
+    multiple = sequence_multiple(config)
+    model = replace(config.model, seq_length=-(-num_tokens // multiple) * multiple)
+    return replace(config, model=model)
+
+
+def tokenise(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenised:
+    """Renders the responses as in the run's training, and keeps those that are no longer than the limit."""
+    from nemo_rao.data.dataset import ROWS_AT_ONCE
+    from nemo_rao.data.store import PreferenceData
+
+    keys = config.data
+    encoder = Encoder(
+        load_tokenizer(keys.tokenizer or ""),
+        chat_template=keys.chat_template,  # type: ignore[arg-type]
+        template_arguments=keys.template_arguments,
+        answers=keys.answers,  # type: ignore[arg-type]
+    )
+    made = Tokenised(PreferenceData(iter(())))
+
+    def samples() -> Iterator[Sample]:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            batch = rows[start : start + ROWS_AT_ONCE]
+            for at, encoded in enumerate(_encode(encoder, batch), start):
+                kept: list[_Encoded] = []
+                for number, one in enumerate(encoded):
+                    if isinstance(one, _Encoded) and one.num_tokens > limit.tokens:
+                        one = limit.lacks(one.num_tokens)
+                    if isinstance(one, NoScore):
+                        made.lacks[at, number] = one
+                    else:
+                        made.numbers.append((at, number))
+                        kept.append(one)
+                if kept:
+                    made.remarks.update({remark for one in kept for remark in one.sample.remarks})
+                    yield _unrewarded(kept)
+
+    made.data = PreferenceData(samples())
+    made.notes = list(dict.fromkeys(encoder.notes))
+    return made
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A response in tokens: the one of this number in a sample."""
+
+    sample: Sample
+    number: int
+
+    @property
+    def num_tokens(self) -> int:
+        """With the prompt."""
+        return len(self.sample.prompt) + len(self.sample.responses[self.number])
+
+
+def _encode(encoder: Encoder, rows: Sequence[Row]) -> list[list[_Encoded | NoScore]]:
+    """Each row's responses in tokens, or what keeps them from being read."""
+    wanted = [replace(row, responses=tuple(replace(one, weight=1.0) for one in row.responses)) for row in rows]
+    return [_of_responses(encoder, *pair) for pair in zip(wanted, encoder.encode_many(wanted), strict=True)]
+
+
+def _of_responses(encoder: Encoder, row: Row, encoded: Sample | UserError) -> list[_Encoded | NoScore]:
+    if isinstance(encoded, Sample):
+        return [_Encoded(encoded, number) for number in range(len(row.responses))]
+    if len(row.responses) > 1:  # one of them may be all that cannot be read
+        single = [replace(row, responses=(response,)) for response in row.responses]
+        return [one for responses in _encode(encoder, single) for one in responses]
+    reason = encoded.reason if isinstance(encoded, BoundaryError) else "cannot be rendered as in the run's training"
+    said = str(encoded).removeprefix(f"{row.place}: ").replace("data.ignore_fields", "--ignore-field")
+    return [NoScore(reason, said.replace("response 1", "the response"))]  # the caller says which one it is
+
+
+def _unrewarded(kept: Sequence[_Encoded]) -> Sample:
+    """A prompt with some of its responses, and nothing of what the file says of them."""
+    import numpy as np
+
+    answers = [one.sample.answers[one.number] for one in kept if one.sample.answers is not None]
+    return Sample(
+        prompt=kept[0].sample.prompt,
+        responses=tuple(one.sample.responses[one.number] for one in kept),
+        rewards=np.full(len(kept), np.nan),
+        ranked=False,
+        place=kept[0].sample.place,
+        ensemble=np.zeros((len(kept), 0)),
+        reference_rewards=np.zeros(0),
+        answers=tuple(answers) or None,
+    )

@@ -1,0 +1,48 @@
+"""What a run says, before its first step, of keys that its data decided and of targets that its data puts far away."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from nemo_rao.batch import RewardSummary
+from nemo_rao.config.derived import objective_config
+from nemo_rao.config.recipe_text import shown
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.objectives import registry
+from nemo_rao.runtime.console import say
+
+# Nats of a response's mean target log-ratio: e^5 = 148 times as probable, or as improbable, as under the reference.
+FAR_TARGET = 5.0
+
+
+def say_targets(config: RunConfig, resolved: Any, rewards: RewardSummary) -> None:
+    """One line for each key that was resolved, and one where the mean target log-ratio is far from 0.
+
+    Args:
+        resolved: the objective's keys, with what the data decides.
+        rewards: of the training data.
+    """
+    for line in (*_resolved_keys(config, resolved), *_far_target(config, resolved, rewards)):
+        say(line)
+
+
+def _resolved_keys(config: RunConfig, resolved: Any) -> Iterator[str]:
+    given = objective_config(config)
+    for field in dataclasses.fields(given):
+        before, after = getattr(given, field.name), getattr(resolved, field.name)
+        if before != after:
+            value = f"{after:.6g}" if isinstance(after, float) else after
+            yield f"model.{given.block}.{field.name}={shown(before)}: {value}, from the training data"
+
+
+def _far_target(config: RunConfig, resolved: Any, rewards: RewardSummary) -> Iterator[str]:
+    target = registry.get(config.model.objective).mean_target(resolved, rewards)
+    if target is not None and abs(target.nats) > FAR_TARGET:
+        direction = "gain" if target.nats > 0 else "lose"
+        yield (
+            f"warning: the mean target log-ratio of the training data is {target.nats:.4g} nats per response, more "
+            f"than {FAR_TARGET:g} from 0: on average each response is to {direction} that much log-probability; "
+            f"{target.remedy} centres it"
+        )
