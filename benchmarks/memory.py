@@ -23,20 +23,20 @@ LAYOUTS = {"rows": (), "packed": ("data.packing=true",), "shared": ("data.packin
 
 def run(recipe: str, config_dir: str | None, overrides: Sequence[str], threads: int, connection: Any) -> None:
     """In a process of its own: trains, then sends the plan's figures, in bytes, beside the peak."""
-    import lightning.pytorch as pl
     import torch
 
-    from nemo_rao.config.checks import check_run
     from nemo_rao.config.compose import compose
     from nemo_rao.config.derived import run_dir
+    from nemo_rao.loop.session import Hook
     from nemo_rao.planning.memory import stage_memory
     from nemo_rao.planning.plan import setting_of
+    from nemo_rao.training.checks import check_run
     from nemo_rao.training.train import train
 
-    class LargestMicroBatch(pl.Callback):
+    class LargestMicroBatch(Hook):
         tokens = 0
 
-        def on_megatron_microbatch_start(self, step: Any, batch: Any, forward_callback: Any) -> None:
+        def micro_batch(self, session: Any, batch: Any, *, embeds_tokens: bool) -> None:
             self.tokens = max(self.tokens, batch.tokens.numel())
 
     largest = LargestMicroBatch()
@@ -44,7 +44,7 @@ def run(recipe: str, config_dir: str | None, overrides: Sequence[str], threads: 
     if config.data.num_prompts is None:  # the reference pass need not see more than the steps
         config.data.num_prompts = (config.trainer.max_steps or 1) * config.model.global_batch_size
     check_run(config)
-    train(config, callbacks=lambda callbacks: [*callbacks, largest])
+    train(config, hooks=lambda hooks: [*hooks, largest])
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         config.trainer.accelerator = "cpu"

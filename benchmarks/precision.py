@@ -80,10 +80,10 @@ def main() -> None:
     arguments = arguments_of.parse_args()
     import torch
 
-    from nemo_rao.training.prepare import import_nemo
+    from nemo_rao.engines.nemo import engine
 
     torch.set_num_threads(1)  # forking after PyTorch has started threads can hang
-    import_nemo()
+    engine.load()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         common = prepare(folder, arguments)
@@ -182,81 +182,78 @@ def _child(folder: Path, function: Callable[..., None], arguments: Sequence[Any]
         raise SystemExit(2) from None
 
 
-def run_plain(recipe: str, overrides: Sequence[str], callbacks: Any = None) -> None:
-    from nemo_rao.config.checks import check_run
+def run_plain(recipe: str, overrides: Sequence[str], hooks: Any = None) -> None:
     from nemo_rao.config.compose import compose
+    from nemo_rao.training.checks import check_run
     from nemo_rao.training.train import as_they_are, train
 
     config = compose(recipe, list(overrides))
     check_run(config)
-    train(config, callbacks=callbacks or as_they_are)
+    train(config, hooks=hooks or as_they_are)
 
 
 def run_w1(overrides: Sequence[str], folder: Path) -> None:
     """RAO in fp32, whose last weights are kept: name -> tensor."""
-    import lightning.pytorch as pl
     import torch
 
-    class Keep(pl.Callback):
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            torch.save({name: value.detach().float().cpu() for name, value in weights(trainer)}, folder / "w1.pt")
+    from nemo_rao.loop.session import Hook
 
-    run_plain("gpt_rao", overrides, lambda callbacks: [*callbacks, Keep()])
+    class Keep(Hook):
+        def end(self, session: Any) -> None:
+            torch.save({name: value.detach().float().cpu() for name, value in weights(session)}, folder / "w1.pt")
+
+    run_plain("gpt_rao", overrides, lambda hooks: [*hooks, Keep()])
 
 
-def weights(trainer: Any) -> Iterator[tuple[str, Any]]:
-    from nemo_rao.engines.nemo.callbacks import model_chunks
+def weights(session: Any) -> Iterator[tuple[str, Any]]:
     from nemo_rao.mcore.forward import unwrapped
 
-    [chunk] = model_chunks(trainer)
+    [chunk] = session.chunks
     yield from unwrapped(chunk).named_parameters()
 
 
 def run_format(overrides: Sequence[str], folder: Path, label: str) -> None:
-    import lightning.pytorch as pl
+    from nemo_rao.loop.hooks import CalibrateScales
+    from nemo_rao.loop.session import Hook
 
-    from nemo_rao.engines.nemo.callbacks import CalibrateScales
+    class Probe(Hook):
+        def start(self, session: Any) -> None:
+            if session.is_first_rank:
+                probe(session, folder)
 
-    class Probe(pl.Callback):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            if trainer.is_global_zero:
-                probe(trainer, pl_module, folder)
-
-    def changed(callbacks: list[Any]) -> list[Any]:
-        kept = [one for one in callbacks if label != UNCALIBRATED or not isinstance(one, CalibrateScales)]
+    def changed(hooks: list[Any]) -> list[Any]:
+        kept = [one for one in hooks if label != UNCALIBRATED or not isinstance(one, CalibrateScales)]
         return [*kept, Probe()]
 
     run_plain("gpt_rao", overrides, changed)
 
 
-def probe(trainer: Any, pl_module: Any, folder: Path) -> None:
+def probe(session: Any, folder: Path) -> None:
     """Measures a format's numbers into ``probe.pt``, and leaves weights and scales as they were."""
     import torch
 
-    from nemo_rao.engines.nemo.callbacks import model_chunks
     from nemo_rao.mcore.calibration import calibrate
     from nemo_rao.mcore.quantisation import quantisation_kept
 
-    module, chunks = trainer.datamodule, model_chunks(trainer)
-    data = module.train
+    data, chunks, loss_of = session.data.train, session.chunks, session.loss
     batches = [list(range(start, start + MICRO_BATCH)) for start in range(0, PROBED, MICRO_BATCH)]
     apart = [list(range(start, PROBED, len(batches))) for start in range(len(batches))]
-    at_w0 = log_probs(chunks, pl_module, data, batches)
+    at_w0 = log_probs(chunks, loss_of, data, batches)
     reference = torch.from_numpy(data.reference[: len(at_w0["responses"])].copy())
-    own = {name: value.detach().clone() for name, value in weights(trainer)}
+    own = {name: value.detach().clone() for name, value in weights(session)}
     w1 = torch.load(folder / "w1.pt")
     with quantisation_kept(chunks):
         # What the policy's scales are once it has seen the first step's micro-batches; no weight has changed.
         calibrate(chunks, batches, make_micro_batch=data.micro_batch)
-        soon = log_probs(chunks, pl_module, data, batches)
-        beside = log_probs(chunks, pl_module, data, apart)
-        for name, value in weights(trainer):
+        soon = log_probs(chunks, loss_of, data, batches)
+        beside = log_probs(chunks, loss_of, data, apart)
+        for name, value in weights(session):
             value.data.copy_(w1[name])
         calibrate(chunks, batches, make_micro_batch=data.micro_batch)
-        at_w1 = log_probs(chunks, pl_module, data, batches)
+        at_w1 = log_probs(chunks, loss_of, data, batches)
         for _ in range(3):  # scales of gradients follow those of the passes before
-            loss, gradient = loss_and_gradient(chunks, pl_module, data, batches)
-        for name, value in weights(trainer):
+            loss, gradient = loss_and_gradient(chunks, loss_of, data, batches)
+        for name, value in weights(session):
             value.data.copy_(own[name])
     found = {
         "tokens": at_w0["tokens"],
@@ -270,7 +267,7 @@ def probe(trainer: Any, pl_module: Any, folder: Path) -> None:
     torch.save(found, folder / "probe.pt")
 
 
-def log_probs(chunks: Sequence[Any], pl_module: Any, data: Any, batches: Sequence[Sequence[int]]) -> dict[str, Any]:
+def log_probs(chunks: Sequence[Any], loss_of: Any, data: Any, batches: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Log-probabilities in nats: of every response's tokens, one after the other, and of responses, by number."""
     import torch
 
@@ -279,8 +276,8 @@ def log_probs(chunks: Sequence[Any], pl_module: Any, data: Any, batches: Sequenc
 
     def report(output: Any, batch: Any) -> dict[str, Any]:
         places, length = batch.all_response_places, batch.tokens.shape[1]
-        tokens = _token_log_probs(output, batch, places, 0, pl_module.vocab_size)[places // length, places % length]
-        sums = sequence_log_probs(output, batch, vocab_size=pl_module.vocab_size, prompts=False)[1]
+        tokens = _token_log_probs(output, batch, places, 0, loss_of.vocab_size)[places // length, places % length]
+        sums = sequence_log_probs(output, batch, vocab_size=loss_of.vocab_size, prompts=False)[1]
         return {"tokens": tokens, "sums": sums, "ids": batch.response_ids}
 
     with evaluation_mode(chunks):
@@ -294,20 +291,20 @@ def log_probs(chunks: Sequence[Any], pl_module: Any, data: Any, batches: Sequenc
 
 
 def loss_and_gradient(
-    chunks: Sequence[Any], pl_module: Any, data: Any, batches: Sequence[Sequence[int]]
+    chunks: Sequence[Any], loss_of: Any, data: Any, batches: Sequence[Sequence[int]]
 ) -> tuple[float, Any]:
     """RAO's mean loss over the prompts, and its gradient ``[weights]`` fp32, by Megatron's own schedule."""
     import torch
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     from nemo_rao.mcore.forward import forward_step, to_device
+    from nemo_rao.mcore.loss import LOSS
 
     [chunk] = chunks
-    reduction = pl_module.training_loss_reduction
 
     def step(iterator: Iterator[Any], model: Any) -> Any:
         batch = to_device(next(iterator))
-        return forward_step(model, batch), lambda output: reduction.forward(batch, output)
+        return forward_step(model, batch), lambda output: loss_of(output, batch)
 
     chunk.zero_grad_buffer()
     reported = get_forward_backward_func()(
@@ -325,7 +322,9 @@ def loss_and_gradient(
     scale = chunk.config.grad_scale_func
     if scale is not None:
         gradient = gradient / float(scale(torch.ones(())))
-    return float(reduction.reduce(reported)), gradient
+    loss_of.take_statistics()
+    total, count = torch.stack([one[LOSS] for one in reported]).sum(0).tolist()
+    return total / count, gradient
 
 
 # --------------------------------------------------------------------------------------------------- figures

@@ -2,7 +2,7 @@
 
 import torch
 
-from nemo_rao.training.prepare import import_nemo
+from nemo_rao.engines.nemo import engine
 
 torch.set_num_threads(1)  # a fork after torch has started threads can hang
-import_nemo()
+engine.load()

@@ -194,24 +194,23 @@ class Stopwatch:
 
 def stage_times(turn: Turn) -> Any:
     """A callback that notes each step's busy times and peak memory of every rank, as ``ranks``."""
-    import lightning.pytorch as pl
     import torch
     from megatron.core.utils import get_model_config
 
-    from nemo_rao.engines.nemo.callbacks import model_chunks
+    from nemo_rao.loop.session import Hook
 
     timers = StageTimers()
 
-    class StageTimes(pl.Callback):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            for chunk in model_chunks(trainer):
+    class StageTimes(Hook):
+        def start(self, session: Any) -> None:
+            for chunk in session.chunks:
                 get_model_config(chunk).timers = timers
 
-        def on_train_batch_start(self, *arguments: Any) -> None:
+        def before_step(self, session: Any) -> None:
             timers.clear()
 
-        def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
-            ranks: list[Any] = [None] * trainer.world_size
+        def after_step(self, session: Any) -> None:
+            ranks: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(ranks, {**timers.seconds, "peak_bytes": turn.peak_bytes()})
             turn.notes["ranks"] = ranks
 

@@ -44,38 +44,38 @@ def main() -> None:
     parts = Parts(begin)
 
     def imports() -> Any:
-        from nemo_rao.config import checks, compose
-        from nemo_rao.training import prepare, train
+        from nemo_rao.config import compose
+        from nemo_rao.engines.nemo import engine
+        from nemo_rao.training import checks, prepare, train
 
-        return checks.check_run, compose.compose, prepare, train
+        return checks.check_run, compose.compose, prepare, train, engine
 
-    check_run, compose, prepare, train = parts.timed("import of PyTorch and ours", imports)()
+    check_run, compose, prepare, train, engine = parts.timed("import of PyTorch and ours", imports)()
     prepare.load_data = parts.timed("data and tokenizer", prepare.load_data)
-    prepare.import_nemo = parts.timed("import of NeMo and Megatron", prepare.import_nemo)
-    train.import_nemo = prepare.import_nemo
+    engine.load = parts.timed("import of NeMo and Megatron", engine.load)
     from benchmarks.training import reference_timed
 
     def note(seconds: float) -> None:
         parts.seconds["reference pass"] = seconds
 
-    def callbacks(found: list[Any]) -> list[Any]:
-        import lightning.pytorch as pl
+    def hooks(found: list[Any]) -> list[Any]:
+        from nemo_rao.loop.session import Hook
 
-        class FirstStep(pl.Callback):
-            def on_train_batch_start(self, *arguments: Any) -> None:
+        class FirstStep(Hook):
+            def before_step(self, session: Any) -> None:
                 self._start = time.time()
 
-            def on_train_batch_end(self, *arguments: Any) -> None:
+            def after_step(self, session: Any) -> None:
                 parts.seconds["first step"] = time.time() - self._start
                 parts.write(report)
                 os._exit(0)
 
         return [*reference_timed(found, note), FirstStep()]
 
-    # What ``nemo-rao train`` does with its arguments, but for these callbacks.
+    # What ``nemo-rao train`` does with its arguments, but for these hooks.
     config = compose("gpt_rao", overrides)
     check_run(config)
-    train.train(config, callbacks=callbacks)
+    train.train(config, hooks=hooks)
 
 
 if __name__ == "__main__":

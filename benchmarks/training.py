@@ -38,10 +38,10 @@ def run_ours(
     Notes of the turn: ``reference_seconds``, 0 where no reference pass is run; tokens as ``metrics.jsonl`` has them.
 
     Args:
-        further: functions that are given the turn and make a callback.
+        further: functions that are given the turn and make a hook.
     """
-    from nemo_rao.config.checks import check_run
     from nemo_rao.config.compose import compose
+    from nemo_rao.training.checks import check_run
     from nemo_rao.training.train import train
 
     turn.begin()
@@ -52,46 +52,42 @@ def run_ours(
     def note(seconds: float) -> None:
         turn.notes["reference_seconds"] = seconds
 
-    def with_turns(callbacks: list[Any]) -> list[Any]:
-        return [*reference_timed(callbacks, note), taking_turns(turn), *(make(turn) for make in further)]
+    def with_turns(hooks: list[Any]) -> list[Any]:
+        return [*reference_timed(hooks, note), taking_turns(turn), *(make(turn) for make in further)]
 
-    train(config, callbacks=with_turns)
+    train(config, hooks=with_turns)
 
 
-def reference_timed(callbacks: list[Any], note: Callable[[float], None]) -> list[Any]:
-    """The callbacks, between which ``note`` is told the seconds of the reference pass, if there is one."""
-    import lightning.pytorch as pl
+def reference_timed(hooks: list[Any], note: Callable[[float], None]) -> list[Any]:
+    """The hooks, between which ``note`` is told the seconds of the reference pass, if there is one."""
+    from nemo_rao.loop.reference import ReferencePass
+    from nemo_rao.loop.session import Hook
 
-    from nemo_rao.engines.nemo.reference_pass import ReferencePass
-
-    class Begin(pl.Callback):
-        def on_train_start(self, *arguments: Any) -> None:
+    class Begin(Hook):
+        def start(self, session: Any) -> None:
             self.at = time.perf_counter()
 
-    class End(pl.Callback):
-        def on_train_start(self, *arguments: Any) -> None:
+    class End(Hook):
+        def start(self, session: Any) -> None:
             note(time.perf_counter() - begin.at)
 
     begin = Begin()
-    return [
-        one
-        for callback in callbacks
-        for one in ([begin, callback, End()] if isinstance(callback, ReferencePass) else [callback])
-    ]
+    return [one for hook in hooks for one in ([begin, hook, End()] if isinstance(hook, ReferencePass) else [hook])]
 
 
 def taking_turns(turn: Turn) -> Any:
-    """A callback of Lightning's."""
-    import lightning.pytorch as pl
+    """A hook."""
     import torch
 
-    class TakeTurns(pl.Callback):
-        def on_train_batch_start(self, trainer: Any, *arguments: Any) -> None:
-            metrics = trainer.callback_metrics
+    from nemo_rao.loop.session import Hook
+
+    class TakeTurns(Hook):
+        def before_step(self, session: Any) -> None:
+            metrics = session.reported()
             for name in ("data/token_efficiency", "data/tokens_shared"):
                 if name in metrics:
-                    turn.notes[name] = float(metrics[name])
-            if trainer.is_global_zero:
+                    turn.notes[name] = metrics[name]
+            if session.is_first_rank:
                 turn.between_steps()
             torch.distributed.barrier()  # no rank's clock runs while the first one waits for its turn
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.config.checks import check_run
 from nemo_rao.config.compose import compose
 from nemo_rao.errors import UserError
 from nemo_rao.runtime import gpus
+from nemo_rao.training.checks import check_run
 
 from .login_node import write_packages
 

@@ -27,7 +27,7 @@ from nemo_rao.cluster.config import ClusterConfig, Mount, mounts, outside, read_
 from nemo_rao.cluster.follow import follow
 from nemo_rao.cluster.records import FOLDER, JobRecord, add_record, read_records
 from nemo_rao.cluster.script import LATE_SECONDS, Job, RunFolder, batch_script
-from nemo_rao.config.checks import check_keys_are_read, check_run
+from nemo_rao.config.checks import check_keys_are_read
 from nemo_rao.config.compose import compose
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.experts import check_resumed_experts
@@ -36,6 +36,7 @@ from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_atomically
+from nemo_rao.training.checks import check_run
 from nemo_rao.training.several_runs import told_of
 from nemo_rao.training.sweep import Sweep, plan
 
@@ -225,7 +226,7 @@ def check_paths(
         the run's folder.
 
     Raises:
-        UserError: see :func:`nemo_rao.config.checks.check_run`; or the results lie where no task can write.
+        UserError: see :func:`nemo_rao.training.checks.check_run`; or the results lie where no task can write.
     """
     inside = Path(os.path.normpath(working_dir / run_dir(config)))
     folder = outside(inside, mounted, working_dir)

@@ -47,7 +47,8 @@ def train_one(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return 0
-    from nemo_rao.config.checks import check_keys_are_read, check_run
+    from nemo_rao.config.checks import check_keys_are_read
+    from nemo_rao.training.checks import check_run
 
     check_keys_are_read(arguments.overrides, config)
     check_run(config)

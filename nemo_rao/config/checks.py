@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_rao.checkpoint.starting import check_start
 from nemo_rao.config.derived import data_parallel_size, objective_config, parallel_multiple, run_dir, world_size
 from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.monitor import check_monitor
@@ -20,11 +19,8 @@ from nemo_rao.objectives import registry
 from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 
-def check_run(config: RunConfig, *, start_exists: bool = True) -> None:
-    """Checks everything that the config alone, and the files it names, can tell.
-
-    Args:
-        start_exists: ``False`` where another run is still to make the checkpoint to start from.
+def check_config(config: RunConfig) -> None:
+    """Checks everything that the config alone, and the data files it names, can tell.
 
     Raises:
         UserError: the first rule that does not hold.
@@ -46,8 +42,6 @@ def check_run(config: RunConfig, *, start_exists: bool = True) -> None:
     check_monitor(config)
     check_sources(config)
     _check_results(config)
-    if start_exists:
-        check_start(config)
 
 
 def check_keys_are_read(overrides: Sequence[str], config: RunConfig) -> None:

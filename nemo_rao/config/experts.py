@@ -8,12 +8,9 @@ with, and the reference's sums of it hold for every step. Load-balancing losses 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from nemo_rao.checkpoint.find import last_checkpoint
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.errors import UserError
 
 # Field of the config -> why it is refused where it is set.
@@ -61,31 +58,6 @@ def check_experts(config: RunConfig, fields: Mapping[str, Any]) -> None:
             "too; set model.sequence_parallel=true"
         )
     _check_options(config, fields)
-
-
-def check_resumed_experts(config: RunConfig, folder: Path) -> None:
-    """Refuses to continue a run of shared experts with experts that are not shared, or the other way round.
-
-    Megatron has an optimizer of their own for shared experts, which a checkpoint then holds apart; all else in it can
-    be read under any parallelism.
-
-    Args:
-        folder: of the run.
-
-    Raises:
-        UserError: names both sizes.
-    """
-    saved = folder / "recipe.yaml"
-    if not saved.is_file() or last_checkpoint(folder) is None or not config.exp_manager.resume_if_exists:
-        return
-    before, now = load_recipe(saved).model.expert_model_parallel_size, config.model.expert_model_parallel_size
-    if (before > 1) != (now > 1):
-        raise UserError(
-            f"model.expert_model_parallel_size={now}: {folder} was begun with {before}, and an optimizer of shared "
-            "experts cannot be read for experts that are not, or the other way round; set it to "
-            f"{before if before == 1 else 'more than 1'}, or start another exp_manager.name from its checkpoint by "
-            "model.restore_from_path"
-        )
 
 
 def _check_options(config: RunConfig, fields: Mapping[str, Any]) -> None:

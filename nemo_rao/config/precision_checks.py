@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+from typing import Any
 
 from nemo_rao.config.derived import parallel_multiple
 from nemo_rao.config.gpu_models import FP8_RECIPES, GPUS, Capability
@@ -233,3 +234,19 @@ def capabilities_present() -> list[Capability]:
         if major.isdigit() and minor.isdigit():
             found.append((int(major), int(minor)))
     return sorted(set(found))
+
+
+def fp8_simulation(keys: PrecisionConfig) -> dict[str, Any] | None:
+    """Fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`, or ``None``."""
+    if keys.fp8 is None or not keys.fp8_simulation:
+        return None
+    return {
+        "format": keys.fp8,
+        "recipe": keys.fp8_recipe,
+        "amax_history_len": keys.fp8_amax_history_len,
+        "amax_compute_algo": keys.fp8_amax_compute_algo,
+        "margin": keys.fp8_margin,
+        "wgrad": keys.fp8_wgrad,
+        "num_layers_at_start_in_bf16": keys.num_layers_at_start_in_bf16 if keys.first_last_layers_bf16 else 0,
+        "num_layers_at_end_in_bf16": keys.num_layers_at_end_in_bf16 if keys.first_last_layers_bf16 else 0,
+    }

@@ -73,10 +73,10 @@ def _cudnn(number: int | None) -> str | None:
 
 def training() -> Facts:
     """All that a run imports of Megatron, NeMo and this project, changed for this machine as in a run."""
+    from nemo_rao.engines.nemo import engine
     from nemo_rao.training import train  # noqa: F401
-    from nemo_rao.training.prepare import import_nemo
 
-    return {"on_cpu": import_nemo()}
+    return {"on_cpu": engine.load()}
 
 
 def megatron() -> Facts:

@@ -54,11 +54,11 @@ def on_cpu_alone() -> None:
 
 def import_nemo_aloud() -> None:
     """Imports NeMo, telling why nothing seems to happen, and keeps it from telling what it does."""
-    from nemo_rao.training.prepare import import_nemo
+    from nemo_rao.engines.nemo import engine
 
     if "nemo.collections.llm" not in sys.modules:
         say("importing NeMo, which takes about 20 seconds")
-    import_nemo()
+    engine.load()
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(nemo_logging.ERROR)

@@ -16,6 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import RowParallelLinear
 from torch import nn
 
+from nemo_rao.mcore.layer_spec import LayerNormColumnParallelLinear
+
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of the linear layers of a model chunk: of attention, feed-forward and output; not of experts.
@@ -108,3 +110,14 @@ def let_embeddings_need_gradients(model: Any) -> None:
 
 def _need_gradient(embedding: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
+
+
+def feed_normed_inputs(model: nn.Module) -> None:
+    """Let adapters see the linear layer's input where this project's layers fuse the norm in front of it.
+
+    Engines ask Transformer Engine's fused layers for their normed input; ours are asked here.
+    """
+    for module in model.modules():
+        wrapped = getattr(module, "to_wrap", None)
+        if isinstance(wrapped, LayerNormColumnParallelLinear):
+            wrapped.return_layernorm_output = True

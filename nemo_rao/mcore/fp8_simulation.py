@@ -39,7 +39,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from nemo_rao.mcore.layer_spec import NormColumnParallelLinear, layer_spec_without_te
+from nemo_rao.mcore.layer_spec import LayerNormColumnParallelLinear, layer_spec_without_te
 from nemo_rao.ops.float8 import (
     E4M3,
     E5M2,
@@ -230,7 +230,7 @@ class Fp8Linear(torch.nn.Module):
             own.copy_(state if state.shape == own.shape else own)
 
 
-class Fp8NormColumnParallelLinear(Fp8Linear, NormColumnParallelLinear):
+class Fp8LayerNormColumnParallelLinear(Fp8Linear, LayerNormColumnParallelLinear):
     def __init__(self, *arguments: Any, simulation: Fp8Simulation, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.simulate(simulation)
@@ -242,7 +242,7 @@ class Fp8RowParallelLinear(Fp8Linear, RowParallelLinear):
         self.simulate(simulation)
 
 
-_ROUNDED = {NormColumnParallelLinear: Fp8NormColumnParallelLinear, RowParallelLinear: Fp8RowParallelLinear}
+_ROUNDED = {LayerNormColumnParallelLinear: Fp8LayerNormColumnParallelLinear, RowParallelLinear: Fp8RowParallelLinear}
 
 
 def layer_spec_with_simulated_fp8(

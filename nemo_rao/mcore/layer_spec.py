@@ -75,7 +75,7 @@ class Norm(torch.nn.Module):
         return _norm(hidden, self.weight, self.bias, self.config)
 
 
-class NormColumnParallelLinear(ColumnParallelLinear):
+class LayerNormColumnParallelLinear(ColumnParallelLinear):
     """A norm and the column-parallel linear layer behind it, under Transformer Engine's parameter names.
 
     ``return_layernorm_output`` makes the forward pass return ``((output, normed input), bias)``, which is what NeMo's
@@ -104,7 +104,7 @@ def layer_spec_without_te(config: TransformerConfig, vp_stage: int | None = None
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=NormColumnParallelLinear,
+                    linear_qkv=LayerNormColumnParallelLinear,
                     core_attention=SegmentAttention,
                     linear_proj=RowParallelLinear,
                     q_layernorm=query_key_norm,
@@ -124,7 +124,7 @@ def layer_spec_without_te(config: TransformerConfig, vp_stage: int | None = None
 
 def _dense() -> ModuleSpec:
     return ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=MLP, submodules=MLPSubmodules(linear_fc1=LayerNormColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
 
 

@@ -269,8 +269,9 @@ def _check_data(runs: Sequence[PlannedRun]) -> None:
     A run that is finished must have been measured on the pairs that the others will be.
     """
     from nemo_rao.runtime.console import quiet_third_parties
+    from nemo_rao.training.devices import check_ranks_started, select_device
     from nemo_rao.training.loading import LoadedData, data_identity, load_data
-    from nemo_rao.training.prepare import check_ranks_started, prepare, select_device
+    from nemo_rao.training.prepare import prepare
 
     quiet_third_parties()
     held_out: dict[str, str] = {}  # fingerprint -> the first run with it

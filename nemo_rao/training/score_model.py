@@ -11,8 +11,8 @@ one forward-only pass over its ranks before the first row is written. What the p
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from nemo_rao.config.derived import objective_config
 from nemo_rao.config.precision_checks import quantisation
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import load_recipe
+from nemo_rao.engines.engine import engine_of
 from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.objectives import registry
 from nemo_rao.runtime.console import quiet_third_parties, say
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from nemo_rao.batch import MicroBatch
     from nemo_rao.data.store import PreferenceData
+    from nemo_rao.loop.session import Session
 
 _FORMAT = "model-scores-2"
 
@@ -166,7 +168,7 @@ def _model(run: str) -> _Model:
     needs = registry.get(config.model.objective).needs_of(keys)
     if needs.scores:
         if hasattr(keys, "num_attributes"):
-            keys = dataclasses.replace(keys, num_attributes=_num_scores(own))
+            keys = dataclasses.replace(keys, num_attributes=_num_scores(config, own))
         width = registry.get(config.model.objective).needs_of(keys).scores
         return _Model(config, keys, (own,), width, lambda columns: columns[0][:, 0])
     beta = getattr(keys, "beta", None)
@@ -184,10 +186,8 @@ def _model(run: str) -> _Model:
     return _Model(config, keys, (own, start), 2, lambda columns: beta * (columns[0][:, 1] - columns[1][:, 1]))
 
 
-def _num_scores(checkpoint: Path) -> int:
-    from nemo_rao.training.prepare import import_nemo
-
-    import_nemo()
+def _num_scores(config: RunConfig, checkpoint: Path) -> int:
+    engine_of(config).load()
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
     from nemo_rao.mcore.heads import SCORE_HEAD
@@ -219,82 +219,54 @@ def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
 def _numbers(model: _Model, checkpoint: Path, data: PreferenceData, folder: Path) -> np.ndarray:
     """``[responses, width]`` of one checkpoint: read back, or computed on the run's ranks."""
     from nemo_rao.runtime.launch import launch, started_externally
-    from nemo_rao.training.prepare import import_nemo, select_device
+    from nemo_rao.training.devices import select_device
 
     if started_externally() or model.config.trainer.num_nodes > 1:
         raise UserError("nemo-rao score starts its ranks itself, on one node; do not start it with srun or torchrun")
     quiet_third_parties()
     select_device(model.config)
-    import_nemo()
-    from nemo_rao.engines.nemo import build
+    engine = engine_of(model.config)
+    engine.load()
     from nemo_rao.mcore.network import network_fingerprint
     from nemo_rao.mcore.reference import load_numbers
 
-    network = network_fingerprint(build.model_config(model.config))
+    network = network_fingerprint(engine.model_config(model.config))
     parts = (_FORMAT, _digest(checkpoint), network, data.fingerprint(), quantisation(model.config.precision))
     key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
     if (found := load_numbers(folder, key, data.num_responses, model.width)) is None:
         folder.mkdir(parents=True, exist_ok=True)
-        arguments = (model.config, model.objective_config, data, checkpoint, folder, key, model.width)
-        launch(_run_rank, arguments, num_ranks=model.config.trainer.devices, in_children=True)
+        compute = functools.partial(_compute, config=model.config, folder=folder, key=key, width=model.width)
+        arguments = (model.config, model.objective_config, data, checkpoint, folder, compute)
+        launch(engine.pass_rank, arguments, num_ranks=model.config.trainer.devices, in_children=True)
         found = load_numbers(folder, key, data.num_responses, model.width)
     assert found is not None
     return found
 
 
-def _run_rank(
-    config: RunConfig, keys: Any, data: PreferenceData, checkpoint: Path, folder: Path, key: str, width: int
-) -> None:
-    """One rank's part of the pass; its place is in the environment."""
-    import lightning.pytorch as pl
+def _compute(session: Session, *, config: RunConfig, folder: Path, key: str, width: int) -> None:
+    """One rank's part of the pass: ``[responses, width]`` into ``folder``."""
     import torch
 
-    from nemo_rao.data.encode import pad_token_id
-    from nemo_rao.engines.nemo import build
-    from nemo_rao.engines.nemo.callbacks import model_chunks
-    from nemo_rao.engines.nemo.data_module import AlignmentData, AlignmentDataModule
     from nemo_rao.mcore.loss import sequence_log_probs
     from nemo_rao.mcore.reference import compute_numbers
-    from nemo_rao.training.train import make_trainer, set_up_rank
 
-    class Done(Exception):
-        """The pass is over: nothing is to be trained."""
+    def numbers(output: ModelOutput, batch: MicroBatch) -> Tensor:
+        if output.scores is not None:
+            return output.scores
+        return torch.stack(sequence_log_probs(output, batch, vocab_size=session.loss.vocab_size), dim=-1)
 
-    class Pass(pl.Callback):
-        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            def numbers(output: ModelOutput, batch: MicroBatch) -> Tensor:
-                if output.scores is not None:
-                    return output.scores
-                return torch.stack(sequence_log_probs(output, batch, vocab_size=pl_module.vocab_size), dim=-1)
-
-            shown = config.trainer.enable_progress_bar and trainer.is_global_zero
-            with Progress("scores", unit="prompt", shown=shown) as progress:
-                compute_numbers(
-                    model_chunks(trainer),
-                    numbers=numbers,
-                    width=width,
-                    prompts=scored.responses_of_prompts(),
-                    make_micro_batch=scored.micro_batch,
-                    micro_batch_size=config.reference.micro_batch_size or config.model.micro_batch_size,
-                    micro_batches_per_part=config.reference.save_every,
-                    cache_dir=folder,
-                    key=key,
-                    progress=progress.update,
-                )
-            raise Done
-
-    set_up_rank(config)
-    model = build.model(config, keys, max_steps=1)
-    padding = pad_token_id(model.tokenizer.tokenizer)
-    scored = AlignmentData(data, pad_token_id=padding, **build.batch_layout(config))
-    module = AlignmentDataModule(
-        scored,
-        micro_batch_size=config.model.micro_batch_size,
-        global_batch_size=config.model.global_batch_size,
-        seq_length=config.model.seq_length,
-        seed=None,
-    )
-    trainer = make_trainer(config, max_steps=1, folder=folder, start_from=checkpoint)
-    trainer.callbacks[:0] = [Pass()]
-    with contextlib.suppress(Done):
-        trainer.fit(model, module)
+    scored = session.data.train
+    shown = config.trainer.enable_progress_bar and session.is_first_rank
+    with Progress("scores", unit="prompt", shown=shown) as progress:
+        compute_numbers(
+            session.chunks,
+            numbers=numbers,
+            width=width,
+            prompts=scored.responses_of_prompts(),
+            make_micro_batch=scored.micro_batch,
+            micro_batch_size=config.reference.micro_batch_size or config.model.micro_batch_size,
+            micro_batches_per_part=config.reference.save_every,
+            cache_dir=folder,
+            key=key,
+            progress=progress.update,
+        )

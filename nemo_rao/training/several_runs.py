@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_rao.checkpoint.continuing import check_settings, has_results
-from nemo_rao.config.checks import check_run
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import RankFailure, UserError, report
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.runtime.metrics_file import read_metrics
+from nemo_rao.training.checks import check_run
 
 if TYPE_CHECKING:
     from nemo_rao.training.loading import LoadedData
@@ -91,9 +91,10 @@ def train_runs(runs: Sequence[PlannedRun]) -> Iterator[State]:
         UserError: the data or a checkpoint does not fit: the first such run stops all.
         RankFailure: under SLURM or torchrun, a run failed. Elsewhere it is told, and the next run starts.
     """
+    from nemo_rao.engines.engine import engine_of
     from nemo_rao.runtime.console import quiet_third_parties, say
     from nemo_rao.runtime.launch import started_externally
-    from nemo_rao.training.prepare import check_ranks_started, import_nemo, select_device
+    from nemo_rao.training.devices import check_ranks_started, select_device
 
     quiet_third_parties()
     finished = in_child(finished_runs, runs, name="the check of finished runs")
@@ -101,7 +102,7 @@ def train_runs(runs: Sequence[PlannedRun]) -> Iterator[State]:
         for run in runs:
             check_ranks_started(run.config)
             select_device(run.config)
-        import_nemo()
+        engine_of(runs[0].config).load()
     for number, run in enumerate(runs, start=1):
         state: State = "finished"
         say(f"\n[{number}/{len(runs)}] {run.name}{': finished before' if run.name in finished else ''}")
@@ -135,7 +136,7 @@ def finished_runs(
         UserError: the data of a run has changed.
     """
     from nemo_rao.training.loading import data_identity, drawn, load_data
-    from nemo_rao.training.prepare import plan_steps
+    from nemo_rao.training.steps import plan_steps
 
     loaded = {} if loaded is None else loaded
     found = set()

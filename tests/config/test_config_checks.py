@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.config.checks import check_architecture, check_keys_are_read, check_run
+from nemo_rao.config.checks import check_architecture, check_keys_are_read
 from nemo_rao.config.compose import compose
 from nemo_rao.config.derived import data_parallel_size
 from nemo_rao.config.monitor import check_monitor
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
 from nemo_rao.objectives.registry import OBJECTIVES
+from nemo_rao.training.checks import check_run
 
 TP2_PP2 = (
     "trainer.devices=4",

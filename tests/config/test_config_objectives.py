@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_rao.config.checks import check_run
 from nemo_rao.config.compose import compose, recipe_names
 from nemo_rao.config.derived import objective_config
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.objectives.registry import OBJECTIVES
+from nemo_rao.training.checks import check_run
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 RECIPES = recipe_names([CONF])

@@ -11,7 +11,6 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from nemo_rao.checkpoint.adapters import base_of_adapters, base_on_resume, digest_of_weights
 from nemo_rao.checkpoint.continuing import start_of, write_run
-from nemo_rao.config.checks import check_run
 from nemo_rao.config.compose import compose
 from nemo_rao.config.lora_targets import (
     adapted,
@@ -23,6 +22,7 @@ from nemo_rao.config.lora_targets import (
 from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
+from nemo_rao.training.checks import check_run
 from nemo_rao.training.compare_rewards import Asked, plan
 
 LORA = ("model.peft.scheme=lora", "model.restore_from_path=x", "model.arch.num_layers=4")

@@ -18,7 +18,8 @@ from nemo_rao.config.compose import compose
 from nemo_rao.data.choice import choose_responses, first_responses, has_pair, prefer_by
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.errors import UserError
-from nemo_rao.training.prepare import Prepared, prepare
+from nemo_rao.loop.prepared import Prepared
+from nemo_rao.training.prepare import prepare
 
 
 def row(*rewards: float | None, ranked: bool = False) -> Row:

@@ -11,14 +11,14 @@ def _adapter_and_linear_inputs() -> tuple[float, float]:
     from megatron.core.transformer import TransformerConfig
     from nemo.collections.llm.peft.lora import LoRALinear
 
-    from nemo_rao.engines.nemo.model import feed_lora_normed_inputs
-    from nemo_rao.mcore.layer_spec import NormColumnParallelLinear
+    from nemo_rao.mcore.adapters import feed_normed_inputs
+    from nemo_rao.mcore.layer_spec import LayerNormColumnParallelLinear
 
     init_megatron()
     config = TransformerConfig(
         num_layers=1, hidden_size=16, num_attention_heads=2, normalization="RMSNorm", add_bias_linear=False
     )
-    linear = NormColumnParallelLinear(
+    linear = LayerNormColumnParallelLinear(
         16, 24, config=config, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=False
     )
     with torch.no_grad():
@@ -27,7 +27,7 @@ def _adapter_and_linear_inputs() -> tuple[float, float]:
     seen = []
     adapter.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     wrapped = torch.nn.ModuleList([LoRALinear(linear, adapter)])
-    feed_lora_normed_inputs(wrapped)
+    feed_normed_inputs(wrapped)
 
     hidden = 3 * torch.randn(5, 2, 16)
     output, _ = wrapped[0](hidden)

@@ -90,7 +90,7 @@ def _measure(config: RunConfig, tokens: int) -> dict[str, Any]:
     from megatron.core.optimizer import get_megatron_optimizer
 
     from nemo_rao.engines.nemo import build
-    from nemo_rao.engines.nemo.strategy import _allocate_state
+    from nemo_rao.mcore.torch_adam import allocate_state
 
     with torch.device("meta"), OnMeta():
         virtual = config.model.virtual_pipeline_model_parallel_size
@@ -110,7 +110,7 @@ def _measure(config: RunConfig, tokens: int) -> dict[str, Any]:
         state = 0
         for part in optimizer.chained_optimizers:
             adam = part.optimizer
-            _allocate_state(adam)
+            allocate_state(adam)
             for group in adam.param_groups:
                 for main in group["params"]:
                     state += _bytes(adam.state[main]["exp_avg"]) + _bytes(adam.state[main]["exp_avg_sq"])

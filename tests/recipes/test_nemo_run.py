@@ -16,11 +16,11 @@ import fiddle
 import nemo_run
 import pytest
 
+from nemo_rao import recipes
 from nemo_rao.config.compose import compose, package_recipes, recipe_names
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.demo.synthetic import write_preferences
 from nemo_rao.demo.tokenizer_training import train_tokenizer
-from nemo_rao.engines.nemo import recipes
 from nemo_rao.errors import UserError
 from tests.megatron_ranks import import_once
 
@@ -122,7 +122,7 @@ def test_what_only_the_machine_that_runs_can_tell_is_told_there(capfd: pytest.Ca
 
 def test_neither_nemo_nor_megatron_is_imported_to_offer_the_recipes() -> None:
     code = (
-        "import sys\nfrom nemo_rao.engines.nemo import recipes\nrecipes.recipe('gpt_rao')\n"
+        "import sys\nfrom nemo_rao import recipes\nrecipes.recipe('gpt_rao')\n"
         "assert not {name.partition('.')[0] for name in sys.modules} & {'nemo', 'megatron', 'lightning'}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)

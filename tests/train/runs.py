@@ -74,8 +74,8 @@ def start_checkpoint(folder: Path, overrides: Sequence[str]) -> Path:
 
 
 def _train(recipe: str, overrides: Sequence[str]) -> None:
-    from nemo_rao.config.checks import check_run
     from nemo_rao.config.compose import compose
+    from nemo_rao.training.checks import check_run
     from nemo_rao.training.train import train
 
     config = compose(recipe, overrides)
@@ -85,19 +85,19 @@ def _train(recipe: str, overrides: Sequence[str]) -> None:
 
 def die_after_step(last: int) -> None:
     """Lets rank 0 of this process's next run be killed in the step after ``last``, before its second micro-batch."""
-    from nemo_rao.engines.nemo.step_metrics import Metrics
+    from nemo_rao.loop.metrics import Metrics
 
-    counted = Metrics.on_megatron_microbatch_start
+    counted = Metrics.micro_batch
     seen = []
 
-    def killing(self: Metrics, step: Any, batch: Any, forward_callback: Any) -> None:
-        if step.trainer.global_step == last and not step.forward_only:
+    def killing(self: Metrics, session: Any, batch: Any, *, embeds_tokens: bool) -> None:
+        if session.step == last:
             seen.append(batch)
             if len(seen) == 2 and os.environ["RANK"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
-        counted(self, step, batch, forward_callback)
+        counted(self, session, batch, embeds_tokens=embeds_tokens)
 
-    Metrics.on_megatron_microbatch_start = killing  # type: ignore[method-assign]
+    Metrics.micro_batch = killing  # type: ignore[method-assign]
 
 
 def in_fork(function: Callable[..., Any], *args: Any) -> None:

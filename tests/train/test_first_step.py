@@ -151,7 +151,7 @@ def test_limits_are_those_of_the_coarsest_format(
     params: str, fp8: str | None, experts: bool, tf32: bool, expected: float
 ) -> None:
     from nemo_rao.config.run_config import PrecisionConfig
-    from nemo_rao.engines.nemo.reference_pass import limits
+    from nemo_rao.loop.first_step import limits
 
     rms, largest = limits(PrecisionConfig(params=params, fp8=fp8), experts=experts, tf32=tf32)
     assert (rms, largest) == (expected, pytest.approx(10 * expected))
@@ -160,7 +160,7 @@ def test_limits_are_those_of_the_coarsest_format(
 def test_a_run_of_an_earlier_version_finds_the_reference_that_it_was_begun_with(tmp_path: Path) -> None:
     """Checkpoints of before the key held the network name the weights alone; the sums are in the old place."""
     import_once()
-    from nemo_rao.engines.nemo.reference_pass import ReferencePass
+    from nemo_rao.loop.reference import ReferencePass
     from nemo_rao.mcore.reference import earlier_reference_key
 
     data = SimpleNamespace(fingerprint=lambda: "d" * 64, num_responses=3)
@@ -168,8 +168,8 @@ def test_a_run_of_an_earlier_version_finds_the_reference_that_it_was_begun_with(
     folder = tmp_path / earlier_reference_key(weights="w", data="d" * 64, precision="fp32")
     folder.mkdir()
     np.save(folder / "sums.npy", np.arange(6, dtype=np.float32).reshape(3, 2))
-    sizes = {"micro_batch_size": 1, "micro_batches_per_part": 1, "vocab_size": 8}
-    callback = ReferencePass({"training": data_set}, cache_dir=tmp_path, precision="fp32", **sizes)  # type: ignore[dict-item]
-    callback.load_state_dict({"weights": "w"})
-    callback.on_train_start(None, None)  # type: ignore[arg-type]
+    sizes = {"micro_batch_size": 1, "micro_batches_per_part": 1}
+    hook = ReferencePass({"training": data_set}, cache_dir=tmp_path, precision="fp32", **sizes)  # type: ignore[dict-item]
+    hook.state = {"weights": "w"}
+    hook.start(None)  # type: ignore[arg-type]
     assert np.asarray(data_set.reference).tolist() == [[0, 1], [2, 3], [4, 5]]

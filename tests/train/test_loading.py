@@ -78,8 +78,8 @@ def test_micro_batches_are_made_ahead_in_the_order_of_the_steps_and_the_thread_e
 
 
 def train_and_watch(given: Sequence[str]) -> None:
-    from nemo_rao.engines.nemo.data_module import AlignmentData, AlignmentDataModule
     from nemo_rao.engines.nemo.model import MegatronGPTAlignmentModel
+    from nemo_rao.loop.data import AlignmentData, TrainingData
     from nemo_rao.mcore import loss
 
     made: list[tuple[str, list[int]]] = []
@@ -96,10 +96,10 @@ def train_and_watch(given: Sequence[str]) -> None:
         batch = step(self, dataloader_iter)
         used.append(batch.response_ids.tolist())
         if not expected:
-            module: AlignmentDataModule = self.trainer.datamodule
-            ids = module.train.responses_of_prompts()
+            order: TrainingData = self.trainer.datamodule.data
+            ids = order.train.responses_of_prompts()
             for number in range(2):
-                for prompts in module.micro_batches_of_step(number):
+                for prompts in order.micro_batches_of_step(number):
                     expected.append([response for prompt in prompts for response in ids[prompt]])
         assert [thread.name for thread in threading.enumerate()].count("prefetch") == 1
         return batch
@@ -126,13 +126,13 @@ def test_a_mistake_while_a_micro_batch_is_made_ends_the_run_with_its_traceback(
 
 
 def train_and_fail(given: Sequence[str]) -> None:
-    from nemo_rao.engines.nemo.data_module import AlignmentDataModule
+    from nemo_rao.loop.data import TrainingData
 
-    def a_mistake_of_ours(self: AlignmentDataModule, step: int) -> Any:
+    def a_mistake_of_ours(self: TrainingData, step: int) -> Any:
         return rows(self, step) if step < 1 else 1 / 0
 
-    rows = AlignmentDataModule.micro_batches_of_step
-    AlignmentDataModule.micro_batches_of_step = a_mistake_of_ours  # type: ignore[method-assign]
+    rows = TrainingData.micro_batches_of_step
+    TrainingData.micro_batches_of_step = a_mistake_of_ours  # type: ignore[method-assign]
     try:
         _train("gpt_rao", given)
     except ZeroDivisionError as error:

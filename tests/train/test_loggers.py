@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import Logger
 
 from nemo_rao.config import monitor
 from nemo_rao.config.compose import compose
-from nemo_rao.training import train
-from nemo_rao.training.train import _loggers
+from nemo_rao.engines.nemo import trainer
+from nemo_rao.engines.nemo.trainer import loggers
 
 from .runs import TINY, run_training
 
@@ -52,9 +52,9 @@ def test_every_logger_has_the_numbers_of_the_metrics_file_at_the_same_steps_afte
     every: int, data: tuple[str, ...], start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def with_recorder(config: Any, folder: Path) -> list[Any]:
-        return [*_loggers(config, folder), Recorder(tmp_path / "recorded.jsonl")]
+        return [*loggers(config, folder), Recorder(tmp_path / "recorded.jsonl")]
 
-    monkeypatch.setattr(train, "_loggers", with_recorder)
+    monkeypatch.setattr(trainer, "loggers", with_recorder)
     few = tmp_path / "few.jsonl"
     few.write_text("".join(Path(data[0].partition("=")[2]).read_text().splitlines(keepends=True)[:6]))
     given = [*TINY, *data, f"model.restore_from_path={start}", f"exp_manager.exp_dir={tmp_path}"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nemo_rao.batch import Sample
-from nemo_rao.engines.nemo.finite import not_finite
+from nemo_rao.loop.finite import not_finite
 from nemo_rao.runtime.metrics_file import read_metrics
 
 from .runs import TINY, parallel, run_training

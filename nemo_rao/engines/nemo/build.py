@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 from nemo_rao.config.derived import objective_config
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.lora_targets import check_targets
-from nemo_rao.config.precision_checks import sequence_multiple
+from nemo_rao.config.precision_checks import fp8_simulation
 from nemo_rao.config.run_config import PrecisionConfig, RunConfig
 from nemo_rao.data.tokenizer import save_for_4, written_by_5
 from nemo_rao.engines.nemo.kept_checkpoints import StepCheckpoint
@@ -141,24 +140,8 @@ def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignm
         model_transform=lora(config),
         fused_log_probs=config.model.fused_log_probs,
         head_seed=config.trainer.seed,
-        fp8_simulation=_fp8_simulation(config.precision),
+        fp8_simulation=fp8_simulation(config.precision),
     )
-
-
-def _fp8_simulation(keys: PrecisionConfig) -> dict[str, Any] | None:
-    """Fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`, or ``None``."""
-    if keys.fp8 is None or not keys.fp8_simulation:
-        return None
-    return {
-        "format": keys.fp8,
-        "recipe": keys.fp8_recipe,
-        "amax_history_len": keys.fp8_amax_history_len,
-        "amax_compute_algo": keys.fp8_amax_compute_algo,
-        "margin": keys.fp8_margin,
-        "wgrad": keys.fp8_wgrad,
-        "num_layers_at_start_in_bf16": keys.num_layers_at_start_in_bf16 if keys.first_last_layers_bf16 else 0,
-        "num_layers_at_end_in_bf16": keys.num_layers_at_end_in_bf16 if keys.first_last_layers_bf16 else 0,
-    }
 
 
 # Fields of Megatron's config that say which layers a stage has: NeMo's strategy overwrites them with its own.
@@ -251,17 +234,3 @@ def checkpoint_callback(config: RunConfig, folder: Path) -> StepCheckpoint:
         save_optim_on_train_end=True,  # a finished run can be extended
         verbose=False,
     )
-
-
-def batch_layout(config: RunConfig) -> dict[str, Any]:
-    """How micro-batches are laid out, as arguments of :func:`nemo_rao.data.collate.collate`."""
-    return {
-        "pad_multiple": pad_multiple(config),
-        "packed": config.data.packing,
-        "shared_prompts": config.data.prefix_sharing,
-    }
-
-
-def pad_multiple(config: RunConfig) -> int:
-    """Tokens: what the recipe asks for, and what splitting a sequence over ranks and 8-bit products need."""
-    return math.lcm(config.data.pad_to_multiple_of, sequence_multiple(config))

@@ -1,21 +1,20 @@
-"""What happens around NeMo's training steps: random numbers, schedule, scales, mismatched rows, progress.
-
-Further callbacks: :mod:`nemo_rao.engines.nemo.reference_pass`, :mod:`nemo_rao.engines.nemo.step_metrics`,
-:mod:`nemo_rao.engines.nemo.stop`, :mod:`nemo_rao.engines.nemo.kept_checkpoints`.
-"""
+"""NeMo's trainer as a :class:`~nemo_rao.loop.session.Session`, and the callback that calls the hooks of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from nemo_rao.mcore.calibration import calibrate
-from nemo_rao.mcore.mismatched import mean_log_ratio
-from nemo_rao.mcore.seeds import seed_step
-from nemo_rao.runtime.progress import Progress
+from nemo_rao.batch import MicroBatch
+from nemo_rao.loop.data import TrainingData
+from nemo_rao.loop.reference import ReferencePass
+from nemo_rao.loop.session import Hook
+from nemo_rao.mcore.forward import unwrapped
+from nemo_rao.mcore.objective_loss import ObjectiveLoss
 
 
 def model_chunks(trainer: pl.Trainer) -> list[Any]:
@@ -24,18 +23,131 @@ def model_chunks(trainer: pl.Trainer) -> list[Any]:
     return pipeline if isinstance(pipeline, list) else [pipeline]
 
 
-class SeedEveryStep(pl.Callback):
-    """Random numbers of each step, see :mod:`nemo_rao.mcore.seeds`.
+class NemoSession:
+    """See :class:`nemo_rao.loop.session.Session`.
 
     Args:
-        seed: of the run.
+        trainer: NeMo's, with a model and a data module of this project attached.
+        folder: of the run.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, trainer: pl.Trainer, folder: Path) -> None:
+        self._trainer: Any = trainer
+        self._folder = folder
+        self._logged_step = -1
+        self._logged: set[str] = set()  # names that callback_metrics have of that step
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        seed_step(self._seed, trainer.global_step)
+    @property
+    def chunks(self) -> Sequence[Any]:
+        return model_chunks(self._trainer)
+
+    @property
+    def step(self) -> int:
+        return int(self._trainer.global_step)
+
+    @property
+    def max_steps(self) -> int:
+        return int(self._trainer.max_steps)
+
+    @property
+    def is_first_rank(self) -> bool:
+        return bool(self._trainer.is_global_zero)
+
+    @property
+    def is_stopping(self) -> bool:
+        return bool(self._trainer.should_stop)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    @property
+    def data(self) -> TrainingData:
+        return self._trainer.datamodule.data  # type: ignore[no-any-return]
+
+    @property
+    def loss(self) -> ObjectiveLoss:
+        return self._trainer.lightning_module.loss  # type: ignore[no-any-return]
+
+    def reported(self) -> Mapping[str, float]:
+        return {name: float(value) for name, value in self._trainer.callback_metrics.items()}
+
+    def log(self, values: Mapping[str, float], *, to_loggers: bool = True) -> None:
+        # NeMo and Lightning, left to themselves, log some numbers too, under a count of their own: the trainer is told
+        # to log nothing. Not by log_dict, which takes about a millisecond for each number. What a checkpoint's monitor
+        # and the progress bar read, callback_metrics, has nothing of earlier steps.
+        metrics = self._trainer.callback_metrics
+        if self.step != self._logged_step:
+            for name in self._logged:
+                metrics.pop(name, None)
+            self._logged_step, self._logged = self.step, set()
+        metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        self._logged.update(values)
+        if to_loggers:
+            for logger in self._trainer.loggers:
+                logger.log_metrics(dict(values), step=self.step)
+
+    def stop(self) -> None:
+        self._trainer.should_stop = True
+
+    def sharded_weights(self) -> Mapping[str, Any]:
+        return self._trainer.strategy.megatron_parallel.sharded_state_dict()  # type: ignore[no-any-return]
+
+
+class CallHooks(pl.Callback):
+    """Calls a run's hooks, in their order. The first of the callbacks, so that a checkpoint sees a step's metrics.
+
+    Args:
+        hooks: of :mod:`nemo_rao.loop`.
+        folder: of the run.
+    """
+
+    # Under which checkpoints have always carried the state of the reference pass.
+    state_key = "ReferencePass"
+
+    def __init__(self, hooks: Sequence[Hook], folder: Path) -> None:
+        self._hooks = hooks
+        self._folder = folder
+        self._references = [hook for hook in hooks if isinstance(hook, ReferencePass)]
+        self._session: NemoSession | None = None
+
+    @property
+    def session(self) -> NemoSession:
+        assert self._session is not None, "the run has not begun"
+        return self._session
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for hook in self._references for name, value in hook.state.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for hook in self._references:
+            hook.state = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._session = NemoSession(trainer, self._folder)
+        for hook in self._hooks:
+            hook.start(self._session)
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        for hook in self._hooks:
+            hook.before_step(self.session)
+
+    def on_megatron_microbatch_start(self, step: Any, batch: MicroBatch, forward_callback: Any) -> None:
+        embeds_tokens = unwrapped(forward_callback.model).pre_process
+        for hook in self._hooks:
+            hook.micro_batch(self.session, batch, embeds_tokens=embeds_tokens)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        for hook in self._hooks:
+            hook.after_step(self.session)
+
+    def on_train_end(self, *args: Any) -> None:
+        for hook in self._hooks:
+            hook.end(self.session)
+
+    def on_fit_end(self, *args: Any) -> None:
+        for hook in self._hooks:
+            hook.close()
 
 
 class KeepSchedule(pl.Callback):
@@ -66,67 +178,3 @@ class KeepSchedule(pl.Callback):
             scheduler._get_lr_called_within_step = False
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
                 group["lr"] = rate
-
-
-class CalibrateScales(pl.Callback):
-    """Before anything is computed, scales for delayed scaling (:mod:`nemo_rao.mcore.calibration`).
-
-    A checkpoint carries them with the model: a resumed run has none to set.
-    """
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0:
-            module = trainer.datamodule
-            calibrate(model_chunks(trainer), module.micro_batches_of_step(0), make_micro_batch=module.train.micro_batch)
-
-
-class RecordStart(pl.Callback):
-    """Lets rank 0 record what the run is, before the first step of this start and after all that may refuse it."""
-
-    def __init__(self, record: Callable[[], None]) -> None:
-        self._record = record
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self._record()
-
-
-class MismatchedPass(pl.Callback):
-    """Before each step, the mean log-ratio of the step's prompts with responses to others, for the loss to use."""
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        module = trainer.datamodule
-        mismatched = module.train.mismatched
-        chunks = model_chunks(trainer)
-        log_ratio = mean_log_ratio(
-            chunks,
-            module.micro_batches_of_step(trainer.global_step),
-            make_micro_batch=mismatched.micro_batch,
-            vocab_size=pl_module.vocab_size,
-            log_ratios=chunks[0].log_ratios,
-        )
-        for chunk in chunks:
-            chunk.mismatched_log_ratio = log_ratio
-
-
-class ShowProgress(pl.Callback):
-    """Shows steps on rank 0, with metrics that are already reduced: no rank takes part in a collective alone."""
-
-    shown = ("loss", "rao/target_error", "rewards/margins", "rewards/accuracies", "tokens_per_second")
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._progress = Progress(
-            pl_module.objective.name,
-            unit="step",
-            total=trainer.max_steps,
-            done=trainer.global_step,
-            shown=trainer.is_global_zero,
-        ).__enter__()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        of_step = trainer.callback_metrics
-        metrics = {name: float(of_step[name]) for name in self.shown if name in of_step}
-        self._progress.update(trainer.global_step, metrics=metrics)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._progress.__exit__(None, None, None)

@@ -22,7 +22,6 @@ from nemo_rao.checkpoint.adapters import METADATA, digest_of_weights
 from nemo_rao.config.lora_targets import KEY, OUTPUT_LAYER, adapted, lora_targets
 from nemo_rao.config.lora_targets import linear_layers as names_of_linear_layers
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.engines.nemo.model import feed_lora_normed_inputs
 from nemo_rao.errors import UserError
 from nemo_rao.mcore import adapters
 from nemo_rao.runtime.console import is_first_rank
@@ -67,7 +66,7 @@ class NamedLoRA(llm.peft.LoRA):
                 f"{KEY}={self.target_modules}: a pipeline stage has no adapter to train; add a target there"
             )
         model = super().__call__(model)
-        feed_lora_normed_inputs(model)
+        adapters.feed_normed_inputs(model)
         for wrapper in model.modules():
             if isinstance(wrapper, LoRALinear):
                 self._finish(wrapper, wanted, every)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,15 +14,11 @@ from nemo.lightning.pytorch.optim import OptimizerModule
 from torch import Tensor, nn
 
 from nemo_rao.batch import MicroBatch, ModelOutput
-from nemo_rao.mcore.first_step import LogRatios
-from nemo_rao.mcore.forward import forward_step, to_device, unwrapped
-from nemo_rao.mcore.fp8_simulation import Fp8Simulation, keep_scales_up_to_date, layer_spec_with_simulated_fp8
-from nemo_rao.mcore.heads import add_score_head, add_value_head
-from nemo_rao.mcore.layer_spec import NormColumnParallelLinear, layer_spec_without_te
-from nemo_rao.mcore.loss import LOSS, configure_loss_scaling, for_schedule, micro_batch_loss
-from nemo_rao.mcore.output_layer import fuse_output_layer
+from nemo_rao.mcore.finish import finish_chunk, finish_config
+from nemo_rao.mcore.forward import forward_step, to_device
+from nemo_rao.mcore.loss import LOSS
+from nemo_rao.mcore.objective_loss import ObjectiveLoss
 from nemo_rao.objectives import registry
-from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 # Before megatron-core 0.15 the wrapper that casts inputs to 16 bits always casts the logits to a second, fp32 copy.
 _TAKES_FP32_OUTPUT = "fp32_output" in inspect.signature(Float16Module.forward).parameters
@@ -49,10 +44,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: nothing is rounded.
 
     Attributes:
-        needs: what the objective, under its keys, asks for.
-        mismatched_log_ratio: ``[]`` fp32, nats, of the global batch at hand; to be set before each step where
-            ``needs.mismatched``.
-        log_ratios: collects those of the first step (:class:`nemo_rao.engines.nemo.reference_pass.CheckFirstStep`).
+        loss: the objective over a micro-batch.
 
     Raises:
         UserError: the objective is unknown, or has no such key or value.
@@ -70,19 +62,11 @@ class MegatronGPTAlignmentModel(GPTModel):
         head_seed: int = 0,
         fp8_simulation: Mapping[str, Any] | None = None,
     ) -> None:
-        configure_loss_scaling(config)
-        if fp8_simulation is not None:
-            assert not transformer_engine_is_used(), "its layers cast themselves"
-            simulation = Fp8Simulation(**fp8_simulation)
-            config.transformer_layer_spec = functools.partial(layer_spec_with_simulated_fp8, simulation=simulation)
-        elif not transformer_engine_is_used():
-            config.transformer_layer_spec = layer_spec_without_te
+        finish_config(config, fp8_simulation=fp8_simulation)
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
-        self.objective = registry.get(objective)
-        self.objective_config = self.objective.make_config(objective_config or {})
-        self.needs = self.objective.needs_of(self.objective_config)
-        self.mismatched_log_ratio: Tensor | None = None
-        self.log_ratios: LogRatios | None = None
+        described = registry.get(objective)
+        keys = described.make_config(objective_config or {})
+        self.loss = ObjectiveLoss(described, keys, vocab_size=self.vocab_size)
         self._fused_log_probs = fused_log_probs
         self._head_seed = head_seed
         self._fp8_is_simulated = fp8_simulation is not None
@@ -93,14 +77,13 @@ class MegatronGPTAlignmentModel(GPTModel):
         super().configure_model(vp_stage=vp_stage) if vp_stage is not None else super().configure_model()
         if built_before:
             return
-        if self._fp8_is_simulated:
-            keep_scales_up_to_date(self.module)
-        if self.needs.values:
-            add_value_head(self.module)
-        if self.needs.scores:
-            add_score_head(self.module, self.needs.scores, seed=self._head_seed)
-        elif self._fused_log_probs:
-            fuse_output_layer(self.module)
+        finish_chunk(
+            self.module,
+            self.loss.needs,
+            fused_log_probs=self._fused_log_probs,
+            head_seed=self._head_seed,
+            fp8_is_simulated=self._fp8_is_simulated,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -139,39 +122,12 @@ class AlignmentLossReduction(MegatronLossReduction):
 
     def __init__(self, model: MegatronGPTAlignmentModel) -> None:
         super().__init__()
-        self._model = model
-
-    @property
-    def embeds_tokens(self) -> bool:
-        """The model chunk is the pipeline's first."""
-        return unwrapped(self._model).pre_process
+        self.model = model
 
     def forward(self, batch: MicroBatch, forward_out: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(sum over prompts, number of prompts, statistics) of a micro-batch; see :mod:`nemo_rao.mcore.loss`."""
-        model = self._model
-        output = micro_batch_loss(
-            forward_out,
-            batch,
-            model.objective,
-            model.objective_config,
-            vocab_size=model.vocab_size,
-            mismatched_log_ratio=model.mismatched_log_ratio,
-            observe=None if model.log_ratios is None else model.log_ratios.add,
-        )
-        return for_schedule(output)
+        return self.model.loss(forward_out, batch)
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
-        """This data-parallel rank's mean loss. The global statistics are the metrics callback's to reduce and log."""
+        """This data-parallel rank's mean loss. The global statistics are the metrics hook's to reduce and log."""
         pairs = torch.stack([statistics[LOSS] for statistics in losses_reduced_per_micro_batch]).sum(0)
         return pairs[0] / pairs[1].clamp(min=1)
-
-
-def feed_lora_normed_inputs(model: nn.Module) -> None:
-    """Let adapters see the linear layer's input where this project's layers fuse the norm in front of it.
-
-    NeMo's LoRA transform asks Transformer Engine's fused layers for their normed input; ours are asked here.
-    """
-    for module in model.modules():
-        wrapped = getattr(module, "to_wrap", None)
-        if isinstance(wrapped, NormColumnParallelLinear):
-            wrapped.return_layernorm_output = True

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.utils import get_model_config
 from nemo import lightning as nl
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
-from torch import Tensor
 
+from nemo_rao.mcore import torch_adam
 from nemo_rao.mcore.heads import heads, is_stored
 from nemo_rao.mcore.seeds import seed_weights
 
@@ -21,12 +20,7 @@ _HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps")
 
 
 class AlignmentStrategy(nl.MegatronStrategy):
-    """``MegatronStrategy`` that restores torch's Adam exactly.
-
-    Where neither apex nor Transformer Engine is installed, megatron-core's distributed optimizer wraps torch's Adam,
-    whose state differs from theirs in one entry: each parameter has a 0-dim ``step``. Reading a checkpoint
-    (megatron-core 0.15) expects that state to exist already, looks for ``step`` among the stored tensors, where it is
-    not, and in the end lets all parameters share one ``step``, which every one of them would advance.
+    """``MegatronStrategy`` that restores torch's Adam exactly (:mod:`nemo_rao.mcore.torch_adam`).
 
     In fp16 the loss is multiplied by the optimizer's loss scale.
 
@@ -74,42 +68,14 @@ class AlignmentStrategy(nl.MegatronStrategy):
     def optimizer_sharded_state_dict(self, is_loading: bool = False, metadata: dict | None = None) -> dict[str, Any]:
         if is_loading:
             for optimizer in self._optimizers_around_torch_adam():
-                _allocate_state(optimizer.optimizer)
-                _keep_step_when_states_are_set(optimizer)
+                torch_adam.before_reading(optimizer)
         return super().optimizer_sharded_state_dict(is_loading=is_loading, metadata=metadata)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any], selective_restore: bool = False) -> None:
         super().load_optimizer_state_dict(checkpoint, selective_restore)
         for optimizer in self._optimizers_around_torch_adam():
-            for state in optimizer.optimizer.state.values():
-                state["step"] = state["step"].clone()
+            torch_adam.after_reading(optimizer)
 
     def _optimizers_around_torch_adam(self) -> Iterator[Any]:
         for optimizer in self.optimizers:
-            for megatron_optimizer in optimizer.mcore_optimizer.chained_optimizers:
-                if isinstance(megatron_optimizer.optimizer, torch.optim.Adam):
-                    yield megatron_optimizer
-
-
-def _allocate_state(adam: torch.optim.Adam) -> None:
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            if not adam.state[parameter]:
-                adam.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def _keep_step_when_states_are_set(optimizer: Any) -> None:
-    if not optimizer.config.use_distributed_optimizer:
-        return
-    original = optimizer._set_main_param_and_optimizer_states
-
-    def set_states(model_param: Any, tensors: Mapping[str, Tensor]) -> None:
-        group, order = optimizer.model_param_group_index_map[model_param]
-        main_param = optimizer.optimizer.param_groups[group]["params"][order]
-        original(model_param, {**tensors, "step": optimizer.optimizer.state[main_param]["step"]})
-
-    optimizer._set_main_param_and_optimizer_states = set_states
+            yield from filter(torch_adam.is_torch_adam, optimizer.mcore_optimizer.chained_optimizers)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 
 from nemo_rao.batch import Sample
 from nemo_rao.errors import RankFailure
+from nemo_rao.loop.session import Hook, Session
 
 NUM_SHOWN = 4  # rows of a step that a message names
 
 
-class StopWhereNotFinite(pl.Callback):
+class StopWhereNotFinite(Hook):
     """Ends the run after such a step, on all ranks alike, before a checkpoint of its weights is written.
 
-    Comes after :class:`nemo_rao.engines.nemo.step_metrics.Metrics`, whose numbers are those of the whole global batch.
+    Comes after :class:`nemo_rao.loop.metrics.Metrics`, whose numbers are those of the whole global batch.
 
     Args:
         skips_steps: fp16. There an overflow of gradients is no mistake: the optimizer leaves the step out and lowers
@@ -28,13 +27,13 @@ class StopWhereNotFinite(pl.Callback):
     def __init__(self, *, skips_steps: bool) -> None:
         self._checked = ("loss",) if skips_steps else ("loss", "grad_norm")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        metrics = trainer.callback_metrics
+    def after_step(self, session: Session) -> None:
+        numbers = session.reported()
         for name in self._checked:
-            if name in metrics and not math.isfinite(value := float(metrics[name])):
-                module: Any = trainer.datamodule
-                rows = (module.train.data[index] for index in module.prompts_of_step(trainer.global_step - 1))
-                raise RankFailure(not_finite(name, value, trainer.global_step, rows))
+            if name in numbers and not math.isfinite(value := numbers[name]):
+                data = session.data
+                rows = (data.train.data[index] for index in data.prompts_of_step(session.step - 1))
+                raise RankFailure(not_finite(name, value, session.step, rows))
 
 
 def not_finite(name: str, value: float, step: int, rows: Iterable[Sample]) -> str:

@@ -72,7 +72,7 @@ def train(
     """
     try:
         config = override(RunConfig(trainer, exp_manager, model, data, precision, reference), [])
-        from nemo_rao.config.checks import check_run
+        from nemo_rao.training.checks import check_run
         from nemo_rao.training.train import train as run_training
 
         check_run(config)

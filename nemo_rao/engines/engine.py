@@ -1,0 +1,73 @@
+"""What a run asks of the engine that drives it, and which engine that is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from nemo_rao.config.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from nemo_rao.data.store import PreferenceData
+    from nemo_rao.loop.prepared import Prepared
+    from nemo_rao.loop.session import Hook, Session
+
+
+class Engine(Protocol):
+    """A module that turns recipes into its own model, optimizer and loop, and calls the hooks of :mod:`nemo_rao.loop`.
+
+    Importing it costs nothing; :meth:`load` imports what it stands for.
+    """
+
+    def load(self) -> bool:
+        """Import what a run needs of Megatron and the engine, changed as this machine needs it. Takes some 20 seconds
+        where it has not been done yet: not before everything that is wrong with the data has been said.
+
+        Returns:
+            whether runs are on the CPU.
+        """
+
+    def model_config(self, config: RunConfig) -> Any:
+        """The engine's model config, a ``TransformerConfig`` with ``vocab_size``, that the recipe describes.
+
+        Raises:
+            UserError: the engine has no such network.
+        """
+
+    def train_rank(
+        self,
+        config: RunConfig,
+        prepared: Prepared,
+        record: Callable[[], None],
+        change: Callable[[list[Hook]], list[Hook]],
+    ) -> None:
+        """One rank's part of a run; its place is in the environment.
+
+        Args:
+            prepared: what the parent has worked out.
+            record: called on rank 0 before the first step, once nothing is left that may refuse the run.
+            change: the run's hooks -> those that it has.
+        """
+
+    def pass_rank(
+        self,
+        config: RunConfig,
+        objective_config: Any,
+        data: PreferenceData,
+        checkpoint: Path,
+        folder: Path,
+        compute: Callable[[Session], None],
+    ) -> None:
+        """One rank's part of a forward-only pass: ``compute`` is called with a checkpoint's model over ``data``.
+
+        Args:
+            objective_config: of the recipe's objective, which decides the model's head.
+            folder: for what the engine writes.
+        """
+
+
+def engine_of(config: RunConfig) -> Engine:
+    """The engine that a recipe asks for."""
+    return cast(Engine, importlib.import_module("nemo_rao.engines.nemo.engine"))

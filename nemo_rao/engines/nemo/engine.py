@@ -1,0 +1,129 @@
+"""NeMo 2 as an engine; see :class:`nemo_rao.engines.engine.Engine`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rao import cpu
+from nemo_rao.config.derived import run_dir
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.data.encode import pad_token_id
+from nemo_rao.data.store import PreferenceData
+from nemo_rao.runtime.console import quiet_imports
+from nemo_rao.runtime.job import leave_if_stopped
+
+if TYPE_CHECKING:
+    from nemo_rao.loop.prepared import Prepared
+    from nemo_rao.loop.session import Hook, Session
+
+
+def load() -> bool:
+    with quiet_imports():
+        on_cpu = cpu.install_if_needed()
+        from nemo_rao.engines.nemo import build  # noqa: F401
+
+        try:
+            from nemo.lightning.callback_group import CallbackGroup
+        except ModuleNotFoundError:  # before NeMo 2.6
+            return on_cpu
+    # NeMo's telemetry is on wherever torchrun has set RANK=0, and then fails at the first checkpoint unless NeMo's own
+    # API has described the run to it. It has no exporter anyhow.
+    CallbackGroup.get_instance().callbacks.clear()
+    return on_cpu
+
+
+def model_config(config: RunConfig) -> Any:
+    from nemo_rao.engines.nemo import build
+
+    return build.model_config(config)
+
+
+def train_rank(
+    config: RunConfig,
+    prepared: Prepared,
+    record: Callable[[], None],
+    change: Callable[[list[Hook]], list[Hook]],
+) -> None:
+    import torch
+    from nemo.lightning.resume import AdapterPath
+
+    from nemo_rao.engines.nemo import build
+    from nemo_rao.engines.nemo.callbacks import CallHooks, KeepSchedule
+    from nemo_rao.engines.nemo.data_module import AlignmentDataModule
+    from nemo_rao.engines.nemo.trainer import loggers, make_trainer, set_up_rank
+    from nemo_rao.loop.run_hooks import data_sets_of, hooks_of, training_data
+
+    set_up_rank(config)
+    folder = run_dir(config)
+    model = build.model(config, prepared.objective_config, prepared.max_steps)
+    data_sets = data_sets_of(config, prepared, pad_token_id=pad_token_id(model.tokenizer.tokenizer))
+    module = AlignmentDataModule(training_data(config, data_sets["training"]), seq_length=config.model.seq_length)
+    trainer = make_trainer(
+        config,
+        max_steps=prepared.max_steps,
+        folder=folder,
+        callbacks=[build.checkpoint_callback(config, folder)],
+        loggers=loggers(config, folder),
+        start_from=prepared.start_from if prepared.resume_from is None else None,
+    )
+    own: list[Any] = [CallHooks(change(hooks_of(config, model.loss.needs, data_sets, record)), folder), KeepSchedule()]
+    adapters_only = model.model_transform is not None
+    if adapters_only:
+        # Adds the adapters after the reference pass, which so sees the model that they start from.
+        own.insert(1, model.model_transform)
+    # Set after construction: NeMo copies and stores a trainer's arguments with every checkpoint, and these hold the
+    # data. They come first, so that a checkpoint sees the step's metrics.
+    trainer.callbacks[:0] = own
+    if prepared.resume_from is not None:
+        # A LoRA run's checkpoints hold its adapters alone: the weights below them come from where the run started.
+        trainer.ckpt_path = (
+            AdapterPath(prepared.resume_from, base_model_path=prepared.start_from)
+            if adapters_only
+            else str(prepared.resume_from)
+        )
+    trainer.fit(model, module)
+    if config.exp_manager.create_wandb_logger and trainer.is_global_zero:
+        import wandb
+
+        wandb.finish()  # a rank ends without the interpreter's own shutdown, which would do it
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    leave_if_stopped()
+
+
+def pass_rank(
+    config: RunConfig,
+    objective_config: Any,
+    data: PreferenceData,
+    checkpoint: Path,
+    folder: Path,
+    compute: Callable[[Session], None],
+) -> None:
+    import lightning.pytorch as pl
+
+    from nemo_rao.engines.nemo import build
+    from nemo_rao.engines.nemo.callbacks import NemoSession
+    from nemo_rao.engines.nemo.data_module import AlignmentDataModule
+    from nemo_rao.engines.nemo.trainer import make_trainer, set_up_rank
+    from nemo_rao.loop.data import AlignmentData, batch_layout
+    from nemo_rao.loop.run_hooks import training_data
+
+    class Done(Exception):
+        """The pass is over: nothing is to be trained."""
+
+    class Pass(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            compute(NemoSession(trainer, folder))
+            raise Done
+
+    set_up_rank(config)
+    model = build.model(config, objective_config, max_steps=1)
+    laid_out = AlignmentData(data, pad_token_id=pad_token_id(model.tokenizer.tokenizer), **batch_layout(config))
+    module = AlignmentDataModule(training_data(config, laid_out), seq_length=config.model.seq_length)
+    trainer = make_trainer(config, max_steps=1, folder=folder, start_from=checkpoint)
+    trainer.callbacks[:0] = [Pass()]
+    with contextlib.suppress(Done):
+        trainer.fit(model, module)

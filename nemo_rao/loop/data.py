@@ -1,0 +1,122 @@
+"""A run's data in micro-batches: the same order for any parallelism, resumed by the step number alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from megatron.core import parallel_state
+
+from nemo_rao.batch import MicroBatch
+from nemo_rao.config.precision_checks import sequence_multiple
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.data.collate import collate
+from nemo_rao.data.order import every_sample_once, global_batch, rank_micro_batches
+from nemo_rao.data.store import PreferenceData
+from nemo_rao.mcore.context_parallel import part_of_rank, size_and_rank
+
+
+class AlignmentData:
+    """A data set with the reference sums that belong to it, cut into micro-batches.
+
+    Attributes:
+        reference: ``[responses, 2]`` float32 sums, set by the reference pass; ``None`` for objectives without one.
+        mismatched: the same prompts, each with a response to another one; ``None`` where that is not needed.
+
+    Args:
+        pad_token_id, pad_multiple, packed, shared_prompts: see :func:`nemo_rao.data.collate.collate`.
+    """
+
+    def __init__(
+        self,
+        data: PreferenceData,
+        *,
+        pad_token_id: int,
+        pad_multiple: int,
+        packed: bool = False,
+        shared_prompts: bool = False,
+        mismatched: AlignmentData | None = None,
+    ) -> None:
+        self.data = data
+        self.mismatched = mismatched
+        self.reference: np.ndarray | None = None
+        self._pad_token_id = pad_token_id
+        self._pad_multiple = pad_multiple
+        self._packed = packed
+        self._shared_prompts = shared_prompts
+
+    def micro_batch(self, prompts: Sequence[int]) -> MicroBatch:
+        """The prompts with these numbers and all their responses; of the tokens, this context-parallel rank's."""
+        batch = collate(
+            [self.data[i] for i in prompts],
+            [self.data.response_offset(i) for i in prompts],
+            pad_token_id=self._pad_token_id,
+            pad_multiple=self._pad_multiple,
+            packed=self._packed,
+            shared_prompts=self._shared_prompts,
+            reference=self.reference,
+        )
+        return part_of_rank(batch, *size_and_rank())
+
+    def micro_batches_of_rank(self, micro_batch_size: int) -> list[list[int]]:
+        """Prompt numbers of this data-parallel rank's micro-batches in a pass over the whole data set."""
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        return every_sample_once(len(self.data), micro_batch_size, rank, size)
+
+    def responses_of_prompts(self) -> list[range]:
+        """For each prompt, the numbers of its responses."""
+        offsets = [self.data.response_offset(i) for i in range(len(self.data))] + [self.data.num_responses]
+        return [range(start, stop) for start, stop in itertools.pairwise(offsets)]
+
+
+class TrainingData:
+    """The data that a run trains on, and which of its prompts each step takes.
+
+    Args:
+        train: tokenised data.
+        micro_batch_size, global_batch_size: prompts.
+        seed: of the order; ``None`` keeps the file's order in every epoch.
+    """
+
+    def __init__(
+        self, train: AlignmentData, *, micro_batch_size: int, global_batch_size: int, seed: int | None
+    ) -> None:
+        self.train = train
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self._seed = seed
+
+    def prompts_of_step(self, step: int) -> np.ndarray:
+        """``[global_batch_size]`` int64, prompt numbers of an optimizer step's global batch; steps count from 0."""
+        return global_batch(
+            step, num_samples=len(self.train.data), global_batch_size=self.global_batch_size, seed=self._seed
+        )
+
+    def micro_batches_of_step(self, step: int) -> list[list[int]]:
+        """Prompt numbers of this data-parallel rank's micro-batches in an optimizer step, counted from 0."""
+        prompts = self.prompts_of_step(step)
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        return rank_micro_batches(prompts, self.micro_batch_size, rank, size)
+
+    def micro_batches_from(self, step: int) -> Iterator[MicroBatch]:
+        """This data-parallel rank's micro-batches from a step on, without end."""
+        for at in itertools.count(step):
+            for prompts in self.micro_batches_of_step(at):
+                yield self.train.micro_batch(prompts)
+
+
+def batch_layout(config: RunConfig) -> dict[str, Any]:
+    """How micro-batches are laid out, as arguments of :func:`nemo_rao.data.collate.collate`."""
+    return {
+        "pad_multiple": pad_multiple(config),
+        "packed": config.data.packing,
+        "shared_prompts": config.data.prefix_sharing,
+    }
+
+
+def pad_multiple(config: RunConfig) -> int:
+    """Tokens: what the recipe asks for, and what splitting a sequence over ranks and 8-bit products need."""
+    return math.lcm(config.data.pad_to_multiple_of, sequence_multiple(config))

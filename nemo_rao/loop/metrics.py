@@ -1,0 +1,85 @@
+"""A step's numbers: reduced over all ranks, and reported under the step they belong to."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from nemo_rao.batch import MicroBatch
+from nemo_rao.loop.session import METRICS, Hook, Session, log
+from nemo_rao.mcore.loss import means, reduce_statistics
+from nemo_rao.runtime.metrics_file import truncate_metrics
+
+
+class Metrics(Hook):
+    """Reduces a step's statistics over the whole global batch and logs them, on every rank alike.
+
+    Beside the objective's own:
+
+        tokens_per_second        of the batch's rows, prompt and response, whatever the layout; over all ranks
+        data/token_efficiency    tokens that were computed, over those with padding
+        data/tokens_shared       fraction of the rows' tokens that was not computed, as prompts were shared
+
+    A resumed run first drops the lines of steps that it computes again. At the end, rank 0 writes each rank's peak
+    memory to ``memory.json``, in bytes: of the GPU, or of the process where there is none, what it shares with the
+    other ranks included.
+
+    Args:
+        log_every_n_steps: steps from one line of the loggers to the next; ``metrics.jsonl`` has every step.
+    """
+
+    def __init__(self, *, log_every_n_steps: int) -> None:
+        self._log_every_n_steps = log_every_n_steps
+        self._step_started = 0.0
+        self._tokens = np.zeros(3)
+        self._names: list[str] = []  # of the objective's statistics, since they were first seen
+
+    def start(self, session: Session) -> None:
+        if session.is_first_rank:
+            truncate_metrics(session.folder / METRICS, session.step or -1)
+
+    def before_step(self, session: Session) -> None:
+        self._step_started = time.perf_counter()
+        self._tokens = np.zeros(3)
+        session.loss.take_statistics()
+
+    def micro_batch(self, session: Session, batch: MicroBatch, *, embeds_tokens: bool) -> None:
+        # Counted once: by the chunk that embeds the tokens, on one of the ranks that have them.
+        if embeds_tokens and parallel_state.get_tensor_and_context_parallel_rank() == 0:
+            num_places = batch.tokens.numel() * parallel_state.get_context_parallel_world_size()
+            self._tokens += (batch.num_row_tokens, batch.num_tokens, num_places)
+
+    def after_step(self, session: Session) -> None:
+        of_rows, computed, with_padding = self._tokens.tolist()
+        tokens = {
+            "data/token_efficiency": (computed, with_padding),
+            "data/tokens_shared": (of_rows - computed, of_rows),
+        }
+        statistics = reduce_statistics(session.loss.take_statistics(), names=self._names, of_rank=tokens)
+        self._names = [name for name in statistics if name not in tokens]
+        values = means(statistics)
+        tokens_of_rows = statistics["data/tokens_shared"][1].item()
+        values["tokens_per_second"] = tokens_of_rows / (time.perf_counter() - self._step_started)
+        of_engine = session.reported()
+        values |= {name: of_engine[name] for name in ("grad_norm", "lr") if name in of_engine}
+        is_logged = session.step % self._log_every_n_steps == 0 or session.is_stopping
+        log(session, values, to_loggers=is_logged)
+
+    def end(self, session: Session) -> None:
+        peaks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(peaks, peak_memory())
+        if session.is_first_rank:
+            (session.folder / "memory.json").write_text(json.dumps({"peak_bytes_by_rank": peaks}))
+
+
+def peak_memory() -> int:
+    """This rank's peak memory so far, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -1,0 +1,37 @@
+"""What is worked out of a run before any rank of it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.checkpoint.continuing import Change
+from nemo_rao.data.store import PreferenceData
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every rank needs and the parent has worked out.
+
+    Attributes:
+        train, validation: tokenised data.
+        mismatched: the same prompts with responses to others, as "train" and "validation"; empty where not needed.
+        objective_config: the objective's keys, with what depends on the data resolved.
+        max_steps: optimizer steps of the whole run.
+        changes: of the data, since an earlier start of the run; they are applied.
+        finished_at: steps of a run that has ended and is not to be made longer; its model is not checked.
+        resume_from: this run's last checkpoint, or ``None`` at its start.
+        start_from: a checkpoint whose weights the run starts with, or ``None``.
+    """
+
+    train: PreferenceData
+    validation: PreferenceData | None
+    mismatched: Mapping[str, PreferenceData]
+    objective_config: Any
+    max_steps: int
+    changes: list[Change]
+    finished_at: int | None
+    resume_from: Path | None
+    start_from: Path | None

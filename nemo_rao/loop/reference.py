@@ -1,0 +1,107 @@
+"""Before the first step, the reference policy's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.core.utils import get_model_config
+
+from nemo_rao.errors import UserError
+from nemo_rao.loop.data import AlignmentData
+from nemo_rao.loop.session import Hook, Session
+from nemo_rao.mcore.fingerprint import weights_fingerprint
+from nemo_rao.mcore.network import network_fingerprint
+from nemo_rao.mcore.quantisation import quantisation_fingerprint
+from nemo_rao.mcore.reference import compute_reference, earlier_reference_key, load_reference, reference_key
+from nemo_rao.runtime.progress import Progress
+
+
+class ReferencePass(Hook):
+    """Before the first step, the reference policy's sums; on resume, the same sums from the cache.
+
+    A checkpoint carries what the cache keys are made of (:attr:`state`), since the weights, and the scales of delayed
+    scaling, that they were computed with are gone by then. The engine stores it and sets it before the run is resumed.
+
+    Args:
+        data_sets: name -> data whose ``reference`` is to be set.
+        cache_dir: a folder that all ranks share.
+        precision: part of the key: numbers computed in another precision are other numbers.
+        micro_batch_size: prompts.
+        micro_batches_per_part: how much is lost at most when the pass is interrupted.
+        show_progress: on the first rank.
+    """
+
+    def __init__(
+        self,
+        data_sets: Mapping[str, AlignmentData],
+        *,
+        cache_dir: Path,
+        precision: str,
+        micro_batch_size: int,
+        micro_batches_per_part: int,
+        show_progress: bool = True,
+    ) -> None:
+        self._data_sets = data_sets
+        self._cache_dir = cache_dir
+        self._precision = precision
+        self._micro_batch_size = micro_batch_size
+        self._micro_batches_per_part = micro_batches_per_part
+        self._show_progress = show_progress
+        self._start: dict[str, str] | None = None  # parts of the keys that are the start's
+
+    @property
+    def state(self) -> dict[str, str]:
+        """What a checkpoint is to carry."""
+        return dict(self._start or {})
+
+    @state.setter
+    def state(self, stored: Mapping[str, str]) -> None:
+        # Checkpoints of earlier versions have no network, and the first ones no scales.
+        self._start = {"weights": "", "network": "", "scales": "", **stored}
+
+    def start(self, session: Session) -> None:
+        resumed = self._start is not None
+        if self._start is None:
+            chunks = session.chunks
+            self._start = {
+                "weights": weights_fingerprint(session.sharded_weights(), vocab_size=session.loss.vocab_size),
+                "network": network_fingerprint(get_model_config(chunks[0])),
+                "scales": quantisation_fingerprint(chunks),
+            }
+        for name, data_set in self._data_sets.items():
+            data = data_set.data
+            key = self._key(data.fingerprint())
+            if resumed:
+                data_set.reference = load_reference(self._cache_dir, key, data.num_responses)
+            else:
+                data_set.reference = self._compute(session, data_set, key, name)
+            if data_set.reference is None:
+                raise UserError(
+                    f"{self._cache_dir / key} is missing: the reference log-probabilities of the {name} data that this "
+                    "run started with (or the data has changed since); restore the folder and the data, or start a "
+                    "new run under another exp_manager.name"
+                )
+
+    def _key(self, data: str) -> str:
+        assert self._start is not None
+        parts = {"weights": self._start["weights"], "data": data, "precision": self._precision + self._start["scales"]}
+        if not self._start["network"]:
+            return earlier_reference_key(**parts)
+        return reference_key(network=self._start["network"], **parts)
+
+    def _compute(self, session: Session, data_set: AlignmentData, key: str, name: str) -> Any:
+        shown = self._show_progress and session.is_first_rank
+        with Progress(f"reference log-probs ({name})", unit="prompt", shown=shown) as progress:
+            return compute_reference(
+                session.chunks,
+                prompts=data_set.responses_of_prompts(),
+                make_micro_batch=data_set.micro_batch,
+                micro_batch_size=self._micro_batch_size,
+                micro_batches_per_part=self._micro_batches_per_part,
+                vocab_size=session.loss.vocab_size,
+                cache_dir=self._cache_dir,
+                key=key,
+                progress=progress.update,
+            )

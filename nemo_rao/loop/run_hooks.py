@@ -1,0 +1,96 @@
+"""The hooks of a run, and the data that they and the loss work on, from its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from nemo_rao.config.derived import reference_dir
+from nemo_rao.config.monitor import validation_intervals
+from nemo_rao.config.precision_checks import quantisation
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.data.store import PreferenceData
+from nemo_rao.loop.data import AlignmentData, TrainingData, batch_layout
+from nemo_rao.loop.finite import StopWhereNotFinite
+from nemo_rao.loop.first_step import CheckFirstStep
+from nemo_rao.loop.hooks import CalibrateScales, MismatchedPass, RecordStart, SeedEveryStep, ShowProgress
+from nemo_rao.loop.metrics import Metrics
+from nemo_rao.loop.prepared import Prepared
+from nemo_rao.loop.reference import ReferencePass
+from nemo_rao.loop.session import Hook
+from nemo_rao.loop.stopping import StopWhenAsked
+from nemo_rao.loop.validation import Validation
+from nemo_rao.objectives.base import Needs
+
+
+def data_sets_of(config: RunConfig, prepared: Prepared, *, pad_token_id: int) -> dict[str, AlignmentData]:
+    """``training`` data and, where there is some, ``validation`` data."""
+
+    def laid_out(data: PreferenceData, mismatched: PreferenceData | None = None) -> AlignmentData:
+        return AlignmentData(
+            data,
+            pad_token_id=pad_token_id,
+            mismatched=None if mismatched is None else laid_out(mismatched),
+            **batch_layout(config),
+        )
+
+    data_sets = {"training": laid_out(prepared.train, prepared.mismatched.get("train"))}
+    if prepared.validation is not None:
+        data_sets["validation"] = laid_out(prepared.validation, prepared.mismatched.get("validation"))
+    return data_sets
+
+
+def training_data(config: RunConfig, train: AlignmentData) -> TrainingData:
+    """The order in which a run takes its training data."""
+    return TrainingData(
+        train,
+        micro_batch_size=config.model.micro_batch_size,
+        global_batch_size=config.model.global_batch_size,
+        seed=config.data.seed if config.data.shuffle else None,
+    )
+
+
+def hooks_of(
+    config: RunConfig, needs: Needs, data_sets: Mapping[str, AlignmentData], record: Callable[[], None]
+) -> list[Hook]:
+    """What happens around the steps, in the order in which it happens.
+
+    Args:
+        needs: of the objective.
+        data_sets: see :func:`data_sets_of`.
+        record: called on rank 0 once nothing is left that may refuse the run.
+    """
+    keys = config.model
+    hooks: list[Hook] = [StopWhenAsked(), SeedEveryStep(config.trainer.seed)]
+    if config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
+        hooks.append(CalibrateScales())
+    if needs.reference:
+        mismatched = {f"{name}, mismatched": data.mismatched for name, data in data_sets.items() if data.mismatched}
+        hooks.append(
+            ReferencePass(
+                {**data_sets, **mismatched},
+                cache_dir=reference_dir(config),
+                precision=quantisation(config.precision),
+                micro_batch_size=config.reference.micro_batch_size or keys.micro_batch_size,
+                micro_batches_per_part=config.reference.save_every,
+                show_progress=config.trainer.enable_progress_bar,
+            )
+        )
+        hooks.append(CheckFirstStep(config.precision, reference_dir(config)))
+    hooks += [
+        Metrics(log_every_n_steps=config.trainer.log_every_n_steps),
+        StopWhereNotFinite(skips_steps=config.precision.params == "fp16"),
+    ]
+    if needs.mismatched:
+        hooks.append(MismatchedPass())
+    if "validation" in data_sets:
+        hooks.append(
+            Validation(
+                data_sets["validation"],
+                intervals=validation_intervals(config),
+                micro_batch_size=keys.micro_batch_size,
+            )
+        )
+    hooks.append(RecordStart(record))
+    if config.trainer.enable_progress_bar:
+        hooks.append(ShowProgress())
+    return hooks

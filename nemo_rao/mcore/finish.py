@@ -1,0 +1,56 @@
+"""What an engine's GPT needs to be trained with an objective, done to its config before and to its chunks after."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from nemo_rao.mcore.fp8_simulation import Fp8Simulation, keep_scales_up_to_date, layer_spec_with_simulated_fp8
+from nemo_rao.mcore.heads import add_score_head, add_value_head
+from nemo_rao.mcore.layer_spec import layer_spec_without_te
+from nemo_rao.mcore.loss import configure_loss_scaling
+from nemo_rao.mcore.output_layer import fuse_output_layer
+from nemo_rao.objectives.base import Needs
+from nemo_rao.runtime.gpus import transformer_engine_is_used
+
+
+def finish_config(config: TransformerConfig, *, fp8_simulation: Mapping[str, Any] | None) -> None:
+    """Set a model config's loss scaling and, where Transformer Engine is not used, its layer spec.
+
+    Args:
+        config: of an engine, with a ``transformer_layer_spec`` that it calls to build the model.
+        fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: nothing is rounded.
+    """
+    configure_loss_scaling(config)
+    if fp8_simulation is not None:
+        assert not transformer_engine_is_used(), "its layers cast themselves"
+        simulation = Fp8Simulation(**fp8_simulation)
+        config.transformer_layer_spec = functools.partial(layer_spec_with_simulated_fp8, simulation=simulation)
+    elif not transformer_engine_is_used():
+        config.transformer_layer_spec = layer_spec_without_te
+
+
+def finish_chunk(
+    chunk: nn.Module, needs: Needs, *, fused_log_probs: bool, head_seed: int, fp8_is_simulated: bool
+) -> None:
+    """Give a model chunk just built the head that its objective needs; of no effect but on the last pipeline stage.
+
+    Args:
+        chunk: a Megatron GPT, in whatever wrappers.
+        needs: of the objective.
+        fused_log_probs: never hold the logits, see :mod:`nemo_rao.mcore.output_layer`.
+        head_seed: of a score head's start.
+        fp8_is_simulated: its layers keep scales.
+    """
+    if fp8_is_simulated:
+        keep_scales_up_to_date(chunk)
+    if needs.values:
+        add_value_head(chunk)
+    if needs.scores:
+        add_score_head(chunk, needs.scores, seed=head_seed)
+    elif fused_log_probs:
+        fuse_output_layer(chunk)

@@ -1,0 +1,65 @@
+"""The loss that Megatron's schedules call: an objective over the last pipeline stage's output of a micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from nemo_rao.batch import MicroBatch, ModelOutput
+from nemo_rao.mcore.first_step import LogRatios
+from nemo_rao.mcore.loss import for_schedule, micro_batch_loss
+from nemo_rao.objectives.base import Objective
+
+
+class ObjectiveLoss:
+    """An objective with its keys, what a step hands to it, and what the step's micro-batches showed.
+
+    One object serves all model chunks of a rank, copies of them included.
+
+    Args:
+        objective: of :mod:`nemo_rao.objectives.registry`.
+        config: the objective's keys; what depends on the data is resolved.
+        vocab_size: V without padding.
+
+    Attributes:
+        needs: what the objective, under its keys, asks for.
+        mismatched_log_ratio: ``[]`` float32, nats, of the global batch at hand; set before each step where
+            ``needs.mismatched``.
+        log_ratios: collects those of the first step (:mod:`nemo_rao.loop.first_step`).
+        statistics: name -> ``[2]`` (sum, count) of each micro-batch since they were last taken; filled on the last
+            pipeline stage.
+    """
+
+    def __init__(self, objective: Objective, config: Any, *, vocab_size: int) -> None:
+        self.objective = objective
+        self.config = config
+        self.vocab_size = vocab_size
+        self.needs = objective.needs_of(config)
+        self.mismatched_log_ratio: Tensor | None = None
+        self.log_ratios: LogRatios | None = None
+        self.statistics: list[dict[str, Tensor]] = []
+
+    def __deepcopy__(self, memo: Any) -> ObjectiveLoss:
+        return self
+
+    def __call__(self, output: ModelOutput, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(sum over prompts, number of prompts, statistics) of a micro-batch; see :mod:`nemo_rao.mcore.loss`."""
+        loss_sum, num_prompts, statistics = for_schedule(
+            micro_batch_loss(
+                output,
+                batch,
+                self.objective,
+                self.config,
+                vocab_size=self.vocab_size,
+                mismatched_log_ratio=self.mismatched_log_ratio,
+                observe=None if self.log_ratios is None else self.log_ratios.add,
+            )
+        )
+        self.statistics.append(statistics)
+        return loss_sum, num_prompts, statistics
+
+    def take_statistics(self) -> list[dict[str, Tensor]]:
+        """Those collected so far, which are then forgotten."""
+        taken, self.statistics = self.statistics, []
+        return taken
