@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.checkpoint.continuing import check_settings, describe
+from nemo_rao.checkpoint.experts import check_resumed_experts
 from nemo_rao.checkpoint.find import last_checkpoint
 from nemo_rao.cluster import slurm
 from nemo_rao.cluster.config import ClusterConfig, Mount, mounts, outside, read_cluster, seconds_of
@@ -30,7 +31,6 @@ from nemo_rao.cluster.script import LATE_SECONDS, Job, RunFolder, batch_script
 from nemo_rao.config.checks import check_keys_are_read
 from nemo_rao.config.compose import compose
 from nemo_rao.config.derived import run_dir
-from nemo_rao.config.experts import check_resumed_experts
 from nemo_rao.config.precision_checks import check_named_gpu
 from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.config.run_config import RunConfig

@@ -261,13 +261,9 @@ def _meet_at_own_port(number: int) -> None:
     launcher = started_externally()
     if launcher is None:
         return
-    if launcher == "slurm":
-        from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-        port = SLURMEnvironment(auto_requeue=False).main_port
-    else:
-        port = int(os.environ.get("MASTER_PORT", "29500"))
-    os.environ["MASTER_PORT"] = str(port + number)
+    # The same on every rank: a job's number tells it from others on the node.
+    default = 15000 + int(os.environ["SLURM_JOB_ID"][-4:]) if launcher == "slurm" else 29500
+    os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", default)) + number)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
