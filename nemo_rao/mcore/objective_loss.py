@@ -15,7 +15,7 @@ from nemo_rao.objectives.base import Objective
 class ObjectiveLoss:
     """An objective with its keys, what a step hands to it, and what the step's micro-batches showed.
 
-    One object serves all model chunks of a rank, copies of them included.
+    One object serves all model chunks of a rank.
 
     Args:
         objective: of :mod:`nemo_rao.objectives.registry`.
@@ -39,9 +39,6 @@ class ObjectiveLoss:
         self.mismatched_log_ratio: Tensor | None = None
         self.log_ratios: LogRatios | None = None
         self.statistics: list[dict[str, Tensor]] = []
-
-    def __deepcopy__(self, memo: Any) -> ObjectiveLoss:
-        return self
 
     def __call__(self, output: ModelOutput, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum over prompts, number of prompts, statistics) of a micro-batch; see :mod:`nemo_rao.mcore.loss`."""

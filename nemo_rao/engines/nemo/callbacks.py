@@ -34,6 +34,8 @@ class NemoSession:
     def __init__(self, trainer: pl.Trainer, folder: Path) -> None:
         self._trainer: Any = trainer
         self._folder = folder
+        for chunk in self.chunks:  # of an interleaved pipeline, NeMo builds each anew
+            chunk.loss = self.loss
         self._logged_step = -1
         self._logged: set[str] = set()  # names that callback_metrics have of that step
 
