@@ -1,10 +1,11 @@
-"""Megatron on local ranks for tests: NeMo is imported once in the test process, every rank is a fork of it.
+"""Megatron on local ranks for tests: it and the engine are imported once in the test process, ranks are forks of it.
 
 Ranks are started by the project's own launcher, so that a failing rank shows its own traceback.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,11 +17,18 @@ def import_once() -> None:
     """What every rank needs, imported before the first fork. Takes about 20 s, once for a test session."""
     import torch
 
-    from nemo_rao import cpu
+    from nemo_rao.mcore import cpu
 
     torch.set_num_threads(1)  # a fork after torch has started threads can hang
     cpu.install_if_needed()
-    from nemo.collections import llm  # noqa: F401
+    import megatron.core.models.gpt.gpt_model
+    import megatron.core.optimizer
+    import megatron.core.pipeline_parallel.schedules  # noqa: F401
+
+    if importlib.util.find_spec("nemo") is not None:
+        from nemo_rao.engines.nemo import engine
+
+        engine.load()
 
 
 def run_ranks(function: Callable[..., Any], args: Sequence[Any] = (), *, num_ranks: int) -> list[Any]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib.util
 import os
 
+CPU_NOTICE = "no CUDA device, Megatron runs on the CPU (local layer spec, gloo)"
+
 
 def has_gpu() -> bool:
     """Whether PyTorch can use a CUDA device, found without initializing CUDA, which would not survive a fork.
 
-    ``False`` once :func:`nemo_rao.cpu.install_if_needed` has put Megatron on the CPU.
+    ``False`` once :func:`nemo_rao.mcore.cpu.install_if_needed` has put Megatron on the CPU.
     """
     # Asks the driver's management library. The default check starts the CUDA driver in this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

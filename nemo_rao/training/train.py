@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nemo_rao import cpu
 from nemo_rao.checkpoint.continuing import (
     DATA,
     RECIPE,
@@ -28,6 +27,7 @@ from nemo_rao.loop.prepared import Prepared
 from nemo_rao.runtime.console import is_first_rank, quiet_third_parties, say
 from nemo_rao.runtime.curves import draw_curves
 from nemo_rao.runtime.files import write_atomically
+from nemo_rao.runtime.gpus import CPU_NOTICE
 from nemo_rao.runtime.launch import launch
 from nemo_rao.training.devices import check_ranks_started, select_device
 from nemo_rao.training.prepare import prepare
@@ -63,7 +63,7 @@ def train(config: RunConfig, *, hooks: Callable[[list[Hook]], list[Hook]] = as_t
         return
     engine = engine_of(config)
     if engine.load():
-        say(cpu.NOTICE)
+        say(CPU_NOTICE)
     prepared = dataclasses.replace(prepared, changes=[*changes, *prepared.changes])
     say_targets(config, prepared.objective_config, prepared.train.reward_summary())
     if prepared.resume_from is None:

@@ -50,7 +50,7 @@ INSTALL = """
 import json, sys
 sys.modules["nemo"] = None
 import torch
-from nemo_rao import cpu
+from nemo_rao.mcore import cpu
 
 before = torch.zeros(1).type()
 first = cpu.install_if_needed()
@@ -76,7 +76,7 @@ from tests.login_node import cuda_without_a_driver
 cuda_without_a_driver()
 import torch
 from torch.cuda import is_available
-from nemo_rao import cpu
+from nemo_rao.mcore import cpu
 
 assert cpu.install_if_needed()
 cuda = torch.cuda
@@ -97,7 +97,7 @@ TOO_LATE = """
 import sys, types
 sys.modules["megatron.core"] = sys.modules["transformer_engine"] = types.ModuleType("imported before")
 import torch
-from nemo_rao import cpu
+from nemo_rao.mcore import cpu
 from nemo_rao.errors import UserError
 
 try:
@@ -122,7 +122,7 @@ for layer in ("data", "ops", "objectives"):
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"nemo_rao.{layer}.{module.name}")
 same = before == (torch.cuda.device_count, torch.cuda.current_device, torch.nn.Module.cuda)
-heavy = [name for name in ("nemo_rao.cpu", "megatron", "nemo") if name in sys.modules]
+heavy = [name for name in ("nemo_rao.mcore.cpu", "megatron", "nemo") if name in sys.modules]
 print(json.dumps([same, torch._C._len_torch_function_stack(), heavy]))
 """
 
@@ -219,8 +219,8 @@ def test_random_state_of_the_device_is_that_of_the_cpu() -> None:
 
 def megatron_configs() -> dict[str, Callable[[], object]]:
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from nemo.collections import llm
 
+    llm = pytest.importorskip("nemo.collections.llm")
     sizes = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2}
     wanted = {name: True for name in FUSIONS if name in TransformerConfig.__dataclass_fields__}
     small = {**sizes, "num_query_groups": 2, "ffn_hidden_size": 16}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,7 +191,7 @@ def model_for(layout: Layout, recipe: str, **more: Any) -> Any:
     simulation = Fp8Simulation(recipe=recipe, **{"amax_history_len": 3, **more})
     config.transformer_layer_spec = functools.partial(layer_spec_with_simulated_fp8, simulation=simulation)
     torch.manual_seed(11)
-    model = config.configure_model(SimpleNamespace(vocab_size=tiny.VOCAB))
+    model = config.build()
     keep_scales_up_to_date(model)
     return model
 

@@ -62,6 +62,8 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def config() -> Any:
+    """Of NeMo, whose classes have most of what a network may be made of."""
+    pytest.importorskip("nemo")
     import_once()
     from nemo.collections import llm
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -165,21 +164,23 @@ def config_for(
     experts: bool = False,
     dtype: Any = torch.float32,
 ) -> Any:
-    """NeMo's Llama, Qwen2 or Mixtral config in the sizes of this module, as the project prepares it."""
-    from nemo.collections import llm
-
+    """A Llama, a Qwen2 or a mixture of experts in the sizes of this module, as the project prepares it."""
     from nemo_rao.mcore.layer_spec import layer_spec_without_te
     from nemo_rao.mcore.loss import configure_loss_scaling
 
+    from .gpt import GPT, LLAMA
+
     mixture = {"num_moe_experts": EXPERTS, "moe_router_topk": CHOSEN} if experts else {}
-    config = (llm.MixtralConfig if experts else llm.Qwen2Config if qkv_bias else llm.LlamaConfig)(
+    config = GPT(
+        **LLAMA,
         **mixture,
+        add_qkv_bias=qkv_bias,
         num_layers=NUM_LAYERS,
         hidden_size=HIDDEN,
         ffn_hidden_size=FFN,
         num_attention_heads=HEADS,
         num_query_groups=GROUPS,
-        vocab_size=None,
+        vocab_size=VOCAB,
         make_vocab_size_divisible_by=layout.vocab_divisible_by,
         seq_length=64,
         layernorm_epsilon=1e-5,
@@ -211,7 +212,7 @@ def build(
     from nemo_rao.mcore.output_layer import fuse_output_layer
 
     config = config_for(layout, **variant)
-    model = config.configure_model(SimpleNamespace(vocab_size=VOCAB), vp_stage=vp_stage)
+    model = config.build(vp_stage)
     with torch.no_grad():
         for name, parameter in whole_names(model):
             part = part_of(name, whole[name], tuple(parameter.shape))

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rao import cpu
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.encode import pad_token_id
 from nemo_rao.data.store import PreferenceData
+from nemo_rao.mcore import cpu
 from nemo_rao.runtime.console import quiet_imports
 from nemo_rao.runtime.job import leave_if_stopped
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 def load() -> bool:
     with quiet_imports():
         on_cpu = cpu.install_if_needed()
+        if on_cpu:
+            from nemo_rao.engines.nemo.cpu import patch_nemo
+
+            patch_nemo()
         from nemo_rao.engines.nemo import build  # noqa: F401
 
         try:

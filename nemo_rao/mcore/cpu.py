@@ -1,12 +1,13 @@
 """Megatron without CUDA: everything that has to change, in one place, and nowhere else.
 
-Megatron-core and NeMo address "the current CUDA device" directly. On a machine without one, :func:`install_if_needed`
-makes that device the CPU: it rewrites device arguments, gives ``torch.cuda`` the few calls that are made
-unconditionally, hides Transformer Engine and apex from Megatron, and switches off the fusions that only these provide.
+Megatron-core and the engines around it address "the current CUDA device" directly. On a machine without one,
+:func:`install_if_needed` makes that device the CPU: it rewrites device arguments, gives ``torch.cuda`` the few calls
+that are made unconditionally, hides Transformer Engine and apex from Megatron, and switches off the fusions that only
+these provide.
 Training then runs megatron-core's real model, schedules, DDP, optimizer and checkpoints over gloo.
 
-Entry points call :func:`install_if_needed` before they import NeMo; no other module imports this one. Nothing is
-changed where CUDA exists.
+Engines call :func:`install_if_needed` before they import Megatron, and change what is their own. Nothing is changed
+where CUDA exists.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import functools
 import queue
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,13 +29,13 @@ from nemo_rao.runtime.malloc import map_large_blocks
 
 _CPU = torch.device("cpu")
 _installed = False
-NOTICE = "no CUDA device, Megatron runs on the CPU (local layer spec, gloo)"
 
 
 def install_if_needed() -> bool:
     """Make Megatron run on the CPU if this machine has no CUDA device. Returns whether it does.
 
-    Safe to call more than once. The caller tells the user (:data:`NOTICE`), once nothing is left to refuse.
+    Safe to call more than once. The caller reports it (:data:`nemo_rao.runtime.gpus.CPU_NOTICE`), once nothing is left
+    to refuse.
 
     Raises:
         UserError: Megatron was imported before, with packages that need a GPU.
@@ -50,7 +50,6 @@ def install_if_needed() -> bool:
     _redirect_devices()
     _supply_torch_cuda()
     _patch_megatron()
-    _patch_nemo()
     _installed = True
     return True
 
@@ -135,7 +134,7 @@ def _supply_torch_cuda() -> None:
     cuda.synchronize = lambda device=None: None
     cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     cuda.set_device = lambda device: None
-    # NeMo seeds Megatron's random number tracker only where at least one device exists.
+    # Engines seed Megatron's random number tracker only where at least one device exists.
     cuda.device_count = lambda: 1  # type: ignore[assignment]
     # Nothing else may take that device for real. In a build with CUDA that finds no driver, is_available() follows
     # device_count() where PYTORCH_NVML_BASED_CUDA_CHECK is set, as Lightning does; others ask is_available(), such as
@@ -160,7 +159,7 @@ def _seed_cpu(seed: int) -> None:
 def _do_nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
-# Megatron and NeMo take the kernels of these where they can be imported, with a GPU or without.
+# Megatron and its engines take the kernels of these where they can be imported, with a GPU or without.
 _GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 
 
@@ -170,7 +169,7 @@ def _hide_gpu_packages() -> None:
     if loaded and "megatron.core" in sys.modules:
         raise UserError(
             f"Megatron was imported with {loaded[0].split('.')[0]}, which needs a GPU, and there is none; start with "
-            "`nemo-rao train`, or call nemo_rao.cpu.install_if_needed() before anything imports Megatron or NeMo"
+            "`nemo-rao train`, or call nemo_rao.mcore.cpu.install_if_needed() before anything imports Megatron"
         )
     for name in loaded:
         del sys.modules[name]
@@ -201,7 +200,7 @@ _WITHOUT_FUSIONS = {
 
 
 def _patch_megatron() -> None:
-    from megatron.core.dist_checkpointing.strategies import base, filesystem_async
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -218,7 +217,8 @@ def _patch_megatron() -> None:
     # Checkpoints are written by the rank itself here. The default, a queue served by a process that is spawned for
     # each rank, imports the entry point anew, which costs seconds, and outlives a rank that is killed.
     results: queue.Queue = queue.Queue()
-    filesystem_async._get_write_results_queue = lambda: results
+    name = "get_write_results_queue"  # before megatron-core 0.19 with an underscore
+    setattr(filesystem_async, name if hasattr(filesystem_async, name) else f"_{name}", lambda *_: results)
 
     # A router asks whether it is there, but only an import that fails here would have said that it is not.
     vars(moe_utils).setdefault("te_general_gemm", None)
@@ -235,9 +235,12 @@ def _patch_megatron() -> None:
     def save(strategy: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         strategy.async_save(sharded_state_dict, checkpoint_dir).execute_sync()
 
-    base.AsyncSaveShardedStrategy.save = save
+    with contextlib.suppress(ImportError):  # not since 0.19
+        from megatron.core.dist_checkpointing.strategies import base
 
-    # All configs, those that NeMo's importers build included, pass through __post_init__.
+        base.AsyncSaveShardedStrategy.save = save
+
+    # All configs, those that an engine's importers build included, pass through __post_init__.
     original = TransformerConfig.__post_init__
 
     @functools.wraps(original)
@@ -245,7 +248,7 @@ def _patch_megatron() -> None:
         for name, value in _WITHOUT_FUSIONS.items():
             if name in config.__dataclass_fields__:
                 setattr(config, name, value)
-        if isinstance(config.window_size, list):  # as recipes and NeMo write it; masks are cached by it
+        if isinstance(config.window_size, list):  # as recipes and checkpoints write it; masks are cached by it
             config.window_size = tuple(config.window_size)
         original(config)
 
@@ -274,19 +277,3 @@ def _exchange_unequal_parts() -> None:
         return total.split(list(sizes))[group.rank()].clone()
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gathered, scattered
-
-
-def _patch_nemo() -> None:
-    try:
-        from nemo.collections.llm.peft import lora
-        from nemo.collections.llm.peft import utils as peft_utils
-        from nemo.lightning.io import pl as nemo_io
-    except ModuleNotFoundError:  # the Megatron layer is usable without NeMo
-        return
-    # Asserts that CUDA is initialised, then moves stray tensors between CUDA devices: nothing to move here.
-    nemo_io._fix_tensors_device = lambda checkpoint: checkpoint
-
-    # The LoRA transform compares every layer's class with Transformer Engine's. That is not usable here, though parts
-    # of NeMo take megatron-core's importable stand-ins for it.
-    lora.te = types.SimpleNamespace(Linear=None)
-    peft_utils.HAVE_TE = False
