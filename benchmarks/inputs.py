@@ -18,8 +18,8 @@ from typing import Any
 
 from nemo_rao.batch import Row
 from nemo_rao.data.encode import load_tokenizer
-from nemo_rao.data.rows import read_rows
 from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
+from nemo_rao.rows.reading import read_rows
 
 PROMPT_WORDS, ANSWER_WORDS = (13.0, 0.85), (70.0, 1.15)  # median, deviation of the logarithm
 _Record = dict[str, Any]

@@ -110,9 +110,9 @@ def main() -> None:
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> list[str]:
     """W0 and W1, and the overrides of a run that starts from W0."""
-    from nemo_rao.data.rows import read_rows
     from nemo_rao.demo.synthetic import write_preferences
     from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
+    from nemo_rao.rows.reading import read_rows
 
     num_prompts = max(PROBED, GLOBAL_BATCH * arguments.steps)
     write_preferences(folder / "train.jsonl", max(PROMPTS, num_prompts), RESPONSES)

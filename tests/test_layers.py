@@ -17,26 +17,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch": set(),
     "keys": {"errors"},
     "runtime": {"errors"},
-    "cpu": {"errors", "runtime"},
     "ops": set(),
     "objectives": FOUNDATION | {"other_names"},
-    "data": FOUNDATION,
+    "model_files": {"errors"},
+    "rows": FOUNDATION,
+    "data": FOUNDATION | {"rows"},
     "mcore": FOUNDATION | {"data", "ops", "objectives"},
-    "config": FOUNDATION | {"data", "objectives", "other_names"},
-    "checkpoint": FOUNDATION | {"config", "data", "objectives"},
+    "config": FOUNDATION | {"data", "objectives", "other_names", "rows"},
+    "checkpoint": FOUNDATION | {"config", "data", "mcore", "objectives"},
     "loop": FOUNDATION | {"checkpoint", "config", "data", "mcore", "objectives"},
     "engines": {"config", "data", "loop"},  # which engine there is, and what it is asked
-    "engines.nemo": FOUNDATION | {"checkpoint", "config", "cpu", "data", "loop", "mcore", "objectives"},
-    "planning": FOUNDATION | {"config", "data", "objectives", "ops"},  # of the operations, what they hold at a time
-    "generation": FOUNDATION | {"data"},
-    "scoring": FOUNDATION | {"data", "generation"},  # a judge may be a model that generates here
+    "engines.nemo": FOUNDATION | {"checkpoint", "config", "data", "loop", "mcore", "objectives"},
+    "planning": FOUNDATION
+    | {"config", "data", "objectives", "ops", "rows"},  # of the operations, what they hold at a time
+    "generation": FOUNDATION | {"data", "model_files", "rows"},
+    "scoring": FOUNDATION | {"data", "generation", "rows"},  # a judge may be a model that generates here
     "training": FOUNDATION
-    | {"checkpoint", "config", "cpu", "data", "engines", "loop", "mcore", "objectives", "scoring"},
+    | {"checkpoint", "config", "data", "engines", "loop", "mcore", "objectives", "rows", "scoring"},
+    "show": FOUNDATION | {"config", "data", "objectives", "rows", "training"},
     "recipes": {"config", "errors", "training"},
-    "hugging_face": FOUNDATION | {"checkpoint", "config", "data", "engines.nemo", "mcore"},
+    "hugging_face": FOUNDATION | {"checkpoint", "config", "data", "engines.nemo", "mcore", "model_files"},
     "cluster": FOUNDATION | {"checkpoint", "config", "training"},
     "doctor": FOUNDATION | {"config", "engines.nemo", "training"},  # the latter two in processes of their own
-    "demo": FOUNDATION | {"config", "data", "training"},
+    "demo": FOUNDATION | {"config", "data", "rows", "training"},
     "commands": {
         "errors",
         "other_names",
@@ -49,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "planning",
         "runtime",
         "scoring",
+        "show",
         "training",
     },
     "cli": {"errors", "other_names", "commands", "runtime"},
@@ -58,21 +62,20 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Heavy package -> the layers that may import it.
 HEAVY: dict[str, set[str]] = {
-    "nemo": {"doctor", "hugging_face", "engines.nemo", "cpu"},
-    "lightning": {"engines.nemo", "cpu"},
+    "nemo": {"doctor", "hugging_face", "engines.nemo"},
+    "lightning": {"engines.nemo"},
     "lightning_utilities": {"engines.nemo"},
     "nemo_run": {"doctor", "recipes"},
-    "megatron": {"doctor", "mcore", "hugging_face", "loop", "engines.nemo", "training", "cpu"},
+    "megatron": {"doctor", "mcore", "hugging_face", "loop", "engines.nemo", "training"},
     "hydra": {"cluster", "config"},
     "omegaconf": {"cluster", "config"},
-    "transformers": {"data", "demo", "doctor", "generation", "hugging_face"},
+    "transformers": {"data", "demo", "doctor", "generation", "hugging_face", "show"},
     "vllm": {"doctor", "generation"},
     "lm_eval": {"doctor", "generation"},
     "torch": {
         "batch",
         "checkpoint",
         "config",
-        "cpu",
         "data",
         "doctor",
         "engines.nemo",

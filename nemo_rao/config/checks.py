@@ -13,9 +13,9 @@ from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.monitor import check_monitor
 from nemo_rao.config.precision_checks import check_fp8_network, check_precision
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.data.rows import expand_paths
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
+from nemo_rao.rows.reading import expand_paths
 from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 

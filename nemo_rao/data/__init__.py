@@ -1,20 +1,14 @@
-"""From a file to a micro-batch. Each module does one step; nothing is imported here, so that each costs only itself.
+"""From rows of text to a micro-batch. Each module does one step; nothing is imported here, so that each costs itself.
 
-    fields    typed fields of a record, or an error that names the place
-    formats   one record of a published data set          -> Row
-    rows      files, globs, `datasets` names              -> Row after Row
-    tokenizer a folder or a name                          -> a tokenizer; ``tokens``: text -> token ids
-    template  a tokenizer's chat template                 -> what it puts around messages and answers
-    rendering a Row                                       -> text, by the template or unchanged (``content``: losses)
-    encode    a Row and a tokenizer                       -> Sample (exact prompt and response boundaries)
-    row_checks  a Row and what an objective needs         -> the Row with the responses that are used (``choice``)
-    dataset   all Samples, checked (``sample_checks``)    -> PreferenceData and its LoadReport (``report``)
-    store     PreferenceData: flat arrays                 <-> a folder, memory-mapped
-    cache     what was loaded before                      -> the same PreferenceData, without reading its files' rows
-    order     seed and step                               -> the numbers of the samples of each micro-batch
-    collate   the Samples of a micro-batch                -> MicroBatch
-    prefetch  the next micro-batches, on a thread
-
-``synthetic`` and ``tokenizer_training`` make a small preference set and a tokenizer, so that every recipe can run
-where there is neither data nor a model.
+tokenizer   a folder or a name                        -> a tokenizer; ``tokens``: text -> token ids
+template    a tokenizer's chat template               -> what it puts around messages and answers
+rendering   a Row                                     -> text, by the template or unchanged (``content``: losses)
+encode      a Row and a tokenizer                     -> Sample (exact prompt and response boundaries)
+row_checks  a Row and what an objective needs         -> the Row with the responses that are used (``choice``)
+dataset     all Samples, checked (``sample_checks``)  -> PreferenceData and its LoadReport (``report``)
+store       PreferenceData: flat arrays               <-> a folder, memory-mapped
+cache       what was loaded before                    -> the same PreferenceData, without reading its files' rows
+order       seed and step                             -> the numbers of the samples of each micro-batch
+collate     the Samples of a micro-batch              -> MicroBatch
+prefetch    the next micro-batches, on a thread
 """

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import nemo_rao.batch
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import depends_on_the_day
-from nemo_rao.data.rows import Paths, expand_paths, is_saved_dataset
 from nemo_rao.data.store import FORMAT, PreferenceData, open_data
 from nemo_rao.errors import UserError
+from nemo_rao.rows.reading import Paths, expand_paths, is_saved_dataset
 from nemo_rao.runtime.files import one_at_a_time, remove_folder
 
 if TYPE_CHECKING:
@@ -130,8 +130,9 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 @functools.cache
 def _code_digest() -> str:
     """Of the modules between a file and a sample: nobody is to remember to make a change of theirs known."""
-    package = Path(__file__).parent
-    return _digest([nemo_rao.batch.__file__, *map(str, sorted(package.glob("*.py")))], relative_to=str(package))
+    package = Path(nemo_rao.batch.__file__).parent
+    modules = [str(path) for room in ("rows", "data") for path in sorted((package / room).glob("*.py"))]
+    return _digest([nemo_rao.batch.__file__, *modules], relative_to=str(package))
 
 
 def _version(library: str) -> str | None:

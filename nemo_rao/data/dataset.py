@@ -17,12 +17,12 @@ from nemo_rao.batch import Row, Sample
 from nemo_rao.data.choice import PairsBy, Responses, which_pair
 from nemo_rao.data.encode import Answers, BoundaryError, ChatTemplate, Encoder, inner_ends
 from nemo_rao.data.report import LoadReport, Outcome
-from nemo_rao.data.rewards import RewardField
 from nemo_rao.data.row_checks import Candidate, RowChecks, Truncated
-from nemo_rao.data.rows import Paths, read_rows
 from nemo_rao.data.sample_checks import equal_tokens, why_dropped
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
+from nemo_rao.rows.reading import Paths, read_rows
+from nemo_rao.rows.rewards import RewardField
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

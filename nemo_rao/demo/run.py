@@ -17,9 +17,9 @@ from pathlib import Path
 from nemo_rao.config.compose import compose
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.data.rows import read_rows
 from nemo_rao.demo.synthetic import write_preferences
 from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
+from nemo_rao.rows.reading import read_rows
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.training.checks import check_run
 from nemo_rao.training.train import train

@@ -11,14 +11,14 @@ from typing import Any
 
 from nemo_rao.batch import Response
 from nemo_rao.data.rendering_record import Rendering
-from nemo_rao.data.sources import JSON_LINES
-from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
 from nemo_rao.generation.model_folder import check_folder
 from nemo_rao.generation.policy import EMPTY, Answer, Policy, Question
 from nemo_rao.generation.progress import print_notes, work_through
 from nemo_rao.generation.prompts import Prompt, digest_of, read_prompts
 from nemo_rao.generation.settings import GenerateSettings, shown
+from nemo_rao.rows.sources import JSON_LINES
+from nemo_rao.rows.writing import record_of
 from nemo_rao.runtime.files import check_place, write_atomically
 from nemo_rao.runtime.part_file import PartFile, part_path
 
@@ -43,7 +43,7 @@ def generate(
     What is finished is kept in ``OUTPUT.part.jsonl``, from which the same command goes on.
 
     Args:
-        columns, ignore_fields: see :func:`nemo_rao.data.rows.read_rows`.
+        columns, ignore_fields: see :func:`nemo_rao.rows.reading.read_rows`.
 
     Raises:
         UserError: before any weights are loaded, for whatever is wrong with model, prompts, settings or output;

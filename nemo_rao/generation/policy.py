@@ -18,7 +18,6 @@ import numpy as np
 
 from nemo_rao.batch import Response, Row
 from nemo_rao.data.encode import load_tokenizer, pad_token_id
-from nemo_rao.data.fields import Messages
 from nemo_rao.data.rendering_record import read_rendering
 from nemo_rao.errors import UserError
 from nemo_rao.generation.engine import Continuation, Engine, Request, choose_engine, open_engine
@@ -30,6 +29,7 @@ from nemo_rao.generation.model_folder import (
     stop_tokens,
 )
 from nemo_rao.generation.settings import PolicySettings
+from nemo_rao.rows.fields import Messages
 
 EMPTY = "empty"
 

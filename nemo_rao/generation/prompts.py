@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_rao.batch import Row
-from nemo_rao.data import rows
-from nemo_rao.data.fields import Messages
-from nemo_rao.data.formats import FORMATS, recognise
-from nemo_rao.data.prompt import CONVERSATIONS, asks_alone, read_asked
-from nemo_rao.data.responses import make_row
-from nemo_rao.data.view import Columns, View
 from nemo_rao.errors import UserError
+from nemo_rao.rows import reading as rows
+from nemo_rao.rows.fields import Messages
+from nemo_rao.rows.formats import FORMATS, recognise
+from nemo_rao.rows.prompt import CONVERSATIONS, asks_alone, read_asked
+from nemo_rao.rows.responses import make_row
+from nemo_rao.rows.view import Columns, View
 
 _MARKS = {mark for known in FORMATS for mark in known.marks} - set(CONVERSATIONS)
 
@@ -54,10 +54,10 @@ def read_prompts(
     """The prompts of one or several files, in order; whatever is wrong with any row is found here.
 
     Args:
-        paths: see :func:`nemo_rao.data.rows.read_rows`. Rows may also have a prompt alone (``prompt``, ``question``,
+        paths: see :func:`nemo_rao.rows.reading.read_rows`. Rows may also have a prompt alone (``prompt``, ``question``,
             ...), text or messages, with its system message and tools.
         system: a system message, put before prompts that do not begin with one.
-        columns, ignore_fields: see :func:`nemo_rao.data.rows.read_rows`.
+        columns, ignore_fields: see :func:`nemo_rao.rows.reading.read_rows`.
 
     Raises:
         UserError: a file cannot be read, a row has no prompt, or there is none at all.

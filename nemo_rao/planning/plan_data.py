@@ -10,9 +10,9 @@ from typing import Any
 
 from nemo_rao.config.derived import total_steps
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.data.rows import HUB, expand_paths, read_rows
 from nemo_rao.errors import UserError
 from nemo_rao.planning.whole_run import RunLength, num_validations
+from nemo_rao.rows.reading import HUB, expand_paths, read_rows
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_rao.data.fields import LARGEST_REWARD
 from nemo_rao.errors import UserError
+from nemo_rao.rows.fields import LARGEST_REWARD
 from nemo_rao.runtime.files import told, written_atomically
 from nemo_rao.runtime.part_file import PartFile
 from nemo_rao.scoring.missing import WITHOUT, Missing

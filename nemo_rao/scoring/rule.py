@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nemo_rao.data.fields import LARGEST_REWARD, describe
 from nemo_rao.errors import UserError
+from nemo_rao.rows.fields import LARGEST_REWARD, describe
 from nemo_rao.scoring.scorer import Kind, NoScore, Pair, PairScorer, ScoringFailure
 
 EXAMPLE = "nemo_rao.demo.synthetic:ground_truth_reward"

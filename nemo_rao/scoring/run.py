@@ -17,9 +17,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from nemo_rao.batch import Row
-from nemo_rao.data.sources import HUB, JSON_LINES, expand_paths
-from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
+from nemo_rao.rows.sources import HUB, JSON_LINES, expand_paths
+from nemo_rao.rows.writing import record_of
 from nemo_rao.runtime.part_file import PartFile, part_path
 from nemo_rao.runtime.progress import Progress
 from nemo_rao.scoring.column import COLUMN, ColumnScorer

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_rao.batch import Row
-from nemo_rao.data.writing import ANSWER_FIELDS
 from nemo_rao.errors import UserError
+from nemo_rao.rows.writing import ANSWER_FIELDS
 
 Scores = tuple[float | None, ...]  # as they are written
 # Fields of a response that have a meaning of their own.

@@ -14,10 +14,10 @@ from typing import Any
 
 from nemo_rao.batch import Row
 from nemo_rao.data.report import LoadReport
-from nemo_rao.data.rows import read_rows
-from nemo_rao.data.sources import HUB, OnBad, expand_paths
-from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
+from nemo_rao.rows.reading import read_rows
+from nemo_rao.rows.sources import HUB, OnBad, expand_paths
+from nemo_rao.rows.writing import record_of
 from nemo_rao.scoring.column import ColumnScorer
 from nemo_rao.scoring.scorer import InputRow, NoScore, Scorer
 

@@ -14,11 +14,11 @@ from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import Encoder
 from nemo_rao.data.overlap import SharedPrompts, shared_prompts
 from nemo_rao.data.report import LoadReport, Outcome
-from nemo_rao.data.rows import read_rows
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.data.tokenizer import load_tokenizer
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
+from nemo_rao.rows.reading import read_rows
 from nemo_rao.runtime.progress import Progress
 from nemo_rao.show.numbers import Collector, Numbers
 from nemo_rao.show.rows import ShownRow, indices_used, place_of, shown_row

@@ -14,6 +14,7 @@ from nemo_rao.batch import Row, Sample
 from nemo_rao.config.precision_checks import sequence_multiple
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.encode import BoundaryError, Encoder, load_tokenizer
+from nemo_rao.engines.engine import engine_of
 from nemo_rao.errors import UserError
 from nemo_rao.scoring.scorer import NoScore
 
@@ -68,16 +69,12 @@ def length_limit(config: RunConfig, run: str, max_length: int | None) -> Limit:
 def context_length(config: RunConfig) -> int:
     """Tokens that the network's positions are made for: at least those that it was trained with.
 
-    A checkpoint does not say it. The config.json beside an imported model's tokenizer does, and else NeMo's config
-    class of the model. Learned positions end where training did.
+    A checkpoint does not say it. The config.json beside an imported model's tokenizer does, and else the engine's
+    config class of the model. Learned positions end where training did.
     """
-    from nemo_rao.training.prepare import import_nemo
-
-    import_nemo()
-    from nemo_rao.engines.nemo import build
-
-    trained = config.model.seq_length
-    made = build.model_config(config)
+    engine, trained = engine_of(config), config.model.seq_length
+    engine.load()
+    made = engine.model_config(config)
     if made.position_embedding_type == "learned_absolute":
         return trained
     of_class = next(one.default for one in dataclasses.fields(type(made)) if one.name == "seq_length")

@@ -13,10 +13,10 @@ from nemo_rao.data.dataset import INNER_END, load_preferences
 from nemo_rao.data.encode import BoundaryError, Encoder
 from nemo_rao.data.mismatched import mismatched
 from nemo_rao.data.row_checks import NOT_FINITE
-from nemo_rao.data.rows import read_rows
 from nemo_rao.data.sample_checks import PROMPT_TOO_LONG, TOO_LONG
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
+from nemo_rao.rows.reading import read_rows
 
 
 def record(prompt="Hi?", *rewards, content="Hello there {}"):

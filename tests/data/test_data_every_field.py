@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rao.batch import Row
-from nemo_rao.data.rows import read_rows
-from nemo_rao.data.writing import record_of
 from nemo_rao.errors import UserError
 from nemo_rao.generation.prompts import read_prompts
+from nemo_rao.rows.reading import read_rows
+from nemo_rao.rows.writing import record_of
 
 # Texts and numbers that occur once in a record are filled in for these (see `_marked`).
 TEXT, NUMBER = "<text>", "<number>"

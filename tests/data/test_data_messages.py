@@ -5,8 +5,8 @@ import json
 import pytest
 
 from nemo_rao.batch import Response
-from nemo_rao.data.rows import read_rows
 from nemo_rao.errors import UserError
+from nemo_rao.rows.reading import read_rows
 
 USER = {"role": "user", "content": "Hi?"}
 GOOD = {"role": "assistant", "content": "Hello!"}

@@ -8,7 +8,7 @@ import pytest
 from nemo_rao.data.collate import collate
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import Encoder
-from nemo_rao.data.rows import read_rows
+from nemo_rao.rows.reading import read_rows
 
 FILE = Path(__file__).parents[3] / "shared" / "data" / "alpacaeval_k4_shared.jsonl.gz"
 pytestmark = pytest.mark.skipif(not FILE.exists(), reason=f"{FILE.name} is not here")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from nemo_rao.batch import Response, Row
-from nemo_rao.data.rows import read_rows
 from nemo_rao.errors import UserError
+from nemo_rao.rows.reading import read_rows
 
 USER = {"role": "user", "content": "Hi?"}
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -302,7 +302,7 @@ def test_blank_lines_are_skipped_but_counted_and_a_byte_order_mark_is_no_text(tm
 
 
 def test_reading_json_lines_imports_nothing_heavy():
-    check = "import sys, nemo_rao.data.rows; sys.exit(bool({'torch', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    check = "import sys, nemo_rao.rows.reading; sys.exit(bool({'torch', 'transformers', 'pyarrow'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[2])
 
 

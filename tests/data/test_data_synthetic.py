@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import load_tokenizer
-from nemo_rao.data.rows import read_rows
 from nemo_rao.demo.synthetic import ground_truth_reward, preferences, write_preferences
 from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
 from nemo_rao.errors import UserError
+from nemo_rao.rows.reading import read_rows
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nemo_rao.data.rows import read_rows
 from nemo_rao.errors import UserError
+from nemo_rao.rows.reading import read_rows
 
 ONE = "\n\nHuman: a\n\nAssistant:"
 TWO = ONE + " b\n\nHuman: c\n\nAssistant:"

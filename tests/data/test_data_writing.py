@@ -4,8 +4,8 @@ import dataclasses
 import json
 
 from nemo_rao.batch import Response, Row
-from nemo_rao.data.rows import read_rows
-from nemo_rao.data.writing import record_of
+from nemo_rao.rows.reading import read_rows
+from nemo_rao.rows.writing import record_of
 
 USER = {"role": "user", "content": "Hi?"}
 FULL = Row(

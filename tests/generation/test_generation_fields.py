@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from nemo_rao.cli import main
-from nemo_rao.data.rows import read_rows
 from nemo_rao.demo.tokenizer_training import CHAT_TEMPLATE
 from nemo_rao.generation.with_transformers import TransformersEngine
+from nemo_rao.rows.reading import read_rows
 from tests.generation.conftest import read_lines
 from tests.generation.test_generation_generate import one_line
 

@@ -12,9 +12,9 @@ import pytest
 
 from nemo_rao.cli import main
 from nemo_rao.data.encode import Encoder, load_tokenizer
-from nemo_rao.data.rows import read_rows
 from nemo_rao.generation.progress import work_through
 from nemo_rao.generation.with_transformers import TransformersEngine
+from nemo_rao.rows.reading import read_rows
 from nemo_rao.runtime.part_file import PartFile
 from tests.generation.conftest import read_lines
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nemo_rao.data.encode import Encoder, load_tokenizer
-from nemo_rao.data.rows import read_rows
 from nemo_rao.objectives import registry
+from nemo_rao.rows.reading import read_rows
 from nemo_rao.runtime.metrics_file import read_metrics
 
 from ..hugging_face.models import command, make_model

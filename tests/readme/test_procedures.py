@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.data.rows import read_rows
 from nemo_rao.demo.synthetic import write_preferences
 from nemo_rao.demo.tokenizer_training import train_tokenizer
+from nemo_rao.rows.reading import read_rows
 from nemo_rao.runtime.metrics_file import read_metrics
 
 from ..hugging_face.models import command, make_model, read_json

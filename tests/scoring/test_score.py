@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.data.rows import read_rows
 from nemo_rao.demo.synthetic import write_preferences
+from nemo_rao.rows.reading import read_rows
 from tests.scoring.conftest import read_lines, write_lines, write_rows
 
 Command = Callable[..., tuple[int, str, str]]

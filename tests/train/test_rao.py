@@ -103,8 +103,8 @@ def test_forty_steps_on_real_answers_lower_the_target_error(tmp_path: Path) -> N
 
 
 def _tokenizer_of_real_data(folder: Path) -> None:
-    from nemo_rao.data.rows import read_rows
     from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
+    from nemo_rao.rows.reading import read_rows
 
     train_tokenizer(texts_of_rows(read_rows(str(REAL_DATA))), folder, 2048)
 

@@ -16,8 +16,8 @@ REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "alpacaeval_k4_share
 
 
 def _tokenizer(data: Path, folder: Path) -> None:
-    from nemo_rao.data.rows import read_rows
     from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
+    from nemo_rao.rows.reading import read_rows
 
     train_tokenizer(texts_of_rows(read_rows(str(data))), folder, 2048)
 

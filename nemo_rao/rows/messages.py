@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_rao.batch import Response
-from nemo_rao.data.fields import Messages, check_json, check_unicode, describe, is_json, read_text
-from nemo_rao.data.view import View
 from nemo_rao.errors import UserError
+from nemo_rao.rows.fields import Messages, check_json, check_unicode, describe, is_json, read_text
+from nemo_rao.rows.view import View
 
 # ShareGPT's name of who speaks -> the role.
 SPEAKERS = {

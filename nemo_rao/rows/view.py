@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_rao.data.fields import describe, missing, read_records
 from nemo_rao.errors import UserError, did_you_mean
+from nemo_rao.rows.fields import describe, missing, read_records
 
 # The fields that some format reads, and that `columns` may provide.
 KNOWN_FIELDS = (

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_rao.batch import Response, Row
-from nemo_rao.data.fields import Messages, check_json, check_unicode, describe, read_text
-from nemo_rao.data.messages import CALLS, answer_of, is_empty, read_calls, read_messages, read_truncated, read_weight
-from nemo_rao.data.prompt import Asked, check_nothing_asked_is_left, read_template_fields
-from nemo_rao.data.rewards import RewardField, read_reward
-from nemo_rao.data.transcripts import has_turns, split_answer_marker
-from nemo_rao.data.view import View
-from nemo_rao.data.writing import ANSWER_FIELDS
 from nemo_rao.errors import UserError
+from nemo_rao.rows.fields import Messages, check_json, check_unicode, describe, read_text
+from nemo_rao.rows.messages import CALLS, answer_of, is_empty, read_calls, read_messages, read_truncated, read_weight
+from nemo_rao.rows.prompt import Asked, check_nothing_asked_is_left, read_template_fields
+from nemo_rao.rows.rewards import RewardField, read_reward
+from nemo_rao.rows.transcripts import has_turns, split_answer_marker
+from nemo_rao.rows.view import View
+from nemo_rao.rows.writing import ANSWER_FIELDS
 
 
 def read_response(record: View, content_name: str, reward_name: str, reward_field: RewardField) -> Response:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_rao.batch import Response
-from nemo_rao.data.fields import Messages, check_json, describe, read_text
-from nemo_rao.data.messages import (
+from nemo_rao.errors import UserError
+from nemo_rao.rows.fields import Messages, check_json, describe, read_text
+from nemo_rao.rows.messages import (
     SPEAKERS,
     as_messages,
     check_prompt,
@@ -25,10 +26,9 @@ from nemo_rao.data.messages import (
     read_prompt,
     without_weights,
 )
-from nemo_rao.data.transcripts import split_prompt
-from nemo_rao.data.view import View
-from nemo_rao.data.writing import TEMPLATE_COLUMNS
-from nemo_rao.errors import UserError
+from nemo_rao.rows.transcripts import split_prompt
+from nemo_rao.rows.view import View
+from nemo_rao.rows.writing import TEMPLATE_COLUMNS
 
 PROMPT_NAMES = ("prompt", "question", "query", "instruction", "input")
 CONVERSATIONS = ("messages", "conversations", "conversation")

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_rao.data.fields import describe, read_number
-from nemo_rao.data.view import View
 from nemo_rao.errors import UserError
+from nemo_rao.rows.fields import describe, read_number
+from nemo_rao.rows.view import View
 
 RewardField = str | Sequence[str] | None  # a name, the names of an ensemble, or the format's own
 

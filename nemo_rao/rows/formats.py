@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nemo_rao.batch import Response, Row
-from nemo_rao.data.fields import describe, read_numbers, read_text
-from nemo_rao.data.messages import answer_of, as_messages, read_messages
-from nemo_rao.data.pairs import SIDES, from_chosen_rejected
-from nemo_rao.data.prompt import CONVERSATIONS, Asked, read_asked, with_context
-from nemo_rao.data.responses import make_row, read_answer, read_response
-from nemo_rao.data.rewards import RewardField, no_reward_field, read_reward, read_score_of_pair
-from nemo_rao.data.view import View
 from nemo_rao.errors import UserError
+from nemo_rao.rows.fields import describe, read_numbers, read_text
+from nemo_rao.rows.messages import answer_of, as_messages, read_messages
+from nemo_rao.rows.pairs import SIDES, from_chosen_rejected
+from nemo_rao.rows.prompt import CONVERSATIONS, Asked, read_asked, with_context
+from nemo_rao.rows.responses import make_row, read_answer, read_response
+from nemo_rao.rows.rewards import RewardField, no_reward_field, read_reward, read_score_of_pair
+from nemo_rao.rows.view import View
 
 HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from nemo_rao.batch import Response, Row
-from nemo_rao.data.fields import Messages, describe, read_text
-from nemo_rao.data.messages import answer_of, as_messages, read_messages
-from nemo_rao.data.prompt import Asked, prompt_name, read_given, with_context
-from nemo_rao.data.responses import make_row, roles_of
-from nemo_rao.data.rewards import RewardField, no_reward_field, read_score_of_pair
-from nemo_rao.data.transcripts import is_transcript, turns_of
-from nemo_rao.data.view import View
 from nemo_rao.errors import UserError
+from nemo_rao.rows.fields import Messages, describe, read_text
+from nemo_rao.rows.messages import answer_of, as_messages, read_messages
+from nemo_rao.rows.prompt import Asked, prompt_name, read_given, with_context
+from nemo_rao.rows.responses import make_row, roles_of
+from nemo_rao.rows.rewards import RewardField, no_reward_field, read_score_of_pair
+from nemo_rao.rows.transcripts import is_transcript, turns_of
+from nemo_rao.rows.view import View
 
 SIDES = ("chosen", "rejected")
 

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from nemo_rao.batch import Row
-from nemo_rao.data.formats import recognise
-from nemo_rao.data.rewards import RewardField
-from nemo_rao.data.sources import HUB, JSON_LINES, OnBad, Paths, expand_paths, is_saved_dataset, read_records_of
-from nemo_rao.data.view import Columns
 from nemo_rao.errors import UserError
+from nemo_rao.rows.formats import recognise
+from nemo_rao.rows.rewards import RewardField
+from nemo_rao.rows.sources import HUB, JSON_LINES, OnBad, Paths, expand_paths, is_saved_dataset, read_records_of
+from nemo_rao.rows.view import Columns
 
 __all__ = [
     "HUB",
