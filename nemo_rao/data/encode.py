@@ -224,8 +224,10 @@ class Encoder:
             before = prompt if answer.before == text.prompt else self._begun(next(tokens))
             parts.append((answer, before, self._begun(next(tokens))))
         try:
-            split = self._conversation if is_conversation(row) else self._responses
-            responses, marks = split(row, prompt, parts)
+            if is_conversation(row):
+                prompt, responses, marks = self._conversation(row, parts, text.remarks)
+            else:
+                responses, marks = self._responses(row, prompt, parts), None
         except BoundaryError as reason:
             return reason
         if self._unknown is not None:
@@ -268,7 +270,7 @@ class Encoder:
 
     def _responses(
         self, row: Row, prompt: np.ndarray, parts: Sequence[tuple[Answer, np.ndarray, np.ndarray]]
-    ) -> tuple[list[np.ndarray], None]:
+    ) -> list[np.ndarray]:
         responses = []
         for (answer, _, whole), given in zip(parts, row.responses, strict=True):
             if len(prompt) == 0 or not np.array_equal(whole[: len(prompt)], prompt):
@@ -282,15 +284,20 @@ class Encoder:
             if given.weight == 0:
                 raise NothingToLearnError(f"{row.place}: {answer.name} is not to be learned (weight 0); drop the row")
             responses.append(response)
-        return responses, None
+        return responses
 
     def _conversation(
-        self, row: Row, prompt: np.ndarray, parts: Sequence[tuple[Answer, np.ndarray, np.ndarray]]
-    ) -> tuple[list[np.ndarray], tuple[np.ndarray]]:
-        """One row of tokens, with every answer marked from its generation prompt to its end token."""
+        self, row: Row, parts: Sequence[tuple[Answer, np.ndarray, np.ndarray]], remarks: list[str]
+    ) -> tuple[np.ndarray, list[np.ndarray], tuple[np.ndarray]]:
+        """(prompt, one row of tokens, a mask of every answer in it from its generation prompt to its end token).
+
+        An answer that the template renders otherwise once others follow, as Qwen3's does, is context: its tokens there
+        are not those that a policy would say.
+        """
         last, before, whole = parts[-1]
         whole = np.concatenate([whole[: len(before)], self._ended(whole[len(before) :], last.truncated)])
         is_answer = np.zeros(len(whole), dtype=bool)
+        first, changed = len(whole), None
         for answer, before, after in parts:
             said = after[len(before) :]
             if self._template_ends or answer is last:
@@ -298,9 +305,18 @@ class Encoder:
             end = len(before) + len(said)
             fits = np.array_equal(whole[: len(before)], before) and np.array_equal(after[: len(before)], before)
             if not fits or not np.array_equal(whole[len(before) : end], said):
-                raise BoundaryError(
-                    f"{row.place}: {answer.name} has no boundary in tokens: the chat template renders earlier messages "
-                    f"otherwise once others follow; {self._conversation_remedy}use another template, or drop the row"
-                )
-            is_answer[len(before) : end] = answer.learned
-        return [whole[len(prompt) :]], (is_answer[len(prompt) :],)
+                changed = changed or answer
+            elif answer.learned:
+                is_answer[len(before) : end] = True
+                first = min(first, len(before))
+        if changed is not None and not is_answer.any():
+            raise BoundaryError(
+                f"{row.place}: {changed.name} has no boundary in tokens: the chat template renders earlier messages "
+                f"otherwise once others follow; {self._conversation_remedy}use another template, or drop the row"
+            )
+        if changed is not None:
+            remarks.append(
+                "conversations have answers that the chat template renders otherwise once others follow: they are "
+                "context and not learned"
+            )
+        return whole[:first], [whole[first:]], (is_answer[first:],)

@@ -222,7 +222,7 @@ def test_a_row_that_is_too_long_is_dropped_and_counted(
     long = row(("a b", 1.0), ("b " * 200, 0.0))
     rows = write_rows(tmp_path / "rows.jsonl", GOOD, long, GOOD)
     assert main(["train", *TINY, rows, f"data.tokenizer={inputs}/tokenizer"]) == 0
-    [(_, prepared, _)] = started
+    [(_, prepared, *_)] = started
     output = capfd.readouterr().out
     assert len(prepared.train) == 2
     has(output, "2 of 3 rows kept", "1 dropped", f"{tmp_path}/rows.jsonl line 2", "response 2")
@@ -273,7 +273,7 @@ def refused_early(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) 
     def no_model(*_: Any) -> None:
         raise AssertionError("a model's config was made")
 
-    monkeypatch.setattr("nemo_rao.training.prepare._check_model", no_model)
+    monkeypatch.setattr("nemo_rao.training.prepare.check_model", no_model)
     return lambda objective, *overrides: refused(f"model.objective={objective}", *overrides, recipe="gpt_dpo")
 
 

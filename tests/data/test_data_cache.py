@@ -164,6 +164,7 @@ OPTIONS = {
     "reward_field": "reward",
     "columns": {"prompt": "prompt"},
     "ignore_fields": ["source"],
+    "max_rows": 1,
 }
 
 

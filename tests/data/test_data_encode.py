@@ -204,7 +204,7 @@ def test_conversations_and_single_answers_are_encoded_side_by_side(tokenizers):
         assert (sample.answers is None) == (one is not rows[1])
 
 
-def test_a_template_that_renders_earlier_answers_otherwise_is_refused(tokenizers):
+def test_earlier_answers_that_a_template_renders_otherwise_are_context_and_counted(tokenizers):
     import copy
 
     tokenizer = copy.deepcopy(tokenizers["chatml"])
@@ -212,8 +212,13 @@ def test_a_template_that_renders_earlier_answers_otherwise_is_refused(tokenizers
         "message['content'] +",
         "(message['content'] if loop.last or message['role'] != 'assistant' else '...' + message['content']) +",
     )
-    with pytest.raises(BoundaryError, match=r"chat.jsonl line 3: answer 1 of the conversation has no boundary"):
-        Encoder(tokenizer).encode(chat_row())
+    encoder, row = Encoder(tokenizer), chat_row()
+    sample = encoder.encode(row)
+    last = [message["content"] for message in row.responses[0].continuation if message["role"] == "assistant"][-1]
+    assert sample.answers is not None and sample.answers[0].all()
+    assert encoder.tokenizer.decode(sample.responses[0]).startswith(last)
+    assert "..." in encoder.tokenizer.decode(sample.prompt)
+    assert [remark for remark in sample.remarks if "are context and not learned" in remark]
 
 
 def test_a_conversation_needs_a_chat_template(tokenizers):

@@ -304,8 +304,10 @@ def test_answers_of_weight_0_are_context(encoder):
 
 
 def test_verbatim_trains_conversations_whose_last_answer_a_template_renders_otherwise(encoder):
+    template = encoder("qwen_3")
+    assert marked(template, template.encode(chat(1, 1))) == "<think>\n\n</think>\n\nfive<|im_end|>"
     with pytest.raises(BoundaryError, match=r"answer 1 of the conversation has no boundary .* data.answers=verbatim"):
-        encoder("qwen_3").encode(chat(1, 1))
+        template.encode(chat(1, 0))
     verbatim = encoder("qwen_3", answers="verbatim")
     assert marked(verbatim, verbatim.encode(chat(1, 1))) == "four<|im_end|>five<|im_end|>"
 
@@ -400,8 +402,11 @@ def test_whatever_is_in_a_row_each_response_holds_its_content_or_the_row_says_wh
     else:
         (response,), learned = given.responses, marked(encoder, sample)
         turns = [m for m in response.continuation if m["role"] == "assistant"]
-        for content, weight in [(response.content, response.weight), *((m["content"], m["weight"]) for m in turns)]:
-            assert bare(content) in (learned if weight else prompt + responses[0])
+        answers = [(response.content, response.weight), *((m["content"], m["weight"]) for m in turns)]
+        context = any("are context and not learned" in remark for remark in sample.remarks)
+        for number, (content, weight) in enumerate(answers, start=1):
+            is_learned = weight and not (context and number < len(answers))
+            assert bare(content) in (learned if is_learned else prompt + responses[0])
 
 
 # ---------------------------------------------------------------------------------------------------- transformers 5
