@@ -138,4 +138,4 @@ def test_every_part_of_the_package_shows_progress_by_this_module() -> None:
         for file in sorted(package.rglob("*.py"))
         if any(word in file.read_text() for word in ("import tqdm", "rich.progress")) and file.name != "progress.py"
     ]
-    assert others == [] and "rich.progress" not in (package / "generation" / "progress.py").read_text()
+    assert others == [] and "rich.progress" not in (package.parent / "generation" / "progress.py").read_text()

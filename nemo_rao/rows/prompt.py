@@ -241,6 +241,9 @@ def _says_only(value: Any, texts: set[str]) -> bool:
         return _normal(value) in texts
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return False
+    names = {name for message in value for name, entry in message.items() if entry is not None}
+    if not names <= {"role", "content", "from", "value"}:
+        return False  # there is more in it
     contents = [message.get("content", message.get("value")) for message in value]
     return all(isinstance(content, str) and _normal(content) in texts for content in contents)
 

@@ -152,7 +152,7 @@ def test_the_procedure_of_eight_gpus(tmp_path: Path, preferences: list[dict]) ->
     assert all(steps_of(tmp_path / run) == [1, 2] for run in ("sft", "rm", "rao"))
     scored = list(read_rows(str(tmp_path / "scored.jsonl")))
     assert [len(row.responses) for row in scored] == [4] * len(preferences)
-    assert json.loads((tmp_path / "rao" / "data.json").read_text())["training"]["report"] == "8 of 8 rows kept"
+    assert json.loads((tmp_path / "rao" / "data.json").read_text())["training"]["report"].startswith("8 of 8 rows kept")
     assert [len(row.responses) for row in read_rows(str(tmp_path / "samples.jsonl"))] == [4, 4]
 
 

@@ -231,8 +231,8 @@ def test_thinking_that_the_generation_prompt_opens_is_no_answer_before_it_ends(
     ("damage", "parts"),
     [
         ("nothing there", ("no such folder",)),
-        ("shard", ("model-2.safetensors is missing", "copy or download it again")),
-        ("pickled", ("pytorch_model.bin is pickled, and is never loaded",)),
+        ("shard", ("model-2.safetensors is missing", "download the model again")),
+        ("pickled", ("pytorch_model.bin is pickled, and pickles can run code",)),
         ("of a kind there is not", ("configuration of this lama",)),
         ("template", ("has no chat template",)),
         ("system", ("the chat template", "refuses messages of system, user", "set system to null")),

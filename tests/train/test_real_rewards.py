@@ -58,7 +58,14 @@ def test_a_reward_model_of_real_answers_orders_new_ones_and_the_file_it_scored_t
     assert after["val/rewards/accuracies"] > 0.75, (before, after)
     assert after["val/loss"] < 0.65 and before["val/loss"] == pytest.approx(0.6931, abs=0.05)
 
-    score(str(tmp_path / "train.jsonl"), str(tmp_path / "scored.jsonl"), "--scorer", f"model:{tmp_path / 'rm'}")
+    score(
+        str(tmp_path / "train.jsonl"),
+        str(tmp_path / "scored.jsonl"),
+        "--scorer",
+        f"model:{tmp_path / 'rm'}",
+        "--max-missing",
+        "1",
+    )
     rewards = [[a["reward"] for a in json.loads(line)["responses"]] for line in (tmp_path / "scored.jsonl").open()]
     assert len(rewards) == len(parts["train"]) and any(None in row for row in rewards)
     run_training(
