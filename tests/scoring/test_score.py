@@ -195,9 +195,7 @@ def test_columns_of_other_names_are_read_and_bad_rows_dropped_and_counted_by_cau
     assert "4 of 11 rows are bad, a larger share than --max-bad-rows 0.05; mend them, or raise it" in message
     code, output, message = command(*given, "--bad-rows", "drop", "--max-bad-rows", "0.4", "--ignore-field", "id")
     assert code == 0, message
-    assert output.count("1 bad row dropped") == 4 and "first: in.jsonl line 5: field 'chosen' is empty" in output, (
-        output
-    )
+    assert output.count("1 bad row dropped") == 4 and "in.jsonl line 5: field 'chosen' is empty" in output, output
     assert "fields that are not used: topic (7 rows)" in output
     assert [row["prompt"] for row in read_lines("out.jsonl")] == ["q0", "q1", "q2", "q3", "q5", "q6", "q7"]
     assert column("reward") == [[0, 0]] * 6 + [[1, 0]]
