@@ -100,8 +100,10 @@ def has_pair(row: Row) -> bool:
 def where_to_add_rewards(row: Row) -> str:
     """The remedy for a response without a reward. The fields of pairs cannot be chosen."""
     if row.ranked:
-        return "add score_chosen and score_rejected (NeMo-Aligner: chosen_reward and rejected_reward)"
-    return "add it, or name the field it stands in by data.reward_field"
+        where = "add score_chosen and score_rejected (NeMo-Aligner: chosen_reward and rejected_reward)"
+    else:
+        where = "add it, or name the field it stands in by data.reward_field"
+    return f"{where}; data.bad_rows=drop drops and counts such rows"
 
 
 def _require_rewards(row: Row, why: str) -> None:
