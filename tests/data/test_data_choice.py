@@ -129,7 +129,7 @@ def test_a_response_without_a_reward_to_choose_by_is_named(responses):
         choose_responses(row(1, None, 0), responses, seed=0, number=0)
     assert str(caught.value) == (
         f"f.jsonl line 7: response 2 has no reward, and data.responses is {responses}; add it, or name the field it "
-        "stands in by data.reward_field"
+        "stands in by data.reward_field; data.bad_rows=drop drops and counts such rows"
     )
 
 
