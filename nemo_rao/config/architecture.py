@@ -21,8 +21,9 @@ from nemo_rao.config.run_config import ArchitectureConfig, RunConfig
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.console import is_first_rank
 
+
 def architecture_fields(config: RunConfig) -> dict[str, Any]:
-    """Field -> value of the network, as :mod:`nemo_rao.config.families` names them; sizes that are not set are ``None``.
+    """Field -> value of the network, by the names of :mod:`nemo_rao.config.families`; ``None``: not set.
 
     Raises:
         UserError: ``model.config_class`` does not exist.

@@ -64,10 +64,7 @@ def check_experts(config: RunConfig, fields: Mapping[str, Any]) -> None:
 def _check_options(config: RunConfig, fields: Mapping[str, Any]) -> None:
     given = config.model.arch.extra
     if config.precision.fp8_simulation:
-        raise UserError(
-            f"precision.fp8_simulation=true: products of experts are not simulated; set "
-            "it to false"
-        )
+        raise UserError("precision.fp8_simulation=true: products of experts are not simulated; set it to false")
     for name, why in _REFUSED.items():
         if fields.get(name) is not None:
             raise UserError(f"model.arch.extra.{name}={fields[name]}: {why}; set it to null")

@@ -14,16 +14,16 @@ from nemo_rao.engines.nemo.config_classes import ROPE_SCALING
 from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.mcore.activations import activation
 
-# Family -> a class of nemo.collections.llm without sizes, or whose sizes are all replaced.
+# Family -> a class that nemo.collections.llm offers; its sizes, where it has any, are all replaced.
 _CLASSES = {
     "llama": "LlamaConfig",
     "mistral": "MistralConfig7B",
     "mixtral": "MixtralConfig",
     "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",
-    "qwen3_moe": "Qwen3MoEConfig",
+    "qwen3_moe": "Qwen3Config30B_A3B",
 }
-_SCALED_LLAMA = "Llama31Config"  # scales its rotary frequencies when it builds the model
+_SCALED_LLAMA = "Llama31Config8B"  # scales its rotary frequencies; the smallest that nemo.collections.llm offers
 
 
 def class_named(name: str, key: str) -> type[GPTConfig]:
@@ -36,9 +36,7 @@ def class_named(name: str, key: str) -> type[GPTConfig]:
         found: value for found, value in vars(llm).items() if isinstance(value, type) and issubclass(value, GPTConfig)
     }
     if name not in classes:
-        raise UserError(
-            f"{key}: nemo.collections.llm has no GPT config named {name!r}{did_you_mean(name, classes)}"
-        )
+        raise UserError(f"{key}: nemo.collections.llm has no GPT config named {name!r}{did_you_mean(name, classes)}")
     return classes[name]
 
 
@@ -55,9 +53,7 @@ def config_of_family(family: str, fields: Mapping[str, Any], **more: Any) -> GPT
     """
     key = f"model.family={family}"
     if family not in _CLASSES:
-        raise UserError(
-            f"{key}: NeMo's engine does not offer it; it offers {', '.join(_CLASSES)}"
-        )
+        raise UserError(f"{key}: NeMo's engine does not offer it; it offers {', '.join(_CLASSES)}")
     fields = dict(fields)
     scaling = fields.pop("rope_scaling")
     config_class = class_named(_CLASSES[family] if scaling is None else _SCALED_LLAMA, key)
