@@ -134,7 +134,8 @@ def test_a_rotary_embedding_is_read_in_all_its_spellings(name: str) -> None:
     for spelling in spellings:
         keys = network({**LLAMA, **spelling})["keys"]
         assert keys["arch"]["rotary_base"] == base, spelling
-        assert keys["arch"]["extra"].get("scale_factor") == (LLAMA3_ROPE["factor"] if scaled else None), spelling
+        scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_type"} if scaled else None
+        assert keys["arch"].get("rope_scaling") == scaling, spelling
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

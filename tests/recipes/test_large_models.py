@@ -110,6 +110,13 @@ def test_each_rank_builds_the_layers_and_parameters_that_are_planned(
         assert layers == [len(chunk["layers"]) for chunk in chunks]
 
 
+def test_the_loss_has_the_recipes_own_block_and_checkpoints_plain_values(
+    built: dict[Part, list[dict[str, Any]]],
+) -> None:
+    for chunk in (chunk for chunks in built.values() for chunk in chunks):
+        assert chunk["loss has the recipe's keys"] and chunk["kept for checkpoints"] is dict
+
+
 def test_the_parts_of_all_ranks_are_the_published_model(model: str, built: dict[Part, list[dict[str, Any]]]) -> None:
     parameters, num_layers, _ = MODELS[model]
     total, counted, layers = 0, set(), []

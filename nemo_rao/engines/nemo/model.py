@@ -80,7 +80,8 @@ class MegatronGPTAlignmentModel(GPTModel):
 
         The objective's keys are kept as plain values: a checkpoint's context holds no pickle of this package's classes.
         """
-        if dataclasses.is_dataclass(keys := kwargs.get("objective_config")):
+        keys = kwargs.get("objective_config")
+        if dataclasses.is_dataclass(keys) and not isinstance(keys, type):
             kwargs["objective_config"] = dataclasses.asdict(keys)
         return super().io_transform_args(init_fn, *args, **kwargs)
 
