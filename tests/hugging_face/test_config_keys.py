@@ -73,7 +73,7 @@ def test_no_key_is_ignored_that_could_change_the_network(release: int, family: s
         assert any(remedy in str(error) for remedy in ("can be imported", "LlamaForCausalLM", "download it again"))
         assert key not in HARMLESS or key in ("model_type", "architectures")
         return
-    windows_are_off = family == "qwen2" and key in ("sliding_window", "max_window_layers")
+    windows_are_off = family in ("qwen2", "qwen3") and key in ("sliding_window", "max_window_layers")
     assert (found == network(given)) == (key in HARMLESS or windows_are_off)
 
 
@@ -134,7 +134,8 @@ def test_a_rotary_embedding_is_read_in_all_its_spellings(name: str) -> None:
     for spelling in spellings:
         keys = network({**LLAMA, **spelling})["keys"]
         assert keys["arch"]["rotary_base"] == base, spelling
-        assert keys["arch"]["extra"].get("scale_factor") == (LLAMA3_ROPE["factor"] if scaled else None), spelling
+        scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_type"} if scaled else None
+        assert keys["arch"].get("rope_scaling") == scaling, spelling
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -82,12 +82,12 @@ def _chunk(config: RunConfig, chunk: int | None) -> dict[str, Any]:
     from nemo_rao.engines.nemo import build
     from nemo_rao.engines.nemo.model import MegatronGPTAlignmentModel
 
-    adapt = build.lora(config)
+    adapt, keys = build.lora(config), objective_config(config)
     model = MegatronGPTAlignmentModel(
         build.model_config(config),
         objective=config.model.objective,
-        objective_config=vars(objective_config(config)),
-        # Its size is in the recipe, or in its config class: a tokenizer of another size must not matter.
+        objective_config=keys,
+        # Its size is in the recipe: a tokenizer of another size must not matter.
         tokenizer=SimpleNamespace(vocab_size=1000),
         model_transform=adapt,
         fused_log_probs=config.model.fused_log_probs,
@@ -98,6 +98,8 @@ def _chunk(config: RunConfig, chunk: int | None) -> dict[str, Any]:
     model.configure_model(vp_stage=chunk)
     add_adapters(adapt, model.module)
     return {
+        "loss has the recipe's keys": model.loss.config is keys,
+        "kept for checkpoints": type(model.__io__.objective_config),
         "layers": [layer.layer_number for layer in model.module.decoder.layers],
         "parameters": [(name, parameter.numel()) for name, parameter in model.module.named_parameters()],
     }

@@ -32,6 +32,9 @@ MODELS = {
     "llama3_1_405b": (405_853_388_800, 126, 512),
     "qwen2_5_7b": (7_615_616_512, 28, 8),
     "qwen2_5_72b": (72_706_203_648, 80, 32),
+    "qwen3_8b": (8_190_735_360, 36, 8),
+    "qwen3_32b": (32_762_123_264, 64, 16),
+    "qwen3_30b_a3b": (30_532_122_624, 48, 16),
     "eurollm_9b": (9_152_319_488, 42, 8),
     "mixtral_8x7b": (46_702_792_704, 32, 64),
 }
@@ -105,6 +108,13 @@ def test_each_rank_builds_the_layers_and_parameters_that_are_planned(
         assert planned == [named for chunk in chunks for named in chunk["parameters"]]
         layers = [setting.layers_of_chunk(part.stage, chunk) for chunk in range(setting.virtual)]
         assert layers == [len(chunk["layers"]) for chunk in chunks]
+
+
+def test_the_loss_has_the_recipes_own_block_and_checkpoints_plain_values(
+    built: dict[Part, list[dict[str, Any]]],
+) -> None:
+    for chunk in (chunk for chunks in built.values() for chunk in chunks):
+        assert chunk["loss has the recipe's keys"] and chunk["kept for checkpoints"] is dict
 
 
 def test_the_parts_of_all_ranks_are_the_published_model(model: str, built: dict[Part, list[dict[str, Any]]]) -> None:
