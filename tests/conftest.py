@@ -11,6 +11,9 @@ import pytest
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# What engines are made of; megatron-core is not among them.
+ENGINE_PACKAGES = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "megatron.bridge")
+
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
 
@@ -22,6 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="parity over every parallelism and layout of the batch, not a selection of them: some ten minutes more",
     )
+    parser.addoption("--no-engine", action="store_true", help="imports of NeMo, Lightning and Megatron-Bridge fail")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--no-engine"):
+        sys.modules.update(dict.fromkeys(ENGINE_PACKAGES))  # type: ignore[arg-type]
 
 
 @pytest.fixture
