@@ -27,7 +27,7 @@ _SOURCES = (
 
 _LLAMA: Any = {
     "LlamaConfig": (
-        [],
+        ["TransformerConfig"],
         {
             "normalization": "RMSNorm",
             "activation_func": "silu",
@@ -76,7 +76,7 @@ def _classes() -> dict[str, tuple[list[str], dict[str, Any]]]:
                     bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
                     found[node.name] = bases, _own_fields(node)
     if "GPTConfig" not in found:
-        return _LLAMA
+        return found | _LLAMA
         raise UserError("nemo-rao plan reads the sizes of model.config_class from NeMo's source; install nemo_toolkit")
     return found
 
