@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rao.batch import ModelOutput, Row
 from nemo_rao.checkpoint.pickles import refuse_code
+from nemo_rao.config.architecture import network_key
 from nemo_rao.config.derived import objective_config
 from nemo_rao.config.precision_checks import quantisation
 from nemo_rao.config.run_config import RunConfig
@@ -209,7 +210,7 @@ def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
     """Of a run's recipe: network, number formats, objective, and how text becomes tokens."""
     data = config.data
     return {
-        "network": [config.model.config_class, dataclasses.asdict(config.model.arch), config.model.seq_length],
+        "network": [network_key(config), dataclasses.asdict(config.model.arch), config.model.seq_length],
         "precision": quantisation(config.precision),
         "objective": [config.model.objective, dataclasses.asdict(objective_config(config))],
         "tokens": [data.tokenizer, data.chat_template, data.template_arguments, data.answers],
