@@ -95,7 +95,7 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
 }
 HARMLESS = {key: reason for reason, keys in _HARMLESS.items() for key in keys}
 # Family -> keys that its network reads only with use_sliding_window.
-_UNUSED_WINDOW = {"qwen2": ("sliding_window", "max_window_layers")}
+_UNUSED_WINDOW = dict.fromkeys(("qwen2", "qwen3"), ("sliding_window", "max_window_layers"))
 # Reasons that are reported where the value is not the usual one: the user may have counted on it.
 _REPORTED = (_CODE, _DROPOUT, _SAMPLING)
 

@@ -20,11 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.config.families import FAMILIES
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.config_keys import head_size, notes
 from nemo_rao.hugging_face.conversion import Weights, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
-from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES, Family
+from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, QK_NORMS, TOKENIZER_FILES, Family
 from nemo_rao.hugging_face.generation_config import GENERATION, read_generation_config
 from nemo_rao.hugging_face.source import (
     EMBEDDINGS,
@@ -91,22 +92,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def model_keys(config: Any, family: Family) -> dict[str, Any]:
-    """``model.config_class`` and ``model.arch`` of a recipe, from Hugging Face's config; without ``vocab_size``."""
-    rope = config.rope_scaling or {}
+    """``model.family`` and ``model.arch`` of a recipe, from Hugging Face's config; without ``vocab_size``."""
     extra: dict[str, Any] = {"layernorm_epsilon": config.rms_norm_eps, "init_method_std": config.initializer_range}
-    config_class = family.config_class
-    if rope:
-        config_class = "Llama31Config8B"  # the smallest of a scaled Llama that nemo.collections.llm offers; see arch
-        extra |= {
-            "scale_factor": float(rope["factor"]),
-            "low_freq_factor": float(rope["low_freq_factor"]),
-            "high_freq_factor": float(rope["high_freq_factor"]),
-            "old_context_len": int(rope["original_max_position_embeddings"]),
-        }
-    if family.model_type == "mistral":
+    if family.model_type == "mistral" and config.sliding_window is not None:
         # Megatron counts the tokens before the present one, Hugging Face that one, too.
-        window = config.sliding_window
-        extra |= {"window_size": None, "cp_comm_type": None} if window is None else {"window_size": [window - 1, 0]}
+        extra["window_size"] = [config.sliding_window - 1, 0]
     arch = {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -116,9 +106,16 @@ def model_keys(config: Any, family: Family) -> dict[str, Any]:
         "kv_channels": head_size(config),
         "rotary_base": float(config.rope_theta),
         "share_embeddings_and_output_weights": bool(config.tie_word_embeddings),
+        **({} if config.rope_scaling is None else {"rope_scaling": _rope_scaling(config.rope_scaling)}),
         "extra": extra,
     }
-    return {"config_class": config_class, "arch": arch}
+    return {"family": family.model_type, "arch": arch}
+
+
+def _rope_scaling(given: Mapping[str, Any]) -> dict[str, float]:
+    """``model.arch.rope_scaling`` of Llama 3's ``rope_scaling``."""
+    factors = {name: float(given[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+    return {**factors, "original_max_position_embeddings": int(given["original_max_position_embeddings"])}
 
 
 def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens: int) -> str:
@@ -136,7 +133,7 @@ def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens:
         "# absolute: change them if this folder is moved.",
         "model:",
         f"  restore_from_path: {shown(str(destination))}",
-        f"  config_class: {keys['config_class']}",
+        f"  family: {keys['family']}",
         f"  seq_length: {min(config.max_position_embeddings, _LONGEST)}",
         "  arch:",
         *(f"    {name}: {shown(value)}" for name, value in arch.items()),
@@ -195,14 +192,15 @@ def _convert(
     from nemo.lightning import io
     from nemo.lightning.io.state import TransformFns
 
+    from nemo_rao.engines.nemo.families import config_of_family
     from nemo_rao.mcore.layer_spec import layer_spec_without_te
 
     say("converting")
     arch = dict(keys["arch"])
-    made = vars(llm)[keys["config_class"]](
-        **arch.pop("extra"),
-        **arch,
-        vocab_size=config.vocab_size,
+    given = {**arch.pop("extra"), **arch, "vocab_size": config.vocab_size}
+    made = config_of_family(
+        keys["family"],
+        {**FAMILIES[keys["family"]].fields, **given},
         seq_length=config.max_position_embeddings,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -220,6 +218,8 @@ def _convert(
     if family.qkv_bias:
         bias = io.state_transform(source_key=HF_BIASES, target_key=MEGATRON_BIAS, fn=TransformFns.merge_qkv_bias)
         io.apply_transforms(model, target, mapping={}, transforms=[bias])
+    if family.qk_norm:
+        io.apply_transforms(model, target, mapping=QK_NORMS, transforms=[])
     del model
     say("writing the checkpoint")
     importer.nemo_save(folder, trainer)

@@ -1,7 +1,7 @@
 """Keys and defaults of the families' config classes, as the installed transformers writes them to config.json.
 
-``transformers_5.json`` is this script's output under transformers 5.24 (a virtual environment with transformers alone
-suffices), as the project itself runs on 4:
+``transformers_5.json`` is this script's output under transformers 5.24, and for Qwen3 under 5.12 (a virtual environment
+with transformers alone suffices), as the project itself runs on 4:
 
     pip install 'transformers>=5' && python tests/hugging_face/config_table.py > tests/hugging_face/transformers_5.json
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-FAMILIES = ("llama", "mistral", "qwen2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -20,7 +20,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "vocab_size": 300,
 }
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ARCHITECTURES = {family: f"{family.capitalize()}ForCausalLM" for family in FAMILIES}
 
 
 def table() -> dict[str, dict[str, Any]]:
