@@ -3,12 +3,13 @@
     python containers/install.py [--dry-run] [SOURCE]
 
 SOURCE is the repository (default: the one that this file is in) or a wheel. The plugin is installed without its
-dependencies. Those of it and of the container's engine (NeMo 2 up to 25.11, Megatron-Bridge from 26.04) that are missing
-are then installed under the constraint that every package of the container keeps its version. A package that is there in
-a version that the plugin does not know stays, and is named. At the end the packages are compared with those at the start.
+dependencies. Those of it and of the container's engine (NeMo 2 up to 25.11, Megatron-Bridge from 26.04) that are
+missing are then installed under the constraint that every package of the container keeps its version. A package that is
+there in a version that the plugin does not know stays, and is named. At the end the packages are compared with those at
+the start.
 
-Exit codes: 0 installed; 1 a package changed, or what is missing cannot be had without changing one; 2 this is not such a
-container, or its megatron-core fits neither engine.
+Exit codes: 0 installed; 1 a package changed, or what is missing cannot be had without changing one; 2 this is not such
+a container, or its megatron-core fits neither engine.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     if engine is None:
         here = ", ".join(f"{name} {before[name]}" for name, _, _ in ENGINES.values() if name in before)
         return tell(
-            f"megatron-core {before['megatron-core']} works with none of the engines here ({here}); use a container that "
-            "containers/README.md lists",
+            f"megatron-core {before['megatron-core']} works with none of the engines here ({here}); use a container "
+            "that containers/README.md lists",
             2,
         )
     if not given.dry_run and pip("--no-deps", given.source):
