@@ -1,58 +1,117 @@
-# Everything here can be run again: what is already done is not done twice.
-#   make install   .venv with the pinned set (constraints.txt)
+# Every target can be run again; finished work is not repeated.
+#   make install   a virtual environment with the pinned set of packages of one engine
 #   make demo      install, then the demonstration: SFT, then RAO, on four local ranks of this machine's CPU
-#   make test      install, then ruff, mypy and the test suite
+#   make test      install, lint (with ENGINE=nemo), then the test suite, without NeMo's tests where it is not installed
+#   make test-matrix   the tests of mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
+#   make test-releases   the test suite on the earlier releases of both engines (RELEASES)
 #   make test-slurm   install, then the tests that run jobs on a real SLURM, which is installed as root
-#   make test-matrix  install, then the test suite with the NeMo and megatron-core of NVIDIA's containers (MATRIX)
 #   make lint      ruff, mypy, shellcheck and hadolint alone;  make format  applies ruff's fixes
 #   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
 #   make precision   install, then the accuracy of number formats; make precision-page  docs/precision.md from it
-#   make clean     removes caches and builds;  make distclean  removes .venv and those of test-matrix too
+#   make constraints   resolves both pinned sets anew
+#   make clean     removes caches and builds;  make distclean  removes all virtual environments too
 #
-# Variables, as in `make install PYTHON=python3.12`:
-#   PYTHON           the interpreter that .venv is made from: 3.10, 3.11 or 3.12
+# Variables, as in `make install ENGINE=bridge`:
+#   ENGINE           nemo: NeMo 2 in .venv, Python 3.10 to 3.12;  bridge: Megatron-Bridge in .venv-bridge, Python 3.12
+#   PYTHON           the interpreter that the environment is made from; searched for on PATH and among pyenv's versions
+#   VENV             another directory than .venv or .venv-bridge
 #   TORCH_INDEX_URL  a further package index, asked before PyPI's CUDA build of torch is taken. A machine without a GPU
 #                    saves gigabytes with TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
 #   BENCH            of benchmarks/, such as step;  BENCH_ARGS  passed to it
-#   MATRIX           containers whose versions are tested: 25.09, 25.11 or both;  make test-matrix-25.11  one of them
-#   TEST_PROCESSES   that share the test files; each imports NeMo, and its multi-rank tests use two to four cores
+#   MATRIX           versions of megatron-core, such as "0.14 0.19";  make test-matrix-0.16  one of them
+#   RELEASES         the same for test-releases;  make test-releases-0.17  one of them
+#   TEST_PROCESSES   that share the test files; each imports an engine, and multi-rank tests use two to four cores
 
 SHELL := /bin/bash
-VENV ?= .venv
-PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(shell command -v $(name) 2>/dev/null)))
+ENGINE ?= nemo
+VENV ?= $(VENV_$(ENGINE))
 TORCH_INDEX_URL ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH ?= log_probs step scaling start_up profile_step
 BENCH_ARGS ?=
 TEST_PROCESSES ?= 2
-MATRIX ?= 25.09 25.11
+MATRIX ?= 0.14 0.15 0.16 0.17 0.18 0.19
+RELEASES ?= 0.14 0.15 0.17 0.18
 
-# Of NVIDIA's containers, in the last patch releases; containers/README.md.
-VERSIONS_25.09 := nemo_toolkit==2.5.3 megatron-core==0.14.0
-VERSIONS_25.11 := nemo_toolkit==2.6.2 megatron-core==0.15.3
+ifeq ($(filter nemo bridge,$(ENGINE)),)
+  $(error ENGINE=$(ENGINE): there are nemo and bridge)
+endif
+
+# What an engine is installed into, from which Python and from which packages.
+VENV_nemo := .venv
+VENV_bridge := .venv-bridge
+PYTHONS_nemo := 3.11 3.12 3.10
+PYTHONS_bridge := 3.12
+CONSTRAINTS_nemo := constraints.txt
+CONSTRAINTS_bridge := constraints-bridge.txt
+
+# Installed with --no-deps: both declare packages that need nvcc or a GPU to be installed, and that are not imported here.
+BRIDGE := megatron-bridge==0.6.2
+RESILIENCY := nvidia-resiliency-ext==0.6.0
+
+# Versions of megatron-core, each with the last release of the engine that it belongs to (containers/README.md).
+ENGINE_0.14 := nemo
+VERSIONS_0.14 := megatron-core==0.14.0 nemo_toolkit==2.5.3
+ENGINE_0.15 := nemo
+VERSIONS_0.15 := megatron-core==0.15.3 nemo_toolkit==2.6.2
+ENGINE_0.16 := nemo
+VERSIONS_0.16 := megatron-core==0.16.1
+ENGINE_0.17 := bridge
+VERSIONS_0.17 := megatron-core==0.17.1 megatron-bridge==0.4.2 transformers==5.3.0
+ENGINE_0.18 := bridge
+VERSIONS_0.18 := megatron-core==0.18.2 megatron-bridge==0.5.1 transformers==5.8.1
+ENGINE_0.19 := bridge
+VERSIONS_0.19 := megatron-core==0.19.2 $(BRIDGE)
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install demo test test-matrix test-slurm lint format bench bench-page precision precision-page constraints clean
-.PHONY: distclean
+.PHONY: install demo test test-matrix test-releases test-slurm lint format bench bench-page precision precision-page
+.PHONY: constraints clean distclean
 .DELETE_ON_ERROR:
-.PRECIOUS: $(VENV)-%/.installed
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python found; set PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
-	  { echo "error: $(PYTHON) is not Python 3.10, 3.11 or 3.12; set PYTHON=/path/to/python3.11" >&2; exit 2; }
-	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+# Asks each candidate to run, because a shim of pyenv is found on PATH even where no such version is active.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS_$(ENGINE))
+	@set -e; \
+	test ! -x $(BIN)/python || exit 0; \
+	suits() { "$$1" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' $(PYTHONS_$(ENGINE)) \
+	  2>/dev/null; }; \
+	if [ -n "$(PYTHON)" ]; then \
+	  suits "$(PYTHON)" || \
+	    { echo "error: PYTHON=$(PYTHON) is not Python $(PYTHONS_$(ENGINE)), which ENGINE=$(ENGINE) needs" >&2; exit 2; }; \
+	  found="$(PYTHON)"; \
+	else \
+	  found=; \
+	  for version in $(PYTHONS_$(ENGINE)); do \
+	    for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version*/bin/python3 python3; do \
+	      if suits "$$python"; then found=$$python; break 2; fi; \
+	    done; \
+	  done; \
+	  test -n "$$found" || { echo "error: ENGINE=$(ENGINE) needs Python $(PYTHONS_$(ENGINE)), found neither on PATH nor" \
+	    "in ~/.pyenv/versions; install one, for example with 'pyenv install $(firstword $(PYTHONS_$(ENGINE)))', or set" \
+	    "PYTHON=/path/to/python" >&2; exit 2; }; \
+	fi; \
+	echo "$$found -m venv $(VENV)"; "$$found" -m venv $(VENV)
 	$(PIP) install --progress-bar on $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
-	  --constraint constraints.txt --editable '.[dev]'
-	$(PIP) check
+	  --constraint $(CONSTRAINTS_$(ENGINE)) --editable '.[$(ENGINE),dev]'
+	$(install_rest_$(ENGINE))
 	@touch $@
+
+install_rest_nemo = $(PIP) check
+
+# NVIDIA's wheels of the resiliency extension are for glibc 2.39; older systems, Debian 12 with 2.36 for one, import it
+# all the same, as long as its compiled parts stay unused. pip installs for another platform only into a named directory.
+define install_rest_bridge
+$(PIP) install --no-deps $(BRIDGE)
+$(PIP) install --no-deps --platform manylinux_2_39_$$(uname -m) --only-binary=:all: --upgrade \
+  --target "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")" $(RESILIENCY)
+! $(PIP) check | grep -E -v '^No broken|^(megatron-bridge|nvidia-resiliency-ext) .*(is not installed|not supported)'
+endef
 
 demo: install
 	$(BIN)/nemo-rao demo $(DEMO_ARGS)
@@ -64,25 +123,37 @@ lint: install
 	$(BIN)/shellcheck .ci/run containers/*.sh
 	$(BIN)/hadolint containers/Dockerfile
 
-test: lint
+# The code is the same for both engines: it is linted with NeMo's environment, where mypy sees what it has to.
+test: $(if $(filter nemo,$(ENGINE)),lint,install)
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
-# A virtual environment of the container's NeMo and megatron-core alone, in front of the packages of $(VENV).
-$(VENV)-%/.installed: $(INSTALLED)
-	$(if $(VERSIONS_$*),,$(error MATRIX: no container $*; there are 25.09 and 25.11))
-	rm -rf $(VENV)-$*
-	$(BIN)/python -m venv --without-pip $(VENV)-$*
-	$(PIP) --python $(VENV)-$*/bin/python install --no-deps $(VERSIONS_$*)
-	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
-	  > "$$($(VENV)-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
-	@touch $@
-
+# Other releases lie in a virtual environment of their own, in front of the packages of the engine's environment, which
+# also has programs such as shellcheck.
 test-matrix: $(MATRIX:%=test-matrix-%)
+test-releases: $(RELEASES:%=test-releases-%)
 
-# Programs such as shellcheck are those of $(VENV).
-test-matrix-%: $(VENV)-%/.installed
-	PATH="$(abspath $(BIN)):$$PATH" $(VENV)-$*/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
+test-matrix-% test-releases-%:
+	$(if $(ENGINE_$*),,$(error no version $* of megatron-core; there are 0.14 to 0.19))
+	$(MAKE) ENGINE=$(ENGINE_$*) VENV=$(VENV_$(ENGINE_$*)) RELEASE=$* $(@:-$*=)-here
+
+ifdef RELEASE
+OTHER := .venv-$(RELEASE)
+
+test-matrix-here: $(OTHER)/.installed
+	$(OTHER)/bin/python -m pytest --no-engine --numprocesses $(TEST_PROCESSES) tests/mcore tests/ops $(PYTEST_ARGS)
+
+test-releases-here: $(OTHER)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(OTHER)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
 	  $(PYTEST_ARGS)
+
+$(OTHER)/.installed: $(INSTALLED)
+	rm -rf $(OTHER)
+	$(BIN)/python -m venv --without-pip $(OTHER)
+	$(PIP) --python $(OTHER)/bin/python install --no-deps $(VERSIONS_$(RELEASE))
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > "$$($(OTHER)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
+	@touch $@
+endif
 
 test-slurm: install
 	$(BIN)/python -m pytest --slurm tests/slurm $(PYTEST_ARGS)
@@ -106,14 +177,17 @@ precision-page: install
 
 constraints:
 	@command -v uv >/dev/null || { echo "error: this target needs uv (https://docs.astral.sh/uv)" >&2; exit 2; }
-	@head=$$(sed -n '/^#/p' constraints.txt) && \
-	uv pip compile pyproject.toml --extra dev --extra eval --universal --python-version 3.10 --no-emit-package nemo-rao \
-	  --no-header --no-annotate --quiet --output-file constraints.txt && \
-	{ echo "$$head"; sed '/^#/d' constraints.txt; } > constraints.new && mv constraints.new constraints.txt
+	@set -e; compile() { \
+	  head=$$(sed -n '/^#/p' $$1); \
+	  uv pip compile pyproject.toml --extra $$2 --extra dev --extra eval --universal --python-version $$3 \
+	    --no-emit-package nemo-rao --no-header --no-annotate --quiet --output-file $$1; \
+	  { echo "$$head"; sed '/^#/d' $$1; } > $$1.new && mv $$1.new $$1; \
+	}; \
+	compile constraints.txt nemo 3.10; compile constraints-bridge.txt bridge 3.12
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find nemo_rao tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(VENV)-25.09 $(VENV)-25.11
+	rm -rf $(VENV) .venv .venv-*

@@ -1,14 +1,15 @@
-"""Installs nemo_rao into one of NVIDIA's NeMo containers, and changes none of the packages that are there.
+"""Install nemo_rao into one of NVIDIA's NeMo containers without changing any of the packages that are there.
 
     python containers/install.py [--dry-run] [SOURCE]
 
-SOURCE is the repository (default: the one that this file is in) or a wheel. The plugin is installed without what it
-asks for. What of that the container lacks altogether is then installed under the constraint that every package of the
-container keeps its version. A package that is there in a version that the plugin does not know stays as it is, and is
-named. In the end the packages are compared with those of the beginning.
+SOURCE is the repository (default: the one that this file is in) or a wheel. The plugin is installed without its
+dependencies. Those of it and of the container's engine (NeMo 2 up to 25.11, Megatron-Bridge from 26.04) that are
+missing are then installed under the constraint that every package of the container keeps its version. A package that is
+there in a version that the plugin does not know stays, and is named. At the end the packages are compared with those at
+the start.
 
-Exit codes: 0 installed; 1 a package changed, or what is missing cannot be had without changing one; 2 this is no such
-container.
+Exit codes: 0 installed; 1 a package changed, or what is missing cannot be had without changing one; 2 this is not such
+a container, or its megatron-core fits neither engine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from packaging.version import InvalidVersion, Version
 
 PLUGIN = "nemo-rao"
 # Built for each other and for the container's CUDA: never from an index.
-CONTAINERS_OWN = ("torch", "nemo-toolkit", "megatron-core")
+CONTAINERS_OWN = ("torch", "megatron-core")
+# Extra -> the engine's package, and the releases of megatron-core that it works with: from the first, below the second.
+# Containers of 2025 have both packages, with a Bridge that is too old.
+ENGINES = {"nemo": ("nemo-toolkit", "0.14", "0.16"), "bridge": ("megatron-bridge", "0.17", "0.20")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,15 +46,25 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     before = installed()
     absent = [name for name in CONTAINERS_OWN if name not in before]
+    if not any(package in before for package, _, _ in ENGINES.values()):
+        absent.append(" and ".join(package for package, _, _ in ENGINES.values()))
     if absent:
         return tell(
             f"{', '.join(absent)} not found by {sys.executable}: this is none of NVIDIA's NeMo containers, or not its "
             "Python; elsewhere `make install` installs nemo_rao",
             2,
         )
+    engine = engine_of(before)
+    if engine is None:
+        here = ", ".join(f"{name} {before[name]}" for name, _, _ in ENGINES.values() if name in before)
+        return tell(
+            f"megatron-core {before['megatron-core']} works with none of the engines here ({here}); use a container "
+            "that containers/README.md lists",
+            2,
+        )
     if not given.dry_run and pip("--no-deps", given.source):
         return tell(f"pip could not install {given.source}; its reason is above", 1)
-    missing, unknown = needs(given.source if given.dry_run else None, before)
+    missing, unknown = needs(given.source if given.dry_run else None, engine, before)
     for line in unknown:
         print(f"note: {line}")
     if missing and install_missing(missing, before, given.dry_run):
@@ -87,20 +101,32 @@ def installed() -> dict[str, str]:
     return found
 
 
-def needs(source: str | None, there: dict[str, str]) -> tuple[list[str], list[str]]:
-    """What the plugin asks for and is not there, and lines about what is there in another version.
+def engine_of(there: dict[str, str]) -> str | None:
+    """The extra of the engine that works with the container's megatron-core, or ``None``."""
+    # A development release is its release here: 0.17.0rc0 has the interfaces of 0.17.
+    release = Version(Version(there["megatron-core"]).base_version)
+    for engine, (package, first, before) in ENGINES.items():
+        if package in there and Version(first) <= release < Version(before):
+            return engine
+    return None
+
+
+def needs(source: str | None, engine: str, there: dict[str, str]) -> tuple[list[str], list[str]]:
+    """What the plugin requires and is not there, and lines about what is there in another version.
 
     Args:
-        source: a repository that is not installed yet; ``None``: the installed plugin is asked.
+        source: a repository that is not installed yet; ``None``: the installed plugin's metadata are read.
+        engine: the extra whose requirements count, too.
     """
     if source is None:
         texts = metadata.requires(PLUGIN) or []
     else:
         import tomllib
 
-        texts = tomllib.loads((Path(source) / "pyproject.toml").read_text())["project"]["dependencies"]
+        project = tomllib.loads((Path(source) / "pyproject.toml").read_text())["project"]
+        texts = [*project["dependencies"], *project["optional-dependencies"][engine]]
     asked = [Requirement(text) for text in texts]
-    asked = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    asked = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": engine})]
     missing, unknown = [], []
     for one in asked:
         here = there.get(canonicalize_name(one.name))

@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_rao.config.gpu_models import FP8_RECIPES, NO_END
+from nemo_rao.doctor.packages import ENGINES
 from nemo_rao.doctor.probes import Probe
 
-# Packages without a version of which nothing can be trained; of others a version out of range is only mentioned.
-DECISIVE = ("torch", "nemo-toolkit", "megatron-core")
+NO_ENGINE = (
+    "neither NeMo's LLM collection (nemo_toolkit 2.x) nor Megatron-Bridge is installed; run make install, or use "
+    "NVIDIA's container"
+)
+
+
+def decisive(engine: str | None) -> tuple[str, ...]:
+    """Packages without a suitable version of which nothing can be trained; of others a version out of range is only
+    reported."""
+    return ("torch", "megatron-core", *([ENGINES[engine][1]] if engine else []))
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,14 @@ class Facts:
         unmet: of the plugin's requirements, by package.
         other_apex: the package named apex is not NVIDIA's.
         programs: programs that are looked for -> where they are, or ``None``.
+        engine: the one that ``trainer.engine=auto`` stands for, or ``None``.
     """
 
     probes: Mapping[str, Probe]
     unmet: Mapping[str, str]
     other_apex: bool
     programs: Mapping[str, str | None]
+    engine: str | None
 
     @property
     def torch(self) -> Mapping[str, Any]:
@@ -62,12 +73,14 @@ def programs() -> dict[str, str | None]:
 
 def no_training(facts: Facts) -> str | None:
     """Why nothing can be trained here, on whatever device; ``None`` where it can."""
-    for name in ("torch", "megatron-core", "nemo-toolkit", "training"):
+    if facts.engine is None:
+        return NO_ENGINE
+    for name in (*decisive(facts.engine), "training"):
         tried = facts.probes.get(name)
         if tried is not None and not tried.works:
             subject = "what a run imports" if name == "training" else name
             return f"{subject}: {tried.error}"
-    return next((facts.unmet[name] for name in DECISIVE if name in facts.unmet), None)
+    return next((facts.unmet[name] for name in decisive(facts.engine) if name in facts.unmet), None)
 
 
 def no_gpu(facts: Facts) -> str | None:
@@ -151,7 +164,7 @@ def _other_commands(facts: Facts) -> Iterator[Ability]:
     for what, name, remedy in (
         ("engine vllm", "vllm", "; the engine transformers does without"),
         ("evaluate: lm-eval's tasks", "lm-eval", "; pip install 'nemo-rao[eval]'"),
-        ("NeMo-Run: nemo rao train", "nemo-run", ""),
+        ("NeMo-Run: nemo rao train", "nemo-run", "; comes with the engine NeMo"),
         ("Weights & Biases", "wandb", ""),
     ):
         tried = facts.probes[name]

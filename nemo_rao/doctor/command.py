@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from nemo_rao import __version__
+from nemo_rao.config.engine_choice import installed_engine
 from nemo_rao.doctor import packages
-from nemo_rao.doctor.abilities import Facts, abilities, no_training, programs
+from nemo_rao.doctor.abilities import Facts, abilities, decisive, no_training, programs
 from nemo_rao.doctor.inside import PROBES
 from nemo_rao.doctor.probes import probe_all
 from nemo_rao.doctor.report import Report
@@ -21,7 +22,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_atomically
 
 # Asked only where training's own imports fail: which of the two it is.
-_PARTS_OF_TRAINING = ("megatron-core", "nemo-toolkit")
+_PARTS_OF_TRAINING = ("megatron-core", "nemo-toolkit", "megatron-bridge")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -45,10 +46,17 @@ def main(arguments: argparse.Namespace) -> int:
 def examine(*, timeout: float) -> Report:
     """What is here; ``timeout``: seconds that each import may take."""
     probes = probe_all([name for name in PROBES if name not in _PARTS_OF_TRAINING], timeout=timeout)
+    engine = installed_engine()
     if not probes["training"].works:
-        probes |= probe_all(_PARTS_OF_TRAINING, timeout=timeout)
-    facts = Facts(probes, packages.unmet(packages.requirements()), packages.other_apex(), programs())
-    versions: dict[str, str | None] = {"Python": platform.python_version(), "nemo_rao": __version__}
+        of_engine = decisive(engine)
+        probes |= probe_all([name for name in _PARTS_OF_TRAINING if name in of_engine], timeout=timeout)
+    asked = packages.requirements(engine)
+    facts = Facts(probes, packages.unmet(asked), packages.other_apex(), programs(), engine)
+    versions: dict[str, str | None] = {
+        "Python": platform.python_version(),
+        "nemo_rao": __version__,
+        "engine": packages.engine_line(engine, asked),
+    }
     for name in packages.SHOWN:
         versions[name] = packages.version(name)
         if name == "torch":
@@ -56,7 +64,7 @@ def examine(*, timeout: float) -> Report:
     if facts.other_apex:
         versions["apex"] = f"{versions['apex'] or ''} (not NVIDIA's: another package of this name)".strip()
     remarks = list(facts.unmet.values())
-    if not packages.requirements():
+    if not asked:
         remarks.append("nemo_rao is not installed as a package; versions are not compared with what it asks for")
     return Report(
         versions=versions,

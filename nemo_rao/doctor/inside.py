@@ -5,6 +5,7 @@ A function that raises says by that what is wrong. :func:`main` runs one of them
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -72,10 +73,11 @@ def _cudnn(number: int | None) -> str | None:
 
 
 def training() -> Facts:
-    """All that a run imports of Megatron, NeMo and this project, changed for this machine as in a run."""
-    from nemo_rao.engines.nemo import engine
+    """All that a run imports of Megatron, its engine and this project, changed for this machine as in a run."""
+    from nemo_rao.config.engine_choice import installed_engine
     from nemo_rao.training import train  # noqa: F401
 
+    engine = importlib.import_module(f"nemo_rao.engines.{installed_engine()}.engine")
     return {"on_cpu": engine.load()}
 
 
@@ -88,6 +90,13 @@ def megatron() -> Facts:
 def nemo() -> Facts:
     from nemo.collections import llm  # noqa: F401
 
+    return {}
+
+
+def bridge() -> Facts:
+    import nemo_rao.engines.bridge.engine as engine
+
+    engine.load()
     return {}
 
 
@@ -139,9 +148,10 @@ def wandb() -> Facts:
 # Name of a probe -> what it does, and the top-level package that it is about.
 PROBES: dict[str, tuple[Callable[[], Facts], str]] = {
     "torch": (torch_and_gpus, "torch"),
-    "training": (training, "nemo"),
+    "training": (training, "megatron"),
     "megatron-core": (megatron, "megatron"),
     "nemo-toolkit": (nemo, "nemo"),
+    "megatron-bridge": (bridge, "megatron"),
     "transformer-engine": (transformer_engine, "transformer_engine"),
     "apex": (apex, "apex"),
     "nemo-run": (nemo_run, "nemo_run"),

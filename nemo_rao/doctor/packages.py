@@ -7,11 +7,15 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from nemo_rao.config.engine_choice import BRIDGE, BRIDGE_TESTED, NEMO
 
 # As pip names them, in the order in which they are printed.
 SHOWN = (
     "torch",
     "nemo-toolkit",
+    "megatron-bridge",
     "megatron-core",
     "transformer-engine",
     "apex",
@@ -19,11 +23,14 @@ SHOWN = (
     "nemo-run",
     "transformers",
     "nvidia-modelopt",
+    "nvidia-resiliency-ext",
     "numpy",
     "vllm",
     "lm-eval",
 )
 PLUGIN = "nemo-rao"
+# Engine -> its name and its package.
+ENGINES = {NEMO: ("NeMo", "nemo-toolkit"), BRIDGE: ("Megatron-Bridge", "megatron-bridge")}
 
 
 def version(name: str) -> str | None:
@@ -42,22 +49,41 @@ def other_apex() -> bool:
     return not any((folder / "optimizers").is_dir() for folder in folders)
 
 
-def requirements() -> list[Requirement]:
-    """What the installed plugin asks for, extras left out; nothing where it is not installed as a package."""
+def requirements(engine: str | None) -> list[Requirement]:
+    """What the installed plugin requires with this engine, other extras left out; empty if it is not installed as a
+    package. Megatron-Bridge is added: it is installed without its dependencies, and therefore in no extra.
+    """
     try:
         asked = [Requirement(text) for text in metadata.requires(PLUGIN) or []]
     except metadata.PackageNotFoundError:
         return []
-    return [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    extras = ("", engine or "")
+    asked = [one for one in asked if one.marker is None or any(one.marker.evaluate({"extra": name}) for name in extras)]
+    return [*asked, Requirement(f"megatron-bridge{bridge_range()}")] if engine == BRIDGE else asked
+
+
+def bridge_range() -> str:
+    """Releases of Megatron-Bridge that are tested, as pip writes them."""
+    (first, (major, minor)) = BRIDGE_TESTED
+    return f">={first[0]}.{first[1]},<{major}.{minor + 1}"
+
+
+def engine_line(engine: str | None, asked: list[Requirement]) -> str | None:
+    """The engine with its version and the tested range, or ``None``."""
+    if engine is None:
+        return None
+    name, package = ENGINES[engine]
+    ranges = ",".join(str(one.specifier) for one in asked if canonicalize_name(one.name) == package)
+    return f"{name} {version(package) or '(no metadata)'}" + (f" (tested: {ranges})" if ranges else "")
 
 
 def unmet(asked: list[Requirement]) -> dict[str, str]:
     """Name -> what is wrong with it: missing, or a version that the plugin does not know."""
     found = {}
     for one in asked:
-        here = version(one.name)
+        name, here = canonicalize_name(one.name), version(one.name)
         if here is None:
-            found[one.name] = f"{one.name} is not installed (asked for: {one.specifier or 'any version'})"
+            found[name] = f"{one.name} is not installed (asked for: {one.specifier or 'any version'})"
         elif not one.specifier.contains(here, prereleases=True):  # a container's torch is a pre-release
-            found[one.name] = f"{one.name} {here} is not among the versions that work with nemo_rao ({one.specifier})"
+            found[name] = f"{one.name} {here} is not among the versions that work with nemo_rao ({one.specifier})"
     return found

@@ -193,7 +193,7 @@ def _num_scores(config: RunConfig, checkpoint: Path) -> int:
 
     from nemo_rao.mcore.heads import SCORE_HEAD
 
-    for name, tensor in load_tensors_metadata(str(checkpoint / "weights")).items():
+    for name, tensor in load_tensors_metadata(str(weights_of(checkpoint))).items():
         if name.endswith(f"{SCORE_HEAD}.weight"):
             return int(tensor.global_shape[0])
     raise UserError(f"{checkpoint}: has no score head; name the run of a reward model")
@@ -201,7 +201,7 @@ def _num_scores(config: RunConfig, checkpoint: Path) -> int:
 
 def _digest(checkpoint: Path) -> str:
     """Of a checkpoint's place and files; other weights are other files."""
-    files = sorted((checkpoint / "weights").glob("*"))
+    files = sorted(weights_of(checkpoint).glob("*"))
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr((str(checkpoint), stamps)).encode()).hexdigest()
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,7 +19,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTAINERS = ("25.11", "25.09")
+CONTAINERS = {"26.06": "bridge", "26.04": "bridge", "25.11": "nemo", "25.09": "nemo"}  # -> the extra of its engine
 
 
 def pins(container: str) -> dict[str, str]:
@@ -28,22 +29,31 @@ def pins(container: str) -> dict[str, str]:
     return {name: version for name, _, version in pairs}
 
 
-def asked() -> dict[str, Requirement]:
-    """What pyproject.toml asks for, by name."""
+def asked(engine: str) -> list[Requirement]:
+    """What pyproject.toml requires with an engine."""
     with open(ROOT / "pyproject.toml", "rb") as file:
-        found = [Requirement(text) for text in tomllib.load(file)["project"]["dependencies"]]
-    return {one.name.replace("_", "-"): one for one in found}
+        project = tomllib.load(file)["project"]
+    return [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"][engine]]]
 
 
-def default_versions() -> dict[str, str]:
-    """Of the packages that this Python has, for those of which a container's version is not known."""
-    from importlib import metadata
-
-    return {name: metadata.version(name) for name in asked()}
+def default_versions(engine: str) -> dict[str, str]:
+    """The lowest that is allowed, for packages of which a container's version is not known."""
+    found: dict[str, Version] = {}
+    for one in asked(engine):
+        lowest = [Version(part.version) for part in one.specifier if part.operator == ">="]
+        name = one.name.replace("_", "-")
+        found[name] = max([*lowest, found.get(name, Version("0.1"))])
+    return {name: str(version) for name, version in found.items()}
 
 
 class Container:
-    """A virtual environment with pip, and packages that consist of their metadata."""
+    """A virtual environment with pip, and packages that consist of their metadata.
+
+    Attributes:
+        engine: the extra of the engine that the container is for.
+    """
+
+    engine = "nemo"
 
     def __init__(self, template: Path, folder: Path) -> None:
         shutil.copytree(template, folder, symlinks=True)

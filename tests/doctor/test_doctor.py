@@ -12,10 +12,16 @@ from typing import Any
 import pytest
 
 from nemo_rao.cli import main
+from nemo_rao.config.engine_choice import BRIDGE, NEMO, installed_engine
 from nemo_rao.doctor.abilities import Facts, abilities, no_training
 from nemo_rao.doctor.inside import PROBES, _cudnn
-from nemo_rao.doctor.packages import other_apex, requirements, unmet, version
+from nemo_rao.doctor.packages import engine_line, other_apex, requirements, unmet, version
 from nemo_rao.doctor.probes import Probe, probe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytestmark = pytest.mark.timeout(600)  # two of these import NeMo in several processes
 
@@ -63,7 +69,9 @@ def test_here_training_works_and_every_version_is_the_installed_one(tmp_path: Pa
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     told, able = found(tmp_path / "found.json")
     assert told["training_works"] is True and told["no_training"] is None
-    for name in ("torch", "nemo-toolkit", "megatron-core", "transformers"):
+    engine = ("NeMo", "nemo-toolkit") if installed_engine() == NEMO else ("Megatron-Bridge", "megatron-bridge")
+    assert told["versions"]["engine"].startswith(f"{engine[0]} {version(engine[1])}")
+    for name in ("torch", engine[1], "megatron-core", "transformers"):
         assert told["versions"][name] == version(name) is not None
         assert f"{name:<27} {version(name)}\n" in done.stdout
     assert able["training on the CPU"]["works"] and able["import-hf, export-hf"]["works"]
@@ -134,16 +142,52 @@ def test_what_is_absent_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None
     assert probe("vllm", timeout=1) == ABSENT
 
 
-def test_a_megatron_that_nemo_does_not_work_with_is_refused_by_its_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package(tmp_path, "megatron_core", "", "0.16.0")
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of packages that are found first: the plugin, as pyproject.toml describes it, is one of them."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    extras = [
+        f'{text}; extra == "{name}"' for name in (NEMO, BRIDGE) for text in project["optional-dependencies"][name]
+    ]
+    place = tmp_path / "nemo_rao-0.1.0.dist-info"
+    place.mkdir()
+    lines = [f"Requires-Dist: {text}" for text in [*project["dependencies"], *extras]]
+    (place / "METADATA").write_text(
+        "\n".join(["Metadata-Version: 2.1", "Name: nemo-rao", "Version: 0.1.0", *lines, ""])
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    assert {"torch", "megatron-core"} <= {one.name for one in requirements()}
-    wrong = unmet(requirements())
-    assert list(wrong) == ["megatron-core"] and "0.16.0" in wrong["megatron-core"] and "<0.16" in wrong["megatron-core"]
-    assert no_training(facts(unmet=wrong)) == wrong["megatron-core"]
-    assert no_training(facts(unmet={"pandas": "pandas 3"})) is None
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("engine", "megatron", "allowed"),
+    [(NEMO, "0.16.0", "<0.16"), (BRIDGE, "0.16.0", ">=0.17"), (BRIDGE, "0.20.0", "<0.20")],
+)
+def test_a_megatron_that_the_engine_does_not_work_with_is_refused_by_its_version(
+    engine: str, megatron: str, allowed: str, plugin: Path
+) -> None:
+    package(plugin, "megatron_core", "", megatron)
+    assert {"torch", "megatron-core"} <= {one.name for one in requirements(engine)}
+    wrong = unmet(requirements(engine))["megatron-core"]
+    assert megatron in wrong and allowed in wrong
+    assert no_training(facts(unmet={"megatron-core": wrong}, engine=engine)) == wrong
+    assert no_training(facts(unmet={"pandas": "pandas 3"}, engine=engine)) is None
+
+
+def test_an_engine_is_reported_with_its_tested_range_and_refused_outside_it(plugin: Path) -> None:
+    package(plugin, "megatron_bridge", "", "0.7.0")
+    package(plugin, "nemo_toolkit", "", "2.6.2")
+    assert engine_line(BRIDGE, requirements(BRIDGE)) == "Megatron-Bridge 0.7.0 (tested: <0.7,>=0.4)"
+    assert engine_line(NEMO, requirements(NEMO)) == "NeMo 2.6.2 (tested: <2.8,>=2.5)"
+    wrong = unmet(requirements(BRIDGE))["megatron-bridge"]
+    assert "0.7.0" in wrong and no_training(facts(unmet={"megatron-bridge": wrong}, engine=BRIDGE)) == wrong
+    assert no_training(facts(unmet={"megatron-bridge": wrong}, engine=NEMO)) is None
+
+
+def test_without_an_engine_nothing_trains() -> None:
+    why = no_training(facts(engine=None))
+    assert why is not None and "NeMo" in why and "Megatron-Bridge" in why and "make install" in why
 
 
 @pytest.mark.parametrize(("arguments", "part"), [(["--timeout", "0"], "--timeout 0"), (["--jsn", "x"], "--jsn")])
@@ -158,11 +202,13 @@ def test_bad_input_gives_one_line_and_code_2(
 # ------------------------------------------------------------------------------------------ other machines, as facts
 
 
-def facts(unmet: dict[str, str] | None = None, other_apex: bool = False, **probes: Probe) -> Facts:
+def facts(
+    unmet: dict[str, str] | None = None, other_apex: bool = False, engine: str | None = NEMO, **probes: Probe
+) -> Facts:
     """Of a machine with two H100s on which everything can be imported, but for what is given."""
     torch = Probe(None, facts={**TORCH, "gpus": [H100, H100]})
     given = {name.replace("_", "-"): tried for name, tried in probes.items()}
-    return Facts({**WHOLE, "torch": torch, **given}, unmet or {}, other_apex, PROGRAMS)
+    return Facts({**WHOLE, "torch": torch, **given}, unmet or {}, other_apex, PROGRAMS, engine)
 
 
 def works(of: Facts) -> dict[str, bool]:
@@ -229,7 +275,7 @@ def test_transformer_engine_without_a_gpu_is_not_used_and_forbids_nothing() -> N
 
 
 def test_slurm_needs_both_of_its_programs() -> None:
-    of = Facts({**facts().probes}, {}, False, {**PROGRAMS, "srun": None})
+    of = Facts({**facts().probes}, {}, False, {**PROGRAMS, "srun": None}, NEMO)
     found = next(one for one in abilities(of) if "SLURM" in one.what)
     assert not found.works and found.why.startswith("srun not found")
 

@@ -1,0 +1,1 @@
+"""Megatron-Bridge as an engine: the only part of the package that imports it."""
