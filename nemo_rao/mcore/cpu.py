@@ -189,6 +189,9 @@ _WITHOUT_FUSIONS = {
     "bias_dropout_add_fusion": False,
     "masked_softmax_fusion": False,
     "cross_entropy_loss_fusion": False,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
     "tp_comm_overlap": False,
     "enable_cuda_graph": False,
     "batch_p2p_sync": False,
@@ -202,6 +205,7 @@ _WITHOUT_FUSIONS = {
 def _patch_megatron() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -250,6 +254,7 @@ def _patch_megatron() -> None:
                 setattr(config, name, value)
         if isinstance(config.window_size, list):  # as recipes and checkpoints write it; masks are cached by it
             config.window_size = tuple(config.window_size)
+        config.attention_backend = AttnBackend.auto  # the others name Transformer Engine's
         original(config)
 
     TransformerConfig.__post_init__ = without_fusions

@@ -1,0 +1,1 @@
+"""Megatron-Bridge as the engine. It is imported here alone."""
