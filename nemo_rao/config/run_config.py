@@ -16,6 +16,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nemo_rao.config.families import FAMILIES
 from nemo_rao.keys import KeySpec, key
 from nemo_rao.objectives.registry import OBJECTIVES
 
@@ -100,8 +101,20 @@ class ExpManagerConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """Llama 3.1's: rotary frequencies lowered for contexts longer than the model was first trained on."""
+
+    factor: float | None = key(None, "low frequencies are divided by it; null: no scaling", low=0, exclusive=True)
+    low_freq_factor: float = key(
+        1.0, "frequencies of fewer rotations in the original context are low", low=0, exclusive=True
+    )
+    high_freq_factor: float = key(4.0, "those of more are kept; between the two, by degrees", low=0, exclusive=True)
+    original_max_position_embeddings: int = key(8192, "tokens of the original context", low=1)
+
+
+@dataclass
 class ArchitectureConfig:
-    """Sizes that replace those of ``model.config_class``; ``None``: the class's own value."""
+    """Sizes of a model of ``model.family``; ``None``: the family's, or what Megatron derives from the others."""
 
     num_layers: int | None = key(None, "transformer layers", low=1)
     hidden_size: int | None = key(None, "width of the residual stream", low=1)
@@ -110,11 +123,12 @@ class ArchitectureConfig:
     num_query_groups: int | None = key(None, "key/value heads (grouped-query attention)", low=1)
     kv_channels: int | None = key(None, "width of one head", low=1)
     rotary_base: float | None = key(None, "base of the rotary position embedding", low=0, exclusive=True)
+    rope_scaling: RopeScalingConfig = section(RopeScalingConfig, "rotary scaling of Llama 3.1 and later")
     share_embeddings_and_output_weights: bool | None = key(None, "one matrix for input and output embeddings")
     make_vocab_size_divisible_by: int | None = key(None, "tokens; the vocabulary is padded to a multiple", low=1)
     attention_dropout: float | None = key(None, "probability", low=0, high=1)
     hidden_dropout: float | None = key(None, "probability", low=0, high=1)
-    extra: dict[str, Any] = key({}, "further fields of the config class, such as {qk_layernorm: true}")
+    extra: dict[str, Any] = key({}, "further fields of Megatron's config, such as {vocab_size: 128256}")
 
 
 @dataclass
@@ -161,8 +175,13 @@ class ModelKeys:
     """``model`` without the objectives' blocks; see :class:`ModelConfig`."""
 
     objective: str = key("rao", "name of the objective; its block below holds its own keys")
-    config_class: str = key("LlamaConfig", "a class of nemo.collections.llm, such as Llama3Config8B or Qwen2Config7B")
-    arch: ArchitectureConfig = section(ArchitectureConfig, "sizes; null: the class's own value")
+    family: str = key(
+        "llama", "architecture, by Hugging Face's model_type; its sizes are in arch", choices=tuple(FAMILIES)
+    )
+    config_class: str | None = key(
+        None, "deprecated: a class of nemo.collections.llm, in place of family; only with NeMo's engine"
+    )
+    arch: ArchitectureConfig = section(ArchitectureConfig, "sizes; null: the family's, or derived from the others")
     restore_from_path: str | None = key(
         None, "folder of a NeMo checkpoint to start from; null: random weights from trainer.seed"
     )

@@ -1,0 +1,145 @@
+"""The families of models, in Megatron's terms: what every size of a family has in common.
+
+A recipe names a family (``model.family``) and the sizes of one model of it (``model.arch``). Planning, checks and both
+engines read this table; an engine turns the fields into its own config.
+
+Field names are those of Megatron's ``TransformerConfig``. Those that are not are arguments of its ``GPTModel``
+(``position_embedding_type``, ``rotary_base``, ``rotary_percent``, ``vocab_size``,
+``share_embeddings_and_output_weights``), of the engines (``make_vocab_size_divisible_by``), or defined here:
+
+    activation_func    a name, see :data:`ACTIVATIONS`
+    rope_scaling       ``None``, or the fields of :class:`nemo_rao.config.run_config.RopeScalingConfig`
+    rotary_base_local  base of the rotary embedding of layers with a window; ``rotary_base`` is that of the others
+
+Load-balancing losses are absent: they are turned off in every run (:mod:`nemo_rao.mcore.loss`). So are number formats
+and kernels, which do not belong to a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# silu: x sigmoid(x). gelu_tanh: GELU in its tanh form. quick_gelu: x sigmoid(1.702 x).
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu")
+
+# What a decoder is unless its family says otherwise. None: Megatron derives it, or there is none.
+_DECODER: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-5,
+    "layernorm_zero_centered_gamma": False,
+    "qk_layernorm": False,
+    "activation_func": "silu",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "kv_channels": None,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "position_embedding_type": "rope",
+    "rotary_base": 10000.0,
+    "rotary_percent": 1.0,
+    "rope_scaling": None,
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "share_embeddings_and_output_weights": False,
+    "vocab_size": None,
+    "make_vocab_size_divisible_by": 128,
+    "init_method_std": 0.02,
+    "num_moe_experts": None,
+    "moe_ffn_hidden_size": None,
+    "moe_router_topk": 2,
+    "moe_router_pre_softmax": False,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the models of a family have in common.
+
+    Attributes:
+        name: the value of ``model.family``.
+        model_type: its name in Hugging Face's config.json.
+        own: fields in which it differs from a Llama of the usual sizes, see :attr:`fields`.
+        parts: what its layers have beyond Megatron's own GPT, for messages.
+        scales_rope: ``model.arch.rope_scaling`` may be set.
+    """
+
+    name: str
+    model_type: str
+    own: Mapping[str, Any]
+    parts: tuple[str, ...] = ()
+    scales_rope: bool = False
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Field -> value, all that a family decides and all defaults of sizes that it has."""
+        return {**_DECODER, **self.own}
+
+
+_MIXTURE = {"num_moe_experts": 8, "moe_router_topk": 2}
+_QWEN = {"layernorm_epsilon": 1e-6, "rotary_base": 1e6}
+_QWEN3 = {**_QWEN, "qk_layernorm": True, "kv_channels": 128}
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llama", "llama", {}, scales_rope=True),
+        Family("mistral", "mistral", {}),
+        # The weights of the chosen experts are a softmax over them alone.
+        Family("mixtral", "mixtral", {**_MIXTURE, "rotary_base": 1e6}),
+        Family("qwen2", "qwen2", {**_QWEN, "add_qkv_bias": True}),
+        Family("qwen3", "qwen3", _QWEN3),
+        # norm_topk_prob: as Mixtral's. Models without it set moe_router_pre_softmax.
+        Family("qwen3_moe", "qwen3_moe", {**_QWEN3, "num_moe_experts": 128, "moe_router_topk": 8}),
+        Family(
+            "gemma3",
+            "gemma3_text",
+            {
+                "layernorm_epsilon": 1e-6,
+                "layernorm_zero_centered_gamma": True,
+                "qk_layernorm": True,
+                "activation_func": "gelu_tanh",
+                "kv_channels": 256,
+                "softmax_scale": 256**-0.5,
+                "rotary_base": 1e6,
+                "rotary_base_local": 10000.0,
+                # Tokens before the present one, which counts as one of the 512; every sixth layer sees all.
+                "window_size": (511, 0),
+                "window_attn_skip_freq": 6,
+                "share_embeddings_and_output_weights": True,
+            },
+            parts=("norms behind attention and feed-forward layers", "scaled embeddings", "two rotary embeddings"),
+        ),
+        Family(
+            "gpt_oss",
+            "gpt_oss",
+            {
+                "add_bias_linear": True,
+                "activation_func": "quick_gelu",
+                "activation_func_clamp_value": 7.0,
+                "glu_linear_offset": 1.0,
+                "kv_channels": 64,
+                "softmax_type": "learnable",
+                "window_size": (127, 0),
+                "window_attn_skip_freq": 2,
+                "position_embedding_type": "yarn",
+                "rotary_base": 150000.0,
+                "yarn_rotary_scaling_factor": 32.0,
+                "yarn_original_max_position_embeddings": 4096,
+                "yarn_beta_fast": 32.0,
+                "yarn_beta_slow": 1.0,
+                "yarn_correction_range_round_to_int": False,
+                "num_moe_experts": 32,
+                "moe_router_topk": 4,
+            },
+            parts=("learned attention sinks", "YaRN", "experts with biases"),
+        ),
+    )
+}
+
+
+def family_of_model_type(model_type: str) -> Family | None:
+    """The family of a Hugging Face model."""
+    return next((family for family in FAMILIES.values() if family.model_type == model_type), None)
