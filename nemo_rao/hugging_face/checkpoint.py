@@ -63,7 +63,7 @@ def describe(checkpoint: Path) -> Described:
         raise UserError(
             f"CHECKPOINT: {file} does not tell what model it is ({type(error).__name__}: {reason})"
         ) from None
-    family = next((family for family in FAMILIES if family.module == module), None)
+    family = next((family for family in FAMILIES if family.nemo is not None and family.nemo.module == module), None)
     if family is None or config.get("num_moe_experts") or config.get("qk_layernorm"):
         raise UserError(f"CHECKPOINT: {checkpoint} is a {class_name}, which cannot be exported; {SUPPORTED} can")
     if config.get("seq_len_interpolation_factor") or config.get("add_bias_linear"):
@@ -92,7 +92,7 @@ def check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
         wanted |= {f"{LAYERS}{name}.weight", f"{LAYERS}{name}.layer_norm_weight"}
     wanted |= {f"{LAYERS}self_attention.linear_proj.weight", f"{LAYERS}mlp.linear_fc2.weight"}
-    wanted |= {LAYERS + MEGATRON_BIAS.partition("*.")[2]} if base.family.qkv_bias else set()
+    wanted |= {LAYERS + MEGATRON_BIAS.partition("*.")[2]} if base.family.nemo.qkv_bias else set()
     missing = sorted(wanted - set(shapes))
     if missing == ["output_layer.weight"]:
         raise UserError(

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from nemo_rao.config.engine_choice import installed_engine
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.console import quiet_third_parties, say
 
@@ -50,6 +51,20 @@ def on_cpu_alone() -> None:
     os.environ.setdefault("USE_FLAX", "0")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+def engine_here() -> str:
+    """The engine by which this environment converts.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (found := installed_engine()) is None:
+        raise UserError(
+            "neither NeMo's LLM collection (nemo_toolkit 2.x) nor Megatron-Bridge is installed, by which models are "
+            "converted; run make install, or use NVIDIA's container"
+        )
+    return found
 
 
 def import_nemo_aloud() -> None:

@@ -20,9 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.config.engine_choice import BRIDGE
 from nemo_rao.errors import UserError
+from nemo_rao.hugging_face import network, with_bridge
 from nemo_rao.hugging_face.config_keys import head_size, notes
-from nemo_rao.hugging_face.conversion import Weights, import_nemo_aloud, on_cpu_alone
+from nemo_rao.hugging_face.conversion import Weights, engine_here, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
 from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES, Family
 from nemo_rao.hugging_face.generation_config import GENERATION, read_generation_config
@@ -36,7 +38,7 @@ from nemo_rao.hugging_face.source import (
     read_tensors,
     tensors_of,
 )
-from nemo_rao.model_files.weights import read_headers, weight_files
+from nemo_rao.model_files.weights import Header, read_headers, weight_files
 from nemo_rao.runtime.console import quiet_third_parties, say
 from nemo_rao.runtime.launch import launch
 
@@ -51,15 +53,22 @@ def main(arguments: argparse.Namespace) -> int:
     """
     on_cpu_alone()
     quiet_third_parties()
-    source = find_source(arguments.source, allow_pickle=arguments.allow_pickle, ignored=arguments.ignore_key)
+    engine = engine_here()
+    source = find_source(
+        arguments.source, engine=engine, allow_pickle=arguments.allow_pickle, ignored=arguments.ignore_key
+    )
     folder, family, config = source.folder, source.family, source.config
     generation, changed = read_generation_config(folder, KEY)
     files = weight_files(folder, KEY, allow_pickle=arguments.allow_pickle)
-    wanted = tensors_of(config, family)
-    if headers := read_headers(folder, files, KEY):
-        check_tensors(
-            {name: one for header in headers.values() for name, one in header.tensors.items()}, wanted, folder
-        )
+    headers = read_headers(folder, files, KEY)
+    wanted: dict[str, tuple[int, ...]] = {}
+    if engine == BRIDGE:
+        with_bridge.check_bridge_can(config, family, folder)
+    else:
+        wanted = tensors_of(config, family)
+        if headers:
+            stored = {name: one for header in headers.values() for name, one in header.tensors.items()}
+            check_tensors(stored, wanted, folder)
     destination = check_destination(arguments.dest, sum(file.stat().st_size for file in files), "DEST")
 
     from nemo_rao.data.encode import load_tokenizer
@@ -70,14 +79,16 @@ def main(arguments: argparse.Namespace) -> int:
             f"{KEY}: the tokenizer in {folder} has {num_tokens} tokens, more than the {config.vocab_size} of the "
             "model's embeddings; give the model its own tokenizer"
         )
-    keys = model_keys(config, family)
-    num_parameters = sum(math.prod(shape) for shape in wanted.values())
-    say(f"{family.architecture} of {num_parameters:,} parameters in {len(files)} files of {folder}")
+    keys = network.model_keys(config, family) if engine == BRIDGE else model_keys(config, family)
+    say(f"{family.architecture}{_size(headers, wanted)} in {len(files)} files of {folder}")
     for line in [*notes(source.given, family), *changed]:
         say(line)
     with written_whole(destination, "DEST") as partial:
         _copy_tokenizer(source, partial / "tokenizer", arguments.source, generation)
-        launch(_convert, (files, wanted, partial, family, keys, config), num_ranks=1)
+        if engine == BRIDGE:
+            launch(with_bridge.import_weights, (files, source.given, family, partial), num_ranks=1)
+        else:
+            launch(_convert, (files, wanted, partial, family, keys, config), num_ranks=1)
         say("writing the recipe's model group")
         (partial / "model").mkdir()
         (partial / "model" / "imported.yaml").write_text(_recipe(destination, keys, config, num_tokens))
@@ -90,11 +101,18 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _size(headers: Mapping[Path, Header], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """`` of N parameters``, of what the files' headers or the config say."""
+    stored = [shape for header in headers.values() for _, shape in header.tensors.values()]
+    number = sum(math.prod(shape) for shape in wanted.values() or stored)
+    return f" of {number:,} parameters" if number else ""
+
+
 def model_keys(config: Any, family: Family) -> dict[str, Any]:
     """``model.config_class`` and ``model.arch`` of a recipe, from Hugging Face's config; without ``vocab_size``."""
     rope = config.rope_scaling or {}
     extra: dict[str, Any] = {"layernorm_epsilon": config.rms_norm_eps, "init_method_std": config.initializer_range}
-    config_class = family.config_class
+    config_class = family.nemo.config_class
     if rope:
         config_class = "Llama31Config8B"  # the smallest of a scaled Llama that nemo.collections.llm offers; see arch
         extra |= {
@@ -136,7 +154,7 @@ def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens:
         "# absolute: change them if this folder is moved.",
         "model:",
         f"  restore_from_path: {shown(str(destination))}",
-        f"  config_class: {keys['config_class']}",
+        *(f"  {name}: {keys[name]}" for name in ("family", "config_class") if name in keys),
         f"  seq_length: {min(config.max_position_embeddings, _LONGEST)}",
         "  arch:",
         *(f"    {name}: {shown(value)}" for name, value in arch.items()),
@@ -211,13 +229,13 @@ def _convert(
     # After construction: the checkpoint's context is to know nothing of it.
     made.transformer_layer_spec = layer_spec_without_te
     made.perform_initialization = False
-    target = vars(llm)[family.model_class](
+    target = vars(llm)[family.nemo.model_class](
         made, tokenizer=AutoTokenizer(str(folder / "tokenizer"), trust_remote_code=False)
     )
     importer = HFLlamaImporter(files[0].parent)
     trainer = importer.nemo_setup(target, ckpt_async_save=False)
     importer.convert_state(model, target)
-    if family.qkv_bias:
+    if family.nemo.qkv_bias:
         bias = io.state_transform(source_key=HF_BIASES, target_key=MEGATRON_BIAS, fn=TransformFns.merge_qkv_bias)
         io.apply_transforms(model, target, mapping={}, transforms=[bias])
     del model

@@ -1,0 +1,134 @@
+"""Conversion by Megatron-Bridge: what its environment does in the place of NeMo's connectors.
+
+    *.safetensors  <--engines/bridge/hugging_face.py-->  weights/
+
+transformers' config, not the recipe, says what model Bridge builds; :mod:`nemo_rao.hugging_face.config_keys` has read
+every key of it by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.errors import UserError
+from nemo_rao.hugging_face.families import Family
+from nemo_rao.hugging_face.source import KEY
+from nemo_rao.model_files.weights import read_headers
+from nemo_rao.runtime.console import quiet_imports, quiet_third_parties, say
+
+# Llama 3's scaling, of which Bridge takes the factor alone.
+_LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def check_bridge_can(config: Any, family: Family, folder: Path) -> None:
+    """Refuses what Bridge would take for something else.
+
+    Args:
+        config: from :func:`nemo_rao.hugging_face.config_keys.read_config`.
+
+    Raises:
+        UserError: names the key.
+    """
+    if family.scaling != "llama3" or not config.rope_scaling:
+        return
+    for name, value in _LLAMA3.items():
+        if config.rope_scaling[name] != value:
+            raise UserError(
+                f"{KEY}: {folder / 'config.json'}: rope_scaling.{name} ({config.rope_scaling[name]}) cannot be "
+                f"imported: Megatron-Bridge has {value}, as published models do"
+            )
+
+
+def import_weights(files: list[Path], given: Mapping[str, Any], family: Family, folder: Path) -> None:
+    """Write ``folder/weights``, a checkpoint of the model.
+
+    Args:
+        files: the weights.
+        given: config.json.
+    """
+    source = files[0].parent
+    with contextlib.ExitStack() as stack:
+        if any(file.suffix != ".safetensors" for file in files):
+            source = stack.enter_context(_without_pickles(files, folder))
+        stored = {dtype for header in read_headers(source, sorted(source.glob("*.safetensors")), KEY).values()
+                  for dtype, _ in header.tensors.values()}
+        stack.enter_context(_bridge())
+        import torch
+
+        from nemo_rao.engines.bridge.hugging_face import Conversion, save_checkpoint
+
+        if unknown := sorted(stored - set(_DTYPES)):
+            raise UserError(f"{KEY}: {source}: tensors are {unknown[0]}; {', '.join(_DTYPES)} can be imported")
+        # All in the widest of their formats, so that nothing is rounded.
+        dtype = vars(torch)[_DTYPES[stored.pop()]] if len(stored) == 1 else torch.float32
+        conversion = Conversion(transformers_config(given, family), f"{KEY}: {files[0].parent}")
+        say("reading and converting the weights")
+        [chunk] = conversion.build(dtype)
+        conversion.load([chunk], source)
+        say("writing the checkpoint")
+        save_checkpoint(chunk, folder)
+
+
+def transformers_config(given: Mapping[str, Any], family: Family) -> Any:
+    """The config object of a config.json, whose keys are known by now."""
+    from transformers import CONFIG_MAPPING
+
+    kept = {name: value for name, value in given.items() if name not in ("auto_map", "quantization_config")}
+    return CONFIG_MAPPING[family.model_type].from_dict({**kept, "architectures": [family.architecture]})
+
+
+@contextlib.contextmanager
+def _without_pickles(files: list[Path], folder: Path) -> Iterator[Path]:
+    """A folder with the same weights as safetensors, removed at the end."""
+    import torch
+    from safetensors.torch import save_file
+
+    copy = folder / "source"
+    copy.mkdir()
+    try:
+        for number, file in enumerate(files):
+            try:
+                read = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # of the archive, of the pickle, or of what it names
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"{KEY}: {file} cannot be read ({type(error).__name__}: {reason}); use a model in safetensors"
+                ) from None
+            tensors = {name: tensor.contiguous() for name, tensor in read.items() if isinstance(tensor, torch.Tensor)}
+            save_file(tensors, copy / f"model-{number + 1:05}-of-{len(files):05}.safetensors", {"format": "pt"})
+        shutil.copyfile(files[0].parent / "config.json", copy / "config.json")
+        yield copy
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _bridge() -> Iterator[None]:
+    """Bridge on the CPU, and Megatron's process groups of one rank."""
+    say("importing Megatron-Bridge, which takes about 20 seconds")
+    with quiet_imports():
+        from nemo_rao.mcore import cpu
+
+        cpu.install_if_needed()
+        from nemo_rao.engines.bridge.seams import import_models
+
+        import_models(on_cpu=True)
+        from nemo_rao.engines.bridge import hugging_face  # noqa: F401
+    quiet_third_parties()
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
