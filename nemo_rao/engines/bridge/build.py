@@ -1,0 +1,167 @@
+"""From a checked recipe to Bridge's config: one small function each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.bridge.training.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    DistributedDataParallelConfig,
+    DistributedInitConfig,
+    LoggerConfig,
+    OptimizerConfig,
+    OptimizerConfigOverrideProvider,
+    RerunStateMachineConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
+from megatron.core.optimizer import ParamGroupOverride, ParamKey
+
+from nemo_rao.config.derived import objective_config
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.engines.bridge.provider import DTYPES
+from nemo_rao.engines.bridge.seams import dataset_provider
+from nemo_rao.mcore.heads import VALUE_HEAD
+
+
+def container(config: RunConfig, provider: Any, data: Any, *, max_steps: int) -> ConfigContainer:
+    """Bridge's config of a run. Checkpoints, metrics, validation and signals are this project's: Bridge has none.
+
+    Args:
+        provider: of the model.
+        data: a :func:`data_set`.
+    """
+    keys = config.model
+    return ConfigContainer(
+        model=provider,
+        dataset=data,
+        mixed_precision=precision(config),
+        optimizer=optimizer(config),
+        optimizer_config_override_provider=HeadsRate(value_lr(config)),
+        # The rate is set before each step (:mod:`nemo_rao.loop.schedule`); of the scheduler's, weight decay remains.
+        scheduler=SchedulerConfig(
+            lr_decay_style="constant",
+            lr_warmup_iters=0,
+            start_weight_decay=keys.optim.weight_decay,
+            end_weight_decay=keys.optim.weight_decay,
+            weight_decay_incr_style="constant",
+        ),
+        ddp=DistributedDataParallelConfig(
+            # Megatron would raise before it is known which rows and rewards the step had: see loop/finite.py.
+            check_for_nan_in_grad=False,
+            grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
+            use_distributed_optimizer=keys.optim.use_distributed_optimizer,
+            overlap_grad_reduce=keys.optim.overlap_grad_reduce,
+            overlap_param_gather=keys.optim.overlap_param_gather,
+            average_in_collective=False,  # gradients are sums, divided once by the number of prompts
+        ),
+        train=TrainingConfig(
+            micro_batch_size=keys.micro_batch_size, global_batch_size=keys.global_batch_size, train_iters=max_steps
+        ),
+        validation=ValidationConfig(eval_iters=0, eval_interval=None),
+        rerun_state_machine=RerunStateMachineConfig(check_for_nan_in_loss=False),
+        checkpoint=CheckpointConfig(save=None, load=None),
+        # Only asked for the size of a vocabulary, which the provider has.
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1),
+        logger=LoggerConfig(skip_train_metrics_log=True, log_interval=max_steps + 1, tensorboard_dir=None),
+        dist=DistributedInitConfig(
+            distributed_backend="nccl" if torch.cuda.is_available() else "gloo",
+            distributed_timeout_minutes=config.trainer.timeout_minutes,  # type: ignore[arg-type]
+        ),
+        rng=RNGConfig(seed=config.trainer.seed),
+    )
+
+
+def precision(config: RunConfig) -> MixedPrecisionConfig:
+    """Number formats, which Bridge writes into Megatron's configs of model, optimizer and gradient buffers."""
+    keys = config.precision
+    dtype = DTYPES[keys.params]
+    # In a simulation Megatron does not know of 8 bits: it would ask Transformer Engine.
+    fp8 = {} if keys.fp8 is None or keys.fp8_simulation else {name: vars(keys)[name] for name in _FP8}
+    return MixedPrecisionConfig(
+        **{keys.params: True},
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=keys.grad_reduce_in_fp32,
+        loss_scale=keys.fp16_loss_scale,
+        initial_loss_scale=keys.fp16_initial_loss_scale,
+        min_loss_scale=keys.fp16_min_loss_scale,
+        loss_scale_window=keys.fp16_loss_scale_window,
+        hysteresis=keys.fp16_hysteresis,
+        # Asserted to go together where the weights are gathered in this format.
+        reuse_grad_buf_for_mxfp8_param_ag=bool(fp8) and keys.fp8_recipe == "mxfp8" and keys.fp8_param_gather,
+        **fp8,
+    )
+
+
+_FP8 = (
+    "fp8",
+    "fp8_recipe",
+    "fp8_margin",
+    "fp8_amax_history_len",
+    "fp8_amax_compute_algo",
+    "fp8_wgrad",
+    "fp8_param_gather",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+)
+
+
+def optimizer(config: RunConfig) -> OptimizerConfig:
+    keys = config.model.optim
+    return OptimizerConfig(
+        optimizer=keys.name,
+        lr=keys.lr,
+        min_lr=0.0,
+        weight_decay=keys.weight_decay,
+        adam_beta1=keys.betas[0],
+        adam_beta2=keys.betas[1],
+        adam_eps=keys.eps,
+        clip_grad=config.trainer.gradient_clip_val,
+        use_distributed_optimizer=keys.use_distributed_optimizer,
+        overlap_param_gather=keys.overlap_param_gather,
+    )
+
+
+def value_lr(config: RunConfig) -> float | None:
+    """A value head's learning rate is a key of the objective that has one; ``None``: it is that of all weights."""
+    given = getattr(objective_config(config), "value_lr", None)
+    return None if given == config.model.optim.lr else given
+
+
+@dataclass
+class HeadsRate(OptimizerConfigOverrideProvider):
+    """Gives a value head a learning rate of its own."""
+
+    rate: float | None = None
+
+    def build_config_overrides(self, context: Any) -> Any:
+        overrides = dict(super().build_config_overrides(context) or {})
+        if self.rate is not None:
+            overrides[ParamKey(name=f"*{VALUE_HEAD}*")] = ParamGroupOverride(max_lr=self.rate)
+        return overrides or None
+
+
+def data_set(micro_batches: Any) -> Any:
+    """Bridge's config of a data source: an iterator over this rank's micro-batches, which Bridge hands on."""
+
+    @dataclass
+    class Stream(dataset_provider()):  # type: ignore[misc]
+        dataloader_type: str = "external"
+        num_workers: int = 0
+        pin_memory: bool = False
+        persistent_workers: bool = False
+
+        def build_datasets(self, context: Any) -> tuple[Any, None, None]:
+            return micro_batches, None, None
+
+    return Stream()

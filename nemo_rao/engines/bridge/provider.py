@@ -1,0 +1,119 @@
+"""From a recipe to Bridge's model provider, which builds the network on each rank.
+
+Bridge marks providers as deprecated, in favour of a config and a builder that its releases before 0.6 do not have.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.core.activations import quick_gelu, squared_relu
+from torch.nn import functional
+
+from nemo_rao.config.architecture import architecture_fields
+from nemo_rao.config.experts import check_experts
+from nemo_rao.config.lora_targets import check_targets
+from nemo_rao.config.precision_checks import fp8_simulation
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.errors import UserError, did_you_mean
+from nemo_rao.mcore.finish import finish_chunk, finish_config
+from nemo_rao.objectives.base import Needs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Names of activation functions in a family's fields -> what they are.
+_ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "quick_gelu": quick_gelu,
+    "squared_relu": squared_relu,
+}
+
+
+def provider(config: RunConfig) -> Any:
+    """The provider of the recipe's network, split over ranks as the recipe says; its vocabulary is not padded yet.
+
+    Raises:
+        UserError: Megatron has no such field, or refuses the sizes.
+    """
+    keys = config.model
+    given = {name: value for name, value in architecture_fields(config).items() if value is not None}
+    fields = {field.name for field in dataclasses.fields(GPTModelProvider)}
+    for name in keys.arch.extra:
+        if name not in fields:
+            raise UserError(f"model.arch.extra.{name}: Megatron's GPT has no such field{did_you_mean(name, fields)}")
+    sizes = {name: value for name, value in given.items() if name in fields}
+    if isinstance(named := sizes.get("activation_func"), str):
+        sizes["activation_func"] = _ACTIVATIONS[named]
+    made = GPTModelProvider(**{**sizes, **_split(config), **_recompute(config), "seq_length": keys.seq_length})
+    finish_config(made, fp8_simulation=fp8_simulation(config.precision))
+    return made
+
+
+def model_config(config: RunConfig) -> Any:
+    """The same, with what Megatron works out of it."""
+    made = provider(config)
+    complete = copy.copy(made)
+    # Whether the ranks that share it fit is said by the checks of the recipe, in its own words.
+    for name in ("tensor", "pipeline", "context", "expert"):
+        size = "context_parallel_size" if name == "context" else f"{name}_model_parallel_size"
+        setattr(complete, size, 1)
+    complete.expert_tensor_parallel_size, complete.virtual_pipeline_model_parallel_size = 1, None
+    complete.sequence_parallel = False
+    try:
+        complete.finalize()
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"model.arch: Megatron refuses these sizes: {error}") from None
+    check_experts(config, vars(complete))
+    check_targets(config, num_layers=complete.num_layers, experts=bool(complete.num_moe_experts))
+    return complete
+
+
+def _split(config: RunConfig) -> Mapping[str, Any]:
+    keys = config.model
+    interleaved = keys.virtual_pipeline_model_parallel_size is not None
+    return {
+        "tensor_model_parallel_size": keys.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": keys.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": keys.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": keys.context_parallel_size,
+        "expert_model_parallel_size": keys.expert_model_parallel_size,
+        # Bridge's default is 1 where experts are shared; a recipe's is Megatron's.
+        "expert_tensor_parallel_size": keys.expert_tensor_parallel_size or keys.tensor_model_parallel_size,
+        "sequence_parallel": keys.sequence_parallel and keys.tensor_model_parallel_size > 1,
+        "pipeline_dtype": DTYPES[config.precision.params],
+        # Two stages of an interleaved pipeline send each other activations and gradients at once: in one batch of
+        # messages, Megatron's default, the one is taken for the other.
+        **({"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}),
+    }
+
+
+def _recompute(config: RunConfig) -> Mapping[str, Any]:
+    keys = config.model
+    full = keys.recompute_granularity == "full"
+    return {
+        "recompute_granularity": keys.recompute_granularity,
+        "recompute_method": (keys.recompute_method or "uniform") if full else None,
+        "recompute_num_layers": (keys.recompute_num_layers or 1) if full else None,
+    }
+
+
+def finish_when_built(made: Any, config: RunConfig, needs: Needs) -> None:
+    """Have a provider's chunks finished for an objective (:mod:`nemo_rao.mcore.finish`) before they are wrapped."""
+
+    def finish(chunks: list[Any]) -> list[Any]:
+        for chunk in chunks:
+            finish_chunk(
+                chunk,
+                needs,
+                fused_log_probs=config.model.fused_log_probs,
+                head_seed=config.trainer.seed,
+                fp8_is_simulated=fp8_simulation(config.precision) is not None,
+            )
+        return chunks
+
+    made.register_pre_wrap_hook(finish)

@@ -1,0 +1,181 @@
+"""One rank's part of a run on Bridge: the model it builds, the loop it drives, and this project's checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.data.utils import get_dataset_provider
+from megatron.bridge.training.callbacks import normalize_callbacks
+from megatron.bridge.training.config import runtime_config_update
+from megatron.bridge.training.initialize import destroy_global_state
+from megatron.bridge.training.setup import setup
+from megatron.bridge.training.state import GlobalState
+from megatron.bridge.training.train import train
+
+from nemo_rao.batch import MicroBatch
+from nemo_rao.checkpoint.find import weights_of
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.data.encode import load_tokenizer, pad_token_id
+from nemo_rao.engines.bridge.build import container, data_set
+from nemo_rao.engines.bridge.loggers import loggers
+from nemo_rao.engines.bridge.provider import finish_when_built, provider
+from nemo_rao.engines.bridge.session import BridgeSession, CallHooks, ForwardStep
+from nemo_rao.loop.data import TrainingData
+from nemo_rao.loop.kept_checkpoints import KeepCheckpoints
+from nemo_rao.loop.reference import ReferencePass
+from nemo_rao.loop.session import Hook
+from nemo_rao.mcore import checkpoint
+from nemo_rao.mcore.forward import made_ahead
+from nemo_rao.mcore.objective_loss import ObjectiveLoss
+from nemo_rao.objectives import registry
+from nemo_rao.runtime.console import quiet_third_parties
+
+
+class Run:
+    """A run, of which Bridge builds the parts.
+
+    Args:
+        objective_config: the objective's keys, with what the data decides.
+        max_steps: of the whole run.
+
+    Attributes:
+        loss: the objective over a micro-batch.
+        pad_token_id: of the tokenizer.
+    """
+
+    def __init__(self, config: RunConfig, objective_config: Any, *, max_steps: int) -> None:
+        if config.trainer.threads_per_rank is not None:
+            torch.set_num_threads(config.trainer.threads_per_rank)
+        quiet_third_parties()
+        assert config.data.tokenizer is not None
+        self._config = config
+        self._max_steps = max_steps
+        self._tokenizer = load_tokenizer(config.data.tokenizer)
+        self._provider = provider(config)
+        vocab_size = self._provider.vocab_size or len(self._tokenizer)
+        multiple = self._provider.make_vocab_size_divisible_by * config.model.tensor_model_parallel_size
+        self._provider.vocab_size = -(-vocab_size // multiple) * multiple  # Bridge pads a tokenizer's size alone
+        self.loss = ObjectiveLoss(registry.get(config.model.objective), objective_config, vocab_size=vocab_size)
+        self.pad_token_id = pad_token_id(self._tokenizer)
+        self._step = 0
+
+    @contextlib.contextmanager
+    def built(self, data: TrainingData, *, folder: Path, start_from: Path | None = None) -> Iterator[None]:
+        """Model, optimizer and process groups, for as long as the block lasts.
+
+        Args:
+            folder: of results.
+            start_from: a checkpoint whose weights the model has.
+        """
+        self._data, self._folder = data, folder
+        finish_when_built(self._provider, self._config, self.loss.needs)
+        if start_from is not None:
+            self._provider.register_pre_wrap_hook(lambda chunks: self._read_start(chunks, start_from))
+        state = GlobalState()
+        state.cfg = container(
+            self._config, self._provider, data_set(self._micro_batches()), max_steps=self._max_steps
+        )
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # Bridge reports every routine step
+                runtime_config_update(state.cfg)
+                self._parts = setup(state, get_dataset_provider(state.cfg.dataset))
+            quiet_third_parties()
+            yield
+            torch.distributed.barrier()
+        finally:
+            destroy_global_state()
+        torch.distributed.destroy_process_group()
+
+    def session(self, **arguments: Any) -> BridgeSession:
+        """The run as it stands."""
+        return BridgeSession(
+            self._parts.state,
+            self._parts.model,
+            folder=self._folder,
+            data=self._data,
+            loss=self.loss,
+            max_steps=self._max_steps,
+            **arguments,
+        )
+
+    def train(self, hooks: list[Hook], *, resume_from: Path | None) -> None:
+        """The steps that are left of the run.
+
+        Args:
+            resume_from: this run's last checkpoint.
+        """
+        parts, state = self._parts, self._parts.state
+        rates = self._name_groups()
+        keeping = KeepCheckpoints(
+            self._folder / "checkpoints", self._config.exp_manager.checkpoint_callback_params, self._save
+        )
+        self._references = [hook for hook in hooks if isinstance(hook, ReferencePass)]
+        self._keeping = keeping
+        if resume_from is not None:
+            self._resume(resume_from)
+        session = self.session(loggers=loggers(self._config, self._folder))
+        self._session = session
+        calls = CallHooks(
+            session, [*hooks, keeping], schedule=self._config.model.optim.sched, rates=rates
+        )
+        train(
+            ForwardStep(self.loss, calls),
+            parts.model,
+            parts.optimizer,
+            parts.scheduler,
+            parts.train_data_iterator,
+            None,
+            state,
+            parts.checkpoint_manager,
+            parts.pg_collection,
+            callback_manager=normalize_callbacks([calls]),
+        )
+        calls.close()
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        # A generator: nothing is made before the first one is asked for, when the reference sums are there.
+        with made_ahead(self._data.micro_batches_from(self._step)) as ahead:
+            yield from ahead
+
+    def _name_groups(self) -> Sequence[float]:
+        """The highest learning rate of each group of parameters.
+
+        Checkpoints find a group by its ``max_lr``, among others, and a run may be continued with another one: in its
+        place the groups get the number of their kind, which stays.
+        """
+        groups, usual = self._parts.optimizer.param_groups, self._config.model.optim.lr
+        rates = [float(group["max_lr"]) for group in groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["max_lr"] = 1.0 if rate == usual else 2.0
+        return rates
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def _read_start(self, chunks: list[Any], start_from: Path) -> list[Any]:
+        checkpoint.load_weights(weights_of(start_from), chunks)
+        return chunks
+
+    def _resume(self, resume_from: Path) -> None:
+        stored = checkpoint.load(weights_of(resume_from), self._parts.model, self._parts.optimizer, keep=None)
+        self._step = stored["step"]
+        train_state = self._parts.state.train_state
+        train_state.step = self._step
+        train_state.consumed_train_samples = self._step * self._config.model.global_batch_size
+        self._keeping.state = stored["kept"]
+        for hook in self._references:
+            hook.state = stored["reference"]
+
+    def _save(self, folder: Path) -> None:
+        content = {
+            "step": self._session.step,
+            "kept": self._keeping.state,
+            "reference": {name: value for hook in self._references for name, value in hook.state.items()},
+        }
+        checkpoint.save(folder / "weights", self._parts.model, self._parts.optimizer, content, keep=None)
+        if self._session.is_first_rank:
+            self._tokenizer.save_pretrained(folder / "context" / "tokenizer")

@@ -1,0 +1,149 @@
+"""Bridge's run as a :class:`~nemo_rao.loop.session.Session`, the callback that calls its hooks, and its forward step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.training.callbacks import Callback
+from torch import Tensor
+
+from nemo_rao.batch import MicroBatch, ModelOutput
+from nemo_rao.config.run_config import ScheduleConfig
+from nemo_rao.loop.data import TrainingData
+from nemo_rao.loop.schedule import learning_rate
+from nemo_rao.loop.session import Hook
+from nemo_rao.mcore.checkpoint import PREFIX, Filter, sharded_model
+from nemo_rao.mcore.forward import forward_step, to_device, unwrapped
+from nemo_rao.mcore.objective_loss import ObjectiveLoss
+
+Logger = Callable[[Mapping[str, float], int], None]  # (values, step)
+
+
+class BridgeSession:
+    """See :class:`nemo_rao.loop.session.Session`.
+
+    Args:
+        state: Bridge's global state.
+        chunks: this rank's model chunks.
+        keep: of the policy's weights; adapters are none of the reference policy.
+    """
+
+    def __init__(
+        self,
+        state: Any,
+        chunks: Sequence[Any],
+        *,
+        folder: Path,
+        data: TrainingData,
+        loss: ObjectiveLoss,
+        max_steps: int,
+        loggers: Sequence[Logger] = (),
+        keep: Filter | None = None,
+    ) -> None:
+        self._state = state
+        self.chunks = chunks
+        self.folder = folder
+        self.data = data
+        self.loss = loss
+        self.max_steps = max_steps
+        self.step = int(state.train_state.step)
+        self.is_stopping = False
+        self._loggers = loggers
+        self._keep = keep
+        self._reported: dict[str, float] = {}
+
+    @property
+    def is_first_rank(self) -> bool:
+        return torch.distributed.get_rank() == 0
+
+    def reported(self) -> Mapping[str, float]:
+        return self._reported
+
+    def done(self, step: int, numbers: Mapping[str, float]) -> None:
+        """So many optimizer steps are done; the last one's numbers replace those of the step before."""
+        self.step, self._reported = step, dict(numbers)
+
+    def log(self, values: Mapping[str, float], *, to_loggers: bool = True) -> None:
+        self._reported |= values
+        if to_loggers and self.is_first_rank:
+            for logger in self._loggers:
+                logger(values, self.step)
+
+    def stop(self) -> None:
+        self.is_stopping = True
+        self._state.cfg.train.train_iters = self.step
+
+    def sharded_weights(self) -> Mapping[str, Any]:
+        # With NeMo's prefix: the same weights have the same fingerprint on either engine.
+        return sharded_model(self.chunks, prefix=PREFIX, keep=self._keep)
+
+
+class CallHooks(Callback):
+    """Calls a run's hooks, in their order, and sets each step's learning rate.
+
+    Args:
+        rates: of each group of the optimizer's parameters, the highest learning rate.
+    """
+
+    def __init__(
+        self, session: BridgeSession, hooks: Sequence[Hook], *, schedule: ScheduleConfig, rates: Sequence[float]
+    ) -> None:
+        self._session = session
+        self._hooks = hooks
+        self._schedule = schedule
+        self._rates = rates
+
+    def on_train_start(self, context: Any) -> None:
+        for hook in self._hooks:
+            hook.start(self._session)
+
+    def on_train_step_start(self, context: Any) -> None:
+        self._set_rates(context, self._session.step)
+        for hook in self._hooks:
+            hook.before_step(self._session)
+
+    def micro_batch(self, batch: MicroBatch, *, embeds_tokens: bool) -> None:
+        for hook in self._hooks:
+            hook.micro_batch(self._session, batch, embeds_tokens=embeds_tokens)
+
+    def on_train_step_end(self, context: Any) -> None:
+        step = int(context.state.train_state.step) + 1  # Bridge counts it after this
+        numbers = {} if context.grad_norm is None else {"grad_norm": float(context.grad_norm)}
+        self._session.done(step, {**numbers, "lr": float(context.optimizer.param_groups[0]["lr"])})
+        for hook in self._hooks:
+            hook.after_step(self._session)
+
+    def on_train_end(self, context: Any) -> None:
+        for hook in self._hooks:
+            hook.end(self._session)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.close()
+
+    def _set_rates(self, context: Any, step: int) -> None:
+        for group, highest in zip(context.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = learning_rate(
+                self._schedule, step, highest=highest, max_steps=self._session.max_steps
+            )
+
+
+class ForwardStep:
+    """What Bridge calls for a chunk and a micro-batch: (its output, the loss of the last stage's output)."""
+
+    def __init__(self, loss: ObjectiveLoss, callback: CallHooks) -> None:
+        self._loss = loss
+        self._callback = callback
+
+    def __call__(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Any, Callable]:
+        batch = to_device(next(data_iterator))
+        self._callback.micro_batch(batch, embeds_tokens=unwrapped(model).pre_process)
+
+        def loss(output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss_sum, num_prompts, _ = self._loss(output, batch)
+            return loss_sum, num_prompts, {}  # the metrics hook reduces them, together
+
+        return forward_step(model, batch), loss

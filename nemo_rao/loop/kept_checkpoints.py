@@ -1,0 +1,156 @@
+"""Which checkpoints of a run are kept: the best by a metric, the newest, and nothing that a kill has left behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_rao.checkpoint.find import mark_unfinished, remove_checkpoints, remove_unfinished
+from nemo_rao.config.run_config import CheckpointConfig
+from nemo_rao.errors import UserError
+from nemo_rao.loop.session import Hook, Session
+from nemo_rao.runtime.console import say
+
+
+class KeepCheckpoints(Hook):
+    """Writes checkpoints at intervals and at the end: ``step=40``, ``step=40-last``. The last of the hooks.
+
+    A checkpoint is ranked by a metric of its own step, or not at all; without a metric, the newest one is the best.
+    ``-last`` is a link where the newest is also among the best. When a run is started again, what a kill has left
+    behind is removed: checkpoints that were being written or removed, and those that the run has written, as the last
+    checkpoint records, and no longer wants.
+
+    Args:
+        folder: of checkpoints.
+        keys: ``exp_manager.checkpoint_callback_params``.
+        save: writes a checkpoint into a folder, on all ranks together.
+
+    Attributes:
+        state: what a checkpoint is to carry; set before the run is resumed.
+    """
+
+    def __init__(self, folder: Path, keys: CheckpointConfig, save: Callable[[Path], None]) -> None:
+        self._folder = folder
+        self._keys = keys
+        self._save = save
+        self._best: dict[str, float] = {}  # name -> what it is ranked by
+        self._last: str | None = None
+        self._written: set[str] = set()
+        self._saved_step = -1
+        self._is_reported = False  # the monitor, in this life of the run
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {**self._settings, "best": dict(self._best), "last": self._last, "written": sorted(self._written)}
+
+    @state.setter
+    def state(self, stored: Mapping[str, Any]) -> None:
+        # Those that were kept by other rules, or in another folder, were not left behind.
+        if all(stored[name] == value for name, value in self._settings.items()):
+            self._best, self._last = dict(stored["best"]), stored["last"]
+            self._written = set(stored["written"])
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        keys = self._keys
+        return {
+            "folder": str(self._folder.absolute()),
+            "save_top_k": keys.save_top_k,
+            "monitor": keys.monitor,
+            "mode": keys.mode,
+        }
+
+    def start(self, session: Session) -> None:
+        self._saved_step = session.step
+        if session.is_first_rank:
+            removed = remove_unfinished(self._folder)
+            self._best = {name: value for name, value in self._best.items() if (self._folder / name).is_dir()}
+            removed += remove_checkpoints(self._folder, self._written - self._wanted())
+            if removed:
+                say(f"removed checkpoints that an earlier start has left behind: {', '.join(removed)}")
+        best = [self._best]
+        torch.distributed.broadcast_object_list(best, src=0)  # where all ranks meet
+        self._best = best[0]
+        self._written &= self._wanted()
+
+    def after_step(self, session: Session) -> None:
+        self._is_reported = self._is_reported or self._keys.monitor in session.reported()
+        if session.step % self._keys.every_n_train_steps == 0:
+            self._save_step(session)
+
+    def end(self, session: Session) -> None:
+        if self._keys.save_last and self._saved_step != session.step:
+            self._write(session, f"step={session.step}-last", is_last=True)
+
+    def _save_step(self, session: Session) -> None:
+        name, last = f"step={session.step}", f"step={session.step}-last"
+        value = self._value(session)
+        if value is not None and self._takes(value):
+            self._best[name] = value
+            if 0 < self._keys.save_top_k < len(self._best):
+                del self._best[max(self._best, key=lambda other: self._badness(self._best[other]))]
+            self._write(session, name, is_last=self._keys.save_last, link=last if self._keys.save_last else None)
+        elif self._keys.save_last:
+            self._write(session, last, is_last=True)
+
+    def _write(self, session: Session, name: str, *, is_last: bool, link: str | None = None) -> None:
+        if is_last:
+            self._last = link or name
+        self._written |= {name, link} if link else {name}
+        wanted = self._wanted() | {name}
+        unwanted = self._written - wanted
+        self._written &= wanted
+        self._saved_step = session.step
+        if session.is_first_rank:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove_checkpoints(self._folder, [name])
+            mark_unfinished(self._folder / name, True)
+        torch.distributed.barrier()
+        self._save(self._folder / name)
+        if session.is_first_rank:
+            mark_unfinished(self._folder / name, False)
+            if link:
+                remove_checkpoints(self._folder, [link])
+                (self._folder / link).symlink_to(name)
+            remove_checkpoints(self._folder, unwanted)
+        torch.distributed.barrier()
+
+    def _value(self, session: Session) -> float | None:
+        """What this step is ranked by; ``None``: it is not ranked."""
+        monitor = self._keys.monitor
+        if self._keys.save_top_k == 0:
+            return None
+        if monitor is None:
+            return float(session.step)
+        reported = session.reported()
+        if monitor in reported:
+            return reported[monitor]
+        if self._is_reported:  # such as a margin, where no prompt of this batch had a pair
+            say(f"checkpoint of step {session.step} is not ranked: {monitor} has no value in this step")
+            return None
+        raise UserError(
+            f"exp_manager.checkpoint_callback_params.monitor={monitor}: this run's data gives no such metric; choose "
+            f"one of {', '.join(sorted(reported))}"
+        )
+
+    def _takes(self, value: float) -> bool:
+        top = self._keys.save_top_k
+        if top == -1 or len(self._best) < top:
+            return True
+        return self._badness(value) < max(map(self._badness, self._best.values()))
+
+    def _badness(self, value: float) -> float:
+        if math.isnan(value):
+            return math.inf
+        higher_is_better = self._keys.monitor is None or self._keys.mode == "max"
+        return -value if higher_is_better else value
+
+    def _wanted(self) -> set[str]:
+        """Names of the best and the newest; of a link, also what it names."""
+        names = {*self._best, *([self._last] if self._last else [])}
+        links = [self._folder / name for name in names]
+        return names | {link.readlink().name for link in links if link.is_symlink()}

@@ -1,0 +1,155 @@
+"""Megatron's distributed checkpoints (``torch_dist``): a rank's part of model and optimizer, written and read back.
+
+    weights/    the model's tensors under their own names, or with NeMo's prefix "module."; the optimizer's in the format
+                that any parallelism reads; what a run keeps beside them, of plain types
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import load_tensors_metadata
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+from nemo_rao.mcore import torch_adam
+from nemo_rao.mcore.forward import unwrapped
+from nemo_rao.mcore.heads import heads, is_stored
+
+PREFIX = "module."  # of NeMo's names
+STATE = "nemo_rao"
+# How the optimizer's state is laid out: for any parallelism, and the only way that torch's own Adam has.
+_LAYOUT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+Filter = Callable[[str], bool]
+
+
+def sharded_model(chunks: Sequence[Any], *, prefix: str = "", keep: Filter | None = None) -> dict[str, Any]:
+    """The model's sharded state dict, one entry for each chunk.
+
+    Args:
+        prefix: of the names in the checkpoint.
+        keep: whether the tensor with this name, on this rank, is wanted; ``None``: all are.
+    """
+    state = {}
+    for number, chunk in enumerate(chunks):
+        tensors = unwrapped(chunk).sharded_state_dict(metadata=dict(_LAYOUT))
+        tensors = {name: value for name, value in tensors.items() if keep is None or keep(name)}
+        if prefix:
+            add_prefix_for_sharding(tensors, prefix)
+        state["model" if len(chunks) == 1 else f"model{number}"] = tensors
+    return state
+
+
+def save(folder: Path, chunks: Sequence[Any], optimizer: Any, state: Mapping[str, Any], *, keep: Filter | None) -> None:
+    """Write model and optimizer. A collective over all ranks.
+
+    Args:
+        folder: to be made; nobody reads it before this returns on every rank.
+        state: of plain types, the same on every rank.
+        keep: see :func:`sharded_model`.
+    """
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    content = sharded_model(chunks, keep=keep)
+    content["optimizer"] = optimizer.sharded_state_dict(content, metadata=dict(_LAYOUT))
+    strategy = FullyParallelSaveStrategyWrapper(
+        dist_checkpointing.serialization.get_default_save_sharded_strategy(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    content |= {STATE: dict(state)}
+    dist_checkpointing.save(content, str(folder), strategy, content_metadata=dict(_LAYOUT))
+    torch.distributed.barrier()
+
+
+def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, keep: Filter | None) -> Mapping[str, Any]:
+    """Read model and optimizer as :func:`save` has written them, under any parallelism; returns ``state``.
+
+    Hyperparameters of the optimizer stay those that it has.
+    """
+    content = _request(folder, chunks, keep)
+    groups = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for group in optimizer.param_groups
+    ]
+    parts = [part for part in _parts(optimizer) if torch_adam.is_torch_adam(part)]
+    for part in parts:
+        torch_adam.before_reading(part)
+    content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=dict(_LAYOUT))
+    loaded = dist_checkpointing.load(content, str(folder))
+    _take(chunks, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])
+    for part in parts:
+        torch_adam.after_reading(part)
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.update(before)
+    return loaded[STATE]  # type: ignore[no-any-return]
+
+
+def load_weights(folder: Path, chunks: Sequence[Any], optimizer: Any = None, *, keep: Filter | None = None) -> None:
+    """Read a model's weights alone, of either engine's checkpoint.
+
+    A head that is not there, or has another size, keeps the values that it has.
+
+    Args:
+        optimizer: whose own copies of the weights follow.
+    """
+    _take(chunks, dist_checkpointing.load(_request(folder, chunks, keep), str(folder)))
+    if optimizer is not None:
+        optimizer.reload_model_params()
+
+
+def _request(folder: Path, chunks: Sequence[Any], keep: Filter | None) -> dict[str, Any]:
+    """What is to be read of a checkpoint for these chunks, under the checkpoint's own names."""
+    stored = {name: tensor.global_shape for name, tensor in load_tensors_metadata(str(folder)).items()}
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in stored) else ""
+    with _stored_heads(chunks, stored):
+        content = sharded_model(chunks, prefix=prefix, keep=keep)
+    known = None
+    for tensors in content.values():
+        # What layers of Transformer Engine remember, which those that wrote the checkpoint may not have had.
+        objects = [name for name, value in tensors.items() if isinstance(value, ShardedObject)]
+        if objects and known is None:
+            known = {key.key for key in dist_checkpointing.load_sharded_metadata(str(folder)).values()}
+        for name in objects:
+            if name.endswith("_extra_state") and tensors[name].key not in (known or ()):
+                del tensors[name]
+    return content
+
+
+@contextlib.contextmanager
+def _stored_heads(chunks: Sequence[Any], stored: Mapping[str, Any]) -> Iterator[None]:
+    found = [head for chunk in chunks for head in heads(chunk)]
+    for head in found:
+        head.stored = is_stored(head.name, head.weight.shape, stored)
+    try:
+        yield
+    finally:
+        for head in found:
+            head.stored = True
+
+
+def _take(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
+    for number, chunk in enumerate(chunks):
+        tensors = loaded["model" if len(chunks) == 1 else f"model{number}"]
+        result = unwrapped(chunk).load_state_dict(tensors, strict=False)
+        if result.unexpected_keys:
+            logging.getLogger(__name__).warning("not read: %s", result.unexpected_keys)
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    chained = vars(optimizer).get("chained_optimizers")
+    return [optimizer] if chained is None else [part for one in chained for part in _parts(one)]
