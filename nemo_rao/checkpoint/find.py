@@ -14,6 +14,7 @@ from nemo_rao.errors import UserError
 
 _UNFINISHED = "-unfinished"  # NeMo's marker file beside a checkpoint that is being written or removed
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
+_PREFIX, _OPTIMIZER = "module.", ("optimizer.", "chained_")  # of tensors' names: NeMo's of the model; the optimizer's
 _OWN = re.compile(r"step=\d+(-last)?(-v\d+)?")  # names that a run gives
 
 
@@ -205,12 +206,27 @@ def stored_tensors(checkpoint: Path, *, trusted: bool = False) -> dict[str, tupl
     """
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    found = read_metadata(checkpoint, trusted=trusted).state_dict_metadata
-    return {
-        name.removeprefix("module."): (tuple(tensor.size), str(tensor.properties.dtype).removeprefix("torch."))
-        for name, tensor in found.items()
-        if isinstance(tensor, TensorStorageMetadata) and name.startswith("module.")
+    found = {
+        name: tensor
+        for name, tensor in read_metadata(checkpoint, trusted=trusted).state_dict_metadata.items()
+        if isinstance(tensor, TensorStorageMetadata)
     }
+    return {
+        name: (tuple(found[stored].size), str(found[stored].properties.dtype).removeprefix("torch."))
+        for name, stored in _of_model(found).items()
+    }
+
+
+def stored_names(checkpoint: Path, *, trusted: bool = False) -> dict[str, str]:
+    """Name of each of the model's tensors -> its name in the checkpoint; see :func:`stored_tensors`."""
+    return _of_model(read_metadata(checkpoint, trusted=trusted).state_dict_metadata)
+
+
+def _of_model(names: Iterable[str]) -> dict[str, str]:
+    """Names of the model's tensors without NeMo's prefix -> with it, if the checkpoint has it; not the optimizer's."""
+    names = list(names)
+    prefixed = {name.removeprefix(_PREFIX): name for name in names if name.startswith(_PREFIX)}
+    return prefixed or {name: name for name in names if not name.startswith(_OPTIMIZER)}
 
 
 def token_embeddings(checkpoint: Path, *, trusted: bool = False) -> int | None:

@@ -6,13 +6,13 @@ that one is never read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from nemo_rao.checkpoint.find import stored_tensors
+from nemo_rao.checkpoint.find import stored_names, stored_tensors
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.families import FAMILIES, MEGATRON_BIAS, SUPPORTED, Family
 from nemo_rao.runtime.console import say
@@ -106,21 +106,27 @@ def check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None:
         say(f"not exported, as transformers has no place for it: {', '.join(left_behind)}")
 
 
-def read_tensors(checkpoint: Path, num_layers: int) -> dict[str, Any]:
-    """The model's tensors, whole, by Megatron's names; those that are stored for all layers in one, layer by layer."""
+def read_tensors(checkpoint: Path, num_layers: int, *, only: Collection[str] | None = None) -> dict[str, Any]:
+    """The model's tensors, whole, by Megatron's names; those that are stored for all layers in one, layer by layer.
+
+    Args:
+        only: names of those that are read; ``None``: all.
+    """
     import torch
     from torch.distributed import checkpoint as torch_checkpoint
 
+    described, stored = stored_tensors(checkpoint, trusted=True), stored_names(checkpoint, trusted=True)
     tensors = {
-        f"module.{name}": torch.empty(shape, dtype=vars(torch)[dtype])
-        for name, (shape, dtype) in stored_tensors(checkpoint, trusted=True).items()
-        if not name.endswith("_extra_state")
+        stored[name]: torch.empty(shape, dtype=vars(torch)[dtype])
+        for name, (shape, dtype) in described.items()
+        if not name.endswith("_extra_state") and (only is None or name in only)
     }
     reader = torch_checkpoint.FileSystemReader(checkpoint / "weights")
     torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
     found = {}
-    for full_name, tensor in tensors.items():
-        name = full_name.removeprefix("module.")
+    for name in stored:
+        if (tensor := tensors.get(stored[name])) is None:
+            continue
         rest = name.removeprefix(LAYERS)
         if rest == name or rest[:1].isdigit():
             found[name] = tensor

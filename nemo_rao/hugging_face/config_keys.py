@@ -95,6 +95,15 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
     ),
 }
 HARMLESS = {key: reason for reason, keys in _HARMLESS.items() for key in keys}
+# What transformers 4 writes into every config.json, and 5 does not.
+_SAMPLING_IN_4 = {
+    **dict.fromkeys(("do_sample", "early_stopping", "remove_invalid_values"), False),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "diversity_penalty"), 0),
+    **dict.fromkeys(("temperature", "top_p", "typical_p", "repetition_penalty", "length_penalty"), 1),
+    "max_length": 20,
+    "top_k": 50,
+}
 # Reasons that are reported where the value is not the usual one: the user may have counted on it.
 _REPORTED = (_CODE, _DROPOUT, _SAMPLING)
 
@@ -129,6 +138,8 @@ def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: C
                 f"{family.architecture} does not depend on it, give --ignore-key {name}"
             )
     _check_read(read, family, place)
+    if "num_experts" in family.reads and "num_local_experts" in read:  # as transformers 5 writes it
+        read["num_experts"] = read.pop("num_local_experts")
     try:
         made = CONFIG_MAPPING[family.model_type].from_dict(dict(read))
     except Exception as error:  # whatever its validation raises
@@ -158,7 +169,7 @@ def notes(given: Mapping[str, Any], family: Family) -> list[str]:
     """A line for each harmless key that is left behind with a value that its author may have counted on."""
     from transformers import CONFIG_MAPPING
 
-    usual = CONFIG_MAPPING[family.model_type]().to_dict()
+    usual = {**_SAMPLING_IN_4, **CONFIG_MAPPING[family.model_type]().to_dict()}
     return [
         f"config.json: {name}={_shown(value)} is left behind: {HARMLESS[name]}"
         for name, value in given.items()
@@ -193,8 +204,12 @@ def _check_fixed(given: Mapping[str, Any], family: Family, place: str) -> None:
         return
     if layers not in (len(kinds), None) or kinds != kinds_of_layers(family, len(kinds), window):
         wanted = ", ".join(sorted(set(kinds_of_layers(family, len(kinds), window))))
-        _refuse(place, "layer_types", kinds, f"only {wanted} in the order of a {family.architecture} of "
-                f"num_hidden_layers={layers} can be imported")
+        _refuse(
+            place,
+            "layer_types",
+            kinds,
+            f"only {wanted} in the order of a {family.architecture} of num_hidden_layers={layers} can be imported",
+        )
 
 
 def kinds_of_layers(family: Family, num_layers: int, window: int | None) -> list[str]:

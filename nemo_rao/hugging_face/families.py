@@ -58,9 +58,7 @@ _UNUSED_WINDOW = ("sliding_window", "max_window_layers")
 
 FAMILIES = (
     Family("LlamaForCausalLM", "llama", NemoNames(_GPT + "llama", "LlamaConfig", "LlamaModel"), scaling="llama3"),
-    Family(
-        "MistralForCausalLM", "mistral", NemoNames(_GPT + "mistral", "MistralConfig7B", "MistralModel"), period=1
-    ),
+    Family("MistralForCausalLM", "mistral", NemoNames(_GPT + "mistral", "MistralConfig7B", "MistralModel"), period=1),
     Family(
         "Qwen2ForCausalLM",
         "qwen2",

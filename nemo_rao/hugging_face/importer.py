@@ -22,7 +22,7 @@ from typing import Any
 
 from nemo_rao.config.engine_choice import BRIDGE
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face import network, with_bridge
+from nemo_rao.hugging_face import bridge_import, network
 from nemo_rao.hugging_face.config_keys import head_size, notes
 from nemo_rao.hugging_face.conversion import Weights, engine_here, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
     headers = read_headers(folder, files, KEY)
     wanted: dict[str, tuple[int, ...]] = {}
     if engine == BRIDGE:
-        with_bridge.check_bridge_can(config, family, folder)
+        bridge_import.check_bridge_can(config, family, folder)
     else:
         wanted = tensors_of(config, family)
         if headers:
@@ -86,7 +86,7 @@ def main(arguments: argparse.Namespace) -> int:
     with written_whole(destination, "DEST") as partial:
         _copy_tokenizer(source, partial / "tokenizer", arguments.source, generation)
         if engine == BRIDGE:
-            launch(with_bridge.import_weights, (files, source.given, family, partial), num_ranks=1)
+            launch(bridge_import.import_weights, (files, source.given, family, partial), num_ranks=1)
         else:
             launch(_convert, (files, wanted, partial, family, keys, config), num_ranks=1)
         say("writing the recipe's model group")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_rao.config.families import family_of_model_type
@@ -73,3 +74,42 @@ def _same(value: Any, usual: Any) -> bool:
     if isinstance(value, float) and isinstance(usual, (int, float)):
         return math.isclose(value, usual, rel_tol=1e-12)
     return bool(value == (list(usual) if isinstance(usual, tuple) else usual))
+
+
+def config_values(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Values of config.json of a network: what :func:`network_fields` reads, the other way round.
+
+    Args:
+        fields: all of a family's, as :func:`nemo_rao.config.architecture.architecture_fields` gives them.
+    """
+    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    values: dict[str, Any] = {
+        "num_hidden_layers": fields["num_layers"],
+        "hidden_size": hidden,
+        "intermediate_size": fields["ffn_hidden_size"] or 4 * hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields["num_query_groups"] or heads,
+        "rms_norm_eps": fields["layernorm_epsilon"],
+        "initializer_range": fields["init_method_std"],
+        "tie_word_embeddings": bool(fields["share_embeddings_and_output_weights"]),
+        "rope_theta": float(fields["rotary_base"]),
+    }
+    kv_channels = fields["kv_channels"] or hidden // heads
+    # Llama's config always has it, others' only where it does not follow from the sizes.
+    if family.model_type not in ("mistral", "qwen2") or kv_channels * heads != hidden:
+        values["head_dim"] = kv_channels
+    if (scaling := fields.get("rope_scaling")) is not None:
+        values["rope_scaling"] = {"rope_type": "llama3", **scaling}
+    if family.period:
+        values["sliding_window"] = None if fields["window_size"] is None else fields["window_size"][0] + 1
+    if (experts := fields["num_moe_experts"]) is not None:
+        values["num_experts" if "num_experts" in family.reads else "num_local_experts"] = experts
+        values["num_experts_per_tok"] = fields["moe_router_topk"]
+    if "norm_topk_prob" in family.reads:
+        values["norm_topk_prob"] = not fields["moe_router_pre_softmax"]
+        values["moe_intermediate_size"] = fields["moe_ffn_hidden_size"] or values["intermediate_size"]
+    if "query_pre_attn_scalar" in family.reads:
+        scalar = fields["softmax_scale"] ** -2
+        values["query_pre_attn_scalar"] = round(scalar) if math.isclose(scalar, round(scalar)) else scalar
+        values["rope_local_base_freq"] = float(fields["rotary_base_local"])
+    return values

@@ -1,7 +1,7 @@
 """Megatron's distributed checkpoints (``torch_dist``): a rank's part of model and optimizer, written and read back.
 
-    weights/    the model's tensors under their own names, or with NeMo's prefix "module."; the optimizer's in the format
-                that any parallelism reads; what a run keeps beside them, of plain types
+weights/    the model's tensors under their own names, or with NeMo's prefix "module."; the optimizer's in the format
+            that any parallelism reads; what a run keeps beside them, of plain types
 """
 
 from __future__ import annotations

@@ -54,6 +54,9 @@ class Parts:
     local_layers: LocalLayers | None = None
 
 
+NO_PARTS = Parts()
+
+
 class LocalAndGlobalSelfAttention(SelfAttention):
     """Self-attention in a model whose rotary angles, ``[2, T, ...]``, are those of local and of global layers."""
 
@@ -67,7 +70,7 @@ class LocalAndGlobalSelfAttention(SelfAttention):
 
 
 def layer_spec_without_te(
-    config: TransformerConfig, vp_stage: int | None = None, *, parts: Parts = Parts()
+    config: TransformerConfig, vp_stage: int | None = None, *, parts: Parts = NO_PARTS
 ) -> ModuleSpec:
     """The decoder's spec for a machine without Transformer Engine: MHA or GQA, dense or with experts in every layer.
 

@@ -45,8 +45,9 @@ def read_json(file: Path, key: str) -> dict[str, Any]:
 def with_flat_rope(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     """config.json with ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` instead of ``rope_parameters``.
 
-    Settings of layers with a window, as Gemma 3 has them, become ``rope_local_base_freq``. ``rope_scaling`` has a ``rope_type`` then, or is ``None`` where nothing is scaled. A ``rope_theta`` within
-    ``rope_scaling``, which transformers 5 reads and transformers 4 does not, is moved out of it.
+    Settings of layers with a window, as Gemma 3 has them, become ``rope_local_base_freq``. ``rope_scaling`` has a
+    ``rope_type`` then, or is ``None`` where nothing is scaled. A ``rope_theta`` within ``rope_scaling``, which
+    transformers 5 reads and transformers 4 does not, is moved out of it.
 
     Args:
         place: the file, for messages.
@@ -56,11 +57,12 @@ def with_flat_rope(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     """
     found = dict(given)
     new, old = found.pop(ROPE_PARAMETERS, None), found.pop("rope_scaling", None)
-    if isinstance(new, dict) and set(new) == {_GLOBAL, _LOCAL} and _unscaled(new[_LOCAL]):
+    if isinstance(new, dict) and _by_layer(new) and _unscaled(new[_LOCAL]):
         base = new[_LOCAL]["rope_theta"]
         if found.setdefault(_LOCAL_BASE, base) != base:
-            raise UserError(f"{place}: {_LOCAL_BASE} is {found[_LOCAL_BASE]}, but {base} in {ROPE_PARAMETERS}; remove "
-                            "the wrong one")
+            raise UserError(
+                f"{place}: {_LOCAL_BASE} is {found[_LOCAL_BASE]}, but {base} in {ROPE_PARAMETERS}; remove the wrong one"
+            )
         new = new[_GLOBAL]
     settings = {
         name: _flat(value, f"{place}: {name}") for name, value in ((ROPE_PARAMETERS, new), ("rope_scaling", old))
@@ -80,6 +82,12 @@ def with_flat_rope(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     if {*settings} & {*given}:
         found["rope_scaling"] = scaling or None
     return found
+
+
+def _by_layer(value: Mapping[str, Any]) -> bool:
+    """Whether global and local layers have settings of their own, and these are all there is."""
+    kinds = {name for name, inner in value.items() if isinstance(inner, dict)}
+    return kinds == {_GLOBAL, _LOCAL} and {value[name] for name in value.keys() - kinds} <= {None, "default"}
 
 
 def _unscaled(value: Any) -> bool:

@@ -273,7 +273,7 @@ def refused_early(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) 
     def no_model(*_: Any) -> None:
         raise AssertionError("a model's config was made")
 
-    monkeypatch.setattr("nemo_rao.training.prepare._check_model", no_model)
+    monkeypatch.setattr("nemo_rao.training.prepare.check_model", no_model)
     return lambda objective, *overrides: refused(f"model.objective={objective}", *overrides, recipe="gpt_dpo")
 
 

@@ -226,7 +226,7 @@ def prepared(
     tokenizer_folder: Path, write_lines: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Prepared]:
     """What a run of an objective on these records is given, up to where a model would be built."""
-    monkeypatch.setattr("nemo_rao.training.prepare._check_model", lambda *_: None)
+    monkeypatch.setattr("nemo_rao.training.prepare.check_model", lambda *_: None)
 
     def run(objective: str, records: list, *overrides: str, validation: list | None = None) -> Prepared:
         given = [f"model.objective={objective}", f"data.train_path={write_lines(records)}", "model.seq_length=64"]

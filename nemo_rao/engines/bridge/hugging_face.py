@@ -9,24 +9,29 @@ Both are collectives, under any tensor, pipeline and expert parallelism.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.bridge import AutoBridge
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import Tensor
 
+from nemo_rao.checkpoint.find import weights_of
 from nemo_rao.engines.bridge.families import parts_of, register_families
 from nemo_rao.errors import UserError
+from nemo_rao.mcore import checkpoint
 from nemo_rao.mcore.layer_spec import layer_spec_without_te
 
 WEIGHTS = "model.safetensors"
 SHARD_BYTES = 5 * 10**9  # of a file, as transformers' own
-_PREFIX = "module."  # of tensors in checkpoints, as in NeMo's
 _EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -76,7 +81,10 @@ class Conversion:
         for name, value in fields.items():
             setattr(self.provider, name, value)
         self.provider.finalize()
-        chunks: list[Any] = self.provider.provide_distributed_model(wrap_with_ddp=False, mixed_precision_wrapper=None)
+        with contextlib.redirect_stdout(io.StringIO()):  # Bridge prints numbers of parameters
+            chunks: list[Any] = self.provider.provide_distributed_model(
+                wrap_with_ddp=False, mixed_precision_wrapper=None
+            )
         return chunks
 
     def load(self, chunks: list[Any], folder: Path) -> None:
@@ -90,10 +98,13 @@ class Conversion:
         """
         self._check_names(chunks, folder)
         try:
-            self._bridge.load_hf_weights(chunks, folder)
+            with contextlib.redirect_stdout(io.StringIO()):  # and a bar
+                self._bridge.load_hf_weights(chunks, folder)
         except (ValueError, RuntimeError, KeyError) as error:  # of shapes, from each kind of mapping its own
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{self._place}: the tensors do not fit config.json ({reason}); download it again") from None
+            raise UserError(
+                f"{self._place}: the tensors do not fit config.json ({reason}); download it again"
+            ) from None
 
     def _check_names(self, chunks: list[Any], folder: Path) -> None:
         """Bridge leaves a weight as it is where its tensor is missing, and a tensor aside that has no place."""
@@ -109,9 +120,7 @@ class Conversion:
         torch.distributed.all_gather_object(of_ranks, wanted)  # of experts, each rank knows its own
         wanted = set().union(*of_ranks)
         if missing := sorted(wanted - stored):
-            raise UserError(
-                f"{self._place} has no tensor {missing[0]}, which config.json asks for; download it again"
-            )
+            raise UserError(f"{self._place} has no tensor {missing[0]}, which config.json asks for; download it again")
         left_over = sorted(name for name in stored - wanted if name != _OUTPUT and "rotary_emb" not in name)
         if left_over:
             raise UserError(f"{self._place} has a tensor {left_over[0]}, for which the model has no place")
@@ -174,17 +183,42 @@ def _write(shard: Mapping[str, Tensor], folder: Path, number: int) -> list[str]:
     return list(shard)
 
 
-def save_checkpoint(chunk: Any, folder: Path) -> None:
-    """Write a model chunk's weights as ``folder/weights``, in the form that NeMo's checkpoints have too."""
-    from megatron.core import dist_checkpointing
-
+def save_checkpoint(chunks: list[Any], folder: Path) -> None:
+    """Write the chunks' weights as ``folder/weights``, under the names that NeMo's checkpoints have."""
     (folder / "weights").mkdir()
-    dist_checkpointing.save(chunk.sharded_state_dict(prefix=_PREFIX), str(folder / "weights"))
+    dist_checkpointing.save(checkpoint.sharded_model(chunks, prefix=checkpoint.PREFIX), str(folder / "weights"))
 
 
-def load_checkpoint(chunk: Any, folder: Path) -> None:
-    """Fill a model chunk from ``folder/weights``."""
-    from megatron.core import dist_checkpointing
+def load_checkpoint(chunks: list[Any], folder: Path, *, tied_before: bool = False) -> None:
+    """Fill the chunks from a checkpoint of either engine.
 
-    state = dist_checkpointing.load(chunk.sharded_state_dict(prefix=_PREFIX), str(folder / "weights"))
-    chunk.load_state_dict({name.removeprefix(_PREFIX): value for name, value in state.items()})
+    Args:
+        tied_before: the checkpoint has one matrix for input and output embeddings, and the model two.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor of the model.
+    """
+    output = "output_layer.weight"
+    keep = (lambda name: name != output) if tied_before else None
+    try:
+        checkpoint.load_weights(weights_of(folder), chunks, keep=keep)
+    except CheckpointingException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"CHECKPOINT: {folder} is not of the model that is described beside it ({reason})") from None
+    if tied_before:
+        [chunk] = chunks
+        with torch.no_grad():
+            chunk.output_layer.weight.copy_(chunk.embedding.word_embeddings.weight)
+
+
+def change_weights(chunks: list[Any], change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Replace weights of a model of one rank: ``change`` is given all, by name, and puts others in their place."""
+    [chunk] = chunks
+    parameters = dict(chunk.named_parameters())
+    weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
+    before = dict(weights)
+    change(weights)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if weight is not before[name]:
+                parameters[name][: len(weight)].copy_(weight)

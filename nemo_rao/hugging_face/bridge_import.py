@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
+from nemo_rao.hugging_face.conversion import bridge_of_one_rank
 from nemo_rao.hugging_face.families import Family
 from nemo_rao.hugging_face.source import KEY
 from nemo_rao.model_files.weights import read_headers
-from nemo_rao.runtime.console import quiet_imports, quiet_third_parties, say
+from nemo_rao.runtime.console import say
 
 # Llama 3's scaling, of which Bridge takes the factor alone.
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
@@ -55,9 +56,12 @@ def import_weights(files: list[Path], given: Mapping[str, Any], family: Family, 
     with contextlib.ExitStack() as stack:
         if any(file.suffix != ".safetensors" for file in files):
             source = stack.enter_context(_without_pickles(files, folder))
-        stored = {dtype for header in read_headers(source, sorted(source.glob("*.safetensors")), KEY).values()
-                  for dtype, _ in header.tensors.values()}
-        stack.enter_context(_bridge())
+        stored = {
+            dtype
+            for header in read_headers(source, sorted(source.glob("*.safetensors")), KEY).values()
+            for dtype, _ in header.tensors.values()
+        }
+        stack.enter_context(bridge_of_one_rank())
         import torch
 
         from nemo_rao.engines.bridge.hugging_face import Conversion, save_checkpoint
@@ -68,10 +72,10 @@ def import_weights(files: list[Path], given: Mapping[str, Any], family: Family, 
         dtype = vars(torch)[_DTYPES[stored.pop()]] if len(stored) == 1 else torch.float32
         conversion = Conversion(transformers_config(given, family), f"{KEY}: {files[0].parent}")
         say("reading and converting the weights")
-        [chunk] = conversion.build(dtype)
-        conversion.load([chunk], source)
+        chunks = conversion.build(dtype)
+        conversion.load(chunks, source)
         say("writing the checkpoint")
-        save_checkpoint(chunk, folder)
+        save_checkpoint(chunks, folder)
 
 
 def transformers_config(given: Mapping[str, Any], family: Family) -> Any:
@@ -105,30 +109,3 @@ def _without_pickles(files: list[Path], folder: Path) -> Iterator[Path]:
         yield copy
     finally:
         shutil.rmtree(copy, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _bridge() -> Iterator[None]:
-    """Bridge on the CPU, and Megatron's process groups of one rank."""
-    say("importing Megatron-Bridge, which takes about 20 seconds")
-    with quiet_imports():
-        from nemo_rao.mcore import cpu
-
-        cpu.install_if_needed()
-        from nemo_rao.engines.bridge.seams import import_models
-
-        import_models(on_cpu=True)
-        from nemo_rao.engines.bridge import hugging_face  # noqa: F401
-    quiet_third_parties()
-    import torch
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(0)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
