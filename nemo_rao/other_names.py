@@ -128,6 +128,7 @@ KEYS: dict[str, Counterpart] = {
     "resume_from_checkpoint": Counterpart(
         "resuming", ("exp_manager.resume_if_exists",), "on by default: the same command continues"
     ),
+    "model_type": Counterpart("the model's architecture", ("model.family",), "with the model's sizes in model.arch"),
     "model_name_or_path": _MODEL,
     "model_name": _MODEL,
     "base_model": _MODEL,

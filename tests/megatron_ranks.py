@@ -5,7 +5,7 @@ Ranks are started by the project's own launcher, so that a failing rank shows it
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import pickle
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ def import_once() -> None:
     """What every rank needs, imported before the first fork. Takes about 20 s, once for a test session."""
     import torch
 
+    from nemo_rao.config.engine_choice import installed_engine
     from nemo_rao.mcore import cpu
 
     torch.set_num_threads(1)  # a fork after torch has started threads can hang
@@ -25,10 +26,8 @@ def import_once() -> None:
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel.schedules  # noqa: F401
 
-    if importlib.util.find_spec("nemo") is not None:
-        from nemo_rao.engines.nemo import engine
-
-        engine.load()
+    if (name := installed_engine()) is not None:
+        importlib.import_module(f"nemo_rao.engines.{name}.engine").load()
 
 
 def run_ranks(function: Callable[..., Any], args: Sequence[Any] = (), *, num_ranks: int) -> list[Any]:

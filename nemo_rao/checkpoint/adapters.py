@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.checkpoint.find import resolve_checkpoint, stored_tensors
+from nemo_rao.checkpoint.layout import is_checkpoint, names_of_model, weights_of
 from nemo_rao.checkpoint.pickles import read_metadata
 from nemo_rao.config.lora_targets import KEY, adapted, linear_layers, lora_targets
 from nemo_rao.config.run_config import RunConfig
@@ -32,7 +33,7 @@ _SAMPLED_AT = (0.25, 0.5, 0.75)
 
 def holds_adapters(checkpoint: Path) -> bool:
     """Whether a checkpoint holds adapters alone and no model."""
-    return (checkpoint / "weights" / METADATA).is_file()
+    return (weights_of(checkpoint) / METADATA).is_file()
 
 
 def refuse_adapters(checkpoint: Path, key: str) -> None:
@@ -63,7 +64,7 @@ def base_of_adapters(checkpoint: Path, key: str, base: str | None = None) -> Pat
     digest = recorded.get("model_digest")
     found = _follow(checkpoint, key) if base is None else resolve_checkpoint(base, "--base")
     refuse_adapters(found, key if base is None else "--base")
-    if digest is not None and digest_of_weights(found / "weights") != digest:
+    if digest is not None and digest_of_weights(found) != digest:
         raise UserError(
             f"{key}: the adapters of {checkpoint} were trained on {recorded['model_ckpt_path']}, and the weights of "
             f"{found} are others; name a copy of that checkpoint"
@@ -77,7 +78,7 @@ def _follow(checkpoint: Path, key: str) -> Path:
     while True:
         path = Path(_record(at, key)["model_ckpt_path"])
         path = path.parent if path.name == "weights" else path
-        if (path / "weights").is_dir():
+        if is_checkpoint(path):
             if not holds_adapters(path):
                 return path
             if path.resolve() not in seen:
@@ -99,7 +100,7 @@ def _start_of_run(checkpoint: Path) -> Path | None:
 
 
 def _record(checkpoint: Path, key: str) -> dict[str, Any]:
-    file = checkpoint / "weights" / METADATA
+    file = weights_of(checkpoint) / METADATA
     try:
         record = json.loads(file.read_text())
         if not isinstance(record["model_ckpt_path"], str):
@@ -109,16 +110,18 @@ def _record(checkpoint: Path, key: str) -> dict[str, Any]:
     return record
 
 
-def digest_of_weights(weights: Path) -> str:
-    """A digest of the model in a checkpoint's ``weights/``, wherever it lies.
+def digest_of_weights(checkpoint: Path) -> str:
+    """A digest of the model in a checkpoint, wherever it lies.
 
     Of each stored part of each tensor it covers name, size and samples of its bytes: models differ in all of their
     matrices, or in whole matrices, and reading all of a large one would take minutes.
     """
+    weights, metadata = weights_of(checkpoint), read_metadata(checkpoint)
+    of_model = names_of_model(metadata.state_dict_metadata)
     parts = [
         (place.relative_path, place.offset, place.length, index.fqn)
-        for index, place in read_metadata(weights.parent).storage_data.items()
-        if index.fqn.startswith("module.")
+        for index, place in metadata.storage_data.items()
+        if index.fqn in of_model
     ]
     digest = hashlib.sha256()
     for name, of_file in itertools.groupby(sorted(parts), key=operator.itemgetter(0)):
@@ -135,7 +138,7 @@ def trained_on(checkpoint: Path | None, base: Path) -> bool:
     """Whether a checkpoint holds adapters that were trained on the weights of ``base``, wherever they lay then."""
     if checkpoint is None or not holds_adapters(checkpoint):
         return False
-    return _record(checkpoint, str(checkpoint)).get("model_digest") == digest_of_weights(base / "weights")
+    return _record(checkpoint, str(checkpoint)).get("model_digest") == digest_of_weights(base)
 
 
 def check_scheme(config: RunConfig, checkpoint: Path) -> None:
@@ -171,7 +174,7 @@ def base_on_resume(checkpoint: Path, start: Path, key: str) -> Path:
             return _follow(checkpoint, key)
         except UserError:
             return start  # nothing to compare it with
-    if digest_of_weights(start / "weights") == digest:
+    if digest_of_weights(start) == digest:
         return start
     return base_of_adapters(checkpoint, key)
 

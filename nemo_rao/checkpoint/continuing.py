@@ -22,8 +22,9 @@ from typing import Any
 
 from nemo_rao.checkpoint.adapters import trained_on
 from nemo_rao.checkpoint.find import last_checkpoint, resolve_checkpoint, step_of
+from nemo_rao.config.architecture import architecture_fields, family_of
 from nemo_rao.config.derived import objective_config, run_dir
-from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.run_config import ArchitectureConfig, RunConfig
 from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
@@ -55,11 +56,16 @@ KEEPS_NUMBERS = (
 )
 # Keys without which a checkpoint cannot be loaded as it was saved.
 NEEDS_NEW_RUN = (
-    *("model.config_class", "model.arch.", "model.peft.scheme", "model.peft.lora.dim"),
+    *("model.family", "model.config_class", "model.arch.", "model.peft.scheme", "model.peft.lora.dim"),
     *("model.peft.lora.target_modules", "model.optim.use_distributed_optimizer", "model.optim.name"),
     *("precision.params", "precision.fp8"),
 )
-_NO_SIZES = ("model.arch.attention_dropout", "model.arch.hidden_dropout", "model.arch.rotary_base")
+_NO_SIZES = (
+    *("model.arch.attention_dropout", "model.arch.hidden_dropout", "model.arch.rotary_base"),
+    "model.arch.rope_scaling.",
+)
+# Keys that describe the network, which may do so in several ways.
+_NETWORK = ("model.family", "model.config_class", "model.arch.")
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,8 @@ def settings_changes(before: RunConfig, now: RunConfig) -> list[Change]:
         f"model.{config.model.objective}." for config in (before, now)
     }
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    if any(old.get(key) != new.get(key) for key in {*old, *new} if key.startswith(_NETWORK)):
+        old, new = _with_network(old, before), _with_network(new, now)
     missing = object()
     found = []
     for key in dict.fromkeys([*new, *old]):
@@ -177,6 +185,21 @@ def settings_changes(before: RunConfig, now: RunConfig) -> list[Change]:
             )
         )
     return found
+
+
+def _with_network(keys: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """``keys`` with the network's fields in place of what decides them: a family's own sizes, or a class of NeMo."""
+    fields, sizes = architecture_fields(config), {field.name for field in dataclasses.fields(ArchitectureConfig)}
+    described = {f"model.arch.{name if name in sizes else f'extra.{name}'}": value for name, value in fields.items()}
+    family = family_of(config)
+    kind = {"model.config_class": config.model.config_class} if family is None else {"model.family": family}
+    others = {key: value for key, value in keys.items() if not key.startswith(_NETWORK)}
+    return {**others, **kind, **_flat({name: _plain(value) for name, value in described.items()})}
+
+
+def _plain(value: Any) -> Any:
+    """As YAML reads it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _loads(key: str, before: RunConfig, now: RunConfig) -> bool:

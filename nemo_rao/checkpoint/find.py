@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.checkpoint.layout import is_checkpoint, latest_of_bridge, names_of_model, weights_of
 from nemo_rao.checkpoint.pickles import read_metadata, refuse_code
 from nemo_rao.errors import UserError
 
 _UNFINISHED = "-unfinished"  # NeMo's marker file beside a checkpoint that is being written or removed
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
-_PREFIX, _OPTIMIZER = "module.", ("optimizer.", "chained_")  # of tensors' names: NeMo's of the model; the optimizer's
 _OWN = re.compile(r"step=\d+(-last)?(-v\d+)?")  # names that a run gives
 
 
@@ -42,11 +42,6 @@ def mark_unfinished(checkpoint: Path, unfinished: bool) -> None:
         marker.touch()
     else:
         marker.unlink(missing_ok=True)
-
-
-def weights_of(checkpoint: Path) -> Path:
-    """The folder of a checkpoint's tensors: ``weights/``, or itself in Megatron-Bridge's own layout."""
-    return checkpoint / "weights" if (checkpoint / "weights").is_dir() else checkpoint
 
 
 def step_of(folder: Path) -> int:
@@ -100,15 +95,15 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     """
     folder = Path(path).expanduser().absolute()
     refuse_hugging_face(path, key)
-    if (folder / "weights").is_dir():
+    if is_checkpoint(folder):
         if _is_unfinished(folder):
             raise UserError(f"{key}: {folder} was interrupted while it was written; name a finished checkpoint")
         return folder
-    found = last_checkpoint(folder)
+    found = last_checkpoint(folder) or latest_of_bridge(folder)
     if found is None:
         raise UserError(
             f"{key}: {folder} is neither a NeMo checkpoint (a folder with weights/) nor a run folder with a finished "
-            "one in checkpoints/"
+            "one in checkpoints/, nor one of Megatron-Bridge (iter_0000100)"
         )
     return found
 
@@ -136,7 +131,7 @@ def refuse_hugging_face(path: str, key: str) -> None:
 
 def hugging_face_file(folder: Path) -> str | None:
     """The name of a file that shows that ``folder`` is a model in Hugging Face's format; ``None`` where it is not."""
-    if (folder / "weights").is_dir() or (folder / "checkpoints").is_dir():
+    if is_checkpoint(folder) or (folder / "checkpoints").is_dir():
         return None
     names = ("config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
     return next((file.name for name in names for file in sorted(folder.glob(name))), None)
@@ -162,7 +157,7 @@ def check_checkpoint(
         refuse_code(checkpoint, key)
     try:
         shapes = {name: shape for name, (shape, _) in stored_tensors(checkpoint, trusted=trusted).items()}
-        damaged = _damaged_files(checkpoint / "weights", read_metadata(checkpoint, trusted=trusted))
+        damaged = _damaged_files(weights_of(checkpoint), read_metadata(checkpoint, trusted=trusted))
     except Exception as error:  # torch, megatron-core and the file system each raise their own
         reason = f"{type(error).__name__}: {error}"[:300]
         raise UserError(f"{key}: {checkpoint} cannot be read ({reason}); name a complete checkpoint") from None
@@ -206,27 +201,12 @@ def stored_tensors(checkpoint: Path, *, trusted: bool = False) -> dict[str, tupl
     """
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    found = {
-        name: tensor
-        for name, tensor in read_metadata(checkpoint, trusted=trusted).state_dict_metadata.items()
-        if isinstance(tensor, TensorStorageMetadata)
-    }
+    found = read_metadata(checkpoint, trusted=trusted).state_dict_metadata
     return {
-        name: (tuple(found[stored].size), str(found[stored].properties.dtype).removeprefix("torch."))
-        for name, stored in _of_model(found).items()
+        plain: (tuple(found[name].size), str(found[name].properties.dtype).removeprefix("torch."))
+        for name, plain in names_of_model(found).items()
+        if isinstance(found[name], TensorStorageMetadata)
     }
-
-
-def stored_names(checkpoint: Path, *, trusted: bool = False) -> dict[str, str]:
-    """Name of each of the model's tensors -> its name in the checkpoint; see :func:`stored_tensors`."""
-    return _of_model(read_metadata(checkpoint, trusted=trusted).state_dict_metadata)
-
-
-def _of_model(names: Iterable[str]) -> dict[str, str]:
-    """Names of the model's tensors without NeMo's prefix -> with it, if the checkpoint has it; not the optimizer's."""
-    names = list(names)
-    prefixed = {name.removeprefix(_PREFIX): name for name in names if name.startswith(_PREFIX)}
-    return prefixed or {name: name for name in names if not name.startswith(_OPTIMIZER)}
 
 
 def token_embeddings(checkpoint: Path, *, trusted: bool = False) -> int | None:
@@ -243,7 +223,7 @@ def _damaged_files(weights: Path, metadata: Any) -> list[str]:
     damaged = []
     for name, end in sorted(ends.items()):
         if not (weights / name).is_file():
-            damaged.append(f"weights/{name} is missing")
+            damaged.append(f"{weights.name}/{name} is missing")
         elif (size := (weights / name).stat().st_size) < end:
-            damaged.append(f"weights/{name} has {size} of {end} bytes")
+            damaged.append(f"{weights.name}/{name} has {size} of {end} bytes")
     return damaged

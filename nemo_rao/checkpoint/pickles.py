@@ -19,6 +19,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.checkpoint.layout import weights_of
 from nemo_rao.errors import UserError
 
 # Modules of which every class may be named: plain records and enumerations.
@@ -53,7 +54,7 @@ def refuse_code(checkpoint: Path, key: str) -> None:
     Raises:
         UserError: a pickle of it names what no checkpoint needs, or cannot be read at all.
     """
-    weights = checkpoint / "weights"
+    weights = weights_of(checkpoint)
     file = weights / ".metadata"
     try:
         if file.is_file():
@@ -86,8 +87,8 @@ def read_metadata(checkpoint: Path, *, trusted: bool = False) -> Any:
     if trusted:
         from torch.distributed.checkpoint import FileSystemReader
 
-        return FileSystemReader(checkpoint / "weights").read_metadata()
-    return _Records(io.BytesIO((checkpoint / "weights" / ".metadata").read_bytes())).load()
+        return FileSystemReader(weights_of(checkpoint)).read_metadata()
+    return _Records(io.BytesIO((weights_of(checkpoint) / ".metadata").read_bytes())).load()
 
 
 class _Refused(Exception):
@@ -136,7 +137,7 @@ def _read_object(file: Path, offset: int, length: int, name: str) -> None:
         opened.seek(offset)
         stored = io.BytesIO(opened.read(length))
     if len(stored.getvalue()) < length:
-        raise _Short(f"weights/{file.name} has {file.stat().st_size} of {offset + length} bytes")
+        raise _Short(f"{file.parent.name}/{file.name} has {file.stat().st_size} of {offset + length} bytes")
     try:
         found = torch.load(stored, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

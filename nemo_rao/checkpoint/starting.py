@@ -13,13 +13,19 @@ from typing import Any
 from nemo_rao.checkpoint.adapters import refuse_adapters
 from nemo_rao.checkpoint.continuing import START, needs_start, start_of
 from nemo_rao.checkpoint.find import check_checkpoint, refuse_hugging_face, stored_tensors, token_embeddings
-from nemo_rao.config.architecture import approximate_parameters, architecture_fields, num_tokens, vocabulary
+from nemo_rao.config.architecture import (
+    approximate_parameters,
+    architecture_fields,
+    network_key,
+    num_tokens,
+    vocabulary,
+)
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
 
 RANDOM_LIMIT = 1_000_000_000  # parameters; models below it are trained from scratch, in studies and tests
-FITTING = "set model.config_class, model.arch and data.tokenizer to the checkpoint's"
+FITTING = "set model.family, model.arch and data.tokenizer to the checkpoint's"
 # A tokenizer may rename reserved tokens and add some: less than this share of a vocabulary.
 _OTHER_TOKENS = 0.01
 # Rows of an embedding beyond the tokens, where the checkpoint has no tokenizer to compare with: padding.
@@ -61,7 +67,7 @@ def _check_random(config: RunConfig, parameters: int) -> None:
     if parameters <= RANDOM_LIMIT or config.model.allow_random_weights:
         return
     raise UserError(
-        f"{START} is null, so that {parameters / 1e9:.1f} billion parameters of {config.model.config_class} would "
+        f"{START} is null, so that {parameters / 1e9:.1f} billion parameters of {network_key(config)} would "
         "start from random weights; name the checkpoint to start from (nemo-rao import-hf makes one), or set "
         "model.allow_random_weights=true to train from scratch"
     )

@@ -8,7 +8,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_rao.config.architecture import architecture_fields, check_family, network_key
 from nemo_rao.config.derived import data_parallel_size, objective_config, parallel_multiple, run_dir, world_size
+from nemo_rao.config.experts import check_experts
 from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.monitor import check_monitor
 from nemo_rao.config.precision_checks import check_fp8_network, check_precision
@@ -27,16 +29,7 @@ def check_config(config: RunConfig) -> None:
     """
     check_sizes(config)
     _check_length(config)
-    arch = config.model.arch
-    check_architecture(
-        config,
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_query_groups,
-        kv_channels=arch.kv_channels,
-    )
+    check_network(config)
     _check_layout(config)
     _check_peft(config)
     check_monitor(config)
@@ -70,6 +63,29 @@ def check_sizes(config: RunConfig) -> None:
     check_precision(config)
 
 
+def check_network(config: RunConfig) -> None:
+    """Checks that the network is described in full, and that it, its experts and its adapters can be split as asked.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    check_family(config)
+    fields = architecture_fields(config)
+    hidden_size, experts = fields.get("hidden_size"), bool(fields.get("num_moe_experts"))
+    ffn_hidden_size = fields.get("ffn_hidden_size") or (hidden_size and 4 * hidden_size)
+    check_architecture(
+        config,
+        num_layers=fields.get("num_layers"),
+        hidden_size=hidden_size,
+        ffn_hidden_size=None if experts else ffn_hidden_size,  # an expert's is split otherwise
+        num_attention_heads=fields.get("num_attention_heads"),
+        num_query_groups=fields.get("num_query_groups"),
+        kv_channels=fields.get("kv_channels"),
+    )
+    check_experts(config, fields)
+    check_targets(config, num_layers=fields.get("num_layers"), experts=experts)
+
+
 def check_architecture(
     config: RunConfig,
     *,
@@ -82,8 +98,7 @@ def check_architecture(
 ) -> None:
     """Checks that the network can be split as the parallel sizes ask.
 
-    Called twice: with the config's own values, and with those of the config class once NeMo is imported. What is
-    ``None`` is not checked.
+    Called twice: with the recipe's values, and with the engine's once it is imported. What is ``None`` is not checked.
 
     Raises:
         UserError: the first rule that does not hold.
@@ -146,8 +161,8 @@ COUNTED_AS_LAYER = ("account_for_embedding_in_pipeline_split", "account_for_loss
 
 def _given(config: RunConfig, name: str, value: int) -> str:
     """``model.arch.NAME=VALUE``, and where the value comes from if not from the config."""
-    from_class = "" if vars(config.model.arch)[name] is not None else f" (of {config.model.config_class})"
-    return f"model.arch.{name}={value}{from_class}"
+    from_elsewhere = "" if vars(config.model.arch)[name] is not None else f" (of {network_key(config)})"
+    return f"model.arch.{name}={value}{from_elsewhere}"
 
 
 def _check_length(config: RunConfig) -> None:
@@ -265,8 +280,6 @@ def _check_peft(config: RunConfig) -> None:
             f"model.peft.scheme={config.model.peft.scheme} trains adapters of a model's weights, but "
             "model.restore_from_path is null; name the checkpoint that they are for"
         )
-    arch = config.model.arch
-    check_targets(config, num_layers=arch.num_layers, experts=bool(arch.extra.get("num_moe_experts")))
 
 
 def check_sources(config: RunConfig) -> None:

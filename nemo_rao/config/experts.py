@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_rao.config.architecture import network_key
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
 
@@ -26,7 +27,7 @@ def check_experts(config: RunConfig, fields: Mapping[str, Any]) -> None:
     """Checks that the network's experts can be trained and split as the recipe asks; without any, that it does not.
 
     Args:
-        fields: of the config class, with the recipe's own in their place.
+        fields: of the network, see :func:`nemo_rao.config.architecture.architecture_fields`.
 
     Raises:
         UserError: the first rule that does not hold.
@@ -37,19 +38,19 @@ def check_experts(config: RunConfig, fields: Mapping[str, Any]) -> None:
         for name, value, single in (("expert_model", parallel, 1), ("expert_tensor", each, None)):
             if value != single:
                 raise UserError(
-                    f"model.{name}_parallel_size={value}: {keys.config_class} has no experts; set it to "
+                    f"model.{name}_parallel_size={value}: {network_key(config)} has no experts; set it to "
                     f"{'null' if single is None else single}"
                 )
         return
     if experts % parallel:
         raise UserError(
-            f"model.arch.extra.num_moe_experts={experts} (of {keys.config_class}) is not divisible by "
+            f"model.arch.extra.num_moe_experts={experts} (of {network_key(config)}) is not divisible by "
             f"model.expert_model_parallel_size={parallel}; each rank holds equally many experts, so change one of them"
         )
     width = fields.get("moe_ffn_hidden_size") or fields.get("ffn_hidden_size") or 0
     if width % (each or keys.tensor_model_parallel_size):
         raise UserError(
-            f"the experts' width, {width} (of {keys.config_class}), is not divisible by "
+            f"the experts' width, {width} (of {network_key(config)}), is not divisible by "
             f"model.expert_tensor_parallel_size={each}; change it"
         )
     if keys.tensor_model_parallel_size > 1 and not keys.sequence_parallel:
@@ -63,10 +64,7 @@ def check_experts(config: RunConfig, fields: Mapping[str, Any]) -> None:
 def _check_options(config: RunConfig, fields: Mapping[str, Any]) -> None:
     given = config.model.arch.extra
     if config.precision.fp8_simulation:
-        raise UserError(
-            f"precision.fp8_simulation=true: products of {config.model.config_class}'s experts are not simulated; set "
-            "it to false"
-        )
+        raise UserError("precision.fp8_simulation=true: products of experts are not simulated; set it to false")
     for name, why in _REFUSED.items():
         if fields.get(name) is not None:
             raise UserError(f"model.arch.extra.{name}={fields[name]}: {why}; set it to null")

@@ -24,6 +24,9 @@ from typing import Any
 # silu: x sigmoid(x). gelu_tanh: GELU in its tanh form. quick_gelu: x sigmoid(1.702 x).
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu")
 
+# Sizes of one model, which no family has.
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
 # What a decoder is unless its family says otherwise. None: Megatron derives it, or there is none.
 _DECODER: dict[str, Any] = {
     "normalization": "RMSNorm",

@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_rao.config.architecture import warn_of_class
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
 from nemo_rao.keys import KeySpec, check
@@ -46,6 +47,7 @@ def typed_config(given: DictConfig, *, where: str) -> RunConfig:
     assert isinstance(values, dict)
     config = _build(RunConfig, values)
     check(config)
+    warn_of_class(config)
     return config
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from nemo_rao.checkpoint.find import stored_names, stored_tensors
+from nemo_rao.checkpoint.find import names_of_model, stored_tensors
+from nemo_rao.checkpoint.pickles import read_metadata
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face.families import FAMILIES, MEGATRON_BIAS, SUPPORTED, Family
+from nemo_rao.hugging_face.families import FAMILIES, MEGATRON_BIAS, QK_NORMS, SUPPORTED, Family
 from nemo_rao.runtime.console import say
 
 LAYERS = "decoder.layers."
@@ -64,7 +65,7 @@ def describe(checkpoint: Path) -> Described:
             f"CHECKPOINT: {file} does not tell what model it is ({type(error).__name__}: {reason})"
         ) from None
     family = next((family for family in FAMILIES if family.nemo is not None and family.nemo.module == module), None)
-    if family is None or config.get("num_moe_experts") or config.get("qk_layernorm"):
+    if family is None or config.get("num_moe_experts") or bool(config.get("qk_layernorm")) != family.nemo.qk_norm:
         raise UserError(f"CHECKPOINT: {checkpoint} is a {class_name}, which cannot be exported; {SUPPORTED} can")
     if config.get("seq_len_interpolation_factor") or config.get("add_bias_linear"):
         raise UserError(f"CHECKPOINT: {checkpoint}: interpolated positions and biases cannot be exported yet")
@@ -92,7 +93,9 @@ def check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
         wanted |= {f"{LAYERS}{name}.weight", f"{LAYERS}{name}.layer_norm_weight"}
     wanted |= {f"{LAYERS}self_attention.linear_proj.weight", f"{LAYERS}mlp.linear_fc2.weight"}
-    wanted |= {LAYERS + MEGATRON_BIAS.partition("*.")[2]} if base.family.nemo.qkv_bias else set()
+    nemo = base.family.nemo
+    parts = ([MEGATRON_BIAS] if nemo.qkv_bias else []) + (list(QK_NORMS.values()) if nemo.qk_norm else [])
+    wanted |= {LAYERS + part.partition("*.")[2] for part in parts}
     missing = sorted(wanted - set(shapes))
     if missing == ["output_layer.weight"]:
         raise UserError(
@@ -115,7 +118,9 @@ def read_tensors(checkpoint: Path, num_layers: int, *, only: Collection[str] | N
     import torch
     from torch.distributed import checkpoint as torch_checkpoint
 
-    described, stored = stored_tensors(checkpoint, trusted=True), stored_names(checkpoint, trusted=True)
+    described = stored_tensors(checkpoint, trusted=True)
+    full_names = names_of_model(read_metadata(checkpoint, trusted=True).state_dict_metadata)
+    stored = {name: full_name for full_name, name in full_names.items() if name in described}
     tensors = {
         stored[name]: torch.empty(shape, dtype=vars(torch)[dtype])
         for name, (shape, dtype) in described.items()

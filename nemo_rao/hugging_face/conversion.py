@@ -1,14 +1,15 @@
 """What import from and export to Hugging Face have in common: how NeMo's connectors are used.
 
-    config.json      --import-->  config_class and arch, keys of a recipe; context/model.yaml --export-->  config.json
+    config.json      --import-->  family and arch, keys of a recipe; context/model.yaml --export-->  config.json
     *.safetensors                 weights/, Megatron's torch_dist, for any parallelism                     *.safetensors
     tokenizer files               tokenizer/, and from there into every checkpoint's context/              the same
 
 Weights are converted by NeMo's own connectors (``HFLlamaImporter``, ``HFLlamaExporter``). NeMo has such a pair for each
-family, but they map the same names, except for Qwen2's biases, and Llama's alone knows tied embeddings: so Llama's
-serves all families, and NeMo's transforms of biases are added. NeMo's translation of configs is not used: it unties
-Qwen2, takes Mistral's attention window for its length, drops factors of Llama 3.1's rotary scaling, exports the length
-that was trained on for the longest possible one, and to export it unpickles a checkpoint's context.
+family, but they map the same names, except for Qwen2's biases and Qwen3's norms of queries and keys, and Llama's alone
+knows tied embeddings: so Llama's serves all families, and NeMo's transforms of the others are added. NeMo's translation
+of configs is not used: it unties Qwen2, takes Mistral's attention window for its length, drops factors of Llama 3.1's
+rotary scaling, exports the length that was trained on for the longest possible one, and to export it unpickles a
+checkpoint's context.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from nemo_rao.hugging_face.checkpoint import (
 )
 from nemo_rao.hugging_face.conversion import Weights, engine_here, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
-from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS
+from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, QK_NORMS
 from nemo_rao.hugging_face.generation_config import read_generation_config
 from nemo_rao.hugging_face.rendering_of_run import rendering_of_run
 from nemo_rao.hugging_face.tokenizer_files import generation_config, write_tokenizer
@@ -133,8 +133,11 @@ def _hf_config(base: Described, vocab_size: int, tokenizer: Any, *, tied: bool) 
     of_family: dict[str, Any] = {}
     if base.family.model_type == "mistral":
         of_family["sliding_window"] = None if config.window_size is None else config.window_size[0] + 1
-    # Llama's config always has it, the others' only where it does not follow from the sizes.
-    if base.family.model_type == "llama" or config.kv_channels * config.num_attention_heads != config.hidden_size:
+    # Some configs always have it, the others' only where it does not follow from the sizes.
+    if (
+        base.family.model_type in ("llama", "qwen3")
+        or config.kv_channels * config.num_attention_heads != config.hidden_size
+    ):
         of_family["head_dim"] = config.kv_channels
     return CONFIG_MAPPING[base.family.model_type](
         architectures=[base.family.architecture],
@@ -205,6 +208,8 @@ def _write_model(
     if base.family.nemo.qkv_bias:
         bias = io.state_transform(source_key=MEGATRON_BIAS, target_key=HF_BIASES, fn=TransformFns.split_qkv_bias)
         io.apply_transforms(source, target, mapping={}, transforms=[bias])
+    if base.family.nemo.qk_norm:
+        io.apply_transforms(source, target, mapping={to: name for name, to in QK_NORMS.items()}, transforms=[])
     target.tie_weights()
     if SCORE_HEAD in source.state_dict():
         target = _classifier(target, source.state_dict()[SCORE_HEAD], tokenizer)

@@ -17,14 +17,15 @@ class NemoNames:
 
     Attributes:
         module: where NeMo has its configs.
-        config_class, model_class: of ``nemo.collections.llm``, for a model of any size.
+        model_class: of ``nemo.collections.llm``, for a model of any size.
         qkv_bias: queries, keys and values have biases.
+        qk_norm: queries and keys are normed.
     """
 
     module: str
-    config_class: str
     model_class: str
     qkv_bias: bool = False
+    qk_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,15 @@ _EXPERTS = ("num_local_experts", "num_experts_per_tok")
 _UNUSED_WINDOW = ("sliding_window", "max_window_layers")
 
 FAMILIES = (
-    Family("LlamaForCausalLM", "llama", NemoNames(_GPT + "llama", "LlamaConfig", "LlamaModel"), scaling="llama3"),
-    Family("MistralForCausalLM", "mistral", NemoNames(_GPT + "mistral", "MistralConfig7B", "MistralModel"), period=1),
+    Family("LlamaForCausalLM", "llama", NemoNames(_GPT + "llama", "LlamaModel"), scaling="llama3"),
+    Family("MistralForCausalLM", "mistral", NemoNames(_GPT + "mistral", "MistralModel"), period=1),
     Family(
         "Qwen2ForCausalLM",
         "qwen2",
-        NemoNames(_GPT + "qwen2", "Qwen2Config", "Qwen2Model", qkv_bias=True),
+        NemoNames(_GPT + "qwen2", "Qwen2Model", qkv_bias=True),
         unused=_UNUSED_WINDOW,
     ),
-    Family("Qwen3ForCausalLM", "qwen3", unused=_UNUSED_WINDOW),
+    Family("Qwen3ForCausalLM", "qwen3", NemoNames(_GPT + "qwen3", "Qwen3Model", qk_norm=True), unused=_UNUSED_WINDOW),
     Family(
         "Qwen3MoeForCausalLM",
         "qwen3_moe",
@@ -124,6 +125,12 @@ def families_of(engine: str) -> tuple[Family, ...]:
 # Hugging Face's and Megatron's names of Qwen2's biases, each of one layer.
 HF_BIASES = tuple(f"model.layers.*.self_attn.{name}_proj.bias" for name in "qkv")
 MEGATRON_BIAS = "decoder.layers.*.self_attention.linear_qkv.bias"
+
+# Those of Qwen3's norms of queries and keys.
+QK_NORMS = {
+    f"model.layers.*.self_attn.{name}_norm.weight": f"decoder.layers.*.self_attention.{name}_layernorm.weight"
+    for name in "qk"
+}
 
 # What a tokenizer consists of, besides config.json, which tells its class where tokenizer_config.json does not.
 TOKENIZER_FILES = (

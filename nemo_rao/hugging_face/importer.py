@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.config.engine_choice import BRIDGE
+from nemo_rao.config.families import FAMILIES
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face import bridge_import, network
-from nemo_rao.hugging_face.config_keys import head_size, notes
+from nemo_rao.hugging_face import bridge_import
+from nemo_rao.hugging_face.config_keys import notes
 from nemo_rao.hugging_face.conversion import Weights, engine_here, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
-from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, TOKENIZER_FILES, Family
+from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, QK_NORMS, TOKENIZER_FILES, Family
 from nemo_rao.hugging_face.generation_config import GENERATION, read_generation_config
+from nemo_rao.hugging_face.network import model_keys
 from nemo_rao.hugging_face.source import (
     EMBEDDINGS,
     KEY,
@@ -79,7 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
             f"{KEY}: the tokenizer in {folder} has {num_tokens} tokens, more than the {config.vocab_size} of the "
             "model's embeddings; give the model its own tokenizer"
         )
-    keys = network.model_keys(config, family) if engine == BRIDGE else model_keys(config, family)
+    keys = model_keys(config, family)
     say(f"{family.architecture}{_size(headers, wanted)} in {len(files)} files of {folder}")
     for line in [*notes(source.given, family), *changed]:
         say(line)
@@ -108,37 +110,6 @@ def _size(headers: Mapping[Path, Header], wanted: Mapping[str, tuple[int, ...]])
     return f" of {number:,} parameters" if number else ""
 
 
-def model_keys(config: Any, family: Family) -> dict[str, Any]:
-    """``model.config_class`` and ``model.arch`` of a recipe, from Hugging Face's config; without ``vocab_size``."""
-    rope = config.rope_scaling or {}
-    extra: dict[str, Any] = {"layernorm_epsilon": config.rms_norm_eps, "init_method_std": config.initializer_range}
-    config_class = family.nemo.config_class
-    if rope:
-        config_class = "Llama31Config8B"  # the smallest of a scaled Llama that nemo.collections.llm offers; see arch
-        extra |= {
-            "scale_factor": float(rope["factor"]),
-            "low_freq_factor": float(rope["low_freq_factor"]),
-            "high_freq_factor": float(rope["high_freq_factor"]),
-            "old_context_len": int(rope["original_max_position_embeddings"]),
-        }
-    if family.model_type == "mistral":
-        # Megatron counts the tokens before the present one, Hugging Face that one, too.
-        window = config.sliding_window
-        extra |= {"window_size": None, "cp_comm_type": None} if window is None else {"window_size": [window - 1, 0]}
-    arch = {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": head_size(config),
-        "rotary_base": float(config.rope_theta),
-        "share_embeddings_and_output_weights": bool(config.tie_word_embeddings),
-        "extra": extra,
-    }
-    return {"config_class": config_class, "arch": arch}
-
-
 def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens: int) -> str:
     """A file of the group ``model``."""
     from nemo_rao.config.recipe_text import shown
@@ -154,7 +125,7 @@ def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens:
         "# absolute: change them if this folder is moved.",
         "model:",
         f"  restore_from_path: {shown(str(destination))}",
-        *(f"  {name}: {keys[name]}" for name in ("family", "config_class") if name in keys),
+        f"  family: {keys['family']}",
         f"  seq_length: {min(config.max_position_embeddings, _LONGEST)}",
         "  arch:",
         *(f"    {name}: {shown(value)}" for name, value in arch.items()),
@@ -213,14 +184,15 @@ def _convert(
     from nemo.lightning import io
     from nemo.lightning.io.state import TransformFns
 
+    from nemo_rao.engines.nemo.families import config_of_family
     from nemo_rao.mcore.layer_spec import layer_spec_without_te
 
     say("converting")
     arch = dict(keys["arch"])
-    made = vars(llm)[keys["config_class"]](
-        **arch.pop("extra"),
-        **arch,
-        vocab_size=config.vocab_size,
+    given = {**arch.pop("extra"), **arch, "vocab_size": config.vocab_size}
+    made = config_of_family(
+        keys["family"],
+        {**FAMILIES[keys["family"]].fields, **given},
         seq_length=config.max_position_embeddings,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -238,6 +210,8 @@ def _convert(
     if family.nemo.qkv_bias:
         bias = io.state_transform(source_key=HF_BIASES, target_key=MEGATRON_BIAS, fn=TransformFns.merge_qkv_bias)
         io.apply_transforms(model, target, mapping={}, transforms=[bias])
+    if family.nemo.qk_norm:
+        io.apply_transforms(model, target, mapping=QK_NORMS, transforms=[])
     del model
     say("writing the checkpoint")
     importer.nemo_save(folder, trainer)

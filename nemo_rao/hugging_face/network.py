@@ -38,7 +38,9 @@ def network_fields(config: Any, family: Family) -> dict[str, Any]:
         "init_method_std": config.initializer_range,
     }
     if family.scaling == "llama3" and config.rope_scaling:
-        fields["rope_scaling"] = {name: value for name, value in config.rope_scaling.items() if name != "rope_type"}
+        factors = {name: float(config.rope_scaling[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        length = "original_max_position_embeddings"
+        fields["rope_scaling"] = {**factors, length: int(config.rope_scaling[length])}
     if family.period and config.sliding_window is not None:
         # Megatron counts the tokens before the present one, Hugging Face that one, too.
         fields["window_size"] = [config.sliding_window - 1, 0]

@@ -130,6 +130,8 @@ def tensors_of(config: Any, family: Family) -> dict[str, tuple[int, ...]]:
             tensors[f"{layer}self_attn.{name}_proj.weight"] = (size, hidden)
             if family.nemo.qkv_bias:
                 tensors[f"{layer}self_attn.{name}_proj.bias"] = (size,)
+            if family.nemo.qk_norm and name != "v":
+                tensors[f"{layer}self_attn.{name}_norm.weight"] = (head,)
         tensors |= {
             layer + "self_attn.o_proj.weight": (hidden, rows["q"]),
             layer + "mlp.gate_proj.weight": (ffn, hidden),

@@ -1,8 +1,8 @@
 """What a run will take before it is started: memory of each rank, communication, FLOPs, and settings that fit.
 
-Arithmetic alone: neither torch nor NeMo is imported, and NeMo's config classes are read as source.
+Arithmetic alone: neither torch nor an engine is imported. Networks are those of nemo_rao.config.families.
 
-    nemo_classes -> network -> setting        what is planned
+    network -> setting                        what is planned
     parameters -> buffers                     exact: tensors of a rank, Megatron's buffers, the optimizer's shares
     activations, log_probs -> memory          bytes at the peak of a step, stage by stage
     communication, compute                    bytes sent, FLOPs, pipeline bubble

@@ -18,7 +18,7 @@ class Network:
         hidden, ffn: widths of the residual stream and of the feed-forward layers, or of each expert.
         experts, chosen: of each layer, and of each token; 0 in a dense model.
         heads, groups, head: attention heads, key/value heads, width of one head.
-        tokens: of the tokenizer, or rows of the embedding that the config class sets.
+        tokens: of the tokenizer, or rows of the embedding where the recipe sets them.
         divisible_by: tokens are padded to a multiple of it times the tensor-parallel ranks; ``None``: not padded.
         tied: one matrix for input and output embeddings.
         gated: the feed-forward layers have a gate (SwiGLU).
@@ -85,21 +85,21 @@ _LAYOUTS = (
 )
 
 
-def network_of(fields: Mapping[str, Any], *, config_class: str, num_tokens: int | None, seq_length: int) -> Network:
+def network_of(fields: Mapping[str, Any], *, kind: str, num_tokens: int | None, seq_length: int) -> Network:
     """The network of a config's fields, as Megatron completes them.
 
     Args:
-        fields: of the config class, with the recipe's own in their place.
-        config_class: its name, for messages.
+        fields: see :func:`nemo_rao.config.architecture.architecture_fields`.
+        kind: the key that names its family, for messages.
         num_tokens: of the tokenizer; not asked for where ``vocab_size`` is set.
-        seq_length: learned position embeddings, where the class has them.
+        seq_length: learned position embeddings, where the network has them.
 
     Raises:
         UserError: a size is missing, or the network is of a kind that is not planned.
     """
     for name in ("multi_latent_attention", "mtp_num_layers"):
         if fields.get(name):
-            raise UserError(f"model.config_class={config_class}: {name} is set; such GPTs are not planned")
+            raise UserError(f"{kind}: {name} is set; such GPTs are not planned")
     for name in _LAYOUTS:
         if fields.get(name):
             raise UserError(
@@ -111,7 +111,7 @@ def network_of(fields: Mapping[str, Any], *, config_class: str, num_tokens: int 
         value = fields.get(name)
         value = default if value is None else value
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"model.arch.{name}: {config_class} has no such size of its own; set it")
+            raise UserError(f"model.arch.{name}: {kind} has no such size; set it")
         return value
 
     hidden, heads = whole("hidden_size"), whole("num_attention_heads")

@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_rao.config.architecture import architecture_fields, num_tokens
-from nemo_rao.config.checks import check_architecture, check_sizes
+from nemo_rao.config.architecture import architecture_fields, family_of, network_key, num_tokens
+from nemo_rao.config.checks import check_network, check_sizes
 from nemo_rao.config.compose import compose, override
 from nemo_rao.config.derived import chosen_responses, objective_config
-from nemo_rao.config.experts import check_experts
+from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.gpu_models import GPUS
-from nemo_rao.config.lora_targets import check_targets, lora_targets
+from nemo_rao.config.lora_targets import lora_targets
 from nemo_rao.config.precision_checks import check_named_gpu, fp8_multiple
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.choice import num_used
@@ -137,17 +137,8 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         UserError: sizes that do not divide, or that are not known.
     """
     check_sizes(config)
-    check_experts(config, architecture_fields(config))
+    check_network(config)
     network = network_of_config(config)
-    check_architecture(
-        config,
-        num_layers=network.layers,
-        hidden_size=network.hidden,
-        ffn_hidden_size=None if network.experts else network.ffn,
-        num_attention_heads=network.heads,
-        num_query_groups=network.groups,
-        kv_channels=network.head,
-    )
     keys, needs = config.model, registry.get(config.model.objective).needs_of(objective_config(config))
     if network.vocabulary(keys.tensor_model_parallel_size) % keys.tensor_model_parallel_size:
         raise UserError(
@@ -162,7 +153,6 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
             f"--tokens-per-row {tokens_per_row}: rows longer than model.seq_length={keys.seq_length} are dropped; "
             "lower it"
         )
-    check_targets(config, num_layers=network.layers, experts=bool(network.experts))
     lora = Lora(keys.peft.lora.dim, lora_targets(config), keys.peft.lora.dropout > 0)
     full = keys.recompute_granularity == "full"
     return Setting(
@@ -214,11 +204,14 @@ def _responses_used(config: RunConfig, given: int | None) -> int:
 
 
 def network_of_config(config: RunConfig) -> Network:
-    """The recipe's sizes over those of its config class, which is read, not imported."""
+    """The recipe's sizes over what its family decides."""
     keys, fields = config.model, architecture_fields(config)
+    family = family_of(config)
+    if family is not None and (parts := FAMILIES[family].parts):
+        raise UserError(f"{network_key(config)}: {', '.join(parts)} are not planned")
     return network_of(
         fields,
-        config_class=keys.config_class,
+        kind=network_key(config),
         num_tokens=None if fields.get("vocab_size") is not None else num_tokens(config.data.tokenizer),
         seq_length=keys.seq_length,
     )

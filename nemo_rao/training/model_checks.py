@@ -8,6 +8,7 @@ from nemo_rao.checkpoint.adapters import check_resumed_adapters
 from nemo_rao.checkpoint.continuing import START
 from nemo_rao.checkpoint.find import check_checkpoint
 from nemo_rao.checkpoint.starting import FITTING, check_tokenizer
+from nemo_rao.config.architecture import network_key
 from nemo_rao.config.checks import check_architecture
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.engines.engine import engine_of
@@ -39,7 +40,7 @@ def check_model(config: RunConfig, num_tokens: int, start_from: Path | None, res
     )
     if made.vocab_size is not None and made.vocab_size < num_tokens:
         raise UserError(
-            f"data.tokenizer has {num_tokens} tokens, more than the {made.vocab_size} of {config.model.config_class}; "
+            f"data.tokenizer has {num_tokens} tokens, more than the {made.vocab_size} of {network_key(config)}; "
             "name the tokenizer that belongs to the model"
         )
     vocab_size = made.vocab_size or num_tokens

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rao.batch import ModelOutput, Row
 from nemo_rao.checkpoint.pickles import refuse_code
+from nemo_rao.config.architecture import network_key
 from nemo_rao.config.derived import objective_config
 from nemo_rao.config.precision_checks import quantisation
 from nemo_rao.config.run_config import RunConfig
@@ -192,7 +193,7 @@ def _num_scores(config: RunConfig, checkpoint: Path) -> int:
 
     from nemo_rao.mcore.heads import SCORE_HEAD
 
-    for name, tensor in load_tensors_metadata(str(checkpoint / "weights")).items():
+    for name, tensor in load_tensors_metadata(str(weights_of(checkpoint))).items():
         if name.endswith(f"{SCORE_HEAD}.weight"):
             return int(tensor.global_shape[0])
     raise UserError(f"{checkpoint}: has no score head; name the run of a reward model")
@@ -200,7 +201,7 @@ def _num_scores(config: RunConfig, checkpoint: Path) -> int:
 
 def _digest(checkpoint: Path) -> str:
     """Of a checkpoint's place and files; other weights are other files."""
-    files = sorted((checkpoint / "weights").glob("*"))
+    files = sorted(weights_of(checkpoint).glob("*"))
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr((str(checkpoint), stamps)).encode()).hexdigest()
 
@@ -209,7 +210,7 @@ def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
     """Of a run's recipe: network, number formats, objective, and how text becomes tokens."""
     data = config.data
     return {
-        "network": [config.model.config_class, dataclasses.asdict(config.model.arch), config.model.seq_length],
+        "network": [network_key(config), dataclasses.asdict(config.model.arch), config.model.seq_length],
         "precision": quantisation(config.precision),
         "objective": [config.model.objective, dataclasses.asdict(objective_config(config))],
         "tokens": [data.tokenizer, data.chat_template, data.template_arguments, data.answers],

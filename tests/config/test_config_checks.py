@@ -19,6 +19,8 @@ TP2_PP2 = (
     "model.pipeline_model_parallel_size=2",
 )
 
+ONE_EACH = ("model.micro_batch_size=1", "model.global_batch_size=16")
+
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
@@ -97,6 +99,16 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
         (("data.train_path=null",), ("data.train_path is not set",)),
         (("data.train_path=/nope.jsonl",), ("data.train_path", "/nope.jsonl", "no such file")),
         (("data.train_path=[]",), ("data.train_path", "a list of paths")),
+        (("model.arch.num_layers=null",), ("model.arch.num_layers is null", "model.family=llama", "model=llama3_8b")),
+        (
+            ("model.family=qwen2", "model.arch.rope_scaling.factor=8"),
+            ("model.arch.rope_scaling.factor=8.0: model.family=qwen2 has no such scaling", "belongs to llama"),
+        ),
+        (
+            ("model.family=mixtral", "model.expert_model_parallel_size=16", "trainer.devices=16", *ONE_EACH),
+            ("num_moe_experts=8 (of model.family=mixtral)", "model.expert_model_parallel_size=16"),
+        ),
+        (("model.expert_model_parallel_size=2", "trainer.devices=2"), ("model.family=llama has no experts",)),
         (("data.train_path=3",), ("data.train_path", "3")),
         (("data.train_path=/nope*.jsonl",), ("data.train_path", "no file matches")),
         (("data.validation_path=/nope.jsonl",), ("data.validation_path", "no such file")),
@@ -116,11 +128,10 @@ def test_keys_that_do_not_fit_together_are_refused_in_one_line(
     assert "\n" not in message and all(part in message for part in parts), message
 
 
-def test_sizes_of_the_config_class_are_checked_once_they_are_known(files: list[str]) -> None:
-    config = composed(*files, "model=llama3_8b", "trainer.devices=24", "model.tensor_model_parallel_size=3")
-    config.model.seq_length = 4095
-    check_run(config, start_exists=False)
-    with pytest.raises(UserError, match=r"num_attention_heads=32 \(of Llama3Config8B\)"):
+def test_a_size_says_where_it_comes_from(files: list[str]) -> None:
+    config = composed(*files, "trainer.devices=3", "model.tensor_model_parallel_size=3")
+    config.model.arch.num_attention_heads = None
+    with pytest.raises(UserError, match=r"num_attention_heads=32 \(of model.family=llama\)"):
         check_architecture(config, num_layers=32, num_attention_heads=32, num_query_groups=8)
 
 

@@ -67,7 +67,7 @@ OTHER: dict[str, str] = {
     "model.peft.scheme": "none",
     "model.peft.lora.dim": "8",
     "model.peft.lora.target_modules": "[linear_qkv]",
-    "model.config_class": "Qwen2Config500M",
+    "model.family": "qwen2",
     "model.arch.num_layers": "6",
     "model.arch.hidden_dropout": "0.1",
     "model.arch.attention_dropout": "0.1",
@@ -150,6 +150,48 @@ def outcome(folder: Path, *overrides: str) -> str:
         return "refused"
     assert changes
     return "applied"
+
+
+# A class of NeMo -> the family and the fields that describe the same network.
+CLASSES: dict[str, tuple[str, ...]] = {
+    "LlamaConfig": (),
+    "Llama31Config70B": ("model.arch.rope_scaling.factor=8", "model.arch.rotary_base=5e5"),
+    "Llama32Config1B": (
+        *("model.arch.rope_scaling.factor=32", "model.arch.rotary_base=500000"),
+        "model.arch.share_embeddings_and_output_weights=true",
+    ),
+    "Qwen25Config500M": ("model.family=qwen2", "model.arch.extra={vocab_size: 151936}"),
+    "MistralConfig7B": ("model.family=mistral", "model.arch.extra={window_size: [4096, 0]}"),
+    "MixtralConfig8x7B": ("model.family=mixtral",),
+    "Qwen3Config30B_A3B": (
+        "model.family=qwen3_moe",
+        "model.arch.extra={vocab_size: 151936, moe_ffn_hidden_size: 768}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_run_of_a_class_of_nemo_continues_under_its_family(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is refused where the network is another, by the field's name here."""
+    begin(tmp_path, f"model.config_class={name}")
+    assert check_settings(config(tmp_path, *CLASSES[name])) == []
+    with pytest.raises(UserError, match=r"changes model\.arch\.rotary_base from [0-9.]+ to 77\.0; "):
+        check_settings(config(tmp_path, *CLASSES[name], "model.arch.rotary_base=77"))
+    with pytest.raises(UserError, match=r"changes model\.arch\.extra\.qk_layernorm from "):
+        normed = name.startswith("Qwen3")
+        check_settings(config(tmp_path, *CLASSES[name], f"model.arch.extra.qk_layernorm={not normed}"))
+    [warning] = {line for line in capsys.readouterr().err.splitlines() if "deprecated" in line}
+    family = CLASSES[name][0] if "family" in str(CLASSES[name]) else "model.family=llama"
+    assert f"model.config_class={name} is deprecated; write {family} and model.arch={{" in warning
+
+
+def test_a_class_that_belongs_to_no_family_continues_as_itself(tmp_path: Path) -> None:
+    begin(tmp_path, "model.config_class=GPTConfig")
+    assert check_settings(config(tmp_path, "model.config_class=GPTConfig")) == []
+    with pytest.raises(UserError, match=r"model\.config_class from GPTConfig to null"):
+        check_settings(config(tmp_path))
 
 
 def test_the_page_names_keys_that_there_are_and_tests_know_another_value_of_each() -> None:

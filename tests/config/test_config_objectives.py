@@ -17,8 +17,9 @@ from nemo_rao.training.checks import check_run
 CONF = Path(__file__).resolve().parents[2] / "conf"
 RECIPES = recipe_names([CONF])
 PAPER_OBJECTIVES = ("rao", "dpo", "ipo", "slic", "simpo", "orpo", "robust_po", "dro")
-PAPER_MODELS = {"llama3_8b": "Llama3Config8B", "qwen2_5_7b": "Qwen25Config7B", "eurollm_9b": "LlamaConfig"}
-LARGER_MODELS = ("llama3_70b", "llama3_70b_lora", "llama3_1_405b", "qwen2_5_72b", "mixtral_8x7b")
+PAPER_MODELS = {"llama3_8b": ("llama", 32), "qwen2_5_7b": ("qwen2", 28), "eurollm_9b": ("llama", 42)}
+QWEN3 = ("qwen3_8b", "qwen3_32b", "qwen3_30b_a3b")
+LARGER_MODELS = ("llama3_70b", "llama3_70b_lora", "llama3_1_405b", "qwen2_5_72b", "mixtral_8x7b", *QWEN3)
 LARGER_RUNS = [(objective, model) for objective in ("rao", "dpo") for model in LARGER_MODELS]
 PAPER_RUNS = [(objective, model) for objective in PAPER_OBJECTIVES for model in PAPER_MODELS]
 
@@ -56,7 +57,8 @@ def test_each_recipe_opens_with_one_line_about_it_and_its_command(name: str) -> 
 @pytest.mark.parametrize(("objective", "model"), PAPER_RUNS)
 def test_the_papers_runs_share_their_setting(objective: str, model: str) -> None:
     config = recipe(f"gpt_{objective}_{model}")
-    assert (config.model.objective, config.model.config_class) == (objective, PAPER_MODELS[model])
+    assert config.model.objective == objective
+    assert (config.model.family, config.model.arch.num_layers) == PAPER_MODELS[model]
     assert (config.model.seq_length, config.trainer.max_epochs, config.data.num_responses) == (2048, 3, 2)
     assert (config.precision.params, config.trainer.devices) == ("bf16", 8)
 

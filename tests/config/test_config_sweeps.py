@@ -80,13 +80,13 @@ def test_what_the_command_line_sets_replaces_the_files_values() -> None:
 def test_a_search_is_chosen_with_or_without_a_plus_and_goes_with_any_recipe_of_its_objective() -> None:
     assert compose_grid("gpt_orpo", ["+search=orpo"]) == compose_grid("gpt_orpo", ["search=orpo"])
     [_, config], *rest = compose_grid("gpt_orpo_llama3_8b", ["search=orpo"])
-    assert len(rest) == 3 and (config.model.seq_length, config.model.config_class) == (2048, "Llama3Config8B")
+    assert len(rest) == 3 and (config.model.seq_length, config.model.arch.num_layers) == (2048, 32)
 
 
 def test_files_of_a_group_are_swept_over_like_values() -> None:
     grid = compose_grid("gpt_rao", ["model=tiny_llama,llama3_8b", "precision=fp32,bf16_mixed"])
-    assert [(config.model.config_class, config.precision.params) for _, config in grid] == [
-        (config_class, params) for config_class in ("LlamaConfig", "Llama3Config8B") for params in ("fp32", "bf16")
+    assert [(config.model.arch.num_layers, config.precision.params) for _, config in grid] == [
+        (num_layers, params) for num_layers in (4, 32) for params in ("fp32", "bf16")
     ]
 
 

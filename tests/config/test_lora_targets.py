@@ -78,7 +78,7 @@ def test_names_of_hugging_face_mean_megatrons_layers(given: str, expected: tuple
         ),
         (
             "all-linear",
-            ("model.config_class=MixtralConfig", "model.arch.extra={num_moe_experts: 4}"),
+            ("model.family=mixtral", "model.arch.extra={num_moe_experts: 4}"),
             ("linear_fc1 and linear_fc2: experts get no adapters", "take linear_qkv and linear_proj"),
         ),
         (

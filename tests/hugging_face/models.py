@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied qwen2, padded": {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": 320},
     "mistral, window of 24 tokens": {"model_type": "mistral", "sliding_window": 24, "vocab_size": 352},
     "mistral": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
 
 

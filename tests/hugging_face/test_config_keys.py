@@ -12,10 +12,9 @@ import pytest
 
 from nemo_rao.config.engine_choice import BRIDGE
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face import importer
 from nemo_rao.hugging_face.config_keys import FIXED, HARMLESS, notes, read_config
 from nemo_rao.hugging_face.families import FAMILIES
-from nemo_rao.hugging_face.network import network_fields
+from nemo_rao.hugging_face.network import model_keys, network_fields
 from nemo_rao.hugging_face.source import family_of, tensors_of
 
 from .config_table import table
@@ -61,8 +60,8 @@ def network(given: dict[str, Any], *ignored: str) -> dict[str, Any]:
     config = read_config(given, family, "SOURCE: config.json", ignored)
     found = {"fields": network_fields(config, family), "length": config.max_position_embeddings}
     if family.nemo is not None:
-        found |= {"keys": importer.model_keys(config, family), "tensors": tensors_of(config, family)}
-    return {**found, "vocabulary": config.vocab_size}
+        found |= {"tensors": tensors_of(config, family)}
+    return {**found, "vocabulary": config.vocab_size, "keys": model_keys(config, family)}
 
 
 @pytest.mark.parametrize(("release", "family", "key"), KEYS)
@@ -139,7 +138,8 @@ def test_a_rotary_embedding_is_read_in_all_its_spellings(name: str) -> None:
     for spelling in spellings:
         keys = network({**LLAMA, **spelling})["keys"]
         assert keys["arch"]["rotary_base"] == base, spelling
-        assert keys["arch"]["extra"].get("scale_factor") == (LLAMA3_ROPE["factor"] if scaled else None), spelling
+        found = keys["arch"].get("rope_scaling", {}).get("factor")
+        assert found == (LLAMA3_ROPE["factor"] if scaled else None), spelling
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

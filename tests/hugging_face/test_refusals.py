@@ -118,7 +118,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config.json cut off": (lambda folder: cut(folder / "config.json", 40), "config.json cannot be read"),
     "another architecture": (
         lambda folder: change(folder, architectures=["GPT2LMHeadModel"], model_type="gpt2"),
-        "GPT2LMHeadModel, which cannot be imported; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM can",
+        "GPT2LMHeadModel, which cannot be imported; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3",
     ),
     "a missing shard": (lambda folder: shard(folder).unlink(), "model-00001-of-00004.safetensors is missing"),
     "a truncated shard": (lambda folder: cut(shard(folder), 9000), "is not whole: it has 9000 of"),

@@ -53,6 +53,7 @@ def test_tokenizer_and_chat_template_are_carried_along(converted: dict[str, Conv
         ("tied llama 3.2", (2, 2, 1)),
         ("tied qwen2, padded", (4, 2, 2)),
         ("mistral, window of 24 tokens", (2, 1, 2)),
+        ("qwen3", (2, 2, 1)),
     ],
 )
 def test_megatron_gives_the_log_probabilities_of_transformers(

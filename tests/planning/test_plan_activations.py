@@ -33,7 +33,7 @@ SIZES = (
 SPLIT = ("model.tensor_model_parallel_size=2",)
 SEQUENCE = (*SPLIT, "model.sequence_parallel=true")
 FULL = ("model.recompute_granularity=full",)
-MIXTURE = ("model.config_class=MixtralConfig", f"model.arch.extra={{vocab_size: {TOKENS}, num_moe_experts: 4}}")
+MIXTURE = ("model.family=mixtral", f"model.arch.extra={{vocab_size: {TOKENS}, num_moe_experts: 4}}")
 LORA = ("model.peft.scheme=lora", "model.peft.lora.dim=8")
 CASES: dict[str, tuple[str, ...]] = {
     "one rank": (),
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "TP 2, sequence parallel, full recomputation": (*SEQUENCE, *FULL),
     "bf16": ("precision.params=bf16",),
     "whole logits": ("model.fused_log_probs=false",),
-    "Qwen2's biases": ("model.config_class=Qwen2Config",),
+    "Qwen2's biases": ("model.family=qwen2",),
     "experts": MIXTURE,
     "experts, shared": (*MIXTURE, "model.expert_model_parallel_size=2"),
     "experts, full recomputation": (*MIXTURE, *FULL),

@@ -113,13 +113,13 @@ def test_advice_changes_as_little_as_will_do(llama: RunConfig) -> None:
         (("model.expert_model_parallel_size=2",), ("expert_model_parallel_size=2", "no experts", "set it to 1")),
         (
             (
-                *("model.config_class=MixtralConfig8x7B", "model.expert_model_parallel_size=3"),
+                *("model.family=mixtral", "model.expert_model_parallel_size=3"),
                 *("trainer.devices=12", "model.global_batch_size=48"),
             ),
             ("num_moe_experts=8", "size=3"),
         ),
         (
-            ("model.config_class=MixtralConfig8x7B", "model.sequence_parallel=false"),
+            ("model.family=mixtral", "model.sequence_parallel=false"),
             ("set model.sequence_parallel=true",),
         ),
         (("trainer.devices=12", "model.expert_tensor_parallel_size=8"), ("12 ranks", "expert tensor")),

@@ -28,7 +28,7 @@ SIZES = (
 TENSOR = ("model.tensor_model_parallel_size=2",)
 FULL = ("model.recompute_granularity=full",)
 LORA = ("model.peft.scheme=lora",)
-MIXTURE = ("model.config_class=MixtralConfig", "model.arch.extra={vocab_size: 1024, num_moe_experts: 4}")
+MIXTURE = ("model.family=mixtral", "model.arch.extra={vocab_size: 1024, num_moe_experts: 4}")
 TOKENIZED = ("model.arch.extra={vocab_size: null}",)
 DATA = ("data.train_path=train.jsonl",)
 # FP8 recipe -> keys that go with another one.
@@ -46,6 +46,7 @@ READ: dict[str, tuple[str, tuple[str, ...]]] = {
     "trainer.max_epochs": ("5", DATA),
     "trainer.val_check_interval": ("3", DATA),
     "model.objective": ("dpo", ()),
+    "model.family": ("qwen2", ()),
     "model.config_class": ("Qwen2Config", ()),
     "model.arch.num_layers": ("4", ()),
     "model.arch.hidden_size": ("512", ()),
@@ -117,6 +118,10 @@ CANNOT: dict[str, tuple[str, str]] = {
     "exp_manager.checkpoint_callback_params.save_last": ("checkpoints are not counted", "false"),
     "exp_manager.checkpoint_callback_params.every_n_train_steps": ("checkpoints are not counted", "7"),
     "model.arch.rotary_base": ("a number in a formula", "7"),
+    "model.arch.rope_scaling.factor": ("a number in a formula", "7"),
+    "model.arch.rope_scaling.low_freq_factor": ("a number in a formula", "7"),
+    "model.arch.rope_scaling.high_freq_factor": ("a number in a formula", "7"),
+    "model.arch.rope_scaling.original_max_position_embeddings": ("a number in a formula", "7"),
     "model.arch.attention_dropout": ("fused attention draws it anew in its backward pass", "0.1"),
     "model.restore_from_path": ("weights of the same shapes", "elsewhere"),
     "model.allow_pickle": ("how they are read", "true"),

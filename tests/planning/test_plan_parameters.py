@@ -16,7 +16,7 @@ from .meta_models import ranks_of
 
 TOKENS = 1003  # no multiple of anything, so that the vocabulary is padded
 TINY = ("model.arch.num_layers=4", "model.arch.hidden_size=96", "model.arch.ffn_hidden_size=200")
-MIXTURE = (*TINY, "model.config_class=MixtralConfig", "model.arch.extra={num_moe_experts: 4}")
+MIXTURE = (*TINY, "model.family=mixtral", "model.arch.extra={num_moe_experts: 4}")
 INTERLEAVED = ("model.virtual_pipeline_model_parallel_size=2",)
 OVERLAPPED = ("model.optim.overlap_grad_reduce=true", "model.optim.overlap_param_gather=true")
 SEQUENCE = ("model.sequence_parallel=true",)

@@ -14,7 +14,7 @@ from nemo_rao.config.compose import compose, compose_grid
 
 from .blocks import PAGES, ROOT, blocks, commands
 
-IMPORTED = "# @package _global_\nmodel: {config_class: Llama3Config8B}\ndata: {tokenizer: tokenizer}\n"
+IMPORTED = "# @package _global_\nmodel: {family: llama, arch: {num_layers: 8}}\ndata: {tokenizer: tokenizer}\n"
 FOUND = [(page.relative_to(ROOT).as_posix(), words) for page in PAGES for words in commands(page)]
 
 

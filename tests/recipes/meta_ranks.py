@@ -86,8 +86,8 @@ def _chunk(config: RunConfig, chunk: int | None) -> dict[str, Any]:
     model = MegatronGPTAlignmentModel(
         build.model_config(config),
         objective=config.model.objective,
-        objective_config=vars(objective_config(config)),
-        # Its size is in the recipe, or in its config class: a tokenizer of another size must not matter.
+        objective_config=objective_config(config),
+        # Its size is in the recipe: a tokenizer of another size must not matter.
         tokenizer=SimpleNamespace(vocab_size=1000),
         model_transform=adapt,
         fused_log_probs=config.model.fused_log_probs,

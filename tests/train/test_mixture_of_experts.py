@@ -31,7 +31,7 @@ FURTHER = {
 MIXTURE = (
     *TINY,
     "model.arch.num_layers=4",
-    "model.config_class=MixtralConfig",
+    "model.family=mixtral",
     "model.arch.extra={num_moe_experts: 4}",
     # 61 prompts in parts of 10 micro-batches: ranks have different numbers of them, and of parts, in the first pass.
     "data.num_prompts=61",

@@ -18,7 +18,7 @@ from megatron.bridge.training.state import GlobalState
 from megatron.bridge.training.train import train
 
 from nemo_rao.batch import MicroBatch
-from nemo_rao.checkpoint.find import weights_of
+from nemo_rao.checkpoint.layout import weights_of
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.engines.bridge.build import container, data_set

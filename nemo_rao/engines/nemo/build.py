@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import functools
 import shutil
 import tempfile
@@ -14,22 +13,23 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
-from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
 
+from nemo_rao.config.architecture import architecture_fields, given_fields
 from nemo_rao.config.derived import objective_config
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.precision_checks import fp8_simulation
 from nemo_rao.config.run_config import PrecisionConfig, RunConfig
 from nemo_rao.data.tokenizer import save_for_4, written_by_5
+from nemo_rao.engines.nemo.families import check_fields, class_named, config_of_family, construct
 from nemo_rao.engines.nemo.kept_checkpoints import StepCheckpoint
 from nemo_rao.engines.nemo.lora import lora
 from nemo_rao.engines.nemo.model import MegatronGPTAlignmentModel
 from nemo_rao.engines.nemo.strategy import AlignmentStrategy
-from nemo_rao.errors import UserError, did_you_mean
+from nemo_rao.errors import UserError
 from nemo_rao.mcore.heads import VALUE_HEAD
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,26 +37,12 @@ _PRECISIONS: dict[str, Any] = {"fp32": "32", "bf16": "bf16-mixed", "fp16": "16-m
 
 
 def model_config(config: RunConfig) -> GPTConfig:
-    """The NeMo config class that the recipe names, with the recipe's sizes.
+    """NeMo's config of the recipe's network.
 
     Raises:
-        UserError: there is no such class, or it has no such field.
+        UserError: NeMo has no such network, or no such field.
     """
     keys = config.model
-    classes = {
-        name: value for name, value in vars(llm).items() if isinstance(value, type) and issubclass(value, GPTConfig)
-    }
-    if keys.config_class not in classes:
-        hint = did_you_mean(keys.config_class, classes)
-        raise UserError(f"model.config_class: nemo.collections.llm has no GPT config named {keys.config_class!r}{hint}")
-    config_class = classes[keys.config_class]
-    sizes = {name: value for name, value in dataclasses.asdict(keys.arch).items() if value is not None}
-    extra = sizes.pop("extra")
-    fields = {field.name for field in dataclasses.fields(config_class)}
-    for name in extra:
-        if name not in fields:
-            hint = did_you_mean(name, fields)
-            raise UserError(f"model.arch.extra.{name}: {keys.config_class} has no such field{hint}")
     recompute = {
         "recompute_granularity": keys.recompute_granularity,
         "recompute_method": (keys.recompute_method or "uniform") if keys.recompute_granularity == "full" else None,
@@ -66,13 +52,28 @@ def model_config(config: RunConfig) -> GPTConfig:
     # Megatron's default, the one is taken for the other.
     interleaved = keys.virtual_pipeline_model_parallel_size is not None
     messages = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}
-    try:
-        made = config_class(**{**sizes, **recompute, **messages, **extra}, seq_length=keys.seq_length)
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"model.arch: {keys.config_class} refuses these sizes: {error}") from None
+    more = {**recompute, **messages, "seq_length": keys.seq_length}
+    more = {name: value for name, value in more.items() if name not in keys.arch.extra}
+    if keys.config_class is None:
+        made = config_of_family(keys.family, architecture_fields(config), **more)
+    else:
+        made = _config_of_class(config, keys.config_class, more)
     check_experts(config, vars(made))
     check_targets(config, num_layers=made.num_layers, experts=bool(made.num_moe_experts))
     return made
+
+
+def _config_of_class(config: RunConfig, name: str, more: dict[str, Any]) -> GPTConfig:
+    """That of a recipe which names a class of NeMo."""
+    given, key = given_fields(config), f"model.config_class={name}"
+    if "rope_scaling" in given:
+        raise UserError(
+            f"model.arch.rope_scaling.factor={given['rope_scaling']['factor']}: goes with model.family; set that in "
+            f"place of {key}"
+        )
+    config_class = class_named(name, "model.config_class")
+    check_fields(config_class, config.model.arch.extra)
+    return construct(config_class, {**given, **more})
 
 
 def _of_value_head(name: str, parameter: torch.nn.Parameter) -> bool:
@@ -130,11 +131,11 @@ def _loadable(name: str) -> str:
 
 
 def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignmentModel:
-    """The model that a recipe describes; ``resolved``: the objective's keys, with what the data decides."""
+    """The model that a recipe describes; ``resolved``: the objective's block, with what the data decides."""
     return MegatronGPTAlignmentModel(
         model_config(config),
         objective=config.model.objective,
-        objective_config=dataclasses.asdict(resolved),
+        objective_config=resolved,
         optim=optimizer(config, max_steps),
         tokenizer=tokenizer(config),
         model_transform=lora(config),

@@ -109,7 +109,7 @@ class AdapterIO(WrappedAdapterIO):
         if base is not None:
             self.model_ckpt_path = base
         elif is_first_rank():
-            self._digest = digest_of_weights(ckpt_to_weights_subdir(self.model_ckpt_path, is_saving=False))
+            self._digest = digest_of_weights(Path(ckpt_to_weights_subdir(self.model_ckpt_path, is_saving=False)).parent)
         return loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> Any:

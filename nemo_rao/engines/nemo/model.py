@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -34,7 +35,8 @@ class MegatronGPTAlignmentModel(GPTModel):
         config: a NeMo GPT config (Llama, Qwen2, Mistral, ...). Its loss scaling is set; where Transformer Engine is
             not used, its layer spec is replaced by one with the same parameter names.
         objective: a name of :mod:`nemo_rao.objectives.registry`.
-        objective_config: the objective's keys; every key may be left out. ``log_z0: auto`` must be resolved already.
+        objective_config: the objective's ``config_type``, or its keys, of which any may be left out. ``log_z0: auto``
+            must be resolved already.
         optim: NeMo optimizer module.
         tokenizer: NeMo tokenizer; its ``vocab_size`` counts where ``config.vocab_size`` is ``None``.
         model_transform: such as ``nemo.collections.llm.peft.LoRA``.
@@ -53,8 +55,9 @@ class MegatronGPTAlignmentModel(GPTModel):
     def __init__(
         self,
         config: GPTConfig,
+        *,
         objective: str = "rao",
-        objective_config: Mapping[str, Any] | None = None,
+        objective_config: Any = None,
         optim: OptimizerModule | None = None,
         tokenizer: Any = None,
         model_transform: Callable[[nn.Module], nn.Module] | None = None,
@@ -65,11 +68,21 @@ class MegatronGPTAlignmentModel(GPTModel):
         finish_config(config, fp8_simulation=fp8_simulation)
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
         described = registry.get(objective)
-        keys = described.make_config(objective_config or {})
-        self.loss = ObjectiveLoss(described, keys, vocab_size=self.vocab_size)
+        if not isinstance(objective_config, described.config_type):
+            objective_config = described.make_config(objective_config or {})
+        self.loss = ObjectiveLoss(described, objective_config, vocab_size=self.vocab_size)
         self._fused_log_probs = fused_log_probs
         self._head_seed = head_seed
         self._fp8_is_simulated = fp8_simulation is not None
+
+    def io_transform_args(self, init_fn: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments that NeMo keeps, to make further chunks of an interleaved pipeline and for checkpoints.
+
+        The objective's keys are kept as plain values: a checkpoint's context holds no pickle of this package's classes.
+        """
+        if dataclasses.is_dataclass(keys := kwargs.get("objective_config")):
+            kwargs["objective_config"] = dataclasses.asdict(keys)
+        return super().io_transform_args(init_fn, *args, **kwargs)
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Build this rank's part of the model, on the last pipeline stage with the head that is needed."""
