@@ -121,8 +121,8 @@ def describe(checkpoint: Path) -> tuple[Described, dict[str, Any]]:
     ]
     if not folders or holds_adapters(checkpoint):
         raise UserError(
-            f"{_KEY}: nothing beside {checkpoint} says what model it is; name a checkpoint in the folder of its run, or "
-            "what import-hf wrote"
+            f"{_KEY}: nothing beside {checkpoint} says what model it is; name a checkpoint in the folder of its run, "
+            "or what import-hf wrote"
         )
     file = folders[0] / "config.json"
     given = read_json(file, _KEY)
@@ -223,7 +223,7 @@ def _write_model(
             tensors = _with_head(tensors, head)
             config.architectures = [family.architecture.replace("CausalLM", "SequenceClassification")]
             config.num_labels = len(head)
-            # It reads the last token that is no padding. Where the end token pads, too, one row at a time is all it can.
+            # It reads the last token that is no padding: one row at a time, where the end token pads, too.
             pads = tokenizer.pad_token_id not in end_tokens(tokenizer)
             config.pad_token_id = tokenizer.pad_token_id if pads else None
         say("converting and writing")

@@ -14,15 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.config.families import BRIDGE_ROPE_SCALING
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.conversion import bridge_of_one_rank
 from nemo_rao.hugging_face.families import Family
-from nemo_rao.hugging_face.source import KEY
+from nemo_rao.hugging_face.source import EMBEDDINGS, KEY, OUTPUT
 from nemo_rao.model_files.weights import read_headers
 from nemo_rao.runtime.console import say
 
-# Llama 3's scaling, of which Bridge takes the factor alone.
-_LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -37,7 +36,7 @@ def check_bridge_can(config: Any, family: Family, folder: Path) -> None:
     """
     if family.scaling != "llama3" or not config.rope_scaling:
         return
-    for name, value in _LLAMA3.items():
+    for name, value in BRIDGE_ROPE_SCALING.items():
         if config.rope_scaling[name] != value:
             raise UserError(
                 f"{KEY}: {folder / 'config.json'}: rope_scaling.{name} ({config.rope_scaling[name]}) cannot be "
@@ -70,12 +69,36 @@ def import_weights(files: list[Path], given: Mapping[str, Any], family: Family, 
             raise UserError(f"{KEY}: {source}: tensors are {unknown[0]}; {', '.join(_DTYPES)} can be imported")
         # All in the widest of their formats, so that nothing is rounded.
         dtype = vars(torch)[_DTYPES[stored.pop()]] if len(stored) == 1 else torch.float32
-        conversion = Conversion(transformers_config(given, family), f"{KEY}: {files[0].parent}")
+        config = transformers_config(given, family)
+        if config.tie_word_embeddings:
+            _check_tie(source, files[0].parent)
+        conversion = Conversion(config, f"{KEY}: {files[0].parent}")
         say("reading and converting the weights")
         chunks = conversion.build(dtype)
         conversion.load(chunks, source)
         say("writing the checkpoint")
         save_checkpoint(chunks, folder)
+
+
+def _check_tie(source: Path, folder: Path) -> None:
+    """Refuses a stored output layer that is not the embeddings, where config.json ties the two.
+
+    Args:
+        source: of the weights.
+        folder: that the user named.
+    """
+    import torch
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys() if name in (EMBEDDINGS, OUTPUT)}  # noqa: SIM118
+    if OUTPUT in found and not torch.equal(found[OUTPUT], found[EMBEDDINGS]):
+        raise UserError(
+            f"{KEY}: {folder}: config.json ties the embeddings (tie_word_embeddings), but {OUTPUT} is stored "
+            "with other values; set tie_word_embeddings to false in config.json if both matrices are the model's"
+        )
 
 
 def transformers_config(given: Mapping[str, Any], family: Family) -> Any:

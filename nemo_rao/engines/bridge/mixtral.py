@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch.nn.functional as F
@@ -68,9 +69,8 @@ class MixtralBridge(MegatronModelBridge):
 def register() -> None:
     """Make ``AutoBridge`` know the family, unless the installed release does."""
     from megatron.bridge import AutoBridge
-    from transformers import MixtralForCausalLM
 
     if ARCHITECTURE not in AutoBridge.list_supported_models():
-        MegatronModelBridge.register_bridge(source=MixtralForCausalLM, target=GPTModel, model_type="mixtral")(
-            MixtralBridge
-        )
+        # The class itself: by its name Bridge would look for one that brings its own code.
+        source = importlib.import_module("transformers").MixtralForCausalLM
+        MegatronModelBridge.register_bridge(source=source, target=GPTModel, model_type="mixtral")(MixtralBridge)
