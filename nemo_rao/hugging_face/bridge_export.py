@@ -127,7 +127,7 @@ def describe(checkpoint: Path) -> tuple[Described, dict[str, Any]]:
     file = folders[0] / "config.json"
     given = read_json(file, _KEY)
     family = family_of_config(given, folders[0], BRIDGE)
-    config = read_config(given, family, f"{_KEY}: {file}", [name for name in given if given[name] is not None])
+    config = read_config(given, family, f"{_KEY}: {file}", None)
     fields = {**network_fields(config, family), "vocab_size": config.vocab_size}
     return _described(checkpoint, family, fields, None, str(folders[0])), given
 

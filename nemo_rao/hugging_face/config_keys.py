@@ -108,7 +108,7 @@ _SAMPLING_IN_4 = {
 _REPORTED = (_CODE, _DROPOUT, _SAMPLING)
 
 
-def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: Collection[str] = ()) -> Any:
+def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: Collection[str] | None = ()) -> Any:
     """The network's config by the names of transformers 4, with its defaults for what ``given`` leaves out.
 
     ``rope_scaling`` is ``None``, or has all settings of Llama 3's scaling.
@@ -116,7 +116,8 @@ def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: C
     Args:
         given: config.json, as transformers 4 or 5 writes it.
         place: the file, for messages.
-        ignored: keys that the user says do not change the network; only unknown ones may be among them.
+        ignored: keys that the user says do not change the network; only unknown ones may be among them;
+            ``None``: all that are unknown, as those of a model that was imported were.
 
     Raises:
         UserError: a key that is unknown, or a value with which Megatron would compute something else.
@@ -127,6 +128,7 @@ def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: C
     _check_fixed(flat, family, place)
     read = {name: flat[name] for name in _read_keys(family) if name in flat}
     unknown = [name for name in flat if name not in read and not _is_known(name, family)]
+    ignored = unknown if ignored is None else ignored
     if wrong := sorted(set(ignored) - set(unknown)):
         raise UserError(
             f"--ignore-key {wrong[0]}: {place} has no unknown key of that name ({', '.join(unknown) or 'none'} unknown)"

@@ -16,17 +16,10 @@ if importlib.util.find_spec("megatron.bridge") is None:
 from ..mcore import tiny
 from ..mcore.tiny import Layout
 from ..megatron_ranks import import_once, run_ranks
+from .layouts import LAYOUTS, VARIANTS
 from .models import MODELS, VOCAB, make_model
 
 SAMPLES = tiny.preferences(4)
-LAYOUTS = {"TP 1": Layout(), "TP 2 x PP 2": Layout(tensor=2, pipeline=2, expert=2, expert_tensor=1)}
-# How the batch is laid out: rows padded on the right, or segments of one sequence; and whether logits are ever whole.
-VARIANTS: dict[str, dict[str, bool]] = {
-    "rows": {},
-    "packed": {"packed": True},
-    "shared prompts": {"shared_prompts": True},
-    "all, fused": {"packed": True, "shared_prompts": True, "fused": True},
-}
 
 
 def import_bridge() -> None:
@@ -102,7 +95,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, tor
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def ranks(request: pytest.FixtureRequest, models: dict[str, tuple[str, torch.Tensor]]) -> list[dict[str, Any]]:
-    layout = LAYOUTS[request.param]
+    layout = Layout(**LAYOUTS[request.param])
     sources = {name: folder for name, (folder, _) in models.items()}
     return run_ranks(converted, (sources, layout), num_ranks=layout.tensor * layout.pipeline)
 

@@ -89,18 +89,23 @@ def test_a_recipe_names_the_network_that_bridge_builds(tmp_path: Path, name: str
     fields = {**FAMILIES[keys["family"]].fields, **arch.pop("extra"), **arch}
     kind, own = in_bridges_terms(keys["family"], {**fields, "activation_func": activation(fields["activation_func"])})
     theirs = Conversion(AutoConfig.from_pretrained(tmp_path), name).provider
-    assert kind is type(theirs)
+    assert issubclass(type(theirs), kind)  # Mistral's differs in its defaults alone
     names = {field.name for field in dataclasses.fields(kind)} & own.keys()
     # What the engine decides: how far a vocabulary is padded, and dropout.
     for field in names - {"make_vocab_size_divisible_by", "attention_dropout", "hidden_dropout"}:
         mine, wanted = plain(own[field]), plain(vars(theirs)[field])
+        if field == "kv_channels" and wanted is None:
+            wanted = theirs.hidden_size // theirs.num_attention_heads
         assert mine == pytest.approx(wanted) if isinstance(mine, float) else mine == wanted, field
     # And back again.
     again = config_values({**fields, **network_fields(config, family)}, family)
-    assert all(vars(config)[key] == value for key, value in again.items() if key != "rope_scaling")
+    read = {**vars(config), "num_experts": vars(config).get("num_local_experts")}  # as transformers 5 names it
+    assert all(read[key] == value for key, value in again.items() if key != "rope_scaling")
 
 
 def plain(value: Any) -> Any:
+    if callable(value):
+        return value.__name__  # Megatron has some activation functions twice
     return list(value) if isinstance(value, tuple) else value
 
 
