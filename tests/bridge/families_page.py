@@ -15,9 +15,9 @@ _BEFORE = """\
 # Families of models
 
 Models that `nemo-rao import-hf` and `export-hf` convert with Megatron-Bridge, without Transformer Engine too. This page
-is written from the tests (`python -m tests.bridge.families_page > docs/families.md`): each row is a model of random
-weights, made by transformers, whose log-probabilities in Megatron are those of transformers to 1e-4 ({variants}), and
-whose weights come back bit for bit, at {layouts}.
+is written from the tests (`python -m tests.bridge.families_page > docs/families.md`). Each row is a model of random
+weights, made by transformers, whose log-probabilities in Megatron are those of transformers to 1e-4, and whose weights
+come back bit for bit, at {layouts}. Batches: {variants}.
 
 | model | architecture | `model.family` | NeMo's engine converts it |
 |---|---|---|---|
@@ -32,8 +32,8 @@ Refused by name, in one line:
 - soft caps of logits (Gemma 2), quantized weights (published gpt-oss: use a bf16 copy), rotary scaling of Gemma 3
 - Llama 3's rotary scaling with other values than `low_freq_factor` 1, `high_freq_factor` 4 and 8192 tokens, which
   Megatron-Bridge takes as given
-- on a machine without Transformer Engine: multi-latent or linear attention, shared experts, experts in some layers only,
-  multi-token prediction
+- on a machine without Transformer Engine: multi-latent or linear attention, shared experts, experts in some layers
+  only, multi-token prediction
 """
 
 
