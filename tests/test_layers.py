@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": FOUNDATION | {"config", "data", "mcore", "objectives"},
     "loop": FOUNDATION | {"checkpoint", "config", "data", "mcore", "objectives"},
     "engines": {"config", "data", "loop"},  # which engine there is, and what it is asked
+    "engines.bridge": FOUNDATION | {"checkpoint", "config", "data", "loop", "mcore", "objectives"},
     "engines.nemo": FOUNDATION | {"checkpoint", "config", "data", "loop", "mcore", "objectives"},
     "planning": FOUNDATION
     | {"config", "data", "objectives", "ops", "rows"},  # of the operations, what they hold at a time
@@ -36,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"checkpoint", "config", "data", "engines", "loop", "mcore", "objectives", "rows", "scoring"},
     "show": FOUNDATION | {"config", "data", "objectives", "rows", "training"},
     "recipes": {"config", "errors", "training"},
-    "hugging_face": FOUNDATION | {"checkpoint", "config", "data", "engines.nemo", "mcore", "model_files"},
+    "hugging_face": FOUNDATION
+    | {"checkpoint", "config", "data", "engines.bridge", "engines.nemo", "mcore", "model_files"},
     "cluster": FOUNDATION | {"checkpoint", "config", "training"},
     "doctor": FOUNDATION | {"config", "engines.nemo", "training"},  # the latter two in processes of their own
     "demo": FOUNDATION | {"config", "data", "rows", "training"},
@@ -66,7 +68,7 @@ HEAVY: dict[str, set[str]] = {
     "lightning": {"engines.nemo"},
     "lightning_utilities": {"engines.nemo"},
     "nemo_run": {"doctor", "recipes"},
-    "megatron": {"doctor", "mcore", "hugging_face", "loop", "engines.nemo", "training"},
+    "megatron": {"doctor", "mcore", "hugging_face", "loop", "engines.bridge", "engines.nemo", "training"},
     "hydra": {"cluster", "config"},
     "omegaconf": {"cluster", "config"},
     "transformers": {"data", "demo", "doctor", "generation", "hugging_face", "show"},
@@ -78,6 +80,7 @@ HEAVY: dict[str, set[str]] = {
         "config",
         "data",
         "doctor",
+        "engines.bridge",
         "engines.nemo",
         "generation",
         "hugging_face",

@@ -1,8 +1,8 @@
 """How checkpoints lie on disk: those of this project's runs, on either engine, and Megatron-Bridge's own.
 
-    NAME/weights/       torch_dist, of a run on NeMo (names begin with "module.") or on Bridge (they do not)
-    NAME/context/       tokenizer; on NeMo, what else it keeps
-    iter_0000100/       torch_dist, written by Megatron-Bridge itself, beside latest_checkpointed_iteration.txt
+NAME/weights/       torch_dist, of a run on NeMo (names begin with "module.") or on Bridge (they do not)
+NAME/context/       tokenizer; on NeMo, what else it keeps
+iter_0000100/       torch_dist, written by Megatron-Bridge itself, beside latest_checkpointed_iteration.txt
 """
 
 from __future__ import annotations

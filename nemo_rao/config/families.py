@@ -146,3 +146,7 @@ FAMILIES = {
 def family_of_model_type(model_type: str) -> Family | None:
     """The family of a Hugging Face model."""
     return next((family for family in FAMILIES.values() if family.model_type == model_type), None)
+
+
+# Llama 3's rotary scaling in Megatron-Bridge, which takes the factor alone and has these values.
+BRIDGE_ROPE_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}

@@ -12,7 +12,6 @@ from typing import Any
 from nemo_rao.checkpoint.find import stored_tensors
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.checkpoint import LAYERS, Described, read_tensors
-from nemo_rao.hugging_face.conversion import import_nemo_aloud
 from nemo_rao.runtime.console import say
 
 _INTO, _OUT = ".adapter.linear_in.weight", ".adapter.linear_out.weight"
@@ -80,10 +79,6 @@ def write_adapters(described: Described, folder: Path, dtype: str, vocab_size: i
     assert lora is not None
     say("reading the adapters")
     adapters = read_tensors(described.folder, config.num_layers)
-    import_nemo_aloud()
-    from nemo.lightning.io.state import TransformFns
-
-    context = SimpleNamespace(source=SimpleNamespace(config=config))
     found: dict[str, Any] = {}
     for name, tensor in adapters.items():
         layer, _, matrix = name.partition(".adapter.")
@@ -93,7 +88,7 @@ def write_adapters(described: Described, folder: Path, dtype: str, vocab_size: i
         else:
             letter = "B"
             if linear == "linear_qkv":
-                parts = list(TransformFns.split_qkv(context, tensor))
+                parts = split_qkv(tensor, config)
             elif linear == "output_layer":
                 parts = [tensor[:vocab_size]]
             else:
@@ -115,6 +110,13 @@ def write_adapters(described: Described, folder: Path, dtype: str, vocab_size: i
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n")
+
+
+def split_qkv(tensor: Any, config: SimpleNamespace) -> list[Any]:
+    """Rows of queries, keys and values, which Megatron keeps group by group: a group's queries, its key, its value."""
+    groups, heads = config.num_query_groups, config.num_attention_heads
+    by_group = tensor.unflatten(0, (groups, heads // groups + 2, config.kv_channels))
+    return [by_group[:, :-2].flatten(0, 2), by_group[:, -2].flatten(0, 1), by_group[:, -1].flatten(0, 1)]
 
 
 def _modules(layer: str) -> list[str]:

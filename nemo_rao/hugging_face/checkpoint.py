@@ -6,13 +6,14 @@ that one is never read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from nemo_rao.checkpoint.find import stored_tensors
+from nemo_rao.checkpoint.find import names_of_model, stored_tensors
+from nemo_rao.checkpoint.pickles import read_metadata
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.families import FAMILIES, MEGATRON_BIAS, QK_NORMS, SUPPORTED, Family
 from nemo_rao.runtime.console import say
@@ -63,8 +64,8 @@ def describe(checkpoint: Path) -> Described:
         raise UserError(
             f"CHECKPOINT: {file} does not tell what model it is ({type(error).__name__}: {reason})"
         ) from None
-    family = next((family for family in FAMILIES if family.module == module), None)
-    if family is None or config.get("num_moe_experts") or bool(config.get("qk_layernorm")) != family.qk_norm:
+    family = next((family for family in FAMILIES if family.nemo is not None and family.nemo.module == module), None)
+    if family is None or config.get("num_moe_experts") or bool(config.get("qk_layernorm")) != family.nemo.qk_norm:
         raise UserError(f"CHECKPOINT: {checkpoint} is a {class_name}, which cannot be exported; {SUPPORTED} can")
     if config.get("seq_len_interpolation_factor") or config.get("add_bias_linear"):
         raise UserError(f"CHECKPOINT: {checkpoint}: interpolated positions and biases cannot be exported yet")
@@ -92,7 +93,8 @@ def check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
         wanted |= {f"{LAYERS}{name}.weight", f"{LAYERS}{name}.layer_norm_weight"}
     wanted |= {f"{LAYERS}self_attention.linear_proj.weight", f"{LAYERS}mlp.linear_fc2.weight"}
-    parts = ([MEGATRON_BIAS] if base.family.qkv_bias else []) + (list(QK_NORMS.values()) if base.family.qk_norm else [])
+    nemo = base.family.nemo
+    parts = ([MEGATRON_BIAS] if nemo.qkv_bias else []) + (list(QK_NORMS.values()) if nemo.qk_norm else [])
     wanted |= {LAYERS + part.partition("*.")[2] for part in parts}
     missing = sorted(wanted - set(shapes))
     if missing == ["output_layer.weight"]:
@@ -107,21 +109,29 @@ def check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None:
         say(f"not exported, as transformers has no place for it: {', '.join(left_behind)}")
 
 
-def read_tensors(checkpoint: Path, num_layers: int) -> dict[str, Any]:
-    """The model's tensors, whole, by Megatron's names; those that are stored for all layers in one, layer by layer."""
+def read_tensors(checkpoint: Path, num_layers: int, *, only: Collection[str] | None = None) -> dict[str, Any]:
+    """The model's tensors, whole, by Megatron's names; those that are stored for all layers in one, layer by layer.
+
+    Args:
+        only: names of those that are read; ``None``: all.
+    """
     import torch
     from torch.distributed import checkpoint as torch_checkpoint
 
+    described = stored_tensors(checkpoint, trusted=True)
+    full_names = names_of_model(read_metadata(checkpoint, trusted=True).state_dict_metadata)
+    stored = {name: full_name for full_name, name in full_names.items() if name in described}
     tensors = {
-        f"module.{name}": torch.empty(shape, dtype=vars(torch)[dtype])
-        for name, (shape, dtype) in stored_tensors(checkpoint, trusted=True).items()
-        if not name.endswith("_extra_state")
+        stored[name]: torch.empty(shape, dtype=vars(torch)[dtype])
+        for name, (shape, dtype) in described.items()
+        if not name.endswith("_extra_state") and (only is None or name in only)
     }
     reader = torch_checkpoint.FileSystemReader(checkpoint / "weights")
     torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
     found = {}
-    for full_name, tensor in tensors.items():
-        name = full_name.removeprefix("module.")
+    for name in stored:
+        if (tensor := tensors.get(stored[name])) is None:
+            continue
         rest = name.removeprefix(LAYERS)
         if rest == name or rest[:1].isdigit():
             found[name] = tensor

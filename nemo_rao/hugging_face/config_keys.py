@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from nemo_rao.errors import UserError
@@ -26,10 +27,9 @@ SIZES = (
     *("num_key_value_heads", "head_dim", "max_position_embeddings"),
 )
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim")  # follow from the other sizes
-NUMBERS = ("initializer_range", "rms_norm_eps", "rope_theta")
-_ROPE = (ROPE_PARAMETERS, "rope_scaling")
+NUMBERS = ("initializer_range", "rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar")
+_OF_FAMILIES = ("rope_local_base_freq", "query_pre_attn_scalar", "norm_topk_prob")  # neither sizes nor read by all
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_WINDOWED = "mistral"
 
 _OFF = (None, False)
 # Key -> the values with which the network is the one that is imported.
@@ -69,6 +69,7 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
         *("experts_implementation", "_experts_implementation", "_flash_attn_2_enabled"),
     ),
     "these models always decode": ("is_decoder",),
+    "losses that balance experts are off in every run": ("output_router_logits", "router_aux_loss_coef"),
     "of classifiers": (
         *("id2label", "label2id", "num_labels", "_num_labels", "problem_type", "finetuning_task"),
         "task_specific_params",
@@ -94,21 +95,29 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
     ),
 }
 HARMLESS = {key: reason for reason, keys in _HARMLESS.items() for key in keys}
-# Family -> keys that its network reads only with use_sliding_window.
-_UNUSED_WINDOW = dict.fromkeys(("qwen2", "qwen3"), ("sliding_window", "max_window_layers"))
+# What transformers 4 writes into every config.json, and 5 does not.
+_SAMPLING_IN_4 = {
+    **dict.fromkeys(("do_sample", "early_stopping", "remove_invalid_values"), False),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "diversity_penalty"), 0),
+    **dict.fromkeys(("temperature", "top_p", "typical_p", "repetition_penalty", "length_penalty"), 1),
+    "max_length": 20,
+    "top_k": 50,
+}
 # Reasons that are reported where the value is not the usual one: the user may have counted on it.
 _REPORTED = (_CODE, _DROPOUT, _SAMPLING)
 
 
-def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: Collection[str] = ()) -> Any:
-    """transformers' config of the network, with its defaults for what ``given`` leaves out.
+def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: Collection[str] | None = ()) -> Any:
+    """The network's config by the names of transformers 4, with its defaults for what ``given`` leaves out.
 
     ``rope_scaling`` is ``None``, or has all settings of Llama 3's scaling.
 
     Args:
         given: config.json, as transformers 4 or 5 writes it.
         place: the file, for messages.
-        ignored: keys that the user says do not change the network; only unknown ones may be among them.
+        ignored: keys that the user says do not change the network; only unknown ones may be among them;
+            ``None``: all that are unknown, as those of a model that was imported were.
 
     Raises:
         UserError: a key that is unknown, or a value with which Megatron would compute something else.
@@ -119,6 +128,7 @@ def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: C
     _check_fixed(flat, family, place)
     read = {name: flat[name] for name in _read_keys(family) if name in flat}
     unknown = [name for name in flat if name not in read and not _is_known(name, family)]
+    ignored = unknown if ignored is None else ignored
     if wrong := sorted(set(ignored) - set(unknown)):
         raise UserError(
             f"--ignore-key {wrong[0]}: {place} has no unknown key of that name ({', '.join(unknown) or 'none'} unknown)"
@@ -130,25 +140,38 @@ def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: C
                 f"{family.architecture} does not depend on it, give --ignore-key {name}"
             )
     _check_read(read, family, place)
+    if "num_experts" in family.reads and "num_local_experts" in read:  # as transformers 5 writes it
+        read["num_experts"] = read.pop("num_local_experts")
     try:
-        config = CONFIG_MAPPING[family.model_type].from_dict(read)
+        made = CONFIG_MAPPING[family.model_type].from_dict(dict(read))
     except Exception as error:  # whatever its validation raises
         raise UserError(f"{place} is refused by transformers: {' '.join(str(error).split())[:200]}") from None
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    if heads % groups or (not vars(config).get("head_dim") and config.hidden_size % heads):
+    network = _as_in_4(made, read)
+    heads, groups = network.num_attention_heads, network.num_key_value_heads
+    if heads % groups or (not vars(network).get("head_dim") and network.hidden_size % heads):
         raise UserError(
-            f"{place}: num_attention_heads ({heads}) must divide hidden_size ({config.hidden_size}) and be a multiple "
+            f"{place}: num_attention_heads ({heads}) must divide hidden_size ({network.hidden_size}) and be a multiple "
             f"of num_key_value_heads ({groups}); download it again"
         )
-    config.rope_scaling = read.get("rope_scaling")
-    return config
+    return network
+
+
+def _as_in_4(made: Any, read: Mapping[str, Any]) -> SimpleNamespace:
+    """All values of a config of transformers, with rotary embeddings as release 4 spells them."""
+    values = made.to_dict()
+    if (rope := values.pop(ROPE_PARAMETERS, None)) is not None:
+        local = rope.get("sliding_attention")
+        values["rope_theta"] = (rope if local is None else rope["full_attention"])["rope_theta"]
+        if local is not None:
+            values["rope_local_base_freq"] = local["rope_theta"]
+    return SimpleNamespace(**{**values, "rope_scaling": read.get("rope_scaling")})
 
 
 def notes(given: Mapping[str, Any], family: Family) -> list[str]:
     """A line for each harmless key that is left behind with a value that its author may have counted on."""
     from transformers import CONFIG_MAPPING
 
-    usual = CONFIG_MAPPING[family.model_type]().to_dict()
+    usual = {**_SAMPLING_IN_4, **CONFIG_MAPPING[family.model_type]().to_dict()}
     return [
         f"config.json: {name}={_shown(value)} is left behind: {HARMLESS[name]}"
         for name, value in given.items()
@@ -162,41 +185,59 @@ def head_size(config: Any) -> int:
 
 
 def _read_keys(family: Family) -> tuple[str, ...]:
-    windows = ("sliding_window",) if family.model_type == _WINDOWED else ()
-    return (*SIZES, *NUMBERS, "rope_scaling", "tie_word_embeddings", *windows)
+    windows = ("sliding_window",) if family.period else ()
+    shared = [name for name in NUMBERS if name not in _OF_FAMILIES]
+    return (*SIZES, *shared, "rope_scaling", "tie_word_embeddings", *windows, *family.reads)
 
 
 def _is_known(name: str, family: Family) -> bool:
-    known = (*FIXED, *HARMLESS, *_UNUSED_WINDOW.get(family.model_type, ()), "layer_types", "sliding_window")
-    return name in known
+    return name in (*FIXED, *family.fixed, *HARMLESS, *family.unused, "layer_types", "sliding_window")
 
 
 def _check_fixed(given: Mapping[str, Any], family: Family, place: str) -> None:
-    for name, values in FIXED.items():
+    for name, values in {**FIXED, **family.fixed}.items():
         if name in given and given[name] not in values:
             _refuse(place, name, given[name], f"only {' or '.join(map(_shown, values))} can be imported")
     window = given.get("sliding_window")
-    windowed = family.model_type == _WINDOWED
-    if window is not None and not windowed and "sliding_window" not in _UNUSED_WINDOW.get(family.model_type, ()):
+    if window is not None and not family.period and "sliding_window" not in family.unused:
         _refuse(place, "sliding_window", window, f"a {family.architecture} has no window; remove the key")
     layers, kinds = given.get("num_hidden_layers"), given.get("layer_types")
-    kind = "sliding_attention" if windowed and window is not None else "full_attention"
-    if kinds is not None and (kinds != [kind] * len(kinds) or layers not in (len(kinds), None)):
-        _refuse(place, "layer_types", kinds, f"only {kind} in all of the num_hidden_layers={layers} can be imported")
+    if kinds is None:
+        return
+    if layers not in (len(kinds), None) or kinds != kinds_of_layers(family, len(kinds), window):
+        wanted = ", ".join(sorted(set(kinds_of_layers(family, len(kinds), window))))
+        _refuse(
+            place,
+            "layer_types",
+            kinds,
+            f"only {wanted} in the order of a {family.architecture} of num_hidden_layers={layers} can be imported",
+        )
+
+
+def kinds_of_layers(family: Family, num_layers: int, window: int | None) -> list[str]:
+    """``layer_types`` of a model, as transformers 5 names them."""
+    local, everywhere = "sliding_attention", "full_attention"
+    if family.period < 2:
+        return [local if family.period and window is not None else everywhere] * num_layers
+    return [everywhere if (number + 1) % family.period == 0 else local for number in range(num_layers)]
 
 
 def _check_read(read: Mapping[str, Any], family: Family, place: str) -> None:
-    for name in SIZES:
+    sizes = (*SIZES, *(name for name in family.reads if name not in _OF_FAMILIES))
+    for name in sizes:
         value = read.get(name, 1)
         if not (_is_size(value) or (value is None and name in _MAY_BE_NULL)):
             _refuse(place, name, value, "it must be a whole number above 0; download it again")
     for name in NUMBERS:
         if name in read and not _is_number(read[name]):
             _refuse(place, name, read[name], "it must be a number above 0; download it again")
-    if (tied := read.get("tie_word_embeddings", False)) not in (True, False):
-        _refuse(place, "tie_word_embeddings", tied, "it must be true or false; download it again")
+    for name in ("tie_word_embeddings", "norm_topk_prob"):
+        if (value := read.get(name, False)) not in (True, False):
+            _refuse(place, name, value, "it must be true or false; download it again")
     if (window := read.get("sliding_window")) is not None and not _is_size(window):
         _refuse(place, "sliding_window", window, "it must be a whole number above 0, or null; download it again")
+    if family.period > 1 and "sliding_window" in read and window is None:
+        _refuse(place, "sliding_window", window, f"a {family.architecture} has one; download it again")
     if (scaling := read.get("rope_scaling")) is not None:
         _check_scaling(scaling, family, place)
 
@@ -205,8 +246,10 @@ def _check_scaling(scaling: Mapping[str, Any], family: Family, place: str) -> No
     kind = scaling["rope_type"]
     if kind == "default":
         _refuse(place, "rope_scaling", scaling, "rope_type default scales nothing; remove the other settings")
-    if (kind, family.model_type) != ("llama3", "llama"):
+    if kind != family.scaling:
         _refuse(place, "rope_scaling", scaling, "only the default, and llama3 of a LlamaForCausalLM, can be imported")
+    if "rope_scaling" in family.fixed:
+        return
     for name in _LLAMA3:
         if not _is_number(scaling.get(name)):
             _refuse(place, f"rope_scaling.{name}", scaling.get(name), "it must be a number above 0; download it again")

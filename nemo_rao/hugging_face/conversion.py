@@ -14,14 +14,16 @@ checkpoint's context.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from nemo_rao.config.engine_choice import installed_engine
 from nemo_rao.errors import UserError
-from nemo_rao.runtime.console import quiet_third_parties, say
+from nemo_rao.runtime.console import quiet_imports, quiet_third_parties, say
 
 
 class Weights:
@@ -51,6 +53,47 @@ def on_cpu_alone() -> None:
     os.environ.setdefault("USE_FLAX", "0")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+def engine_here() -> str:
+    """The engine by which this environment converts.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (found := installed_engine()) is None:
+        raise UserError(
+            "neither NeMo's LLM collection (nemo_toolkit 2.x) nor Megatron-Bridge is installed, by which models are "
+            "converted; run make install, or use NVIDIA's container"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def bridge_of_one_rank() -> Iterator[None]:
+    """Import Bridge on the CPU, saying so, and have Megatron's process groups of one rank."""
+    say("importing Megatron-Bridge, which takes about 20 seconds")
+    with quiet_imports():
+        from nemo_rao.mcore import cpu
+
+        cpu.install_if_needed()
+        from nemo_rao.engines.bridge.seams import import_models
+
+        import_models(on_cpu=True)
+        from nemo_rao.engines.bridge import hugging_face  # noqa: F401
+    quiet_third_parties()
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 def import_nemo_aloud() -> None:

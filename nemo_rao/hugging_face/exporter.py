@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from typing import Any
 from nemo_rao.checkpoint.adapters import base_of_adapters
 from nemo_rao.checkpoint.find import check_checkpoint, resolve_checkpoint, stored_tensors
 from nemo_rao.checkpoint.pickles import refuse_code
+from nemo_rao.config.engine_choice import BRIDGE
 from nemo_rao.data.rendering_record import write_rendering
 from nemo_rao.errors import UserError
+from nemo_rao.hugging_face import bridge_export
 from nemo_rao.hugging_face.adapters import changes_output_layer, check_adapters, merge, write_adapters
 from nemo_rao.hugging_face.checkpoint import (
     SCORE_HEAD,
@@ -31,11 +32,12 @@ from nemo_rao.hugging_face.checkpoint import (
     describe,
     read_tensors,
 )
-from nemo_rao.hugging_face.conversion import Weights, import_nemo_aloud, on_cpu_alone
+from nemo_rao.hugging_face.conversion import Weights, engine_here, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
-from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, QK_NORMS, TOKENIZER_FILES
+from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, QK_NORMS
 from nemo_rao.hugging_face.generation_config import read_generation_config
 from nemo_rao.hugging_face.rendering_of_run import rendering_of_run
+from nemo_rao.hugging_face.tokenizer_files import generation_config, write_tokenizer
 from nemo_rao.runtime.console import quiet_imports, quiet_third_parties, say
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -50,6 +52,8 @@ def main(arguments: argparse.Namespace) -> int:
     """
     on_cpu_alone()
     quiet_third_parties()
+    if engine_here() == BRIDGE:
+        return bridge_export.export(arguments)
     described = describe(resolve_checkpoint(arguments.checkpoint, "CHECKPOINT"))
     if arguments.adapters and described.lora is None:
         raise UserError(
@@ -92,7 +96,7 @@ def main(arguments: argparse.Namespace) -> int:
             write_adapters(described, partial, _DTYPES[dtype], vocab_size)
         else:
             _write_model(base, described, partial, dtype, vocab_size, tokenizer, generation)
-        _write_tokenizer(described, tokenizer, partial)
+        write_tokenizer(described.tokenizer, tokenizer, partial)
         if rendering is not None:
             write_rendering(partial, rendering)
     if arguments.adapters:
@@ -201,16 +205,16 @@ def _write_model(
     with no_init_weights():
         target = transformers.AutoModelForCausalLM.from_config(hf_config, torch_dtype=torch_dtype)
     target = Exporter(base.folder).convert_state(source, target)
-    if base.family.qkv_bias:
+    if base.family.nemo.qkv_bias:
         bias = io.state_transform(source_key=MEGATRON_BIAS, target_key=HF_BIASES, fn=TransformFns.split_qkv_bias)
         io.apply_transforms(source, target, mapping={}, transforms=[bias])
-    if base.family.qk_norm:
+    if base.family.nemo.qk_norm:
         io.apply_transforms(source, target, mapping={to: name for name, to in QK_NORMS.items()}, transforms=[])
     target.tie_weights()
     if SCORE_HEAD in source.state_dict():
         target = _classifier(target, source.state_dict()[SCORE_HEAD], tokenizer)
     else:
-        target.generation_config = _generation_config(generation or {}, tokenizer)
+        target.generation_config = generation_config(generation or {}, tokenizer)
     say("writing")
     target.save_pretrained(folder)
 
@@ -236,30 +240,3 @@ def _classifier(model: Any, head: Any, tokenizer: Any) -> Any:
     with torch.no_grad():
         classifier.score.weight.copy_(head)
     return classifier
-
-
-def _generation_config(carried: Mapping[str, Any], tokenizer: Any) -> Any:
-    """``carried``, the model's own, with an end at the end of a turn and of a text."""
-    from transformers import GenerationConfig
-
-    from nemo_rao.data.encode import end_tokens
-
-    ends = end_tokens(tokenizer)
-    tokens = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends if len(ends) > 1 else ends[0],
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return GenerationConfig.from_dict({**carried, **tokens})
-
-
-def _write_tokenizer(described: Described, tokenizer: Any, folder: Path) -> None:
-    source = Path(described.tokenizer)
-    if not source.is_dir():
-        tokenizer.save_pretrained(folder)
-        return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
-        elif (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)

@@ -20,13 +20,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.config.engine_choice import BRIDGE
 from nemo_rao.config.families import FAMILIES
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face.config_keys import head_size, notes
-from nemo_rao.hugging_face.conversion import Weights, import_nemo_aloud, on_cpu_alone
+from nemo_rao.hugging_face import bridge_import
+from nemo_rao.hugging_face.config_keys import notes
+from nemo_rao.hugging_face.conversion import Weights, engine_here, import_nemo_aloud, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
 from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, QK_NORMS, TOKENIZER_FILES, Family
 from nemo_rao.hugging_face.generation_config import GENERATION, read_generation_config
+from nemo_rao.hugging_face.network import model_keys
 from nemo_rao.hugging_face.source import (
     EMBEDDINGS,
     KEY,
@@ -37,7 +40,7 @@ from nemo_rao.hugging_face.source import (
     read_tensors,
     tensors_of,
 )
-from nemo_rao.model_files.weights import read_headers, weight_files
+from nemo_rao.model_files.weights import Header, read_headers, weight_files
 from nemo_rao.runtime.console import quiet_third_parties, say
 from nemo_rao.runtime.launch import launch
 
@@ -52,15 +55,22 @@ def main(arguments: argparse.Namespace) -> int:
     """
     on_cpu_alone()
     quiet_third_parties()
-    source = find_source(arguments.source, allow_pickle=arguments.allow_pickle, ignored=arguments.ignore_key)
+    engine = engine_here()
+    source = find_source(
+        arguments.source, engine=engine, allow_pickle=arguments.allow_pickle, ignored=arguments.ignore_key
+    )
     folder, family, config = source.folder, source.family, source.config
     generation, changed = read_generation_config(folder, KEY)
     files = weight_files(folder, KEY, allow_pickle=arguments.allow_pickle)
-    wanted = tensors_of(config, family)
-    if headers := read_headers(folder, files, KEY):
-        check_tensors(
-            {name: one for header in headers.values() for name, one in header.tensors.items()}, wanted, folder
-        )
+    headers = read_headers(folder, files, KEY)
+    wanted: dict[str, tuple[int, ...]] = {}
+    if engine == BRIDGE:
+        bridge_import.check_bridge_can(config, family, folder)
+    else:
+        wanted = tensors_of(config, family)
+        if headers:
+            stored = {name: one for header in headers.values() for name, one in header.tensors.items()}
+            check_tensors(stored, wanted, folder)
     destination = check_destination(arguments.dest, sum(file.stat().st_size for file in files), "DEST")
 
     from nemo_rao.data.encode import load_tokenizer
@@ -72,13 +82,15 @@ def main(arguments: argparse.Namespace) -> int:
             "model's embeddings; give the model its own tokenizer"
         )
     keys = model_keys(config, family)
-    num_parameters = sum(math.prod(shape) for shape in wanted.values())
-    say(f"{family.architecture} of {num_parameters:,} parameters in {len(files)} files of {folder}")
+    say(f"{family.architecture}{_size(headers, wanted)} in {len(files)} files of {folder}")
     for line in [*notes(source.given, family), *changed]:
         say(line)
     with written_whole(destination, "DEST") as partial:
         _copy_tokenizer(source, partial / "tokenizer", arguments.source, generation)
-        launch(_convert, (files, wanted, partial, family, keys, config), num_ranks=1)
+        if engine == BRIDGE:
+            launch(bridge_import.import_weights, (files, source.given, family, partial), num_ranks=1)
+        else:
+            launch(_convert, (files, wanted, partial, family, keys, config), num_ranks=1)
         say("writing the recipe's model group")
         (partial / "model").mkdir()
         (partial / "model" / "imported.yaml").write_text(_recipe(destination, keys, config, num_tokens))
@@ -91,31 +103,11 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def model_keys(config: Any, family: Family) -> dict[str, Any]:
-    """``model.family`` and ``model.arch`` of a recipe, from Hugging Face's config; without ``vocab_size``."""
-    extra: dict[str, Any] = {"layernorm_epsilon": config.rms_norm_eps, "init_method_std": config.initializer_range}
-    if family.model_type == "mistral" and config.sliding_window is not None:
-        # Megatron counts the tokens before the present one, Hugging Face that one, too.
-        extra["window_size"] = [config.sliding_window - 1, 0]
-    arch = {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": head_size(config),
-        "rotary_base": float(config.rope_theta),
-        "share_embeddings_and_output_weights": bool(config.tie_word_embeddings),
-        **({} if config.rope_scaling is None else {"rope_scaling": _rope_scaling(config.rope_scaling)}),
-        "extra": extra,
-    }
-    return {"family": family.model_type, "arch": arch}
-
-
-def _rope_scaling(given: Mapping[str, Any]) -> dict[str, float]:
-    """``model.arch.rope_scaling`` of Llama 3's ``rope_scaling``."""
-    factors = {name: float(given[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")}
-    return {**factors, "original_max_position_embeddings": int(given["original_max_position_embeddings"])}
+def _size(headers: Mapping[Path, Header], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """`` of N parameters``, of what the files' headers or the config say."""
+    stored = [shape for header in headers.values() for _, shape in header.tensors.values()]
+    number = sum(math.prod(shape) for shape in wanted.values() or stored)
+    return f" of {number:,} parameters" if number else ""
 
 
 def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens: int) -> str:
@@ -209,16 +201,16 @@ def _convert(
     # After construction: the checkpoint's context is to know nothing of it.
     made.transformer_layer_spec = layer_spec_without_te
     made.perform_initialization = False
-    target = vars(llm)[family.model_class](
+    target = vars(llm)[family.nemo.model_class](
         made, tokenizer=AutoTokenizer(str(folder / "tokenizer"), trust_remote_code=False)
     )
     importer = HFLlamaImporter(files[0].parent)
     trainer = importer.nemo_setup(target, ckpt_async_save=False)
     importer.convert_state(model, target)
-    if family.qkv_bias:
+    if family.nemo.qkv_bias:
         bias = io.state_transform(source_key=HF_BIASES, target_key=MEGATRON_BIAS, fn=TransformFns.merge_qkv_bias)
         io.apply_transforms(model, target, mapping={}, transforms=[bias])
-    if family.qk_norm:
+    if family.nemo.qk_norm:
         io.apply_transforms(model, target, mapping=QK_NORMS, transforms=[])
     del model
     say("writing the checkpoint")

@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.config_keys import head_size, read_config
-from nemo_rao.hugging_face.families import FAMILIES, SUPPORTED, Family
+from nemo_rao.hugging_face.families import Family, families_of
 from nemo_rao.model_files.config_json import read_json
 from nemo_rao.runtime.console import say
 
@@ -38,10 +38,11 @@ class Source:
     config: Any
 
 
-def find_source(source: str, *, allow_pickle: bool, ignored: Collection[str]) -> Source:
+def find_source(source: str, *, engine: str, allow_pickle: bool, ignored: Collection[str]) -> Source:
     """The model in the folder that ``source`` is, or into which the model of that name is downloaded.
 
     Args:
+        engine: that converts it.
         allow_pickle: weights in ``*.bin`` are downloaded, too.
         ignored: see :func:`nemo_rao.hugging_face.config_keys.read_config`.
 
@@ -51,7 +52,7 @@ def find_source(source: str, *, allow_pickle: bool, ignored: Collection[str]) ->
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return _describe(folder.absolute(), ignored)
+        return _describe(folder.absolute(), engine, ignored)
     if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UserError(f"{KEY}: {source}: no such folder; give the folder or name (ORG/NAME) of a Hugging Face model")
     from huggingface_hub import snapshot_download
@@ -60,8 +61,8 @@ def find_source(source: str, *, allow_pickle: bool, ignored: Collection[str]) ->
     small = ["*.json", "*.model", "*.txt", "*.jinja"]
     weights = ["*.safetensors", "*.bin"] if allow_pickle else ["*.safetensors"]
     try:
-        _describe(Path(snapshot_download(source, allow_patterns=small)), ignored)
-        return _describe(Path(snapshot_download(source, allow_patterns=[*small, *weights])), ignored)
+        _describe(Path(snapshot_download(source, allow_patterns=small)), engine, ignored)
+        return _describe(Path(snapshot_download(source, allow_patterns=[*small, *weights])), engine, ignored)
     except UserError:
         raise
     except Exception as error:  # network, access, a name that there is not: each its own
@@ -72,10 +73,10 @@ def find_source(source: str, *, allow_pickle: bool, ignored: Collection[str]) ->
         ) from None
 
 
-def _describe(folder: Path, ignored: Collection[str]) -> Source:
+def _describe(folder: Path, engine: str, ignored: Collection[str]) -> Source:
     _check_kind(folder)
     given = read_json(folder / "config.json", KEY)
-    family = family_of(given, folder)
+    family = family_of(given, folder, engine)
     return Source(folder, given, family, read_config(given, family, f"{KEY}: {folder / 'config.json'}", ignored))
 
 
@@ -94,23 +95,26 @@ def _check_kind(folder: Path) -> None:
         )
 
 
-def family_of(given: Mapping[str, Any], source: Path) -> Family:
+def family_of(given: Mapping[str, Any], source: Path, engine: str) -> Family:
     """The family of a model with this config.json, which lies in ``source``.
 
     Raises:
-        UserError: it is of none that can be imported.
+        UserError: it is of none that ``engine`` can import.
     """
     architectures = given.get("architectures") or [f"model_type {given.get('model_type')}"]
-    for family in FAMILIES:
+    families = families_of(engine)
+    for family in families:
         if family.architecture in architectures and given.get("model_type") == family.model_type:
             return family
     raise UserError(
-        f"{KEY}: {source} is a {', '.join(map(str, architectures))}, which cannot be imported; {SUPPORTED} can"
+        f"{KEY}: {source} is a {', '.join(map(str, architectures))}, which cannot be imported; "
+        f"{', '.join(family.architecture for family in families)} can"
     )
 
 
 def tensors_of(config: Any, family: Family) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor that a model of these sizes has."""
+    """Name and shape of each tensor that a model of these sizes has, of a family that NeMo converts."""
+    assert family.nemo is not None
     hidden, ffn, head = config.hidden_size, config.intermediate_size, head_size(config)
     rows = {"q": config.num_attention_heads * head}
     rows["k"] = rows["v"] = config.num_key_value_heads * head
@@ -124,9 +128,9 @@ def tensors_of(config: Any, family: Family) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{number}."
         for name, size in rows.items():
             tensors[f"{layer}self_attn.{name}_proj.weight"] = (size, hidden)
-            if family.qkv_bias:
+            if family.nemo.qkv_bias:
                 tensors[f"{layer}self_attn.{name}_proj.bias"] = (size,)
-            if family.qk_norm and name != "v":
+            if family.nemo.qk_norm and name != "v":
                 tensors[f"{layer}self_attn.{name}_norm.weight"] = (head,)
         tensors |= {
             layer + "self_attn.o_proj.weight": (hidden, rows["q"]),

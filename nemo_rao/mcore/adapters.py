@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import RowParallelLinear
 from torch import nn
 
-from nemo_rao.mcore.layer_spec import LayerNormColumnParallelLinear
+from nemo_rao.mcore.norms import LayerNormColumnParallelLinear
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,23 @@ from nemo_rao.mcore.context_parallel import chunks_of_rank, size_and_rank, whole
 _KNOWS_WINDOWS = "softmax_type" in TransformerConfig.__dataclass_fields__
 
 
+@dataclass(frozen=True)
+class LocalLayers:
+    """Layers that see the tokens of a window; every ``period``-th layer is global, and sees all of them.
+
+    Attributes:
+        window: tokens before its own that one sees.
+        period: layers, the global one included.
+    """
+
+    window: int
+    period: int
+
+    def has(self, layer_number: int) -> bool:
+        """Whether a layer, counted from 1 through the whole model, is local."""
+        return layer_number % self.period != 0
+
+
 @contextlib.contextmanager
 def segments_told(model: Any, batch: MicroBatch) -> Iterator[dict[str, Any]]:
     """The arguments by which a Megatron GPT model chunk is told the micro-batch's segments, for one forward pass."""
@@ -49,9 +67,14 @@ def segments_told(model: Any, batch: MicroBatch) -> Iterator[dict[str, Any]]:
         """Megatron leaves out other context-parallel ranks' positions, unless its own form of packing is used."""
         return arguments, {**keywords, "packed_seq": True}
 
-    def of_rows(module: Any, arguments: Any, output: Tensor) -> Tensor:
-        """``[T, 1, 1, D]`` angles of positions 0 .. T-1 -> ``[T/CP, B, 1, D]``, those of each token's position."""
-        return output[:, 0][batch.position_ids.t()]
+    def of_rows(module: Any, arguments: Any, output: Any) -> Any:
+        """``[..., T, 1, 1, D]`` angles of positions 0 .. T-1 -> ``[..., T/CP, B, 1, D]``, those of each token's.
+
+        YaRN's come with a factor of attention's logits.
+        """
+        if isinstance(output, tuple):
+            return of_rows(module, arguments, output[0]), *output[1:]
+        return output.squeeze(-2)[..., batch.position_ids.t(), :, :]
 
     rotary = model.rotary_pos_emb
     hooks = [rotary.register_forward_pre_hook(of_all_ranks, with_kwargs=True), rotary.register_forward_hook(of_rows)]
@@ -94,14 +117,25 @@ class SegmentAttention(DotProductAttention):
     queries (:mod:`nemo_rao.mcore.context_parallel`).
     """
 
-    def __init__(self, config: TransformerConfig, *arguments: Any, **keywords: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *arguments: Any,
+        local_layers: LocalLayers | None = None,
+        **keywords: Any,
+    ) -> None:
         # Of Megatron's own, which this one is in all else, what it refuses and what is done here is left out.
         bare = copy.copy(config)
         bare.context_parallel_size = 1
+        if local_layers is not None:
+            bare.window_size = (local_layers.window, 0) if local_layers.has(layer_number) else None
+            bare.window_attn_skip_freq = None
+        window = bare.window_size
         if not _KNOWS_WINDOWS:
             bare.window_size = None
-        super().__init__(bare, *arguments, **keywords)
-        self._window = self.scale_mask_softmax.window_size if _KNOWS_WINDOWS else config.window_size
+        super().__init__(bare, layer_number, *arguments, **keywords)
+        self._window = self.scale_mask_softmax.window_size if _KNOWS_WINDOWS else window
         self.config = config
 
     def forward(
@@ -128,8 +162,7 @@ class SegmentAttention(DotProductAttention):
             lengths = packed_seq_params.cu_seqlens_q.diff().to(torch.int64)
             segments = F.pad(torch.stack([lengths, torch.full_like(lengths, -1)], dim=-1), (0, 1))
             return self.forward(query[:, None], key[:, None], value[:, None], segments)[:, 0]
-        offset = self.softmax_offset if _KNOWS_WINDOWS else None
-        if offset is not None or (attention_mask is not None and attention_mask.dtype != torch.int64):
+        if attention_mask is not None and attention_mask.dtype != torch.int64:
             return super().forward(query, key, value, attention_mask, *arguments, **keywords)
         if attention_mask is None:
             return self._attend_to_rows(query, whole_sequences(key), whole_sequences(value))
@@ -174,13 +207,16 @@ class SegmentAttention(DotProductAttention):
         num_queries, num_keys = len(query), len(key)
         window = self._window
         mask = None
-        if num_queries < num_keys or window is not None:
+        if num_queries < num_keys or window is not None or self._sinks is not None:
             earlier = None if window is None else window[0]
             mask = causal_mask(num_queries, num_keys, dtype=query.dtype, device=query.device, window=earlier)
         dropout = self.attention_dropout.p if self.training else 0.0
+        scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
         # Without sequence parallelism each rank drops out its own heads' weights, from a generator of its own.
         forked = dropout and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
+            if self._sinks is not None:
+                return _attend_with_sinks(query, key, value, self._sinks, scale=scale, mask=mask, dropout=dropout)
             attended = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
@@ -188,7 +224,28 @@ class SegmentAttention(DotProductAttention):
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None,
-                scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1),
+                scale=scale,
                 enable_gqa=query.shape[2] != key.shape[2],
             )
         return attended.permute(2, 0, 1, 3)
+
+    @property
+    def _sinks(self) -> Tensor | None:
+        """``[heads]`` of this rank: the logit of a key that every query sees, whose value is zero; or ``None``."""
+        return self.softmax_offset if _KNOWS_WINDOWS else None
+
+
+def _attend_with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, *, scale: float, mask: Tensor, dropout: float
+) -> Tensor:
+    """``[n, B, heads, D]``; see :meth:`SegmentAttention._attend`. Holds all weights: no fused kernel has a sink.
+
+    Args:
+        mask: ``[n, m]``, added to the logits.
+    """
+    groups = query.shape[2] // key.shape[2]
+    key, value = (part.repeat_interleave(groups, dim=2) for part in (key, value))
+    logits = torch.einsum("nbhd,mbhd->bhnm", query, key).float() * scale + mask.float()
+    sink = sinks.float()[:, None, None].expand(*logits.shape[:3], 1)
+    weights = torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1].to(value.dtype)
+    return torch.einsum("bhnm,mbhd->nbhd", F.dropout(weights, dropout), value)

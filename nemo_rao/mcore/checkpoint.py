@@ -1,7 +1,7 @@
 """Megatron's distributed checkpoints (``torch_dist``): a rank's part of model and optimizer, written and read back.
 
-    weights/    the model's tensors under their own names, or with NeMo's prefix "module."; the optimizer's in the format
-                that any parallelism reads; what a run keeps beside them, of plain types
+weights/    the model's tensors under their own names, or with NeMo's prefix "module."; the optimizer's in the format
+            that any parallelism reads; what a run keeps beside them, of plain types
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
@@ -123,7 +124,7 @@ def _request(folder: Path, chunks: Sequence[Any], keep: Filter | None) -> dict[s
         # What layers of Transformer Engine remember, which those that wrote the checkpoint may not have had.
         objects = [name for name, value in tensors.items() if isinstance(value, ShardedObject)]
         if objects and known is None:
-            known = {key.key for key in dist_checkpointing.load_sharded_metadata(str(folder)).values()}
+            known = {key.key for key in load_sharded_metadata(str(folder)).values()}
         for name in objects:
             if name.endswith("_extra_state") and tensors[name].key not in (known or ()):
                 del tensors[name]

@@ -205,6 +205,7 @@ _WITHOUT_FUSIONS = {
 def _patch_megatron() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -253,6 +254,7 @@ def _patch_megatron() -> None:
                 setattr(config, name, value)
         if isinstance(config.window_size, list):  # as recipes and checkpoints write it; masks are cached by it
             config.window_size = tuple(config.window_size)
+        config.attention_backend = AttnBackend.auto  # the others name Transformer Engine's
         original(config)
 
     TransformerConfig.__post_init__ = without_fusions

@@ -9,29 +9,41 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from nemo_rao.errors import UserError
 from nemo_rao.mcore.fp8_simulation import Fp8Simulation, keep_scales_up_to_date, layer_spec_with_simulated_fp8
 from nemo_rao.mcore.heads import add_score_head, add_value_head
-from nemo_rao.mcore.layer_spec import layer_spec_without_te
+from nemo_rao.mcore.layer_spec import NO_PARTS, Parts, layer_spec_without_te
 from nemo_rao.mcore.loss import configure_loss_scaling
 from nemo_rao.mcore.output_layer import fuse_output_layer
 from nemo_rao.objectives.base import Needs
 from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 
-def finish_config(config: TransformerConfig, *, fp8_simulation: Mapping[str, Any] | None) -> None:
+def finish_config(
+    config: TransformerConfig, *, fp8_simulation: Mapping[str, Any] | None, parts: Parts = NO_PARTS
+) -> None:
     """Set a model config's loss scaling and, where Transformer Engine is not used, its layer spec.
 
     Args:
         config: of an engine, with a ``transformer_layer_spec`` that it calls to build the model.
         fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: nothing is rounded.
+        parts: what the family's layers have that ``config`` does not say, where Transformer Engine is not used.
+
+    Raises:
+        UserError: the simulation has no such layers.
     """
     configure_loss_scaling(config)
     if fp8_simulation is not None:
         assert not transformer_engine_is_used(), "its layers cast themselves"
+        if parts != NO_PARTS:
+            raise UserError("precision.fp8_simulation: this family's layers cannot be simulated; set it to false")
         simulation = Fp8Simulation(**fp8_simulation)
         config.transformer_layer_spec = functools.partial(layer_spec_with_simulated_fp8, simulation=simulation)
     elif not transformer_engine_is_used():
-        config.transformer_layer_spec = layer_spec_without_te
+        plain = parts == Parts()
+        config.transformer_layer_spec = (
+            layer_spec_without_te if plain else functools.partial(layer_spec_without_te, parts=parts)
+        )
 
 
 def finish_chunk(

@@ -39,7 +39,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from nemo_rao.mcore.layer_spec import LayerNormColumnParallelLinear, layer_spec_without_te
+from nemo_rao.mcore.layer_spec import layer_spec_without_te
+from nemo_rao.mcore.norms import LayerNormColumnParallelLinear
 from nemo_rao.ops.float8 import (
     E4M3,
     E5M2,

@@ -7,14 +7,17 @@ norms' gradients are summed over tensor-parallel ranks under sequence parallelis
 
 In a mixture of experts the norm stands before the router, by itself (``pre_mlp_layernorm``), and experts are Megatron's
 ``SequentialMLP``: ``mlp.experts.local_experts.N``, as with Transformer Engine without grouped products.
+
+Fields of Megatron's config describe most of a family: norms of queries and keys, windows in every or every n-th layer,
+an offset of the softmax, biases, the router. :class:`Parts` describes the rest. A field that asks for anything else is
+refused.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -32,88 +35,70 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
-from torch.nn import Parameter
 
-from nemo_rao.mcore.attention import SegmentAttention
-
-
-def _norm_parameters(config: TransformerConfig, size: int) -> tuple[Parameter, Parameter | None]:
-    """Weight and bias ``[size]`` of a norm; the bias is ``None`` for RMSNorm."""
-    start = 0.0 if config.layernorm_zero_centered_gamma else 1.0
-    weight = Parameter(torch.full((size,), start, dtype=config.params_dtype))
-    bias = Parameter(torch.zeros(size, dtype=config.params_dtype)) if config.normalization == "LayerNorm" else None
-    for parameter in (weight, bias):
-        if parameter is not None:
-            # Each tensor-parallel rank norms its own part of the sequence: Megatron sums these gradients.
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return weight, bias
+from nemo_rao.errors import UserError
+from nemo_rao.mcore.attention import LocalLayers, SegmentAttention
+from nemo_rao.mcore.norms import LayerNormColumnParallelLinear, Norm, RowParallelLinearLayerNorm
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, config: TransformerConfig) -> Tensor:
-    """RMSNorm or LayerNorm over the last dimension of ``[..., hidden]``."""
-    if config.layernorm_zero_centered_gamma:
-        weight = weight + 1
-    if config.normalization == "LayerNorm":
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, config.layernorm_epsilon)
-    assert config.normalization == "RMSNorm", config.normalization
-    return F.rms_norm(x, (x.shape[-1],), weight, config.layernorm_epsilon)
+@dataclass(frozen=True)
+class Parts:
+    """What a family's layers have that Megatron's config has no field for. The default: nothing.
 
-
-class Norm(torch.nn.Module):
-    """A norm by itself: the block's final one, those of queries and keys, and the one before a router.
-
-    Parameters ``weight`` and ``bias``, ``[hidden]``.
+    Attributes:
+        norms_behind: the outputs of attention and feed-forward are normed before they are added to the residual.
+        local_layers: layers with a window and rotary angles of their own.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        assert eps == config.layernorm_epsilon, (eps, config.layernorm_epsilon)
-        self.config = config
-        self.weight, self.bias = _norm_parameters(config, hidden_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return _norm(hidden, self.weight, self.bias, self.config)
+    norms_behind: bool = False
+    local_layers: LocalLayers | None = None
 
 
-class LayerNormColumnParallelLinear(ColumnParallelLinear):
-    """A norm and the column-parallel linear layer behind it, under Transformer Engine's parameter names.
+NO_PARTS = Parts()
 
-    ``return_layernorm_output`` makes the forward pass return ``((output, normed input), bias)``, which is what NeMo's
-    LoRA wrapper looks for: the adapter's input is the linear layer's input, not the norm's.
+
+class LocalAndGlobalSelfAttention(SelfAttention):
+    """Self-attention in a model whose rotary angles, ``[2, T, ...]``, are those of local and of global layers."""
+
+    def __init__(self, *arguments: Any, local_layers: LocalLayers, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._angles = 0 if local_layers.has(self.layer_number) else 1
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, rotary_pos_emb: Tensor, **keywords: Any) -> Any:
+        """As Megatron's own, with the angles of this layer's kind."""
+        return super().forward(hidden_states, *arguments, rotary_pos_emb=rotary_pos_emb[self._angles], **keywords)
+
+
+def layer_spec_without_te(
+    config: TransformerConfig, vp_stage: int | None = None, *, parts: Parts = NO_PARTS
+) -> ModuleSpec:
+    """The decoder's spec for a machine without Transformer Engine: MHA or GQA, dense or with experts in every layer.
+
+    Raises:
+        UserError: a field of ``config`` asks for what these layers do not have.
     """
-
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **kwargs)
-        self.layer_norm_weight, self.layer_norm_bias = _norm_parameters(config, input_size)
-        self.return_layernorm_output = False
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        normed = _norm(hidden, self.layer_norm_weight, self.layer_norm_bias, self.config)
-        output, bias = super().forward(normed, *args, **kwargs)
-        return ((output, normed), bias) if self.return_layernorm_output else (output, bias)
-
-
-def layer_spec_without_te(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
-    """The decoder's spec for a machine without Transformer Engine: MHA or GQA, dense or with experts in every layer."""
+    _check(config)
     query_key_norm = Norm if config.qk_layernorm else IdentityOp
+    row_parallel = RowParallelLinearLayerNorm if parts.norms_behind else RowParallelLinear
+    local = {} if parts.local_layers is None else {"local_layers": parts.local_layers}
     experts = config.num_moe_experts is not None
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                module=LocalAndGlobalSelfAttention if local else SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal, **local},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=LayerNormColumnParallelLinear,
-                    core_attention=SegmentAttention,
-                    linear_proj=RowParallelLinear,
+                    core_attention=ModuleSpec(module=SegmentAttention, params=local) if local else SegmentAttention,
+                    linear_proj=row_parallel,
                     q_layernorm=query_key_norm,
                     k_layernorm=query_key_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm if experts else IdentityOp,
-            mlp=_experts() if experts else _dense(),
+            mlp=_experts() if experts else _dense(row_parallel),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -122,9 +107,9 @@ def layer_spec_without_te(config: TransformerConfig, vp_stage: int | None = None
     return ModuleSpec(module=TransformerBlock, submodules=block)
 
 
-def _dense() -> ModuleSpec:
+def _dense(row_parallel: type[RowParallelLinear]) -> ModuleSpec:
     return ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=LayerNormColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=MLP, submodules=MLPSubmodules(linear_fc1=LayerNormColumnParallelLinear, linear_fc2=row_parallel)
     )
 
 
@@ -133,3 +118,36 @@ def _experts() -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=expert))
     )
+
+
+# Field of Megatron's config -> (values that these layers have, what another one asks for). A release may lack a field.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "multi_latent_attention": ((False,), "multi-latent attention"),
+    "experimental_attention_variant": ((None,), "linear or sparse attention"),
+    "attention_output_gate": ((False,), "gated attention"),
+    "qk_l2_norm": ((None, False), "L2 norms of queries and keys"),
+    "heterogeneous_block_specs": ((False,), "layers of different kinds"),
+    "is_hybrid_model": ((False,), "state-space layers"),
+    "mtp_num_layers": ((None, 0), "multi-token prediction"),
+    "moe_shared_expert_intermediate_size": ((None, 0), "shared experts"),
+    "moe_layer_freq": ((1,), "experts in some layers only"),
+    "moe_latent_size": ((None,), "latent experts"),
+    "normalization": (("RMSNorm", "LayerNorm"), "another norm"),
+    "attn_logit_softcapping": ((None, 0, 0.0), "a soft cap of attention's logits"),
+    "final_logit_softcapping": ((None, 0, 0.0), "a soft cap of the output's logits"),
+}
+
+
+def _check(config: TransformerConfig) -> None:
+    fields = vars(config)
+    for name, (values, meaning) in _REFUSED.items():
+        value = fields.get(name, values[0])
+        if name == "moe_layer_freq" and config.num_moe_experts is None:
+            continue
+        if isinstance(value, list) and len(set(value)) == 1:  # of each layer
+            value = value[0]
+        if value not in values:
+            raise UserError(
+                f"model.arch: {name}={value} asks for {meaning}, which needs Transformer Engine's layers and a GPU; "
+                "choose another model here"
+            )

@@ -15,6 +15,7 @@ from typing import Any
 from nemo_rao.errors import UserError
 
 ROPE_PARAMETERS = "rope_parameters"
+_GLOBAL, _LOCAL, _LOCAL_BASE = "full_attention", "sliding_attention", "rope_local_base_freq"
 _MOVED = ("rope_theta", "partial_rotary_factor")  # keys of their own in transformers 4
 
 
@@ -44,17 +45,25 @@ def read_json(file: Path, key: str) -> dict[str, Any]:
 def with_flat_rope(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     """config.json with ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` instead of ``rope_parameters``.
 
-    ``rope_scaling`` has a ``rope_type`` then, or is ``None`` where nothing is scaled. A ``rope_theta`` within
-    ``rope_scaling``, which transformers 5 reads and transformers 4 does not, is moved out of it.
+    Settings of layers with a window, as Gemma 3 has them, become ``rope_local_base_freq``. ``rope_scaling`` has a
+    ``rope_type`` then, or is ``None`` where nothing is scaled. A ``rope_theta`` within ``rope_scaling``, which
+    transformers 5 reads and transformers 4 does not, is moved out of it.
 
     Args:
         place: the file, for messages.
 
     Raises:
-        UserError: the settings are not of one rotary embedding for all layers, or contradict each other.
+        UserError: layers differ otherwise, or the settings contradict each other.
     """
     found = dict(given)
     new, old = found.pop(ROPE_PARAMETERS, None), found.pop("rope_scaling", None)
+    if isinstance(new, dict) and _by_layer(new) and _unscaled(new[_LOCAL]):
+        base = new[_LOCAL]["rope_theta"]
+        if found.setdefault(_LOCAL_BASE, base) != base:
+            raise UserError(
+                f"{place}: {_LOCAL_BASE} is {found[_LOCAL_BASE]}, but {base} in {ROPE_PARAMETERS}; remove the wrong one"
+            )
+        new = new[_GLOBAL]
     settings = {
         name: _flat(value, f"{place}: {name}") for name, value in ((ROPE_PARAMETERS, new), ("rope_scaling", old))
     }
@@ -73,6 +82,16 @@ def with_flat_rope(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     if {*settings} & {*given}:
         found["rope_scaling"] = scaling or None
     return found
+
+
+def _by_layer(value: Mapping[str, Any]) -> bool:
+    """Whether global and local layers have settings of their own, and these are all there is."""
+    kinds = {name for name, inner in value.items() if isinstance(inner, dict)}
+    return kinds == {_GLOBAL, _LOCAL} and {value[name] for name in value.keys() - kinds} <= {None, "default"}
+
+
+def _unscaled(value: Any) -> bool:
+    return isinstance(value, dict) and "rope_theta" in value and not set(value) - {"rope_theta", "rope_type"}
 
 
 def _flat(value: Any, place: str) -> dict[str, Any]:

@@ -54,9 +54,7 @@ def tokenizers(tokenizer_folder: Path) -> dict:
     made = {"own": load_tokenizer(tokenizer_folder)}
     for name, template in TEMPLATES.items():
         tokenizer = load_tokenizer(tokenizer_folder)
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": EXTRA_TOKENS}, replace_additional_special_tokens=False
-        )
+        tokenizer.add_tokens(EXTRA_TOKENS, special_tokens=True)
         tokenizer.chat_template = template
         made[name] = tokenizer
     # Llama 3 keeps line breaks together, unlike GPT-2's rule, under which its "\n\n" merges with what follows.

@@ -1,9 +1,9 @@
 """Keys and defaults of the families' config classes, as the installed transformers writes them to config.json.
 
-``transformers_5.json`` is this script's output under transformers 5.24, and for Qwen3 under 5.12 (a virtual environment
-with transformers alone suffices), as the project itself runs on 4:
+``transformers_4.json`` and ``transformers_5.json`` are this script's output under releases of both kinds (4.57 and
+5.12): a virtual environment with transformers alone suffices.
 
-    pip install 'transformers>=5' && python tests/hugging_face/config_table.py > tests/hugging_face/transformers_5.json
+    python tests/hugging_face/config_table.py > tests/hugging_face/transformers_5.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -20,7 +19,16 @@ SIZES = {
     "num_key_value_heads": 2,
     "vocab_size": 300,
 }
-ARCHITECTURES = {family: f"{family.capitalize()}ForCausalLM" for family in FAMILIES}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+}
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -28,8 +36,8 @@ def table() -> dict[str, dict[str, Any]]:
     from transformers import CONFIG_MAPPING
 
     found = {}
-    for family in FAMILIES:
-        config = CONFIG_MAPPING[family](architectures=[ARCHITECTURES[family]], **SIZES)
+    for family, architecture in ARCHITECTURES.items():
+        config = CONFIG_MAPPING[family](architectures=[architecture], **SIZES)
         found[family] = json.loads(config.to_json_string(use_diff=False))
     return found
 

@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 
+from nemo_rao.config.engine_choice import BRIDGE
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.config_keys import FIXED, HARMLESS, notes, read_config
 from nemo_rao.hugging_face.families import FAMILIES
-from nemo_rao.hugging_face.importer import model_keys
+from nemo_rao.hugging_face.network import model_keys, network_fields
 from nemo_rao.hugging_face.source import family_of, tensors_of
 
 from .config_table import table
 from .models import LLAMA3_ROPE
 
-WRITTEN = {4: table(), 5: json.loads(Path(__file__).with_name("transformers_5.json").read_text())}
+WRITTEN = {
+    **{release: json.loads(Path(__file__).with_name(f"transformers_{release}.json").read_text()) for release in (4, 5)},
+    "installed": table(),
+}
 KEYS = [
     (release, family, key) for release in WRITTEN for family in WRITTEN[release] for key in WRITTEN[release][family]
 ]
@@ -52,29 +56,29 @@ def other(key: str, value: Any) -> Any:
 
 def network(given: dict[str, Any], *ignored: str) -> dict[str, Any]:
     """All that import-hf takes from config.json: keys of a recipe, tensors, the longest length."""
-    family = family_of(given, Path("model"))
+    family = family_of(given, Path("model"), BRIDGE)
     config = read_config(given, family, "SOURCE: config.json", ignored)
-    return {
-        "keys": model_keys(config, family),
-        "tensors": tensors_of(config, family),
-        "length": config.max_position_embeddings,
-    }
+    found = {"fields": network_fields(config, family), "length": config.max_position_embeddings}
+    if family.nemo is not None:
+        found |= {"tensors": tensors_of(config, family)}
+    return {**found, "vocabulary": config.vocab_size, "keys": model_keys(config, family)}
 
 
 @pytest.mark.parametrize(("release", "family", "key"), KEYS)
-def test_no_key_is_ignored_that_could_change_the_network(release: int, family: str, key: str) -> None:
+def test_no_key_is_ignored_that_could_change_the_network(release: Any, family: str, key: str) -> None:
     given = WRITTEN[release][family]
     changed = {**given, key: other(key, given[key])}
     assert changed[key] != given[key]
     try:
         found = network(changed)
     except UserError as error:
-        assert key in str(error) or key in ("model_type", "architectures")
+        named = "rope_scaling" if key == "rope_parameters" else key
+        assert named in str(error) or key in ("model_type", "architectures")
         assert any(remedy in str(error) for remedy in ("can be imported", "LlamaForCausalLM", "download it again"))
         assert key not in HARMLESS or key in ("model_type", "architectures")
         return
-    windows_are_off = family in ("qwen2", "qwen3") and key in ("sliding_window", "max_window_layers")
-    assert (found == network(given)) == (key in HARMLESS or windows_are_off)
+    unused = next(known.unused for known in FAMILIES if known.model_type == family)
+    assert (found == network(given)) == (key in HARMLESS or key in unused)
 
 
 @pytest.mark.parametrize("family", WRITTEN[4])

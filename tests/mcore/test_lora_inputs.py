@@ -14,7 +14,7 @@ def _adapter_and_linear_inputs() -> tuple[float, float]:
     from nemo.collections.llm.peft.lora import LoRALinear
 
     from nemo_rao.mcore.adapters import feed_normed_inputs
-    from nemo_rao.mcore.layer_spec import LayerNormColumnParallelLinear
+    from nemo_rao.mcore.norms import LayerNormColumnParallelLinear
 
     init_megatron()
     config = TransformerConfig(

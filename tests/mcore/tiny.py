@@ -134,23 +134,32 @@ def whole_tensors(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
 def _feed_forward(named: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
     """Of one layer: dense, or its router and experts."""
     norm = named[f"{source}.post_attention_layernorm.weight"]
-    mlp, mixture = f"{source}.mlp", f"{source}.block_sparse_moe"
-    if f"{mixture}.gate.weight" not in named:
+    mlp = f"{source}.mlp"
+    if f"{mlp}.gate_proj.weight" in named:
         gate_and_up = torch.cat([named[f"{mlp}.gate_proj.weight"], named[f"{mlp}.up_proj.weight"]])
         return {
             f"{target}.mlp.linear_fc1.layer_norm_weight": norm,
             f"{target}.mlp.linear_fc1.weight": gate_and_up,
             f"{target}.mlp.linear_fc2.weight": named[f"{mlp}.down_proj.weight"],
         }
-    whole = {
-        f"{target}.pre_mlp_layernorm.weight": norm,
-        f"{target}.mlp.router.weight": named[f"{mixture}.gate.weight"],
-    }
-    for expert in range(EXPERTS):
-        own, theirs = f"{target}.mlp.experts.local_experts.{expert}", f"{mixture}.experts.{expert}"
-        gate_and_up = torch.cat([named[f"{theirs}.w1.weight"], named[f"{theirs}.w3.weight"]])
-        whole |= {f"{own}.linear_fc1.weight": gate_and_up, f"{own}.linear_fc2.weight": named[f"{theirs}.w2.weight"]}
+    router, experts = _mixture(named, source)
+    whole = {f"{target}.pre_mlp_layernorm.weight": norm, f"{target}.mlp.router.weight": router}
+    for expert, (gate_and_up, down) in enumerate(experts):
+        own = f"{target}.mlp.experts.local_experts.{expert}"
+        whole |= {f"{own}.linear_fc1.weight": gate_and_up, f"{own}.linear_fc2.weight": down}
     return whole
+
+
+def _mixture(named: Mapping[str, Tensor], source: str) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The router, and each expert's gate and up, and down; transformers 5 has them in one, 4 one by one."""
+    if (in_one := named.get(f"{source}.mlp.experts.gate_up_proj")) is not None:
+        down = named[f"{source}.mlp.experts.down_proj"]
+        return named[f"{source}.mlp.gate.weight"], list(zip(in_one, down, strict=True))
+    before = f"{source}.block_sparse_moe"
+    parts = [
+        [named[f"{before}.experts.{expert}.{name}.weight"] for name in ("w1", "w3", "w2")] for expert in range(EXPERTS)
+    ]
+    return named[f"{before}.gate.weight"], [(torch.cat([gate, up]), down) for gate, up, down in parts]
 
 
 # --------------------------------------------------------------------------------------------------- Megatron

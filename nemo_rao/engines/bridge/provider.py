@@ -11,27 +11,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.core.activations import quick_gelu, squared_relu
-from torch.nn import functional
 
-from nemo_rao.config.architecture import architecture_fields
+from nemo_rao.config.architecture import architecture_fields, family_of
 from nemo_rao.config.experts import check_experts
+from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.precision_checks import fp8_simulation
 from nemo_rao.config.run_config import RunConfig
+from nemo_rao.engines.bridge.families import in_bridges_terms, parts_of
 from nemo_rao.errors import UserError, did_you_mean
+from nemo_rao.mcore.activations import activation
 from nemo_rao.mcore.finish import finish_chunk, finish_config
+from nemo_rao.mcore.layer_spec import NO_PARTS
 from nemo_rao.objectives.base import Needs
+from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Names of activation functions in a family's fields -> what they are.
-_ACTIVATIONS = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "quick_gelu": quick_gelu,
-    "squared_relu": squared_relu,
-}
 
 
 def provider(config: RunConfig) -> Any:
@@ -41,16 +36,18 @@ def provider(config: RunConfig) -> Any:
         UserError: Megatron has no such field, or refuses the sizes.
     """
     keys = config.model
-    given = {name: value for name, value in architecture_fields(config).items() if value is not None}
-    fields = {field.name for field in dataclasses.fields(GPTModelProvider)}
+    family = family_of(config)
+    kind, given = in_bridges_terms(family, architecture_fields(config))
+    fields = {field.name for field in dataclasses.fields(kind)}
     for name in keys.arch.extra:
-        if name not in fields:
+        if name not in fields and name not in FAMILIES[keys.family].fields:
             raise UserError(f"model.arch.extra.{name}: Megatron's GPT has no such field{did_you_mean(name, fields)}")
     sizes = {name: value for name, value in given.items() if name in fields}
     if isinstance(named := sizes.get("activation_func"), str):
-        sizes["activation_func"] = _ACTIVATIONS[named]
-    made = GPTModelProvider(**{**sizes, **_split(config), **_recompute(config), "seq_length": keys.seq_length})
-    finish_config(made, fp8_simulation=fp8_simulation(config.precision))
+        sizes["activation_func"] = activation(named)
+    made = kind(**{**sizes, **_split(config), **_recompute(config), "seq_length": keys.seq_length})
+    parts = NO_PARTS if transformer_engine_is_used() else parts_of(made, f"model.family={family}")
+    finish_config(made, fp8_simulation=fp8_simulation(config.precision), parts=parts)
     return made
 
 

@@ -77,9 +77,7 @@ class Run:
         if start_from is not None:
             self._provider.register_pre_wrap_hook(lambda chunks: self._read_start(chunks, start_from))
         state = GlobalState()
-        state.cfg = container(
-            self._config, self._provider, data_set(self._micro_batches()), max_steps=self._max_steps
-        )
+        state.cfg = container(self._config, self._provider, data_set(self._micro_batches()), max_steps=self._max_steps)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # Bridge reports every routine step
                 runtime_config_update(state.cfg)
@@ -120,9 +118,7 @@ class Run:
             self._resume(resume_from)
         session = self.session(loggers=loggers(self._config, self._folder))
         self._session = session
-        calls = CallHooks(
-            session, [*hooks, keeping], schedule=self._config.model.optim.sched, rates=rates
-        )
+        calls = CallHooks(session, [*hooks, keeping], schedule=self._config.model.optim.sched, rates=rates)
         train(
             ForwardStep(self.loss, calls),
             parts.model,

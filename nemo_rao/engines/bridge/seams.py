@@ -20,10 +20,16 @@ _COMPARES_WITH_TE = ("megatron.bridge.peft.lora_layers", "megatron.bridge.peft.l
 _TE_CLASSES = ("Linear", "LayerNormLinear", "GroupedLinear")
 
 
-def import_bridge(*, on_cpu: bool) -> None:
-    """Import Bridge's training loop, and change what it cannot do on this machine."""
+def import_models(*, on_cpu: bool) -> None:
+    """Import Bridge's models and their conversion, without its training loop."""
     if on_cpu and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    import megatron.bridge  # noqa: F401
+
+
+def import_bridge(*, on_cpu: bool) -> None:
+    """Import Bridge's training loop, and change what it cannot do on this machine."""
+    import_models(on_cpu=on_cpu)
     from megatron.bridge.training import initialize, setup, train  # noqa: F401
 
     # Megatron's own data sets are not used, and a wheel has no makefile to compile their helpers with.

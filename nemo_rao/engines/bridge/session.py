@@ -126,9 +126,7 @@ class CallHooks(Callback):
 
     def _set_rates(self, context: Any, step: int) -> None:
         for group, highest in zip(context.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = learning_rate(
-                self._schedule, step, highest=highest, max_steps=self._session.max_steps
-            )
+            group["lr"] = learning_rate(self._schedule, step, highest=highest, max_steps=self._session.max_steps)
 
 
 class ForwardStep:

@@ -1,0 +1,224 @@
+"""Hugging Face's models through Megatron-Bridge's ``AutoBridge``, in both directions, one tensor at a time.
+
+Import reads each tensor from its file when its place in the Megatron model is filled. Export gathers a tensor over the
+ranks, converts it, and writes a file whenever enough have come together: beside the model, which is as large as its
+weights, neither direction holds more than a few tensors or one file.
+
+Both are collectives, under any tensor, pipeline and expert parallelism.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge import AutoBridge
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch import Tensor
+
+from nemo_rao.checkpoint.find import weights_of
+from nemo_rao.engines.bridge.families import parts_of, register_families
+from nemo_rao.errors import UserError
+from nemo_rao.mcore import checkpoint
+from nemo_rao.mcore.layer_spec import layer_spec_without_te
+
+WEIGHTS = "model.safetensors"
+SHARD_BYTES = 5 * 10**9  # of a file, as transformers' own
+_EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Conversion:
+    """One model, between Hugging Face's form and Megatron's.
+
+    Args:
+        config: transformers' config, with ``architectures``.
+        place: what names the model, for messages.
+
+    Attributes:
+        provider: Bridge's description of the Megatron model, on layers without Transformer Engine.
+
+    Raises:
+        UserError: Bridge does not know the architecture, or builds it with Transformer Engine alone.
+    """
+
+    def __init__(self, config: Any, place: str) -> None:
+        register_families()
+        architecture = ", ".join(config.architectures or [f"model_type {config.model_type}"])
+        if not AutoBridge.supports(config) or architecture not in AutoBridge.list_supported_models():
+            raise UserError(f"{place} is a {architecture}, which the installed {_release()} does not know")
+        self._place = place
+        self._tied, self._vocab_size = bool(config.tie_word_embeddings), config.vocab_size
+        self._bridge = AutoBridge.from_hf_config(config)
+        self.provider = self._bridge.to_megatron_provider(load_weights=False)
+        parts = parts_of(self.provider, f"{place}: {architecture}")
+        self.provider.transformer_layer_spec = functools.partial(layer_spec_without_te, parts=parts)
+
+    def build(self, dtype: torch.dtype, **parallelism: Any) -> list[Any]:
+        """This rank's model chunks, with weights that are still to be filled.
+
+        Args:
+            dtype: of the weights.
+            parallelism: fields of Megatron's config, such as ``tensor_model_parallel_size``.
+        """
+        fields = {
+            **parallelism,
+            "params_dtype": dtype,
+            "pipeline_dtype": dtype,
+            "autocast_dtype": dtype,
+            "bf16": dtype is torch.bfloat16,
+            "fp16": dtype is torch.float16,
+            "perform_initialization": False,
+            "should_pad_vocab": parallelism.get("tensor_model_parallel_size", 1) > 1,
+        }
+        for name, value in fields.items():
+            setattr(self.provider, name, value)
+        self.provider.finalize()
+        with contextlib.redirect_stdout(io.StringIO()):  # Bridge prints numbers of parameters
+            chunks: list[Any] = self.provider.provide_distributed_model(
+                wrap_with_ddp=False, mixed_precision_wrapper=None
+            )
+        return chunks
+
+    def load(self, chunks: list[Any], folder: Path) -> None:
+        """Fill the chunks with the weights of a Hugging Face model.
+
+        Args:
+            folder: with safetensors.
+
+        Raises:
+            UserError: the folder has a tensor too many, lacks one, or has one of another shape.
+        """
+        self._check_names(chunks, folder)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # and a bar
+                self._bridge.load_hf_weights(chunks, folder)
+        except (ValueError, RuntimeError, KeyError) as error:  # of shapes, from each kind of mapping its own
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{self._place}: the tensors do not fit config.json ({reason}); download it again"
+            ) from None
+
+    def _check_names(self, chunks: list[Any], folder: Path) -> None:
+        """Bridge leaves a weight as it is where its tensor is missing, and a tensor aside that has no place."""
+        from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource
+
+        stored = set(SafeTensorsStateSource(folder).get_all_keys())
+        wanted: set[str] = set()
+        for task in self._bridge.get_conversion_tasks(chunks, folder):
+            if task is not None:
+                names = task.mapping.hf_param
+                wanted |= {names} if isinstance(names, str) else set(names.values())
+        of_ranks: list[set[str]] = [set()] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_ranks, wanted)  # of experts, each rank knows its own
+        wanted = set().union(*of_ranks)
+        if missing := sorted(wanted - stored):
+            raise UserError(f"{self._place} has no tensor {missing[0]}, which config.json asks for; download it again")
+        left_over = sorted(name for name in stored - wanted if name != _OUTPUT and "rotary_emb" not in name)
+        if left_over:
+            raise UserError(f"{self._place} has a tensor {left_over[0]}, for which the model has no place")
+
+    def tensors(self, chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face's names and whole tensors, on the CPU, one after another; on every rank."""
+        for name, tensor in self._bridge.export_hf_weights(chunks, cpu=True, show_progress=False):
+            if not (self._tied and name == _OUTPUT):
+                # Megatron pads the vocabulary to a multiple of its ranks.
+                yield name, tensor[: self._vocab_size] if name in (_EMBEDDINGS, _OUTPUT) else tensor
+
+
+def _release() -> str:
+    import megatron.bridge
+
+    return f"Megatron-Bridge {megatron.bridge.__version__}"
+
+
+def write_shards(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype | None, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write tensors as safetensors, in the form that ``from_pretrained`` reads: one file, or several and an index.
+
+    Args:
+        dtype: to which they are cast; ``None``: as they are.
+        shard_bytes: of a file; a larger tensor has one to itself.
+    """
+    written: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    num_bytes = total = 0
+    for name, tensor in tensors:
+        kept = tensor.detach().to(dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
+        size = kept.numel() * kept.element_size()
+        if shard and num_bytes + size > shard_bytes:
+            written.append(_write(shard, folder, len(written)))
+            shard, num_bytes = {}, 0
+        shard[name] = kept
+        num_bytes, total = num_bytes + size, total + size
+    written.append(_write(shard, folder, len(written)))
+    if len(written) == 1:
+        os.rename(folder / _numbered(0), folder / WEIGHTS)
+        return
+    index: dict[str, str] = {}
+    for number, names in enumerate(written):
+        name = f"model-{number + 1:05}-of-{len(written):05}.safetensors"
+        os.rename(folder / _numbered(number), folder / name)
+        index |= dict.fromkeys(names, name)
+    described = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _numbered(number: int) -> str:
+    return f"shard-{number}.safetensors"  # how many there will be is known at the end
+
+
+def _write(shard: Mapping[str, Tensor], folder: Path, number: int) -> list[str]:
+    from safetensors.torch import save_file
+
+    save_file(dict(shard), folder / _numbered(number), metadata={"format": "pt"})
+    return list(shard)
+
+
+def save_checkpoint(chunks: list[Any], folder: Path) -> None:
+    """Write the chunks' weights as ``folder/weights``, under the names that NeMo's checkpoints have."""
+    (folder / "weights").mkdir()
+    dist_checkpointing.save(checkpoint.sharded_model(chunks, prefix=checkpoint.PREFIX), str(folder / "weights"))
+
+
+def load_checkpoint(chunks: list[Any], folder: Path, *, tied_before: bool = False) -> None:
+    """Fill the chunks from a checkpoint of either engine.
+
+    Args:
+        tied_before: the checkpoint has one matrix for input and output embeddings, and the model two.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor of the model.
+    """
+    output = "output_layer.weight"
+    keep = (lambda name: name != output) if tied_before else None
+    try:
+        checkpoint.load_weights(weights_of(folder), chunks, keep=keep)
+    except CheckpointingException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"CHECKPOINT: {folder} is not of the model that is described beside it ({reason})") from None
+    if tied_before:
+        [chunk] = chunks
+        with torch.no_grad():
+            chunk.output_layer.weight.copy_(chunk.embedding.word_embeddings.weight)
+
+
+def change_weights(chunks: list[Any], change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Replace weights of a model of one rank: ``change`` is given all, by name, and puts others in their place."""
+    [chunk] = chunks
+    parameters = dict(chunk.named_parameters())
+    weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
+    before = dict(weights)
+    change(weights)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if weight is not before[name]:
+                parameters[name][: len(weight)].copy_(weight)

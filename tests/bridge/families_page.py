@@ -1,0 +1,54 @@
+"""docs/families.md, written from the models that the tests convert and compare:
+
+python -m tests.bridge.families_page > docs/families.md
+"""
+
+from __future__ import annotations
+
+from nemo_rao.config.families import family_of_model_type
+from nemo_rao.hugging_face.families import FAMILIES
+
+from .layouts import LAYOUTS, VARIANTS
+from .models import MODELS
+
+_BEFORE = """\
+# Families of models
+
+Models that `nemo-rao import-hf` and `export-hf` convert with Megatron-Bridge, without Transformer Engine too. This page
+is written from the tests (`python -m tests.bridge.families_page > docs/families.md`). Each row is a model of random
+weights, made by transformers, whose log-probabilities in Megatron are those of transformers to 1e-4, and whose weights
+come back bit for bit, at {layouts}. Batches: {variants}.
+
+| model | architecture | `model.family` | NeMo's engine converts it |
+|---|---|---|---|
+"""
+_AFTER = """
+Mixtures are also split over 2 expert-parallel ranks in the second layout. gpt-oss needs
+`model.expert_tensor_parallel_size=1`: its experts have biases.
+
+Refused by name, in one line:
+
+- other architectures, and keys of config.json that are unknown or have a value that the network above does not have
+- soft caps of logits (Gemma 2), quantized weights (published gpt-oss: use a bf16 copy), rotary scaling of Gemma 3
+- Llama 3's rotary scaling with other values than `low_freq_factor` 1, `high_freq_factor` 4 and 8192 tokens, which
+  Megatron-Bridge takes as given
+- on a machine without Transformer Engine: multi-latent or linear attention, shared experts, experts in some layers
+  only, multi-token prediction
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    rows = []
+    for name, given in MODELS.items():
+        family = next(family for family in FAMILIES if family.model_type == given["model_type"])
+        known = family_of_model_type(family.model_type)
+        assert known is not None
+        nemo = "yes" if family.nemo is not None else "no"
+        rows.append(f"| {name} | {family.architecture} | `{known.name}` | {nemo} |\n")
+    before = _BEFORE.format(variants=", ".join(VARIANTS), layouts=" and ".join(LAYOUTS))
+    return before + "".join(rows) + _AFTER
+
+
+if __name__ == "__main__":
+    print(page(), end="")
