@@ -12,26 +12,21 @@ from typing import Any
 
 import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.core.activations import quick_gelu, squared_relu
-from torch.nn import functional
 
 from nemo_rao.config.architecture import architecture_fields
+from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.precision_checks import fp8_simulation
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError, did_you_mean
+from nemo_rao.mcore.activations import activation
 from nemo_rao.mcore.finish import finish_chunk, finish_config
 from nemo_rao.objectives.base import Needs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Names of activation functions in a family's fields -> what they are.
-_ACTIVATIONS = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "quick_gelu": quick_gelu,
-    "squared_relu": squared_relu,
-}
+# Of Llama 3.1's rotary scaling, what Megatron has as constants.
+_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def provider(config: RunConfig) -> Any:
@@ -41,17 +36,40 @@ def provider(config: RunConfig) -> Any:
         UserError: Megatron has no such field, or refuses the sizes.
     """
     keys = config.model
-    given = {name: value for name, value in architecture_fields(config).items() if value is not None}
+    made = GPTModelProvider(**{**_network(config), **_split(config), **_recompute(config), **keys.arch.extra})
+    made.seq_length = keys.seq_length
+    finish_config(made, fp8_simulation=fp8_simulation(config.precision))
+    return made
+
+
+def _network(config: RunConfig) -> Mapping[str, Any]:
+    """The recipe's network as fields of a provider.
+
+    Raises:
+        UserError: the recipe names a class of NeMo, or a provider cannot describe the network.
+    """
+    keys = config.model
+    if keys.config_class is not None:
+        raise UserError(
+            f"model.config_class={keys.config_class}: is a class of NeMo, which Megatron-Bridge does not have; set "
+            "model.family and model.arch instead"
+        )
+    if parts := FAMILIES[keys.family].parts:
+        raise UserError(f"model.family={keys.family}: cannot be trained on Megatron-Bridge yet ({', '.join(parts)})")
+    given = architecture_fields(config)
+    scaling = given.pop("rope_scaling")
+    if scaling is not None:
+        for name, value in _SCALING.items():
+            if scaling[name] != value:
+                raise UserError(f"model.arch.rope_scaling.{name}={scaling[name]}: Megatron has {value:g} alone")
+        given |= {"rope_scaling": True, "rope_scaling_factor": scaling["factor"]}
+    given["activation_func"] = activation(given["activation_func"])
     fields = {field.name for field in dataclasses.fields(GPTModelProvider)}
     for name in keys.arch.extra:
         if name not in fields:
             raise UserError(f"model.arch.extra.{name}: Megatron's GPT has no such field{did_you_mean(name, fields)}")
-    sizes = {name: value for name, value in given.items() if name in fields}
-    if isinstance(named := sizes.get("activation_func"), str):
-        sizes["activation_func"] = _ACTIVATIONS[named]
-    made = GPTModelProvider(**{**sizes, **_split(config), **_recompute(config), "seq_length": keys.seq_length})
-    finish_config(made, fp8_simulation=fp8_simulation(config.precision))
-    return made
+    # A field that this Megatron does not have is off there.
+    return {name: value for name, value in given.items() if name in fields and value is not None}
 
 
 def model_config(config: RunConfig) -> Any:

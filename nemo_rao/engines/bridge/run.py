@@ -59,7 +59,7 @@ class Run:
         self._provider = provider(config)
         vocab_size = self._provider.vocab_size or len(self._tokenizer)
         multiple = self._provider.make_vocab_size_divisible_by * config.model.tensor_model_parallel_size
-        self._provider.vocab_size = -(-vocab_size // multiple) * multiple  # Bridge pads a tokenizer's size alone
+        self._padded_vocab_size = -(-vocab_size // multiple) * multiple
         self.loss = ObjectiveLoss(registry.get(config.model.objective), objective_config, vocab_size=vocab_size)
         self.pad_token_id = pad_token_id(self._tokenizer)
         self._step = 0
@@ -73,6 +73,7 @@ class Run:
             start_from: a checkpoint whose weights the model has.
         """
         self._data, self._folder = data, folder
+        self._provider.vocab_size = self._padded_vocab_size  # Bridge pads a tokenizer's size alone
         finish_when_built(self._provider, self._config, self.loss.needs)
         if start_from is not None:
             self._provider.register_pre_wrap_hook(lambda chunks: self._read_start(chunks, start_from))
@@ -85,6 +86,7 @@ class Run:
                 runtime_config_update(state.cfg)
                 self._parts = setup(state, get_dataset_provider(state.cfg.dataset))
             quiet_third_parties()
+            self._provider.vocab_size = self.loss.vocab_size  # the network is the same whatever the padding
             yield
             torch.distributed.barrier()
         finally:
