@@ -1,9 +1,9 @@
 """How checkpoints lie on disk: those of this project's runs, on either engine, and Megatron-Bridge's own.
 
-    NAME/weights/       torch_dist, of a run on either engine; the model's names begin with "module."
-    NAME/context/       tokenizer; on NeMo, what else it keeps
-    iter_0000100/       torch_dist, of Megatron-Bridge itself, without that prefix; latest_checkpointed_iteration.txt is
-                        beside it
+NAME/weights/       torch_dist, of a run on either engine; the model's names begin with "module."
+NAME/context/       tokenizer; on NeMo, what else it keeps
+iter_0000100/       torch_dist, of Megatron-Bridge itself, without that prefix; latest_checkpointed_iteration.txt is
+                    beside it
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Megatron's distributed checkpoints (``torch_dist``): a rank's part of model and optimizer, written and read back.
 
 The model's tensors have NeMo's names, with the prefix "module.", so that a checkpoint of either engine starts a run of
-the other; without it, as Megatron-Bridge itself writes them, they are read too. The optimizer's state lies in the format
-that any parallelism reads; what a run keeps besides is of plain types.
+the other; without it, as Megatron-Bridge itself writes them, they are read too. The optimizer's state lies in the
+format that any parallelism reads; what a run keeps besides is of plain types.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bridge's run as a :class:`~nemo_rao.loop.session.Session`, the callback that calls its hooks, and its forward step."""
+"""Bridge's run as a :class:`~nemo_rao.loop.session.Session`, the callback that calls hooks, and the forward step."""
 
 from __future__ import annotations
 
@@ -127,9 +127,7 @@ class CallHooks(Callback):
     def _set_rates(self, context: Any, step: int) -> None:
         self._lr = learning_rate(self._schedule, step, highest=self._rates[0], max_steps=self._session.max_steps)
         for group, highest in zip(context.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = learning_rate(
-                self._schedule, step, highest=highest, max_steps=self._session.max_steps
-            )
+            group["lr"] = learning_rate(self._schedule, step, highest=highest, max_steps=self._session.max_steps)
 
 
 class ForwardStep:
