@@ -1,4 +1,4 @@
-"""Bridge's LoRA as runs have it: names of the whole model, a start that no parallelism changes, checkpoints that resume.
+"""Bridge's LoRA as runs have it: names of the whole model, a start that no parallelism changes, stored to resume.
 
 Imports Bridge; what can be checked without it is in :mod:`nemo_rao.config.lora_targets`.
 """

@@ -14,8 +14,8 @@ import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 from nemo_rao.config.architecture import architecture_fields
-from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.experts import check_experts
+from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.precision_checks import fp8_simulation
 from nemo_rao.config.run_config import RunConfig
