@@ -24,6 +24,8 @@ from nemo_rao.checkpoint.adapters import trained_on
 from nemo_rao.checkpoint.find import last_checkpoint, resolve_checkpoint, step_of
 from nemo_rao.config.architecture import architecture_fields, family_of
 from nemo_rao.config.derived import objective_config, run_dir
+from nemo_rao.config.engine_choice import KEY as ENGINE
+from nemo_rao.config.engine_choice import NEMO, installed_engine
 from nemo_rao.config.run_config import ArchitectureConfig, RunConfig
 from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.data.store import PreferenceData
@@ -43,7 +45,7 @@ KEEPS_NUMBERS = (
     *("exp_manager.", "trainer.val_check_interval", "trainer.log_every_n_steps", "trainer.enable_progress_bar"),
     *("trainer.timeout_minutes", "model.allow_pickle", "model.allow_random_weights"),
     # Ranks, and how the model and a batch are split over them.
-    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.threads_per_rank"),
+    *("trainer.engine", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.threads_per_rank"),
     *("model.micro_batch_size", "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"),
     *("model.virtual_pipeline_model_parallel_size", "model.context_parallel_size", "model.expert_model_parallel_size"),
     *("model.expert_tensor_parallel_size", "model.sequence_parallel", "model.recompute_", "model.fused_log_probs"),
@@ -98,15 +100,22 @@ def read_run(folder: Path) -> Mapping[str, Any]:
     return _read_json(folder / RUN)
 
 
-def write_run(folder: Path, *, start_from: Path | None, max_steps: int, finished_at: int | None = None) -> None:
-    """Writes ``run.json``: what a run started from, how many steps it has, and whether it has reached its end.
+def write_run(
+    folder: Path, *, start_from: Path | None, max_steps: int, finished_at: int | None = None, engine: str = NEMO
+) -> None:
+    """Writes ``run.json``: a run's engine, what it started from, how many steps it has, and whether it has ended.
 
     Args:
         start_from: checkpoint whose weights the run started with; ``None``: random ones.
         max_steps: planned optimizer steps.
         finished_at: steps of a run that has reached its end; its last checkpoint is then recorded, too.
+        engine: that drives it.
     """
-    record: dict[str, Any] = {"start_from": None if start_from is None else str(start_from), "max_steps": max_steps}
+    record: dict[str, Any] = {
+        "engine": engine,
+        "start_from": None if start_from is None else str(start_from),
+        "max_steps": max_steps,
+    }
     if finished_at is not None:
         checkpoint = last_checkpoint(folder)
         record |= {"finished_at": finished_at, "checkpoint": None if checkpoint is None else checkpoint.name}
@@ -244,9 +253,23 @@ def check_settings(config: RunConfig, folder: Path | None = None, *, another: st
             f"{folder}: {RECIPE} is missing, so nothing says with which settings its checkpoints were trained; restore "
             f"it, or give another {another}"
         )
+    _check_engine(config, folder, another)
     changes = settings_changes(load_recipe(recipe), config)
     _refuse(changes, config, folder, another)
     return changes
+
+
+def _check_engine(config: RunConfig, folder: Path, another: str) -> None:
+    """Refuses to continue a run on another engine: the state of its optimizer is the engine's own."""
+    began_on = read_run(folder).get("engine", NEMO)  # earlier versions had this one alone
+    asked = config.trainer.engine
+    now = installed_engine() if asked == "auto" else asked
+    if now is not None and now != began_on:
+        raise UserError(
+            f"{ENGINE}={asked}: {folder} was begun on {began_on}, and would continue on {now}; set {ENGINE}={began_on} "
+            f"where that is installed, or give another {another} (model.restore_from_path={folder} starts from its "
+            "weights)"
+        )
 
 
 def check_data(config: RunConfig, record: Mapping[str, Any], *, another: str = "exp_manager.name") -> list[Change]:

@@ -1,8 +1,9 @@
 """How checkpoints lie on disk: those of this project's runs, on either engine, and Megatron-Bridge's own.
 
-NAME/weights/       torch_dist, of a run on NeMo (names begin with "module.") or on Bridge (they do not)
+NAME/weights/       torch_dist, of a run on either engine; the model's names begin with "module."
 NAME/context/       tokenizer; on NeMo, what else it keeps
-iter_0000100/       torch_dist, written by Megatron-Bridge itself, beside latest_checkpointed_iteration.txt
+iter_0000100/       torch_dist, of Megatron-Bridge itself, without that prefix; latest_checkpointed_iteration.txt is
+                    beside it
 """
 
 from __future__ import annotations
@@ -39,8 +40,3 @@ def names_of_model(stored: Iterable[str]) -> dict[str, str]:
     names = list(stored)
     prefixed = {name: name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)}
     return prefixed or {name: name for name in names if not name.startswith(_BESIDES)}
-
-
-def is_of_nemo(stored: Iterable[str]) -> bool:
-    """Whether names in a checkpoint are NeMo's."""
-    return any(name.startswith(_PREFIX) for name in stored)

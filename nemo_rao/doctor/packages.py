@@ -79,7 +79,7 @@ def engine_line(engine: str | None, asked: list[Requirement]) -> str | None:
 
 def unmet(asked: list[Requirement]) -> dict[str, str]:
     """Name -> what is wrong with it: missing, or a version that the plugin does not know."""
-    found = {}
+    found: dict[str, str] = {}
     for one in asked:
         name, here = canonicalize_name(one.name), version(one.name)
         if here is None:

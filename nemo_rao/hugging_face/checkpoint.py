@@ -65,7 +65,7 @@ def describe(checkpoint: Path) -> Described:
             f"CHECKPOINT: {file} does not tell what model it is ({type(error).__name__}: {reason})"
         ) from None
     family = next((family for family in FAMILIES if family.nemo is not None and family.nemo.module == module), None)
-    if family is None or config.get("num_moe_experts") or bool(config.get("qk_layernorm")) != family.nemo.qk_norm:
+    if family is None or config.get("num_moe_experts") or bool(config.get("qk_layernorm")) != family.of_nemo.qk_norm:
         raise UserError(f"CHECKPOINT: {checkpoint} is a {class_name}, which cannot be exported; {SUPPORTED} can")
     if config.get("seq_len_interpolation_factor") or config.get("add_bias_linear"):
         raise UserError(f"CHECKPOINT: {checkpoint}: interpolated positions and biases cannot be exported yet")
@@ -93,7 +93,7 @@ def check_names(base: Described, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
         wanted |= {f"{LAYERS}{name}.weight", f"{LAYERS}{name}.layer_norm_weight"}
     wanted |= {f"{LAYERS}self_attention.linear_proj.weight", f"{LAYERS}mlp.linear_fc2.weight"}
-    nemo = base.family.nemo
+    nemo = base.family.of_nemo
     parts = ([MEGATRON_BIAS] if nemo.qkv_bias else []) + (list(QK_NORMS.values()) if nemo.qk_norm else [])
     wanted |= {LAYERS + part.partition("*.")[2] for part in parts}
     missing = sorted(wanted - set(shapes))

@@ -205,10 +205,10 @@ def _write_model(
     with no_init_weights():
         target = transformers.AutoModelForCausalLM.from_config(hf_config, torch_dtype=torch_dtype)
     target = Exporter(base.folder).convert_state(source, target)
-    if base.family.nemo.qkv_bias:
+    if base.family.of_nemo.qkv_bias:
         bias = io.state_transform(source_key=MEGATRON_BIAS, target_key=HF_BIASES, fn=TransformFns.split_qkv_bias)
         io.apply_transforms(source, target, mapping={}, transforms=[bias])
-    if base.family.nemo.qk_norm:
+    if base.family.of_nemo.qk_norm:
         io.apply_transforms(source, target, mapping={to: name for name, to in QK_NORMS.items()}, transforms=[])
     target.tie_weights()
     if SCORE_HEAD in source.state_dict():

@@ -52,6 +52,12 @@ class Family:
     period: int = 0
     scaling: str | None = None
 
+    @property
+    def of_nemo(self) -> NemoNames:
+        """``nemo``, of a family that NeMo converts."""
+        assert self.nemo is not None, f"{self.architecture} is converted by Megatron-Bridge alone"
+        return self.nemo
+
 
 _EXPERTS = ("num_local_experts", "num_experts_per_tok")
 # These networks have a window only with use_sliding_window, which is refused.

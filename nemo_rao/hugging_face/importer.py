@@ -201,16 +201,16 @@ def _convert(
     # After construction: the checkpoint's context is to know nothing of it.
     made.transformer_layer_spec = layer_spec_without_te
     made.perform_initialization = False
-    target = vars(llm)[family.nemo.model_class](
+    target = vars(llm)[family.of_nemo.model_class](
         made, tokenizer=AutoTokenizer(str(folder / "tokenizer"), trust_remote_code=False)
     )
     importer = HFLlamaImporter(files[0].parent)
     trainer = importer.nemo_setup(target, ckpt_async_save=False)
     importer.convert_state(model, target)
-    if family.nemo.qkv_bias:
+    if family.of_nemo.qkv_bias:
         bias = io.state_transform(source_key=HF_BIASES, target_key=MEGATRON_BIAS, fn=TransformFns.merge_qkv_bias)
         io.apply_transforms(model, target, mapping={}, transforms=[bias])
-    if family.nemo.qk_norm:
+    if family.of_nemo.qk_norm:
         io.apply_transforms(model, target, mapping=QK_NORMS, transforms=[])
     del model
     say("writing the checkpoint")

@@ -101,9 +101,7 @@ class KeepCheckpoints(Hook):
         if is_last:
             self._last = link or name
         self._written |= {name, link} if link else {name}
-        wanted = self._wanted() | {name}
-        unwanted = self._written - wanted
-        self._written &= wanted
+        unwanted = self._written - self._wanted() - {name}  # until they are gone, the checkpoint names them as written
         self._saved_step = session.step
         if session.is_first_rank:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +115,7 @@ class KeepCheckpoints(Hook):
                 remove_checkpoints(self._folder, [link])
                 (self._folder / link).symlink_to(name)
             remove_checkpoints(self._folder, unwanted)
+        self._written -= unwanted
         torch.distributed.barrier()
 
     def _value(self, session: Session) -> float | None:

@@ -4,8 +4,8 @@
     cosine      from highest after the warm-up to min_lr at the run's last step
     constant    highest
 
-With ``constant_steps`` the warm-up is Megatron's, ``highest * step / warmup_steps``: its first step has a rate of 0. The
-cosine then ends before these last steps, which have min_lr. Steps count from 0.
+With ``constant_steps`` the warm-up is Megatron's, ``highest * step / warmup_steps``: its first step has a rate of 0.
+The cosine then ends before these last steps, which have min_lr. Steps count from 0.
 """
 
 from __future__ import annotations

@@ -216,6 +216,7 @@ class SegmentAttention(DotProductAttention):
         forked = dropout and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
             if self._sinks is not None:
+                assert mask is not None
                 return _attend_with_sinks(query, key, value, self._sinks, scale=scale, mask=mask, dropout=dropout)
             attended = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),

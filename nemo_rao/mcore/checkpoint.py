@@ -1,7 +1,8 @@
 """Megatron's distributed checkpoints (``torch_dist``): a rank's part of model and optimizer, written and read back.
 
-weights/    the model's tensors under their own names, or with NeMo's prefix "module."; the optimizer's in the format
-            that any parallelism reads; what a run keeps beside them, of plain types
+The model's tensors have NeMo's names, with the prefix "module.", so that a checkpoint of either engine starts a run of
+the other; without it, as Megatron-Bridge itself writes them, they are read too. The optimizer's state lies in the
+format that any parallelism reads; what a run keeps besides is of plain types.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy, load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
@@ -65,10 +66,10 @@ def save(folder: Path, chunks: Sequence[Any], optimizer: Any, state: Mapping[str
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
-    content = sharded_model(chunks, keep=keep)
+    content = sharded_model(chunks, prefix=PREFIX, keep=keep)
     content["optimizer"] = optimizer.sharded_state_dict(content, metadata=dict(_LAYOUT))
     strategy = FullyParallelSaveStrategyWrapper(
-        dist_checkpointing.serialization.get_default_save_sharded_strategy(),
+        get_default_save_sharded_strategy(),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     content |= {STATE: dict(state)}

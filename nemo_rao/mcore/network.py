@@ -34,7 +34,7 @@ _LAYOUT = """
     tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad
     tp_comm_split_ag tp_comm_split_rs tp_comm_atomic_ag tp_comm_atomic_rs tp_comm_overlap_disable_qkv
     tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend overlap_moe_expert_parallel_comm moe_token_dispatcher_type
-    moe_enable_deepep moe_deepep_num_sms moe_shared_expert_overlap
+    moe_enable_deepep moe_deepep_num_sms moe_shared_expert_overlap _pg_collection
 """
 # Only of the backward pass, the optimizer, the loss, or what is logged.
 _TRAINING = """

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rao.batch import ModelOutput, Row
+from nemo_rao.checkpoint.layout import weights_of
 from nemo_rao.checkpoint.pickles import refuse_code
 from nemo_rao.config.architecture import network_key
 from nemo_rao.config.derived import objective_config

@@ -20,6 +20,7 @@ from nemo_rao.checkpoint.continuing import (
 from nemo_rao.checkpoint.find import last_checkpoint, step_of
 from nemo_rao.checkpoint.starting import describe_heads, describe_start
 from nemo_rao.config.derived import run_dir
+from nemo_rao.config.engine_choice import engine_name
 from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.engines.engine import engine_of
@@ -88,7 +89,7 @@ def train(config: RunConfig, *, hooks: Callable[[list[Hook]], list[Hook]] = as_t
         say(f"metrics      {folder / 'metrics.jsonl'}")
         if config.exp_manager.draw_curves:
             say(f"curves       {draw_curves(folder)}")
-        write_run(folder, start_from=prepared.start_from, max_steps=prepared.max_steps, finished_at=prepared.max_steps)
+        _write_run(config, prepared, finished_at=prepared.max_steps)
 
 
 def _record_start(config: RunConfig, prepared: Prepared) -> None:
@@ -96,5 +97,15 @@ def _record_start(config: RunConfig, prepared: Prepared) -> None:
     folder = run_dir(config)
     write_atomically(folder / RECIPE, to_yaml(config))
     write_atomically(folder / DATA, json.dumps(data_record(prepared.train, prepared.validation), indent=2) + "\n")
-    write_run(folder, start_from=prepared.start_from, max_steps=prepared.max_steps)
+    _write_run(config, prepared)
     record_changes(folder, prepared.changes, 0 if prepared.resume_from is None else step_of(prepared.resume_from))
+
+
+def _write_run(config: RunConfig, prepared: Prepared, *, finished_at: int | None = None) -> None:
+    write_run(
+        run_dir(config),
+        engine=engine_name(config),
+        start_from=prepared.start_from,
+        max_steps=prepared.max_steps,
+        finished_at=finished_at,
+    )

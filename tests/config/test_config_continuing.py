@@ -24,6 +24,7 @@ from nemo_rao.checkpoint.continuing import (
 )
 from nemo_rao.config.compose import compose
 from nemo_rao.config.derived import run_dir
+from nemo_rao.config.engine_choice import NEMO, installed_engine
 from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import known_keys, types_of_keys
@@ -114,7 +115,8 @@ def begin(folder: Path, *overrides: str, step: int = 2, finished: int | None = N
     (run / f"checkpoints/step={step}-last/weights").mkdir(parents=True)
     write_atomically(run / continuing.RECIPE, to_yaml(made))
     write_atomically(run / continuing.DATA, json.dumps(data_record(data(), data(5))))
-    write_run(run, start_from=Path("/checkpoints/base"), max_steps=4, finished_at=finished)
+    engine = installed_engine() or NEMO
+    write_run(run, engine=engine, start_from=Path("/checkpoints/base"), max_steps=4, finished_at=finished)
     return run
 
 
@@ -326,3 +328,22 @@ def test_changes_that_are_applied_are_described_and_recorded(tmp_path: Path) -> 
     (line,) = (run / continuing.CHANGES).read_text().splitlines()
     record = json.loads(line)
     assert record["step"] == 2 and {"key": "trainer.max_steps", "old": 4, "new": 8} in record["changes"]
+
+
+@pytest.mark.parametrize(("began_on", "asked"), [("nemo", "bridge"), ("bridge", "nemo")])
+def test_a_run_is_not_continued_on_another_engine(tmp_path: Path, began_on: str, asked: str) -> None:
+    run = begin(tmp_path)
+    write_run(run, engine=began_on, start_from=Path("/checkpoints/base"), max_steps=4)
+    with pytest.raises(UserError) as refused:
+        check_settings(config(tmp_path, f"trainer.engine={asked}"))
+    message = str(refused.value)
+    assert f"{run} was begun on {began_on}, and would continue on {asked}" in message and "\n" not in message
+    assert check_settings(config(tmp_path, f"trainer.engine={began_on}"))[0].key == "trainer.engine"
+
+
+def test_runs_of_versions_before_there_were_engines_are_nemos(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    (run / "run.json").write_text(json.dumps({"start_from": "/checkpoints/base", "max_steps": 4}))
+    check_settings(config(tmp_path, "trainer.engine=nemo"))
+    with pytest.raises(UserError, match="begun on nemo"):
+        check_settings(config(tmp_path, "trainer.engine=bridge"))

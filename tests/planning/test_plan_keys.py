@@ -97,6 +97,7 @@ READ: dict[str, tuple[str, tuple[str, ...]]] = {
 
 # Key, or group of keys -> why it cannot matter, and a value that is not the default.
 CANNOT: dict[str, tuple[str, str]] = {
+    "trainer.engine": ("both build the same network and optimizer", "bridge"),
     "trainer.log_every_n_steps": ("a few numbers", "7"),
     "trainer.gradient_clip_val": ("a norm that is computed in any case", "0"),
     "trainer.seed": ("which numbers are drawn, not how many", "7"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_rao.checkpoint.continuing import needs_start
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.store import PreferenceData
@@ -49,7 +50,7 @@ def train_rank(
     with run.built(
         training_data(config, data_sets["training"]),
         folder=run_dir(config),
-        start_from=prepared.start_from if prepared.resume_from is None else None,
+        start_from=prepared.start_from if needs_start(config) else None,
     ):
         run.train(hooks, resume_from=prepared.resume_from)
     leave_if_stopped()

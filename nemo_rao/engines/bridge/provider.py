@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nemo_rao.config.architecture import architecture_fields, family_of
+from nemo_rao.config.architecture import architecture_fields
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.lora_targets import check_targets
@@ -36,7 +36,12 @@ def provider(config: RunConfig) -> Any:
         UserError: Megatron has no such field, or refuses the sizes.
     """
     keys = config.model
-    family = family_of(config)
+    if keys.config_class is not None:
+        raise UserError(
+            f"model.config_class={keys.config_class}: is a class of NeMo, which Megatron-Bridge does not have; set "
+            "model.family and model.arch instead"
+        )
+    family = keys.family
     kind, given = in_bridges_terms(family, architecture_fields(config))
     fields = {field.name for field in dataclasses.fields(kind)}
     for name in keys.arch.extra:

@@ -23,6 +23,7 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.engines.bridge.build import container, data_set
 from nemo_rao.engines.bridge.loggers import loggers
+from nemo_rao.engines.bridge.lora import add_adapters, is_adapter, record_base
 from nemo_rao.engines.bridge.provider import finish_when_built, provider
 from nemo_rao.engines.bridge.session import BridgeSession, CallHooks, ForwardStep
 from nemo_rao.loop.data import TrainingData
@@ -59,9 +60,10 @@ class Run:
         self._provider = provider(config)
         vocab_size = self._provider.vocab_size or len(self._tokenizer)
         multiple = self._provider.make_vocab_size_divisible_by * config.model.tensor_model_parallel_size
-        self._provider.vocab_size = -(-vocab_size // multiple) * multiple  # Bridge pads a tokenizer's size alone
+        self._padded_vocab_size = -(-vocab_size // multiple) * multiple
         self.loss = ObjectiveLoss(registry.get(config.model.objective), objective_config, vocab_size=vocab_size)
         self.pad_token_id = pad_token_id(self._tokenizer)
+        self._adapters_only = config.model.peft.scheme != "none"
         self._step = 0
 
     @contextlib.contextmanager
@@ -70,12 +72,15 @@ class Run:
 
         Args:
             folder: of results.
-            start_from: a checkpoint whose weights the model has.
+            start_from: a checkpoint whose weights the model has; of a run of adapters, those below them.
         """
-        self._data, self._folder = data, folder
+        self._data, self._folder, self._start_from = data, folder, start_from
+        self._provider.vocab_size = self._padded_vocab_size  # Bridge pads a tokenizer's size alone
         finish_when_built(self._provider, self._config, self.loss.needs)
         if start_from is not None:
-            self._provider.register_pre_wrap_hook(lambda chunks: self._read_start(chunks, start_from))
+            self._provider.register_pre_wrap_hook(self._read_start)
+        if self._adapters_only:
+            self._provider.register_pre_wrap_hook(self._add_adapters)
         state = GlobalState()
         state.cfg = container(self._config, self._provider, data_set(self._micro_batches()), max_steps=self._max_steps)
         try:
@@ -83,6 +88,7 @@ class Run:
                 runtime_config_update(state.cfg)
                 self._parts = setup(state, get_dataset_provider(state.cfg.dataset))
             quiet_third_parties()
+            self._provider.vocab_size = self.loss.vocab_size  # the network is the same whatever the padding
             yield
             torch.distributed.barrier()
         finally:
@@ -98,6 +104,8 @@ class Run:
             data=self._data,
             loss=self.loss,
             max_steps=self._max_steps,
+            # Adapters start without effect: the reference policy is the model below them.
+            keep=(lambda name: not is_adapter(name)) if self._adapters_only else None,
             **arguments,
         )
 
@@ -152,12 +160,22 @@ class Run:
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
-    def _read_start(self, chunks: list[Any], start_from: Path) -> list[Any]:
-        checkpoint.load_weights(weights_of(start_from), chunks)
+    def _read_start(self, chunks: list[Any]) -> list[Any]:
+        assert self._start_from is not None
+        checkpoint.load_weights(weights_of(self._start_from), chunks)
         return chunks
 
+    def _add_adapters(self, chunks: list[Any]) -> list[Any]:
+        add_adapters(chunks, self._config)
+        return chunks
+
+    @property
+    def _stored(self) -> checkpoint.Filter | None:
+        """What of the model a checkpoint of this run holds."""
+        return is_adapter if self._adapters_only else None
+
     def _resume(self, resume_from: Path) -> None:
-        stored = checkpoint.load(weights_of(resume_from), self._parts.model, self._parts.optimizer, keep=None)
+        stored = checkpoint.load(weights_of(resume_from), self._parts.model, self._parts.optimizer, keep=self._stored)
         self._step = stored["step"]
         train_state = self._parts.state.train_state
         train_state.step = self._step
@@ -172,6 +190,9 @@ class Run:
             "kept": self._keeping.state,
             "reference": {name: value for hook in self._references for name, value in hook.state.items()},
         }
-        checkpoint.save(folder / "weights", self._parts.model, self._parts.optimizer, content, keep=None)
+        checkpoint.save(folder / "weights", self._parts.model, self._parts.optimizer, content, keep=self._stored)
         if self._session.is_first_rank:
+            if self._adapters_only:
+                assert self._start_from is not None
+                record_base(folder, self._start_from)
             self._tokenizer.save_pretrained(folder / "context" / "tokenizer")

@@ -1,4 +1,4 @@
-"""Bridge's run as a :class:`~nemo_rao.loop.session.Session`, the callback that calls its hooks, and its forward step."""
+"""Bridge's run as a :class:`~nemo_rao.loop.session.Session`, the callback that calls hooks, and the forward step."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class CallHooks(Callback):
     def on_train_step_end(self, context: Any) -> None:
         step = int(context.state.train_state.step) + 1  # Bridge counts it after this
         numbers = {} if context.grad_norm is None else {"grad_norm": float(context.grad_norm)}
-        self._session.done(step, {**numbers, "lr": float(context.optimizer.param_groups[0]["lr"])})
+        self._session.done(step, {**numbers, "lr": self._lr})
         for hook in self._hooks:
             hook.after_step(self._session)
 
@@ -125,6 +125,7 @@ class CallHooks(Callback):
             hook.close()
 
     def _set_rates(self, context: Any, step: int) -> None:
+        self._lr = learning_rate(self._schedule, step, highest=self._rates[0], max_steps=self._session.max_steps)
         for group, highest in zip(context.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = learning_rate(self._schedule, step, highest=highest, max_steps=self._session.max_steps)
 

@@ -1,0 +1,106 @@
+"""Five steps of each objective from weights that both engines can make: those of NeMo's engine are kept as a file.
+
+    PYTHONPATH=. python -m tests.bridge.five_steps          where NeMo is installed: writes nemo_steps.json anew
+
+The weights are drawn from the hash of each parameter's name; data and tokenizer are made on the spot, from seeds. The
+file has their fingerprint, so that a difference there is not taken for one of the engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.loop.session import Hook, Session
+from nemo_rao.objectives.registry import OBJECTIVES
+
+from ..train.runs import NO_CHECKPOINTS, TINY, in_fork, make_data, steps
+
+RECORDED = Path(__file__).with_name("nemo_steps.json")
+NUM_STEPS = 5
+KEYS = {"kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
+# A schedule with all its parts, and every number of the optimizer other than its default.
+OVERRIDES = (
+    *TINY,
+    *NO_CHECKPOINTS,
+    "trainer.max_epochs=null",
+    f"trainer.max_steps={NUM_STEPS}",
+    "trainer.gradient_clip_val=0.5",
+    "model.global_batch_size=8",
+    "model.micro_batch_size=2",
+    "model.optim.weight_decay=0.1",
+    "model.optim.betas=[0.8,0.9]",
+    "model.optim.eps=1e-6",
+    "model.optim.sched.name=cosine",
+    "model.optim.sched.warmup_steps=2",
+    "model.optim.sched.min_lr=1e-4",
+)
+
+
+class WeightsByName(Hook):
+    """Before anything else, weights that depend on their names alone. For one rank, in fp32."""
+
+    def start(self, session: Session) -> None:
+        import torch
+
+        from nemo_rao.mcore.forward import unwrapped
+
+        for chunk in session.chunks:
+            for name, parameter in unwrapped(chunk).named_parameters():
+                if "head" in name or name.endswith(("layernorm.weight", "layer_norm_weight")):
+                    continue  # these start alike on both
+                seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+                drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.data.copy_(0.05 * drawn)
+
+
+def weights_first(hooks: list[Hook]) -> list[Hook]:
+    return [WeightsByName(), *hooks]
+
+
+def run(objective: str, folder: Path, data: tuple[str, ...], *extra: str) -> list[dict[str, float]]:
+    """The steps of a run with an objective, as ``metrics.jsonl`` has them."""
+    given = [
+        *OVERRIDES,
+        *data,
+        f"model.objective={objective}",
+        *(f"model.{objective}.{key}" for key in KEYS.get(objective, ())),
+        f"exp_manager.exp_dir={folder}",
+        f"exp_manager.name={objective}",
+        *extra,
+    ]
+    in_fork(_train, tuple(given))
+    return steps(folder / objective)
+
+
+def _train(overrides: tuple[str, ...]) -> None:
+    from nemo_rao.config.compose import compose
+    from nemo_rao.training.checks import check_run
+    from nemo_rao.training.train import train
+
+    config = compose("gpt_rao", overrides)
+    check_run(config)
+    train(config, hooks=weights_first)
+
+
+def fingerprint(folder: Path, objective: str) -> str:
+    """Of what a run was trained on."""
+    return str(json.loads((folder / objective / "data.json").read_text())["training"]["contents"])
+
+
+def every_objective(run_one: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        data = make_data(folder / "data")
+        found = {name: run(name, folder, data) for name in OBJECTIVES}
+        return {"data": {name: fingerprint(folder, name) for name in OBJECTIVES}, "steps": found}
+
+
+if __name__ == "__main__":
+    os.environ["TOKENIZERS_PARALLELISM"], os.environ["OMP_NUM_THREADS"] = "false", "1"
+    RECORDED.write_text(json.dumps(every_objective(), indent=1) + "\n")
