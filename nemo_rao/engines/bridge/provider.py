@@ -14,6 +14,7 @@ import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 from nemo_rao.config.architecture import architecture_fields
+from nemo_rao.config.derived import recompute_fields
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.lora_targets import check_targets
@@ -36,7 +37,7 @@ def provider(config: RunConfig) -> Any:
         UserError: Megatron has no such field, or refuses the sizes.
     """
     keys = config.model
-    made = GPTModelProvider(**{**_network(config), **_split(config), **_recompute(config), **keys.arch.extra})
+    made = GPTModelProvider(**{**_network(config), **_split(config), **recompute_fields(config), **keys.arch.extra})
     made.seq_length = keys.seq_length
     finish_config(made, fp8_simulation=fp8_simulation(config.precision))
     return made
@@ -107,16 +108,6 @@ def _split(config: RunConfig) -> Mapping[str, Any]:
         # Two stages of an interleaved pipeline send each other activations and gradients at once: in one batch of
         # messages, Megatron's default, the one is taken for the other.
         **({"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}),
-    }
-
-
-def _recompute(config: RunConfig) -> Mapping[str, Any]:
-    keys = config.model
-    full = keys.recompute_granularity == "full"
-    return {
-        "recompute_granularity": keys.recompute_granularity,
-        "recompute_method": (keys.recompute_method or "uniform") if full else None,
-        "recompute_num_layers": (keys.recompute_num_layers or 1) if full else None,
     }
 
 
