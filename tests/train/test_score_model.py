@@ -91,7 +91,7 @@ def test_a_file_with_responses_too_long_for_the_model_is_scored_and_trains(
     assert f"model.seq_length=64, with which {tmp_path / 'rm'} was trained (--max-length reads more)" in too_many
     assert "given.jsonl line 5, response 2" in too_many and not list(tmp_path.glob("model_scores/*"))
     beyond = fails(tmp_path, str(given), str(scored), "--scorer", scorer, "--max-length", "99999")
-    assert f"--max-length 99999: the context of {tmp_path / 'rm'}'s model is 4096 tokens" in beyond
+    assert f"--max-length 99999: the context of {tmp_path / 'rm'}'s model is " in beyond  # each engine has its own
     score(str(given), str(tmp_path / "long.jsonl"), "--scorer", scorer, "--max-length", "1000")
     scored_lines = (tmp_path / "long.jsonl").read_text().splitlines()
     longer = [[answer["reward"] for answer in json.loads(line)["responses"]] for line in scored_lines]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nemo_rao.config.architecture import architecture_fields
+from nemo_rao.config.derived import recompute_fields
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.lora_targets import check_targets
@@ -50,7 +51,7 @@ def provider(config: RunConfig) -> Any:
     sizes = {name: value for name, value in given.items() if name in fields}
     if isinstance(named := sizes.get("activation_func"), str):
         sizes["activation_func"] = activation(named)
-    made = kind(**{**sizes, **_split(config), **_recompute(config), "seq_length": keys.seq_length})
+    made = kind(**{**sizes, **_split(config), **recompute_fields(config), "seq_length": keys.seq_length})
     parts = NO_PARTS if transformer_engine_is_used() else parts_of(made, f"model.family={family}")
     finish_config(made, fp8_simulation=fp8_simulation(config.precision), parts=parts)
     return made
@@ -91,16 +92,6 @@ def _split(config: RunConfig) -> Mapping[str, Any]:
         # Two stages of an interleaved pipeline send each other activations and gradients at once: in one batch of
         # messages, Megatron's default, the one is taken for the other.
         **({"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}),
-    }
-
-
-def _recompute(config: RunConfig) -> Mapping[str, Any]:
-    keys = config.model
-    full = keys.recompute_granularity == "full"
-    return {
-        "recompute_granularity": keys.recompute_granularity,
-        "recompute_method": (keys.recompute_method or "uniform") if full else None,
-        "recompute_num_layers": (keys.recompute_num_layers or 1) if full else None,
     }
 
 

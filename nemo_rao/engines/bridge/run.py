@@ -22,12 +22,12 @@ from nemo_rao.checkpoint.layout import weights_of
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.engines.bridge.build import container, data_set
-from nemo_rao.engines.bridge.loggers import loggers
 from nemo_rao.engines.bridge.lora import add_adapters, is_adapter, record_base
 from nemo_rao.engines.bridge.provider import finish_when_built, provider
 from nemo_rao.engines.bridge.session import BridgeSession, CallHooks, ForwardStep
 from nemo_rao.loop.data import TrainingData
 from nemo_rao.loop.kept_checkpoints import KeepCheckpoints
+from nemo_rao.loop.loggers import loggers
 from nemo_rao.loop.reference import ReferencePass
 from nemo_rao.loop.session import Hook
 from nemo_rao.mcore import checkpoint

@@ -13,13 +13,12 @@ from torch import Tensor
 from nemo_rao.batch import MicroBatch, ModelOutput
 from nemo_rao.config.run_config import ScheduleConfig
 from nemo_rao.loop.data import TrainingData
+from nemo_rao.loop.loggers import Logger
 from nemo_rao.loop.schedule import learning_rate
 from nemo_rao.loop.session import Hook
 from nemo_rao.mcore.checkpoint import PREFIX, Filter, sharded_model
 from nemo_rao.mcore.forward import forward_step, to_device, unwrapped
 from nemo_rao.mcore.objective_loss import ObjectiveLoss
-
-Logger = Callable[[Mapping[str, float], int], None]  # (values, step)
 
 
 class BridgeSession:

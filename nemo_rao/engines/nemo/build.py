@@ -18,7 +18,7 @@ from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
 
 from nemo_rao.config.architecture import architecture_fields, given_fields
-from nemo_rao.config.derived import objective_config
+from nemo_rao.config.derived import objective_config, recompute_fields
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.precision_checks import fp8_simulation
@@ -43,16 +43,11 @@ def model_config(config: RunConfig) -> GPTConfig:
         UserError: NeMo has no such network, or no such field.
     """
     keys = config.model
-    recompute = {
-        "recompute_granularity": keys.recompute_granularity,
-        "recompute_method": (keys.recompute_method or "uniform") if keys.recompute_granularity == "full" else None,
-        "recompute_num_layers": (keys.recompute_num_layers or 1) if keys.recompute_granularity == "full" else None,
-    }
     # Two stages of an interleaved pipeline send each other activations and gradients at once: in one batch of messages,
     # Megatron's default, the one is taken for the other.
     interleaved = keys.virtual_pipeline_model_parallel_size is not None
     messages = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}
-    more = {**recompute, **messages, "seq_length": keys.seq_length}
+    more = {**recompute_fields(config), **messages, "seq_length": keys.seq_length}
     more = {name: value for name, value in more.items() if name not in keys.arch.extra}
     if keys.config_class is None:
         made = config_of_family(keys.family, architecture_fields(config), **more)

@@ -1,19 +1,20 @@
-"""Where a run's numbers go besides ``metrics.jsonl``; only rank 0 has any."""
+"""Where a run's numbers go besides ``metrics.jsonl``, on engines without loggers of their own."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.engines.bridge.session import Logger
 from nemo_rao.runtime.console import is_first_rank
+
+Logger = Callable[[Mapping[str, float], int], None]  # (values, step)
 
 
 def loggers(config: RunConfig, folder: Path) -> list[Logger]:
-    """TensorBoard's log, and Weights & Biases' where it is asked for."""
+    """TensorBoard's log, and Weights & Biases' where it is asked for; none but on rank 0."""
     if not is_first_rank():
         return []
     made = [_tensorboard(folder)]
