@@ -93,7 +93,7 @@ def test_a_key_like_no_other_points_to_the_list_of_keys() -> None:
         ("model.rao.beta=-1", ("model.rao.beta", "-1")),
         ("precision.params=fp17", ("precision.params", "fp17", "bf16")),
         ("precision.fp8=e5m2", ("precision.fp8", "null, 'hybrid', 'e4m3'")),
-        ("trainer=3", ("trainer=3", "group of keys", "trainer.accelerator")),
+        ("trainer=3", ("trainer=3", "group of keys", "trainer.engine")),
         ("trainer.devices=1,2", ("trainer.devices=1,2", "[1,2]")),
         ("~trainer.devices", ("~trainer.devices", "cannot be deleted")),
         ("trainer.devices", ("trainer.devices", "key=value")),
