@@ -273,7 +273,9 @@ def test_a_resume_with_another_model_is_refused(refused: Callable[..., str], tra
     assert "another exp_manager.name" in message and "resume_with_changes" not in message
 
 
-def test_a_resume_with_experts_that_the_network_does_not_have_is_refused(refused: Callable[..., str], trained: Path) -> None:
+def test_a_resume_with_experts_that_the_network_does_not_have_is_refused(
+    refused: Callable[..., str], trained: Path
+) -> None:
     message = refused("trainer.devices=2", "model.expert_model_parallel_size=2")
     assert "model.expert_model_parallel_size=2" in message and "has no experts" in message and "set it to 1" in message
 
