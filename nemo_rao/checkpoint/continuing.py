@@ -13,27 +13,29 @@ them, so that a new key is refused until somebody declares it harmless. Files ar
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_rao.checkpoint.adapters import trained_on
-from nemo_rao.checkpoint.find import last_checkpoint, resolve_checkpoint, step_of
+from nemo_rao.checkpoint.find import last_checkpoint, step_of
+from nemo_rao.checkpoint.run_records import (
+    CHANGES,
+    RECIPE,
+    Change,
+    ended_without_checkpoint,
+    has_results,
+    read_data_record,
+    read_run,
+)
 from nemo_rao.config.architecture import architecture_fields, family_of
 from nemo_rao.config.derived import objective_config, run_dir
 from nemo_rao.config.engine_choice import KEY as ENGINE
 from nemo_rao.config.engine_choice import NEMO, installed_engine
 from nemo_rao.config.run_config import ArchitectureConfig, RunConfig
 from nemo_rao.config.typed_config import load_recipe
-from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
-from nemo_rao.runtime.files import write_atomically
 
-RECIPE, DATA, RUN, CHANGES = "recipe.yaml", "data.json", "run.json", "changes.jsonl"
 START = "model.restore_from_path"
 ANYWAY = "exp_manager.resume_with_changes"
 
@@ -51,7 +53,7 @@ KEEPS_NUMBERS = (
     *("model.expert_tensor_parallel_size", "model.sequence_parallel", "model.recompute_", "model.fused_log_probs"),
     *("model.optim.overlap_", "model.arch.make_vocab_size_divisible_by"),
     *("data.packing", "data.prefix_sharing", "data.pad_to_multiple_of"),
-    # Caches, and what is compared by content: see :func:`check_data` and :func:`start_of`.
+    # Caches, and what is compared by content (:func:`check_data`, and the start in :mod:`starting`).
     *("data.cache", "data.strict", "data.train_path", "data.validation_path", "data.tokenizer", "reference."),
     *("data.columns", "data.ignore_fields", "data.bad_rows", "data.max_bad_rows"),
     START,
@@ -68,107 +70,6 @@ _NO_SIZES = (
 )
 # Keys that describe the network, which may do so in several ways.
 _NETWORK = ("model.family", "model.config_class", "model.arch.")
-
-
-@dataclass(frozen=True)
-class Change:
-    """A key, or a data set, that differs from what a run has recorded.
-
-    Attributes:
-        key: dotted, such as ``model.optim.lr``.
-        old, new: the values.
-        keeps_numbers: the run's numbers stay the same, to rounding.
-        loads: the run's checkpoint can be loaded with it.
-    """
-
-    key: str
-    old: Any
-    new: Any
-    keeps_numbers: bool
-    loads: bool = True
-
-
-# ---------------------------------------------------------------------------------------------------------- records
-
-
-def read_run(folder: Path) -> Mapping[str, Any]:
-    """``run.json``, see :func:`write_run`; empty where absent.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    return _read_json(folder / RUN)
-
-
-def write_run(
-    folder: Path, *, start_from: Path | None, max_steps: int, finished_at: int | None = None, engine: str = NEMO
-) -> None:
-    """Writes ``run.json``: a run's engine, what it started from, how many steps it has, and whether it has ended.
-
-    Args:
-        start_from: checkpoint whose weights the run started with; ``None``: random ones.
-        max_steps: planned optimizer steps.
-        finished_at: steps of a run that has reached its end; its last checkpoint is then recorded, too.
-        engine: that drives it.
-    """
-    record: dict[str, Any] = {
-        "engine": engine,
-        "start_from": None if start_from is None else str(start_from),
-        "max_steps": max_steps,
-    }
-    if finished_at is not None:
-        checkpoint = last_checkpoint(folder)
-        record |= {"finished_at": finished_at, "checkpoint": None if checkpoint is None else checkpoint.name}
-    write_atomically(folder / RUN, json.dumps(record, indent=2) + "\n")
-
-
-def read_data_record(folder: Path) -> Mapping[str, Any]:
-    """``data.json``: for each data set its number of prompts and its fingerprints; empty where absent.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    return _read_json(folder / DATA)
-
-
-def data_record(train: PreferenceData, validation: PreferenceData | None) -> dict[str, Any]:
-    """What ``data.json`` holds: ``fingerprint`` is of the tokens alone, ``contents`` of all that is trained on."""
-    data_sets = {"training": train, "validation": validation}
-    return {
-        name: {
-            "num_prompts": len(data),
-            "fingerprint": data.fingerprint(),
-            "contents": data.contents_fingerprint(),
-            "report": str(data.report),
-        }
-        for name, data in data_sets.items()
-        if data is not None
-    }
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or give the run another name") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: must be an object of JSON; restore it, or give the run another name")
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------- changes
-
-
-def has_results(folder: Path) -> bool:
-    """Whether there is something to continue: a checkpoint, or the end of a run that was to keep none."""
-    return last_checkpoint(folder) is not None or _ended_without_checkpoint(folder)
-
-
-def _ended_without_checkpoint(folder: Path) -> bool:
-    record = read_run(folder)
-    return "finished_at" in record and record["checkpoint"] is None
 
 
 def settings_changes(before: RunConfig, now: RunConfig) -> list[Change]:
@@ -255,7 +156,7 @@ def check_settings(config: RunConfig, folder: Path | None = None, *, another: st
         )
     _check_engine(config, folder, another)
     changes = settings_changes(load_recipe(recipe), config)
-    _refuse(changes, config, folder, another)
+    refuse(changes, config, folder, another)
     return changes
 
 
@@ -290,7 +191,7 @@ def check_data(config: RunConfig, record: Mapping[str, Any], *, another: str = "
         old, new = before.get(name), record.get(name)
         if before and _differ(old, new):
             changes.append(Change(key, _described(old), _described(new), keeps_numbers=_harmless(old, new, config)))
-    _refuse(changes, config, folder, another)
+    refuse(changes, config, folder, another)
     return changes
 
 
@@ -316,7 +217,7 @@ def _described(data: Mapping[str, Any] | None) -> str:
     return f"{data['num_prompts']} prompts (contents {data.get('contents', data['fingerprint'])[:12]})"
 
 
-def _refuse(changes: list[Change], config: RunConfig, folder: Path, another: str = "exp_manager.name") -> None:
+def refuse(changes: list[Change], config: RunConfig, folder: Path, another: str = "exp_manager.name") -> None:
     """Raises for the changes that cannot be, or are not to be, applied."""
     refused = [change for change in changes if not change.loads]
     remedy = f"give another {another}"
@@ -356,19 +257,6 @@ _SPLITS = (
 )
 
 
-def record_changes(folder: Path, changes: list[Change], step: int) -> None:
-    """Appends a line to ``changes.jsonl``: the step from which the changes hold, when, and what changed."""
-    if not changes:
-        return
-    line = {
-        "step": step,
-        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "changes": [{"key": change.key, "old": change.old, "new": change.new} for change in changes],
-    }
-    with (folder / CHANGES).open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested groups of keys -> dotted keys."""
     found: dict[str, Any] = {}
@@ -376,44 +264,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return found
-
-
-# ------------------------------------------------------------------------------------------------- start and end
-
-
-def start_of(config: RunConfig) -> Path | None:
-    """The checkpoint that a run starts from, or ``None``; where the run continues, the one that it has started from.
-
-    A run folder that is named as the start may have gone on since, to checkpoints that this run has never seen.
-
-    Raises:
-        UserError: ``model.restore_from_path`` leads to no checkpoint, or to another one than the run started from.
-    """
-    folder, given = run_dir(config), config.model.restore_from_path
-    record = read_run(folder)
-    if not has_results(folder) or "start_from" not in record:
-        return None if given is None else resolve_checkpoint(given, START)
-    recorded = None if record["start_from"] is None else Path(record["start_from"])
-    if _same_place(load_recipe(folder / RECIPE).model.restore_from_path, given):
-        return recorded
-    resolved = None if given is None else resolve_checkpoint(given, START)
-    if resolved is not None and trained_on(last_checkpoint(folder), resolved):
-        return resolved  # a copy of the weights below this run's adapters
-    if resolved != recorded:
-        change = Change(START, recorded, resolved, keeps_numbers=False, loads=config.model.peft.scheme == "none")
-        _refuse([change], config, folder)
-    return recorded
-
-
-def needs_start(config: RunConfig) -> bool:
-    """Whether weights are read from the start: a run's own checkpoints hold all but those below adapters."""
-    return config.model.peft.scheme != "none" or not has_results(run_dir(config))
-
-
-def _same_place(one: str | None, other: str | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def finished_at(config: RunConfig, max_steps: int) -> int | None:
@@ -427,7 +277,7 @@ def finished_at(config: RunConfig, max_steps: int) -> int | None:
         return None
     ended, checkpoint = read_run(folder).get("finished_at"), last_checkpoint(folder)
     if checkpoint is None:
-        reached = ended if _ended_without_checkpoint(folder) else None
+        reached = ended if ended_without_checkpoint(folder) else None
     else:
         # One without an end was stopped between its last checkpoint and what follows it.
         reached = None if ended is None else min(ended, step_of(checkpoint))

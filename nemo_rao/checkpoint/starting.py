@@ -10,9 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from nemo_rao.checkpoint.adapters import refuse_adapters
-from nemo_rao.checkpoint.continuing import START, needs_start, start_of
-from nemo_rao.checkpoint.find import check_checkpoint, refuse_hugging_face, stored_tensors, token_embeddings
+from nemo_rao.checkpoint.adapters import refuse_adapters, trained_on
+from nemo_rao.checkpoint.continuing import START, refuse
+from nemo_rao.checkpoint.find import (
+    check_checkpoint,
+    last_checkpoint,
+    refuse_hugging_face,
+    resolve_checkpoint,
+    stored_tensors,
+    token_embeddings,
+)
+from nemo_rao.checkpoint.run_records import RECIPE, Change, has_results, read_run
 from nemo_rao.config.architecture import (
     approximate_parameters,
     architecture_fields,
@@ -20,7 +28,9 @@ from nemo_rao.config.architecture import (
     num_tokens,
     vocabulary,
 )
+from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
 
@@ -138,3 +148,38 @@ def describe_heads(config: RunConfig, objective_config: Any, start_from: Path | 
         elif stored is not None:
             lines.append(f"{said}: left behind, as {config.model.objective} has none")
     return lines
+
+
+def start_of(config: RunConfig) -> Path | None:
+    """The checkpoint that a run starts from, or ``None``; where the run continues, the one that it has started from.
+
+    A run folder that is named as the start may have gone on since, to checkpoints that this run has never seen.
+
+    Raises:
+        UserError: ``model.restore_from_path`` leads to no checkpoint, or to another one than the run started from.
+    """
+    folder, given = run_dir(config), config.model.restore_from_path
+    record = read_run(folder)
+    if not has_results(folder) or "start_from" not in record:
+        return None if given is None else resolve_checkpoint(given, START)
+    recorded = None if record["start_from"] is None else Path(record["start_from"])
+    if _same_place(load_recipe(folder / RECIPE).model.restore_from_path, given):
+        return recorded
+    resolved = None if given is None else resolve_checkpoint(given, START)
+    if resolved is not None and trained_on(last_checkpoint(folder), resolved):
+        return resolved  # a copy of the weights below this run's adapters
+    if resolved != recorded:
+        change = Change(START, recorded, resolved, keeps_numbers=False, loads=config.model.peft.scheme == "none")
+        refuse([change], config, folder)
+    return recorded
+
+
+def needs_start(config: RunConfig) -> bool:
+    """Whether weights are read from the start: a run's own checkpoints hold all but those below adapters."""
+    return config.model.peft.scheme != "none" or not has_results(run_dir(config))
+
+
+def _same_place(one: str | None, other: str | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()

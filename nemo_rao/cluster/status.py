@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_rao.checkpoint.continuing import read_run
 from nemo_rao.checkpoint.find import last_checkpoint
+from nemo_rao.checkpoint.run_records import read_run
 from nemo_rao.cluster.follow import follow
 from nemo_rao.cluster.records import JobRecord, last_words, read_records
 from nemo_rao.cluster.slurm import job_states

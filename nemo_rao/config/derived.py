@@ -52,17 +52,6 @@ def parallel_multiple(config: RunConfig) -> int:
     return math.lcm(context * tensor, 2 * context if context > 1 else 1)  # two chunks on each context-parallel rank
 
 
-def recompute_fields(config: RunConfig) -> dict[str, Any]:
-    """Which activations are computed anew, as fields of Megatron's config."""
-    keys = config.model
-    full = keys.recompute_granularity == "full"
-    return {
-        "recompute_granularity": keys.recompute_granularity,
-        "recompute_method": (keys.recompute_method or "uniform") if full else None,
-        "recompute_num_layers": (keys.recompute_num_layers or 1) if full else None,
-    }
-
-
 def run_dir(config: RunConfig) -> Path:
     """The folder of this run: checkpoints and logs."""
     return Path(config.exp_manager.exp_dir).expanduser() / config.exp_manager.name

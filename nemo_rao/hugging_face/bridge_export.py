@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from nemo_rao.checkpoint.adapters import base_of_adapters, holds_adapters
-from nemo_rao.checkpoint.continuing import RECIPE
 from nemo_rao.checkpoint.find import check_checkpoint, resolve_checkpoint, stored_tensors
 from nemo_rao.checkpoint.pickles import refuse_code
+from nemo_rao.checkpoint.run_records import RECIPE
 from nemo_rao.config.architecture import architecture_fields, family_of
 from nemo_rao.config.engine_choice import BRIDGE
 from nemo_rao.config.typed_config import load_recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_rao.checkpoint.continuing import RECIPE
+from nemo_rao.checkpoint.run_records import RECIPE
 from nemo_rao.data.rendering_record import Rendering, checked_rendering
 from nemo_rao.errors import UserError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_rao.checkpoint.continuing import Change
+from nemo_rao.checkpoint.run_records import Change
 from nemo_rao.data.store import PreferenceData
 
 

@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.checkpoint.adapters import refuse_adapters
-from nemo_rao.checkpoint.continuing import DATA, read_data_record
 from nemo_rao.checkpoint.find import resolve_checkpoint
+from nemo_rao.checkpoint.run_records import DATA, read_data_record
 from nemo_rao.config.checks import check_keys_are_read
 from nemo_rao.config.compose import compose
 from nemo_rao.config.derived import objective_config, run_dir

@@ -6,9 +6,9 @@ In the order of their cost: what the environment tells, then the data, and only 
 from __future__ import annotations
 
 from nemo_rao.checkpoint.adapters import base_on_resume, check_scheme
-from nemo_rao.checkpoint.continuing import needs_start, start_of
 from nemo_rao.checkpoint.experts import check_resumed_experts
 from nemo_rao.checkpoint.find import last_checkpoint
+from nemo_rao.checkpoint.starting import needs_start, start_of
 from nemo_rao.config.derived import objective_config, run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.mismatched import mismatched

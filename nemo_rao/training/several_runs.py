@@ -28,7 +28,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_rao.checkpoint.continuing import check_settings, has_results
+from nemo_rao.checkpoint.continuing import check_settings
+from nemo_rao.checkpoint.run_records import has_results
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import RankFailure, UserError, report

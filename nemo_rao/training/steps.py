@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_rao.checkpoint.continuing import Change, check_data, data_record, finished_at
+from nemo_rao.checkpoint.continuing import check_data, finished_at
+from nemo_rao.checkpoint.run_records import Change, data_record
 from nemo_rao.config.derived import total_steps
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.store import PreferenceData

@@ -8,16 +8,9 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nemo_rao.checkpoint.continuing import (
-    DATA,
-    RECIPE,
-    check_settings,
-    data_record,
-    describe,
-    record_changes,
-    write_run,
-)
+from nemo_rao.checkpoint.continuing import check_settings, describe
 from nemo_rao.checkpoint.find import last_checkpoint, step_of
+from nemo_rao.checkpoint.run_records import DATA, RECIPE, data_record, record_changes, write_run
 from nemo_rao.checkpoint.starting import describe_heads, describe_start
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.engine_choice import engine_name

@@ -11,17 +11,10 @@ import numpy as np
 import pytest
 
 from nemo_rao.batch import Sample
-from nemo_rao.checkpoint import continuing
-from nemo_rao.checkpoint.continuing import (
-    check_data,
-    check_settings,
-    data_record,
-    describe,
-    finished_at,
-    record_changes,
-    start_of,
-    write_run,
-)
+from nemo_rao.checkpoint import continuing, run_records
+from nemo_rao.checkpoint.continuing import check_data, check_settings, describe, finished_at
+from nemo_rao.checkpoint.run_records import data_record, record_changes, write_run
+from nemo_rao.checkpoint.starting import start_of
 from nemo_rao.config.compose import compose
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.engine_choice import NEMO, installed_engine
@@ -113,8 +106,8 @@ def begin(folder: Path, *overrides: str, step: int = 2, finished: int | None = N
     made = config(folder, *overrides)
     run = run_dir(made)
     (run / f"checkpoints/step={step}-last/weights").mkdir(parents=True)
-    write_atomically(run / continuing.RECIPE, to_yaml(made))
-    write_atomically(run / continuing.DATA, json.dumps(data_record(data(), data(5))))
+    write_atomically(run / run_records.RECIPE, to_yaml(made))
+    write_atomically(run / run_records.DATA, json.dumps(data_record(data(), data(5))))
     engine = installed_engine() or NEMO
     write_run(run, engine=engine, start_from=Path("/checkpoints/base"), max_steps=4, finished_at=finished)
     return run
@@ -302,7 +295,7 @@ def test_a_run_that_keeps_no_checkpoint_can_be_finished(tmp_path: Path) -> None:
     run = begin(tmp_path)
     (run / "checkpoints/step=2-last/weights").rmdir()
     assert finished_at(config(tmp_path), 4) is None
-    write_run(run, start_from=None, max_steps=4, finished_at=4)
+    write_run(run, start_from=None, max_steps=4, finished_at=4, engine=NEMO)
     assert finished_at(config(tmp_path), 4) == 4
     assert outcome(tmp_path, "model.optim.lr=1e-5") == "refused"
 
@@ -311,7 +304,7 @@ def test_a_new_run_does_not_mix_with_the_checkpoints_of_an_earlier_one(tmp_path:
     run = begin(tmp_path)
     with pytest.raises(UserError, match="mix with its own"):
         check_settings(config(tmp_path, "exp_manager.resume_if_exists=false"))
-    (run / continuing.RECIPE).unlink()
+    (run / run_records.RECIPE).unlink()
     with pytest.raises(UserError, match=r"recipe\.yaml is missing"):
         check_settings(config(tmp_path))
 
@@ -325,7 +318,7 @@ def test_changes_that_are_applied_are_described_and_recorded(tmp_path: Path) -> 
     ]
     record_changes(run, changes, step=2)
     record_changes(run, [], step=3)
-    (line,) = (run / continuing.CHANGES).read_text().splitlines()
+    (line,) = (run / run_records.CHANGES).read_text().splitlines()
     record = json.loads(line)
     assert record["step"] == 2 and {"key": "trainer.max_steps", "old": 4, "new": 8} in record["changes"]
 

@@ -10,8 +10,10 @@ import torch
 from torch.distributed import checkpoint as torch_checkpoint
 
 from nemo_rao.checkpoint.adapters import base_of_adapters, base_on_resume, digest_of_weights
-from nemo_rao.checkpoint.continuing import start_of, write_run
+from nemo_rao.checkpoint.run_records import write_run
+from nemo_rao.checkpoint.starting import start_of
 from nemo_rao.config.compose import compose
+from nemo_rao.config.engine_choice import NEMO
 from nemo_rao.config.lora_targets import (
     adapted,
     check_targets,
@@ -222,7 +224,7 @@ def test_a_copy_of_the_base_is_the_same_start(tmp_path: Path) -> None:
         return compose("gpt_sft", [*given, f"model.restore_from_path={path}"])
 
     (folder / "recipe.yaml").write_text(to_yaml(started_from(whole)))
-    write_run(folder, start_from=whole, max_steps=4)
+    write_run(folder, start_from=whole, max_steps=4, engine=NEMO)
     assert start_of(started_from(whole)) == whole
     assert start_of(started_from(copy)) == copy
     with pytest.raises(UserError, match=r"changes model.restore_from_path from .*base to .*other"):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.checkpoint.continuing import write_run
+from nemo_rao.checkpoint.run_records import write_run
 from nemo_rao.cli import main
 from nemo_rao.config.derived import run_dir
+from nemo_rao.config.engine_choice import NEMO
 from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.store import PreferenceData
@@ -115,7 +116,7 @@ def finish(config: RunConfig) -> None:
     (folder / "metrics.jsonl").write_text(json.dumps({"step": steps, "loss": config.model.dpo.beta}) + "\n")  # type: ignore[attr-defined]
     with (folder / "started").open("a") as file:
         file.write("once\n")
-    write_run(folder, start_from=None, max_steps=steps, finished_at=steps)
+    write_run(folder, start_from=None, max_steps=steps, finished_at=steps, engine=NEMO)
 
 
 def num_starts(folder: Path) -> list[int]:
@@ -187,7 +188,8 @@ def test_a_run_is_finished_only_if_it_has_reached_the_end_that_is_asked_for(
     assert num_starts(tmp_path) == [1, 1, 1]
     assert run_sweep(finish, "trainer.max_steps=8") == 0, "made longer"
     assert num_starts(tmp_path) == [2, 2, 2]
-    write_run(tmp_path / "runs/gpt_dpo-beta=2", start_from=None, max_steps=8)  # started again, stopped before its end
+    stopped = tmp_path / "runs/gpt_dpo-beta=2"
+    write_run(stopped, start_from=None, max_steps=8, engine=NEMO)  # started again, stopped before its end
     assert run_sweep(finish, "trainer.max_steps=8") == 0
     assert num_starts(tmp_path) == [2, 3, 2]
 

@@ -25,6 +25,7 @@ from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 from megatron.core.optimizer import ParamGroupOverride, ParamKey
 
 from nemo_rao.config.derived import objective_config
+from nemo_rao.config.megatron_fields import ddp_fields, fp8_fields, optimizer_fields
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.engines.bridge.provider import DTYPES
 from nemo_rao.engines.bridge.seams import dataset_provider
@@ -54,12 +55,7 @@ def container(config: RunConfig, provider: Any, data: Any, *, max_steps: int) ->
             weight_decay_incr_style="constant",
         ),
         ddp=DistributedDataParallelConfig(
-            # Megatron would raise before it is known which rows and rewards the step had: see loop/finite.py.
-            check_for_nan_in_grad=False,
-            grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
-            use_distributed_optimizer=keys.optim.use_distributed_optimizer,
-            overlap_grad_reduce=keys.optim.overlap_grad_reduce,
-            overlap_param_gather=keys.optim.overlap_param_gather,
+            **ddp_fields(config),
             average_in_collective=False,  # gradients are sums, divided once by the number of prompts
         ),
         train=TrainingConfig(
@@ -83,8 +79,7 @@ def precision(config: RunConfig) -> MixedPrecisionConfig:
     """Number formats, which Bridge writes into Megatron's configs of model, optimizer and gradient buffers."""
     keys = config.precision
     dtype = DTYPES[keys.params]
-    # In a simulation Megatron does not know of 8 bits: it would ask Transformer Engine.
-    fp8 = {} if keys.fp8 is None or keys.fp8_simulation else {name: vars(keys)[name] for name in _FP8}
+    fp8 = fp8_fields(keys)
     return MixedPrecisionConfig(
         **{keys.params: True},
         params_dtype=dtype,
@@ -102,33 +97,9 @@ def precision(config: RunConfig) -> MixedPrecisionConfig:
     )
 
 
-_FP8 = (
-    "fp8",
-    "fp8_recipe",
-    "fp8_margin",
-    "fp8_amax_history_len",
-    "fp8_amax_compute_algo",
-    "fp8_wgrad",
-    "fp8_param_gather",
-    "first_last_layers_bf16",
-    "num_layers_at_start_in_bf16",
-    "num_layers_at_end_in_bf16",
-)
-
-
 def optimizer(config: RunConfig) -> OptimizerConfig:
-    keys = config.model.optim
     return OptimizerConfig(
-        optimizer=keys.name,
-        lr=keys.lr,
-        min_lr=0.0,
-        weight_decay=keys.weight_decay,
-        adam_beta1=keys.betas[0],
-        adam_beta2=keys.betas[1],
-        adam_eps=keys.eps,
-        clip_grad=config.trainer.gradient_clip_val,
-        use_distributed_optimizer=keys.use_distributed_optimizer,
-        overlap_param_gather=keys.overlap_param_gather,
+        **optimizer_fields(config), min_lr=0.0, overlap_param_gather=config.model.optim.overlap_param_gather
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rao.checkpoint.continuing import needs_start
+from nemo_rao.checkpoint.starting import needs_start
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.store import PreferenceData

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from nemo_rao.config.architecture import architecture_fields
-from nemo_rao.config.derived import recompute_fields
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.lora_targets import check_targets
+from nemo_rao.config.megatron_fields import messages_between_stages, parallel_fields, recompute_fields
 from nemo_rao.config.precision_checks import fp8_simulation
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.engines.bridge.families import in_bridges_terms, parts_of
@@ -78,20 +78,12 @@ def model_config(config: RunConfig) -> Any:
 
 def _split(config: RunConfig) -> Mapping[str, Any]:
     keys = config.model
-    interleaved = keys.virtual_pipeline_model_parallel_size is not None
     return {
-        "tensor_model_parallel_size": keys.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": keys.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": keys.virtual_pipeline_model_parallel_size,
-        "context_parallel_size": keys.context_parallel_size,
-        "expert_model_parallel_size": keys.expert_model_parallel_size,
+        **parallel_fields(config),
         # Bridge's default is 1 where experts are shared; a recipe's is Megatron's.
         "expert_tensor_parallel_size": keys.expert_tensor_parallel_size or keys.tensor_model_parallel_size,
-        "sequence_parallel": keys.sequence_parallel and keys.tensor_model_parallel_size > 1,
         "pipeline_dtype": DTYPES[config.precision.params],
-        # Two stages of an interleaved pipeline send each other activations and gradients at once: in one batch of
-        # messages, Megatron's default, the one is taken for the other.
-        **({"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}),
+        **messages_between_stages(config),
     }
 
 

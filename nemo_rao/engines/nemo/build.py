@@ -18,11 +18,19 @@ from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule, WarmupPolicyScheduler
 
 from nemo_rao.config.architecture import architecture_fields, given_fields
-from nemo_rao.config.derived import objective_config, recompute_fields
+from nemo_rao.config.derived import objective_config
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.lora_targets import check_targets
+from nemo_rao.config.megatron_fields import (
+    ddp_fields,
+    fp8_fields,
+    messages_between_stages,
+    optimizer_fields,
+    parallel_fields,
+    recompute_fields,
+)
 from nemo_rao.config.precision_checks import fp8_simulation
-from nemo_rao.config.run_config import PrecisionConfig, RunConfig
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.tokenizer import save_for_4, written_by_5
 from nemo_rao.engines.nemo.families import check_fields, class_named, config_of_family, construct
 from nemo_rao.engines.nemo.kept_checkpoints import StepCheckpoint
@@ -43,11 +51,7 @@ def model_config(config: RunConfig) -> GPTConfig:
         UserError: NeMo has no such network, or no such field.
     """
     keys = config.model
-    # Two stages of an interleaved pipeline send each other activations and gradients at once: in one batch of messages,
-    # Megatron's default, the one is taken for the other.
-    interleaved = keys.virtual_pipeline_model_parallel_size is not None
-    messages = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}
-    more = {**recompute_fields(config), **messages, "seq_length": keys.seq_length}
+    more = {**recompute_fields(config), **messages_between_stages(config), "seq_length": keys.seq_length}
     more = {name: value for name, value in more.items() if name not in keys.arch.extra}
     if keys.config_class is None:
         made = config_of_family(keys.family, architecture_fields(config), **more)
@@ -92,14 +96,7 @@ def optimizer(config: RunConfig, max_steps: int) -> MegatronOptimizerModule:
         scale_lr_cond=_of_value_head if value_lr is not None else None,
         lr_mult=value_lr / keys.lr if value_lr is not None else 1.0,
         config=OptimizerConfig(
-            optimizer=keys.name,
-            lr=keys.lr,
-            weight_decay=keys.weight_decay,
-            adam_beta1=keys.betas[0],
-            adam_beta2=keys.betas[1],
-            adam_eps=keys.eps,
-            clip_grad=config.trainer.gradient_clip_val,
-            use_distributed_optimizer=keys.use_distributed_optimizer,
+            **optimizer_fields(config),
             bf16=config.precision.params == "bf16",
             fp16=config.precision.params == "fp16",
             params_dtype=_DTYPES[config.precision.params],
@@ -154,22 +151,10 @@ def strategy(config: RunConfig) -> AlignmentStrategy:
     keys = config.model
     made = AlignmentStrategy(
         **{name: value for name, value in keys.arch.extra.items() if name in _STAGES},
-        tensor_model_parallel_size=keys.tensor_model_parallel_size,
-        pipeline_model_parallel_size=keys.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=keys.virtual_pipeline_model_parallel_size,
-        context_parallel_size=keys.context_parallel_size,
-        expert_model_parallel_size=keys.expert_model_parallel_size,
+        **parallel_fields(config),
         expert_tensor_parallel_size=keys.expert_tensor_parallel_size,
-        sequence_parallel=keys.sequence_parallel and keys.tensor_model_parallel_size > 1,
         pipeline_dtype=_DTYPES[config.precision.params],
-        ddp=DistributedDataParallelConfig(
-            # Megatron would raise before it is known which rows and rewards the step had: see engines/nemo/finite.py.
-            check_for_nan_in_grad=False,
-            grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
-            use_distributed_optimizer=keys.optim.use_distributed_optimizer,
-            overlap_grad_reduce=keys.optim.overlap_grad_reduce,
-            overlap_param_gather=keys.optim.overlap_param_gather,
-        ),
+        ddp=DistributedDataParallelConfig(**ddp_fields(config)),
         # The reshardable format lets a run resume under another TP, PP or DP, and is the only one that takes
         # torch's own Adam, which runs where apex and Transformer Engine are absent.
         ckpt_optim_fully_reshardable=True,
@@ -191,29 +176,13 @@ def precision(config: RunConfig) -> nl.MegatronMixedPrecision:
         pipeline_dtype=dtype,
         autocast_enabled=False,
         grad_reduce_in_fp32=keys.grad_reduce_in_fp32,
-        **(_fp8(keys) if keys.fp8 is not None and not keys.fp8_simulation else {}),
+        **fp8_fields(keys),
         fp16_loss_scale=keys.fp16_loss_scale,
         fp16_initial_loss_scale=keys.fp16_initial_loss_scale,
         fp16_min_loss_scale=keys.fp16_min_loss_scale,
         fp16_loss_scale_window=keys.fp16_loss_scale_window,
         fp16_hysteresis=keys.fp16_hysteresis,
     )
-
-
-def _fp8(keys: PrecisionConfig) -> dict[str, Any]:
-    """What Megatron is told of 8 bits. In a simulation it is told nothing: it would ask Transformer Engine."""
-    return {
-        "fp8": keys.fp8,
-        "fp8_recipe": keys.fp8_recipe,
-        "fp8_margin": keys.fp8_margin,
-        "fp8_amax_history_len": keys.fp8_amax_history_len,
-        "fp8_amax_compute_algo": keys.fp8_amax_compute_algo,
-        "fp8_wgrad": keys.fp8_wgrad,
-        "fp8_param_gather": keys.fp8_param_gather,
-        "first_last_layers_bf16": keys.first_last_layers_bf16,
-        "num_layers_at_start_in_bf16": keys.num_layers_at_start_in_bf16,
-        "num_layers_at_end_in_bf16": keys.num_layers_at_end_in_bf16,
-    }
 
 
 def checkpoint_callback(config: RunConfig, folder: Path) -> StepCheckpoint:

@@ -1,0 +1,87 @@
+"""A run's keys as fields of megatron-core's configs, the same on every engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_rao.config.run_config import PrecisionConfig, RunConfig
+
+_FP8 = (
+    "fp8",
+    "fp8_recipe",
+    "fp8_margin",
+    "fp8_amax_history_len",
+    "fp8_amax_compute_algo",
+    "fp8_wgrad",
+    "fp8_param_gather",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+)
+
+
+def recompute_fields(config: RunConfig) -> dict[str, Any]:
+    """Which activations are computed anew: of ``TransformerConfig``."""
+    keys = config.model
+    full = keys.recompute_granularity == "full"
+    return {
+        "recompute_granularity": keys.recompute_granularity,
+        "recompute_method": (keys.recompute_method or "uniform") if full else None,
+        "recompute_num_layers": (keys.recompute_num_layers or 1) if full else None,
+    }
+
+
+def parallel_fields(config: RunConfig) -> dict[str, Any]:
+    """Over how many ranks a model is split, and how: of ``ModelParallelConfig``."""
+    keys = config.model
+    return {
+        "tensor_model_parallel_size": keys.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": keys.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": keys.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": keys.context_parallel_size,
+        "expert_model_parallel_size": keys.expert_model_parallel_size,
+        "sequence_parallel": keys.sequence_parallel and keys.tensor_model_parallel_size > 1,
+    }
+
+
+def messages_between_stages(config: RunConfig) -> dict[str, bool]:
+    """How pipeline stages send to each other, where Megatron's default does not serve: of ``ModelParallelConfig``.
+
+    Two stages of an interleaved pipeline send each other activations and gradients at once: in one batch of messages,
+    Megatron's default, the one is taken for the other.
+    """
+    interleaved = config.model.virtual_pipeline_model_parallel_size is not None
+    return {"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}
+
+
+def ddp_fields(config: RunConfig) -> dict[str, Any]:
+    """How gradients are reduced: of ``DistributedDataParallelConfig``."""
+    keys = config.model.optim
+    return {
+        # Megatron would raise before it is known which rows and rewards the step had (:mod:`nemo_rao.loop.finite`).
+        "check_for_nan_in_grad": False,
+        "grad_reduce_in_fp32": config.precision.grad_reduce_in_fp32,
+        "use_distributed_optimizer": keys.use_distributed_optimizer,
+        "overlap_grad_reduce": keys.overlap_grad_reduce,
+        "overlap_param_gather": keys.overlap_param_gather,
+    }
+
+
+def optimizer_fields(config: RunConfig) -> dict[str, Any]:
+    """Of ``OptimizerConfig``; the learning rate is the highest of the schedule."""
+    keys = config.model.optim
+    return {
+        "optimizer": keys.name,
+        "lr": keys.lr,
+        "weight_decay": keys.weight_decay,
+        "adam_beta1": keys.betas[0],
+        "adam_beta2": keys.betas[1],
+        "adam_eps": keys.eps,
+        "clip_grad": config.trainer.gradient_clip_val,
+        "use_distributed_optimizer": keys.use_distributed_optimizer,
+    }
+
+
+def fp8_fields(keys: PrecisionConfig) -> dict[str, Any]:
+    """8-bit formats: of ``TransformerConfig``. None in a simulation: Megatron would ask Transformer Engine for them."""
+    return {} if keys.fp8 is None or keys.fp8_simulation else {name: vars(keys)[name] for name in _FP8}
