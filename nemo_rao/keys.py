@@ -49,6 +49,11 @@ def key(
     return dataclasses.field(default=default, metadata={"key": spec})
 
 
+def section(config_type: type, comment: str) -> Any:
+    """A group of keys as a field of the group above it."""
+    return dataclasses.field(default_factory=config_type, metadata={"key": KeySpec(comment)})
+
+
 def check(config: Any, prefix: str = "") -> None:
     """Refuse a config with a value of another type than its field's, out of its range, or not finite.
 

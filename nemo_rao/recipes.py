@@ -25,10 +25,10 @@ import fiddle
 import nemo_run as run
 
 from nemo_rao.config.compose import compose, override, package_recipes, recipe_names
+from nemo_rao.config.model_config import ModelConfig
 from nemo_rao.config.run_config import (
     DataConfig,
     ExpManagerConfig,
-    ModelConfig,
     PrecisionConfig,
     ReferenceConfig,
     RunConfig,

@@ -31,7 +31,8 @@ from nemo_rao.config.architecture import architecture_fields, family_of
 from nemo_rao.config.derived import objective_config, run_dir
 from nemo_rao.config.engine_choice import KEY as ENGINE
 from nemo_rao.config.engine_choice import NEMO, installed_engine
-from nemo_rao.config.run_config import ArchitectureConfig, RunConfig
+from nemo_rao.config.model_config import ArchitectureConfig
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry

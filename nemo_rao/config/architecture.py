@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.config.families import FAMILIES, SIZES
+from nemo_rao.config.model_config import ArchitectureConfig
 from nemo_rao.config.recipe_text import shown
-from nemo_rao.config.run_config import ArchitectureConfig, RunConfig
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.console import is_first_rank
 

@@ -8,7 +8,7 @@ Field names are those of Megatron's ``TransformerConfig``. Those that are not ar
 ``share_embeddings_and_output_weights``), of the engines (``make_vocab_size_divisible_by``), or defined here:
 
     activation_func    a name, see :data:`ACTIVATIONS`
-    rope_scaling       ``None``, or the fields of :class:`nemo_rao.config.run_config.RopeScalingConfig`
+    rope_scaling       ``None``, or the fields of :class:`nemo_rao.config.model_config.RopeScalingConfig`
     rotary_base_local  base of the rotary embedding of layers with a window; ``rotary_base`` is that of the others
 
 Load-balancing losses are absent: they are turned off in every run (:mod:`nemo_rao.mcore.loss`). So are number formats

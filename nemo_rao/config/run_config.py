@@ -8,23 +8,14 @@ The tree, in the shape that users of NeMo-Aligner know:
     reference       the pass that scores data with the starting weights
 
 ``None`` (``null`` in YAML) always means "not set"; the comment says what happens then. Sizes are in the unit named in
-the comment. An objective's block is its own typed config, taken from the table in ``nemo_rao.objectives.registry``:
-a new objective needs no edit here.
+the comment. The keys of ``model`` are in :mod:`nemo_rao.config.model_config`.
 """
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_rao.config.families import FAMILIES
-from nemo_rao.keys import KeySpec, key
-from nemo_rao.objectives.registry import OBJECTIVES
-
-
-def section(config_type: type, comment: str) -> Any:
-    """A group of keys as a field of the group above it."""
-    return dataclasses.field(default_factory=config_type, metadata={"key": KeySpec(comment)})
-
+from nemo_rao.config.model_config import ModelConfig
+from nemo_rao.keys import key, section
 
 # ------------------------------------------------------------------------------------------------------- trainer
 
@@ -101,164 +92,6 @@ class ExpManagerConfig:
     create_wandb_logger: bool = key(False, "also log to Weights & Biases")
     wandb_logger_kwargs: WandbConfig = section(WandbConfig, "Weights & Biases")
     checkpoint_callback_params: CheckpointConfig = section(CheckpointConfig, "which checkpoints are kept")
-
-
-# --------------------------------------------------------------------------------------------------------- model
-
-
-@dataclass
-class RopeScalingConfig:
-    """Llama 3.1's: rotary frequencies lowered for contexts longer than the model was first trained on."""
-
-    factor: float | None = key(None, "low frequencies are divided by it; null: no scaling", low=0, exclusive=True)
-    low_freq_factor: float = key(
-        1.0, "frequencies of fewer rotations in the original context are low", low=0, exclusive=True
-    )
-    high_freq_factor: float = key(4.0, "those of more are kept; between the two, by degrees", low=0, exclusive=True)
-    original_max_position_embeddings: int = key(8192, "tokens of the original context", low=1)
-
-
-@dataclass
-class ArchitectureConfig:
-    """Sizes of a model of ``model.family``; ``None``: the family's, or what Megatron derives from the others."""
-
-    num_layers: int | None = key(None, "transformer layers", low=1)
-    hidden_size: int | None = key(None, "width of the residual stream", low=1)
-    ffn_hidden_size: int | None = key(None, "width of the feed-forward layers", low=1)
-    num_attention_heads: int | None = key(None, "attention heads", low=1)
-    num_query_groups: int | None = key(None, "key/value heads (grouped-query attention)", low=1)
-    kv_channels: int | None = key(None, "width of one head", low=1)
-    rotary_base: float | None = key(None, "base of the rotary position embedding", low=0, exclusive=True)
-    rope_scaling: RopeScalingConfig = section(RopeScalingConfig, "rotary scaling of Llama 3.1 and later")
-    share_embeddings_and_output_weights: bool | None = key(None, "one matrix for input and output embeddings")
-    make_vocab_size_divisible_by: int | None = key(None, "tokens; the vocabulary is padded to a multiple", low=1)
-    attention_dropout: float | None = key(None, "probability", low=0, high=1)
-    hidden_dropout: float | None = key(None, "probability", low=0, high=1)
-    extra: dict[str, Any] = key({}, "further fields of Megatron's config, such as {vocab_size: 128256}")
-
-
-@dataclass
-class LoraConfig:
-    dim: int = key(16, "rank of the adapters", low=1)
-    alpha: int = key(32, "the adapters' output is scaled by alpha / dim", low=1)
-    dropout: float = key(0.0, "probability", low=0, high=1)
-    target_modules: list[str] = key(
-        ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
-        "linear layers that get an adapter: these, output_layer, Hugging Face's names (all parts of a fused layer), "
-        "all-linear, or patterns such as *.layers.0.*.linear_qkv",
-    )
-
-
-@dataclass
-class PeftConfig:
-    scheme: str = key("none", "none: every weight is trained; lora: low-rank adapters alone", choices=("none", "lora"))
-    lora: LoraConfig = section(LoraConfig, "used with scheme lora")
-
-
-@dataclass
-class ScheduleConfig:
-    name: str = key("cosine", "course of the learning rate after warm-up", choices=("cosine", "constant"))
-    warmup_steps: int = key(0, "steps of linear rise from 0", low=0)
-    constant_steps: int = key(0, "cosine: steps at min_lr, at the end of the run", low=0)
-    min_lr: float = key(0.0, "cosine: learning rate at the end", low=0)
-
-
-@dataclass
-class OptimizerConfig:
-    name: str = key("adam", "Megatron's optimizer (AdamW)", choices=("adam",))
-    lr: float = key(5e-7, "highest learning rate", low=0, exclusive=True)
-    weight_decay: float = key(0.0, "decoupled; not applied to biases and norms", low=0)
-    betas: list[float] = key([0.9, 0.98], "Adam's decay rates of gradient and squared gradient", low=0, high=1)
-    eps: float = key(1e-8, "Adam's epsilon", low=0, exclusive=True)
-    use_distributed_optimizer: bool = key(True, "split the optimizer's state over data-parallel ranks")
-    overlap_grad_reduce: bool = key(False, "reduce gradients during the backward pass; for GPUs")
-    overlap_param_gather: bool = key(False, "gather updated weights during the forward pass; for GPUs")
-    sched: ScheduleConfig = section(ScheduleConfig, "learning rate over the run")
-
-
-@dataclass
-class ModelKeys:
-    """``model`` without the objectives' blocks; see :class:`ModelConfig`."""
-
-    objective: str = key("rao", "name of the objective; its block below holds its own keys")
-    family: str = key(
-        "llama", "architecture, by Hugging Face's model_type; its sizes are in arch", choices=tuple(FAMILIES)
-    )
-    config_class: str | None = key(
-        None, "deprecated: a class of nemo.collections.llm, in place of family; only with NeMo's engine"
-    )
-    arch: ArchitectureConfig = section(ArchitectureConfig, "sizes; null: the family's, or derived from the others")
-    restore_from_path: str | None = key(
-        None, "folder of a NeMo checkpoint to start from; null: random weights from trainer.seed"
-    )
-    allow_random_weights: bool = key(
-        False, "train a model of more than 1 billion parameters from random weights; false: refused"
-    )
-    allow_pickle: bool = key(
-        False,
-        "read checkpoints whose pickles name more than tensors and numbers; they can run code: trust whoever made them",
-    )
-    fused_log_probs: bool = key(
-        True,
-        "compute log-probabilities from the last hidden states, block by block, and never hold the logits; false: from "
-        "whole logits",
-    )
-    seq_length: int = key(
-        1024, "tokens; rows that are longer, prompt and response together, are dropped and counted", low=2
-    )
-    micro_batch_size: int = key(1, "prompts of one forward pass, each with all its responses", low=1)
-    global_batch_size: int = key(8, "prompts of one optimizer step, over all ranks", low=1)
-    tensor_model_parallel_size: int = key(1, "ranks that share each layer", low=1)
-    pipeline_model_parallel_size: int = key(1, "ranks that share the stack of layers", low=1)
-    virtual_pipeline_model_parallel_size: int | None = key(
-        None, "layer groups of each pipeline rank (interleaved schedule); null: one", low=2
-    )
-    context_parallel_size: int = key(1, "ranks that share each sequence", low=1)
-    expert_model_parallel_size: int = key(
-        1, "ranks that share the experts of a mixture; taken from the data-parallel ones", low=1
-    )
-    expert_tensor_parallel_size: int | None = key(
-        None, "ranks that share each expert; null: model.tensor_model_parallel_size", low=1
-    )
-    sequence_parallel: bool = key(False, "also split norms and dropout over tensor-parallel ranks; saves memory")
-    recompute_granularity: str | None = key(
-        None,
-        "activations computed anew in the backward pass to save memory: selective, attention alone; full, whole "
-        "layers; null: none",
-        choices=(None, "selective", "full"),
-    )
-    recompute_method: str | None = key(
-        None, "full recompute: which layers, as in Megatron; null: uniform", choices=(None, "uniform", "block")
-    )
-    recompute_num_layers: int | None = key(
-        None, "full recompute: layers of a uniform unit, or of each stage's block; null: 1", low=1
-    )
-    peft: PeftConfig = section(PeftConfig, "which weights are trained")
-    optim: OptimizerConfig = section(OptimizerConfig, "optimizer")
-
-
-def _with_objectives(keys: type) -> type:
-    """``keys`` with one more field per objective: its config, under its name."""
-    blocks = [
-        (
-            name,
-            objective.config_type,
-            dataclasses.field(
-                default_factory=objective.config_type, metadata={"key": KeySpec(f"used with objective {name}")}
-            ),
-        )
-        for name, objective in OBJECTIVES.items()
-    ]
-    made = dataclasses.make_dataclass("ModelConfig", blocks, bases=(keys,))
-    made.__module__ = __name__  # so that a config can be pickled, and so sent to other ranks
-    made.__doc__ = "All keys of ``model``, one block per objective included."
-    return made
-
-
-if TYPE_CHECKING:
-    ModelConfig = ModelKeys
-else:
-    ModelConfig = _with_objectives(ModelKeys)
 
 
 # ------------------------------------------------------------------------------------ data, precision, reference

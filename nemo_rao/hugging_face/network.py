@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_rao.config.families import family_of_model_type
-from nemo_rao.config.run_config import ArchitectureConfig
+from nemo_rao.config.model_config import ArchitectureConfig
 from nemo_rao.hugging_face.config_keys import head_size
 from nemo_rao.hugging_face.families import Family
 

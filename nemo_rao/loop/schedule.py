@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from nemo_rao.config.run_config import ScheduleConfig
+from nemo_rao.config.model_config import ScheduleConfig
 
 
 def learning_rate(keys: ScheduleConfig, step: int, *, highest: float, max_steps: int) -> float:

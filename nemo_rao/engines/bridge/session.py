@@ -11,7 +11,7 @@ from megatron.bridge.training.callbacks import Callback
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
-from nemo_rao.config.run_config import ScheduleConfig
+from nemo_rao.config.model_config import ScheduleConfig
 from nemo_rao.loop.data import TrainingData
 from nemo_rao.loop.loggers import Logger
 from nemo_rao.loop.schedule import learning_rate
