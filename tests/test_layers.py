@@ -73,7 +73,7 @@ HEAVY: dict[str, set[str]] = {
     "megatron.bridge": {"engines.bridge"},
     "hydra": {"cluster", "config"},
     "omegaconf": {"cluster", "config"},
-    "transformers": {"data", "demo", "doctor", "generation", "hugging_face", "show"},
+    "transformers": {"data", "demo", "doctor", "engines.bridge", "generation", "hugging_face", "show"},
     "vllm": {"doctor", "generation"},
     "lm_eval": {"doctor", "generation"},
     "torch": {
@@ -95,6 +95,9 @@ HEAVY: dict[str, set[str]] = {
     },
 }
 
+# Against the order, and on purpose: a recipe from before there were families names a class of NeMo.
+EXCEPTION = "config/architecture.py imports nemo_rao.engines.nemo.config_classes"
+
 LARGEST_ROOM = 0.12  # of the package's lines
 
 
@@ -113,12 +116,14 @@ def imports() -> Iterator[tuple[str, str, str]]:
                 modules = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: imports are absolute"
-                # `from nemo_rao import cpu` imports a layer; `from nemo_rao.data import rows` names one already.
+                # `from nemo_rao import keys` imports a layer; `from nemo_rao.data import store` names one already.
                 modules = (
                     [f"nemo_rao.{alias.name}" for alias in node.names]
                     if node.module == "nemo_rao"
                     else [str(node.module)]
                 )
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+                modules = [one.value for one in node.args if isinstance(one, ast.Constant)]  # not those of a variable
             else:
                 continue
             for module in modules:
@@ -135,7 +140,7 @@ def test_each_layer_imports_only_the_layers_below_it() -> None:
             continue
         if imported != layer and imported not in MAY_IMPORT[layer]:
             wrong.append(f"{file} imports {module}")
-    assert not wrong
+    assert wrong == [EXCEPTION]
 
 
 def test_every_module_belongs_to_a_known_layer() -> None:

@@ -20,7 +20,7 @@ from nemo_rao.batch import Response, Row
 from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.data.rendering_record import read_rendering
 from nemo_rao.errors import UserError
-from nemo_rao.generation.engine import Continuation, Engine, Request, choose_engine, open_engine
+from nemo_rao.generation.engine import Continuation, Engine, Request
 from nemo_rao.generation.model_folder import (
     check_folder,
     context_length,
@@ -28,6 +28,7 @@ from nemo_rao.generation.model_folder import (
     read_configuration,
     stop_tokens,
 )
+from nemo_rao.generation.open_engine import choose_engine, open_engine
 from nemo_rao.generation.settings import PolicySettings
 from nemo_rao.rows.fields import Messages
 
