@@ -108,6 +108,7 @@ def expected(folder: Path, path: str = "in.jsonl") -> list[list[float | None]]:
             [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
             add_generation_prompt=True,
             return_tensors="pt",
+            return_dict=False,
         )
         said = model.generate(tokens, attention_mask=torch.ones_like(tokens))
         if said[0, -1] != tokenizer.eos_token_id:

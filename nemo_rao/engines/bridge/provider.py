@@ -87,6 +87,13 @@ def _split(config: RunConfig) -> Mapping[str, Any]:
     }
 
 
+def padded_vocab_size(made: Any, num_tokens: int) -> int:
+    """Rows of a provider's embeddings: its vocabulary's size or else the tokenizer's, and as many more as its tensor
+    parallelism needs. Bridge itself pads a tokenizer's size alone."""
+    multiple = made.make_vocab_size_divisible_by * made.tensor_model_parallel_size
+    return -(-(made.vocab_size or num_tokens) // multiple) * multiple
+
+
 def finish_when_built(made: Any, config: RunConfig, needs: Needs) -> None:
     """Have a provider's chunks finished for an objective (:mod:`nemo_rao.mcore.finish`) before they are wrapped."""
 

@@ -30,10 +30,11 @@ def import_models(*, on_cpu: bool) -> None:
 def import_bridge(*, on_cpu: bool) -> None:
     """Import Bridge's training loop, and change what it cannot do on this machine."""
     import_models(on_cpu=on_cpu)
-    from megatron.bridge.training import initialize, setup, train  # noqa: F401
+    from megatron.bridge.training import initialize, setup, train
 
     # Megatron's own data sets are not used, and a wheel has no makefile to compile their helpers with.
     initialize.compile_helpers = lambda: None
+    train.print_rank_0 = lambda message: None  # a loop that begins, a step that it goes on from: the run says both
     if on_cpu:
         from megatron.bridge.peft import utils as peft_utils
 
