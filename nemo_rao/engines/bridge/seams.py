@@ -40,6 +40,8 @@ def import_bridge(*, on_cpu: bool) -> None:
 
         # Asserts that there is CUDA; its caller has no way to say otherwise.
         setup.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+        # Compiles fused kernels, which are off here, with the machine's C++ compiler: half a minute for each rank.
+        setup.set_jit_fusion_options = lambda *_: None
         # Megatron's stand-ins for Transformer Engine's classes are taken for the classes.
         peft_utils.HAVE_TE = False
 
