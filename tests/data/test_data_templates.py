@@ -14,6 +14,7 @@ from nemo_rao.batch import Response, Row, Sample
 from nemo_rao.data.encode import BoundaryError, ContentError, Encoder, end_tokens, inner_ends, load_tokenizer
 from nemo_rao.data.tokenizer import save_for_4, written_by_5
 from nemo_rao.errors import UserError
+from tests.engines import needs_transformers_4
 
 HEADER = "{{ '<|im_start|>' + m.role + '\n' }}"
 ASKED = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -412,6 +413,7 @@ def test_whatever_is_in_a_row_each_response_holds_its_content_or_the_row_says_wh
 # ---------------------------------------------------------------------------------------------------- transformers 5
 
 
+@needs_transformers_4
 def test_a_tokenizer_that_transformers_5_saved_is_loaded(tokenizer_folder, tmp_path, caplog):
     folder = tmp_path / "of_5"
     shutil.copytree(tokenizer_folder, folder)
