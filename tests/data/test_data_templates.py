@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nemo_rao.batch import Response, Row, Sample
 from nemo_rao.data.encode import BoundaryError, ContentError, Encoder, end_tokens, inner_ends, load_tokenizer
 from nemo_rao.data.tokenizer import save_for_4, written_by_5
+from nemo_rao.data.tokens import added_tokens
 from nemo_rao.errors import UserError
 from tests.engines import needs_transformers_4
 
@@ -437,3 +438,32 @@ def test_a_tokenizer_that_transformers_5_saved_is_loaded(tokenizer_folder, tmp_p
     path.write_text(json.dumps({**config, "tokenizer_class": "SentencePieceBackend"}))
     with pytest.raises(UserError, match="names the class SentencePieceBackend, which transformers 5 saved"):
         load_tokenizer(folder)
+
+
+def test_a_tokenizer_that_transformers_4_saved_is_loaded(tokenizer_folder, tmp_path):
+    """Whichever release loads it: most published tokenizers are of this form."""
+    folder = tmp_path / "of_4"
+    folder.mkdir()
+    shutil.copy(tokenizer_folder / "tokenizer.json", folder)
+    expected = load_tokenizer(tokenizer_folder)
+    added = {token.pop("id"): token for token in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
+    named = {"bos_token": expected.bos_token, "eos_token": expected.eos_token, "pad_token": expected.pad_token}
+    others = [token["content"] for token in added.values() if token["content"] not in named.values()]
+    config = {
+        **named,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": others,
+        "chat_template": expected.chat_template,
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": {},
+        "model_max_length": 1 << 20,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps({**named, "additional_special_tokens": others}))
+    loaded = load_tokenizer(folder)
+    assert len(others) == 3 and added_tokens(loaded) == added_tokens(expected)
+    asked = Encoder(loaded).encode(row("4")), Encoder(expected).encode(row("4"))
+    assert [part.tolist() for part in (asked[0].prompt, *asked[0].responses)] == [
+        part.tolist() for part in (asked[1].prompt, *asked[1].responses)
+    ]
