@@ -293,6 +293,14 @@ def marked(encoder: Encoder, sample: Sample) -> str:
     return encoder.tokenizer.decode(response[learned])
 
 
+def test_a_conversation_whose_last_answer_merges_with_what_stands_before_it_is_dropped(encoder):
+    """And is not learned up to there: its last answer would be context, which nobody asked for."""
+    question, merges = {"role": "user", "content": "and 3+3?"}, {"role": "assistant", "content": "\n\n6"}
+    chat = Response("4", continuation=(question, merges))
+    with pytest.raises(BoundaryError, match=rf"{PLACE}: answer 2 of the conversation has no boundary in tokens"):
+        encoder("chatml").encode(row(chat))
+
+
 def test_answers_of_weight_0_are_context(encoder):
     chatml = encoder("chatml")
     assert marked(chatml, chatml.encode(chat(1, 0, 1))) == "four<|im_end|>six<|im_end|>"
