@@ -25,6 +25,8 @@ def _of_bridge(config: RunConfig) -> tuple[Any, Any, Any]:
 
     made = provider(config), build.optimizer(config), build.gradient_buffers(config)
     build.precision(config).setup(*made)
+    for deferred in made[1:]:
+        deferred.finalize()
     return made
 
 

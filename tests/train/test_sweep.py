@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -96,6 +97,7 @@ def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     monkeypatch.setattr(f"nemo_rao.engines.{ENGINE}.engine.load", lambda: True)
     monkeypatch.setattr("nemo_rao.training.devices.select_device", lambda config: None)
     data = PreferenceData([])
+    importlib.import_module("nemo_rao.training.prepare")  # which would keep what stands there now
     monkeypatch.setattr("nemo_rao.training.loading.load_data", lambda config: LoadedData(data, None, 300, 0))
     monkeypatch.setattr("nemo_rao.config.derived.steps_per_epoch", lambda *_: 10)
 

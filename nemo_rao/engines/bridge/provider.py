@@ -88,9 +88,12 @@ def _split(config: RunConfig) -> Mapping[str, Any]:
 
 
 def padded_vocab_size(made: Any, num_tokens: int) -> int:
-    """Rows of a provider's embeddings: its vocabulary's size or else the tokenizer's, and as many more as its tensor
-    parallelism needs. Bridge itself pads a tokenizer's size alone."""
-    multiple = made.make_vocab_size_divisible_by * made.tensor_model_parallel_size
+    """Rows of a provider's embeddings: the recipe's size of the vocabulary where its ranks can share it, as in NeMo;
+    else that or the tokenizer's, and as many more as Megatron pads with. Bridge itself pads a tokenizer's size alone."""
+    ranks = made.tensor_model_parallel_size
+    if made.vocab_size and made.vocab_size % ranks == 0:
+        return int(made.vocab_size)
+    multiple = made.make_vocab_size_divisible_by * ranks
     return -(-(made.vocab_size or num_tokens) // multiple) * multiple
 
 
