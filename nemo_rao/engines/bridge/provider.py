@@ -88,8 +88,11 @@ def _split(config: RunConfig) -> Mapping[str, Any]:
 
 
 def padded_vocab_size(made: Any, num_tokens: int) -> int:
-    """Rows of a provider's embeddings: the recipe's size of the vocabulary where its ranks can share it, as in NeMo;
-    else that or the tokenizer's, and as many more as Megatron pads with. Bridge itself pads a tokenizer's size alone."""
+    """Rows of a provider's embeddings.
+
+    The recipe's vocabulary size where the tensor-parallel ranks can share it, as in NeMo; else that or the tokenizer's,
+    padded as Megatron does. Bridge itself pads a tokenizer's size alone.
+    """
     ranks = made.tensor_model_parallel_size
     if made.vocab_size and made.vocab_size % ranks == 0:
         return int(made.vocab_size)
