@@ -1,7 +1,7 @@
 # Every target can be run again; finished work is not repeated.
 #   make install   a virtual environment with the pinned set of packages of one engine
 #   make demo      install, then the demonstration: SFT, then RAO, on four local ranks of this machine's CPU
-#   make test      install, lint (with ENGINE=nemo), then the test suite, without NeMo's tests where it is not installed
+#   make test      install, lint (with ENGINE=nemo), then the test suite; what the other engine alone has is skipped
 #   make test-matrix   the tests of mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
 #   make test-releases   the test suite on the earlier releases of both engines (RELEASES)
 #   make test-slurm   install, then the tests that run jobs on a real SLURM, which is installed as root

@@ -1,10 +1,8 @@
 """What all tests share: an environment that survives forks, and the table at the end of the session."""
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -38,36 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
         engine_choice.installed_engine = lambda: None  # it looks for directories, which are there
 
 
-# What trains, converts, plans or launches with the engine NeMo; not collected where it is not installed.
-WITH_NEMO = (
-    "benchmarks",
-    "cli",
-    "hugging_face",
-    "launch",
-    "pipeline",
-    "planning",
-    "readme",
-    "recipes",
-    "slurm",
-    "train",
-)
-HAS_NEMO = importlib.util.find_spec("nemo") is not None
-TESTS = Path(__file__).parent
-
-
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    left_out = not HAS_NEMO and collection_path.parent == TESTS and collection_path.name in WITH_NEMO
-    return left_out or None  # None: pytest's own rules decide
-
-
-def _note_of_nemo() -> list[str]:
-    """How many files of tests are left out. Counted anew: under xdist the process that prints collects nothing."""
-    if HAS_NEMO:
-        return []
-    number = sum(len(list((TESTS / name).glob("test_*.py"))) for name in WITH_NEMO)
-    return [f"NeMo is not installed: {number} files of tests, in {', '.join(WITH_NEMO)}, are not collected"]
-
-
 @pytest.fixture
 def gpu_packages_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets packages for GPUs be found though an earlier test has put Megatron on the CPU in this process."""
@@ -86,8 +54,6 @@ def table(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in _note_of_nemo():
-        terminalreporter.write_line(line)
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
     rows = [cells for report in reports for name, cells in report.user_properties if name == ROW]
     if not rows:

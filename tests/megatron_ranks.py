@@ -19,15 +19,17 @@ def import_once() -> None:
 
     from nemo_rao.config.engine_choice import installed_engine
     from nemo_rao.mcore import cpu
+    from nemo_rao.runtime.collector import uncollected_imports
 
     torch.set_num_threads(1)  # a fork after torch has started threads can hang
-    cpu.install_if_needed()
-    import megatron.core.models.gpt.gpt_model
-    import megatron.core.optimizer
-    import megatron.core.pipeline_parallel.schedules  # noqa: F401
+    with uncollected_imports():
+        cpu.install_if_needed()
+        import megatron.core.models.gpt.gpt_model
+        import megatron.core.optimizer
+        import megatron.core.pipeline_parallel.schedules  # noqa: F401
 
-    if (name := installed_engine()) is not None:
-        importlib.import_module(f"nemo_rao.engines.{name}.engine").load()
+        if (name := installed_engine()) is not None:
+            importlib.import_module(f"nemo_rao.engines.{name}.engine").load()
 
 
 def run_ranks(function: Callable[..., Any], args: Sequence[Any] = (), *, num_ranks: int) -> list[Any]:

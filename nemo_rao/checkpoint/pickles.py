@@ -41,6 +41,8 @@ _STAND_INS = {
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): (_RECORDS[0], "Metadata"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): (_RECORDS[1], "SavePlan"),
 }
+# By which a tensor within a pickle is read, torch's and what megatron-core puts in its place since 0.19.
+_STORED = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
 _OF_TENSORS = {("torch._utils", "_rebuild_tensor_v2"), ("torch", "device"), ("collections", "OrderedDict")}
 
 
@@ -155,7 +157,7 @@ class _Quantisation(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         import torch
 
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in _STORED:
             return lambda stored: torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
         if (module, name) in _OF_TENSORS or (module == "torch" and _is_dtype(name)):
             return super().find_class(module, name)

@@ -304,6 +304,11 @@ class Encoder:
                 said = self._ended(said, answer.truncated)
             end = len(before) + len(said)
             fits = np.array_equal(whole[: len(before)], before) and np.array_equal(after[: len(before)], before)
+            if answer is last and answer.learned and not fits:
+                raise BoundaryError(
+                    f"{row.place}: {answer.name} has no boundary in tokens: the tokens before it are not the first "
+                    f"tokens of the whole conversation; {self._boundary_remedy}, or drop the row"
+                )
             if not fits or not np.array_equal(whole[len(before) : end], said):
                 changed = changed or answer
             elif answer.learned:

@@ -11,7 +11,7 @@ from nemo_rao.config.engine_choice import engine_name
 from nemo_rao.config.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from nemo_rao.data.store import PreferenceData
+    from nemo_rao.loop.data import TrainingData
     from nemo_rao.loop.prepared import Prepared
     from nemo_rao.loop.session import Hook, Session
 
@@ -37,26 +37,20 @@ class Engine(Protocol):
             UserError: the engine has no such network.
         """
 
-    def train_rank(
-        self,
-        config: RunConfig,
-        prepared: Prepared,
-        record: Callable[[], None],
-        change: Callable[[list[Hook]], list[Hook]],
-    ) -> None:
-        """One rank's part of a run; its place is in the environment.
+    def train_rank(self, config: RunConfig, prepared: Prepared, data: TrainingData, hooks: list[Hook]) -> None:
+        """One rank's part of a run; its place is in the environment. See :mod:`nemo_rao.training.ranks`.
 
         Args:
             prepared: what the parent has worked out.
-            record: called on rank 0 before the first step, once nothing is left that may refuse the run.
-            change: the run's hooks -> those that it has.
+            data: what is trained on, in the order of the steps.
+            hooks: what happens around the steps, in their order.
         """
 
     def pass_rank(
         self,
         config: RunConfig,
         objective_config: Any,
-        data: PreferenceData,
+        data: TrainingData,
         checkpoint: Path,
         folder: Path,
         compute: Callable[[Session], None],

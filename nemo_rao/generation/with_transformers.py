@@ -34,6 +34,7 @@ def load_model(folder: Path) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading, which a message would stand behind
     configuration, tensors = read_configuration(folder), tensors_for_transformers(folder)
     try:
         model, loading = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(configuration)].from_pretrained(

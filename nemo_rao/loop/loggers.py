@@ -1,44 +1,69 @@
-"""Where a run's numbers go besides ``metrics.jsonl``, on engines without loggers of their own."""
+"""Where a run's numbers go besides ``metrics.jsonl``: TensorBoard and Weights & Biases, the same on every engine."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.runtime.console import is_first_rank
 
-Logger = Callable[[Mapping[str, float], int], None]  # (values, step)
+
+class Logger(Protocol):
+    """Where numbers go."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take numbers of the optimizer steps done so far."""
+
+    def close(self) -> None:
+        """After the last of them: a rank ends without the interpreter's shutdown, which would do it."""
 
 
-def loggers(config: RunConfig, folder: Path) -> list[Logger]:
-    """TensorBoard's log, and Weights & Biases' where it is asked for; none but on rank 0."""
+def loggers(config: RunConfig, folder: Path) -> Sequence[Logger]:
+    """TensorBoard's log, and Weights & Biases' where it is asked for; none but on rank 0.
+
+    Args:
+        folder: of the run.
+    """
     if not is_first_rank():
         return []
-    made = [_tensorboard(folder)]
+    made: list[Logger] = [TensorBoard(folder)]
     if config.exp_manager.create_wandb_logger:
-        made.append(_wandb(config, folder))
+        made.append(WeightsAndBiases(config, folder))
     return made
 
 
-def _tensorboard(folder: Path) -> Logger:
-    from torch.utils.tensorboard import SummaryWriter
+class TensorBoard:
+    """Event files in ``tensorboard``."""
 
-    writer: Any = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-    def log(values: Mapping[str, float], step: int) -> None:
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
-    return log
+    def close(self) -> None:
+        self._writer.close()
 
 
-def _wandb(config: RunConfig, folder: Path) -> Logger:
-    import wandb
+class WeightsAndBiases:
+    """A run of W&B, whose step is the number of optimizer steps done."""
 
-    keys = dataclasses.asdict(config.exp_manager.wandb_logger_kwargs)
-    run = wandb.init(dir=str(folder), project=keys["project"], name=keys["name"] or config.exp_manager.name)
-    return lambda values, step: run.log(dict(values), step=step)
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        import wandb
+
+        keys = dataclasses.asdict(config.exp_manager.wandb_logger_kwargs)
+        keys["name"] = keys["name"] or config.exp_manager.name
+        self._run: Any = wandb.init(dir=str(folder), **keys)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()

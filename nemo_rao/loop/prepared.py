@@ -18,6 +18,7 @@ class Prepared:
     Attributes:
         train, validation: tokenised data.
         mismatched: the same prompts with responses to others, as "train" and "validation"; empty where not needed.
+        pad_token_id: what fills rows after their end.
         objective_config: the objective's keys, with what depends on the data resolved.
         max_steps: optimizer steps of the whole run.
         changes: of the data, since an earlier start of the run; they are applied.
@@ -29,6 +30,7 @@ class Prepared:
     train: PreferenceData
     validation: PreferenceData | None
     mismatched: Mapping[str, PreferenceData]
+    pad_token_id: int
     objective_config: Any
     max_steps: int
     changes: list[Change]

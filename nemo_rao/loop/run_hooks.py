@@ -22,13 +22,13 @@ from nemo_rao.loop.validation import Validation
 from nemo_rao.objectives.base import Needs
 
 
-def data_sets_of(config: RunConfig, prepared: Prepared, *, pad_token_id: int) -> dict[str, AlignmentData]:
+def data_sets_of(config: RunConfig, prepared: Prepared) -> dict[str, AlignmentData]:
     """``training`` data and, where there is some, ``validation`` data."""
 
     def laid_out(data: PreferenceData, mismatched: PreferenceData | None = None) -> AlignmentData:
         return AlignmentData(
             data,
-            pad_token_id=pad_token_id,
+            pad_token_id=prepared.pad_token_id,
             mismatched=None if mismatched is None else laid_out(mismatched),
             **batch_layout(config),
         )

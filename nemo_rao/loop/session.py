@@ -16,6 +16,7 @@ from nemo_rao.runtime.metrics_file import append_metrics
 if TYPE_CHECKING:
     from nemo_rao.batch import MicroBatch
     from nemo_rao.loop.data import TrainingData
+    from nemo_rao.loop.loggers import Logger
     from nemo_rao.mcore.objective_loss import ObjectiveLoss
 
 METRICS = "metrics.jsonl"  # in the run folder
@@ -33,6 +34,7 @@ class Session(Protocol):
         folder: of the run.
         data: what it trains on.
         loss: its objective.
+        loggers: where numbers go besides ``metrics.jsonl``; none but on rank 0.
     """
 
     @property
@@ -59,12 +61,14 @@ class Session(Protocol):
     @property
     def loss(self) -> ObjectiveLoss: ...
 
-    def reported(self) -> Mapping[str, float]:
-        """The numbers of the step just done: the engine's own (``grad_norm``, ``lr``) and those that were logged."""
+    @property
+    def loggers(self) -> Sequence[Logger]: ...
 
-    def log(self, values: Mapping[str, float], *, to_loggers: bool = True) -> None:
-        """Take numbers, the same on every rank, of the optimizer steps done so far: for the choice of checkpoints, and
-        for TensorBoard and the like where ``to_loggers``."""
+    def reported(self) -> Mapping[str, float]:
+        """The numbers of the step just done: the engine's own (``grad_norm``, ``lr``) and those of :meth:`report`."""
+
+    def report(self, values: Mapping[str, float]) -> None:
+        """Add numbers, the same on every rank, to those of the step just done: for the choice of checkpoints."""
 
     def stop(self) -> None:
         """End the run after this step, as at its last one: with a checkpoint."""
@@ -96,11 +100,16 @@ class Hook:
 
 
 def log(session: Session, values: Mapping[str, float], *, to_loggers: bool = True) -> None:
-    """Report numbers, the same on every rank, of the optimizer steps done so far: to the engine and ``metrics.jsonl``.
+    """Report numbers, the same on every rank, of the optimizer steps done so far.
+
+    They go to the engine, to ``metrics.jsonl``, and where ``to_loggers`` to TensorBoard and the like.
 
     The step axis is one: optimizer steps done. It is that of ``metrics.jsonl``, of every logger, of checkpoints' names
     and of the metric by which they are ranked.
     """
-    session.log(values, to_loggers=to_loggers)
+    session.report(values)
     if session.is_first_rank:
         append_metrics(session.folder / METRICS, {"step": session.step, **values})
+    if to_loggers:
+        for logger in session.loggers:
+            logger.log(values, session.step)

@@ -51,7 +51,7 @@ _DROPOUT = "hidden_dropout attention_dropout use_te_rng_tracker inference_rng_tr
 _WEIGHTS = """
     init_method output_layer_init_method embedding_init_method init_method_std embedding_init_method_std
     perform_initialization use_cpu_initialization init_model_with_meta_device make_vocab_size_divisible_by seq_length
-    hetereogenous_dist_checkpoint
+    hetereogenous_dist_checkpoint hf_model_id hf_model_revision should_pad_vocab restore_modelopt_state
 """
 # What is kept in memory, and what is computed again.
 _MEMORY = """
@@ -68,6 +68,7 @@ _KERNELS = """
     moe_use_legacy_grouped_gemm moe_permute_fusion moe_router_fusion moe_router_padding_for_fp8 use_mamba_mem_eff_path
     mlp_chunks_for_prefill deterministic_mode test_mode enable_cuda_graph external_cuda_graph cuda_graph_impl
     cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_warmup_steps
+    dense_grouped_gemm use_arbitrary_attention_mask
 """
 # Number formats, which are a part of the key by themselves (nemo_rao.config.precision_checks.quantisation).
 _PRECISION = """
@@ -79,15 +80,17 @@ NO_EFFECT = frozenset(" ".join((_LAYOUT, _TRAINING, _DROPOUT, _WEIGHTS, _MEMORY,
 
 # Forms of one and the same layers, with and without Transformer Engine. A class with layers of another kind names a
 # spec of its own.
+_OF_ENGINES = (
+    "default_layer_spec",
+    "local_layer_spec",
+    "transformer_engine_layer_spec",
+    "transformer_engine_full_layer_spec",
+)
 _USUAL_LAYERS = frozenset(
     f"{module}.{name}"
     for module, names in {
-        "nemo.collections.llm.gpt.model.base": (
-            "default_layer_spec",
-            "local_layer_spec",
-            "transformer_engine_layer_spec",
-            "transformer_engine_full_layer_spec",
-        ),
+        "nemo.collections.llm.gpt.model.base": _OF_ENGINES,
+        "megatron.bridge.models.gpt_provider": _OF_ENGINES,
         "nemo_rao.mcore.layer_spec": ("layer_spec_without_te",),
         "nemo_rao.mcore.fp8_simulation": ("layer_spec_with_simulated_fp8",),
     }.items()
@@ -114,8 +117,10 @@ def network_description(config: TransformerConfig) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if field.name not in NO_EFFECT
     }
-    # A class may change what it builds: Llama 3.1's scales its rotary frequencies there.
-    described["built by"] = _plain(inspect.getattr_static(type(config), "configure_model", None))
+    # A class may change what it builds: NeMo's Llama 3.1 scales its rotary frequencies there. The method has one name
+    # in NeMo and another in Megatron-Bridge.
+    methods = (inspect.getattr_static(type(config), name, None) for name in ("configure_model", "provide"))
+    described["built by"] = next((_plain(method) for method in methods if method is not None), None)
     return described
 
 

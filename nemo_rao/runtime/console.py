@@ -9,6 +9,8 @@ import os
 import warnings
 from collections.abc import Iterator
 
+from nemo_rao.runtime.collector import uncollected_imports
+
 # Loggers that report every routine step at INFO.
 _CHATTY = (
     "lightning",
@@ -41,11 +43,11 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Keeps what NeMo and its dependencies say while they are imported (optional parts that are absent) to itself."""
+    """For imports of an engine: what it and its dependencies report of optional parts that are absent is not shown."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), uncollected_imports():
             warnings.simplefilter("ignore")
             yield
     finally:

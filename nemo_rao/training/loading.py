@@ -11,7 +11,7 @@ from nemo_rao.config.derived import chosen_responses, data_cache_dir, objective_
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.cache import DataCache
 from nemo_rao.data.dataset import load_preferences
-from nemo_rao.data.encode import load_tokenizer
+from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.data.overlap import shared_prompts
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
@@ -28,11 +28,13 @@ class LoadedData:
         train: all of it, before ``data.num_prompts`` are drawn.
         validation: or ``None``.
         num_tokens: of the tokenizer.
+        pad_token_id: see :func:`nemo_rao.data.tokens.pad_token_id`.
     """
 
     train: PreferenceData
     validation: PreferenceData | None
     num_tokens: int
+    pad_token_id: int
 
 
 def load_data(config: RunConfig) -> LoadedData:
@@ -63,7 +65,7 @@ def load_data(config: RunConfig) -> LoadedData:
         validation = load(config.data.validation_path, "validation data")
         if (shared := shared_prompts(train, validation)) is not None:
             say(f"validation data: {shared}")
-    return LoadedData(train, validation, len(tokenizer))
+    return LoadedData(train, validation, len(tokenizer), pad_token_id(tokenizer))
 
 
 def data_identity(config: RunConfig) -> str:

@@ -53,6 +53,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         train=data,
         validation=validation,
         mismatched=others,
+        pad_token_id=loaded.pad_token_id,
         objective_config=resolved,
         max_steps=planned.max_steps,
         changes=planned.changes,

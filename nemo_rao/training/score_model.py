@@ -35,6 +35,7 @@ from nemo_rao.runtime.progress import Progress
 from nemo_rao.scoring.missing import Missing, reasons_of
 from nemo_rao.scoring.run import Job
 from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, ScoringFailure
+from nemo_rao.training.ranks import pass_rank
 from nemo_rao.training.score_rows import Tokenised, length_limit, tokenise, with_length
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_rao.batch import MicroBatch
-    from nemo_rao.data.store import PreferenceData
     from nemo_rao.loop.session import Session
 
 _FORMAT = "model-scores-2"
@@ -105,7 +105,7 @@ class ModelScorer:
         scores: dict[tuple[int, int], float | NoScore] = {**made.lacks}
         if len(made.data):
             try:
-                columns = [_numbers(self._model, one, made.data, self._folder) for one in self._model.checkpoints]
+                columns = [_numbers(self._model, one, made, self._folder) for one in self._model.checkpoints]
             except RankFailure as failure:
                 raise ScoringFailure(f"the model's pass failed; the same command continues it: {failure}") from None
             scores |= {
@@ -218,7 +218,7 @@ def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _numbers(model: _Model, checkpoint: Path, data: PreferenceData, folder: Path) -> np.ndarray:
+def _numbers(model: _Model, checkpoint: Path, made: Tokenised, folder: Path) -> np.ndarray:
     """``[responses, width]`` of one checkpoint: read back, or computed on the run's ranks."""
     from nemo_rao.runtime.launch import launch, started_externally
     from nemo_rao.training.devices import select_device
@@ -233,14 +233,14 @@ def _numbers(model: _Model, checkpoint: Path, data: PreferenceData, folder: Path
     from nemo_rao.mcore.reference import load_numbers
 
     network = network_fingerprint(engine.model_config(model.config))
-    parts = (_FORMAT, _digest(checkpoint), network, data.fingerprint(), quantisation(model.config.precision))
+    parts = (_FORMAT, _digest(checkpoint), network, made.data.fingerprint(), quantisation(model.config.precision))
     key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
-    if (found := load_numbers(folder, key, data.num_responses, model.width)) is None:
+    if (found := load_numbers(folder, key, made.data.num_responses, model.width)) is None:
         folder.mkdir(parents=True, exist_ok=True)
         compute = functools.partial(_compute, config=model.config, folder=folder, key=key, width=model.width)
-        arguments = (model.config, model.objective_config, data, checkpoint, folder, compute)
-        launch(engine.pass_rank, arguments, num_ranks=model.config.trainer.devices, in_children=True)
-        found = load_numbers(folder, key, data.num_responses, model.width)
+        arguments = (model.config, model.objective_config, made.data, made.pad_token_id, checkpoint, folder, compute)
+        launch(pass_rank, arguments, num_ranks=model.config.trainer.devices, in_children=True)
+        found = load_numbers(folder, key, made.data.num_responses, model.width)
     assert found is not None
     return found
 

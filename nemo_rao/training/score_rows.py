@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nemo_rao.batch import Row, Sample
 from nemo_rao.config.precision_checks import sequence_multiple
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.data.encode import BoundaryError, Encoder, load_tokenizer
+from nemo_rao.data.encode import BoundaryError, Encoder, load_tokenizer, pad_token_id
 from nemo_rao.engines.engine import engine_of
 from nemo_rao.errors import UserError
 from nemo_rao.scoring.scorer import NoScore
@@ -39,6 +39,7 @@ class Tokenised:
 
     Attributes:
         data: prompts with the responses that can be read.
+        pad_token_id: of the tokenizer.
         numbers: of each response in ``data``, in its order, (row, response) in the rows.
         lacks: (row, response) -> why the response is not in ``data``.
         remarks: what was noticed about rows -> how many.
@@ -46,6 +47,7 @@ class Tokenised:
     """
 
     data: PreferenceData
+    pad_token_id: int
     numbers: list[tuple[int, int]] = field(default_factory=list)
     lacks: dict[tuple[int, int], NoScore] = field(default_factory=dict)
     remarks: Counter[str] = field(default_factory=Counter)
@@ -104,7 +106,7 @@ def tokenise(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenised:
         template_arguments=keys.template_arguments,
         answers=keys.answers,  # type: ignore[arg-type]
     )
-    made = Tokenised(PreferenceData(iter(())))
+    made = Tokenised(PreferenceData(iter(())), pad_token_id(encoder.tokenizer))
 
     def samples() -> Iterator[Sample]:
         for start in range(0, len(rows), ROWS_AT_ONCE):

@@ -25,6 +25,7 @@ from nemo_rao.runtime.gpus import CPU_NOTICE
 from nemo_rao.runtime.launch import launch
 from nemo_rao.training.devices import check_ranks_started, select_device
 from nemo_rao.training.prepare import prepare
+from nemo_rao.training.ranks import train_rank
 from nemo_rao.training.targets import say_targets
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def train(config: RunConfig, *, hooks: Callable[[list[Hook]], list[Hook]] = as_t
         asked = "" if prepared.finished_at == prepared.max_steps else f", and this recipe asks for {prepared.max_steps}"
         say(f"{folder}: finished at step {prepared.finished_at} of {prepared.finished_at}{asked}: nothing to do")
         return
-    engine = engine_of(config)
-    if engine.load():
+    if engine_of(config).load():
         say(CPU_NOTICE)
     prepared = dataclasses.replace(prepared, changes=[*changes, *prepared.changes])
     say_targets(config, prepared.objective_config, prepared.train.reward_summary())
@@ -71,7 +71,7 @@ def train(config: RunConfig, *, hooks: Callable[[list[Hook]], list[Hook]] = as_t
     folder.mkdir(parents=True, exist_ok=True)
     record = functools.partial(_record_start, config, prepared)
     launch(
-        engine.train_rank,
+        train_rank,
         (config, prepared, record, hooks),
         num_ranks=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,

@@ -19,7 +19,7 @@ from typing import Any
 from nemo_rao.loop.session import Hook, Session
 from nemo_rao.objectives.registry import OBJECTIVES
 
-from ..train.runs import NO_CHECKPOINTS, TINY, in_fork, make_data, steps
+from ..train.runs import NO_CHECKPOINTS, TINY, make_data, run_training, steps
 
 RECORDED = Path(__file__).with_name("nemo_steps.json")
 NUM_STEPS = 5
@@ -74,18 +74,8 @@ def run(objective: str, folder: Path, data: tuple[str, ...], *extra: str) -> lis
         f"exp_manager.name={objective}",
         *extra,
     ]
-    in_fork(_train, tuple(given))
+    run_training("gpt_rao", given, hooks=weights_first)
     return steps(folder / objective)
-
-
-def _train(overrides: tuple[str, ...]) -> None:
-    from nemo_rao.config.compose import compose
-    from nemo_rao.training.checks import check_run
-    from nemo_rao.training.train import train
-
-    config = compose("gpt_rao", overrides)
-    check_run(config)
-    train(config, hooks=weights_first)
 
 
 def fingerprint(folder: Path, objective: str) -> str:

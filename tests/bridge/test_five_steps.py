@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,13 +9,11 @@ import pytest
 
 from nemo_rao.objectives.registry import OBJECTIVES
 
+from ..engines import needs_bridge
 from ..train.runs import make_data
 from .five_steps import NUM_STEPS, RECORDED, fingerprint, run
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("modelopt") is None or importlib.util.find_spec("nemo") is not None,
-    reason="Megatron-Bridge is not installed",
-)
+pytestmark = needs_bridge
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-if importlib.util.find_spec("megatron.bridge") is None:
-    pytest.skip("Megatron-Bridge is not installed", allow_module_level=True)
+from ..engines import BRIDGE, ENGINE, NO_BRIDGE
+
+if ENGINE != BRIDGE:
+    pytest.skip(NO_BRIDGE, allow_module_level=True)
 
 from ..mcore import tiny
 from ..mcore.tiny import Layout

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from nemo_rao.config.engine_choice import BRIDGE, installed_engine
+from ..engines import BRIDGE, ENGINE, NO_BRIDGE
 
-if installed_engine() != BRIDGE:
-    pytest.skip("Megatron-Bridge is not what converts here", allow_module_level=True)
+if ENGINE != BRIDGE:
+    pytest.skip(NO_BRIDGE, allow_module_level=True)
 
 import torch
 from safetensors.torch import load_file, save_file

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
 
+from ..engines import needs_bridge
 from ..train.runs import FOUR_LAYERS, NO_CHECKPOINTS, in_fork, make_data, parallel, run_training, steps
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("modelopt") is None or importlib.util.find_spec("nemo") is not None,
-    reason="Megatron-Bridge is not installed",
-)
+pytestmark = needs_bridge
 
 
 @pytest.fixture(scope="module")

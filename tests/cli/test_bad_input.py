@@ -21,6 +21,7 @@ import pytest
 from nemo_rao.cli import main
 from nemo_rao.demo.synthetic import write_preferences
 from nemo_rao.demo.tokenizer_training import train_tokenizer
+from tests.engines import needs_bridge, needs_nemo
 from tests.megatron_ranks import import_once
 
 TINY = (
@@ -41,7 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings = json.loads((folder / name / "tokenizer_config.json").read_text())
         settings[lacks] = None
         (folder / name / "tokenizer_config.json").write_text(json.dumps(settings))
-        (folder / name / "special_tokens_map.json").unlink()
+        (folder / name / "special_tokens_map.json").unlink(missing_ok=True)  # not written by transformers 5
         (folder / name / "chat_template.jinja").unlink(missing_ok=True)
         written = json.loads((folder / name / "tokenizer.json").read_text())
         written["post_processor"] = None
@@ -455,14 +456,25 @@ def _train(arguments: list[str]) -> None:
     sys.exit(main(arguments))
 
 
-def test_a_model_class_that_there_is_not_is_named_with_the_nearest(refused: Callable[..., str]) -> None:
+def test_a_model_that_there_is_not_is_named_with_the_nearest(refused: Callable[..., str]) -> None:
     has(refused("model.family=lama"), "model.family='lama'", "must be one of 'llama', 'mistral'")
-    has(refused("model.family=gpt_oss"), "model.family=gpt_oss: NeMo's engine does not offer it; it offers llama, mis")
-    has(refused("model.config_class=LlamaConfg"), "model.config_class", "'LlamaConfg'", "did you mean LlamaConfig?")
     message = refused("model.arch.extra={qk_layernrm: true}")
     has(message, "model.arch.extra.qk_layernrm", "did you mean qk_layernorm?")
 
 
+@needs_nemo
+def test_a_model_that_nemo_does_not_have_is_named(refused: Callable[..., str]) -> None:
+    has(refused("model.family=gpt_oss"), "model.family=gpt_oss: NeMo's engine does not offer it; it offers llama, mis")
+    has(refused("model.config_class=LlamaConfg"), "model.config_class", "'LlamaConfg'", "did you mean LlamaConfig?")
+
+
+@needs_bridge
+def test_a_class_of_nemo_is_refused_without_it(refused: Callable[..., str]) -> None:
+    message = refused("model.config_class=LlamaConfig")
+    has(message, "model.config_class", "a class of NeMo", "set model.family and model.arch instead")
+
+
+@needs_nemo
 def test_sizes_of_the_model_class_itself_are_checked(refused: Callable[..., str]) -> None:
     sizes = [f"model.arch.{name}=null" for name in ("num_layers", "hidden_size", "ffn_hidden_size")]
     heads = [f"model.arch.{name}=null" for name in ("num_attention_heads", "num_query_groups")]

@@ -17,13 +17,13 @@ from nemo_rao.checkpoint.run_records import data_record, record_changes, write_r
 from nemo_rao.checkpoint.starting import start_of
 from nemo_rao.config.compose import compose
 from nemo_rao.config.derived import run_dir
-from nemo_rao.config.engine_choice import NEMO, installed_engine
 from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import known_keys, types_of_keys
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_atomically
+from tests.engines import ENGINE, NEMO, needs_nemo
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/continuing.md"
 BEGUN = (
@@ -108,8 +108,7 @@ def begin(folder: Path, *overrides: str, step: int = 2, finished: int | None = N
     (run / f"checkpoints/step={step}-last/weights").mkdir(parents=True)
     write_atomically(run / run_records.RECIPE, to_yaml(made))
     write_atomically(run / run_records.DATA, json.dumps(data_record(data(), data(5))))
-    engine = installed_engine() or NEMO
-    write_run(run, engine=engine, start_from=Path("/checkpoints/base"), max_steps=4, finished_at=finished)
+    write_run(run, engine=ENGINE or NEMO, start_from=Path("/checkpoints/base"), max_steps=4, finished_at=finished)
     return run
 
 
@@ -165,6 +164,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 
 
+@needs_nemo
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_run_of_a_class_of_nemo_continues_under_its_family(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -182,6 +182,7 @@ def test_a_run_of_a_class_of_nemo_continues_under_its_family(
     assert f"model.config_class={name} is deprecated; write {family} and model.arch={{" in warning
 
 
+@needs_nemo
 def test_a_class_that_belongs_to_no_family_continues_as_itself(tmp_path: Path) -> None:
     begin(tmp_path, "model.config_class=GPTConfig")
     assert check_settings(config(tmp_path, "model.config_class=GPTConfig")) == []
@@ -295,7 +296,7 @@ def test_a_run_that_keeps_no_checkpoint_can_be_finished(tmp_path: Path) -> None:
     run = begin(tmp_path)
     (run / "checkpoints/step=2-last/weights").rmdir()
     assert finished_at(config(tmp_path), 4) is None
-    write_run(run, start_from=None, max_steps=4, finished_at=4, engine=NEMO)
+    write_run(run, start_from=None, max_steps=4, finished_at=4, engine=ENGINE or NEMO)
     assert finished_at(config(tmp_path), 4) == 4
     assert outcome(tmp_path, "model.optim.lr=1e-5") == "refused"
 

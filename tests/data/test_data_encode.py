@@ -27,10 +27,12 @@ def test_tokens_are_those_of_apply_chat_template_up_to_the_end_of_turn(name, pro
     tokenizer = tokenizers[name]
     sample = Encoder(tokenizer).encode(row(prompt, *ANSWERS))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    assert sample.prompt.tolist() == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert sample.prompt.tolist() == tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     end = tokenizer.convert_tokens_to_ids(END[name])
     for answer, response in zip(ANSWERS, sample.responses, strict=True):
-        whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}])
+        whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], return_dict=False)
         ours = sample.prompt.tolist() + response.tolist()
         assert response[-1] == end and (response[:-1] != end).all()
         if name == "no_end":
@@ -174,10 +176,12 @@ def test_of_a_conversation_every_answer_is_marked_with_its_end_token_and_nothing
     tokenizer = tokenizers[name]
     encoder = Encoder(tokenizer)
     sample = encoder.encode(chat_row())
-    whole = tokenizer.apply_chat_template([*MULTI_TURN[:2], *CHAT])
+    whole = tokenizer.apply_chat_template([*MULTI_TURN[:2], *CHAT], return_dict=False)
     ours = sample.prompt.tolist() + sample.responses[0].tolist()
     assert whole[: len(ours)] == ours and sample.responses[0][-1] == encoder.end_token_id
-    assert sample.prompt.tolist() == tokenizer.apply_chat_template(list(MULTI_TURN[:2]), add_generation_prompt=True)
+    assert sample.prompt.tolist() == tokenizer.apply_chat_template(
+        list(MULTI_TURN[:2]), add_generation_prompt=True, return_dict=False
+    )
     (marked,) = sample.answers
     starts = np.flatnonzero(np.diff(np.concatenate([[False], marked]).astype(int)) == 1)
     answers = [sample.responses[0][start:] for start in starts]

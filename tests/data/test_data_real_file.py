@@ -58,9 +58,13 @@ def test_boundaries_equal_those_of_apply_chat_template(name, rows, tokenizers):
     encoder = Encoder(tokenizer)
     for row, sample in zip(rows[:20], encoder.encode_many(rows[:20]), strict=True):
         messages = [{"role": "user", "content": row.prompt}]
-        assert sample.prompt.tolist() == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        assert sample.prompt.tolist() == tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
         for response, tokens in zip(row.responses, sample.responses, strict=True):
-            whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response.content}])
+            whole = tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": response.content}], return_dict=False
+            )
             end = len(whole) - whole[::-1].index(encoder.end_token_id)
             assert whole[:end] == [*sample.prompt, *tokens]
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from nemo_rao.batch import Response, Row, Sample
 from nemo_rao.data.encode import BoundaryError, ContentError, Encoder, end_tokens, inner_ends, load_tokenizer
 from nemo_rao.data.tokenizer import save_for_4, written_by_5
+from nemo_rao.data.tokens import added_tokens
 from nemo_rao.errors import UserError
+from tests.engines import needs_transformers_4
 
 HEADER = "{{ '<|im_start|>' + m.role + '\n' }}"
 ASKED = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -291,6 +293,14 @@ def marked(encoder: Encoder, sample: Sample) -> str:
     return encoder.tokenizer.decode(response[learned])
 
 
+def test_a_conversation_whose_last_answer_merges_with_what_stands_before_it_is_dropped(encoder):
+    """And is not learned up to there: its last answer would be context, which nobody asked for."""
+    question, merges = {"role": "user", "content": "and 3+3?"}, {"role": "assistant", "content": "\n\n6"}
+    chat = Response("4", continuation=(question, merges))
+    with pytest.raises(BoundaryError, match=rf"{PLACE}: answer 2 of the conversation has no boundary in tokens"):
+        encoder("chatml").encode(row(chat))
+
+
 def test_answers_of_weight_0_are_context(encoder):
     chatml = encoder("chatml")
     assert marked(chatml, chatml.encode(chat(1, 0, 1))) == "four<|im_end|>six<|im_end|>"
@@ -412,6 +422,7 @@ def test_whatever_is_in_a_row_each_response_holds_its_content_or_the_row_says_wh
 # ---------------------------------------------------------------------------------------------------- transformers 5
 
 
+@needs_transformers_4
 def test_a_tokenizer_that_transformers_5_saved_is_loaded(tokenizer_folder, tmp_path, caplog):
     folder = tmp_path / "of_5"
     shutil.copytree(tokenizer_folder, folder)
@@ -435,3 +446,32 @@ def test_a_tokenizer_that_transformers_5_saved_is_loaded(tokenizer_folder, tmp_p
     path.write_text(json.dumps({**config, "tokenizer_class": "SentencePieceBackend"}))
     with pytest.raises(UserError, match="names the class SentencePieceBackend, which transformers 5 saved"):
         load_tokenizer(folder)
+
+
+def test_a_tokenizer_that_transformers_4_saved_is_loaded(tokenizer_folder, tmp_path):
+    """Whichever release loads it: most published tokenizers are of this form."""
+    folder = tmp_path / "of_4"
+    folder.mkdir()
+    shutil.copy(tokenizer_folder / "tokenizer.json", folder)
+    expected = load_tokenizer(tokenizer_folder)
+    added = {token.pop("id"): token for token in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
+    named = {"bos_token": expected.bos_token, "eos_token": expected.eos_token, "pad_token": expected.pad_token}
+    others = [token["content"] for token in added.values() if token["content"] not in named.values()]
+    config = {
+        **named,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": others,
+        "chat_template": expected.chat_template,
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": {},
+        "model_max_length": 1 << 20,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps({**named, "additional_special_tokens": others}))
+    loaded = load_tokenizer(folder)
+    assert len(others) == 3 and added_tokens(loaded) == added_tokens(expected)
+    asked = Encoder(loaded).encode(row("4")), Encoder(expected).encode(row("4"))
+    assert [part.tolist() for part in (asked[0].prompt, *asked[0].responses)] == [
+        part.tolist() for part in (asked[1].prompt, *asked[1].responses)
+    ]

@@ -87,7 +87,8 @@ def test_a_broken_package_stops_what_needs_it_and_is_told_with_its_error(tmp_pat
     package(tmp_path / "broken", "transformers", "raise ImportError('libfoo.so.7: cannot\\nopen')", "4.99.0")
     done = doctor("--json", str(tmp_path / "found.json"), first=tmp_path / "broken")
     assert done.returncode == 1, done.stdout
-    assert done.stderr == ("error: training does not work here: nemo-toolkit: ImportError: libfoo.so.7: cannot open\n")
+    engine = "nemo-toolkit" if installed_engine() == NEMO else "megatron-bridge"
+    assert done.stderr == f"error: training does not work here: {engine}: ImportError: libfoo.so.7: cannot open\n"
     told, able = found(tmp_path / "found.json")
     assert told["training_works"] is False and told["versions"]["transformers"] == "4.99.0"
     assert able["generate, local judge"]["why"] == "transformers ImportError: libfoo.so.7: cannot open"

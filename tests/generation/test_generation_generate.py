@@ -16,6 +16,7 @@ from nemo_rao.generation.progress import work_through
 from nemo_rao.generation.with_transformers import TransformersEngine
 from nemo_rao.rows.reading import read_rows
 from nemo_rao.runtime.part_file import PartFile
+from tests.engines import needs_transformers_4
 from tests.generation.conftest import read_lines
 
 OPTIONS = ("--num-responses=3", "--max-new-tokens=16", "--engine=transformers")
@@ -265,8 +266,11 @@ def test_prompts_that_cannot_be_used_are_told_with_their_line(
         ("cut", "bytes; copy, export or download the model again"),
         ("shard", "model-2.safetensors is missing"),
         ("whole beside shards", "has both model.safetensors and model.safetensors.index.json"),
-        ("rotary per layer", "rope_parameters differs by kind of layer"),
-        ("rotary within", "text_config.rope_parameters is ignored by the installed `transformers`"),
+        pytest.param("rotary per layer", "rope_parameters differs by kind of layer", marks=needs_transformers_4),
+        pytest.param(
+            *("rotary within", "text_config.rope_parameters is ignored by the installed `transformers`"),
+            marks=needs_transformers_4,
+        ),
         ("tokenizer", "give a folder with a Hugging Face tokenizer"),
         ("end token", "has no end token"),
         ("of a kind there is not", "cannot read the configuration of this lama"),

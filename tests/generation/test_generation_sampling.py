@@ -65,7 +65,7 @@ def test_greedy_answers_are_those_of_the_model_alone_without_padding(model_folde
     model = transformers.LlamaForCausalLM.from_pretrained(model_folder)
     for text, answer in zip(prompts, answers, strict=True):
         tokens = policy.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt"
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
         told = []
         for _ in range(24):  # the whole text again for each token: no cache, no padding, no generation settings

@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ..engines import BRIDGE, ENGINE, NEMO
 from ..megatron_ranks import import_once
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is changed where CUDA exists")
@@ -217,28 +219,41 @@ def test_random_state_of_the_device_is_that_of_the_cpu() -> None:
     assert torch.rand(4).equal(drawn)
 
 
-def megatron_configs() -> dict[str, Callable[[], object]]:
+def a_config(name: str) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    llm = pytest.importorskip("nemo.collections.llm")
     sizes = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2}
     wanted = {name: True for name in FUSIONS if name in TransformerConfig.__dataclass_fields__}
-    small = {**sizes, "num_query_groups": 2, "ffn_hidden_size": 16}
-    return {
-        "Megatron, every fusion asked for": lambda: TransformerConfig(**sizes, **wanted),
-        "Llama": lambda: llm.Llama31Config8B(**small),
-        "Llama, every fusion asked for": lambda: llm.Llama32Config1B(**small, **wanted),
-        "Qwen": lambda: llm.Qwen25Config7B(**small),
-        "Mistral": lambda: llm.MistralConfig7B(**small),
-        "Gemma": lambda: llm.Gemma2Config2B(**small),
-    }
+    if name == MEGATRON:
+        return TransformerConfig(**sizes, **wanted)
+    import_once()
+    given = {**sizes, "num_query_groups": 2, "ffn_hidden_size": 16, **(wanted if name in ASKED else {})}
+    if ENGINE == BRIDGE:
+        from megatron.bridge.models.gpt_provider import GPTModelProvider
+
+        made = GPTModelProvider(**given)
+        made.finalize()
+        return made
+    from nemo.collections import llm
+
+    return getattr(llm, OF_NEMO[name])(**given)
 
 
-@pytest.mark.parametrize(
-    "name", ["Megatron, every fusion asked for", "Llama", "Llama, every fusion asked for", "Qwen", "Mistral", "Gemma"]
-)
+MEGATRON = "Megatron, every fusion asked for"
+OF_NEMO = {
+    "Llama": "Llama31Config8B",
+    "Llama, every fusion asked for": "Llama32Config1B",
+    "Qwen": "Qwen25Config7B",
+    "Mistral": "MistralConfig7B",
+    "Gemma": "Gemma2Config2B",
+}
+OF_BRIDGE = ("Bridge", "Bridge, every fusion asked for")
+ASKED = ("Llama, every fusion asked for", "Bridge, every fusion asked for")
+
+
+@pytest.mark.parametrize("name", [MEGATRON, *{NEMO: OF_NEMO, BRIDGE: OF_BRIDGE, None: ()}[ENGINE]])
 def test_every_config_has_its_fusions_off(name: str) -> None:
-    config = megatron_configs()[name]()
-    on = [fusion for fusion in FUSIONS if fusion in config.__dataclass_fields__ and vars(config)[fusion]]  # type: ignore[attr-defined]
+    config = a_config(name)
+    on = [fusion for fusion in FUSIONS if fusion in config.__dataclass_fields__ and vars(config)[fusion]]
     assert on == []
     assert vars(config)["use_cpu_initialization"] is True

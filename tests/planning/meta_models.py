@@ -5,14 +5,15 @@ Process groups are PyTorch's fake ones, in which one process takes the place of 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nemo_rao.config.derived import objective_config, world_size
+from nemo_rao.config.derived import world_size
 from nemo_rao.config.run_config import RunConfig
+
+from ..engine_models import gpt, megatron_configs
 
 
 class OnMeta(TorchFunctionMode):
@@ -89,23 +90,21 @@ def _measure(config: RunConfig, tokens: int) -> dict[str, Any]:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import get_megatron_optimizer
 
-    from nemo_rao.engines.nemo import build
     from nemo_rao.mcore.torch_adam import allocate_state
 
     with torch.device("meta"), OnMeta():
         virtual = config.model.virtual_pipeline_model_parallel_size
-        chunks = [_model(config, tokens, chunk) for chunk in (range(virtual) if virtual else (None,))]
+        made, options, buffering = megatron_configs(config)
+        made.perform_initialization = False
+        chunks = [gpt(config, made, tokens, chunk) for chunk in (range(virtual) if virtual else (None,))]
         parameters = [named for model in chunks for named in model.named_parameters()]
         frozen = sum(_bytes(parameter) for _, parameter in parameters if not parameter.requires_grad)
         trained = sum(_bytes(parameter) for _, parameter in parameters if parameter.requires_grad)
         wrapped = [
-            DistributedDataParallel(
-                model.config, build.strategy(config).ddp_config, model, disable_bucketing=number > 0
-            )
+            DistributedDataParallel(model.config, buffering, model, disable_bucketing=number > 0)
             for number, model in enumerate(chunks)
         ]
         buffers = [buffer for model in wrapped for buffer in (*model.buffers, *model.expert_parallel_buffers)]
-        options = build.optimizer(config, max_steps=10).config
         optimizer = get_megatron_optimizer(options, wrapped, use_gloo_process_groups=False)
         state = 0
         for part in optimizer.chained_optimizers:
@@ -123,51 +122,6 @@ def _measure(config: RunConfig, tokens: int) -> dict[str, Any]:
             "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
             "optimizer": state,
         }
-
-
-def _model(config: RunConfig, tokens: int, chunk: int | None = None) -> Any:
-    from nemo_rao.engines.nemo import build
-    from nemo_rao.mcore.heads import add_score_head, add_value_head
-    from nemo_rao.mcore.layer_spec import layer_spec_without_te
-    from nemo_rao.mcore.loss import configure_loss_scaling
-    from nemo_rao.objectives import registry
-
-    made, keys = build.model_config(config), config.model
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.params]
-    made.tensor_model_parallel_size = keys.tensor_model_parallel_size
-    made.pipeline_model_parallel_size = keys.pipeline_model_parallel_size
-    made.virtual_pipeline_model_parallel_size = keys.virtual_pipeline_model_parallel_size
-    made.context_parallel_size = keys.context_parallel_size
-    made.expert_model_parallel_size = keys.expert_model_parallel_size
-    made.expert_tensor_parallel_size = keys.expert_tensor_parallel_size or keys.tensor_model_parallel_size
-    made.sequence_parallel = keys.sequence_parallel
-    made.params_dtype = made.pipeline_dtype = dtype
-    made.bf16 = dtype is torch.bfloat16
-    made.transformer_layer_spec = layer_spec_without_te
-    made.perform_initialization = False
-    configure_loss_scaling(made)
-    model = made.configure_model(SimpleNamespace(vocab_size=tokens), vp_stage=chunk)
-    needs = registry.get(keys.objective).needs_of(objective_config(config))
-    if needs.values:
-        add_value_head(model)
-    if needs.scores:
-        add_score_head(model, needs.scores, seed=0)
-    add_adapters(build.lora(config), model)
-    return model
-
-
-def add_adapters(adapt: Any, model: torch.nn.Module) -> None:
-    """Put NeMo's adapters into a Megatron model, where there are any, without a trainer."""
-    if adapt is None:
-        return
-    from nemo.collections.llm.fn import FNMixin
-
-    class Whole(torch.nn.Module, FNMixin):
-        """What NeMo's own class around the model offers its transform."""
-
-    whole = Whole()
-    whole.add_module("whole", model)
-    adapt(whole)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

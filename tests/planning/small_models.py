@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from nemo_rao.config.run_config import RunConfig
 
+from ..engine_models import gpt, megatron_configs
 from ..mcore.tiny import Layout, enter
-from .meta_models import add_adapters
 
 aten = torch.ops.aten
 
@@ -53,26 +52,11 @@ def _measure(config: RunConfig, batch: tuple[int, int], tokens: int) -> dict[str
 
 
 def _model(config: RunConfig, tokens: int) -> Any:
-    from nemo_rao.engines.nemo import build
-    from nemo_rao.mcore.layer_spec import layer_spec_without_te
-    from nemo_rao.mcore.loss import configure_loss_scaling
-    from nemo_rao.mcore.output_layer import fuse_output_layer, unfuse_adapted_output_layer
+    from nemo_rao.mcore.output_layer import unfuse_adapted_output_layer
 
-    made, keys = build.model_config(config), config.model
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.params]
-    made.tensor_model_parallel_size, made.sequence_parallel = keys.tensor_model_parallel_size, keys.sequence_parallel
-    made.expert_model_parallel_size = keys.expert_model_parallel_size
-    made.expert_tensor_parallel_size = keys.tensor_model_parallel_size
-    made.params_dtype = made.pipeline_dtype = dtype
-    made.bf16 = dtype is torch.bfloat16
-    made.transformer_layer_spec = layer_spec_without_te
-    configure_loss_scaling(made)
-    model = made.configure_model(SimpleNamespace(vocab_size=tokens)).to(dtype).train()
-    if keys.fused_log_probs:
-        fuse_output_layer(model)
-    if (adapt := build.lora(config)) is not None:
-        add_adapters(adapt, model)
-        unfuse_adapted_output_layer(model.to(dtype))
+    made, *_ = megatron_configs(config)
+    model = gpt(config, made, tokens, fused=config.model.fused_log_probs).to(made.params_dtype).train()
+    unfuse_adapted_output_layer(model)
     return model
 
 

@@ -14,6 +14,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.planning.network import network_of
 from nemo_rao.planning.plan import network_of_config
 
+from ..engines import needs_nemo
 from .children import in_child
 
 TOKENS = 1003
@@ -67,6 +68,7 @@ def nemo() -> dict[str, dict[str, Any]]:
     return in_child(_of_nemo)
 
 
+@needs_nemo
 def test_defaults_read_from_source_are_those_of_the_classes(nemo: dict[str, dict[str, Any]]) -> None:
     wrong, compared = [], 0
     for name, found in nemo.items():
@@ -134,6 +136,7 @@ def _unlike() -> tuple[dict[str, Any], dict[str, list[str]]]:
 SIZES_OF_CLASSES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
+@needs_nemo
 def test_a_family_with_sizes_is_built_as_nemos_class_of_them() -> None:
     """Down to the fingerprint by which a reference pass is found again."""
     models, classes = in_child(_unlike)
@@ -154,6 +157,7 @@ def test_a_family_with_sizes_is_built_as_nemos_class_of_them() -> None:
 SIZES = ("num_layers", "hidden_size", "num_attention_heads", "gated_linear_unit", "normalization")
 
 
+@needs_nemo
 def test_sizes_that_a_class_derives_are_derived_alike(nemo: dict[str, dict[str, Any]]) -> None:
     compared = set()
     for name, found in nemo.items():
@@ -184,8 +188,8 @@ def test_recipes_name_the_published_sizes() -> None:
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (("model.config_class=Llama3Confg8B",), "model.config_class"),
-        (("model.config_class=DeepSeekV3Config",), "multi_latent_attention is set"),
+        pytest.param(("model.config_class=Llama3Confg8B",), "model.config_class", marks=needs_nemo),
+        pytest.param(("model.config_class=DeepSeekV3Config",), "multi_latent_attention is set", marks=needs_nemo),
         (("model.family=gemma3",), "model.family=gemma3: norms behind attention .* are not planned"),
         (("model.family=gpt_oss",), "model.family=gpt_oss: learned attention sinks, .* are not planned"),
         (("model.arch.extra={num_layers_in_first_pipeline_stage: 3}",), "stages of such sizes"),

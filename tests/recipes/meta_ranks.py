@@ -1,4 +1,4 @@
-"""A recipe's model as each of its ranks builds it: NeMo's strategy, this project's model, shapes without memory.
+"""A recipe's model as each of its ranks builds it on the installed engine: shapes without memory.
 
 One process takes the place of any rank of the recipe's full size, by PyTorch's fake process group, on the meta device.
 Which ranks hold different parts follows from how Megatron numbers them: tensor-parallel ranks next to each other, then
@@ -16,7 +16,11 @@ import torch
 from nemo_rao.config.derived import objective_config, world_size
 from nemo_rao.config.run_config import RunConfig
 
-from ..planning.meta_models import OnMeta, add_adapters
+from ..engine_models import add_adapters, gpt, megatron_configs
+from ..engines import ENGINE, NEMO
+from ..planning.meta_models import OnMeta
+
+NUM_TOKENS = 1000  # of a tokenizer: as the recipe names the vocabulary's size, it must not matter
 
 
 class Part(NamedTuple):
@@ -79,27 +83,36 @@ def _as_rank(config: RunConfig, part: Part, rank: int) -> list[dict[str, Any]]:
 
 
 def _chunk(config: RunConfig, chunk: int | None) -> dict[str, Any]:
+    model, more = _of_nemo(config, chunk) if ENGINE == NEMO else (_of_bridge(config, chunk), {})
+    return {
+        **more,
+        "layers": [layer.layer_number for layer in model.decoder.layers],
+        "parameters": [(name, parameter.numel()) for name, parameter in model.named_parameters()],
+    }
+
+
+def _of_nemo(config: RunConfig, chunk: int | None) -> tuple[Any, dict[str, Any]]:
+    """The network within this project's model, and how that has kept the objective's keys."""
     from nemo_rao.engines.nemo import build
     from nemo_rao.engines.nemo.model import MegatronGPTAlignmentModel
 
-    adapt, keys = build.lora(config), objective_config(config)
+    keys = objective_config(config)
     model = MegatronGPTAlignmentModel(
         build.model_config(config),
         objective=config.model.objective,
         objective_config=keys,
-        # Its size is in the recipe: a tokenizer of another size must not matter.
-        tokenizer=SimpleNamespace(vocab_size=1000),
-        model_transform=adapt,
+        tokenizer=SimpleNamespace(vocab_size=NUM_TOKENS),
+        model_transform=build.lora(config),
         fused_log_probs=config.model.fused_log_probs,
     )
     strategy = build.strategy(config)
     strategy.precision_plugin = build.precision(config)
     strategy.connect(model)
     model.configure_model(vp_stage=chunk)
-    add_adapters(adapt, model.module)
-    return {
-        "loss has the recipe's keys": model.loss.config is keys,
-        "kept for checkpoints": type(model.__io__.objective_config),
-        "layers": [layer.layer_number for layer in model.module.decoder.layers],
-        "parameters": [(name, parameter.numel()) for name, parameter in model.module.named_parameters()],
-    }
+    add_adapters(model.module, config)
+    kept = type(model.__io__.objective_config)
+    return model.module, {"loss has the recipe's keys": model.loss.config is keys, "kept for checkpoints": kept}
+
+
+def _of_bridge(config: RunConfig, chunk: int | None) -> Any:
+    return gpt(config, megatron_configs(config)[0], NUM_TOKENS, chunk, fused=config.model.fused_log_probs)

@@ -21,6 +21,7 @@ from nemo_rao.planning.parameters import model_parameters, stage_parameters
 from nemo_rao.planning.plan import setting_of
 from nemo_rao.planning.setting import Setting
 
+from ..engines import needs_nemo
 from ..planning.children import in_child
 from .meta_ranks import Part, build_parts, parts_of
 
@@ -110,6 +111,7 @@ def test_each_rank_builds_the_layers_and_parameters_that_are_planned(
         assert layers == [len(chunk["layers"]) for chunk in chunks]
 
 
+@needs_nemo
 def test_the_loss_has_the_recipes_own_block_and_checkpoints_plain_values(
     built: dict[Part, list[dict[str, Any]]],
 ) -> None:

@@ -12,9 +12,15 @@ from importlib.metadata import EntryPoint
 from multiprocessing import get_context
 from pathlib import Path
 
+import pytest
+
+from ..engines import ENGINE, NEMO, NO_NEMO
+
+if ENGINE != NEMO:
+    pytest.skip(NO_NEMO, allow_module_level=True)
+
 import fiddle
 import nemo_run
-import pytest
 
 from nemo_rao import recipes
 from nemo_rao.config.compose import compose, package_recipes, recipe_names
@@ -22,7 +28,8 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.demo.synthetic import write_preferences
 from nemo_rao.demo.tokenizer_training import train_tokenizer
 from nemo_rao.errors import UserError
-from tests.megatron_ranks import import_once
+
+from ..megatron_ranks import import_once
 
 if sys.version_info >= (3, 11):
     import tomllib

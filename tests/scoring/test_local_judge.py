@@ -108,6 +108,7 @@ def expected(folder: Path, path: str = "in.jsonl") -> list[list[float | None]]:
             [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
             add_generation_prompt=True,
             return_tensors="pt",
+            return_dict=False,
         )
         said = model.generate(tokens, attention_mask=torch.ones_like(tokens))
         if said[0, -1] != tokenizer.eos_token_id:
@@ -182,7 +183,7 @@ def test_answers_are_kept_for_other_patterns_and_another_place_but_not_for_anoth
 def test_above_temperature_0_answers_are_drawn_by_the_seed_and_asked_for_again(
     judge_folder: Path, command: Command, asked: list[list[Any]]
 ) -> None:
-    write_rows("in.jsonl", 6)
+    write_rows("in.jsonl", 12)
     made = []
     for number, seed in enumerate((1, 1, 2)):
         keys = {"temperature": 1.5, "parameters": {"seed": seed}, "attempts": 3, "low": 5, "cache": f"{number}.sqlite"}
@@ -195,7 +196,7 @@ def test_above_temperature_0_answers_are_drawn_by_the_seed_and_asked_for_again(
         assert {request.temperature for request in requests} == {1.5}
         times = Counter(request.stream[0] for request in requests)
         missing = sum(score is None for row in made[-1] for score in row)
-        assert len(times) == 12 and set(times.values()) == {1, 2, 3}
+        assert len(times) == 24 and set(times.values()) == {1, 2, 3}
         assert 0 < missing <= sum(count == 3 for count in times.values())
     assert made[0] == made[1] != made[2]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_rao.checkpoint.run_records import write_run
 from nemo_rao.cli import main
 from nemo_rao.cluster.config import ClusterConfig, read_cluster, seconds_of
 from nemo_rao.cluster.script import Job, RunFolder, batch_script
@@ -23,6 +24,8 @@ from nemo_rao.config.compose import compose, override
 from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.errors import UserError
 from nemo_rao.keys import check
+
+from ..engines import ENGINE, NEMO
 
 ROOT = Path(__file__).resolve().parents[2]
 STRANGE = "a b'c\"d$(touch pwned)`touch pwned`;#&|\\*"
@@ -264,6 +267,7 @@ def trained(data: tuple[str, ...], tmp_path: Path) -> Path:
     folder = tmp_path / "runs/gpt_rao"
     (folder / "checkpoints/step=40-last/weights").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(to_yaml(override(compose("gpt_rao"), data)))
+    write_run(folder, start_from=None, max_steps=100, engine=ENGINE or NEMO)
     return folder
 
 

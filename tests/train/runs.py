@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -60,9 +61,9 @@ def make_data(folder: Path, num_prompts: int = 64) -> tuple[str, ...]:
     return (f"data.train_path={folder}/train.jsonl", f"data.tokenizer={folder}/tokenizer")
 
 
-def run_training(recipe: str, overrides: Sequence[str]) -> None:
-    """What ``nemo-rao train`` does, in a process of its own."""
-    in_fork(_train, recipe, tuple(overrides))
+def run_training(recipe: str, overrides: Sequence[str], **arguments: Any) -> None:
+    """What ``nemo-rao train`` does, in a process of its own; further arguments of :func:`_train`."""
+    in_fork(functools.partial(_train, **arguments), recipe, tuple(overrides))
 
 
 def start_checkpoint(folder: Path, overrides: Sequence[str]) -> Path:
@@ -73,14 +74,15 @@ def start_checkpoint(folder: Path, overrides: Sequence[str]) -> Path:
     return folder / "sft"
 
 
-def _train(recipe: str, overrides: Sequence[str]) -> None:
+def _train(recipe: str, overrides: Sequence[str], **arguments: Any) -> None:
+    """Checks a run and trains it; ``hooks``: see :func:`nemo_rao.training.train.train`."""
     from nemo_rao.config.compose import compose
     from nemo_rao.training.checks import check_run
     from nemo_rao.training.train import train
 
     config = compose(recipe, overrides)
     check_run(config)
-    train(config)
+    train(config, **arguments)
 
 
 def die_after_step(last: int) -> None:

@@ -28,7 +28,7 @@ OWN = {
     "agro": ("agro/deviation", FALLS),
     "qrpo": ("qrpo/target_error", FALLS),
     "sft": ("logps/chosen", RISES),
-    "rm": ("rm/accuracy", RISES),
+    "rm": ("rm/brier", FALLS),  # the accuracy of a few pairs moves in steps
     "rm_regression": ("rm/error", FALLS),
 }
 LAYOUTS = {"TP 2": parallel(2, 1, 1), "PP 2": parallel(1, 2, 1)}

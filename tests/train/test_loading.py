@@ -78,40 +78,38 @@ def test_micro_batches_are_made_ahead_in_the_order_of_the_steps_and_the_thread_e
 
 
 def train_and_watch(given: Sequence[str]) -> None:
-    from nemo_rao.engines.nemo.model import MegatronGPTAlignmentModel
-    from nemo_rao.loop.data import AlignmentData, TrainingData
+    from nemo_rao.loop.data import AlignmentData
+    from nemo_rao.loop.session import Hook, Session
     from nemo_rao.mcore import loss
 
     made: list[tuple[str, list[int]]] = []
     used: list[list[int]] = []
     expected: list[list[int]] = []
     gathered: list[list[str]] = []
-    make, step, gather = AlignmentData.micro_batch, MegatronGPTAlignmentModel.data_step, loss._gathered_names
+    make, gather = AlignmentData.micro_batch, loss._gathered_names
 
     def micro_batch(self: AlignmentData, prompts: Sequence[int]) -> Any:
         made.append((threading.current_thread().name, list(prompts)))
         return make(self, prompts)
 
-    def data_step(self: Any, dataloader_iter: Any) -> Any:
-        batch = step(self, dataloader_iter)
-        used.append(batch.response_ids.tolist())
-        if not expected:
-            order: TrainingData = self.trainer.datamodule.data
-            ids = order.train.responses_of_prompts()
-            for number in range(2):
-                for prompts in order.micro_batches_of_step(number):
-                    expected.append([response for prompt in prompts for response in ids[prompt]])
-        assert [thread.name for thread in threading.enumerate()].count("prefetch") == 1
-        return batch
-
     def gathered_names(outputs: Any) -> Sequence[str]:
         gathered.append(list(gather(outputs)))
         return gathered[-1]
 
+    class Watch(Hook):
+        def start(self, session: Session) -> None:
+            ids = session.data.train.responses_of_prompts()
+            for number in range(2):
+                for prompts in session.data.micro_batches_of_step(number):
+                    expected.append([response for prompt in prompts for response in ids[prompt]])
+
+        def micro_batch(self, session: Session, batch: Any, *, embeds_tokens: bool) -> None:
+            used.append(batch.response_ids.tolist())
+            assert [thread.name for thread in threading.enumerate()].count("prefetch") == 1
+
     loss._gathered_names = gathered_names
     AlignmentData.micro_batch = micro_batch  # type: ignore[method-assign]
-    MegatronGPTAlignmentModel.data_step = data_step  # type: ignore[method-assign]
-    _train("gpt_rao", given)
+    _train("gpt_rao", given, hooks=lambda hooks: [*hooks, Watch()])
     assert len(expected) == 8 and used == expected
     assert {thread for thread, _ in made} == {"prefetch"}
     assert len(gathered) == 3 and gathered[0] == gathered[1] == gathered[2] != []

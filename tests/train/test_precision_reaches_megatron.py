@@ -6,25 +6,17 @@ from typing import Any
 
 import pytest
 
+from ..engine_models import megatron_configs
 from ..megatron_ranks import import_once
 
 
 @pytest.fixture(scope="module")
 def reached() -> Any:
-    """Overrides -> the three configs after NeMo has written its number formats into them, as its strategy does."""
+    """Overrides -> the three configs after the engine has written its number formats into them."""
     import_once()
-    from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
-
     from nemo_rao.config.compose import compose
-    from nemo_rao.engines.nemo import build
 
-    def configs(*overrides: str) -> list[Any]:
-        config = compose("gpt_rao", overrides)
-        formats = build.precision(config).dtype_config
-        made = build.model_config(config), build.optimizer(config, 10).config, build.strategy(config).ddp_config
-        return [update_config_with_dtype_overrides(formats, one) for one in made]
-
-    return configs
+    return lambda *overrides: megatron_configs(compose("gpt_rao", overrides))
 
 
 def test_delayed_scaling_arrives_whole(reached: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -14,13 +15,13 @@ import pytest
 from nemo_rao.checkpoint.run_records import write_run
 from nemo_rao.cli import main
 from nemo_rao.config.derived import run_dir
-from nemo_rao.config.engine_choice import NEMO
 from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.training.loading import LoadedData
 
+from ..engines import ENGINE
 from .runs import TINY, in_fork, steps
 
 Train = Callable[[RunConfig], None]
@@ -93,10 +94,11 @@ def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "tokenizer").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nemo_rao.engines.nemo.engine.load", lambda: True)
+    monkeypatch.setattr(f"nemo_rao.engines.{ENGINE}.engine.load", lambda: True)
     monkeypatch.setattr("nemo_rao.training.devices.select_device", lambda config: None)
     data = PreferenceData([])
-    monkeypatch.setattr("nemo_rao.training.loading.load_data", lambda config: LoadedData(data, None, 300))
+    importlib.import_module("nemo_rao.training.prepare")  # which would keep what stands there now
+    monkeypatch.setattr("nemo_rao.training.loading.load_data", lambda config: LoadedData(data, None, 300, 0))
     monkeypatch.setattr("nemo_rao.config.derived.steps_per_epoch", lambda *_: 10)
 
     def run(train: Train, *overrides: str) -> int:
@@ -116,7 +118,7 @@ def finish(config: RunConfig) -> None:
     (folder / "metrics.jsonl").write_text(json.dumps({"step": steps, "loss": config.model.dpo.beta}) + "\n")  # type: ignore[attr-defined]
     with (folder / "started").open("a") as file:
         file.write("once\n")
-    write_run(folder, start_from=None, max_steps=steps, finished_at=steps, engine=NEMO)
+    write_run(folder, start_from=None, max_steps=steps, finished_at=steps, engine=ENGINE)
 
 
 def num_starts(folder: Path) -> list[int]:
@@ -189,7 +191,7 @@ def test_a_run_is_finished_only_if_it_has_reached_the_end_that_is_asked_for(
     assert run_sweep(finish, "trainer.max_steps=8") == 0, "made longer"
     assert num_starts(tmp_path) == [2, 2, 2]
     stopped = tmp_path / "runs/gpt_dpo-beta=2"
-    write_run(stopped, start_from=None, max_steps=8, engine=NEMO)  # started again, stopped before its end
+    write_run(stopped, start_from=None, max_steps=8, engine=ENGINE)  # started again, stopped before its end
     assert run_sweep(finish, "trainer.max_steps=8") == 0
     assert num_starts(tmp_path) == [2, 3, 2]
 

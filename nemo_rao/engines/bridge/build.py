@@ -54,10 +54,7 @@ def container(config: RunConfig, provider: Any, data: Any, *, max_steps: int) ->
             end_weight_decay=keys.optim.weight_decay,
             weight_decay_incr_style="constant",
         ),
-        ddp=DistributedDataParallelConfig(
-            **ddp_fields(config),
-            average_in_collective=False,  # gradients are sums, divided once by the number of prompts
-        ),
+        ddp=gradient_buffers(config),
         train=TrainingConfig(
             micro_batch_size=keys.micro_batch_size, global_batch_size=keys.global_batch_size, train_iters=max_steps
         ),
@@ -100,6 +97,13 @@ def precision(config: RunConfig) -> MixedPrecisionConfig:
 def optimizer(config: RunConfig) -> OptimizerConfig:
     return OptimizerConfig(
         **optimizer_fields(config), min_lr=0.0, overlap_param_gather=config.model.optim.overlap_param_gather
+    )
+
+
+def gradient_buffers(config: RunConfig) -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(
+        **ddp_fields(config),
+        average_in_collective=False,  # gradients are sums, divided once by the number of prompts
     )
 
 

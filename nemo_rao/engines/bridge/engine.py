@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from nemo_rao.checkpoint.starting import needs_start
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.data.store import PreferenceData
 from nemo_rao.mcore import cpu
 from nemo_rao.runtime.console import quiet_imports
-from nemo_rao.runtime.job import leave_if_stopped
 
 if TYPE_CHECKING:
+    from nemo_rao.loop.data import TrainingData
     from nemo_rao.loop.prepared import Prepared
     from nemo_rao.loop.session import Hook, Session
 
@@ -35,40 +34,25 @@ def model_config(config: RunConfig) -> Any:
     return provider.model_config(config)
 
 
-def train_rank(
-    config: RunConfig,
-    prepared: Prepared,
-    record: Callable[[], None],
-    change: Callable[[list[Hook]], list[Hook]],
-) -> None:
+def train_rank(config: RunConfig, prepared: Prepared, data: TrainingData, hooks: list[Hook]) -> None:
     from nemo_rao.engines.bridge.run import Run
-    from nemo_rao.loop.run_hooks import data_sets_of, hooks_of, training_data
 
     run = Run(config, prepared.objective_config, max_steps=prepared.max_steps)
-    data_sets = data_sets_of(config, prepared, pad_token_id=run.pad_token_id)
-    hooks = change(hooks_of(config, run.loss.needs, data_sets, record))
-    with run.built(
-        training_data(config, data_sets["training"]),
-        folder=run_dir(config),
-        start_from=prepared.start_from if needs_start(config) else None,
-    ):
+    start_from = prepared.start_from if needs_start(config) else None
+    with run.built(data, folder=run_dir(config), start_from=start_from):
         run.train(hooks, resume_from=prepared.resume_from)
-    leave_if_stopped()
 
 
 def pass_rank(
     config: RunConfig,
     objective_config: Any,
-    data: PreferenceData,
+    data: TrainingData,
     checkpoint: Path,
     folder: Path,
     compute: Callable[[Session], None],
 ) -> None:
     from nemo_rao.engines.bridge.run import Run
-    from nemo_rao.loop.data import AlignmentData, batch_layout
-    from nemo_rao.loop.run_hooks import training_data
 
     run = Run(config, objective_config, max_steps=1)
-    laid_out = AlignmentData(data, pad_token_id=run.pad_token_id, **batch_layout(config))
-    with run.built(training_data(config, laid_out), folder=folder, start_from=checkpoint):
+    with run.built(data, folder=folder, start_from=checkpoint):
         compute(run.session())

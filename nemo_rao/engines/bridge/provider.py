@@ -87,6 +87,19 @@ def _split(config: RunConfig) -> Mapping[str, Any]:
     }
 
 
+def padded_vocab_size(made: Any, num_tokens: int) -> int:
+    """Rows of a provider's embeddings.
+
+    The recipe's vocabulary size where the tensor-parallel ranks can share it, as in NeMo; else that or the tokenizer's,
+    padded as Megatron does. Bridge itself pads a tokenizer's size alone.
+    """
+    ranks = made.tensor_model_parallel_size
+    if made.vocab_size and made.vocab_size % ranks == 0:
+        return int(made.vocab_size)
+    multiple = made.make_vocab_size_divisible_by * ranks
+    return -(-(made.vocab_size or num_tokens) // multiple) * multiple
+
+
 def finish_when_built(made: Any, config: RunConfig, needs: Needs) -> None:
     """Have a provider's chunks finished for an objective (:mod:`nemo_rao.mcore.finish`) before they are wrapped."""
 

@@ -20,10 +20,10 @@ from megatron.bridge.training.train import train
 from nemo_rao.batch import MicroBatch
 from nemo_rao.checkpoint.layout import weights_of
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.data.encode import load_tokenizer, pad_token_id
+from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.engines.bridge.build import container, data_set
 from nemo_rao.engines.bridge.lora import add_adapters, is_adapter, record_base
-from nemo_rao.engines.bridge.provider import finish_when_built, provider
+from nemo_rao.engines.bridge.provider import finish_when_built, padded_vocab_size, provider
 from nemo_rao.engines.bridge.session import BridgeSession, CallHooks, ForwardStep
 from nemo_rao.loop.data import TrainingData
 from nemo_rao.loop.kept_checkpoints import KeepCheckpoints
@@ -46,23 +46,17 @@ class Run:
 
     Attributes:
         loss: the objective over a micro-batch.
-        pad_token_id: of the tokenizer.
     """
 
     def __init__(self, config: RunConfig, objective_config: Any, *, max_steps: int) -> None:
-        if config.trainer.threads_per_rank is not None:
-            torch.set_num_threads(config.trainer.threads_per_rank)
-        quiet_third_parties()
         assert config.data.tokenizer is not None
         self._config = config
         self._max_steps = max_steps
         self._tokenizer = load_tokenizer(config.data.tokenizer)
         self._provider = provider(config)
         vocab_size = self._provider.vocab_size or len(self._tokenizer)
-        multiple = self._provider.make_vocab_size_divisible_by * config.model.tensor_model_parallel_size
-        self._padded_vocab_size = -(-vocab_size // multiple) * multiple
+        self._padded_vocab_size = padded_vocab_size(self._provider, vocab_size)
         self.loss = ObjectiveLoss(registry.get(config.model.objective), objective_config, vocab_size=vocab_size)
-        self.pad_token_id = pad_token_id(self._tokenizer)
         self._adapters_only = config.model.peft.scheme != "none"
         self._step = 0
 
@@ -75,7 +69,7 @@ class Run:
             start_from: a checkpoint whose weights the model has; of a run of adapters, those below them.
         """
         self._data, self._folder, self._start_from = data, folder, start_from
-        self._provider.vocab_size = self._padded_vocab_size  # Bridge pads a tokenizer's size alone
+        self._provider.vocab_size = self._padded_vocab_size
         finish_when_built(self._provider, self._config, self.loss.needs)
         if start_from is not None:
             self._provider.register_pre_wrap_hook(self._read_start)

@@ -30,15 +30,18 @@ def import_models(*, on_cpu: bool) -> None:
 def import_bridge(*, on_cpu: bool) -> None:
     """Import Bridge's training loop, and change what it cannot do on this machine."""
     import_models(on_cpu=on_cpu)
-    from megatron.bridge.training import initialize, setup, train  # noqa: F401
+    from megatron.bridge.training import initialize, setup, train
 
     # Megatron's own data sets are not used, and a wheel has no makefile to compile their helpers with.
     initialize.compile_helpers = lambda: None
+    train.print_rank_0 = lambda message: None  # a loop that begins, a step that it goes on from: the run says both
     if on_cpu:
         from megatron.bridge.peft import utils as peft_utils
 
         # Asserts that there is CUDA; its caller has no way to say otherwise.
         setup.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+        # Compiles fused kernels, which are off here, with the machine's C++ compiler: half a minute for each rank.
+        setup.set_jit_fusion_options = lambda *_: None
         # Megatron's stand-ins for Transformer Engine's classes are taken for the classes.
         peft_utils.HAVE_TE = False
 

@@ -50,7 +50,7 @@ class BridgeSession:
         self.max_steps = max_steps
         self.step = int(state.train_state.step)
         self.is_stopping = False
-        self._loggers = loggers
+        self.loggers = loggers
         self._keep = keep
         self._reported: dict[str, float] = {}
 
@@ -65,11 +65,8 @@ class BridgeSession:
         """So many optimizer steps are done; the last one's numbers replace those of the step before."""
         self.step, self._reported = step, dict(numbers)
 
-    def log(self, values: Mapping[str, float], *, to_loggers: bool = True) -> None:
+    def report(self, values: Mapping[str, float]) -> None:
         self._reported |= values
-        if to_loggers and self.is_first_rank:
-            for logger in self._loggers:
-                logger(values, self.step)
 
     def stop(self) -> None:
         self.is_stopping = True
@@ -122,6 +119,8 @@ class CallHooks(Callback):
     def close(self) -> None:
         for hook in self._hooks:
             hook.close()
+        for logger in self._session.loggers:
+            logger.close()
 
     def _set_rates(self, context: Any, step: int) -> None:
         self._lr = learning_rate(self._schedule, step, highest=self._rates[0], max_steps=self._session.max_steps)

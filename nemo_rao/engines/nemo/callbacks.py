@@ -11,6 +11,7 @@ import torch
 
 from nemo_rao.batch import MicroBatch
 from nemo_rao.loop.data import TrainingData
+from nemo_rao.loop.loggers import Logger
 from nemo_rao.loop.reference import ReferencePass
 from nemo_rao.loop.session import Hook
 from nemo_rao.mcore.forward import unwrapped
@@ -29,11 +30,13 @@ class NemoSession:
     Args:
         trainer: NeMo's, with a model and a data module of this project attached.
         folder: of the run.
+        loggers: of the run.
     """
 
-    def __init__(self, trainer: pl.Trainer, folder: Path) -> None:
+    def __init__(self, trainer: pl.Trainer, folder: Path, loggers: Sequence[Logger] = ()) -> None:
         self._trainer: Any = trainer
         self._folder = folder
+        self._loggers = loggers
         for chunk in self.chunks:  # of an interleaved pipeline, NeMo builds each anew
             chunk.loss = self.loss
         self._logged_step = -1
@@ -71,13 +74,16 @@ class NemoSession:
     def loss(self) -> ObjectiveLoss:
         return self._trainer.lightning_module.loss  # type: ignore[no-any-return]
 
+    @property
+    def loggers(self) -> Sequence[Logger]:
+        return self._loggers
+
     def reported(self) -> Mapping[str, float]:
         return {name: float(value) for name, value in self._trainer.callback_metrics.items()}
 
-    def log(self, values: Mapping[str, float], *, to_loggers: bool = True) -> None:
-        # NeMo and Lightning, left to themselves, log some numbers too, under a count of their own: the trainer is told
-        # to log nothing. Not by log_dict, which takes about a millisecond for each number. What a checkpoint's monitor
-        # and the progress bar read, callback_metrics, has nothing of earlier steps.
+    def report(self, values: Mapping[str, float]) -> None:
+        # Not by log_dict, which takes about a millisecond for each number. What a checkpoint's monitor and the progress
+        # bar read, callback_metrics, has nothing of earlier steps.
         metrics = self._trainer.callback_metrics
         if self.step != self._logged_step:
             for name in self._logged:
@@ -85,9 +91,6 @@ class NemoSession:
             self._logged_step, self._logged = self.step, set()
         metrics.update({name: torch.tensor(value) for name, value in values.items()})
         self._logged.update(values)
-        if to_loggers:
-            for logger in self._trainer.loggers:
-                logger.log_metrics(dict(values), step=self.step)
 
     def stop(self) -> None:
         self._trainer.should_stop = True
@@ -102,14 +105,16 @@ class CallHooks(pl.Callback):
     Args:
         hooks: of :mod:`nemo_rao.loop`.
         folder: of the run.
+        loggers: of the run.
     """
 
     # Under which checkpoints have always carried the state of the reference pass.
     state_key = "ReferencePass"
 
-    def __init__(self, hooks: Sequence[Hook], folder: Path) -> None:
+    def __init__(self, hooks: Sequence[Hook], folder: Path, loggers: Sequence[Logger]) -> None:
         self._hooks = hooks
         self._folder = folder
+        self._loggers = loggers
         self._references = [hook for hook in hooks if isinstance(hook, ReferencePass)]
         self._session: NemoSession | None = None
 
@@ -126,7 +131,7 @@ class CallHooks(pl.Callback):
             hook.state = state_dict
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._session = NemoSession(trainer, self._folder)
+        self._session = NemoSession(trainer, self._folder, self._loggers)
         for hook in self._hooks:
             hook.start(self._session)
 
@@ -150,6 +155,8 @@ class CallHooks(pl.Callback):
     def on_fit_end(self, *args: Any) -> None:
         for hook in self._hooks:
             hook.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 class KeepSchedule(pl.Callback):

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.data.encode import pad_token_id
-from nemo_rao.data.store import PreferenceData
 from nemo_rao.mcore import cpu
 from nemo_rao.runtime.console import quiet_imports
-from nemo_rao.runtime.job import leave_if_stopped
 
 if TYPE_CHECKING:
+    from nemo_rao.loop.data import TrainingData
     from nemo_rao.loop.prepared import Prepared
     from nemo_rao.loop.session import Hook, Session
 
@@ -45,35 +43,27 @@ def model_config(config: RunConfig) -> Any:
     return build.model_config(config)
 
 
-def train_rank(
-    config: RunConfig,
-    prepared: Prepared,
-    record: Callable[[], None],
-    change: Callable[[list[Hook]], list[Hook]],
-) -> None:
+def train_rank(config: RunConfig, prepared: Prepared, data: TrainingData, hooks: list[Hook]) -> None:
     import torch
     from nemo.lightning.resume import AdapterPath
 
     from nemo_rao.engines.nemo import build
     from nemo_rao.engines.nemo.callbacks import CallHooks, KeepSchedule
     from nemo_rao.engines.nemo.data_module import AlignmentDataModule
-    from nemo_rao.engines.nemo.trainer import loggers, make_trainer, set_up_rank
-    from nemo_rao.loop.run_hooks import data_sets_of, hooks_of, training_data
+    from nemo_rao.engines.nemo.trainer import make_trainer, set_up_rank
+    from nemo_rao.loop.loggers import loggers
 
     set_up_rank(config)
     folder = run_dir(config)
     model = build.model(config, prepared.objective_config, prepared.max_steps)
-    data_sets = data_sets_of(config, prepared, pad_token_id=pad_token_id(model.tokenizer.tokenizer))
-    module = AlignmentDataModule(training_data(config, data_sets["training"]), seq_length=config.model.seq_length)
     trainer = make_trainer(
         config,
         max_steps=prepared.max_steps,
         folder=folder,
         callbacks=[build.checkpoint_callback(config, folder)],
-        loggers=loggers(config, folder),
         start_from=prepared.start_from if prepared.resume_from is None else None,
     )
-    own: list[Any] = [CallHooks(change(hooks_of(config, model.loss.needs, data_sets, record)), folder), KeepSchedule()]
+    own: list[Any] = [CallHooks(hooks, folder, loggers(config, folder)), KeepSchedule()]
     adapters_only = model.model_transform is not None
     if adapters_only:
         # Adds the adapters after the reference pass, which so sees the model that they start from.
@@ -88,20 +78,15 @@ def train_rank(
             if adapters_only
             else str(prepared.resume_from)
         )
-    trainer.fit(model, module)
-    if config.exp_manager.create_wandb_logger and trainer.is_global_zero:
-        import wandb
-
-        wandb.finish()  # a rank ends without the interpreter's own shutdown, which would do it
+    trainer.fit(model, AlignmentDataModule(data, seq_length=config.model.seq_length))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    leave_if_stopped()
 
 
 def pass_rank(
     config: RunConfig,
     objective_config: Any,
-    data: PreferenceData,
+    data: TrainingData,
     checkpoint: Path,
     folder: Path,
     compute: Callable[[Session], None],
@@ -112,8 +97,6 @@ def pass_rank(
     from nemo_rao.engines.nemo.callbacks import NemoSession
     from nemo_rao.engines.nemo.data_module import AlignmentDataModule
     from nemo_rao.engines.nemo.trainer import make_trainer, set_up_rank
-    from nemo_rao.loop.data import AlignmentData, batch_layout
-    from nemo_rao.loop.run_hooks import training_data
 
     class Done(Exception):
         """The pass is over: nothing is to be trained."""
@@ -125,9 +108,7 @@ def pass_rank(
 
     set_up_rank(config)
     model = build.model(config, objective_config, max_steps=1)
-    laid_out = AlignmentData(data, pad_token_id=pad_token_id(model.tokenizer.tokenizer), **batch_layout(config))
-    module = AlignmentDataModule(training_data(config, laid_out), seq_length=config.model.seq_length)
     trainer = make_trainer(config, max_steps=1, folder=folder, start_from=checkpoint)
     trainer.callbacks[:0] = [Pass()]
     with contextlib.suppress(Done):
-        trainer.fit(model, module)
+        trainer.fit(model, AlignmentDataModule(data, seq_length=config.model.seq_length))

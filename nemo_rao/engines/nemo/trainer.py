@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning_utilities.core.rank_zero import rank_zero_only
 from nemo import lightning as nl
@@ -19,17 +17,14 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.engines.nemo import build
-from nemo_rao.runtime.console import global_rank, quiet_third_parties
+from nemo_rao.runtime.console import global_rank
 from nemo_rao.runtime.launch import started_externally
 
 
 def set_up_rank(config: RunConfig) -> None:
-    """What a rank does before it builds anything; its place is in the environment."""
+    """What of NeMo and Lightning a rank sets before it builds anything; its place is in the environment."""
     vars(rank_zero_only)["rank"] = global_rank()  # read once, at the import, which forked ranks have behind them
-    quiet_third_parties()
     nemo_logging.setLevel(nemo_logging.WARNING)
-    if config.trainer.threads_per_rank is not None:
-        torch.set_num_threads(config.trainer.threads_per_rank)
     # The one place where NeMo reads how long ranks wait for each other.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(config.trainer.timeout_minutes * 60)))
     torch.manual_seed(config.trainer.seed)
@@ -41,7 +36,6 @@ def make_trainer(
     max_steps: int,
     folder: Path,
     callbacks: Sequence[Any] = (),
-    loggers: Sequence[Any] = (),
     start_from: Path | None = None,
 ) -> Any:
     """NeMo's trainer over the recipe's ranks.
@@ -60,8 +54,9 @@ def make_trainer(
         strategy=build.strategy(config),
         plugins=build.precision(config),
         callbacks=list(callbacks),
-        logger=list(loggers),
-        log_every_n_steps=0,  # Lightning logs nothing by itself: nemo_rao.loop.metrics does
+        # NeMo and Lightning, left to themselves, log some numbers under a count of their own.
+        logger=False,
+        log_every_n_steps=0,
         enable_checkpointing=bool(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -77,12 +72,3 @@ def make_trainer(
     if start_from is not None:
         trainer.strategy.restore_config = RestoreConfig(path=str(start_from))
     return trainer
-
-
-def loggers(config: RunConfig, folder: Path) -> list[Any]:
-    made: list[Any] = [TensorBoardLogger(folder, name="tensorboard", version="")]
-    if config.exp_manager.create_wandb_logger:
-        wandb_keys = dataclasses.asdict(config.exp_manager.wandb_logger_kwargs)
-        wandb_keys["name"] = wandb_keys["name"] or config.exp_manager.name
-        made.append(WandbLogger(save_dir=folder, **wandb_keys))
-    return made
