@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # The class that transformers 5 names for any tokenizer.json; transformers 4 has the same under another name.
 FAST_CLASS_OF_5 = "TokenizersBackend"
+_BYTE_LEVEL = "ByteLevel"
 OTHER_CLASSES_OF_5 = ("SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
 
 
@@ -58,10 +60,43 @@ def _load(name: str) -> PreTrainedTokenizerBase:
             f"transformers {transformers.__version__} does not have; save it as a fast tokenizer (tokenizer.json)"
         )
     arguments = _as_in_4(config)
-    if kind != FAST_CLASS_OF_5:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **arguments)
+    if not _is_of_no_model(kind, name):
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **arguments)
+        if not _loses_bytes(name, loaded):
+            return loaded
     with _without_warnings("transformers.tokenization_utils_base"):  # about the class's other name
         return PreTrainedTokenizerFast.from_pretrained(name, **arguments)
+
+
+def _is_of_no_model(kind: str | None, name: str) -> bool:
+    """Whether the tokenizer is tokenizer.json and nothing else, of no model's own class.
+
+    Transformers 5 takes the class of some models nevertheless (Qwen2's), and adds that model's special tokens.
+    """
+    import transformers
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return kind == FAST_CLASS_OF_5
+    return get_tokenizer_config(name).get("tokenizer_class") in (FAST_CLASS_OF_5, "PreTrainedTokenizerFast")
+
+
+def _loses_bytes(name: str, loaded: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's class has put another pre-tokenizer in place of tokenizer.json's, which is byte-level.
+
+    LlamaTokenizer of transformers 5 does (https://github.com/huggingface/transformers/issues/45488), and models such as
+    DeepSeek-R1-Distill-Llama name that class: text would lose its spaces.
+    """
+    import transformers
+    from transformers.utils import cached_file
+
+    if int(transformers.__version__.split(".")[0]) < 5 or not loaded.is_fast:
+        return False
+    file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is None or _BYTE_LEVEL in repr(loaded.backend_tokenizer.pre_tokenizer):
+        return False
+    with open(file, encoding="utf-8") as opened:
+        return _BYTE_LEVEL in json.dumps(json.load(opened).get("pre_tokenizer"))
 
 
 def written_by_5(name: str) -> bool:

@@ -27,6 +27,7 @@ from nemo_rao.mcore.heads import heads, is_stored
 
 PREFIX = "module."  # of NeMo's names
 STATE = "nemo_rao"
+COMMON = "common.pt"
 # How the optimizer's state is laid out: for any parallelism, and the only way that torch's own Adam has.
 _LAYOUT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -74,7 +75,19 @@ def save(folder: Path, chunks: Sequence[Any], optimizer: Any, state: Mapping[str
     )
     content |= {STATE: dict(state)}
     dist_checkpointing.save(content, str(folder), strategy, content_metadata=dict(_LAYOUT))
+    if torch.distributed.get_rank() == 0:
+        write_common(folder)
     torch.distributed.barrier()
+
+
+def write_common(folder: Path) -> None:
+    """Write what a finished checkpoint holds besides tensors as ``common.pt``, where it is missing. On one rank.
+
+    megatron-core 0.19 keeps it among the tensors; earlier releases, NeMo's among them, read no checkpoint without the
+    file. Newer ones read the file first.
+    """
+    if not (folder / COMMON).exists():
+        torch.save(dist_checkpointing.load_common_state_dict(str(folder)), folder / COMMON)
 
 
 def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, keep: Filter | None) -> Mapping[str, Any]:

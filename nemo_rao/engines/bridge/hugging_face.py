@@ -87,30 +87,12 @@ class Conversion:
             )
         return chunks
 
-    def load(self, chunks: list[Any], folder: Path) -> None:
-        """Fill the chunks with the weights of a Hugging Face model.
+    def names(self, chunks: list[Any], folder: Path) -> set[str]:
+        """Hugging Face's names of all tensors that the chunks of all ranks are filled from.
 
         Args:
             folder: with safetensors.
-
-        Raises:
-            UserError: the folder has a tensor too many, lacks one, or has one of another shape.
         """
-        self._check_names(chunks, folder)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # and a bar
-                self._bridge.load_hf_weights(chunks, folder)
-        except (ValueError, RuntimeError, KeyError) as error:  # of shapes, from each kind of mapping its own
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"{self._place}: the tensors do not fit config.json ({reason}); download it again"
-            ) from None
-
-    def _check_names(self, chunks: list[Any], folder: Path) -> None:
-        """Bridge leaves a weight as it is where its tensor is missing, and a tensor aside that has no place."""
-        from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource
-
-        stored = set(SafeTensorsStateSource(folder).get_all_keys())
         wanted: set[str] = set()
         for task in self._bridge.get_conversion_tasks(chunks, folder):
             if task is not None:
@@ -118,12 +100,28 @@ class Conversion:
                 wanted |= {names} if isinstance(names, str) else set(names.values())
         of_ranks: list[set[str]] = [set()] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(of_ranks, wanted)  # of experts, each rank knows its own
-        wanted = set().union(*of_ranks)
-        if missing := sorted(wanted - stored):
-            raise UserError(f"{self._place} has no tensor {missing[0]}, which config.json asks for; download it again")
-        left_over = sorted(name for name in stored - wanted if name != _OUTPUT and "rotary_emb" not in name)
-        if left_over:
-            raise UserError(f"{self._place} has a tensor {left_over[0]}, for which the model has no place")
+        return set().union(*of_ranks)
+
+    def load(self, chunks: list[Any], folder: Path) -> None:
+        """Fill the chunks with the weights of a Hugging Face model.
+
+        Bridge leaves a weight unchanged where its tensor is missing, and ignores a tensor that has no place: compare
+        :meth:`names` with those that are stored.
+
+        Args:
+            folder: with config.json and safetensors.
+
+        Raises:
+            UserError: a tensor has another shape.
+        """
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # a progress bar
+                self._bridge.load_hf_weights(chunks, folder)
+        except (ValueError, RuntimeError, KeyError) as error:  # of shapes, from each kind of mapping its own
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{self._place}: the tensors do not fit config.json ({reason}); download it again"
+            ) from None
 
     def tensors(self, chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face's names and whole tensors, on the CPU, one after another; on every rank."""
@@ -184,13 +182,14 @@ def _write(shard: Mapping[str, Tensor], folder: Path, number: int) -> list[str]:
 
 
 def save_checkpoint(chunks: list[Any], folder: Path) -> None:
-    """Write the chunks' weights as ``folder/weights``, under the names that NeMo's checkpoints have."""
+    """Write the weights of one rank's model as ``folder/weights``, under the names that NeMo's checkpoints have."""
     (folder / "weights").mkdir()
     dist_checkpointing.save(checkpoint.sharded_model(chunks, prefix=checkpoint.PREFIX), str(folder / "weights"))
+    checkpoint.write_common(folder / "weights")
 
 
 def load_checkpoint(chunks: list[Any], folder: Path, *, tied_before: bool = False) -> None:
-    """Fill the chunks from a checkpoint of either engine.
+    """Fill the chunks of one rank's model from a checkpoint of either engine.
 
     Args:
         tied_before: the checkpoint has one matrix for input and output embeddings, and the model two.
@@ -198,21 +197,28 @@ def load_checkpoint(chunks: list[Any], folder: Path, *, tied_before: bool = Fals
     Raises:
         UserError: the checkpoint lacks a tensor of the model.
     """
-    output = "output_layer.weight"
-    keep = (lambda name: name != output) if tied_before else None
+    [chunk] = chunks
+
+    def is_stored(name: str) -> bool:
+        return not (tied_before and name == "output_layer.weight")
+
     try:
-        checkpoint.load_weights(weights_of(folder), chunks, keep=keep)
+        checkpoint.load_weights(weights_of(folder), chunks, keep=is_stored)
     except CheckpointingException as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"CHECKPOINT: {folder} is not of the model that is described beside it ({reason})") from None
     if tied_before:
-        [chunk] = chunks
         with torch.no_grad():
             chunk.output_layer.weight.copy_(chunk.embedding.word_embeddings.weight)
 
 
 def change_weights(chunks: list[Any], change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Replace weights of a model of one rank: ``change`` is given all, by name, and puts others in their place."""
+    """Replace weights of a model of one rank.
+
+    Args:
+        change: is given all weights by name, ``[out, in]`` each, and puts others in their place; of a vocabulary, they
+            may be without padding.
+    """
     [chunk] = chunks
     parameters = dict(chunk.named_parameters())
     weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}

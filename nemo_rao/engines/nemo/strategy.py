@@ -11,7 +11,9 @@ from megatron.core.utils import get_model_config
 from nemo import lightning as nl
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 
+from nemo_rao.errors import UserError
 from nemo_rao.mcore import torch_adam
+from nemo_rao.mcore.checkpoint import COMMON
 from nemo_rao.mcore.heads import heads, is_stored
 from nemo_rao.mcore.seeds import seed_weights
 
@@ -41,9 +43,15 @@ class AlignmentStrategy(nl.MegatronStrategy):
         seed_weights(self.seed)
 
     def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
+        weights = Path(ckpt_to_weights_subdir(checkpoint_path, is_saving=False))
+        if not (weights / COMMON).is_file():
+            raise UserError(
+                f"model.restore_from_path: {weights} has no {COMMON}: a newer megatron-core has written it, whose "
+                "checkpoints NeMo's cannot read; start from one that a run of this version has written"
+            )
         new = list(heads(self.megatron_parallel))
         if new:
-            metadata = load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint_path, is_saving=False)))
+            metadata = load_tensors_metadata(str(weights))
             stored = {name: tensor.global_shape for name, tensor in metadata.items()}
             for head in new:
                 head.stored = is_stored(head.name, head.weight.shape, stored)
