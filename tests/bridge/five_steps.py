@@ -63,8 +63,14 @@ def weights_first(hooks: list[Hook]) -> list[Hook]:
     return [WeightsByName(), *hooks]
 
 
-def run(objective: str, folder: Path, data: tuple[str, ...], *extra: str) -> list[dict[str, float]]:
-    """The steps of a run with an objective, as ``metrics.jsonl`` has them."""
+def run(
+    objective: str, folder: Path, data: tuple[str, ...], *extra: str, weights: bool = True
+) -> list[dict[str, float]]:
+    """The steps of a run with an objective, as ``metrics.jsonl`` has them.
+
+    Args:
+        weights: begin with those that depend on their names; else with those of a checkpoint, which ``extra`` names.
+    """
     given = [
         *OVERRIDES,
         *data,
@@ -74,7 +80,7 @@ def run(objective: str, folder: Path, data: tuple[str, ...], *extra: str) -> lis
         f"exp_manager.name={objective}",
         *extra,
     ]
-    run_training("gpt_rao", given, hooks=weights_first)
+    run_training("gpt_rao", given, **({"hooks": weights_first} if weights else {}))
     return steps(folder / objective)
 
 
