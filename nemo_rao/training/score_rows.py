@@ -16,6 +16,7 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.encode import BoundaryError, Encoder, load_tokenizer
 from nemo_rao.engines.engine import engine_of
 from nemo_rao.errors import UserError
+from nemo_rao.scoring.run import OPTIONS
 from nemo_rao.scoring.scorer import NoScore
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _of_responses(encoder: Encoder, row: Row, encoded: Sample | UserError) -> li
         single = [replace(row, responses=(response,)) for response in row.responses]
         return [one for responses in _encode(encoder, single) for one in responses]
     reason = encoded.reason if isinstance(encoded, BoundaryError) else "cannot be rendered as in the run's training"
-    said = str(encoded).removeprefix(f"{row.place}: ").replace("data.ignore_fields", "--ignore-field")
+    said = OPTIONS(str(encoded).removeprefix(f"{row.place}: "))
     return [NoScore(reason, said.replace("response 1", "the response"))]  # the caller says which one it is
 
 
