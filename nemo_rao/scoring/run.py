@@ -26,6 +26,7 @@ from nemo_rao.runtime.progress import Progress
 from nemo_rao.scoring.column import COLUMN, ColumnScorer
 from nemo_rao.scoring.finish import Scaling, stated_statistics, write_output
 from nemo_rao.scoring.missing import Missing, reasons_of
+from nemo_rao.scoring.notes import put_notes, total_notes
 from nemo_rao.scoring.rule import RULE
 from nemo_rao.scoring.scorer import (
     InputRow,
@@ -39,7 +40,7 @@ from nemo_rao.scoring.scorer import (
 )
 from nemo_rao.scoring.source import Source, Survey, survey
 
-VERSION = 3  # changed when the same scorers would leave another part file than before
+VERSION = 4  # changed when the same scorers would leave another part file than before
 
 
 def _make_judge(path: str, place: Place) -> Scorer:
@@ -154,10 +155,11 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
             unscored = itertools.islice(source.input_rows(fields), part.num_records, None)
             for batch, scores in _scored(unscored, part.num_records, found, scorers, job):
                 records = [_record(row, own, same_rewards) for row, own in zip(batch, scores, strict=True)]
+                put_notes(records, scorers)
                 part.append(records)
                 missing.add(records)
                 missing.check()
-            counts = {name: dict(scorer.notes()) for name, scorer in scorers.items()}
+            counts = total_notes(part.records(), list(scorers))
             statistics = write_output(part, job.output, list(scorers), scaling, missing, counts)
         except (ScoringFailure, UserError) as error:  # a full disk, an input that has changed meanwhile, ...
             raise ScoringFailure(f"{error}. {_kept(part, found.num_rows)}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,14 @@ from nemo_rao.scoring.scorer import NoScore
 
 if TYPE_CHECKING:
     from nemo_rao.data.store import PreferenceData
+
+
+# Remarks about rows, to be read behind their number.
+AS_TRAINED = "have responses marked as truncated, which are scored without an end token, as the model learned them"
+NOT_AS_TRAINED = (
+    "have responses marked as truncated, which are scored without an end token; the model was trained without such "
+    "responses (data.truncated=drop)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,14 @@ class Tokenised:
         data: prompts with the responses that can be read.
         numbers: of each response in ``data``, in its order, (row, response) in the rows.
         lacks: (row, response) -> why the response is not in ``data``.
-        remarks: what was noticed about rows -> how many.
+        remarks: row -> what was noticed about it, to be counted.
         notes: about the tokenizer and its chat template.
     """
 
     data: PreferenceData
     numbers: list[tuple[int, int]] = field(default_factory=list)
     lacks: dict[tuple[int, int], NoScore] = field(default_factory=dict)
-    remarks: Counter[str] = field(default_factory=Counter)
+    remarks: dict[int, Sequence[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -112,6 +119,7 @@ def tokenise(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenised:
             batch = rows[start : start + ROWS_AT_ONCE]
             for at, encoded in enumerate(_encode(encoder, batch), start):
                 kept: list[_Encoded] = []
+                remarks: list[str] = []
                 for number, one in enumerate(encoded):
                     if isinstance(one, _Encoded) and one.num_tokens > limit.tokens:
                         one = limit.lacks(one.num_tokens)
@@ -120,8 +128,11 @@ def tokenise(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenised:
                     else:
                         made.numbers.append((at, number))
                         kept.append(one)
+                        remarks += one.sample.remarks
+                        if rows[at].responses[number].truncated:
+                            remarks.append(AS_TRAINED if keys.truncated == "without_end" else NOT_AS_TRAINED)
                 if kept:
-                    made.remarks.update({remark for one in kept for remark in one.sample.remarks})
+                    made.remarks[at] = list(dict.fromkeys(remarks))
                     yield _unrewarded(kept)
 
     made.data = PreferenceData(samples())

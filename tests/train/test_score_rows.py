@@ -11,7 +11,7 @@ import transformers
 from nemo_rao.batch import Response, Row
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.demo.tokenizer_training import train_tokenizer
-from nemo_rao.training.score_rows import Limit, length_limit, tokenise, with_length
+from nemo_rao.training.score_rows import AS_TRAINED, NOT_AS_TRAINED, Limit, length_limit, tokenise, with_length
 
 # Of an answer, what follows its thinking.
 CUTS_THINKING = (
@@ -59,6 +59,21 @@ def test_answers_are_rendered_as_the_recipe_says_and_those_left_out_are_named(to
     assert verbatim.numbers == [(0, 0), (0, 1), (0, 3), (1, 0)] and list(verbatim.lacks) == [(0, 2)]
     texts = [decode(response) for at in range(2) for response in verbatim.data[at].responses]
     assert texts == ["four<|end|>", f"{THINKING}<|end|>", "five<|end|>", f"{THINKING}<|end|>"]
+
+
+@pytest.mark.parametrize(("truncated", "remark"), [("drop", NOT_AS_TRAINED), ("without_end", AS_TRAINED)])
+def test_truncated_responses_are_scored_without_an_end_token_and_their_rows_counted(
+    tokenizer: Path, truncated: str, remark: str
+) -> None:
+    config = recipe(tokenizer, "verbatim")
+    rows = [
+        Row("ask", (Response("five"), Response("four", truncated=True), Response("two", truncated=True)), "a row 1"),
+        Row("ask", (Response("five"), Response("four " * 150, truncated=True)), "a row 2"),  # that one is not scored
+    ]
+    made = tokenise(rows, replace(config, data=replace(config.data, truncated=truncated)), Limit(100, "a limit"))
+    decode = transformers.AutoTokenizer.from_pretrained(tokenizer).decode
+    assert [decode(response) for response in made.data[0].responses] == ["five<|end|>", "four", "two"]
+    assert {at: list(remarks) for at, remarks in made.remarks.items()} == {0: [remark], 1: []}
 
 
 def test_the_limit_is_that_of_training_and_the_recipe_is_for_it(tokenizer: Path) -> None:
