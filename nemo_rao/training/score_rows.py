@@ -63,34 +63,41 @@ class Tokenised:
 def length_limit(config: RunConfig, run: str, max_length: int | None) -> Limit:
     """What ``--max-length`` allows, or else the length that the run was trained with.
 
+    It is not checked where nothing states the model's context; positions are computed for any length.
+
     Raises:
         UserError: ``--max-length`` is beyond the model's context.
     """
     trained = config.model.seq_length
     if max_length is None:
         return Limit(trained, f"model.seq_length={trained}, with which {run} was trained (--max-length reads more)")
-    if max_length > trained and max_length > (longest := context_length(config)):
+    longest = context_length(config) if max_length > trained else None
+    if longest is not None and max_length > longest:
         raise UserError(f"--max-length {max_length}: the context of {run}'s model is {longest} tokens; lower it")
     return Limit(max_length, f"--max-length {max_length}")
 
 
-def context_length(config: RunConfig) -> int:
+def context_length(config: RunConfig) -> int | None:
     """Tokens that the network's positions are made for: at least those that it was trained with.
 
-    A checkpoint does not say it. The config.json beside an imported model's tokenizer does, and else the engine's
-    config class of the model. Learned positions end where training did.
+    A checkpoint does not state it. Learned positions end where training did. For others the config.json beside an
+    imported model's tokenizer states it, and the defaults of a class that ``model.config_class`` names. Those of a
+    family's class belong to no model of it: ``None``.
     """
     engine, trained = engine_of(config), config.model.seq_length
     engine.load()
     made = engine.model_config(config)
     if made.position_embedding_type == "learned_absolute":
         return trained
-    of_class = next(one.default for one in dataclasses.fields(type(made)) if one.name == "seq_length")
-    assert isinstance(of_class, int)
     with_tokenizer = Path(config.data.tokenizer or "").expanduser() / "config.json"
     found = json.loads(with_tokenizer.read_text()) if with_tokenizer.is_file() else {}
-    same = found.get("hidden_size") == made.hidden_size
-    return max(trained, int(found["max_position_embeddings"] if same else of_class))
+    if found.get("hidden_size") == made.hidden_size and "max_position_embeddings" in found:
+        return max(trained, int(found["max_position_embeddings"]))
+    if config.model.config_class is None:
+        return None
+    of_class = next(one.default for one in dataclasses.fields(type(made)) if one.name == "seq_length")
+    assert isinstance(of_class, int)
+    return max(trained, of_class)
 
 
 def with_length(config: RunConfig, num_tokens: int) -> RunConfig:
