@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nemo_rao.commands.parser import Command, Parser, add_columns, add_ignored, columns_of
+from nemo_rao.commands.parser import Command, Parser, add_columns, add_ignored
 
 
 def import_hf_parser() -> Parser:
@@ -97,10 +97,18 @@ def generate_parser() -> Parser:
 def generate(arguments: argparse.Namespace) -> int:
     from nemo_rao.generation.settings import GenerateSettings, from_options
 
-    settings, columns = from_options(arguments, GenerateSettings), columns_of(arguments.column)
+    settings = from_options(arguments, GenerateSettings)
     from nemo_rao.generation.generate import generate as run
 
-    run(arguments.model, arguments.prompts, arguments.output, settings, columns, arguments.ignore_field)
+    with GenerateSettings.OPTIONS.in_errors():
+        run(
+            arguments.model,
+            arguments.prompts,
+            arguments.output,
+            settings,
+            arguments.columns,
+            arguments.ignore_fields,
+        )
     return 0
 
 
@@ -149,10 +157,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
         name=arguments.name,
         instructions=arguments.instructions,
         questions=arguments.questions,
-        ignore_fields=tuple(arguments.ignore_field),
+        ignore_fields=tuple(arguments.ignore_fields),
         include_path=arguments.include_path,
     )
-    run(arguments.model, arguments.out, asked, settings)
+    with EvaluateSettings.OPTIONS.in_errors():
+        run(arguments.model, arguments.out, asked, settings)
     return 0
 
 

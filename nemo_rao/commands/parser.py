@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nemo_rao.errors import UserError
 from nemo_rao.other_names import counterpart
@@ -39,11 +39,15 @@ class Command:
 
 
 def add_columns(parser: Parser, of_what: str) -> None:
-    """The options that say which column of a file is what, and which are not wanted; see :func:`columns_of`."""
+    """The options that say which column of a file is what, and which are not wanted.
+
+    They are parsed into ``columns``, a mapping from our names to the file's, and ``ignore_fields``, a list.
+    """
     parser.add_argument(
         "--column",
-        action="append",
-        default=[],
+        action=_Columns,
+        dest="columns",
+        default={},
         metavar="OURS=THEIRS",
         help=f"name of a column in {of_what}, such as prompt=question (as data.columns)",
     )
@@ -55,26 +59,26 @@ def add_ignored(parser: Parser, of_what: str) -> None:
     parser.add_argument(
         "--ignore-field",
         action="append",
+        dest="ignore_fields",
         default=[],
         metavar="NAME",
         help=f"field of {of_what} to ignore (as data.ignore_fields)",
     )
 
 
-def columns_of(given: Sequence[str]) -> dict[str, str]:
-    """Our name of a column -> its name in the file.
+class _Columns(argparse.Action):
+    """Adds one OURS=THEIRS to the columns given so far."""
 
-    Raises:
-        UserError: one is not OURS=THEIRS, or a column has two names.
-    """
-    columns: dict[str, str] = {}
-    for text in given:
-        ours, _, theirs = text.partition("=")
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None
+    ) -> None:
+        ours, _, theirs = values.partition("=")
         if not ours or not theirs:
-            raise UserError(f"--column {text}: must be OURS=THEIRS, such as prompt=question")
-        if columns.setdefault(ours, theirs) != theirs:
-            raise UserError(f"--column {text}: {ours} is {columns[ours]} already; leave one of them out")
-    return columns
+            raise UserError(f"--column {values}: must be OURS=THEIRS, such as prompt=question")
+        columns = {ours: theirs} | getattr(namespace, self.dest)
+        if columns[ours] != theirs:
+            raise UserError(f"--column {values}: {ours} is {columns[ours]} already; leave one of them out")
+        setattr(namespace, self.dest, columns)
 
 
 def add_recipe(parser: Parser, of_what: str = "") -> None:

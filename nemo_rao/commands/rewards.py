@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nemo_rao.commands.parser import Command, Parser
+from nemo_rao.commands.parser import Command, Parser, add_columns
 from nemo_rao.errors import UserError
 
 
@@ -62,20 +62,7 @@ def score_parser() -> Parser:
         help="model scorers: maximum number of tokens of prompt and response, up to the model's context (default: the "
         "run's model.seq_length); longer responses get no score",
     )
-    parser.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        metavar="OURS=THEIRS",
-        help="the name that a column has in INPUT, such as prompt=question (as data.columns)",
-    )
-    parser.add_argument(
-        "--ignore-field",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a field of INPUT that is not wanted (as data.ignore_fields)",
-    )
+    add_columns(parser, "INPUT")
     parser.add_argument(
         "--bad-rows",
         choices=("refuse", "drop"),
@@ -100,15 +87,16 @@ def score(arguments: argparse.Namespace) -> int:
     from nemo_rao.scoring.run import KINDS, Job
     from nemo_rao.scoring.run import main as run
 
+    job = Job.of(arguments)
     if not any(":" in spec and spec.partition(":")[0].rpartition("=")[2] == "model" for spec in arguments.scorer):
         if arguments.max_length is not None:
             raise UserError(
                 "--max-length is of a model:RUN_FOLDER, and no scorer is one; leave it out (a judge has max_tokens)"
             )
-        return run(arguments)
+        return run(job)
     from nemo_rao.training.score_model import model_kind  # costs only those who score with a model
 
-    return run(arguments, {**KINDS, "model": model_kind(Job.of(arguments))})
+    return run(job, {**KINDS, "model": model_kind(job)})
 
 
 def compare_rewards_parser() -> Parser:

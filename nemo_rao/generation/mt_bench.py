@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.progress import work_through
 from nemo_rao.generation.prompts import read_records, with_system
 from nemo_rao.generation.settings import EvaluateSettings
+from nemo_rao.generation.thinking import after_thinking
 from nemo_rao.rows.fields import Messages, describe, read_text
 from nemo_rao.rows.prompt import with_context
 from nemo_rao.rows.responses import make_row
@@ -41,8 +41,6 @@ TEMPERATURES: Mapping[str, float] = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE = 0.7
-# What stands before an answer proper, up to </think>, [/THINK] and the like.
-_THINKING = re.compile(r".*(?:</\w*(?:think|reason)\w*>|\[/\w*(?:think|reason)\w*\])\s*", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ class MtBench:
         try:
             policy.check(question)
         except BoundaryError:
-            return self._question(number, [_THINKING.sub("", answer) for answer in answers])
+            return self._question(number, [_without_thinking(answer) for answer in answers])
         return question
 
     def _question(self, number: int, answers: Sequence[str]) -> Question:
@@ -169,6 +167,12 @@ class MtBench:
         temperature = TEMPERATURES.get(example.category, OTHER_TEMPERATURE)
         stream = (number, len(answers), 0)
         return Question(messages, example.place, stream, temperature, example.row.template_fields)
+
+
+def _without_thinking(answer: str) -> str:
+    """The answer proper; all of an answer whose thinking does not end."""
+    rest = after_thinking(answer)
+    return answer if rest is None else rest.lstrip()
 
 
 def _identity(example: Example) -> list[Any]:

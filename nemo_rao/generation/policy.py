@@ -171,7 +171,7 @@ class Policy:
         if answer.cut:
             return None
         problem = self.encoder.encode_many([question.row(Response(answer.text))])[0]
-        return str(problem) if isinstance(problem, UserError) else None
+        return self.settings.OPTIONS(str(problem)) if isinstance(problem, UserError) else None
 
     def _tokens(self, question: Question) -> np.ndarray:
         # A row without responses: the prompt alone, up to where the policy begins to answer.

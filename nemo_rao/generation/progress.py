@@ -30,4 +30,4 @@ def work_through(
 def print_notes(policy: Policy, remarks: Mapping[str, int] = MappingProxyType({})) -> None:
     """Prints what the policy has to say, and what was noticed about prompts, with their number."""
     for line in [*policy.notes, *(f"{count} {remark}" for remark, count in remarks.items())]:
-        print(line, flush=True)
+        print(policy.settings.OPTIONS(line), flush=True)

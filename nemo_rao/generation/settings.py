@@ -11,15 +11,17 @@ import json
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from nemo_rao.data.rendering import Answers
 from nemo_rao.data.rendering_record import NAMES, ChatTemplate, Rendering
 from nemo_rao.errors import UserError
 from nemo_rao.keys import KeySpec, check, key
+from nemo_rao.rows.option_names import READING, OptionNames
 
 EngineName = Literal["auto", "transformers", "vllm"]
 Settings = TypeVar("Settings", bound="PolicySettings")
+_RENDERING = {"chat_template": "--chat-template", "template_arguments": "--template-arguments"}
 _AS_TRAINED = " (default: as the model was trained, if nemo_rao.json beside it says so, else {})"
 
 
@@ -29,6 +31,8 @@ class PolicySettings:
 
     What is ``None`` of the keys of :class:`nemo_rao.data.rendering_record.Rendering` is as the model was trained.
     """
+
+    OPTIONS: ClassVar[OptionNames] = OptionNames({})  # what messages about rows call the keys of `data`
 
     batch_size: int = key(32, "sequences generated at once", low=1)
     seed: int = key(1234, "what is sampled is a function of it and of the prompt's number", low=0)
@@ -75,6 +79,8 @@ class PolicySettings:
 class GenerateSettings(PolicySettings):
     """Keys of ``nemo-rao generate``."""
 
+    OPTIONS = OptionNames({**READING, **_RENDERING, "answers": "--answers"})
+
     num_responses: int = key(4, "responses to each prompt (K)", low=1)
     temperature: float = key(1.0, "divides the logits; 0: the most probable token", low=0.0)
     max_new_tokens: int = key(512, "tokens a response may have before it is cut", low=1)
@@ -92,6 +98,9 @@ class GenerateSettings(PolicySettings):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(PolicySettings):
     """Keys of ``nemo-rao evaluate``."""
+
+    # Its files have their own formats, whose columns cannot be renamed by an option.
+    OPTIONS = OptionNames({**READING, **_RENDERING, "columns": "call it {name} in the file"})
 
     temperature: float = key(0.7, "of alpaca_eval, 0: greedy; mt_bench has one per category of its own", low=0.0)
     max_new_tokens: int | None = key(

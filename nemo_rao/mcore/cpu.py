@@ -234,6 +234,7 @@ def _patch_megatron() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = moved
     _exchange_unequal_parts()
+    _forget_all_groups()
 
     # As megatron-core does itself since 0.15; before, a fork of the rank writes, which the queue does not reach.
     def save(strategy: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
@@ -282,3 +283,21 @@ def _exchange_unequal_parts() -> None:
         return total.split(list(sizes))[group.rank()].clone()
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gathered, scattered
+
+
+def _forget_all_groups() -> None:
+    """Forget two groups that megatron-core (0.14 to 0.19) keeps when its groups are destroyed.
+
+    A process forked since then hangs where it replaces them: gloo's destructor waits for threads, which a fork lacks.
+    """
+    from megatron.core import parallel_state
+
+    original = parallel_state.destroy_model_parallel
+
+    @functools.wraps(original)
+    def destroy_model_parallel() -> None:
+        original()
+        for name in ("_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP", "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO"):
+            vars(parallel_state)[name] = None
+
+    parallel_state.destroy_model_parallel = destroy_model_parallel

@@ -11,6 +11,7 @@
     local_model   one in a folder, run here, in batches
     answers     answers on disk, so that nothing is asked twice
     reading     answer -> score, or why there is none
+    notes       what is counted beside scores
     missing     responses without a score: counted, or too many
     statistics  distributions of columns, agreement with labels and with each other
     finish      part file -> standardised rewards -> the output and its statistics

@@ -9,11 +9,12 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from nemo_rao.scoring.chat import ChatAnswer
+from nemo_rao.scoring.chat import CUT_OFF, ChatAnswer
 from nemo_rao.scoring.scorer import ScoringFailure
 
-# Files of earlier versions have a table `answers`, which does not say what was cut off; it is left alone.
+# Files of early versions have a table `answers`, which does not say what was cut off; it is left alone.
 _TABLE = "whole_and_cut_answers"
+_PROBLEMS = {0: "", 1: CUT_OFF}  # where such a version wrote no more than whether an answer was cut off
 
 
 class Answers:
@@ -25,15 +26,15 @@ class Answers:
 
     def get(self, key: str) -> list[ChatAnswer]:
         found = self._run(f"SELECT answer, cut FROM {_TABLE} WHERE key = ? ORDER BY rowid", key)
-        return [ChatAnswer(text, bool(cut)) for text, cut in found]
+        return [ChatAnswer(text, _PROBLEMS.get(cut, cut)) for text, cut in found]
 
     def add(self, key: str, answer: ChatAnswer) -> None:
         """On its way to the disk when this returns."""
         # Half a surrogate pair, which JSON may bring, is no text to SQLite.
         text = answer.text.encode(errors="replace").decode()
-        self._run(f"INSERT INTO {_TABLE} VALUES (?, ?, ?)", key, text, answer.cut)
+        self._run(f"INSERT INTO {_TABLE} VALUES (?, ?, ?)", key, text, answer.problem)
 
-    def _run(self, statement: str, *values: str | bool) -> list[tuple[Any, ...]]:
+    def _run(self, statement: str, *values: str) -> list[tuple[Any, ...]]:
         try:
             if self._opened is None:
                 self._opened = _open(self.path)
@@ -53,7 +54,7 @@ def _open(path: Path) -> sqlite3.Connection:
     opened = sqlite3.connect(path, timeout=60, isolation_level=None)  # each statement for itself
     opened.execute("PRAGMA journal_mode=WAL")
     opened.execute("PRAGMA synchronous=NORMAL")
-    columns = "key TEXT NOT NULL, answer TEXT NOT NULL, cut INTEGER NOT NULL"
+    columns = "key TEXT NOT NULL, answer TEXT NOT NULL, cut INTEGER NOT NULL"  # cut: ChatAnswer.problem, or as above
     opened.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE} ({columns})")
     opened.execute(f"CREATE INDEX IF NOT EXISTS {_TABLE}_by_key ON {_TABLE} (key)")
     return opened

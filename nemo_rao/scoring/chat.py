@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+CUT_OFF = "answer cut off (raise max_tokens)"
+
 
 @dataclass(frozen=True)
 class ChatQuestion:
@@ -28,11 +30,14 @@ class ChatAnswer:
 
     Attributes:
         text: empty where there is none.
-        cut: the answer was cut off, at ``max_tokens`` for instance.
+        problem: why this is not a whole answer, in a few words, by which such answers are counted; else empty.
+        lasting: worth keeping for later runs. Not so where the question was refused: another setting of the server may
+            take it.
     """
 
     text: str
-    cut: bool = False
+    problem: str = ""
+    lasting: bool = True
 
 
 class Chat(Protocol):

@@ -33,7 +33,7 @@ class ColumnScorer:
             return NoScore("null or missing in the input")
         return NoScore("not finite in the input") if score != score else score
 
-    def notes(self) -> Mapping[str, int]:
+    def take_notes(self) -> Mapping[str, int]:
         return {}
 
     def close(self) -> None:

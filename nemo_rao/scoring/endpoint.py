@@ -17,14 +17,21 @@ from typing import Any
 
 import httpx
 
-from nemo_rao.scoring.chat import ChatAnswer, ChatQuestion
+from nemo_rao.scoring.chat import CUT_OFF, ChatAnswer, ChatQuestion
 from nemo_rao.scoring.judge_config import JudgeConfig
 from nemo_rao.scoring.scorer import ScoringFailure
 
 AGAIN = frozenset({408, 409, 425, 429})  # and 5xx
 NO_ANSWER = frozenset({400, 413, 422})  # this question is refused, such as one that is too long
-# How servers say that an answer did not come to its end.
-CUT = frozenset({"length", "max_tokens", "model_length", "content_filter", "abort", "error"})
+# `finish_reason` of whole answers, and of those that reached a limit; some servers send none. Others (content_filter,
+# abort, error, ...) are reported by their name.
+FINISHED = frozenset(
+    {
+        *("stop", "eos", "eos_token", "stop_token", "stop_sequence", "end_turn", "complete", "completed"),
+        *("end", "finished", "normal", "tool_calls", "function_call", "null", "none", ""),
+    }
+)
+AT_A_LIMIT = frozenset({"length", "max_tokens", "model_length", "max_length", "max_output_tokens"})
 LONGEST_WAIT = 60.0  # seconds between two requests; an endpoint may ask for five times as long
 
 
@@ -83,7 +90,7 @@ class Endpoint:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, question: ChatQuestion) -> ChatAnswer:
-        """The answer; empty where the endpoint refuses this question alone.
+        """The answer, or what the endpoint sent in its place where it has answered other questions.
 
         Raises:
             ScoringFailure: the key is refused, the endpoint or the model is not there, or every retry failed.
@@ -106,6 +113,8 @@ class Endpoint:
                         try:
                             answer = _read(response)
                         except _Unreadable as error:
+                            if self._answered and error.is_completion:
+                                return ChatAnswer(self._begin(response), str(error))
                             said = f"{error} ({self._begin(response)}); check base_url"
                         else:
                             self._answered = True
@@ -114,7 +123,8 @@ class Endpoint:
                         said = f"{response.status_code} ({self._begin(response)})"
                         wait = max(wait, _asked_to_wait(response))
                     elif response.status_code in NO_ANSWER and self._answered:
-                        return ChatAnswer("")
+                        problem = f"question refused by the endpoint ({response.status_code})"
+                        return ChatAnswer(self._begin(response), problem, lasting=False)
                     else:
                         raise self._failure(place, self._refusal(response))
                 if retry < self._retries:
@@ -163,22 +173,33 @@ def _certificates() -> ssl.SSLContext:
 
 
 class _Unreadable(Exception):
-    """What the endpoint sent instead of an answer."""
+    """What the endpoint sent instead of an answer; ``is_completion``: a chat completion, but with no text."""
+
+    def __init__(self, what: str, is_completion: bool = False) -> None:
+        super().__init__(what)
+        self.is_completion = is_completion
 
 
 def _read(response: httpx.Response) -> ChatAnswer:
-    """The answer in a chat completion; empty for one without text, such as a refusal.
+    """The answer in a chat completion; empty for one without text.
 
     Raises:
         _Unreadable: the body is no chat completion, or its content is neither text nor parts of text.
     """
     try:
         choice = response.json()["choices"][0]
-        content, reason = choice["message"].get("content"), choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        message, reason = choice["message"], choice.get("finish_reason")
+        content, refusal = message.get("content"), message.get("refusal")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise _Unreadable("an answer that is no chat completion") from None
     parts = content if isinstance(content, list) else [] if content is None else [content]
-    return ChatAnswer("".join(map(_text_of, parts)), isinstance(reason, str) and reason.lower() in CUT)
+    text = "".join(map(_text_of, parts))
+    if refusal or any(isinstance(part, dict) and part.get("type") == "refusal" for part in parts):
+        return ChatAnswer(text or str(refusal or ""), "the model refused to answer")
+    name = "" if reason is None else str(reason)
+    if name.lower() in AT_A_LIMIT:
+        return ChatAnswer(text, CUT_OFF)
+    return ChatAnswer(text, "" if name.lower() in FINISHED else f"answer not finished (finish_reason {name[:40]})")
 
 
 def _text_of(part: object) -> str:
@@ -191,7 +212,7 @@ def _text_of(part: object) -> str:
     if kind in ("thinking", "reasoning", "redacted_thinking", "refusal"):
         return ""
     what = f"a part of type {kind!r}" if isinstance(kind, str) else f"a part that is {type(part).__name__}"
-    raise _Unreadable(f"an answer whose content holds {what}, and no text can be read from that")
+    raise _Unreadable(f"an answer whose content holds {what}, and no text can be read from that", is_completion=True)
 
 
 def _asked_to_wait(response: httpx.Response) -> float:

@@ -23,6 +23,7 @@ from nemo_rao.rows.fields import LARGEST_REWARD
 from nemo_rao.runtime.files import told, written_atomically
 from nemo_rao.runtime.part_file import PartFile
 from nemo_rao.scoring.missing import WITHOUT, Missing
+from nemo_rao.scoring.notes import NOTES
 from nemo_rao.scoring.scorer import Scores, ScoringFailure
 
 STANDARDIZE = ("none", "global", "prompt")
@@ -128,7 +129,7 @@ def write_output(
         names: of the columns.
         scaling: how columns become rewards.
         missing: responses without a score.
-        notes: column -> counts of the run that ends here, by what they count.
+        notes: column -> what was counted beside scores -> how many.
 
     Raises:
         UserError: the disk is full.
@@ -151,6 +152,7 @@ def write_output(
         ):
             for number, record in enumerate(part.records(), start=1):
                 record.pop(WITHOUT, None)
+                record.pop(NOTES, None)
                 _put_rewards(record, names, scaling, means, f"{output} row {number}")
                 after.add({"reward": _scores(record, "reward")}, bool(record.get("ranked")))
                 file.write((json.dumps(record) + "\n").encode())

@@ -32,12 +32,28 @@ HOPELESS_AFTER = 20  # questions: where none of the first so many has a usable a
 
 @dataclass
 class _Case:
-    """A pair to be judged, with the answers about it so far, and the first score in them or what the last one lacks."""
+    """A pair to be judged, with the answers about it so far, and what each of them says."""
 
     key: str
     pair: Pair
     answers: list[ChatAnswer]
-    score: float | NoScore
+    scores: list[float | NoScore]
+
+    @property
+    def score(self) -> float | NoScore:
+        """The first score there is, or what the last answer lacks."""
+        first = next((score for score in self.scores if not isinstance(score, NoScore)), None)
+        return first if first is not None else self.scores[-1] if self.scores else EMPTY
+
+    @property
+    def lacking(self) -> list[NoScore]:
+        """What the answers before the first score lack; without one, all of them."""
+        found = []
+        for score in self.scores:
+            if not isinstance(score, NoScore):
+                break
+            found.append(score)
+        return found
 
 
 class JudgeScorer(PairScorer):
@@ -60,20 +76,19 @@ class JudgeScorer(PairScorer):
         self.identity = {"judge": self.question, "score": [config.pattern, config.low, config.high, self.attempts]}
         path = Path(config.cache).expanduser() if config.cache else folder / "judge_answers.sqlite"
         self.answers = Answers(path)
-        self.num_known = self.num_without = self.num_usable = 0
-        self.asked_again: Counter[NoScore] = Counter()
+        self.num_without = self.num_usable = 0
+        self._known, self._asked_again = 0, Counter[NoScore]()  # since notes were last taken
+        self._requests_before = 0
 
     def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
         cases: dict[str, _Case] = {}  # what is the same is asked once
         for pair in pairs:
             if (key := self._key(pair)) not in cases:
                 answers = self.answers.get(key)
-                scores = [self.form.read(answer) for answer in answers] or [EMPTY]
-                first = next((score for score in scores if not isinstance(score, NoScore)), scores[-1])
-                cases[key] = _Case(key, pair, answers, first)
+                cases[key] = _Case(key, pair, answers, [self.form.read(answer) for answer in answers])
         for case in cases.values():
             if self._is_settled(case):
-                self.num_known += 1
+                self._known += 1
                 self._count(case)
         while unsettled := [case for case in cases.values() if not self._is_settled(case)]:
             self.chat.ask([self._asked(case) for case in unsettled], functools.partial(self._keep, unsettled))
@@ -91,21 +106,23 @@ class JudgeScorer(PairScorer):
     def _keep(self, cases: Sequence[_Case], number: int, answer: ChatAnswer) -> None:
         """One more answer, to the question of this number."""
         case = cases[number]
-        self.answers.add(case.key, answer)
+        if answer.lasting:
+            self.answers.add(case.key, answer)
         case.answers.append(answer)
-        case.score = self.form.read(answer)
+        case.scores.append(self.form.read(answer))
         if self._is_settled(case):
             self._count(case)
-        elif isinstance(case.score, NoScore):
-            self.asked_again[case.score] += 1
 
     def _is_settled(self, case: _Case) -> bool:
         return not isinstance(case.score, NoScore) or len(case.answers) >= self.attempts
 
     def _count(self, case: _Case) -> None:
+        """Counts a settled case; stops where there is no hope of a score."""
         if not isinstance(case.score, NoScore):
+            self._asked_again.update(case.lacking)
             self.num_usable += 1
             return
+        self._asked_again.update(case.lacking[:-1])
         self.num_without += 1
         if not self.num_usable and self.num_without >= HOPELESS_AFTER:
             raise ScoringFailure(
@@ -118,12 +135,12 @@ class JudgeScorer(PairScorer):
         asked = [self.question, self.config.messages(fill(self.template, pair))]
         return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
-    def notes(self) -> Mapping[str, int]:
-        again = {f"answers asked for again: {lacks.reason}": count for lacks, count in self.asked_again.items()}
-        return {
-            "requests": self.chat.num_requests,
-            "questions answered before": self.num_known,
-        } | again
+    def take_notes(self) -> Mapping[str, int]:
+        requests, known, again = self.chat.num_requests - self._requests_before, self._known, self._asked_again
+        self._requests_before, self._known, self._asked_again = self.chat.num_requests, 0, Counter()
+        return {"requests": requests, "questions answered before": known} | {
+            f"answers asked for again: {lacks.reason}": count for lacks, count in again.items()
+        }
 
     def close(self) -> None:
         self.chat.close()
@@ -178,10 +195,10 @@ def make(path: str, place: Place) -> JudgeScorer:
 
         chat = Endpoint(config, api_key)
     else:
-        from nemo_rao.scoring.local_model import LocalModel  # costs only those who ask one
+        from nemo_rao.scoring.local_model import JudgeSettings, LocalModel  # costs only those who ask one
 
         try:
             chat = LocalModel(config)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {JudgeSettings.OPTIONS(str(error))}") from None
     return JudgeScorer(config, chat, place.folder)

@@ -35,7 +35,8 @@ class JudgeConfig:
     system: str | None = key(None, "system message; null: none")
     template: str | None = key(None, "the question; {prompt} and {response} stand for the texts")
     pattern: str = key(
-        r"(?i)score\**:\s*\**\s*(-?\d+(?:\.\d+)?)", "regular expression whose one group is the score; the last match"
+        r"""(?i)\bscore["'*_`]*\s*[:=：]\s*["'*_`$(\[]*\s*([-−+]?\d+(?:\.\d+)?)""",
+        "regular expression whose one group is the score; the last match counts",
     )
     low: float | None = key(
         None,

@@ -15,11 +15,18 @@ from nemo_rao.errors import UserError
 from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.progress import print_notes
 from nemo_rao.generation.settings import PolicySettings
+from nemo_rao.generation.thinking import opened_thinking
 from nemo_rao.keys import check
+from nemo_rao.rows.option_names import OptionNames
 from nemo_rao.runtime.progress import Progress
-from nemo_rao.scoring.chat import ChatAnswer, ChatQuestion
+from nemo_rao.scoring.chat import CUT_OFF, ChatAnswer, ChatQuestion
 from nemo_rao.scoring.judge_config import JudgeConfig
-from nemo_rao.scoring.reading import OPENED_THINKING
+
+
+class JudgeSettings(PolicySettings):
+    """How a judge's model is loaded and asked."""
+
+    OPTIONS = OptionNames({"template_arguments": "parameters.template_arguments"})
 
 
 class LocalModel:
@@ -34,7 +41,7 @@ class LocalModel:
 
     def __init__(self, config: JudgeConfig) -> None:
         assert config.model_folder is not None and config.max_tokens is not None
-        settings = PolicySettings(
+        settings = JudgeSettings(
             batch_size=config.batch_size, engine=config.engine, chat_template="always", **config.parameters
         )
         check(settings, "parameters")
@@ -50,8 +57,7 @@ class LocalModel:
         except UserError as error:
             raise UserError(f"{error}{'; or set system to null' if config.system else ''}") from None
         # What a generation prompt opens is part of the answer: thinking that does not end has no score.
-        opened = OPENED_THINKING.search(str(self._policy.tokenizer.decode(prompt.tolist())))
-        self._opened = "" if opened is None else opened[0]
+        self._opened = opened_thinking(str(self._policy.tokenizer.decode(prompt.tolist())))
 
     def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
         # Questions of like lengths go together, to fill batches less; the longest first, as they need most memory.
@@ -59,11 +65,14 @@ class LocalModel:
         with Progress("answers", unit="answer", total=len(questions), stays=False, position=1) as progress:
             for start in range(0, len(order), self._batch_size):
                 batch = order[start : start + self._batch_size]
-                answers = self._policy.answer([self._question(questions[at]) for at in batch], self._max_tokens)
+                with JudgeSettings.OPTIONS.in_errors():
+                    answers = self._policy.answer([self._question(questions[at]) for at in batch], self._max_tokens)
                 self.num_requests += len(batch)
                 for at, answer in zip(batch, answers, strict=True):
-                    # None: the question fills the model's context.
-                    keep(at, ChatAnswer("") if answer is None else ChatAnswer(self._opened + answer.text, answer.cut))
+                    if answer is None:
+                        keep(at, ChatAnswer("", "question without room for an answer in the model's context"))
+                    else:
+                        keep(at, ChatAnswer(self._opened + answer.text, CUT_OFF if answer.cut else ""))
                 progress.advance(len(batch))
 
     def _question(self, asked: ChatQuestion) -> Question:

@@ -3,34 +3,49 @@
     answer -> what follows its thinking -> the pattern's last match -> the text around it -> the scale -> number
 
 The pattern's group is a number only where nothing around it makes it another one: "8,5", "1,000", "7-8", "1-10: 8",
-"9/10" on a scale up to 100 have no score, and "9/10" on a scale up to 10 is 9. Nor has an answer that announces its
-score once more, in words ("Score: two"), after the last number that matches: that number is most likely a quotation.
-An answer that was cut off has no score, whatever it holds: it may be a first guess.
+"4 of five", "9/10" on a scale up to 100 have no score, and "9/10" on a scale up to 10 is 9. Nor has an answer that
+states its score once more after the last number that matches, in words ("Score: two") or another form ("my final score
+is 2"): that number is most likely a quotation; or one that goes on from its overall score to those of single aspects.
+An answer that is not whole has no score, whatever it holds: it may be a first guess.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
-from nemo_rao.scoring.chat import ChatAnswer
+from nemo_rao.generation.thinking import after_thinking
+from nemo_rao.scoring.chat import CUT_OFF, ChatAnswer
 from nemo_rao.scoring.scorer import NoScore
 
-CUT = NoScore("answer cut off (raise max_tokens)")
+CUT = NoScore(CUT_OFF)
 EMPTY = NoScore("empty answer")
 NO_SCORE = NoScore("no score in the form of pattern")
 AMBIGUOUS = NoScore("score beside other numbers, such as 7-8 or 8,5")
 OTHER_SCALE = NoScore("score stated on another scale, such as 4/5")
 OUTSIDE = NoScore("score outside low and high")
+SEVERAL = NoScore("several scores, and which one is meant is not clear")
 
-OPENED_THINKING = re.compile(r"(?:<(?:\w+:)?think(?:ing)?>|\[THINK\])\s*$", re.IGNORECASE)
-_THINKING = re.compile(r"<(/?)(?:\w+:)?think(?:ing)?>|\[(/?)THINK\]", re.IGNORECASE)
 _MARKUP = r"[\s*_`)\]$}]*"  # what may stand between a number and what continues it: "**8**/10", "8 (of 10)"
 _OF = re.compile(rf"{_MARKUP}[(\[]?\s*(?:[/⁄／]|\bout\s+of\b|\bof\b)[\s*_`(]*(\d+(?:\.\d+)?)(?![.,]?\d)", re.IGNORECASE)
 _PERCENT = re.compile(rf"{_MARKUP}(?:%|percent\b)", re.IGNORECASE)
-_GOES_ON = re.compile(rf"{_MARKUP}[(\[]?\s*(?:[/%‰]|(?:to|or|out\s+of)\b)|[A-Za-z]", re.IGNORECASE)
+_GOES_ON = re.compile(rf"{_MARKUP}[(\[]?\s*(?:[/%‰]|(?:to|or|of|out\s+of)\b)|[A-Za-z]", re.IGNORECASE)
+_NUMBER_WORD = re.compile(
+    r"\bof\s+(?:two|three|four|five|six|seven|eight|nine|ten|twenty|(?:a\s+)?hundred)\b"
+    r"|\band\s+(?:an?\s+|three\s+)?(?:half|quarters?)\b",
+    re.IGNORECASE,
+)
 _BEGAN_BEFORE = re.compile(
     r"(?:\d[.,]?|\d\s*(?:[-–—−/]|\b(?:to|or|of|out\s+of)\b)\s*|(?<![\w)\]])[-–—−])$", re.IGNORECASE
+)
+
+
+# Right before a match: it is the one that counts; it states an end of the scale.
+_OVERALL = re.compile(r"\b(?:overall|final|total)[\s*_-]*$", re.IGNORECASE)
+_BOUND = re.compile(r"\b(?:max(?:imum)?|min(?:imum)?|highest|lowest)(?:\s+possible)?[\s*_-]*$", re.IGNORECASE)
+_STATED_AGAIN = re.compile(
+    r"\b(?:score|rating|grade)\b[^\w\n]*(?:(?:is|are|of|would\s+be)\b)?[^\w\n]*?(-?\d+(?:\.\d+)?)", re.IGNORECASE
 )
 
 
@@ -49,20 +64,24 @@ class ScoreForm:
 
     def read(self, answer: ChatAnswer) -> float | NoScore:
         """The number that the answer states."""
-        text = None if answer.cut else after_thinking(answer.text)
+        if answer.problem:
+            return NoScore(answer.problem)
+        text = after_thinking(answer.text)
         if text is None:
             return CUT
         if not text.strip():
             return EMPTY
-        match = max(self._pattern.finditer(text), key=lambda one: one.start(), default=None)  # the last one
-        if match is None or match[1] is None or self._is_announced_again(text, match.end()):
+        matches = list(self._pattern.finditer(text))
+        if not matches or matches[-1][1] is None or self._is_announced_again(text, matches[-1].end()):
             return NO_SCORE
         try:
-            score = float(match[1])
+            score = float(matches[-1][1].replace("−", "-"))
         except ValueError:
             return NO_SCORE
-        if (problem := self._problem_around(text, match)) is not None:
+        if (problem := self._problem_around(text, matches[-1])) is not None:
             return problem
+        if _is_one_of_several(text, matches, score):
+            return SEVERAL
         return score if self.low <= score <= self.high else OUTSIDE
 
     def _is_announced_again(self, text: str, start: int) -> bool:
@@ -86,19 +105,18 @@ class ScoreForm:
             if (self.low, self.high) != (0, 100):
                 return OTHER_SCALE
             behind = behind[stated.end() :]
-        if _GOES_ON.match(behind) or any(unicodedata.category(one).startswith("N") for one in behind):
+        if _GOES_ON.match(behind) or _NUMBER_WORD.search(behind):
             return AMBIGUOUS
-        return None
+        return AMBIGUOUS if any(unicodedata.category(one).startswith("N") for one in behind) else None
 
 
-def after_thinking(text: str) -> str | None:
-    """What follows the thinking, which templates may have opened before the answer; ``None`` where it does not end."""
-    is_open = False
-    start = 0
-    for tag in _THINKING.finditer(text):
-        is_open = not (tag[1] or tag[2])
-        start = tag.end()
-    return None if is_open else text[start:]
+def _is_one_of_several(text: str, matches: Sequence[re.Match[str]], score: float) -> bool:
+    """Whether the last match, which states ``score``, may not be the score that is meant."""
+    *earlier, last = (text[: match.start()].rpartition("\n")[2] for match in matches)  # what stands before each
+    if _BOUND.search(last) or (any(map(_OVERALL.search, earlier)) and not _OVERALL.search(last)):
+        return True
+    again = _STATED_AGAIN.search(text[matches[-1].end() :].partition("\n")[2])
+    return again is not None and float(again[1]) != score
 
 
 def _before_the_group(pattern: str) -> re.Pattern[str] | None:

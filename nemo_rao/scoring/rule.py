@@ -37,8 +37,9 @@ class RuleScorer(PairScorer):
         with _current_folder_on_path():
             return [self._score(pair) for pair in pairs]
 
-    def notes(self) -> Mapping[str, int]:
-        return {f"responses with {name}, which a rule is not given": count for name, count in self.not_given.items()}
+    def take_notes(self) -> Mapping[str, int]:
+        counts, self.not_given = self.not_given, Counter()
+        return {f"responses with {name}, which a rule is not given": count for name, count in counts.items()}
 
     def _score(self, pair: Pair) -> float:
         prompt = pair.prompt if isinstance(pair.prompt, str) else [dict(message) for message in pair.prompt]

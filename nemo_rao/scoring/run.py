@@ -18,6 +18,7 @@ from typing import Any
 
 from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
+from nemo_rao.rows.option_names import READING, OptionNames
 from nemo_rao.rows.sources import HUB, JSON_LINES, expand_paths
 from nemo_rao.rows.writing import record_of
 from nemo_rao.runtime.part_file import PartFile, part_path
@@ -25,6 +26,7 @@ from nemo_rao.runtime.progress import Progress
 from nemo_rao.scoring.column import COLUMN, ColumnScorer
 from nemo_rao.scoring.finish import Scaling, stated_statistics, write_output
 from nemo_rao.scoring.missing import Missing, reasons_of
+from nemo_rao.scoring.notes import put_notes, total_notes
 from nemo_rao.scoring.rule import RULE
 from nemo_rao.scoring.scorer import (
     InputRow,
@@ -38,7 +40,7 @@ from nemo_rao.scoring.scorer import (
 )
 from nemo_rao.scoring.source import Source, Survey, survey
 
-VERSION = 3  # changed when the same scorers would leave another part file than before
+VERSION = 4  # changed when the same scorers would leave another part file than before
 
 
 def _make_judge(path: str, place: Place) -> Scorer:
@@ -47,6 +49,7 @@ def _make_judge(path: str, place: Place) -> Scorer:
     return make(path, place)
 
 
+OPTIONS = OptionNames(READING, {"leave data.reward_field unset": "take these with --scorer column, without a field"})
 KINDS: Mapping[str, Kind] = {
     "rule": RULE,
     "judge": Kind(_make_judge, lambda path: Path(path).stem.replace(".", "_"), "FILE.yaml"),
@@ -67,8 +70,8 @@ class Job:
         statistics: a .stats.json whose means and standard deviations ``global`` takes; ``None``: the output's own.
         max_missing: the largest share of the responses that may have no score, in any column.
         strict: a response without a score stops the run.
-        column: ``OURS=THEIRS`` each, names of columns in the input.
-        ignore_field: fields of the input that are not wanted.
+        columns: our name of a column -> its name in the input.
+        ignore_fields: fields of the input that are not wanted.
         bad_rows: ``refuse`` or ``drop`` rows that cannot be read.
         max_bad_rows: the largest share of them.
         max_length: tokens that a model as scorer reads, ``None``: as many as it was trained on.
@@ -86,8 +89,8 @@ class Job:
     scale: float = 1.0
     max_missing: float = 0.05
     strict: bool = False
-    column: Sequence[str] = ()
-    ignore_field: Sequence[str] = ()
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignore_fields: Sequence[str] = ()
     bad_rows: str = "refuse"
     max_bad_rows: float = 0.05
     max_length: int | None = None
@@ -102,30 +105,24 @@ class Job:
 
     def source(self) -> Source:
         """The input, with what is said of its rows."""
-        columns: dict[str, str] = {}
-        for text in self.column:
-            ours, _, theirs = text.partition("=")
-            if not ours or not theirs:
-                raise UserError(f"--column {text}: must be OURS=THEIRS, such as prompt=question")
-            if columns.setdefault(ours, theirs) != theirs:
-                raise UserError(f"--column {text}: {ours} is {columns[ours]} already; leave one of them out")
-        return Source(self.input, columns, tuple(self.ignore_field), self.bad_rows == "drop")
+        return Source(self.input, self.columns, tuple(self.ignore_fields), self.bad_rows == "drop")
 
 
-def main(arguments: argparse.Namespace, kinds: Mapping[str, Kind] = KINDS) -> int:
-    """Runs the command. Returns the exit code: 0, or 1 after a failure under way, told in one line on stderr.
+def main(job: Job, kinds: Mapping[str, Kind] = KINDS) -> int:
+    """Runs the command. Returns the exit code: 0, or 1 after a failure under way, reported in one line on stderr.
 
     Args:
-        arguments: as ``cli.score_parser`` makes them.
+        job: what to score.
         kinds: the kinds of scorers there are.
 
     Raises:
         UserError: input that cannot be used, before anything is scored.
     """
     try:
-        score(Job.of(arguments), kinds)
+        with OPTIONS.in_errors():
+            score(job, kinds)
     except ScoringFailure as failure:
-        print(f"error: {' '.join(str(failure).split())}", file=sys.stderr)
+        print(f"error: {OPTIONS(' '.join(str(failure).split()))}", file=sys.stderr)
         return 1
     return 0
 
@@ -158,10 +155,11 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
             unscored = itertools.islice(source.input_rows(fields), part.num_records, None)
             for batch, scores in _scored(unscored, part.num_records, found, scorers, job):
                 records = [_record(row, own, same_rewards) for row, own in zip(batch, scores, strict=True)]
+                put_notes(records, scorers)
                 part.append(records)
                 missing.add(records)
                 missing.check()
-            counts = {name: dict(scorer.notes()) for name, scorer in scorers.items()}
+            counts = total_notes(part.records(), list(scorers))
             statistics = write_output(part, job.output, list(scorers), scaling, missing, counts)
         except (ScoringFailure, UserError) as error:  # a full disk, an input that has changed meanwhile, ...
             raise ScoringFailure(f"{error}. {_kept(part, found.num_rows)}") from error
@@ -176,8 +174,9 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
     from nemo_rao.scoring.report import print_report
 
     print_report(statistics)
-    for note in [*notes, f"wrote {job.output} and {job.output}.stats.json"]:
-        print(note)
+    for note in notes:
+        print(OPTIONS(note))
+    print(f"wrote {job.output} and {job.output}.stats.json")
     return statistics
 
 

@@ -76,8 +76,8 @@ class Scorer(Protocol):
             ScoringFailure: no use in going on.
         """
 
-    def notes(self) -> Mapping[str, int]:
-        """Counts of this run to be reported at its end, by what they count."""
+    def take_notes(self) -> Mapping[str, int]:
+        """What was counted since the last call, by what it is: of the rows scored since then."""
 
     def close(self) -> None:
         """Gives back what it holds. Called once, also after a failure."""
@@ -98,7 +98,7 @@ class PairScorer(abc.ABC):
         scores = iter(self.score_pairs([pair for row in rows for pair in pairs_of(row)]))
         return [tuple(itertools.islice(scores, len(row.responses))) for row in rows]
 
-    def notes(self) -> Mapping[str, int]:
+    def take_notes(self) -> Mapping[str, int]:
         return {}
 
     def close(self) -> None:  # noqa: B027 (most have nothing to give back)

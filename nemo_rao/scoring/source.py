@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,20 +149,15 @@ def survey(
         place = str(error).partition(": ")[0]
         if place not in bad_places:  # two readings of a row may complain: it is one bad row
             bad_places.add(place)
-            report.drop_bad(_with_options(error))
+            report.drop_bad(str(error))
 
-    try:
-        for row in source.input_rows(fields, note_bad):
-            found.num_rows += 1
-            found.num_responses += len(row.responses)
-            num_references += bool(row.reference_rewards)
-            num_rewarded += sum(response.reward is not None for response in row.responses)
-            report.not_used(row.unused)
-            empty = {
-                name: one for name, one in empty.items() if all(isinstance(s, NoScore) for s in one.score([row])[0])
-            }
-    except UserError as error:
-        raise UserError(_with_options(error)) from None
+    for row in source.input_rows(fields, note_bad):
+        found.num_rows += 1
+        found.num_responses += len(row.responses)
+        num_references += bool(row.reference_rewards)
+        num_rewarded += sum(response.reward is not None for response in row.responses)
+        report.not_used(row.unused)
+        empty = {name: one for name, one in empty.items() if all(isinstance(s, NoScore) for s in one.score([row])[0])}
     if report.rows_bad > max_bad_rows * (report.rows_bad + found.num_rows):
         raise UserError(
             f"{source.path}: {report.rows_bad} of {report.rows_bad + found.num_rows} rows are bad, a larger share than "
@@ -186,18 +180,6 @@ def survey(
         )
     found.notes += report.about_kept()
     return found
-
-
-def _with_options(error: UserError) -> str:
-    """What is wrong with a row, whose remedy is a key of a run's data, with this command's options in its place."""
-    said = str(error).replace("leave data.reward_field unset", "take these with --scorer column, without a field")
-    said = re.sub(r"data\.columns\.(\w+)", r"--column \1", said).replace("data.columns", "--column")
-    said = re.sub(r"data\.ignore_fields=\[([^]]*)\]", lambda names: _ignoring(names[1]), said)
-    return said.replace("data.ignore_fields", "--ignore-field")
-
-
-def _ignoring(names: str) -> str:
-    return " ".join(f"--ignore-field {name.strip()}" for name in names.split(","))
 
 
 def _digest(path: str) -> str:

@@ -6,7 +6,8 @@ beta * rho(y) = beta * (logp(y) - logp_ref(y)); the reference is the checkpoint 
 The run's recipe.yaml says all that is needed: sizes, tokenizer, parallelism, precision. The whole file is scored in
 one forward-only pass over its ranks before the first row is written. What the pass has computed lies beside the output
 (``model_scores/``) and is continued after an interruption. A response that is longer than the run's model.seq_length
-(or ``--max-length``), or cannot be rendered as in training, gets no score; the prompt's others do.
+(or ``--max-length``), or cannot be rendered as in training, gets no score; the prompt's others do. One that was cut
+short is scored without an end token; how many these are is reported, as is what the run's training did with such.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +77,8 @@ class ModelScorer:
         self._run, self._job = run, job
         self._folder = place.folder / "model_scores"
         self._scores: dict[str, Scored] | None = None
-        self._remarks: dict[str, int] = {}
+        self._remarks: Mapping[str, Sequence[str]] = {}
+        self._counts: Counter[str] = Counter()
         self.identity: Mapping[str, Any] = {
             "model": run,
             "checkpoints": [_digest(c) for c in trained.checkpoints],
@@ -86,10 +89,13 @@ class ModelScorer:
     def score(self, rows: Sequence[InputRow]) -> list[Scored]:
         if self._scores is None:
             self._scores = self._score_file()
+        for row in rows:
+            self._counts.update(f"rows: {remark}" for remark in self._remarks.get(row.place, ()))
         return [self._scores[row.place] for row in rows]
 
-    def notes(self) -> Mapping[str, int]:
-        return self._remarks
+    def take_notes(self) -> Mapping[str, int]:
+        counts, self._counts = self._counts, Counter()
+        return counts
 
     def close(self) -> None:
         pass
@@ -101,7 +107,7 @@ class ModelScorer:
         self._check_missing(rows, made)
         for note in made.notes:
             say(note)
-        self._remarks = {f"rows: {remark}": count for remark, count in made.remarks.items()}
+        self._remarks = {rows[at].place: remarks for at, remarks in made.remarks.items()}
         scores: dict[tuple[int, int], float | NoScore] = {**made.lacks}
         if len(made.data):
             try:

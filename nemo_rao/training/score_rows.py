@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +15,19 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.encode import BoundaryError, Encoder, load_tokenizer, pad_token_id
 from nemo_rao.engines.engine import engine_of
 from nemo_rao.errors import UserError
+from nemo_rao.scoring.run import OPTIONS
 from nemo_rao.scoring.scorer import NoScore
 
 if TYPE_CHECKING:
     from nemo_rao.data.store import PreferenceData
+
+
+# Remarks about rows, to be read behind their number.
+AS_TRAINED = "have responses marked as truncated, which are scored without an end token, as the model learned them"
+NOT_AS_TRAINED = (
+    "have responses marked as truncated, which are scored without an end token; the model was trained without such "
+    "responses (data.truncated=drop)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Tokenised:
         pad_token_id: of the tokenizer.
         numbers: of each response in ``data``, in its order, (row, response) in the rows.
         lacks: (row, response) -> why the response is not in ``data``.
-        remarks: what was noticed about rows -> how many.
+        remarks: row -> what was noticed about it, to be counted.
         notes: about the tokenizer and its chat template.
     """
 
@@ -50,12 +58,14 @@ class Tokenised:
     pad_token_id: int
     numbers: list[tuple[int, int]] = field(default_factory=list)
     lacks: dict[tuple[int, int], NoScore] = field(default_factory=dict)
-    remarks: Counter[str] = field(default_factory=Counter)
+    remarks: dict[int, Sequence[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def length_limit(config: RunConfig, run: str, max_length: int | None) -> Limit:
     """What ``--max-length`` allows, or else the length that the run was trained with.
+
+    It is not checked where nothing states the model's context; positions are computed for any length.
 
     Raises:
         UserError: ``--max-length`` is beyond the model's context.
@@ -63,28 +73,33 @@ def length_limit(config: RunConfig, run: str, max_length: int | None) -> Limit:
     trained = config.model.seq_length
     if max_length is None:
         return Limit(trained, f"model.seq_length={trained}, with which {run} was trained (--max-length reads more)")
-    if max_length > trained and max_length > (longest := context_length(config)):
+    longest = context_length(config) if max_length > trained else None
+    if longest is not None and max_length > longest:
         raise UserError(f"--max-length {max_length}: the context of {run}'s model is {longest} tokens; lower it")
     return Limit(max_length, f"--max-length {max_length}")
 
 
-def context_length(config: RunConfig) -> int:
+def context_length(config: RunConfig) -> int | None:
     """Tokens that the network's positions are made for: at least those that it was trained with.
 
-    A checkpoint does not say it. The config.json beside an imported model's tokenizer does, and else the engine's
-    config class of the model. Learned positions end where training did.
+    A checkpoint does not state it. Learned positions end where training did. For others the config.json beside an
+    imported model's tokenizer states it, and the defaults of a class that ``model.config_class`` names. Those of a
+    family's class belong to no model of it: ``None``.
     """
     engine, trained = engine_of(config), config.model.seq_length
     engine.load()
     made = engine.model_config(config)
     if made.position_embedding_type == "learned_absolute":
         return trained
-    of_class = next(one.default for one in dataclasses.fields(type(made)) if one.name == "seq_length")
-    assert isinstance(of_class, int)
     with_tokenizer = Path(config.data.tokenizer or "").expanduser() / "config.json"
     found = json.loads(with_tokenizer.read_text()) if with_tokenizer.is_file() else {}
-    same = found.get("hidden_size") == made.hidden_size
-    return max(trained, int(found["max_position_embeddings"] if same else of_class))
+    if found.get("hidden_size") == made.hidden_size and "max_position_embeddings" in found:
+        return max(trained, int(found["max_position_embeddings"]))
+    if config.model.config_class is None:
+        return None
+    of_class = next(one.default for one in dataclasses.fields(type(made)) if one.name == "seq_length")
+    assert isinstance(of_class, int)
+    return max(trained, of_class)
 
 
 def with_length(config: RunConfig, num_tokens: int) -> RunConfig:
@@ -113,6 +128,7 @@ def tokenise(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenised:
             batch = rows[start : start + ROWS_AT_ONCE]
             for at, encoded in enumerate(_encode(encoder, batch), start):
                 kept: list[_Encoded] = []
+                remarks: list[str] = []
                 for number, one in enumerate(encoded):
                     if isinstance(one, _Encoded) and one.num_tokens > limit.tokens:
                         one = limit.lacks(one.num_tokens)
@@ -121,8 +137,11 @@ def tokenise(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenised:
                     else:
                         made.numbers.append((at, number))
                         kept.append(one)
+                        remarks += one.sample.remarks
+                        if rows[at].responses[number].truncated:
+                            remarks.append(AS_TRAINED if keys.truncated == "without_end" else NOT_AS_TRAINED)
                 if kept:
-                    made.remarks.update({remark for one in kept for remark in one.sample.remarks})
+                    made.remarks[at] = list(dict.fromkeys(remarks))
                     yield _unrewarded(kept)
 
     made.data = PreferenceData(samples())
@@ -156,7 +175,7 @@ def _of_responses(encoder: Encoder, row: Row, encoded: Sample | UserError) -> li
         single = [replace(row, responses=(response,)) for response in row.responses]
         return [one for responses in _encode(encoder, single) for one in responses]
     reason = encoded.reason if isinstance(encoded, BoundaryError) else "cannot be rendered as in the run's training"
-    said = str(encoded).removeprefix(f"{row.place}: ").replace("data.ignore_fields", "--ignore-field")
+    said = OPTIONS(str(encoded).removeprefix(f"{row.place}: "))
     return [NoScore(reason, said.replace("response 1", "the response"))]  # the caller says which one it is
 
 

@@ -70,7 +70,7 @@ def test_fields_of_prompts_are_rendered_and_carried_along(
     for option, part in (
         ("--column=prompt", "--column prompt: must be OURS=THEIRS"),
         ("--column=prompt=other", "--column prompt=other: prompt is ask already"),
-        ("--ignore-field=ask", "'ask', which data.columns names for 'prompt', is missing"),
+        ("--ignore-field=ask", "'ask', which --column names for 'prompt', is missing"),
     ):
         assert main([*command[:3], str(tmp_path / "other.jsonl"), *options, option]) == 2
         assert part in one_line(capfd)

@@ -95,6 +95,32 @@ def test_a_build_with_cuda_that_finds_no_driver_is_asked_for_nothing() -> None:
     assert json.loads(output.splitlines()[-1]) == [[False] * 3, [False] * 2, [False, 0, 1], [1.0, 1.0]]
 
 
+GROUPS = """
+import sys
+sys.modules["nemo"] = None
+import torch
+from torch import distributed
+from nemo_rao.mcore import cpu
+
+cpu.install_if_needed()
+from megatron.core import parallel_state
+
+def groups():
+    return {name for name, one in vars(parallel_state).items() if isinstance(one, distributed.ProcessGroup)}
+
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+parallel_state.initialize_model_parallel()
+print(len(groups()) > 10)
+parallel_state.destroy_model_parallel()
+print(sorted(groups()))
+"""
+
+
+def test_no_group_is_left_for_a_fork_that_would_wait_for_its_threads() -> None:
+    output, _ = in_fresh_process(GROUPS)
+    assert output.splitlines()[-2:] == ["True", "[]"]
+
+
 TOO_LATE = """
 import sys, types
 sys.modules["megatron.core"] = sys.modules["transformer_engine"] = types.ModuleType("imported before")

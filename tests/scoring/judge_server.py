@@ -14,8 +14,9 @@ from typing import Any
 Reply = tuple[int, dict[str, str], bytes]
 
 
-def completion(content: object, finish_reason: str | None = "stop") -> Reply:
-    body = {"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}]}
+def completion(content: object, finish_reason: str | None = "stop", **message: str) -> Reply:
+    said = {"role": "assistant", "content": content, **message}
+    body = {"choices": [{"message": said, "finish_reason": finish_reason}]}
     return 200, {}, json.dumps(body).encode()
 
 

@@ -212,16 +212,35 @@ def test_nonsense_stops_the_run_where_asked_and_where_there_is_nothing_else(comm
     assert "4 of 30 rows are kept" in message
 
 
-def test_a_question_that_is_refused_alone_leaves_its_response_without_a_reward(command: Command) -> None:
+def test_a_response_that_gets_no_answer_alone_has_no_reward_and_its_reason_is_counted(command: Command) -> None:
+    """A refused question is asked again by the next run, which may have a larger server; other answers are kept."""
+    without = {
+        "2.1": error(400, "context too long"),
+        "3.1": completion(None, refusal="Score: 3"),
+        "4.1": completion("Score: 5", "content_filter"),
+        "5.1": completion([{"type": "image_url", "image_url": {}}]),
+    }
+
     def reply(text: str, times: int) -> Reply:
-        return error(400, "context too long") if "5.1" in text else by_number(text, times)
+        found = [said for response, said in without.items() if f"of {response}" in text]
+        return found[0] if found else by_number(text, times)
 
     write_rows("in.jsonl")
-    few = ("--rows-at-once", "1", "--max-missing", "0.1")
     with JudgeServer(reply) as server:
-        code, _, message = command("in.jsonl", "out.jsonl", "--scorer", write_judge(server.url), *few)
-    assert code == 0, message
-    assert rewards() == [*EXPECTED[:5], [5.0, None]]
+        scorer = write_judge(server.url, attempts=1)
+        given = ("in.jsonl", "out.jsonl", "--scorer", scorer, "--rows-at-once", "1", "--max-missing", "0.4")
+        code, _, message = command(*given)
+        assert code == 0, message
+        assert rewards() == [*EXPECTED[:2], *([row[0], None] for row in EXPECTED[2:])]
+        assert json.loads(Path("out.jsonl.stats.json").read_text())["without_score"]["judge"] == {
+            "question refused by the endpoint (400)": 1,
+            "the model refused to answer": 1,
+            "answer not finished (finish_reason content_filter)": 1,
+            "an answer whose content holds a part of type 'image_url', and no text can be read from that": 1,
+        }
+        del without["2.1"]
+        assert command(*given, "--overwrite")[0] == 0 and sum(server.asked.values()) == 12 + 1
+    assert rewards()[2] == EXPECTED[2]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,8 @@ def test_a_run_killed_in_the_middle_goes_on_and_asks_nothing_twice_that_was_answ
         rewards = [[response["reward"] for response in row["responses"]] for row in read_lines("out.jsonl")]
         assert rewards == [[(i + k) % 10 for k in range(2)] for i in range(40)]
         assert not PART.exists()
+    notes = json.loads(Path("out.jsonl.stats.json").read_text())["notes"]["judge"]  # of all rows, not of the last run
+    assert notes["requests"] + notes["questions answered before"] == 80
 
 
 def test_ctrl_c_ends_at_once_with_code_130_and_the_run_goes_on(command: Command) -> None:

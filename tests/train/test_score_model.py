@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,14 +85,22 @@ def test_a_file_with_responses_too_long_for_the_model_is_scored_and_trains(
     given, scored = tmp_path / "given.jsonl", tmp_path / "scored.jsonl"
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = [*TINY, *NO_CHECKPOINTS, data[1], f"model.restore_from_path={start}", f"exp_manager.exp_dir={tmp_path}"]
-    rm = [*TINY, *data, f"model.restore_from_path={start}", f"exp_manager.exp_dir={tmp_path}"]
+    tokenizer = shutil.copytree(data[1].partition("=")[2], tmp_path / "tokenizer")
+    (tokenizer / "config.json").write_text(json.dumps({"hidden_size": 48, "max_position_embeddings": 1000}))
+    rm = [
+        *TINY,
+        data[0],
+        f"data.tokenizer={tokenizer}",
+        f"model.restore_from_path={start}",
+        f"exp_manager.exp_dir={tmp_path}",
+    ]
     run_training("gpt_rm", [*rm, "exp_manager.name=rm", "trainer.max_steps=1"])
     scorer = f"model:{tmp_path / 'rm'}"
     too_many = fails(tmp_path, str(given), str(scored), "--scorer", scorer, "--max-missing", "0.02")
     assert f"model.seq_length=64, with which {tmp_path / 'rm'} was trained (--max-length reads more)" in too_many
     assert "given.jsonl line 5, response 2" in too_many and not list(tmp_path.glob("model_scores/*"))
-    beyond = fails(tmp_path, str(given), str(scored), "--scorer", scorer, "--max-length", "99999")
-    assert f"--max-length 99999: the context of {tmp_path / 'rm'}'s model is " in beyond  # each engine has its own
+    beyond = fails(tmp_path, str(given), str(scored), "--scorer", scorer, "--max-length", "1001")
+    assert f"--max-length 1001: the context of {tmp_path / 'rm'}'s model is 1000 tokens; lower it" in beyond
     score(str(given), str(tmp_path / "long.jsonl"), "--scorer", scorer, "--max-length", "1000")
     scored_lines = (tmp_path / "long.jsonl").read_text().splitlines()
     longer = [[answer["reward"] for answer in json.loads(line)["responses"]] for line in scored_lines]

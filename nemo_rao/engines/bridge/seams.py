@@ -1,4 +1,5 @@
-"""What Megatron-Bridge needs on a machine without CUDA and Transformer Engine, beyond :mod:`nemo_rao.mcore.cpu`.
+"""What Megatron-Bridge needs on a machine without CUDA and Transformer Engine, beyond :mod:`nemo_rao.mcore.cpu`, and
+what its releases do differently: 0.4, 0.5 and 0.6.
 
 Everything here works around a release of Bridge, or of a package that it imports; nothing else in the package does.
 """
@@ -10,9 +11,10 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import re
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Modules that import Transformer Engine unconditionally, to compare classes with its own.
@@ -25,6 +27,8 @@ def import_models(*, on_cpu: bool) -> None:
     if on_cpu and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     import megatron.bridge  # noqa: F401
+
+    _mend_release()
 
 
 def import_bridge(*, on_cpu: bool) -> None:
@@ -52,6 +56,170 @@ def dataset_provider() -> type:
         return importlib.import_module("megatron.bridge.data.base").DatasetProvider  # type: ignore[no-any-return]
     except (ModuleNotFoundError, AttributeError):
         return importlib.import_module("megatron.bridge.training.config").DatasetProvider  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _mend_release() -> None:
+    """Change what earlier releases convert wrongly or not at all."""
+    import megatron.bridge
+    from packaging.version import Version
+
+    release = Version(megatron.bridge.__version__)
+    if release < Version("0.6"):
+        _read_gemma3_from_its_config()
+        _pad_vocabulary_of_gemma3()
+        _read_gates_of_qwen3_moe()
+    if release < Version("0.5"):
+        _give_gemma3_its_norms()
+        _recognize_local_layers()
+        _number_local_experts()
+        _pad_vocabulary()
+        _export_without_tensors()
+
+
+def _read_gemma3_from_its_config() -> None:
+    """Bridge 0.4 and 0.5 read a Gemma 3's precision from the config that a name stands for, which a config without
+    weights does not have; 0.6 reads it from the config itself."""
+    from megatron.bridge.models.gemma import gemma3_bridge
+    from megatron.bridge.models.hf_pretrained import causal_lm
+
+    causal_lm._ConfigOnlyPretrainedShim._model_name_or_path = property(lambda self: self.config)
+    gemma3_bridge.AutoConfig = types.SimpleNamespace(from_pretrained=lambda config: config)
+
+
+def _pad_vocabulary_of_gemma3() -> None:
+    """Bridge 0.4 and 0.5 pad the vocabulary of a Gemma 3's output layer, and not that of its embedding; 0.6 both."""
+    from megatron.bridge.models.gemma.gemma3_provider import Gemma3ModelProvider
+    from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
+
+    original = Gemma3ModelProvider.provide
+
+    @functools.wraps(original)
+    def provide(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vocab_size, multiple = self.vocab_size, self.make_vocab_size_divisible_by
+        if self.should_pad_vocab:
+            self.vocab_size = calculate_padded_vocab_size(vocab_size, multiple, self.tensor_model_parallel_size)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.vocab_size = vocab_size
+
+    Gemma3ModelProvider.provide = provide
+
+
+def _read_gates_of_qwen3_moe() -> None:
+    """Bridge 0.4 and 0.5 take ``norm_topk_prob`` of a Qwen3-MoE for true; 0.6 reads it."""
+    from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
+
+    def set_order(provider: Any, config: Any) -> None:
+        provider.moe_router_pre_softmax = not config.norm_topk_prob
+
+    _complete_provider(Qwen3MoEBridge, set_order)
+
+
+def _give_gemma3_its_norms() -> None:
+    """Bridge 0.4 has a Gemma 3's norms of queries and keys in its layer spec alone; 0.5 in the provider's fields."""
+    from megatron.bridge.models.gemma.gemma3_bridge import Gemma3ModelBridge
+
+    def set_norms(provider: Any, _: Any) -> None:
+        provider.qk_layernorm = True
+
+    _complete_provider(Gemma3ModelBridge, set_norms)
+
+
+def _complete_provider(bridge: Any, complete: Callable[[Any, Any], None]) -> None:
+    """Have ``complete`` called with each provider that a family's bridge makes, and Hugging Face's config."""
+    original = bridge.provider_bridge
+
+    @functools.wraps(original)
+    def provider_bridge(self: Any, hf_pretrained: Any) -> Any:
+        provider = original(self, hf_pretrained)
+        complete(provider, hf_pretrained.config)
+        return provider
+
+    bridge.provider_bridge = provider_bridge
+
+
+def _recognize_local_layers() -> None:
+    """Bridge 0.4 knows a norm before a column-parallel layer by Transformer Engine's name alone; 0.5 by ours too."""
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping
+
+    original = AutoMapping._detect_parallelism_type
+
+    @functools.wraps(original)
+    def detect(self: Any, module: Any) -> str:
+        if type(module).__name__ != "LayerNormColumnParallelLinear":
+            return str(original(self, module))
+        is_norm = self.megatron_param.endswith(("layer_norm_weight", "layer_norm_bias"))
+        return "replicated" if is_norm else "column"
+
+    AutoMapping._detect_parallelism_type = detect
+
+
+def _number_local_experts() -> None:
+    """Bridge 0.4 numbers experts over their ranks where Transformer Engine groups them alone; 0.5 also single ones."""
+    from megatron.bridge.models.conversion import model_bridge
+
+    original = model_bridge._megatron_local_name_to_global
+
+    @functools.wraps(original)
+    def to_global(models: Any, config: Any, param_name: str, vp_stage: int | None = None) -> str:
+        name = str(original(models, config, param_name, vp_stage))
+        found = re.search(r"\.local_experts\.(\d+)\.", name)
+        if found is None or ".adapter." in name or (group := model_bridge._get_ep_group(models)) is None:
+            return name
+        number = config.num_moe_experts // group.size() * group.rank() + int(found[1])
+        return f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"
+
+    model_bridge._megatron_local_name_to_global = to_global
+
+
+def _pad_vocabulary() -> None:
+    """Bridge 0.4 cannot import a vocabulary that tensor-parallel ranks do not divide; 0.5 pads it."""
+    import torch
+    from megatron.bridge.models.conversion.param_mapping import ColumnParallelMapping
+    from megatron.bridge.models.conversion.utils import get_module_and_param_from_name
+
+    original = ColumnParallelMapping.hf_to_megatron
+
+    @functools.wraps(original)
+    def hf_to_megatron(self: Any, hf_weights: Any, megatron_module: Any) -> Any:
+        of_vocabulary = self.megatron_param in ("embedding.word_embeddings.weight", "output_layer.weight")
+        if of_vocabulary and self.tp_size > 1 and hf_weights is not None:
+            _, own = get_module_and_param_from_name(megatron_module, self.megatron_param)
+            missing = len(own) * self.tp_size - len(hf_weights)
+            hf_weights = torch.nn.functional.pad(hf_weights, (0, 0, 0, max(0, missing)))
+        return original(self, hf_weights, megatron_module)
+
+    ColumnParallelMapping.hf_to_megatron = hf_to_megatron
+
+
+class _EveryName:
+    """Of a model without weights: nothing that its network has is missing."""
+
+    source = types.SimpleNamespace(get_all_keys=lambda: _EveryName())
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def _export_without_tensors() -> None:
+    """Bridge 0.4 exports only what a Hugging Face model's weights have, and from a config alone fails; 0.5 does not."""
+    from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+
+    original = MegatronModelBridge.build_conversion_tasks
+
+    @functools.wraps(original)
+    def build_conversion_tasks(self: Any, hf_pretrained: Any, megatron_model: Any) -> Any:
+        if hasattr(hf_pretrained, "state"):
+            return original(self, hf_pretrained, megatron_model)
+        hf_pretrained.state = _EveryName()
+        try:
+            return original(self, hf_pretrained, megatron_model)
+        finally:
+            del hf_pretrained.state
+
+    MegatronModelBridge.build_conversion_tasks = build_conversion_tasks
 
 
 @contextlib.contextmanager
