@@ -22,7 +22,16 @@ from torch import Tensor
 
 from nemo_rao.mcore.forward import evaluation_mode, unwrapped
 from nemo_rao.mcore.output_layer import output_layer_input
-from nemo_rao.rollout.draws import Sampling, draw
+from nemo_rao.ops.sampling import draw
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn; see :func:`nemo_rao.ops.sampling.draw`."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -212,9 +221,9 @@ class _Decoder:
         if logits is not None:
             given = position < rows.lengths
             at = torch.where(given, position, 0)
-            tokens = draw(logits, rows.uniforms_at(position), self._sampling, vocab_size=self._vocab_size)
-            tokens = torch.where(given, rows.given(at), tokens)
-            logps = logits[:, : self._vocab_size].float().log_softmax(-1)
+            logits = logits[:, : self._vocab_size].float()  # the rest is padding
+            tokens = torch.where(given, rows.given(at), self._drawn(logits, rows.uniforms_at(position)))
+            logps = logits.log_softmax(-1)
             drawn[0], drawn[1] = tokens, logps.gather(-1, tokens[:, None])[:, 0]
             # Sums on a GPU need not come out the same twice: one rank has drawn for all.
             torch.distributed.broadcast(
@@ -229,6 +238,10 @@ class _Decoder:
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
         return drawn[0].long(), drawn[1]
+
+    def _drawn(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        temperature = torch.full_like(logits[:, :1], self._sampling.temperature)
+        return draw(logits, uniform, temperature, self._sampling.top_k, self._sampling.top_p)
 
     def _forward(self, tokens: Tensor) -> Tensor | None:
         """``[B, V]`` logits behind the last of the tokens ``[B, n]``, on the last pipeline stage; else ``None``."""

@@ -25,14 +25,14 @@ NUM_PROMPTS, RESPONSES, NEW = 5, 3, 9
 
 def requests(sampling_seed: int = 3) -> list[Any]:
     """Prompts of 2 to 10 tokens."""
+    from nemo_rao.ops.sampling import uniforms
     from nemo_rao.rollout.decode import Request
-    from nemo_rao.rollout.draws import uniforms
 
     rng = np.random.default_rng(0)
     made = []
     for prompt in range(NUM_PROMPTS):
         tokens = np.append(1, rng.integers(6, tiny.VOCAB, 1 + 2 * prompt)).astype(np.int32)
-        made.append(Request(tokens, np.stack([uniforms(sampling_seed, 7, prompt, k, NEW) for k in range(RESPONSES)])))
+        made.append(Request(tokens, np.stack([uniforms(sampling_seed, (7, prompt, k), NEW) for k in range(RESPONSES)])))
     return made
 
 
@@ -40,8 +40,7 @@ def _sampled(layout: Layout, source: dict[str, Any], *, fused: bool, rows_at_onc
     """On one rank: the responses to its part of the requests."""
     from megatron.core import parallel_state
 
-    from nemo_rao.rollout.decode import sample
-    from nemo_rao.rollout.draws import Sampling
+    from nemo_rao.rollout.decode import Sampling, sample
 
     tiny.enter(layout)
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]
@@ -59,7 +58,8 @@ def _sampled(layout: Layout, source: dict[str, Any], *, fused: bool, rows_at_onc
         vocab_size=tiny.VOCAB,
     )
     assert all(chunk.config.sequence_parallel == layout.sequence_parallel for chunk in chunks)
-    return [(i, [(one.tokens.tolist(), one.logps.tolist(), one.is_cut) for one in of]) for i, of in zip(own, found)]
+    plain = [[(one.tokens.tolist(), one.logps.tolist(), one.is_cut) for one in of] for of in found]
+    return list(zip(own, plain, strict=True))
 
 
 def _of_layouts(layouts: Sequence[Layout], source: dict[str, Any], **arguments: Any) -> list[Any]:

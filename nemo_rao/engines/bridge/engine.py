@@ -46,9 +46,9 @@ def train_rank(
 
     run = Run(config, prepared.objective_config, max_steps=prepared.max_steps)
     data_sets = data_sets_of(config, prepared, pad_token_id=run.pad_token_id)
-    hooks = change(hooks_of(config, run.loss.needs, data_sets, record))
+    hooks = change(hooks_of(config, run.loss.needs, data_sets, record, prepared))
     with run.built(
-        training_data(config, data_sets["training"]),
+        training_data(config, data_sets["training"], prepared.asked),
         folder=run_dir(config),
         start_from=prepared.start_from if needs_start(config) else None,
     ):

@@ -64,7 +64,9 @@ def train_rank(
     folder = run_dir(config)
     model = build.model(config, prepared.objective_config, prepared.max_steps)
     data_sets = data_sets_of(config, prepared, pad_token_id=pad_token_id(model.tokenizer.tokenizer))
-    module = AlignmentDataModule(training_data(config, data_sets["training"]), seq_length=config.model.seq_length)
+    module = AlignmentDataModule(
+        training_data(config, data_sets["training"], prepared.asked), seq_length=config.model.seq_length
+    )
     trainer = make_trainer(
         config,
         max_steps=prepared.max_steps,
@@ -73,7 +75,10 @@ def train_rank(
         loggers=loggers(config, folder),
         start_from=prepared.start_from if prepared.resume_from is None else None,
     )
-    own: list[Any] = [CallHooks(change(hooks_of(config, model.loss.needs, data_sets, record)), folder), KeepSchedule()]
+    own: list[Any] = [
+        CallHooks(change(hooks_of(config, model.loss.needs, data_sets, record, prepared)), folder),
+        KeepSchedule(),
+    ]
     adapters_only = model.model_transform is not None
     if adapters_only:
         # Adds the adapters after the reference pass, which so sees the model that they start from.
