@@ -26,7 +26,8 @@ from nemo_rao.loop.prepared import Asked
 from nemo_rao.loop.session import Hook, Session, log
 from nemo_rao.mcore.checkpoint import load_weights
 from nemo_rao.mcore.forward import evaluation_mode, forward_only
-from nemo_rao.mcore.loss import sequence_log_probs
+from nemo_rao.mcore.loss import response_token_log_probs, sequence_log_probs
+from nemo_rao.objectives.base import Needs
 from nemo_rao.ops.sampling import uniforms
 from nemo_rao.rollout.decode import Request, Sampling, sample
 from nemo_rao.rollout.reference import ReferenceWeights, reference_weights
@@ -65,9 +66,14 @@ class OnlineData(TrainingData):
         self._mini_batches = mini_batches
         self._epochs = epochs
 
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps on each rollout."""
+        return self._mini_batches * self._epochs
+
     def rollout_of(self, step: int) -> tuple[int, bool]:
         """(number of the rollout that a step is taken on, whether it is the rollout's first step)."""
-        number, within = divmod(step, self._mini_batches * self._epochs)
+        number, within = divmod(step, self.steps_per_rollout)
         return number, within == 0
 
     def prompts_of_rollout(self, number: int) -> np.ndarray:
@@ -82,7 +88,7 @@ class OnlineData(TrainingData):
 
     def prompts_of_step(self, step: int) -> np.ndarray:
         number, _ = self.rollout_of(step)
-        epoch, batch = divmod(step % (self._mini_batches * self._epochs), self._mini_batches)
+        epoch, batch = divmod(step % self.steps_per_rollout, self._mini_batches)
         slots = np.arange(self._mini_batches * self.global_batch_size)
         if epoch:
             seeds = np.random.SeedSequence([0 if self._seed is None else self._seed, number, epoch])
@@ -104,7 +110,7 @@ class MakeRollouts(Hook):
         asked: what is sampled, and what it is worth.
         tokenizer: ends and decodes responses.
         adapters: only they are trained.
-        needs_reference: of the objective.
+        needs: of the objective.
         load_from: the folder of the weights that the run started with; ``None`` for random ones.
     """
 
@@ -115,7 +121,7 @@ class MakeRollouts(Hook):
         *,
         tokenizer: PreTrainedTokenizerBase,
         adapters: bool,
-        needs_reference: bool,
+        needs: Needs,
         load_from: Path | None,
     ) -> None:
         assert keys.num_generations is not None
@@ -125,7 +131,7 @@ class MakeRollouts(Hook):
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens(tokenizer)
         self._adapters = adapters
-        self._needs_reference = needs_reference
+        self._needs = needs
         self._load_from = load_from
         self._at = -1
         self._reference: ReferenceWeights | None = None
@@ -142,7 +148,7 @@ class MakeRollouts(Hook):
     def before_step(self, session: Session) -> None:
         data = _data(session)
         number, is_first = data.rollout_of(session.step)
-        if self._reference is None and self._needs_reference:
+        if self._reference is None and self._needs.reference:
             self._reference = reference_weights(
                 session.chunks,
                 adapters=self._adapters,
@@ -196,9 +202,17 @@ class MakeRollouts(Hook):
                 before = None if number == 0 else _of_first_rank(lambda: load(_file(session.folder, number - 1)))
                 rollout = self._scored(rollout, before)
             self._keep(session, path, rollout)
-        if rollout.reference is None and self._needs_reference:
-            with self._timed("reference"):
-                rollout = replace(rollout, reference=self._reference_sums(session, data, rollout))
+        if rollout.reference is None and self._needs.reference:
+            assert self._reference is not None
+            with self._timed("reference"), self._reference.in_place():
+                sums, of_tokens = self._log_probs(session, data, rollout)
+            rollout = replace(rollout, reference=sums, reference_logps=of_tokens if self._needs.tokens else None)
+            self._keep(session, path, rollout)
+        if rollout.old_logps is None and self._needs.tokens and data.steps_per_rollout > 1:
+            # One step alone is taken on it by the policy that sampled, whose ratio to itself is 1.
+            with self._timed("old"):
+                _, of_tokens = self._log_probs(session, data, rollout)
+            rollout = replace(rollout, old_logps=of_tokens)
             self._keep(session, path, rollout)
         return rollout
 
@@ -284,30 +298,41 @@ class MakeRollouts(Hook):
         assert self._load_from is not None  # checked before the run
         load_weights(self._load_from, chunks)
 
-    def _reference_sums(self, session: Session, data: OnlineData, rollout: Rollout) -> np.ndarray:
-        """``[S * K, 2]`` float32, the same on every rank."""
-        held = data.train.data
-        assert isinstance(held, RolloutData) and self._reference is not None
-        held.rollout, data.train.reference = rollout, None
+    def _log_probs(self, session: Session, data: OnlineData, rollout: Rollout) -> tuple[np.ndarray, np.ndarray | None]:
+        """Of the weights that the model has: ``[S * K, 2]`` float32 sums (prompt without t0, response; nats), and where
+        the objective looks at tokens, each token's, as in :class:`Rollout`. The same on every rank."""
+        held, vocab_size = data.train.data, session.loss.vocab_size
+        assert isinstance(held, RolloutData)
+        held.rollout, data.train.reference = replace(rollout, reference_logps=None, old_logps=None), None
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         own = rank_micro_batches(np.arange(len(held)), data.micro_batch_size, rank, size)
 
-        def sums(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
-            found = torch.stack(sequence_log_probs(output, batch, vocab_size=session.loss.vocab_size), dim=-1)
-            return {"ids": batch.response_ids, "sums": found}
+        def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
+            if not self._needs.tokens:
+                sums = torch.stack(sequence_log_probs(output, batch, vocab_size=vocab_size), dim=-1)
+                return {"ids": batch.response_ids, "sums": sums}
+            of_tokens = response_token_log_probs(output, batch, vocab_size=vocab_size)
+            sums = torch.stack([torch.zeros_like(of_tokens[:, 0]), of_tokens.sum(-1)], dim=-1)
+            return {"ids": batch.response_ids, "sums": sums, "tokens": of_tokens}
 
-        with self._reference.in_place(), evaluation_mode(session.chunks):
-            reports = forward_only(session.chunks, own, make_micro_batch=data.train.micro_batch, report=sums)
-        mine = [(one["ids"].cpu().numpy(), one["sums"].float().cpu().numpy()) for one in reports]
+        with evaluation_mode(session.chunks):
+            reports = forward_only(session.chunks, own, make_micro_batch=data.train.micro_batch, report=report)
+        mine = [{name: values.cpu().numpy() for name, values in one.items()} for one in reports]
         if parallel_state.get_tensor_and_context_parallel_rank() > 0:
             mine = []
         of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(of_ranks, mine)
-        computed = np.full((held.num_responses, 2), np.nan, dtype=np.float32)
-        for ids, found in (part for of_rank in of_ranks for part in of_rank):
-            computed[ids] = found
-        assert not np.isnan(computed).any(), "a slot's reference sums are missing, or not finite"
-        return computed
+        sums = np.full((held.num_responses, 2), np.nan, dtype=np.float32)
+        of_tokens = np.full(len(rollout.tokens), np.nan, dtype=np.float32) if self._needs.tokens else None
+        lengths = rollout.lengths.flatten()
+        starts = np.cumsum(lengths) - lengths
+        for one in (part for of_rank in of_ranks for part in of_rank):
+            sums[one["ids"]] = one["sums"]
+            if of_tokens is not None:
+                for number, values in zip(one["ids"], one["tokens"], strict=True):
+                    of_tokens[starts[number] : starts[number] + lengths[number]] = values[: lengths[number]]
+        assert not np.isnan(sums).any(), "a slot's log-probabilities are missing, or not finite"
+        return sums, of_tokens
 
     def _write_samples(self, session: Session) -> None:
         held = session.data.train.data

@@ -94,7 +94,7 @@ def hooks_of(
                 prepared.asked,
                 tokenizer=load_tokenizer(config.data.tokenizer or ""),
                 adapters=keys.peft.scheme != "none",
-                needs_reference=needs.reference,
+                needs=needs,
                 load_from=None if prepared.start_from is None else weights_of(prepared.start_from),
             )
         )

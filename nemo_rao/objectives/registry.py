@@ -9,6 +9,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.objectives.base import Objective
 from nemo_rao.objectives.dpo import DPO
 from nemo_rao.objectives.groups import AGRO, KIMI, NCA, QRPO, RPO_PARTITION
+from nemo_rao.objectives.grpo import GRPO
 from nemo_rao.objectives.pairwise import CAL_DPO, DPO_SHIFT, DPOP, HINGE, IPO, R_DPO, SPPO
 from nemo_rao.objectives.rao import RAO
 from nemo_rao.objectives.reference_free import ALPHAPO, ORPO, SIMPO, SLIC
@@ -55,6 +56,7 @@ OBJECTIVES = table(
     RM,
     RM_REGRESSION,
     RLOO,
+    GRPO,
 )
 
 

@@ -2,7 +2,7 @@
 
     R_k = r_k - beta * rho(y_k)                      the reward less the response's share of the KL to the reference
     A_k = R_k - mean of the other R of the prompt    = K / (K - 1) (R_k - mean R)
-    L   = -A_k logp(y_k),                            dL / dlogp(y_k) = -A_k / K
+    L   = -A_k rho(y_k),                             dL / dlogp(y_k) = -A_k / K
 
 R and A carry no gradient. Mean over a prompt's responses, then over prompts. With samples of the policy itself the
 expectation of the gradient is that of -E[r] + beta KL(pi || pi_ref).
@@ -10,6 +10,8 @@ expectation of the gradient is that of -E[r] + beta KL(pi || pi_ref).
 At eta 1 the gradient of :mod:`rpo <nemo_rao.objectives.rpo>`'s ``sqloo`` on the same samples is beta K^2 / (K - 1)
 times this one: its sum over responses is not divided by K.
 
+**Choice** The paper has logp in the place of the last rho. The two differ by a constant, and rho, which is small, loses
+nothing to rounding.
 **Choice** rho is that of the policy at hand. On fresh samples it is the one that sampled; where a rollout serves
 several steps (``online.mini_batches``, ``online.epochs``), no importance ratio corrects for its age.
 """
@@ -46,12 +48,12 @@ def rloo_loss(batch: ObjectiveBatch, config: RLOOConfig) -> LossOutput:
     ``rloo/advantage``: mean over a prompt's responses of \\|A\\|, then over prompts.
     """
     log_ratio = response_log_ratio(batch)
-    counts = rewarded(batch).sum(-1, keepdim=True)
+    counts = rewarded(batch).sum(-1, keepdim=True).to(log_ratio.dtype)
     valid = rewarded(batch) & (counts >= 2)
     shaped = torch.where(valid, batch.rewards, 0) - config.beta * log_ratio.detach()
     deviations = torch.where(valid, shaped - mean_of_responses(shaped, valid), 0)
     advantages = deviations * (counts / (counts - 1).clamp(min=1))
-    loss_sum, num_prompts = sum_of_prompt_means(-advantages * torch.where(valid, batch.response_logps, 0), valid)
+    loss_sum, num_prompts = sum_of_prompt_means(-advantages * log_ratio, valid)
     metrics = {
         "rloo/advantage": metric(sum_of_prompt_means(advantages.abs(), valid)),
         **shared_metrics(batch, config.beta * log_ratio),
@@ -64,7 +66,7 @@ RLOO = Objective(
     config_type=RLOOConfig,
     loss=rloo_loss,
     needs=Needs(reference=True, rewards=True, min_responses=2, samples=True),
-    formula="−sg(A)·logπ(y), A = R − mean of the prompt's other R, R = r − βρ",
+    formula="−sg(A)·ρ, A = R − mean of the prompt's other R, R = r − βρ",
     source="Ahmadian et al. 2024 (RLOO), arXiv 2402.14740, Eq. 7",
     checked="formula, gradient by hand; `rpo`'s `sqloo` up to a constant",
 )

@@ -34,6 +34,8 @@ class Rollout:
         rewards: ``[S, K]`` float64, NaN where there is none; ``None``: not scored yet.
         reference: ``[S * K, 2]`` float32, the reference policy's sums (prompt without t0, response; nats); ``None``:
             not computed yet.
+        old_logps, reference_logps: float32, as ``logps``, of the policy that sampled and of the reference, by passes
+            over whole rows; ``None``: not computed.
         rewards_so_far: ``[2]`` float64, sum and number of the rewards of this and all earlier rollouts.
     """
 
@@ -44,6 +46,8 @@ class Rollout:
     is_cut: np.ndarray
     rewards: np.ndarray | None = None
     reference: np.ndarray | None = None
+    old_logps: np.ndarray | None = None
+    reference_logps: np.ndarray | None = None
     rewards_so_far: np.ndarray | None = None
 
     @staticmethod
@@ -61,14 +65,15 @@ class Rollout:
 
     def responses(self, slot: int) -> tuple[np.ndarray, ...]:
         """The K responses' tokens."""
-        return self._parts(self.tokens, slot)
+        return self.of_tokens(self.tokens, slot)
 
     def response_logps(self) -> np.ndarray:
         """``[S, K]`` float64, each response's log-probability under the policy that sampled it, in nats."""
         starts = np.cumsum(self.lengths.flatten()) - self.lengths.flatten()
         return np.add.reduceat(self.logps.astype(np.float64), starts).reshape(self.lengths.shape)
 
-    def _parts(self, values: np.ndarray, slot: int) -> tuple[np.ndarray, ...]:
+    def of_tokens(self, values: np.ndarray, slot: int) -> tuple[np.ndarray, ...]:
+        """Of numbers of all tokens, those of a slot's K responses."""
         num = self.lengths.shape[1]
         ends = np.cumsum(self.lengths.flatten())
         first = int(ends[slot * num - 1]) if slot else 0
@@ -111,11 +116,15 @@ class RolloutData:
 
     def __getitem__(self, slot: int) -> Sample:
         assert self.rollout is not None, "nothing has been sampled yet"
-        number = self._num_responses
-        rewards = np.full(number, np.nan) if self.rollout.rewards is None else self.rollout.rewards[slot]
+        number, rollout = self._num_responses, self.rollout
+        rewards = np.full(number, np.nan) if rollout.rewards is None else rollout.rewards[slot]
         return dataclasses.replace(
-            self._prompts[int(self.rollout.prompts[slot])],
-            responses=self.rollout.responses(slot),
+            self._prompts[int(rollout.prompts[slot])],
+            responses=rollout.responses(slot),
+            old_logps=None if rollout.old_logps is None else rollout.of_tokens(rollout.old_logps, slot),
+            reference_logps=(
+                None if rollout.reference_logps is None else rollout.of_tokens(rollout.reference_logps, slot)
+            ),
             rewards=rewards,
             ensemble=np.zeros((number, 0)),
             reference_rewards=np.zeros(0),
