@@ -48,10 +48,12 @@ def with_tokens(batch: ObjectiveBatch) -> ObjectiveBatch:
     """The batch with each response's log-probability as that of three tokens, whose gradients are the response's."""
     shares = batch.response_logps.new_tensor([0.5, 0.3, 0.2])
     mask = batch.valid[..., None].expand(-1, -1, 3)
+    # Differently for each response, as the advantages of a prompt's add up to 0.
+    moved = torch.arange(batch.valid.shape[1])[:, None] * batch.response_logps.new_tensor([0.5, -0.4, 0.2])
     reference = batch.reference_response_logps
     tokens = Tokens(
         logps=batch.response_logps[..., None] * shares,
-        old=(batch.response_logps.detach()[..., None] + batch.response_logps.new_tensor([0.5, -0.4, 0.0])) * shares,
+        old=(batch.response_logps.detach()[..., None] + moved) * shares,
         reference=None if reference is None else reference[..., None] * shares,
         mask=mask,
     )
