@@ -49,7 +49,7 @@ def with_tokens(batch: ObjectiveBatch) -> ObjectiveBatch:
     shares = batch.response_logps.new_tensor([0.5, 0.3, 0.2])
     mask = batch.valid[..., None].expand(-1, -1, 3)
     # Differently for each response, as the advantages of a prompt's add up to 0.
-    moved = batch.rewards[..., None] * batch.response_logps.new_tensor([0.2, -0.1, 0.05])
+    moved = batch.lengths[..., None] / 20 * batch.response_logps.new_tensor([0.2, -0.1, 0.05])
     reference = batch.reference_response_logps
     tokens = Tokens(
         logps=batch.response_logps[..., None] * shares,
