@@ -45,11 +45,11 @@ def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ran
 
 
 def with_tokens(batch: ObjectiveBatch) -> ObjectiveBatch:
-    """The batch with each response's log-probability as that of three tokens, whose gradients are the response's."""
-    shares = batch.response_logps.new_tensor([0.5, 0.3, 0.2])
+    """The batch with three tokens in each response: a part of its log-probability, through which gradients reach it."""
+    shares = batch.response_logps.new_tensor([0.05, 0.03, 0.02])
     mask = batch.valid[..., None].expand(-1, -1, 3)
     # Differently for each response, as the advantages of a prompt's add up to 0.
-    moved = batch.lengths[..., None] / 20 * batch.response_logps.new_tensor([0.2, -0.1, 0.05])
+    moved = batch.lengths[..., None] / 20 * batch.response_logps.new_tensor([4.0, -2.0, 1.0])
     reference = batch.reference_response_logps
     tokens = Tokens(
         logps=batch.response_logps[..., None] * shares,
