@@ -91,6 +91,7 @@ HEAVY: dict[str, set[str]] = {
         "mcore",
         "objectives",
         "ops",
+        "rollout",
         "runtime",
         "training",
     },

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ from nemo_rao.ops.sampling import uniforms
 from nemo_rao.rollout.decode import Request, Sampling, sample
 from nemo_rao.rollout.reference import ReferenceWeights, reference_weights
 from nemo_rao.rollout.samples import Rollout, RolloutData, load
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ROLLOUTS = "rollouts"  # in the run folder
 SAMPLES = "samples.jsonl"
@@ -108,7 +105,7 @@ class MakeRollouts(Hook):
     Args:
         keys: of the recipe.
         asked: what is sampled, and what it is worth.
-        tokenizer: ends and decodes responses.
+        tokenizer: of Hugging Face; ends and decodes responses.
         adapters: only they are trained.
         needs: of the objective.
         load_from: the folder of the weights that the run started with; ``None`` for random ones.
@@ -119,7 +116,7 @@ class MakeRollouts(Hook):
         keys: OnlineConfig,
         asked: Asked,
         *,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         adapters: bool,
         needs: Needs,
         load_from: Path | None,

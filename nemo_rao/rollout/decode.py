@@ -247,7 +247,7 @@ class _Decoder:
         """``[B, V]`` logits behind the last of the tokens ``[B, n]``, on the last pipeline stage; else ``None``."""
         start, (number, length) = self._contexts[0].sequence_len_offset, tokens.shape
         positions = torch.arange(start, start + length, device=tokens.device).expand(number, length)
-        output = None
+        output: Any = None
         for at, (chunk, context) in enumerate(zip(self._chunks, self._contexts, strict=True)):
             if not chunk.pre_process:
                 chunk.set_input_tensor(self._received(chunk, length, number))

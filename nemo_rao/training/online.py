@@ -23,6 +23,7 @@ from nemo_rao.objectives import registry
 from nemo_rao.runtime.console import say
 from nemo_rao.scoring.run import KINDS
 from nemo_rao.scoring.scorer import InputRow, NoScore, Place, Scorer, ScoringFailure, make_scorers
+from nemo_rao.training.loading import draw_numbers
 
 _PAUSE_SECONDS = 2.0  # before a scorer that has failed is asked again, doubled each time
 
@@ -68,6 +69,15 @@ def asked_of(config: RunConfig) -> tuple[Asked, int]:
         )
     if registry.get(config.model.objective).needs_of(objective_config(config)).shared_first_token:
         _check_first_tokens(samples, config.model.objective)
+    if config.data.num_prompts is not None:
+        if config.data.num_prompts > len(samples):
+            raise UserError(
+                f"data.num_prompts={config.data.num_prompts}, but there are only {len(samples)} prompts; lower it, or "
+                "set it to null for all"
+            )
+        chosen = draw_numbers(len(samples), config.data.num_prompts, seed=config.data.seed).tolist()
+        rows, samples = [rows[i] for i in chosen], [samples[i] for i in chosen]
+        say(f"training data: {len(samples)} prompts drawn (data.num_prompts)")
     report = LoadReport(len(prompts), len(samples))
     left_out = f", {too_long} longer than {limit} tokens left out" if too_long else ""
     unused = sorted({path for one in prompts for path in (*one.unused, *one.fields)})

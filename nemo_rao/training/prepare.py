@@ -34,7 +34,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         asked, num_tokens = asked_of(config)
         loaded = LoadedData(asked.prompts, None, num_tokens)
     loaded = loaded or load_data(config)
-    data, validation = drawn(config, loaded), loaded.validation
+    data, validation = drawn(config, loaded) if asked is None else asked.prompts, loaded.validation
     others = {}
     if needs.mismatched:
         sources = {"train": data} if validation is None else {"train": data, "validation": validation}
