@@ -144,3 +144,79 @@ def test_what_stands_in_masked_entries_does_not_matter() -> None:
     assert found.loss_sum == expected.loss_sum
     for name, value in expected.metrics.items():
         assert (found.metrics[name] == value).all(), name
+
+
+def of_trl(batch: ObjectiveBatch, config: Any, loss_type: str) -> Tensor:
+    """The loss of TRL's ``GRPOTrainer`` over the same responses with the same advantages, and its gradient's root."""
+    from collections import defaultdict
+    from types import SimpleNamespace
+
+    pytest.importorskip("trl")
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    from .trl_reference import in_float64, make_trainer
+
+    tokens = batch.tokens
+    assert tokens is not None
+    chosen = batch.valid & ~batch.rewards.isnan()
+    logps, mask = tokens.logps[chosen], tokens.mask[chosen]
+    advantages = torch.zeros_like(batch.rewards)
+    for p in range(len(batch.valid)):
+        rewards = batch.rewards[p, chosen[p]]
+        deviation = rewards.std() if len(rewards) > 1 else torch.zeros(())
+        scale = deviation.double() + 1e-6 if config.scale == "std" else 1.0
+        advantages[p, chosen[p]] = (rewards - rewards.mean()) / scale
+    trainer = make_trainer(
+        GRPOTrainer,
+        accelerator=SimpleNamespace(
+            num_processes=1, gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction: x
+        ),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
+        loss_type=loss_type,
+        beta=config.beta,
+        epsilon_low=config.clip_low,
+        epsilon_high=config.clip_high,
+        max_completion_length=config.constant_length,
+        importance_sampling_level="token",
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        _metrics={"eval": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logps, torch.zeros_like(logps), None),
+    )
+    ids = torch.ones_like(mask, dtype=torch.long)
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1],
+        "completion_ids": ids,
+        "completion_mask": mask.long(),
+        "advantages": advantages[chosen],
+        "old_per_token_logps": None if tokens.old is None else tokens.old[chosen],
+        "ref_per_token_logps": None if tokens.reference is None else tokens.reference[chosen],
+        "num_items_in_batch": mask.sum(),
+    }
+    with in_float64():
+        return GRPOTrainer._compute_loss(trainer, trainer.model, inputs)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "keys"),
+    [
+        ("grpo", {"beta": 0.3}),
+        ("dapo", {"beta": 0.0, "normalize": "token", "clip_high": 0.28}),
+        ("dr_grpo", {"beta": 0.1, "normalize": "constant", "constant_length": 7.0, "scale": "none"}),
+    ],
+)
+@pytest.mark.parametrize("old", [True, False], ids=["older samples", "fresh samples"])
+def test_grpo_is_trls(loss_type: str, keys: dict[str, Any], old: bool) -> None:
+    config = GRPO.make_config(keys)
+    batch = token_batch(old=old, reference=GRPO.needs_of(config).reference)
+    assert batch.tokens is not None
+    logps = batch.tokens.logps.clone().requires_grad_()
+    batch = dataclasses.replace(batch, tokens=dataclasses.replace(batch.tokens, logps=logps))
+    output = GRPO.loss(batch, config)
+    ours = output.loss_sum / output.num_prompts
+    theirs = of_trl(batch, config, loss_type)
+    torch.testing.assert_close(ours, theirs, **EXACT)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logps)[0] for loss in (ours, theirs)), **EXACT)
