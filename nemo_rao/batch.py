@@ -95,6 +95,8 @@ class Sample:
             its end tokens); ``None`` where every response is one answer.
         remarks: what was noticed about the row while it was encoded, each to be counted and reported behind the number
             of rows: "prompts hold the chat template's own tokens ...".
+        old_logps, reference_logps: of sampled responses, K arrays ``[response tokens]`` float32: each token's
+            log-probability under the policy that sampled, and under the reference; ``None`` where not wanted.
     """
 
     prompt: np.ndarray
@@ -106,6 +108,8 @@ class Sample:
     reference_rewards: np.ndarray
     answers: tuple[np.ndarray, ...] | None = None
     remarks: tuple[str, ...] = ()
+    old_logps: tuple[np.ndarray, ...] | None = None
+    reference_logps: tuple[np.ndarray, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ class MicroBatch:
         reward_ensemble: ``[R, M]`` float32, the rewards of M reward models; ``None`` without an ensemble.
         reference_rewards: ``[P, N]`` float32, rewards of the reference policy's own responses, NaN where there are
             fewer than N; ``None`` where there are none.
+        old_logps, reference_logps: ``[R, longest]`` float32, see :class:`Sample`; 0 behind a response's last token.
     """
 
     tokens: Tensor
@@ -174,6 +179,8 @@ class MicroBatch:
     max_responses: int
     reward_ensemble: Tensor | None = None
     reference_rewards: Tensor | None = None
+    old_logps: Tensor | None = None
+    reference_logps: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,25 @@ class ModelOutput:
     output_weight: Tensor | None = None
     values: Tensor | None = None
     scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The response tokens of a micro-batch, for objectives that look at each. L: tokens of the longest response.
+
+    Entries where ``mask`` is false hold zeros and must not reach the loss, the metrics or a gradient.
+
+    Attributes:
+        logps: ``[P, K, L]`` float32, log pi(y_t | x, y_<t), nats. Carries the gradient.
+        old: ``[P, K, L]`` float32, the same of the policy that sampled; ``None``: it is the policy at hand.
+        reference: ``[P, K, L]`` float32, the same of the reference policy; ``None`` where it is not declared.
+        mask: ``[P, K, L]`` bool: there is such a token.
+    """
+
+    logps: Tensor
+    old: Tensor | None
+    reference: Tensor | None
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -222,6 +248,7 @@ class ObjectiveBatch:
             declares no need of them; for one that does, log-probabilities are 0.
         mismatched_log_ratio: ``[]`` float32, the mean over the *global* batch's prompts of rho(y') = log pi(y'|x) -
             log pi_ref(y'|x), y' being a response to another prompt. No gradient. ``None`` where not declared.
+        tokens: of every response; ``None`` where not declared.
     """
 
     prompt_logps: Tensor
@@ -238,6 +265,7 @@ class ObjectiveBatch:
     values: Tensor | None = None
     scores: Tensor | None = None
     mismatched_log_ratio: Tensor | None = None
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)
@@ -265,8 +293,10 @@ class LossOutput:
     """An objective's sums over a micro-batch. Whoever calls divides by counts reduced over the whole global batch.
 
     Attributes:
-        loss_sum: ``[]`` float32, the sum over prompts of each prompt's mean over its valid responses (or pairs).
-        num_prompts: ``[]`` float32, the prompts in ``loss_sum`` (those that have a valid response or pair).
+        loss_sum: ``[]`` float32, the sum over prompts of each prompt's mean over its valid responses (or pairs); of
+            objectives that say so, over responses or tokens.
+        num_prompts: ``[]`` float32, the prompts (responses, tokens) in ``loss_sum``, by whose number over the global
+            batch it is divided.
         metrics: name -> ``[2]`` float32 (sum, count), no gradient.
     """
 

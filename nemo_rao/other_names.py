@@ -62,8 +62,7 @@ _WANDB = Counterpart("logging to Weights & Biases", ("exp_manager.create_wandb_l
 _DATA = Counterpart("the training data", ("data.train_path",))
 _TEMPLATE = Counterpart("the chat template", note="is the tokenizer's own: data.tokenizer, data.chat_template")
 _ONLINE = Counterpart(
-    "an objective that samples while it trains", note="is not supported: nemo-rao generate samples responses, "
-    "nemo-rao score rewards them, and rao, rpo or agro train on them"
+    "an objective that samples while it trains", note="is rloo or grpo here, or rpo or rao with online.num_generations"
 )  # fmt: skip
 
 _COLUMNS = Counterpart("a name of the data's fields", ("data.columns",), "such as {prompt: question}")
@@ -235,7 +234,9 @@ KEYS: dict[str, Counterpart] = {
 
 # Names of objectives or trainers. A value without spaces names an objective here; others are explanations.
 OBJECTIVES: dict[str, str] = {
-    **{name: str(_ONLINE) for name in ("grpo", "ppo", "rloo", "reinforce", "dapo", "gspo", "online_dpo", "xpo")},
+    **{name: str(_ONLINE) for name in ("ppo", "reinforce", "gspo", "online_dpo", "xpo")},
+    "dapo": "DAPO is grpo with model.grpo.normalize=token and model.grpo.clip_high=0.28",
+    "dr_grpo": "Dr. GRPO is grpo with model.grpo.normalize=constant and model.grpo.scale=none",
     **dict.fromkeys(("reward", "reward_model", "bradley_terry", "bt"), "rm"),
     **dict.fromkeys(("finetune", "instruct", "pretrain"), "sft"),
     "regression": "rm_regression",

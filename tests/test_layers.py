@@ -23,18 +23,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": FOUNDATION,
     "data": FOUNDATION | {"rows"},
     "mcore": FOUNDATION | {"data", "ops", "objectives"},
+    "rollout": FOUNDATION | {"data", "mcore", "ops"},
     "config": FOUNDATION | {"data", "objectives", "other_names", "rows"},
     "checkpoint": FOUNDATION | {"config", "data", "mcore", "objectives"},
-    "loop": FOUNDATION | {"checkpoint", "config", "data", "mcore", "objectives"},
+    "loop": FOUNDATION | {"checkpoint", "config", "data", "mcore", "objectives", "ops", "rollout"},
     "engines": {"config", "data", "loop"},  # which engine there is, and what it is asked
     "engines.nemo": FOUNDATION | {"checkpoint", "config", "data", "loop", "mcore", "objectives"},
     "engines.bridge": FOUNDATION | {"checkpoint", "config", "data", "loop", "mcore", "objectives"},
     "planning": FOUNDATION
     | {"config", "data", "objectives", "ops", "rows"},  # of the operations, what they hold at a time
-    "generation": FOUNDATION | {"data", "model_files", "rows"},
+    "generation": FOUNDATION | {"data", "model_files", "ops", "rows"},
     "scoring": FOUNDATION | {"data", "generation", "rows"},  # a judge may be a model that generates here
     "training": FOUNDATION
-    | {"checkpoint", "config", "data", "engines", "loop", "mcore", "objectives", "rows", "scoring"},
+    | {"checkpoint", "config", "data", "engines", "generation", "loop", "mcore", "objectives", "rows", "scoring"},
     "show": FOUNDATION | {"config", "data", "objectives", "rows", "training"},
     "recipes": {"config", "errors", "training"},
     "hugging_face": FOUNDATION
@@ -69,7 +70,7 @@ HEAVY: dict[str, set[str]] = {
     "lightning": {"engines.nemo"},
     "lightning_utilities": {"engines.nemo"},
     "nemo_run": {"doctor", "recipes"},
-    "megatron": {"doctor", "mcore", "hugging_face", "loop", "engines.nemo", "engines.bridge", "training"},
+    "megatron": {"doctor", "mcore", "hugging_face", "loop", "rollout", "engines.nemo", "engines.bridge", "training"},
     "megatron.bridge": {"engines.bridge"},
     "hydra": {"cluster", "config"},
     "omegaconf": {"cluster", "config"},
@@ -90,6 +91,7 @@ HEAVY: dict[str, set[str]] = {
         "mcore",
         "objectives",
         "ops",
+        "rollout",
         "runtime",
         "training",
     },

@@ -14,6 +14,7 @@ from nemo_rao.config.engine_choice import BRIDGE, NEMO, installed_engine
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.monitor import check_monitor
+from nemo_rao.config.online_checks import check_online
 from nemo_rao.config.precision_checks import check_fp8_network, check_precision
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
@@ -34,6 +35,7 @@ def check_config(config: RunConfig) -> None:
     check_network(config)
     _check_layout(config)
     _check_peft(config)
+    check_online(config)
     check_monitor(config)
     check_sources(config)
     _check_results(config)

@@ -29,6 +29,8 @@ def total_steps(config: RunConfig, num_prompts: int) -> int:
         UserError: they do not fill one global batch.
     """
     per_epoch = steps_per_epoch(num_prompts, config.model.global_batch_size)
+    if config.online.num_generations is not None:
+        per_epoch *= config.online.epochs  # passes over each rollout
     limits = [config.trainer.max_steps, config.trainer.max_epochs and config.trainer.max_epochs * per_epoch]
     return min(limit for limit in limits if limit is not None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nemo_rao.batch import ObjectiveBatch, RewardSummary
+from nemo_rao.batch import ObjectiveBatch, RewardSummary, Tokens
 from nemo_rao.config.derived import objective_config
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError, did_you_mean
@@ -81,4 +81,5 @@ def _any_batch(num_responses: int) -> ObjectiveBatch:
         values=zeros,
         scores=zeros[:, :, None],
         mismatched_log_ratio=torch.zeros(()),
+        tokens=Tokens(zeros[:, :, None], zeros[:, :, None], zeros[:, :, None], ones[:, :, None] > 0),
     )

@@ -89,6 +89,7 @@ def _needs(needs: Needs) -> str:
         ("value head", needs.values),
         ("score head", needs.scores > 0),
         ("mismatched", needs.mismatched),
+        ("its own samples", needs.samples),
     )
     return ", ".join(name for name, needed in named if needed) or "–"
 

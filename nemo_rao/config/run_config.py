@@ -6,6 +6,7 @@ The tree, in the shape that users of NeMo-Aligner know:
     exp_manager     where results go, what is kept                          one block per objective (model.rao ...)
     data            files, tokenizer                           precision    number formats
     reference       the pass that scores data with the starting weights
+    online          sampling from the policy in training   (nemo_rao.config.online_config)
 
 ``None`` (``null`` in YAML) always means "not set"; the comment says what happens then. Sizes are in the unit named in
 the comment. The keys of ``model`` are in :mod:`nemo_rao.config.model_config`.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_rao.config.model_config import ModelConfig
+from nemo_rao.config.online_config import OnlineConfig
 from nemo_rao.keys import key, section
 
 # ------------------------------------------------------------------------------------------------------- trainer
@@ -258,3 +260,4 @@ class RunConfig:
     reference: ReferenceConfig = section(
         ReferenceConfig, "log-probabilities of the data under the starting weights, computed once"
     )
+    online: OnlineConfig = section(OnlineConfig, "training on samples of the policy itself")

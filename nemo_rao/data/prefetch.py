@@ -85,3 +85,25 @@ class Prefetcher(Generic[_T]):
         except BaseException as error:
             end = _End(error)
         self._ready.put(end)
+
+
+class NotAhead(Generic[_T]):
+    """A :class:`Prefetcher` that makes an item when it is asked for, and none before."""
+
+    def __init__(self, items: Iterable[_T]) -> None:
+        self._items = iter(items)
+
+    def __enter__(self) -> NotAhead[_T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """As there is no thread to end, nothing."""
+
+    def __iter__(self) -> Iterator[_T]:
+        return self
+
+    def __next__(self) -> _T:
+        return next(self._items)

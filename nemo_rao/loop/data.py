@@ -15,8 +15,11 @@ from nemo_rao.config.precision_checks import sequence_multiple
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.collate import collate
 from nemo_rao.data.order import every_sample_once, global_batch, rank_micro_batches
+from nemo_rao.data.prefetch import NotAhead, Prefetcher
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.mcore.context_parallel import part_of_rank, size_and_rank
+from nemo_rao.mcore.forward import made_ahead
+from nemo_rao.rollout.samples import RolloutData
 
 
 class AlignmentData:
@@ -32,7 +35,7 @@ class AlignmentData:
 
     def __init__(
         self,
-        data: PreferenceData,
+        data: PreferenceData | RolloutData,
         *,
         pad_token_id: int,
         pad_multiple: int,
@@ -100,6 +103,10 @@ class TrainingData:
         prompts = self.prompts_of_step(step)
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         return rank_micro_batches(prompts, self.micro_batch_size, rank, size)
+
+    def stream(self, step: int) -> Prefetcher[MicroBatch] | NotAhead[MicroBatch]:
+        """:meth:`micro_batches_from`, for as long as its block lasts."""
+        return made_ahead(self.micro_batches_from(step))
 
     def micro_batches_from(self, step: int) -> Iterator[MicroBatch]:
         """This data-parallel rank's micro-batches from a step on, without end."""

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.batch import Row
 from nemo_rao.checkpoint.run_records import Change
 from nemo_rao.data.store import PreferenceData
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run asks of its own samples.
+
+    Attributes:
+        prompts: as samples without responses.
+        rows: the same prompts as text, for scorers.
+        score: rows with their responses -> for each row, a reward of each response, ``None`` where it has none. Called
+            on rank 0. Raises RankFailure where it cannot go on.
+    """
+
+    prompts: PreferenceData
+    rows: Sequence[Row]
+    score: Callable[[Sequence[Row]], list[list[float | None]]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,7 @@ class Prepared:
         finished_at: steps of a run that has ended and is not to be made longer; its model is not checked.
         resume_from: this run's last checkpoint, or ``None`` at its start.
         start_from: a checkpoint whose weights the run starts with, or ``None``.
+        asked: of a run that samples its own responses, what it asks of them; ``train`` is its prompts.
     """
 
     train: PreferenceData
@@ -37,3 +55,4 @@ class Prepared:
     finished_at: int | None
     resume_from: Path | None
     start_from: Path | None
+    asked: Asked | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core.utils import get_model_config
 
+from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.loop.data import AlignmentData
 from nemo_rao.loop.session import Hook, Session
@@ -72,6 +73,7 @@ class ReferencePass(Hook):
             }
         for name, data_set in self._data_sets.items():
             data = data_set.data
+            assert isinstance(data, PreferenceData), "samples have no reference sums before they are drawn"
             key = self._key(data.fingerprint())
             if resumed:
                 data_set.reference = load_reference(self._cache_dir, key, data.num_responses)

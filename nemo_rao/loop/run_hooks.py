@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
+from nemo_rao.checkpoint.layout import weights_of
 from nemo_rao.config.derived import reference_dir
 from nemo_rao.config.monitor import validation_intervals
 from nemo_rao.config.precision_checks import quantisation
 from nemo_rao.config.run_config import RunConfig
+from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.loop.data import AlignmentData, TrainingData, batch_layout
 from nemo_rao.loop.finite import StopWhereNotFinite
 from nemo_rao.loop.first_step import CheckFirstStep
 from nemo_rao.loop.hooks import CalibrateScales, MismatchedPass, RecordStart, SeedEveryStep, ShowProgress
 from nemo_rao.loop.metrics import Metrics
-from nemo_rao.loop.prepared import Prepared
+from nemo_rao.loop.prepared import Asked, Prepared
 from nemo_rao.loop.reference import ReferencePass
+from nemo_rao.loop.rollouts import MakeRollouts, OnlineData
 from nemo_rao.loop.session import Hook
 from nemo_rao.loop.stopping import StopWhenAsked
 from nemo_rao.loop.validation import Validation
 from nemo_rao.objectives.base import Needs
+from nemo_rao.rollout.samples import RolloutData
 
 
 def data_sets_of(config: RunConfig, prepared: Prepared) -> dict[str, AlignmentData]:
     """``training`` data and, where there is some, ``validation`` data."""
 
-    def laid_out(data: PreferenceData, mismatched: PreferenceData | None = None) -> AlignmentData:
+    def laid_out(data: PreferenceData | RolloutData, mismatched: PreferenceData | None = None) -> AlignmentData:
         return AlignmentData(
             data,
             pad_token_id=prepared.pad_token_id,
@@ -33,24 +38,42 @@ def data_sets_of(config: RunConfig, prepared: Prepared) -> dict[str, AlignmentDa
             **batch_layout(config),
         )
 
+    if prepared.asked is not None:
+        number = config.online.num_generations
+        assert number is not None
+        slots = config.online.mini_batches * config.model.global_batch_size
+        return {"training": laid_out(RolloutData(prepared.train, num_slots=slots, num_responses=number))}
     data_sets = {"training": laid_out(prepared.train, prepared.mismatched.get("train"))}
     if prepared.validation is not None:
         data_sets["validation"] = laid_out(prepared.validation, prepared.mismatched.get("validation"))
     return data_sets
 
 
-def training_data(config: RunConfig, train: AlignmentData) -> TrainingData:
-    """The order in which a run takes its training data."""
-    return TrainingData(
-        train,
-        micro_batch_size=config.model.micro_batch_size,
-        global_batch_size=config.model.global_batch_size,
-        seed=config.data.seed if config.data.shuffle else None,
+def training_data(config: RunConfig, train: AlignmentData, asked: Asked | None = None) -> TrainingData:
+    """The order in which a run takes its training data, or its prompts.
+
+    Args:
+        asked: of a run that samples its own responses.
+    """
+    common: dict[str, Any] = {
+        "micro_batch_size": config.model.micro_batch_size,
+        "global_batch_size": config.model.global_batch_size,
+        "seed": config.data.seed if config.data.shuffle else None,
+    }
+    if asked is None:
+        return TrainingData(train, **common)
+    keys = config.online
+    return OnlineData(
+        train, num_prompts=len(asked.prompts), mini_batches=keys.mini_batches, epochs=keys.epochs, **common
     )
 
 
 def hooks_of(
-    config: RunConfig, needs: Needs, data_sets: Mapping[str, AlignmentData], record: Callable[[], None]
+    config: RunConfig,
+    needs: Needs,
+    data_sets: Mapping[str, AlignmentData],
+    record: Callable[[], None],
+    prepared: Prepared | None = None,
 ) -> list[Hook]:
     """What happens around the steps, in the order in which it happens.
 
@@ -58,12 +81,24 @@ def hooks_of(
         needs: of the objective.
         data_sets: see :func:`data_sets_of`.
         record: called on rank 0 once nothing is left that may refuse the run.
+        prepared: of a run that samples its own responses, what it asks of them and where it starts.
     """
     keys = config.model
     hooks: list[Hook] = [StopWhenAsked(), SeedEveryStep(config.trainer.seed)]
     if config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
         hooks.append(CalibrateScales())
-    if needs.reference:
+    if prepared is not None and prepared.asked is not None:
+        hooks.append(
+            MakeRollouts(
+                config.online,
+                prepared.asked,
+                tokenizer=load_tokenizer(config.data.tokenizer or ""),
+                adapters=keys.peft.scheme != "none",
+                needs=needs,
+                load_from=None if prepared.start_from is None else weights_of(prepared.start_from),
+            )
+        )
+    elif needs.reference:
         mismatched = {f"{name}, mismatched": data.mismatched for name, data in data_sets.items() if data.mismatched}
         hooks.append(
             ReferencePass(

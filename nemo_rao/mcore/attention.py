@@ -169,11 +169,16 @@ class SegmentAttention(DotProductAttention):
         return self._attend_to_segments(query, whole_sequences(key), whole_sequences(value), attention_mask.tolist())
 
     def _attend_to_rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``[T/CP, B, heads * D]``; keys and values are of all T tokens."""
+        """``[T/CP, B, heads * D]``; keys and values are of all T tokens.
+
+        In decoding, queries are the last few of T tokens, whose keys and values were kept; there is no CP then.
+        """
+        if size_and_rank()[0] == 1:
+            return self._attend(query, key, value).flatten(2)
         chunks = chunks_of_rank(len(key), *size_and_rank())
         queries = query.split([end - start for start, end in chunks])
         attended = [self._attend(own, key[:end], value[:end]) for own, (_, end) in zip(queries, chunks, strict=True)]
-        return torch.cat(attended).flatten(2) if len(attended) > 1 else attended[0].flatten(2)
+        return torch.cat(attended).flatten(2)
 
     def _attend_to_segments(
         self, query: Tensor, key: Tensor, value: Tensor, table: list[tuple[int, int, int]]

@@ -16,11 +16,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_rao.batch import LossOutput, MicroBatch, ModelOutput, ObjectiveBatch
+from nemo_rao.batch import LossOutput, MicroBatch, ModelOutput, ObjectiveBatch, Tokens
 from nemo_rao.mcore.context_parallel import summed
 from nemo_rao.objectives.base import Objective
 from nemo_rao.ops.linear_log_probs import linear_vocab_parallel_log_probs
-from nemo_rao.ops.segments import sums_at, to_prompts, valid_entries
+from nemo_rao.ops.segments import sums_at, to_prompts, valid_entries, values_at
 from nemo_rao.ops.vocab_parallel import vocab_parallel_log_probs
 
 LOSS = "loss"
@@ -79,6 +79,16 @@ def sequence_log_probs(
     return prompt_logps[batch.prompt_index], response_logps
 
 
+def response_token_log_probs(output: ModelOutput, batch: MicroBatch, *, vocab_size: int) -> Tensor:
+    """``[R, longest]`` float32, log pi of every response token, in nats; 0 behind a response's last.
+
+    The same on every tensor- and context-parallel rank. Carries a gradient.
+    """
+    places = batch.all_response_places
+    logps = _token_log_probs(output, batch, places, len(places), vocab_size)
+    return summed(values_at(logps, batch.response_places))
+
+
 def _token_log_probs(
     output: ModelOutput, batch: MicroBatch, places: Tensor, num_trained: int, vocab_size: int
 ) -> Tensor:
@@ -111,13 +121,24 @@ def objective_batch(
     values: Tensor | None = None,
     scores: Tensor | None = None,
     mismatched_log_ratio: Tensor | None = None,
+    token_logps: Tensor | None = None,
 ) -> ObjectiveBatch:
-    """Arrange row sums and values ``[R]``, and scores ``[R, A]``, by prompt and response, with what the data knows."""
+    """Arrange row sums and values ``[R]``, scores ``[R, A]`` and log-probabilities of tokens ``[R, longest]`` by prompt
+    and response, with what the data knows."""
     num_responses = batch.max_responses
 
     def by_prompt(values: Tensor) -> Tensor:
         return to_prompts(values, batch.prompt_index, batch.response_index, batch.num_prompts, num_responses)
 
+    tokens = None
+    if token_logps is not None:
+        positions = torch.arange(token_logps.shape[1], device=token_logps.device)
+        tokens = Tokens(
+            logps=by_prompt(token_logps),
+            old=None if batch.old_logps is None else by_prompt(batch.old_logps),
+            reference=None if batch.reference_logps is None else by_prompt(batch.reference_logps),
+            mask=by_prompt(positions < batch.response_lengths[:, None]),
+        )
     reference = batch.reference
     return ObjectiveBatch(
         prompt_logps=by_prompt(prompt_logps),
@@ -134,6 +155,7 @@ def objective_batch(
         values=None if values is None else by_prompt(values),
         scores=None if scores is None else by_prompt(scores),
         mismatched_log_ratio=mismatched_log_ratio,
+        tokens=tokens,
     )
 
 
@@ -155,8 +177,13 @@ def micro_batch_loss(
         observe: called with what the objective sees.
     """
     needs = objective.needs_of(config)
+    token_logps = None
     if needs.scores:
         prompt_logps = response_logps = torch.zeros_like(batch.rewards)
+    elif needs.tokens:
+        token_logps = response_token_log_probs(output, batch, vocab_size=vocab_size)
+        response_logps = token_logps.sum(-1)
+        prompt_logps = torch.zeros_like(response_logps)
     else:
         prompt_logps, response_logps = sequence_log_probs(
             output,
@@ -172,6 +199,7 @@ def micro_batch_loss(
         values=output.values,
         scores=output.scores,
         mismatched_log_ratio=mismatched_log_ratio,
+        token_logps=token_logps,
     )
     if observe is not None:
         observe(arranged)

@@ -47,6 +47,8 @@ class Needs:
         mismatched: the mean log-ratio of mismatched prompts and responses, over the global batch.
         prompt_logps: log-probabilities of prompts; 0 for an objective that does not declare it.
         prompt_gradient: they carry a gradient.
+        tokens: the log-probability of every token of a response.
+        samples: of the policy itself, drawn while it trains: it is no objective of data that lies there.
     """
 
     reference: bool = False
@@ -61,6 +63,8 @@ class Needs:
     mismatched: bool = False
     prompt_logps: bool = False
     prompt_gradient: bool = False
+    tokens: bool = False
+    samples: bool = False
 
 
 def keep(config: Any, rewards: RewardSummary) -> Any:

@@ -23,8 +23,16 @@ def sums_at(logps: Tensor, places: Tensor) -> Tensor:
     Returns:
         ``[S]``.
     """
-    # Not a product with a mask: 0 * NaN is NaN, in the sum and in the gradient.
-    return torch.where(places >= 0, logps.flatten()[places.clamp(min=0)], 0).sum(-1)
+    return values_at(logps, places).sum(-1)
+
+
+def values_at(logps: Tensor, places: Tensor) -> Tensor:
+    """``[S, longest]`` log-probabilities at listed places; 0 with zero gradient where there is none.
+
+    Arguments as of :func:`sums_at`.
+    """
+    # Not a product with a mask: 0 * NaN is NaN, in the value and in the gradient.
+    return torch.where(places >= 0, logps.flatten()[places.clamp(min=0)], 0)
 
 
 def to_prompts(
@@ -33,11 +41,11 @@ def to_prompts(
     """Rows arranged by prompt and response.
 
     Args:
-        values: ``[R]``, or ``[R, M]``.
+        values: ``[R]``, or ``[R, ...]``.
         prompt_index, response_index: ``[R]`` int64, where each row goes; no two rows to one place.
 
     Returns:
-        ``[P, K]``, or ``[P, K, M]``; zero where no row goes, see :func:`valid_entries`.
+        ``[P, K]``, or ``[P, K, ...]``; zero where no row goes, see :func:`valid_entries`.
     """
     empty = values.new_zeros(num_prompts, num_responses, *values.shape[1:])
     return empty.index_put((prompt_index, response_index), values)

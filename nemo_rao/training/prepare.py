@@ -5,6 +5,7 @@ In order of cost: the environment, then the data, and only then anything that im
 
 from __future__ import annotations
 
+from nemo_rao.batch import RewardSummary
 from nemo_rao.checkpoint.adapters import base_on_resume, check_scheme
 from nemo_rao.checkpoint.experts import check_resumed_experts
 from nemo_rao.checkpoint.find import last_checkpoint
@@ -16,6 +17,7 @@ from nemo_rao.loop.prepared import Prepared
 from nemo_rao.objectives import registry
 from nemo_rao.training.loading import LoadedData, drawn, load_data
 from nemo_rao.training.model_checks import check_model
+from nemo_rao.training.online import asked_of
 from nemo_rao.training.steps import plan_steps
 
 
@@ -27,15 +29,20 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     """
     keys, objective = config.model, registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
+    asked = None
+    if config.online.num_generations is not None:
+        asked, loaded = asked_of(config)
     loaded = loaded or load_data(config)
-    data, validation = drawn(config, loaded), loaded.validation
+    data, validation = drawn(config, loaded) if asked is None else asked.prompts, loaded.validation
     others = {}
     if needs.mismatched:
         sources = {"train": data} if validation is None else {"train": data, "validation": validation}
         for name, source in sources.items():
             others[name] = mismatched(source, seq_length=keys.seq_length, seed=config.data.seed)
 
-    resolved = objective.resolve(objective_config(config), data.reward_summary())
+    # Of samples, rewards are not known yet: what depends on them is resolved anew with each rollout.
+    rewards = data.reward_summary() if asked is None else RewardSummary(mean=0.0)
+    resolved = objective.resolve(objective_config(config), rewards)
     if validation is not None:
         objective.resolve(objective_config(config), validation.reward_summary())
     planned = plan_steps(config, data, validation)
@@ -60,4 +67,5 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
+        asked=asked,
     )

@@ -39,8 +39,9 @@ def train_rank(
     _set_up(config)
     needs = registry.get(config.model.objective).needs_of(prepared.objective_config)
     data_sets = data_sets_of(config, prepared)
-    hooks = change(hooks_of(config, needs, data_sets, record))
-    engine_of(config).train_rank(config, prepared, training_data(config, data_sets["training"]), hooks)
+    hooks = change(hooks_of(config, needs, data_sets, record, prepared))
+    data = training_data(config, data_sets["training"], prepared.asked)
+    engine_of(config).train_rank(config, prepared, data, hooks)
     leave_if_stopped()
 
 

@@ -32,7 +32,8 @@ def recipe(name: str) -> RunConfig:
 def test_every_objective_has_its_settings_and_its_recipe_and_no_recipe_is_without_an_objective() -> None:
     of_models = {f"gpt_{objective}_{model}" for objective, model in [*PAPER_RUNS, *LARGER_RUNS]}
     assert {path.stem for path in CONF.glob("objective/*.yaml")} == set(OBJECTIVES)
-    assert set(RECIPES) == {f"gpt_{name}" for name in OBJECTIVES} | of_models
+    online = {"gpt_rpo_online", "gpt_rao_online"}
+    assert set(RECIPES) == {f"gpt_{name}" for name in OBJECTIVES} | of_models | online
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -44,7 +45,10 @@ def test_each_recipe_trains_the_objective_of_its_name_and_passes_the_checks_of_a
     check_run(config, start_exists=False)
     objective = config.model.objective
     assert config.exp_manager.name == name
-    assert name == f"gpt_{objective}" or name.removeprefix(f"gpt_{objective}_") in [*PAPER_MODELS, *LARGER_MODELS]
+    others = [*PAPER_MODELS, *LARGER_MODELS, "online"]
+    assert name == f"gpt_{objective}" or name.removeprefix(f"gpt_{objective}_") in others
+    samples = name.endswith("_online") or objective in ("rloo", "grpo")
+    assert (config.online.num_generations is not None) == samples
 
 
 @pytest.mark.parametrize("name", RECIPES)

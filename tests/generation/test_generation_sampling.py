@@ -12,7 +12,7 @@ import transformers
 from nemo_rao.generation.engine import Continuation, Request
 from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.settings import GenerateSettings
-from nemo_rao.generation.with_transformers import draw, uniforms
+from nemo_rao.ops.sampling import draw, uniforms
 
 
 def drawn(logits: list[float], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, count: int = 20000):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_rao.batch import ObjectiveBatch, RewardSummary
+from nemo_rao.batch import ObjectiveBatch, RewardSummary, Tokens
 
 # Of data that any objective takes, about as in `make_batch`.
 REWARDS = RewardSummary(mean=3.0, low=0.0, high=1.0, all_labels=True, all_ranked=True)
@@ -44,6 +44,22 @@ def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ran
     return masked(batch, 0.0)
 
 
+def with_tokens(batch: ObjectiveBatch) -> ObjectiveBatch:
+    """The batch with three tokens in each response: a part of its log-probability, through which gradients reach it."""
+    shares = batch.response_logps.new_tensor([0.05, 0.03, 0.02])
+    mask = batch.valid[..., None].expand(-1, -1, 3)
+    # Differently for each response, as the advantages of a prompt's add up to 0.
+    moved = batch.lengths[..., None] / 20 * batch.response_logps.new_tensor([4.0, -2.0, 1.0])
+    reference = batch.reference_response_logps
+    tokens = Tokens(
+        logps=batch.response_logps[..., None] * shares,
+        old=(batch.response_logps.detach()[..., None] + moved) * shares,
+        reference=None if reference is None else reference[..., None] * shares,
+        mask=mask,
+    )
+    return dataclasses.replace(batch, tokens=tokens)
+
+
 def make_config(objective, keys=None):  # type: ignore[no-untyped-def]
     """The objective's config with some keys set, and those resolved that the data decides."""
     return objective.resolve(objective.make_config(keys or {}), REWARDS)
@@ -67,22 +83,24 @@ def each_tensor(batch: ObjectiveBatch, change: Callable[[Tensor], Tensor]) -> Ob
         and tensor.is_floating_point()
         and field.name not in GLOBAL_FIELDS
     }
-    return dataclasses.replace(batch, **changed)
+    return with_tokens(dataclasses.replace(batch, **changed))
 
 
 def select(batch: ObjectiveBatch, prompts: Tensor) -> ObjectiveBatch:
     """Some of the batch's prompts, in the order given."""
     tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     selected = {
-        name: tensor if tensor is None or name in GLOBAL_FIELDS else tensor[prompts] for name, tensor in tensors.items()
+        name: tensor if tensor is None or name in GLOBAL_FIELDS else tensor[prompts]
+        for name, tensor in tensors.items()
+        if name != "tokens"
     }
-    return ObjectiveBatch(**selected)
+    return with_tokens(ObjectiveBatch(**selected))
 
 
 def permute_responses(batch: ObjectiveBatch, order: Tensor) -> ObjectiveBatch:
     """Every prompt's responses in another order ``[K]``; valid ones may come to stand behind invalid ones."""
     moved = each_tensor(batch, lambda tensor: tensor[:, order])
-    return dataclasses.replace(moved, valid=batch.valid[:, order])
+    return with_tokens(dataclasses.replace(moved, valid=batch.valid[:, order]))
 
 
 def with_gradients(batch: ObjectiveBatch) -> ObjectiveBatch:
@@ -92,7 +110,7 @@ def with_gradients(batch: ObjectiveBatch) -> ObjectiveBatch:
         for name in (*GRADIENT_FIELDS, "scores")  # the losses of reward models depend on nothing else
         if (tensor := getattr(batch, name)) is not None
     }
-    return dataclasses.replace(batch, **leaves)
+    return with_tokens(dataclasses.replace(batch, **leaves))
 
 
 def loss_and_gradients(objective, batch, config):  # type: ignore[no-untyped-def]

@@ -447,3 +447,17 @@ def nca(answers: list[Answer], *, beta: float = 0.01, alpha: float = 0.01) -> Re
         loss -= weight * logsigmoid(u) + logsigmoid(-u) / len(answers)
         gradient[answer.column] = beta * (sigmoid(u) / len(answers) - weight * sigmoid(-u))
     return loss, gradient
+
+
+@formula
+def rloo(answers: list[Answer], *, beta: float = 0.03) -> Result:
+    """-A rho, A = R - mean of the others' R, R = r - beta rho; d/dlogp = -A / K. A prompt with one has no part."""
+    if len(answers) < 2:
+        return NO_LOSS
+    shaped = [answer.reward - beta * answer.rho for answer in answers]
+    loss, gradient = 0.0, {}
+    for k, answer in enumerate(answers):
+        advantage = shaped[k] - mean(shaped[:k] + shaped[k + 1 :])
+        loss -= advantage * answer.rho / len(answers)
+        gradient[answer.column] = -advantage / len(answers)
+    return loss, gradient

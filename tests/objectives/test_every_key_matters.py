@@ -13,17 +13,22 @@ from nemo_rao.objectives.base import Objective
 from nemo_rao.objectives.dpo import DPO, DPOConfig
 from nemo_rao.objectives.registry import OBJECTIVES
 
-from .batches import make_config
+from .batches import make_config, with_tokens
 from .test_formulas import full_batch
 
 # (objective, key) -> other keys under which it acts.
 CONTEXT: dict[tuple[str, str], dict[str, Any]] = {
     ("dpo", "robust"): {"label_smoothing": 0.2},
     ("rpo", "gap"): {"explicit": "constant"},
+    ("grpo", "kl_in"): {"beta": 0.3},
+    ("grpo", "kl"): {"beta": 0.3},
+    ("grpo", "constant_length"): {"normalize": "constant"},
 }
 # Values that cannot be derived from the key's default and range.
 OTHER_VALUE: dict[tuple[str, str], Any] = {
     ("kto", "threshold"): 3.0,
+    ("grpo", "clip_low"): 0.01,
+    ("grpo", "clip_high"): 0.01,
     ("nca", "alpha"): 3.0,
     ("rao", "log_z0"): 7.0,
 }
@@ -65,7 +70,7 @@ def loss_and_all_gradients(objective: Objective, keys: dict[str, Any]) -> list[t
         name: getattr(batch, name).clone().requires_grad_()
         for name in ("prompt_logps", "response_logps", "values", "scores")
     }
-    loss = objective.loss(dataclasses.replace(batch, **leaves), make_config(objective, keys)).loss_sum
+    loss = objective.loss(with_tokens(dataclasses.replace(batch, **leaves)), make_config(objective, keys)).loss_sum
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return [loss.detach(), *gradients]
 

@@ -14,7 +14,9 @@ from .formulas import FORMULAS, PAIRS
 from .test_formulas import CASES, batch_for, describe, expected
 
 FAR = 1e4
-POLICY_OBJECTIVES = [name for name, each in OBJECTIVES.items() if not each.needs_of(each.config_type()).scores]
+NEEDS = {name: each.needs_of(each.config_type()) for name, each in OBJECTIVES.items()}
+# Those of sums over responses. What a loss makes of tokens that are this far off is for its clipping to say.
+POLICY_OBJECTIVES = [name for name, needs in NEEDS.items() if not needs.scores and not needs.tokens]
 CONFIGS = [
     pytest.param(name, keys, id=f"{name}-{describe(keys)}")
     for name in POLICY_OBJECTIVES
@@ -121,7 +123,8 @@ def test_the_monotone_objectives_are_the_pair_objectives_without_a_target() -> N
     assert set(MONOTONE) - {"dpo"} == PAIRS - {"ipo", "cal_dpo", "sppo", "robust_po"}
 
 
-@pytest.mark.parametrize(("name", "keys"), CONFIGS)
+# The slope of rloo is not that of its value, as its advantages carry no gradient.
+@pytest.mark.parametrize(("name", "keys"), [case for case in CONFIGS if case.values[0] != "rloo"])
 @pytest.mark.parametrize("bits", [9, 14])
 def test_noise_moves_the_loss_by_what_its_slope_says(name: str, keys: dict, bits: int) -> None:
     """L(x + h) - L(x) in float32 is the integral of dL/dx . h in float64, h = 2^-bits |x| in the steepest direction.

@@ -153,7 +153,7 @@ def test_kto_never_comes_to_rest(rho: float, mismatched: float) -> None:
 INVARIANT: list[tuple[str, dict[str, object]]] = [
     *((name, {}) for name in ("dpo", "ipo", "cal_dpo", "slic", "hinge", "simpo", "alphapo", "orpo", "dpop")),
     *((name, {}) for name in ("dpo_shift", "r_dpo", "sppo", "robust_po", "rpo_partition", "kimi", "agro", "qrpo")),
-    *((name, {}) for name in ("nca", "sft")),
+    *((name, {}) for name in ("nca", "sft", "rloo", "grpo")),
     ("sppo", {"win_probability": "bradley_terry"}),
     *(("rpo", {"distance": distance}) for distance in ("bwd", "fwd", "sq", "sqloo")),
     ("rpo", {"explicit": "constant"}),

@@ -31,7 +31,6 @@ from nemo_rao.loop.loggers import loggers
 from nemo_rao.loop.reference import ReferencePass
 from nemo_rao.loop.session import Hook
 from nemo_rao.mcore import checkpoint
-from nemo_rao.mcore.forward import made_ahead
 from nemo_rao.mcore.objective_loss import ObjectiveLoss
 from nemo_rao.objectives import registry
 from nemo_rao.runtime.console import quiet_third_parties
@@ -137,7 +136,7 @@ class Run:
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         # A generator: nothing is made before the first one is asked for, when the reference sums are there.
-        with made_ahead(self._data.micro_batches_from(self._step)) as ahead:
+        with self._data.stream(self._step) as ahead:
             yield from ahead
 
     def _name_groups(self) -> Sequence[float]:

@@ -9,9 +9,8 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, IterableDataset
 
 from nemo_rao.batch import MicroBatch
-from nemo_rao.data.prefetch import Prefetcher
+from nemo_rao.data.prefetch import NotAhead, Prefetcher
 from nemo_rao.loop.data import TrainingData
-from nemo_rao.mcore.forward import made_ahead
 
 
 class _Stream(IterableDataset):
@@ -23,7 +22,7 @@ class _Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         # A generator: nothing is made before the first one is asked for, when the reference sums are there.
-        with made_ahead(self._module.data.micro_batches_from(self._start_step)) as ahead:
+        with self._module.data.stream(self._start_step) as ahead:
             self._module.ahead = ahead
             yield from ahead
 
@@ -46,7 +45,7 @@ class AlignmentDataModule(pl.LightningDataModule):
     def __init__(self, data: TrainingData, *, seq_length: int) -> None:
         super().__init__()
         self.data = data
-        self.ahead: Prefetcher[MicroBatch] | None = None  # of the loader in use
+        self.ahead: Prefetcher[MicroBatch] | NotAhead[MicroBatch] | None = None  # of the loader in use
         self.data_sampler = _Sampler(
             seq_len=seq_length,
             micro_batch_size=data.micro_batch_size,

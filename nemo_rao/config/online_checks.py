@@ -1,0 +1,73 @@
+"""What runs that sample their own responses ask of their other keys, found before anything heavy is imported."""
+
+from __future__ import annotations
+
+from nemo_rao.config.derived import objective_config
+from nemo_rao.config.run_config import DataConfig, RunConfig
+from nemo_rao.errors import UserError
+from nemo_rao.objectives import registry
+
+# Keys of ``data`` about responses that lie there.
+_OF_RESPONSES = ("num_responses", "responses", "pairs_by", "reward_field", "truncated", "bad_rows", "validation_path")
+
+
+def check_online(config: RunConfig) -> None:
+    """Checks the keys of ``online`` with those that they touch.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    keys, model = config.online, config.model
+    objective = registry.get(model.objective)
+    needs = objective.needs_of(objective_config(config))
+    number = keys.num_generations
+    if number is None:
+        if needs.samples:
+            raise UserError(
+                f"model.objective={objective.name} trains on samples of its own policy; set online.num_generations, "
+                "such as 4, and online.reward"
+            )
+        return
+    if not (needs.rewards or needs.preference) or needs.scores or needs.attributes or needs.mismatched:
+        raise UserError(
+            f"online.num_generations={number}: objective {objective.name} does not learn from rewards of samples; "
+            "choose rloo, grpo, rpo or rao, or set it to null"
+        )
+    if number < needs.min_responses:
+        raise UserError(
+            f"online.num_generations={number}: objective {objective.name} compares a prompt's responses and needs at "
+            f"least {needs.min_responses}"
+        )
+    if keys.temperature == 0 and number > 1:
+        raise UserError(
+            f"online.temperature=0: gives the same response {number} times; raise it, or set online.num_generations=1"
+        )
+    if keys.max_new_tokens >= model.seq_length:
+        raise UserError(
+            f"online.max_new_tokens={keys.max_new_tokens} leaves no token of model.seq_length={model.seq_length} to "
+            "the prompt; change one of them"
+        )
+    if keys.top_p == 0:
+        raise UserError("online.top_p=0: leaves no token; 1 keeps all")
+    if model.context_parallel_size > 1:
+        raise UserError(
+            f"model.context_parallel_size={model.context_parallel_size}: sampling does not split sequences over ranks; "
+            "set it to 1"
+        )
+    if config.precision.fp8 is not None:
+        raise UserError(
+            f"precision.fp8={config.precision.fp8}: sampling multiplies single tokens, which 8-bit products do not "
+            "take; set it to null"
+        )
+    if needs.reference and model.restore_from_path is None:
+        raise UserError(
+            "model.restore_from_path is null: the reference policy of a run that samples is the checkpoint that it "
+            "starts from; name one"
+        )
+    usual = DataConfig()
+    for name in _OF_RESPONSES:
+        if (value := getattr(config.data, name)) != getattr(usual, name):
+            raise UserError(
+                f"data.{name}={value}: is about responses in files, and with online.num_generations the run samples "
+                "its own; leave it out"
+            )

@@ -1,0 +1,43 @@
+"""The keys of ``online``: what a run samples from the policy that it trains, and what the samples are worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_rao.keys import key
+
+
+@dataclass
+class OnlineConfig:
+    num_generations: int | None = key(
+        None,
+        "K: responses sampled to each prompt from the policy in training, which are what it trains on; null: the run "
+        "trains on the data's own responses",
+        low=1,
+    )
+    max_new_tokens: int = key(256, "tokens of a sampled response, its end token included", low=1)
+    temperature: float = key(1.0, "logits are divided by it; 0: the most probable token", low=0)
+    top_k: int = key(0, "sample from so many of the most probable tokens; 0: all", low=0)
+    top_p: float = key(
+        1.0, "sample from the fewest most probable tokens that hold this much probability", low=0, high=1
+    )
+    seed: int = key(1234, "of the samples", low=0)
+    reward: list[str] = key(
+        [],
+        "what scores samples, as in nemo-rao score: [NAME=]KIND:ARGUMENT, such as rule:module:function or "
+        "judge:judge.yaml; of several, the weighted sum",
+    )
+    reward_weights: dict[str, float] = key({}, "of scorers by name; of those not named, 1")
+    cut_responses: str = key(
+        "score",
+        "samples that end at max_new_tokens; score: like others; penalty: their reward is cut_reward; drop: they have "
+        "none, and no part in the loss",
+        choices=("score", "penalty", "drop"),
+    )
+    cut_reward: float = key(0.0, "reward of a sample that was cut, with cut_responses=penalty")
+    mini_batches: int = key(1, "global batches that one rollout fills: optimizer steps in each pass over it", low=1)
+    epochs: int = key(1, "passes over each rollout; from the second on its prompts are in a new order", low=1)
+    rows_at_once: int = key(64, "responses that a rank decodes together, rounded to whole prompts", low=1)
+    scoring_attempts: int = key(3, "times a scorer is asked before the run stops", low=1)
+    log_samples_every: int = key(10, "steps from one entry of samples.jsonl to the next", low=1)
+    log_samples: int = key(4, "prompts of such an entry", low=0)

@@ -1,0 +1,144 @@
+"""GRPO, group relative policy optimization (Shao et al. 2024, arXiv 2402.03300), token by token, on fresh samples.
+
+    A_k   = r_k - mean of the prompt's rewards, divided by their standard deviation unless ``scale: none``
+    w_t   = pi(y_t) / pi_old(y_t), pi_old being the policy that sampled
+    L_t   = -min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) + beta KL_t
+    KL_t  = k1: log pi - log pi_ref;  k2: 1/2 (log pi - log pi_ref)^2;  k3: pi_ref / pi - 1 - log(pi_ref / pi)
+
+``kl_in: reward`` takes beta times the sum of KL_t, without gradient, from each response's reward in place of adding it
+to the loss. How L_t is added up (``normalize``), each time by counts of the *global* batch:
+
+    sequence    mean over a response's tokens, then over responses         GRPO, Eq. 3
+    token       mean over all tokens                                       DAPO, Yu et al. 2025, arXiv 2503.14476, Eq. 8
+    constant    sum over a response's tokens / ``constant_length``, then   Dr. GRPO, Liu et al. 2025, arXiv 2503.20783
+                mean over responses
+
+DAPO is ``token`` with ``clip_high`` 0.28; Dr. GRPO is ``constant`` with ``scale: none``.
+
+**Choice** The deviation is that of the prompt's rewards, divided by K - 1, with 1e-6 added, as in TRL. A prompt of one
+response, or of equal rewards, has advantages of 0; it counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_rao.batch import LossOutput, ObjectiveBatch
+from nemo_rao.keys import key
+from nemo_rao.objectives.base import Needs, Objective, ObjectiveConfig
+from nemo_rao.objectives.metrics import pair_metrics
+from nemo_rao.objectives.pairs import best_and_worst
+from nemo_rao.objectives.reductions import mean_of_responses, metric, rewarded
+
+_LEAST_DEVIATION = 1e-6
+
+
+@dataclass(frozen=True)
+class GRPOConfig(ObjectiveConfig):
+    block = "grpo"
+
+    beta: float = key(0.0, "weight of the KL to the reference; 0: no reference is asked", low=0)
+    kl_in: str = key("loss", "where the KL is", choices=("loss", "reward"))
+    kl: str = key("k3", "its estimator at one token", choices=("k1", "k2", "k3"))
+    scale: str = key("std", "what a group's advantages are divided by", choices=("std", "none"))
+    clip_low: float = key(0.2, "the ratio counts no further below 1 than this", low=0, high=1)
+    clip_high: float = key(0.2, "nor further above; DAPO has 0.28", low=0)
+    normalize: str = key(
+        "sequence", "over what the tokens' losses are averaged", choices=("sequence", "token", "constant")
+    )
+    constant_length: float = key(256.0, "tokens, with normalize=constant", low=0, exclusive=True)
+
+
+def grpo_loss(batch: ObjectiveBatch, config: GRPOConfig) -> LossOutput:
+    """Loss and metrics of P prompts with up to K responses.
+
+    Means over tokens:
+
+        grpo/ratio       w
+        grpo/clipped     1 where clipping has taken the token's gradient away
+        grpo/kl          KL_t to the reference by k3, with a reference
+
+    ``grpo/advantage``: mean over responses of \\|A\\|.
+    """
+    assert batch.tokens is not None, "grpo was given no tokens"
+    tokens, valid = batch.tokens, rewarded(batch)
+    mask = tokens.mask & valid[..., None]
+    logps = torch.where(mask, tokens.logps, 0)
+    old = logps.detach() if tokens.old is None else torch.where(mask, tokens.old.detach(), 0)
+    kl = None if tokens.reference is None else _kl(logps, torch.where(mask, tokens.reference.detach(), 0), config.kl)
+
+    rewards = torch.where(valid, batch.rewards, 0)
+    if kl is not None and config.kl_in == "reward":
+        rewards = rewards - config.beta * torch.where(mask, kl.detach(), 0).sum(-1)
+    advantages = _advantages(rewards, valid, config.scale)[..., None]
+    ratio = (logps - old).exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    if kl is not None and config.kl_in == "loss":
+        losses = losses + config.beta * kl
+    loss_sum, count = _sum(torch.where(mask, losses, 0), mask, valid, config)
+
+    num_tokens = mask.sum().to(loss_sum.dtype)
+
+    def over_tokens(values: Tensor) -> Tensor:
+        return metric((torch.where(mask, values.detach(), 0).sum(), num_tokens))
+
+    metrics = {
+        "grpo/ratio": over_tokens(ratio),
+        "grpo/clipped": over_tokens((clipped * advantages < ratio * advantages).to(ratio.dtype)),
+        "grpo/advantage": metric((torch.where(valid, advantages[..., 0].abs(), 0).sum(), valid.sum().to(ratio.dtype))),
+        **pair_metrics(batch, best_and_worst(batch)),
+    }
+    if tokens.reference is not None:
+        metrics["grpo/kl"] = over_tokens(_kl(logps, torch.where(mask, tokens.reference, 0), "k3"))
+    return LossOutput(loss_sum, count, metrics)
+
+
+def _advantages(rewards: Tensor, valid: Tensor, scale: str) -> Tensor:
+    """``[P, K]``; 0 where not valid."""
+    deviations = torch.where(valid, rewards - mean_of_responses(rewards, valid), 0)
+    if scale == "none":
+        return deviations
+    counts = valid.sum(-1, keepdim=True)
+    variance = deviations.square().sum(-1, keepdim=True) / (counts - 1).clamp(min=1)
+    return deviations / (variance.sqrt() + _LEAST_DEVIATION)
+
+
+def _kl(logps: Tensor, reference: Tensor, estimator: str) -> Tensor:
+    """``[P, K, L]``, nats: of one token, whose mean over samples of pi is the KL for k1 and k3."""
+    log_ratio = logps - reference
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def _sum(losses: Tensor, mask: Tensor, valid: Tensor, config: GRPOConfig) -> tuple[Tensor, Tensor]:
+    """The sum, and by what it is divided once both are those of the global batch."""
+    sums, lengths = losses.sum(-1), mask.sum(-1)
+    num_responses = (valid & (lengths > 0)).sum().to(losses.dtype)
+    if config.normalize == "token":
+        return sums.sum(), lengths.sum().to(losses.dtype)
+    if config.normalize == "constant":
+        return sums.sum() / config.constant_length, num_responses
+    return (sums / lengths.clamp(min=1)).sum(), num_responses
+
+
+def needs_of_grpo(config: GRPOConfig) -> Needs:
+    """Without a KL, no reference."""
+    return Needs(reference=config.beta > 0, rewards=True, min_responses=2, tokens=True, samples=True)
+
+
+GRPO = Objective(
+    name="grpo",
+    config_type=GRPOConfig,
+    loss=grpo_loss,
+    needs=needs_of_grpo,
+    formula="−min(w·A, clip(w, 1 − ε_low, 1 + ε_high)·A) + β·KL, per token; A = (r − r̄)/s",
+    source="Shao et al. 2024 (GRPO), arXiv 2402.03300; DAPO, Dr. GRPO by keys",
+    checked="formula, gradient by hand; TRL's GRPO",
+)

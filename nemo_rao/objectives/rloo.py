@@ -1,0 +1,72 @@
+"""RLOO, REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740, Eq. 7), on fresh samples.
+
+    R_k = r_k - beta * rho(y_k)                      the reward less the response's share of the KL to the reference
+    A_k = R_k - mean of the other R of the prompt    = K / (K - 1) (R_k - mean R)
+    L   = -A_k rho(y_k),                             dL / dlogp(y_k) = -A_k / K
+
+R and A carry no gradient. Mean over a prompt's responses, then over prompts. With samples of the policy itself the
+expectation of the gradient is that of -E[r] + beta KL(pi || pi_ref).
+
+At eta 1 the gradient of :mod:`rpo <nemo_rao.objectives.rpo>`'s ``sqloo`` on the same samples is beta K^2 / (K - 1)
+times this one: its sum over responses is not divided by K.
+
+**Choice** The paper has logp in the place of the last rho. The two differ by a constant, and rho, which is small, loses
+nothing to rounding.
+**Choice** rho is that of the policy at hand. On fresh samples it is the one that sampled; where a rollout serves
+several steps (``online.mini_batches``, ``online.epochs``), no importance ratio corrects for its age.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nemo_rao.batch import LossOutput, ObjectiveBatch
+from nemo_rao.keys import key
+from nemo_rao.objectives.base import Needs, Objective, ObjectiveConfig
+from nemo_rao.objectives.metrics import shared_metrics
+from nemo_rao.objectives.reductions import (
+    mean_of_responses,
+    metric,
+    response_log_ratio,
+    rewarded,
+    sum_of_prompt_means,
+)
+
+
+@dataclass(frozen=True)
+class RLOOConfig(ObjectiveConfig):
+    block = "rloo"
+
+    beta: float = key(0.03, "reward per nat of log-ratio to the reference", low=0)
+
+
+def rloo_loss(batch: ObjectiveBatch, config: RLOOConfig) -> LossOutput:
+    """Loss and metrics of P prompts with up to K responses; a prompt with one has no part.
+
+    ``rloo/advantage``: mean over a prompt's responses of \\|A\\|, then over prompts.
+    """
+    log_ratio = response_log_ratio(batch)
+    counts = rewarded(batch).sum(-1, keepdim=True).to(log_ratio.dtype)
+    valid = rewarded(batch) & (counts >= 2)
+    shaped = torch.where(valid, batch.rewards, 0) - config.beta * log_ratio.detach()
+    deviations = torch.where(valid, shaped - mean_of_responses(shaped, valid), 0)
+    advantages = deviations * (counts / (counts - 1).clamp(min=1))
+    loss_sum, num_prompts = sum_of_prompt_means(-advantages * log_ratio, valid)
+    metrics = {
+        "rloo/advantage": metric(sum_of_prompt_means(advantages.abs(), valid)),
+        **shared_metrics(batch, config.beta * log_ratio),
+    }
+    return LossOutput(loss_sum, num_prompts, metrics)
+
+
+RLOO = Objective(
+    name="rloo",
+    config_type=RLOOConfig,
+    loss=rloo_loss,
+    needs=Needs(reference=True, rewards=True, min_responses=2, samples=True),
+    formula="−sg(A)·ρ, A = R − mean of the prompt's other R, R = r − βρ",
+    source="Ahmadian et al. 2024 (RLOO), arXiv 2402.14740, Eq. 7",
+    checked="formula, gradient by hand; `rpo`'s `sqloo` up to a constant",
+)

@@ -1,0 +1,79 @@
+"""The reference policy's weights, in host memory while the policy trains, and in its place while they are asked.
+
+One model is on the device. What training changes is kept a second time, sharded as the model is: all weights, or with
+adapters these alone. A swap moves each tensor by itself, so that nothing of the model is held twice on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_rao.mcore.forward import unwrapped
+
+
+class ReferenceWeights:
+    """What a model has now, as the reference; see :func:`reference_weights`."""
+
+    def __init__(self, chunks: Sequence[Any]) -> None:
+        self._kept = [(name, parameter, _on_host(parameter)) for name, parameter in _trained(chunks)]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the reference weights inside the block, and bit for bit its own behind it."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """The model's weights and those that are kept change places."""
+        for _, parameter, kept in self._kept:
+            own = parameter.detach().clone()
+            parameter.copy_(kept, non_blocking=True)
+            kept.copy_(own)
+
+    def without_adapters(self) -> ReferenceWeights:
+        """The same, but that adapters add nothing, as at their start."""
+        for name, _, kept in self._kept:
+            if name.endswith(".linear_out.weight"):
+                kept.zero_()
+        return self
+
+
+def reference_weights(
+    chunks: Sequence[Any], *, adapters: bool, resumed: bool, load_start: Callable[[Sequence[Any]], None]
+) -> ReferenceWeights:
+    """Of the policy before its first step.
+
+    Args:
+        chunks: this rank's model chunks, with the weights that this start of the run goes on with.
+        adapters: only they are trained.
+        resumed: the run has taken steps.
+        load_start: gives the chunks the weights that the run started with; a collective of all ranks.
+    """
+    kept = ReferenceWeights(chunks)
+    if adapters:
+        return kept.without_adapters()
+    if resumed:
+        load_start(chunks)
+        kept.swap()
+    return kept
+
+
+def _trained(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    for chunk in chunks:
+        for name, parameter in unwrapped(chunk).named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+
+def _on_host(parameter: Tensor) -> Tensor:
+    kept = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
+    return kept.copy_(parameter.detach())

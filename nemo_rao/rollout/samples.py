@@ -1,0 +1,138 @@
+"""A rollout: K sampled responses to each of some prompts, what is known of them, and the file that holds it.
+
+A rollout has S slots, each with one prompt; a prompt that comes twice has two. Its numbers are filled in one after the
+other: tokens by sampling, rewards by scorers, sums by the reference policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_rao.batch import Sample
+from nemo_rao.rollout.decode import Sampled
+from nemo_rao.runtime.files import written_atomically
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """S slots of K responses.
+
+    Attributes:
+        prompts: ``[S]`` int64, prompt numbers in the run's data.
+        tokens: int32, all responses' tokens one after the other, slot by slot.
+        logps: float32, nats, of each token under the policy that sampled it.
+        lengths: ``[S, K]`` int64 tokens.
+        is_cut: ``[S, K]`` bool: it ended at its limit, without an end token.
+        rewards: ``[S, K]`` float64, NaN where there is none; ``None``: not scored yet.
+        reference: ``[S * K, 2]`` float32, the reference policy's sums (prompt without t0, response; nats); ``None``:
+            not computed yet.
+        old_logps, reference_logps: float32, as ``logps``, of the policy that sampled and of the reference, by passes
+            over whole rows; ``None``: not computed.
+        rewards_so_far: ``[2]`` float64, sum and number of the rewards of this and all earlier rollouts.
+    """
+
+    prompts: np.ndarray
+    tokens: np.ndarray
+    logps: np.ndarray
+    lengths: np.ndarray
+    is_cut: np.ndarray
+    rewards: np.ndarray | None = None
+    reference: np.ndarray | None = None
+    old_logps: np.ndarray | None = None
+    reference_logps: np.ndarray | None = None
+    rewards_so_far: np.ndarray | None = None
+
+    @staticmethod
+    def of(prompts: Sequence[int], sampled: Sequence[Sequence[Sampled]]) -> Rollout:
+        """Of the slots' responses, in their order."""
+        every = [one for of_slot in sampled for one in of_slot]
+        shape = len(sampled), len(sampled[0])
+        return Rollout(
+            prompts=np.asarray(prompts, dtype=np.int64),
+            tokens=np.concatenate([one.tokens for one in every]).astype(np.int32),
+            logps=np.concatenate([one.logps for one in every]).astype(np.float32),
+            lengths=np.array([len(one.tokens) for one in every], dtype=np.int64).reshape(shape),
+            is_cut=np.array([one.is_cut for one in every], dtype=bool).reshape(shape),
+        )
+
+    def responses(self, slot: int) -> tuple[np.ndarray, ...]:
+        """The K responses' tokens."""
+        return self.of_tokens(self.tokens, slot)
+
+    def response_logps(self) -> np.ndarray:
+        """``[S, K]`` float64, each response's log-probability under the policy that sampled it, in nats."""
+        starts = np.cumsum(self.lengths.flatten()) - self.lengths.flatten()
+        return np.add.reduceat(self.logps.astype(np.float64), starts).reshape(self.lengths.shape)
+
+    def of_tokens(self, values: np.ndarray, slot: int) -> tuple[np.ndarray, ...]:
+        """Of numbers of all tokens, those of a slot's K responses."""
+        num = self.lengths.shape[1]
+        ends = np.cumsum(self.lengths.flatten())
+        first = int(ends[slot * num - 1]) if slot else 0
+        return tuple(np.split(values[first : int(ends[(slot + 1) * num - 1])], np.cumsum(self.lengths[slot])[:-1]))
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        with written_atomically(path) as (file,):
+            np.savez(file, format=np.array(_FORMAT), **known)
+
+
+def load(path: Path) -> Rollout | None:
+    """What :meth:`Rollout.save` has written; ``None`` where there is nothing, or of another version."""
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        if int(stored["format"]) != _FORMAT:
+            return None
+        return Rollout(**{name: stored[name] for name in stored.files if name != "format"})
+
+
+class RolloutData:
+    """The rollout at hand, as a data set of S samples: what :class:`nemo_rao.loop.data.AlignmentData` lays out.
+
+    Args:
+        prompts: the prompts of the run, as samples without responses.
+        num_slots: S.
+        num_responses: K.
+    """
+
+    def __init__(self, prompts: Any, *, num_slots: int, num_responses: int) -> None:
+        self._prompts = prompts
+        self._num_slots = num_slots
+        self._num_responses = num_responses
+        self.rollout: Rollout | None = None
+
+    def __len__(self) -> int:
+        return self._num_slots
+
+    def __getitem__(self, slot: int) -> Sample:
+        assert self.rollout is not None, "nothing has been sampled yet"
+        number, rollout = self._num_responses, self.rollout
+        rewards = np.full(number, np.nan) if rollout.rewards is None else rollout.rewards[slot]
+        return dataclasses.replace(
+            self._prompts[int(rollout.prompts[slot])],
+            responses=rollout.responses(slot),
+            old_logps=None if rollout.old_logps is None else rollout.of_tokens(rollout.old_logps, slot),
+            reference_logps=(
+                None if rollout.reference_logps is None else rollout.of_tokens(rollout.reference_logps, slot)
+            ),
+            rewards=rewards,
+            ensemble=np.zeros((number, 0)),
+            reference_rewards=np.zeros(0),
+        )
+
+    @property
+    def num_responses(self) -> int:
+        return self._num_slots * self._num_responses
+
+    def response_offset(self, slot: int) -> int:
+        return slot * self._num_responses

@@ -1,0 +1,52 @@
+"""What is wrong with a run that samples its own responses is said before anything is imported for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_rao.config.checks import check_config
+from nemo_rao.config.compose import compose
+from nemo_rao.errors import UserError
+from nemo_rao.training.checks import check_run
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    return [
+        f"data.train_path={tmp_path}/prompts.jsonl",
+        f"data.tokenizer={tmp_path}",
+        f"model.restore_from_path={tmp_path}",
+        "online.reward=[rule:nemo_rao.demo.synthetic:ground_truth_reward]",
+    ]
+
+
+@pytest.mark.parametrize("recipe", ["gpt_rloo", "gpt_grpo", "gpt_rpo_online", "gpt_rao_online"])
+def test_a_recipe_passes(files: list[str], recipe: str) -> None:
+    check_config(compose(recipe, files))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "said"),
+    [
+        ("gpt_rloo", ["online.num_generations=null"], "model.objective=rloo trains on samples of its own policy"),
+        ("gpt_rloo", ["online.num_generations=1"], "online.num_generations=1: .* needs at least 2"),
+        ("gpt_rloo", ["online.max_new_tokens=0"], "online.max_new_tokens=0: must be >= 1"),
+        ("gpt_rloo", ["online.max_new_tokens=64", "model.seq_length=64"], "leaves no token of model.seq_length=64"),
+        ("gpt_rloo", ["online.temperature=0"], "gives the same response 4 times"),
+        ("gpt_rloo", ["online.top_p=0"], "online.top_p=0: leaves no token"),
+        ("gpt_rloo", ["data.validation_path=/x.jsonl"], "data.validation_path=/x.jsonl: is about responses in files"),
+        ("gpt_rloo", ["data.reward_field=score"], "data.reward_field=score: is about responses in files"),
+        ("gpt_grpo", ["model.grpo.beta=0.1", "model.restore_from_path=null"], "model.restore_from_path is null"),
+        ("gpt_rloo", ["model.context_parallel_size=2", "trainer.devices=2"], "sampling does not split sequences"),
+        ("gpt_sft", ["online.num_generations=2"], "objective sft does not learn from rewards of samples"),
+        ("gpt_kto", ["online.num_generations=2"], "objective kto does not learn from rewards of samples"),
+        ("gpt_rm", ["online.num_generations=2"], "objective rm does not learn from rewards of samples"),
+    ],
+)
+def test_one_line_says_what_is_wrong(files: list[str], recipe: str, overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        check_run(compose(recipe, [*files, *overrides]), start_exists=False)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,165 @@
+"""Runs that train on samples of their own policy: the same under any parallelism, and wherever they were stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .runs import FOUR_LAYERS, in_fork, make_data, parallel, run_training, start_checkpoint, steps
+
+RULE = "nemo_rao.demo.synthetic:ground_truth_reward"
+ONLINE = (
+    f"online.reward=[rule:{RULE}]",
+    "online.num_generations=3",
+    "online.max_new_tokens=7",
+    "online.rows_at_once=9",
+    "online.log_samples_every=2",
+    "model.global_batch_size=8",
+    "model.micro_batch_size=2",
+)
+SEVERAL_STEPS = ("online.mini_batches=2", "online.epochs=2")  # on each rollout
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("online")
+    data = make_data(folder / "data")
+    start = start_checkpoint(folder, [*FOUR_LAYERS, *data])
+    # Samples of a policy that has only begun to learn: every reward of a rule counts as it is.
+    return (*FOUR_LAYERS, *data, *ONLINE, f"model.restore_from_path={start}")
+
+
+def _overrides(folder: Path, common: tuple[str, ...], *more: str) -> list[str]:
+    return [*common, f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}", *more]
+
+
+def rollout(folder: Path, number: int) -> dict[str, np.ndarray]:
+    with np.load(folder / "rollouts" / f"{number:06d}.npz") as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("gpt_rloo", ()),
+        ("gpt_grpo", ("model.grpo.beta=0.1", *SEVERAL_STEPS)),
+        ("gpt_rpo_online", ("model.rpo.distance=sqloo",)),
+        ("gpt_rao_online", ()),
+    ],
+)
+def test_the_same_samples_and_steps_under_any_parallelism(
+    common: tuple[str, ...], tmp_path: Path, recipe: str, more: tuple[str, ...]
+) -> None:
+    run_training(recipe, _overrides(tmp_path / "alone", common, *more, "trainer.max_steps=3"))
+    split = (*parallel(2, 2, 1), "model.sequence_parallel=true")
+    run_training(recipe, _overrides(tmp_path / "split", common, *more, *split, "trainer.max_steps=3"))
+    first, same = rollout(tmp_path / "alone", 0), rollout(tmp_path / "split", 0)
+    for name in ("prompts", "tokens", "lengths", "is_cut", "rewards"):
+        np.testing.assert_array_equal(first[name], same[name])
+    np.testing.assert_allclose(first["reference"], same["reference"], atol=1e-3)
+    for one, other in zip(steps(tmp_path / "alone"), steps(tmp_path / "split"), strict=True):
+        assert one.keys() == other.keys()
+        # From the second rollout on, a draw on the border between two tokens may fall to either side.
+        if one["step"] == 1:
+            for name, value in one.items():
+                if name not in ("rewards/accuracies", "grpo/clipped"):
+                    assert other[name] == pytest.approx(value, rel=1e-3, abs=2e-4), name
+
+
+def test_what_is_logged_and_kept_is_that_of_the_samples(common: tuple[str, ...], tmp_path: Path) -> None:
+    from nemo_rao.demo.synthetic import ground_truth_reward
+
+    folder = tmp_path / "run"
+    run_training("gpt_rloo", _overrides(folder, common, "trainer.max_steps=3"))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [record for record in records if "rollout/reward" in record]
+    assert [record["step"] for record in logged] == [1, 2, 3]
+    last = rollout(folder, 2)
+    assert logged[-1]["rollout/reward"] == pytest.approx(last["rewards"].mean())
+    assert logged[-1]["rollout/length"] == last["lengths"].mean() and logged[-1]["rollout/cut"] == last["is_cut"].mean()
+    sums = np.array([part.sum() for part in np.split(last["logps"], np.cumsum(last["lengths"].flatten())[:-1])])
+    assert logged[-1]["rollout/kl"] == pytest.approx((sums - last["reference"][:, 1]).mean(), abs=1e-5)
+    assert logged[0]["rollout/kl"] == pytest.approx(0, abs=1e-5)  # the policy is the reference, and passes agree
+    assert {"seconds/rollout", "seconds/reward", "seconds/reference"} <= logged[0].keys()
+
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert sorted({one["step"] for one in samples}) == [1, 3]
+    for one in samples:
+        assert len(one["responses"]) == 3
+        for response in one["responses"]:
+            assert response["reward"] == ground_truth_reward(one["prompt"], response["content"])
+
+
+def _die(where: str, recipe: str, overrides: list[str]) -> None:
+    """Trains until rank 0 is killed: while it samples, before a rollout is scored, or within a step on it."""
+    from nemo_rao.loop import rollouts
+    from nemo_rao.loop.metrics import Metrics
+
+    from .runs import _train
+
+    def kill_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        calls = []
+
+        def killing(*arguments: Any, **keywords: Any) -> Any:
+            calls.append(1)
+            if len(calls) == call and os.environ["RANK"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **keywords)
+
+        return killing
+
+    if where == "sampling":
+        rollouts.sample = kill_at(2, rollouts.sample)
+    elif where == "scoring":
+        rollouts.MakeRollouts._scored = kill_at(2, rollouts.MakeRollouts._scored)  # type: ignore[method-assign]
+    elif where == "the step behind a rollout":
+        Metrics.after_step = kill_at(5, Metrics.after_step)  # type: ignore[method-assign]
+    else:
+        Metrics.after_step = kill_at(7, Metrics.after_step)  # type: ignore[method-assign]
+    _train(recipe, overrides)
+
+
+@pytest.mark.parametrize("where", ["sampling", "scoring", "the step behind a rollout", "a later step on it"])
+def test_a_run_that_was_killed_goes_on_bitwise(
+    common: tuple[str, ...], tmp_path: Path, undisturbed: Path, where: str
+) -> None:
+    folder = tmp_path / "killed"
+    keys = _overrides(folder, common, *KILLED)
+    with pytest.raises(AssertionError, match="rank 0 was killed by SIGKILL"):
+        in_fork(_die, where, "gpt_grpo", keys)
+    sampled = folder / "rollouts" / "000001.npz"
+    before = sampled.stat().st_mtime_ns if sampled.exists() else None
+    assert (before is None) == (where == "sampling")
+    run_training("gpt_grpo", keys)
+    if where in ("scoring", "a later step on it"):
+        assert (rollout(folder, 1)["tokens"] == rollout(undisturbed, 1)["tokens"]).all()
+    assert steps(folder) == steps(undisturbed)
+    for number in (0, 1):
+        one, same = rollout(folder, number), rollout(undisturbed, number)
+        assert one.keys() == same.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], same[name])
+
+
+# Two rollouts of four steps, and a checkpoint in the midst of each.
+KILLED = (
+    "trainer.max_steps=8",
+    "model.grpo.beta=0.1",
+    *SEVERAL_STEPS,
+    *parallel(1, 2, 1),
+    "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(common: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_training("gpt_grpo", _overrides(folder, common, *KILLED))
+    return folder
