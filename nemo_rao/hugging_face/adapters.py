@@ -11,7 +11,8 @@ from typing import Any
 
 from nemo_rao.checkpoint.find import stored_tensors
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face.checkpoint import LAYERS, Described, read_tensors
+from nemo_rao.hugging_face.checkpoint import LAYERS, read_tensors
+from nemo_rao.hugging_face.described import Described
 from nemo_rao.runtime.console import say
 
 _INTO, _OUT = ".adapter.linear_in.weight", ".adapter.linear_out.weight"
@@ -42,9 +43,13 @@ def check_adapters(described: Described) -> None:
         raise UserError(f"CHECKPOINT: {described.folder}: {what} cannot be exported; LoRA of {', '.join(PARTS)} can")
 
 
-def changes_output_layer(adapters: Mapping[str, Any]) -> bool:
-    """Whether one of the adapters is the output layer's."""
-    return f"output_layer{_INTO}" in adapters
+def keeps_tie(described: Described, adapters: Mapping[str, Any]) -> bool:
+    """Whether input and output embeddings are one matrix, also with these adapters merged; reports where they part."""
+    tied = bool(described.config.share_embeddings_and_output_weights)
+    if tied and f"output_layer{_INTO}" in adapters:
+        say("the adapter of the output layer changes it alone: the exported model's embeddings are not tied to it")
+        return False
+    return tied
 
 
 def merge(weights: dict[str, Any], adapters: Mapping[str, Any], lora: Mapping[str, Any]) -> None:

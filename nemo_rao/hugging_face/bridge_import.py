@@ -1,32 +1,41 @@
-"""Conversion by Megatron-Bridge: what its environment does in the place of NeMo's connectors.
+"""Import by Megatron-Bridge: what its environment does in the place of NeMo's connectors.
 
-    *.safetensors  <--engines/bridge/hugging_face.py-->  weights/
+    *.safetensors  --engines/bridge/hugging_face.py-->  weights/
 
-transformers' config, not the recipe, says what model Bridge builds; :mod:`nemo_rao.hugging_face.config_keys` has read
-every key of it by then.
+Bridge builds the network that :mod:`nemo_rao.hugging_face.config_keys` has read, not what the installed release of
+transformers would make of the whole config.json.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-from collections.abc import Iterator, Mapping
+import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_rao.config.families import BRIDGE_ROPE_SCALING
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face.conversion import bridge_of_one_rank
+from nemo_rao.hugging_face.bridge_conversion import bridge_of_one_rank
 from nemo_rao.hugging_face.families import Family
-from nemo_rao.hugging_face.source import EMBEDDINGS, KEY, OUTPUT
+from nemo_rao.hugging_face.network import network_fields, transformers_config
+from nemo_rao.hugging_face.source import KEY, Source
+from nemo_rao.hugging_face.source_weights import (
+    DTYPES,
+    EMBEDDINGS,
+    OUTPUT,
+    check_names,
+    check_tensors,
+    check_tie,
+    read_pickle,
+)
 from nemo_rao.model_files.weights import read_headers
 from nemo_rao.runtime.console import say
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-
-def check_bridge_can(config: Any, family: Family, folder: Path) -> None:
-    """Refuses what Bridge would take for something else.
+def check_scaling(config: Any, family: Family, folder: Path) -> None:
+    """Checks that Bridge has the rotary scaling of a model.
 
     Args:
         config: from :func:`nemo_rao.hugging_face.config_keys.read_config`.
@@ -34,7 +43,7 @@ def check_bridge_can(config: Any, family: Family, folder: Path) -> None:
     Raises:
         UserError: names the key.
     """
-    if family.scaling != "llama3" or not config.rope_scaling:
+    if family.rope_type != "llama3" or not config.rope_scaling:
         return
     for name, value in BRIDGE_ROPE_SCALING.items():
         if config.rope_scaling[name] != value:
@@ -44,91 +53,68 @@ def check_bridge_can(config: Any, family: Family, folder: Path) -> None:
             )
 
 
-def import_weights(files: list[Path], given: Mapping[str, Any], family: Family, folder: Path) -> None:
+def import_weights(source: Source, files: Sequence[Path], folder: Path) -> None:
     """Write ``folder/weights``, a checkpoint of the model.
 
     Args:
         files: the weights.
-        given: config.json.
-    """
-    source = files[0].parent
-    with contextlib.ExitStack() as stack:
-        if any(file.suffix != ".safetensors" for file in files):
-            source = stack.enter_context(_without_pickles(files, folder))
-        stored = {
-            dtype
-            for header in read_headers(source, sorted(source.glob("*.safetensors")), KEY).values()
-            for dtype, _ in header.tensors.values()
-        }
-        stack.enter_context(bridge_of_one_rank())
-        import torch
 
+    Raises:
+        UserError: tensors are missing, left over, of another shape, or of a dtype that cannot be imported.
+    """
+    place = f"{KEY}: {source.folder}"
+    family, config = source.family, source.config
+    fields = {**family.network.fields, **network_fields(config, family)}
+    made = transformers_config(
+        fields, family, vocab_size=config.vocab_size, seq_length=config.max_position_embeddings, place=place
+    )
+    import torch
+
+    with contextlib.ExitStack() as stack:
+        whole = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+        made.save_pretrained(whole)
+        tensors = _tensors_in(whole, files)
+        check_tensors(tensors, None, source.folder)
+        # All in the widest of their formats, so that nothing is rounded.
+        stored = {dtype for dtype, _ in tensors.values()}
+        dtype = vars(torch)[DTYPES[stored.pop()]] if len(stored) == 1 else torch.float32
+        if config.tie_word_embeddings and {EMBEDDINGS, OUTPUT} <= tensors.keys():
+            check_tie(_read(whole, (EMBEDDINGS, OUTPUT)), source.folder)
+        stack.enter_context(bridge_of_one_rank())
         from nemo_rao.engines.bridge.hugging_face import Conversion, save_checkpoint
 
-        if unknown := sorted(stored - set(_DTYPES)):
-            raise UserError(f"{KEY}: {source}: tensors are {unknown[0]}; {', '.join(_DTYPES)} can be imported")
-        # All in the widest of their formats, so that nothing is rounded.
-        dtype = vars(torch)[_DTYPES[stored.pop()]] if len(stored) == 1 else torch.float32
-        config = transformers_config(given, family)
-        if config.tie_word_embeddings:
-            _check_tie(source, files[0].parent)
-        conversion = Conversion(config, f"{KEY}: {files[0].parent}")
+        conversion = Conversion(made, place)
         say("reading and converting the weights")
         chunks = conversion.build(dtype)
-        conversion.load(chunks, source)
+        check_names(tensors, sorted(conversion.names(chunks, whole)), place)
+        conversion.load(chunks, whole)
         say("writing the checkpoint")
         save_checkpoint(chunks, folder)
 
 
-def _check_tie(source: Path, folder: Path) -> None:
-    """Refuses a stored output layer that is not the embeddings, where config.json ties the two.
+def _tensors_in(folder: Path, files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Fill a folder with the same weights as safetensors; dtype and shape of each tensor.
 
-    Args:
-        source: of the weights.
-        folder: that the user named.
+    Bridge takes whatever safetensors a folder has, also those that are no part of the model.
     """
-    import torch
+    from safetensors.torch import save_file
+
+    for number, file in enumerate(files):
+        copy = folder / f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        if file.suffix == ".safetensors":
+            os.symlink(file.resolve(), copy)
+        else:
+            tensors = {name: tensor.clone().contiguous() for name, tensor in read_pickle(file).items()}
+            save_file(tensors, copy, {"format": "pt"})
+    headers = read_headers(folder, sorted(folder.glob("*.safetensors")), KEY)
+    return {name: one for header in headers.values() for name, one in header.tensors.items()}
+
+
+def _read(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     from safetensors import safe_open
 
     found: dict[str, Any] = {}
-    for file in sorted(source.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys() if name in (EMBEDDINGS, OUTPUT)}  # noqa: SIM118
-    if OUTPUT in found and not torch.equal(found[OUTPUT], found[EMBEDDINGS]):
-        raise UserError(
-            f"{KEY}: {folder}: config.json ties the embeddings (tie_word_embeddings), but {OUTPUT} is stored "
-            "with other values; set tie_word_embeddings to false in config.json if both matrices are the model's"
-        )
-
-
-def transformers_config(given: Mapping[str, Any], family: Family) -> Any:
-    """The config object of a config.json, whose keys are known by now."""
-    from transformers import CONFIG_MAPPING
-
-    kept = {name: value for name, value in given.items() if name not in ("auto_map", "quantization_config")}
-    return CONFIG_MAPPING[family.model_type].from_dict({**kept, "architectures": [family.architecture]})
-
-
-@contextlib.contextmanager
-def _without_pickles(files: list[Path], folder: Path) -> Iterator[Path]:
-    """A folder with the same weights as safetensors, removed at the end."""
-    import torch
-    from safetensors.torch import save_file
-
-    copy = folder / "source"
-    copy.mkdir()
-    try:
-        for number, file in enumerate(files):
-            try:
-                read = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # of the archive, of the pickle, or of what it names
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(
-                    f"{KEY}: {file} cannot be read ({type(error).__name__}: {reason}); use a model in safetensors"
-                ) from None
-            tensors = {name: tensor.contiguous() for name, tensor in read.items() if isinstance(tensor, torch.Tensor)}
-            save_file(tensors, copy / f"model-{number + 1:05}-of-{len(files):05}.safetensors", {"format": "pt"})
-        shutil.copyfile(files[0].parent / "config.json", copy / "config.json")
-        yield copy
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
+            found |= {name: opened.get_tensor(name) for name in names if name in opened.keys()}  # noqa: SIM118
+    return found

@@ -57,7 +57,10 @@ _DROPOUT = "dropout while training is the recipe's: model.arch.attention_dropout
 _CODE = "no code of the model's is run"
 # Reason -> keys that do not change what the network computes.
 _HARMLESS: dict[str, tuple[str, ...]] = {
-    "names the model": ("architectures", "model_type", "_name_or_path", "_commit_hash", "transformers_version"),
+    "names the model": (
+        *("architectures", "model_type", "_name_or_path", "_commit_hash", "transformers_version"),
+        "_model_name_or_path",  # from a GGUF file
+    ),
     "the stored tensors' own number format is kept": ("dtype", "torch_dtype", "use_bfloat16"),
     "what a forward pass returns": (
         *("return_dict", "use_return_dict", "output_hidden_states", "output_attentions", "use_cache"),
@@ -76,6 +79,7 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "special tokens are the tokenizer's": (
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "pad_token"),
+        "unk_token_id",
     ),
     "of the tokenizer": (
         *("tokenizer_class", "prefix", "model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side"),
@@ -184,6 +188,11 @@ def head_size(config: Any) -> int:
     return vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads
 
 
+def keys_of_network(family: Family) -> set[str]:
+    """The keys of config.json that could change what a model of the family computes."""
+    return {*_read_keys(family), *FIXED, *family.fixed, ROPE_PARAMETERS, "layer_types"}
+
+
 def _read_keys(family: Family) -> tuple[str, ...]:
     windows = ("sliding_window",) if family.period else ()
     shared = [name for name in NUMBERS if name not in _OF_FAMILIES]
@@ -246,7 +255,7 @@ def _check_scaling(scaling: Mapping[str, Any], family: Family, place: str) -> No
     kind = scaling["rope_type"]
     if kind == "default":
         _refuse(place, "rope_scaling", scaling, "rope_type default scales nothing; remove the other settings")
-    if kind != family.scaling:
+    if kind != family.rope_type:
         _refuse(place, "rope_scaling", scaling, "only the default, and llama3 of a LlamaForCausalLM, can be imported")
     if "rope_scaling" in family.fixed:
         return

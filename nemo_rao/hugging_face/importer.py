@@ -1,6 +1,6 @@
-"""``nemo-rao import-hf``: a Hugging Face model becomes a NeMo checkpoint, its tokenizer, and a recipe's model group.
+"""``nemo-rao import-hf``: a Hugging Face model becomes a checkpoint, its tokenizer, and a recipe's model group.
 
-    DEST/weights, DEST/context    the checkpoint: model.restore_from_path=DEST
+    DEST/weights                  the checkpoint: model.restore_from_path=DEST; NeMo adds its own DEST/context
     DEST/tokenizer                tokenizer, chat template, config.json: data.tokenizer=DEST/tokenizer
     DEST/model/imported.yaml      sizes and both paths: --config-dir DEST model=imported, with any recipe
 
@@ -15,31 +15,21 @@ import argparse
 import json
 import math
 import shlex
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_rao.config.engine_choice import BRIDGE
-from nemo_rao.config.families import FAMILIES
 from nemo_rao.errors import UserError
-from nemo_rao.hugging_face import bridge_import
+from nemo_rao.hugging_face import bridge_import, nemo_import
 from nemo_rao.hugging_face.config_keys import notes
-from nemo_rao.hugging_face.conversion import Weights, engine_here, import_nemo_aloud, on_cpu_alone
+from nemo_rao.hugging_face.conversion import engine_here, on_cpu_alone
 from nemo_rao.hugging_face.destination import check_destination, written_whole
-from nemo_rao.hugging_face.families import HF_BIASES, MEGATRON_BIAS, QK_NORMS, TOKENIZER_FILES, Family
 from nemo_rao.hugging_face.generation_config import GENERATION, read_generation_config
 from nemo_rao.hugging_face.network import model_keys
-from nemo_rao.hugging_face.source import (
-    EMBEDDINGS,
-    KEY,
-    OUTPUT,
-    Source,
-    check_tensors,
-    find_source,
-    read_tensors,
-    tensors_of,
-)
+from nemo_rao.hugging_face.source import KEY, Source, find_source
+from nemo_rao.hugging_face.source_weights import check_tensors, tensors_of
+from nemo_rao.hugging_face.tokenizer_files import copy_tokenizer
 from nemo_rao.model_files.weights import Header, read_headers, weight_files
 from nemo_rao.runtime.console import quiet_third_parties, say
 from nemo_rao.runtime.launch import launch
@@ -63,14 +53,12 @@ def main(arguments: argparse.Namespace) -> int:
     generation, changed = read_generation_config(folder, KEY)
     files = weight_files(folder, KEY, allow_pickle=arguments.allow_pickle)
     headers = read_headers(folder, files, KEY)
-    wanted: dict[str, tuple[int, ...]] = {}
     if engine == BRIDGE:
-        bridge_import.check_bridge_can(config, family, folder)
-    else:
-        wanted = tensors_of(config, family)
-        if headers:
-            stored = {name: one for header in headers.values() for name, one in header.tensors.items()}
-            check_tensors(stored, wanted, folder)
+        bridge_import.check_scaling(config, family, folder)
+    wanted = tensors_of(config, family)
+    if headers:
+        stored = {name: one for header in headers.values() for name, one in header.tensors.items()}
+        check_tensors(stored, wanted, folder)
     destination = check_destination(arguments.dest, sum(file.stat().st_size for file in files), "DEST")
 
     from nemo_rao.data.encode import load_tokenizer
@@ -87,10 +75,8 @@ def main(arguments: argparse.Namespace) -> int:
         say(line)
     with written_whole(destination, "DEST") as partial:
         _copy_tokenizer(source, partial / "tokenizer", arguments.source, generation)
-        if engine == BRIDGE:
-            launch(bridge_import.import_weights, (files, source.given, family, partial), num_ranks=1)
-        else:
-            launch(_convert, (files, wanted, partial, family, keys, config), num_ranks=1)
+        import_weights = (bridge_import if engine == BRIDGE else nemo_import).import_weights
+        launch(import_weights, (source, files, partial), num_ranks=1)
         say("writing the recipe's model group")
         (partial / "model").mkdir()
         (partial / "model" / "imported.yaml").write_text(_recipe(destination, keys, config, num_tokens))
@@ -103,10 +89,10 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _size(headers: Mapping[Path, Header], wanted: Mapping[str, tuple[int, ...]]) -> str:
+def _size(headers: Mapping[Path, Header], wanted: Mapping[str, tuple[int, ...]] | None) -> str:
     """`` of N parameters``, of what the files' headers or the config say."""
-    stored = [shape for header in headers.values() for _, shape in header.tensors.values()]
-    number = sum(math.prod(shape) for shape in wanted.values() or stored)
+    shapes = [shape for header in headers.values() for _, shape in header.tensors.values()]
+    number = sum(math.prod(shape) for shape in (shapes if wanted is None else wanted.values()))
     return f" of {number:,} parameters" if number else ""
 
 
@@ -142,81 +128,10 @@ def _copy_tokenizer(source: Source, folder: Path, name: str, generation: Mapping
     from nemo_rao.data.tokenizer import save_for_4, written_by_5
 
     folder.mkdir()
-    for file in TOKENIZER_FILES:
-        if (source.folder / file).is_dir():
-            shutil.copytree(source.folder / file, folder / file)
-        elif (source.folder / file).is_file():
-            shutil.copyfile(source.folder / file, folder / file)
+    copy_tokenizer(source.folder, folder)
     if written_by_5(str(folder)):
         save_for_4(str(folder), folder)
     kept = {key: value for key, value in source.given.items() if key != "auto_map"}
     (folder / "config.json").write_text(json.dumps({**kept, "_name_or_path": name}, indent=2) + "\n")
     if generation is not None:
         (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
-
-
-def _convert(
-    files: list[Path],
-    wanted: Mapping[str, tuple[int, ...]],
-    folder: Path,
-    family: Family,
-    keys: dict[str, Any],
-    config: Any,
-) -> None:
-    """Read the weights, rename them with NeMo's importer, write the checkpoint."""
-    import torch
-
-    say("reading the weights")
-    tensors = read_tensors(files, wanted)
-    if config.tie_word_embeddings and OUTPUT in tensors and not torch.equal(tensors[OUTPUT], tensors[EMBEDDINGS]):
-        raise UserError(
-            f"{KEY}: {files[0].parent}: config.json ties the embeddings (tie_word_embeddings), but {OUTPUT} is stored "
-            "with other values; set tie_word_embeddings to false in config.json if both matrices are the model's"
-        )
-    dtype = next(iter(tensors.values())).dtype
-    model = Weights(tensors, config)
-    del tensors
-
-    import_nemo_aloud()
-    from nemo.collections import llm
-    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-    from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
-    from nemo.lightning import io
-    from nemo.lightning.io.state import TransformFns
-
-    from nemo_rao.engines.nemo.families import config_of_family
-    from nemo_rao.mcore.layer_spec import layer_spec_without_te
-
-    say("converting")
-    arch = dict(keys["arch"])
-    given = {**arch.pop("extra"), **arch, "vocab_size": config.vocab_size}
-    made = config_of_family(
-        keys["family"],
-        {**FAMILIES[keys["family"]].fields, **given},
-        seq_length=config.max_position_embeddings,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-    )
-    # After construction: the checkpoint's context is to know nothing of it.
-    made.transformer_layer_spec = layer_spec_without_te
-    made.perform_initialization = False
-    target = vars(llm)[family.of_nemo.model_class](
-        made, tokenizer=AutoTokenizer(str(folder / "tokenizer"), trust_remote_code=False)
-    )
-    importer = HFLlamaImporter(files[0].parent)
-    trainer = importer.nemo_setup(target, ckpt_async_save=False)
-    importer.convert_state(model, target)
-    if family.of_nemo.qkv_bias:
-        bias = io.state_transform(source_key=HF_BIASES, target_key=MEGATRON_BIAS, fn=TransformFns.merge_qkv_bias)
-        io.apply_transforms(model, target, mapping={}, transforms=[bias])
-    if family.of_nemo.qk_norm:
-        io.apply_transforms(model, target, mapping=QK_NORMS, transforms=[])
-    del model
-    say("writing the checkpoint")
-    importer.nemo_save(folder, trainer)
-    if torch.distributed.is_initialized():
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The keys of a recipe that describe an imported network: ``model.family`` and ``model.arch``, from its config.json."""
+"""A network in Hugging Face's terms and in a recipe's: config.json -> ``model.family`` and ``model.arch``, and back."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_rao.config.families import family_of_model_type
 from nemo_rao.config.model_config import ArchitectureConfig
-from nemo_rao.hugging_face.config_keys import head_size
+from nemo_rao.errors import UserError
+from nemo_rao.hugging_face.config_keys import head_size, keys_of_network
 from nemo_rao.hugging_face.families import Family
 
 # Fields that stand in every imported recipe, whatever the family's default: they say which model it is.
@@ -37,7 +37,7 @@ def network_fields(config: Any, family: Family) -> dict[str, Any]:
         "layernorm_epsilon": config.rms_norm_eps,
         "init_method_std": config.initializer_range,
     }
-    if family.scaling == "llama3" and config.rope_scaling:
+    if family.rope_type == "llama3" and config.rope_scaling:
         factors = {name: float(config.rope_scaling[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")}
         length = "original_max_position_embeddings"
         fields["rope_scaling"] = {**factors, length: int(config.rope_scaling[length])}
@@ -60,16 +60,14 @@ def network_fields(config: Any, family: Family) -> dict[str, Any]:
 
 def model_keys(config: Any, family: Family) -> dict[str, Any]:
     """``model.family`` and ``model.arch`` of a recipe: sizes, and what is not as usual in the family."""
-    known = family_of_model_type(family.model_type)
-    assert known is not None, family
-    usual = known.fields
+    usual = family.network.fields
     keys = {field.name for field in dataclasses.fields(ArchitectureConfig)}
     arch: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     for name, value in network_fields(config, family).items():
         if name in _ALWAYS or not _same(value, usual.get(name)):
             (arch if name in keys else extra)[name] = value
-    return {"family": known.name, "arch": {**arch, "extra": extra}}
+    return {"family": family.network.name, "arch": {**arch, "extra": extra}}
 
 
 def _same(value: Any, usual: Any) -> bool:
@@ -78,17 +76,56 @@ def _same(value: Any, usual: Any) -> bool:
     return bool(value == (list(usual) if isinstance(usual, tuple) else usual))
 
 
-def config_values(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Values of config.json of a network: what :func:`network_fields` reads, the other way round.
+def transformers_config(
+    fields: Mapping[str, Any],
+    family: Family,
+    *,
+    vocab_size: int,
+    seq_length: int,
+    carried: Mapping[str, Any] | None = None,
+    place: str,
+) -> Any:
+    """The config object of a network, of the installed release of transformers.
 
     Args:
         fields: all of a family's, as :func:`nemo_rao.config.architecture.architecture_fields` gives them.
+        vocab_size: rows of the embeddings.
+        seq_length: tokens for which the network is made, at least.
+        carried: a config.json that came with the model: what the network does not depend on is kept.
+        place: the file with ``carried``, for messages.
+
+    Raises:
+        UserError: transformers refuses what was carried along.
     """
+    from transformers import CONFIG_MAPPING
+
+    carried = carried or {}
+    longest = carried.get("max_position_embeddings")
+    decided = keys_of_network(family)
+    values = {
+        **{name: value for name, value in carried.items() if name not in decided and name != "auto_map"},
+        **config_values(fields, family),
+        "architectures": [family.architecture],
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max(seq_length, longest) if type(longest) is int else seq_length,
+    }
+    try:
+        return CONFIG_MAPPING[family.model_type].from_dict(values)
+    except Exception as error:  # whatever its validation raises
+        raise UserError(f"{place} is refused by transformers: {' '.join(str(error).split())[:200]}") from None
+
+
+def config_values(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Values of config.json of a network: what :func:`network_fields` reads, the other way round."""
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    experts = "num_experts_per_tok" in family.reads
+    ffn = fields["ffn_hidden_size"] or 4 * hidden
+    if experts and "moe_intermediate_size" not in family.reads:
+        ffn = fields["moe_ffn_hidden_size"] or ffn
     values: dict[str, Any] = {
         "num_hidden_layers": fields["num_layers"],
         "hidden_size": hidden,
-        "intermediate_size": fields["ffn_hidden_size"] or 4 * hidden,
+        "intermediate_size": ffn,
         "num_attention_heads": heads,
         "num_key_value_heads": fields["num_query_groups"] or heads,
         "rms_norm_eps": fields["layernorm_epsilon"],
@@ -97,21 +134,61 @@ def config_values(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
         "rope_theta": float(fields["rotary_base"]),
     }
     kv_channels = fields["kv_channels"] or hidden // heads
-    # Llama's config always has it, others' only where it does not follow from the sizes.
+    # Some config classes always have it, others only where it does not follow from the sizes.
     if family.model_type not in ("mistral", "qwen2") or kv_channels * heads != hidden:
         values["head_dim"] = kv_channels
     if (scaling := fields.get("rope_scaling")) is not None:
         values["rope_scaling"] = {"rope_type": "llama3", **scaling}
-    if family.period:
+    elif "rope_scaling" in family.fixed:
+        values["rope_scaling"] = dict(family.fixed["rope_scaling"][0])
+    if family.has_windows:
         values["sliding_window"] = None if fields["window_size"] is None else fields["window_size"][0] + 1
-    if (experts := fields["num_moe_experts"]) is not None:
-        values["num_experts" if "num_experts" in family.reads else "num_local_experts"] = experts
+    if experts:
+        name = "num_experts" if "num_experts" in family.reads else "num_local_experts"
+        values[name] = fields["num_moe_experts"]
         values["num_experts_per_tok"] = fields["moe_router_topk"]
-    if "norm_topk_prob" in family.reads:
+    if "moe_intermediate_size" in family.reads:
         values["norm_topk_prob"] = not fields["moe_router_pre_softmax"]
-        values["moe_intermediate_size"] = fields["moe_ffn_hidden_size"] or values["intermediate_size"]
+        values["moe_intermediate_size"] = fields["moe_ffn_hidden_size"] or ffn
     if "query_pre_attn_scalar" in family.reads:
         scalar = fields["softmax_scale"] ** -2
         values["query_pre_attn_scalar"] = round(scalar) if math.isclose(scalar, round(scalar)) else scalar
         values["rope_local_base_freq"] = float(fields["rotary_base_local"])
     return values
+
+
+# How a forward pass is rounded, and no more.
+_ROUNDING = (
+    "attention_softmax_in_fp32",
+    "apply_query_key_layer_scaling",
+    "fp32_residual_connection",
+    "moe_router_dtype",
+)
+
+
+def check_expressible(fields: Mapping[str, Any], family: Family, place: str) -> None:
+    """Checks that config.json can say all that a network is. Imports megatron.
+
+    Raises:
+        UserError: names a field with a value that no model of the family has.
+    """
+    from nemo_rao.mcore.network import NO_EFFECT
+
+    expressed = {*_ALWAYS, "layernorm_epsilon", "init_method_std", "vocab_size", *_ROUNDING}
+    if family.rope_type == "llama3":
+        expressed.add("rope_scaling")
+    if family.has_windows:
+        expressed.add("window_size")
+    if "num_experts_per_tok" in family.reads:
+        expressed |= {"num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size"}
+    if "norm_topk_prob" in family.reads:
+        expressed.add("moe_router_pre_softmax")
+    if "query_pre_attn_scalar" in family.reads:
+        expressed |= {"softmax_scale", "rotary_base_local"}
+    usual = family.network.fields
+    for name, value in fields.items():
+        if name not in expressed and name not in NO_EFFECT and not _same(value, usual.get(name)):
+            raise UserError(
+                f"{place}: {name}={value} cannot be exported: config.json of a {family.architecture} cannot say it "
+                f"(its models have {usual.get(name)})"
+            )

@@ -7,7 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_rao.hugging_face.families import TOKENIZER_FILES
+# What a tokenizer consists of, besides config.json, which tells its class where tokenizer_config.json does not.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 
 
 def generation_config(carried: Mapping[str, Any], tokenizer: Any) -> Any:
@@ -36,6 +50,11 @@ def write_tokenizer(name: str, tokenizer: Any, folder: Path) -> None:
     if not source.is_dir():
         tokenizer.save_pretrained(folder)
         return
+    copy_tokenizer(source, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what of a tokenizer's files is in ``source``."""
     for name in TOKENIZER_FILES:
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name)

@@ -45,7 +45,7 @@ def page() -> str:
         family = next(family for family in FAMILIES if family.model_type == given["model_type"])
         known = family_of_model_type(family.model_type)
         assert known is not None
-        nemo = "yes" if family.nemo is not None else "no"
+        nemo = "yes" if family.nemo_model is not None else "no"
         rows.append(f"| {name} | {family.architecture} | `{known.name}` | {nemo} |\n")
     before = _BEFORE.format(variants=", ".join(VARIANTS), layouts=" and ".join(LAYOUTS))
     return before + "".join(rows) + _AFTER

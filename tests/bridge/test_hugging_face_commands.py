@@ -19,13 +19,12 @@ if installed_engine() != BRIDGE:
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_rao.cli import main
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.hugging_face.config_keys import read_config
 from nemo_rao.hugging_face.network import config_values, model_keys, network_fields
 from nemo_rao.hugging_face.source import family_of
 
-from ..hugging_face.models import command, read_json, tensors
+from ..hugging_face.models import command, read_json, refused, tensors
 from ..train.runs import make_data
 from .models import MODELS, make_model
 from .test_hugging_face import import_bridge
@@ -165,14 +164,22 @@ def sources(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_imported_is_refused_in_one_line(
-    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
-) -> None:
+def test_what_cannot_be_imported_is_refused_in_one_line(sources: dict[str, Path], tmp_path: Path, case: str) -> None:
     import_bridge()
     name, spoil, said = BAD[case]
     source = shutil.copytree(sources[name], tmp_path / "source")
     spoil(source)
-    assert main(["import-hf", str(source), str(tmp_path / "made")]) == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert said in line
+    refused(["import-hf", source, tmp_path / "made"], said)
     assert not set(tmp_path.iterdir()) - {source}
+
+
+def test_a_family_that_the_installed_release_lacks_is_refused_in_one_line(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_bridge()
+    from megatron.bridge import AutoBridge
+
+    monkeypatch.setattr(AutoBridge, "supports", lambda config: False)
+    said = "is a Gemma3ForCausalLM, which the installed Megatron-Bridge"
+    refused(["import-hf", sources[GEMMA], tmp_path / "made"], said)
+    assert not list(tmp_path.iterdir())

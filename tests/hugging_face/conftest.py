@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ..megatron_ranks import import_once
 from ..train.runs import make_data
-from .models import MODELS, command, make_model
+from .models import MODELS, command, import_converter, make_model
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +27,7 @@ class Converted:
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Converted]:
-    import_once()
+    import_converter()
     made = {}
     for name in MODELS:
         folder = tmp_path_factory.mktemp("hf")

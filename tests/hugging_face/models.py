@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.config.engine_choice import BRIDGE, installed_engine
+from nemo_rao.config.families import BRIDGE_ROPE_SCALING
+
+from ..megatron_ranks import import_once
 from ..train.runs import in_fork
 
 NUM_TOKENS = 300  # of the tokenizer
@@ -20,13 +26,15 @@ SIZES = {
     "max_position_embeddings": 256,
     "initializer_range": 0.1,
 }
-LLAMA3_ROPE = {
+LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "factor": 4.0,
     "low_freq_factor": 1.5,
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 32,
 }
+if installed_engine() == BRIDGE:  # where these three are what they are in published models
+    LLAMA3_ROPE |= BRIDGE_ROPE_SCALING
 # Name -> config: vocabularies of the tokenizer's size and padded ones, tied and untied embeddings.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rms_norm_eps": 1e-5},
@@ -65,7 +73,7 @@ def make_model(name: str, tokenizer: Path, folder: Path, **save: Any) -> Path:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder, **save)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    if name == "tied llama 3.2":
+    if name == "tied llama 3.2" and "rope_theta" in read_json(folder / "config.json"):
         spell_as_transformers_5(folder / "config.json")
     return folder
 
@@ -79,6 +87,22 @@ def spell_as_transformers_5(file: Path) -> None:
 def command(*arguments: str | Path) -> None:
     """``nemo-rao ...`` in a process of its own, which has to succeed."""
     in_fork(_succeed, [str(argument) for argument in arguments])
+
+
+def refused(given: Sequence[str | Path], *parts: str) -> None:
+    """``nemo-rao ...`` in a process of its own, which has to end with code 2 and one line that has these parts."""
+    in_fork(_fail, [str(argument) for argument in given], parts)
+
+
+def _fail(given: Sequence[str], parts: Sequence[str]) -> None:
+    from nemo_rao.cli import main
+
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(given)
+    [line] = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+    assert code == 2, line
+    for part in parts:
+        assert part in line, line
 
 
 def _succeed(arguments: Sequence[str]) -> None:
@@ -127,6 +151,13 @@ def sft_loss(model: Any, tokenizer: Path, data: Path) -> float:
         losses.append(-float(sums[first + best]) / len(sample.responses[best]))
         first += len(sample.responses)
     return float(np.mean(losses))
+
+
+def import_converter() -> None:
+    """What a conversion imports, before the first fork."""
+    import_once()
+    if installed_engine() == BRIDGE:
+        import nemo_rao.engines.bridge.hugging_face  # noqa: F401
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.config_keys import FIXED, HARMLESS, notes, read_config
 from nemo_rao.hugging_face.families import FAMILIES
 from nemo_rao.hugging_face.network import model_keys, network_fields
-from nemo_rao.hugging_face.source import family_of, tensors_of
+from nemo_rao.hugging_face.source import family_of
+from nemo_rao.hugging_face.source_weights import tensors_of
 
 from .config_table import table
 from .models import LLAMA3_ROPE
@@ -59,9 +60,12 @@ def network(given: dict[str, Any], *ignored: str) -> dict[str, Any]:
     family = family_of(given, Path("model"), BRIDGE)
     config = read_config(given, family, "SOURCE: config.json", ignored)
     found = {"fields": network_fields(config, family), "length": config.max_position_embeddings}
-    if family.nemo is not None:
-        found |= {"tensors": tensors_of(config, family)}
-    return {**found, "vocabulary": config.vocab_size, "keys": model_keys(config, family)}
+    return {
+        **found,
+        "tensors": tensors_of(config, family),
+        "vocabulary": config.vocab_size,
+        "keys": model_keys(config, family),
+    }
 
 
 @pytest.mark.parametrize(("release", "family", "key"), KEYS)

@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_rao.cli import main
+from nemo_rao.config.compose import compose
+from nemo_rao.config.engine_choice import BRIDGE, NEMO, installed_engine
+from nemo_rao.config.recipe_text import to_yaml
+from nemo_rao.errors import UserError
+from nemo_rao.hugging_face.source import family_of
 
-from ..megatron_ranks import import_once
 from ..train.runs import in_fork
-from .models import make_model
+from .models import import_converter, make_model, tensors
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +137,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other sizes": (lambda folder: change(folder, hidden_size=64), "config.json asks for [300, 64]"),
     "a layer too many": (lambda folder: change(folder, num_hidden_layers=1), "for which the model has no place"),
     "other positions": (
-        lambda folder: change(folder, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+        lambda folder: change(folder, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),
         'rope_scaling ({"rope_type": "yarn"',
     ),
     "a generation config that cannot be saved": (
@@ -197,21 +202,53 @@ def test_a_hugging_face_folder_in_a_checkpoints_place_is_answered_with_the_comma
 def test_a_damaged_checkpoint_is_not_exported(
     converted: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    described, kind, other = ("context/model.yaml", "model.llama.LlamaConfig", "model.gemma.Gemma")
+    if installed_engine() == BRIDGE:
+        described, kind, other = ("tokenizer/config.json", "LlamaForCausalLM", "GemmaForCausalLM")
+
+    def rename(folder: Path) -> None:
+        (folder / described).write_text((folder / described).read_text().replace(kind, other))
+
+    def nameless(folder: Path) -> None:
+        shutil.rmtree(folder / "context", ignore_errors=True)
+        shutil.rmtree(folder / "tokenizer")
+
     for name, spoil, said in (
-        ("cut", lambda folder: cut(folder / "weights" / "__0_0.distcp", 1000), "is not whole"),
-        ("nameless", lambda folder: (folder / "context" / "model.yaml").unlink(), "model.yaml is missing"),
-        (
-            "another",
-            lambda folder: (folder / "context" / "model.yaml").write_text(
-                (folder / "context" / "model.yaml").read_text().replace("model.llama.LlamaConfig", "model.gemma.Gemma")
-            ),
-            "is a Gemma, which cannot be exported",
-        ),
+        ("cut", lambda folder: cut(next((folder / "weights").glob("__0_*.distcp")), 1000), "is not whole"),
+        ("nameless", nameless, "model.yaml is missing"),
+        ("another", rename, f"is a {other.rpartition('.')[2]}, which cannot be exported"),
     ):
         spoil(shutil.copytree(converted["llama"].imported, tmp_path / name))
         assert said in refusal(capsys, "export-hf", tmp_path / name, tmp_path / "made")
     assert "--adapters" in refusal(capsys, "export-hf", converted["llama"].imported, tmp_path / "made", "--adapters")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_class_of_nemo_that_belongs_to_no_family_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = to_yaml(compose("gpt_rao", ["data.train_path=x", "data.tokenizer=x", "model.config_class=Gemma2Config2B"]))
+    (tmp_path / "run" / "checkpoints" / "step=2-last" / "weights").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe)
+    said = "model.config_class: names a class of NeMo, which is not installed"
+    if installed_engine() == NEMO:
+        said = "is a model of model.config_class=Gemma2Config2B, which cannot be exported"
+    assert said in refusal(capsys, "export-hf", tmp_path / "run", tmp_path / "made")
+
+
+def test_a_family_of_the_other_engine_is_answered_with_that_engine() -> None:
+    given = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    assert family_of(given, Path("x"), BRIDGE).model_type == "gemma3_text"
+    with pytest.raises(UserError, match="cannot be imported by NeMo's engine, but by Megatron-Bridge's"):
+        family_of(given, Path("x"), NEMO)
+
+
+def test_without_an_engine_nothing_is_converted(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_rao.hugging_face.conversion.installed_engine", lambda: None)
+    for command in ("import-hf", "export-hf"):
+        assert "nor Megatron-Bridge is installed" in refusal(capsys, command, source, tmp_path / "made")
 
 
 def on_a_disk_that_fills(arguments: list[str], largest: int) -> None:
@@ -220,11 +257,14 @@ def on_a_disk_that_fills(arguments: list[str], largest: int) -> None:
     assert main(arguments) == 2
 
 
-@pytest.mark.parametrize(("command", "said"), [("import-hf", "a write was cut short"), ("export-hf", "File too large")])
+CUT_SHORT = "a write was cut short" if installed_engine() == NEMO else "a process that writes has failed"
+
+
+@pytest.mark.parametrize(("command", "said"), [("import-hf", CUT_SHORT), ("export-hf", "File too large")])
 def test_a_disk_that_fills_leaves_nothing_behind(
     source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str, said: str, converted: dict[str, Any]
 ) -> None:
-    import_once()
+    import_converter()
     given = source if command == "import-hf" else converted["llama"].imported
     capfd.readouterr()
     in_fork(on_a_disk_that_fills, [command, str(given), str(tmp_path / "made")], 50_000)
@@ -240,7 +280,7 @@ def test_code_that_a_model_brings_along_is_not_run(source: Path, tmp_path: Path)
         source,
         auto_map={"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"},
     )
-    import_once()
+    import_converter()
     in_fork(_import, [str(source), str(tmp_path / "made")])
     assert (tmp_path / "made" / "weights").is_dir()
     assert not (tmp_path / "ran").exists()
@@ -248,8 +288,10 @@ def test_code_that_a_model_brings_along_is_not_run(source: Path, tmp_path: Path)
 
 
 def test_pickled_weights_are_read_where_that_is_asked_for(data: Path, tmp_path: Path) -> None:
-    source = make_model("llama", data / "tokenizer", tmp_path / "source", safe_serialization=False)
-    import_once()
+    source = make_model("llama", data / "tokenizer", tmp_path / "source")
+    import_converter()
+    torch.save(tensors(source), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
     in_fork(_import, [str(source), str(tmp_path / "made"), "--allow-pickle"])
     assert (tmp_path / "made" / "weights").is_dir()
 

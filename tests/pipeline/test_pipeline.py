@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_rao.config.engine_choice import BRIDGE, installed_engine
 from nemo_rao.data.encode import Encoder, load_tokenizer
 from nemo_rao.objectives import registry
 from nemo_rao.rows.reading import read_rows
 from nemo_rao.runtime.metrics_file import read_metrics
 
-from ..hugging_face.models import command, make_model
+from ..hugging_face.models import command, import_converter, make_model
 from ..hugging_face.test_trl_dpo import conversations, pairs_of
-from ..megatron_ranks import import_once
-from ..train.runs import make_data
+from ..train.runs import make_data, parallel
 
+MODEL = "qwen3" if installed_engine() == BRIDGE else "llama"
 QUICK = (
     "trainer.enable_progress_bar=false",
     "exp_manager.draw_curves=false",
@@ -34,10 +35,10 @@ QUICK = (
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hugging Face in -> SFT -> reward model -> scores -> RAO -> Hugging Face out -> samples; the folder of it all."""
-    import_once()
+    import_converter()
     folder = tmp_path_factory.mktemp("pipeline")
     make_data(folder, 16)
-    make_model("llama", folder / "tokenizer", folder / "given")
+    make_model(MODEL, folder / "tokenizer", folder / "given")
     command("import-hf", folder / "given", folder / "start")
 
     def train(recipe: str, name: str, *overrides: str) -> None:
@@ -49,14 +50,13 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
 
     data = f"data.train_path={folder / 'train.jsonl'}"
-    two = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
     train("gpt_sft", "sft", data)
     same = f"data.validation_path={folder / 'train.jsonl'}"
-    train("gpt_rm", "rm", data, same, *two, f"model.restore_from_path={folder / 'sft'}")
+    train("gpt_rm", "rm", data, same, *parallel(2, 1, 1), f"model.restore_from_path={folder / 'sft'}")
     command("score", folder / "train.jsonl", folder / "scored.jsonl", "--scorer", f"model:{folder / 'rm'}")
     scored = f"data.train_path={folder / 'scored.jsonl'}"
     same = f"data.validation_path={folder / 'scored.jsonl'}"
-    train("gpt_rao", "rao", scored, same, *two, f"model.restore_from_path={folder / 'sft'}")
+    train("gpt_rao", "rao", scored, same, *parallel(2, 2, 1), f"model.restore_from_path={folder / 'sft'}")
     command("export-hf", folder / "rao", folder / "policy")
     command("export-hf", folder / "rm", folder / "reward_model")
     command(
@@ -92,6 +92,25 @@ def test_transformers_gives_the_reward_models_scores(pipeline: Path) -> None:
             with torch.no_grad():
                 score = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
             assert float(score) == pytest.approx(response.reward, rel=1e-4, abs=1e-5)
+
+
+def test_transformers_generates_with_the_exported_policy(pipeline: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(pipeline / "policy").eval()
+    assert (model.config.model_type, model.config.architectures) == (MODEL, [type(model).__name__])
+    row = next(iter(read_rows(str(pipeline / "train.jsonl"))))
+    prompt = Encoder(load_tokenizer(pipeline / "policy")).encode(row).prompt
+    tokens = torch.tensor([prompt.tolist()])
+    made = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        min_new_tokens=4,
+        max_length=None,
+        max_new_tokens=4,
+    )
+    assert torch.equal(made[:, : len(prompt)], tokens) and made.shape == (1, len(prompt) + 4)
 
 
 @pytest.mark.filterwarnings("ignore")
