@@ -72,5 +72,7 @@ def _no_room(error: BaseException | None) -> str | None:
                 return text
         if "inline_container" in str(error) and "unexpected pos" in str(error):  # all that torch's writer says
             return "a write was cut short"
+        if "Worker failure: " in str(error):  # all that megatron-core 0.19's writer says
+            return "a process that writes has failed"
         error = error.__cause__ or error.__context__
     return None
