@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_rao.checkpoint.find import last_checkpoint
+from nemo_rao.checkpoint.run_records import read_run
+from nemo_rao.config.engine_choice import BRIDGE
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.errors import UserError
@@ -14,7 +16,8 @@ def check_resumed_experts(config: RunConfig, folder: Path) -> None:
     """Refuses to continue a run of shared experts with experts that are not shared, or the other way round.
 
     Megatron has an optimizer of their own for shared experts, which a checkpoint then holds apart; all else in it can
-    be read under any parallelism.
+    be read under any parallelism. On Megatron-Bridge this is read, too (:mod:`nemo_rao.mcore.checkpoint`), if the
+    optimizer is the distributed one.
 
     Args:
         folder: of the run.
@@ -26,7 +29,8 @@ def check_resumed_experts(config: RunConfig, folder: Path) -> None:
     if not saved.is_file() or last_checkpoint(folder) is None or not config.exp_manager.resume_if_exists:
         return
     before, now = load_recipe(saved).model.expert_model_parallel_size, config.model.expert_model_parallel_size
-    if (before > 1) != (now > 1):
+    read_by_part = read_run(folder).get("engine") == BRIDGE and config.model.optim.use_distributed_optimizer
+    if (before > 1) != (now > 1) and not read_by_part:
         raise UserError(
             f"model.expert_model_parallel_size={now}: {folder} was begun with {before}, and an optimizer of shared "
             "experts cannot be read for experts that are not, or the other way round; set it to "

@@ -93,7 +93,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, keep: Filter | 
     content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=dict(_LAYOUT))
     loaded = dist_checkpointing.load(content, str(folder))
     _take(chunks, loaded)
-    optimizer.load_state_dict(loaded["optimizer"])
+    optimizer.load_state_dict(_for_parts(optimizer, loaded["optimizer"], folder))
     for part in parts:
         torch_adam.after_reading(part)
     for group, before in zip(optimizer.param_groups, groups, strict=True):
@@ -150,6 +150,27 @@ def _take(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
         result = unwrapped(chunk).load_state_dict(tensors, strict=False)
         if result.unexpected_keys:
             logging.getLogger(__name__).warning("not read: %s", result.unexpected_keys)
+
+
+def _for_parts(optimizer: Any, loaded: dict[Any, Any], folder: Path) -> dict[Any, Any]:
+    """What was read of an optimizer, as its parts expect it.
+
+    Experts that ranks share are a part of their own, whose tensors have the same names. A checkpoint of other parts
+    differs in what it holds besides: number of steps and loss scale, equal in all parts, and hyperparameters.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(folder))["optimizer"]
+    stored, parts = [common] if "optimizer" in common else list(common.values()), _parts(optimizer)
+    if len(stored) == len(parts):
+        return loaded
+    given = {name: value for name, value in stored[0].items() if name != "optimizer"}
+    step = stored[0]["optimizer"]["param_groups"][0]["step"]
+    states = []
+    for number, part in enumerate(parts):
+        own, tensors = part.state_dict(), loaded if len(parts) == 1 else loaded[number]
+        for group in own["optimizer"]["param_groups"]:
+            group["step"] = step
+        states.append({**own, **given, "param_state": tensors["param_state"]})
+    return states[0] if len(parts) == 1 else dict(enumerate(states))
 
 
 def _parts(optimizer: Any) -> list[Any]:
