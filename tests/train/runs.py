@@ -138,6 +138,35 @@ def steps(run_dir: Path) -> list[dict[str, float]]:
     ]
 
 
+def stored(checkpoint: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint, of the model and of its optimizer, by its name there."""
+    import torch
+    from torch.distributed import checkpoint as torch_checkpoint
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = torch_checkpoint.FileSystemReader(checkpoint / "weights")
+    tensors = {
+        name: torch.empty(one.size, dtype=one.properties.dtype)
+        for name, one in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(one, TensorStorageMetadata)
+    }
+    torch_checkpoint.load(tensors, storage_reader=reader)
+    return tensors
+
+
+def last_stored(run_dir: Path) -> dict[str, Any]:
+    """The same of a run's last checkpoint."""
+    from nemo_rao.checkpoint.find import last_checkpoint
+
+    found = last_checkpoint(run_dir)
+    assert found is not None
+    return stored(found)
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
 def score(*arguments: str) -> None:
     """``nemo-rao score`` with these arguments, in a process of its own."""
     in_fork(_score, arguments)

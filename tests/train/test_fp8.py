@@ -124,7 +124,8 @@ def test_fp16_leaves_out_steps_that_overflow_until_the_scale_fits_and_resumes_wi
     run_training("gpt_rao", given(tmp_path / "whole", data, start, *scaled, *save))
     whole = steps(tmp_path / "whole" / "run")
     left_out = [step["step"] for step in whole if "grad_norm" not in step]
-    assert left_out and left_out == list(range(1, len(left_out) + 1)) and len(left_out) < STEPS / 2
+    # One step's rows may fit into a scale that the next one's do not.
+    assert left_out and left_out[0] == 1 and left_out[-1] < STEPS / 2
     run_training("gpt_rao", given(tmp_path / "parts", data, start, *scaled, *save, "trainer.max_steps=6"))
     run_training("gpt_rao", given(tmp_path / "parts", data, start, *scaled, *save))
     assert steps(tmp_path / "parts" / "run") == whole

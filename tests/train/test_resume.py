@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from .runs import TINY, _train, die_after_step, in_fork, parallel, run_training, start_fork, steps
+from .runs import (
+    TINY,
+    _train,
+    die_after_step,
+    in_fork,
+    last_stored,
+    parallel,
+    run_training,
+    same,
+    start_fork,
+    steps,
+)
 
 NUM_STEPS, EVERY = 7, 3
 INTERLEAVED = (
@@ -71,6 +82,7 @@ def test_a_run_killed_within_a_step_continues_bitwise(
     assert [step["step"] for step in before] == [1, 2, 3, 4, 5], "it died in the sixth step"
     run_training(recipe, given)
     assert steps(tmp_path / "killed" / "run") == expected
+    assert same(last_stored(tmp_path / "killed" / "run"), last_stored(tmp_path / "undisturbed" / "run"))
 
 
 def test_a_killed_launcher_takes_its_ranks_along_and_the_same_command_continues(
