@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nemo_rao.config.architecture import architecture_fields, check_family, network_key
 from nemo_rao.config.derived import data_parallel_size, objective_config, parallel_multiple, run_dir, world_size
+from nemo_rao.config.engine_choice import BRIDGE, NEMO, installed_engine
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.monitor import check_monitor
@@ -29,6 +30,7 @@ def check_config(config: RunConfig) -> None:
     """
     check_sizes(config)
     _check_length(config)
+    _check_engine(config)
     check_network(config)
     _check_layout(config)
     _check_peft(config)
@@ -268,16 +270,33 @@ def _check_optimizer(config: RunConfig) -> None:
         )
 
 
+def _check_engine(config: RunConfig) -> None:
+    """Refuses what the other engine alone has. Whether the engine is installed is not asked: login nodes have none."""
+    keys, engine = config.model, config.trainer.engine
+    engine = (installed_engine() if engine == "auto" else engine) or engine
+    if engine == NEMO and keys.peft.scheme not in ("none", "lora"):
+        raise UserError(
+            f"model.peft.scheme={keys.peft.scheme}: the engine NeMo has lora alone; set it to that, or use "
+            f"trainer.engine={BRIDGE}"
+        )
+    if engine == BRIDGE and keys.config_class is not None:
+        raise UserError(
+            f"model.config_class={keys.config_class}: is a class of NeMo, which Megatron-Bridge does not have; set "
+            "model.family and model.arch instead"
+        )
+
+
 def _check_peft(config: RunConfig) -> None:
     needs = registry.get(config.model.objective).needs_of(objective_config(config))
-    if config.model.peft.scheme != "none" and (needs.values or needs.scores):
+    scheme = config.model.peft.scheme
+    if scheme != "none" and (needs.values or needs.scores):
         raise UserError(
-            f"model.peft.scheme={config.model.peft.scheme} trains adapters alone, but objective "
+            f"model.peft.scheme={scheme} trains adapters alone, but objective "
             f"{config.model.objective} has a head to train; set it to none"
         )
-    if config.model.peft.scheme != "none" and config.model.restore_from_path is None:
+    if scheme != "none" and config.model.restore_from_path is None:
         raise UserError(
-            f"model.peft.scheme={config.model.peft.scheme} trains adapters of a model's weights, but "
+            f"model.peft.scheme={scheme} trains adapters of a model's weights, but "
             "model.restore_from_path is null; name the checkpoint that they are for"
         )
 

@@ -48,6 +48,7 @@ def train(config: RunConfig, *, hooks: Callable[[list[Hook]], list[Hook]] = as_t
     """
     quiet_third_parties()
     check_ranks_started(config)
+    engine = engine_of(config)  # refuses one that is not there, before anything is written
     select_device(config)
     changes, folder = check_settings(config), run_dir(config)
     prepared = prepare(config)
@@ -55,7 +56,6 @@ def train(config: RunConfig, *, hooks: Callable[[list[Hook]], list[Hook]] = as_t
         asked = "" if prepared.finished_at == prepared.max_steps else f", and this recipe asks for {prepared.max_steps}"
         say(f"{folder}: finished at step {prepared.finished_at} of {prepared.finished_at}{asked}: nothing to do")
         return
-    engine = engine_of(config)
     if engine.load():
         say(CPU_NOTICE)
     prepared = dataclasses.replace(prepared, changes=[*changes, *prepared.changes])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 
+from nemo_rao.cli import main
 from nemo_rao.config import engine_choice
 from nemo_rao.config.compose import compose
 from nemo_rao.config.engine_choice import engine_name, installed_engine
@@ -64,6 +66,43 @@ def test_releases_of_bridge_that_are_not_tested_are_refused(
         return
     with pytest.raises(UserError, match=f"Megatron-Bridge {release} is installed; tested are 0.4 to 0.6"):
         chosen(monkeypatch, "bridge", ("bridge",), release)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "installed", "said"),
+    [
+        (["trainer.engine=nemo"], ("bridge",), "trainer.engine=nemo: NeMo's LLM collection"),
+        (["trainer.engine=bridge"], ("nemo",), "trainer.engine=bridge: Megatron-Bridge (megatron-bridge) is not"),
+        ([], ("bridge",), "trainer.engine=bridge: Megatron-Bridge 0.7.0 is installed; tested are 0.4 to 0.6"),
+        (
+            ["trainer.engine=bridge", "model.config_class=Llama3Config8B"],
+            ("bridge",),
+            "model.config_class=Llama3Config8B: is a class of NeMo",
+        ),
+        (
+            ["model.peft.scheme=dora", "model.restore_from_path=start"],
+            ("nemo",),
+            "model.peft.scheme=dora: the engine NeMo has lora alone",
+        ),
+    ],
+)
+def test_a_run_that_the_engine_cannot_drive_ends_in_one_line_with_nothing_written(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    overrides: list[str],
+    installed: Collection[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(engine_choice, "_is_installed", lambda name: name in installed)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.7.0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "tokenizer").mkdir()
+    assert main(["train", "exp_manager.exp_dir=runs", *DATA, *overrides]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert said in line
+    assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "tokenizer"}
 
 
 def test_looking_for_engines_imports_neither() -> None:

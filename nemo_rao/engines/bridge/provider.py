@@ -37,11 +37,6 @@ def provider(config: RunConfig) -> Any:
         UserError: Megatron has no such field, or refuses the sizes.
     """
     keys = config.model
-    if keys.config_class is not None:
-        raise UserError(
-            f"model.config_class={keys.config_class}: is a class of NeMo, which Megatron-Bridge does not have; set "
-            "model.family and model.arch instead"
-        )
     family = keys.family
     kind, given = in_bridges_terms(family, architecture_fields(config))
     fields = {field.name for field in dataclasses.fields(kind)}
