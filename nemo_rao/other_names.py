@@ -172,6 +172,7 @@ KEYS: dict[str, Counterpart] = {
     "peft_scheme": Counterpart("LoRA", ("model.peft.scheme",), "lora"),
     "adapter": Counterpart("LoRA", ("model.peft.scheme",), "lora"),
     "train_type": Counterpart("LoRA", ("model.peft.scheme",), "lora"),
+    "use_dora": Counterpart("DoRA", ("model.peft.scheme",), "dora"),
     "lora_r": Counterpart("the rank of LoRA's adapters", ("model.peft.lora.dim",)),
     "lora_rank": Counterpart("the rank of LoRA's adapters", ("model.peft.lora.dim",)),
     "adapter_dim": Counterpart("the rank of LoRA's adapters", ("model.peft.lora.dim",)),

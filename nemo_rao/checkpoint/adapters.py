@@ -20,13 +20,13 @@ from typing import Any
 from nemo_rao.checkpoint.find import resolve_checkpoint, stored_tensors
 from nemo_rao.checkpoint.layout import is_checkpoint, names_of_model, weights_of
 from nemo_rao.checkpoint.pickles import read_metadata
-from nemo_rao.config.lora_targets import KEY, adapted, linear_layers, lora_targets
+from nemo_rao.config.lora_targets import KEY, SPLIT, adapted, linear_layers, lora_targets, splits
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.errors import UserError
 
 METADATA = "adapter_metadata.json"
-_LAYERS, _INTO = "decoder.layers.", ".adapter.linear_in.weight"
+_LAYERS, _INTO = "decoder.layers.", ".linear_in.weight"
 _SAMPLE = 1 << 12  # bytes read at each of these places in a stored tensor, behind its header
 _SAMPLED_AT = (0.25, 0.5, 0.75)
 
@@ -44,7 +44,7 @@ def refuse_adapters(checkpoint: Path, key: str) -> None:
     """
     if holds_adapters(checkpoint):
         raise UserError(
-            f"{key}: {checkpoint} holds adapters alone (a run with model.peft.scheme=lora), not a whole model. Merge "
+            f"{key}: {checkpoint} holds adapters alone (a run with model.peft.scheme), not a whole model. Merge "
             f"them first: nemo-rao export-hf {checkpoint} MERGED, then nemo-rao import-hf MERGED WHOLE, and name WHOLE"
         )
 
@@ -152,7 +152,7 @@ def check_scheme(config: RunConfig, checkpoint: Path) -> None:
         holds = "adapters alone" if scheme == "none" else "every weight of a model"
         raise UserError(
             f"model.peft.scheme={scheme}: exp_manager.name={config.exp_manager.name} would continue from {checkpoint}, "
-            f"which holds {holds}; set model.peft.scheme={'lora' if scheme == 'none' else 'none'}, or give this run "
+            f"which holds {holds}; set model.peft.scheme {'back' if scheme == 'none' else 'to none'}, or give this run "
             "another exp_manager.name"
         )
 
@@ -180,7 +180,7 @@ def base_on_resume(checkpoint: Path, start: Path, key: str) -> Path:
 
 
 def stored_adapters(shapes: Mapping[str, Sequence[int]], num_layers: int) -> dict[str, int]:
-    """Name of each linear layer that has an adapter -> the adapter's rank.
+    """Name of each linear layer, or part of one, that has an adapter -> the adapter's rank.
 
     Args:
         shapes: of a checkpoint's tensors, by name without ``module.``; those of all layers in one, or layer by layer.
@@ -189,13 +189,20 @@ def stored_adapters(shapes: Mapping[str, Sequence[int]], num_layers: int) -> dic
     for full_name, shape in shapes.items():
         if not full_name.endswith(_INTO):
             continue
-        name = full_name.removesuffix(_INTO)
+        name = _adapted_by(full_name.removesuffix(_INTO))
         rest = name.removeprefix(_LAYERS)
         if rest == name or rest[:1].isdigit():
             found[name] = shape[0]
         else:
             found |= {f"{_LAYERS}{number}.{rest}": shape[1] for number in range(num_layers)}
     return found
+
+
+def _adapted_by(adapter: str) -> str:
+    """``....linear_qkv.adapter`` -> ``....linear_qkv``; ``....linear_qkv.adapter.adapter_k`` -> ``....linear_k``."""
+    name, _, part = adapter.removesuffix(".adapter").partition(".adapter.adapter_")
+    before, dot, layer = name.rpartition(".")
+    return before + dot + next((one for one in SPLIT.get(layer, ()) if part and one.endswith(f"_{part}")), layer)
 
 
 def check_resumed_adapters(config: RunConfig, checkpoint: Path, num_layers: int, *, experts: bool) -> None:
@@ -208,7 +215,7 @@ def check_resumed_adapters(config: RunConfig, checkpoint: Path, num_layers: int,
         return
     tensors = stored_tensors(checkpoint, trusted=config.model.allow_pickle)
     stored = stored_adapters({name: shape for name, (shape, _) in tensors.items()}, num_layers)
-    wanted = adapted(lora_targets(config), linear_layers(num_layers, experts=experts))
+    wanted = adapted(lora_targets(config), linear_layers(num_layers, experts=experts, split=splits(config)))
     run = f"exp_manager.name={config.exp_manager.name} would continue from {checkpoint}"
     remedy = "set it back, or give this run another exp_manager.name"
     if more := [name for name in wanted if name not in stored]:

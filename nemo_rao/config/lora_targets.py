@@ -10,7 +10,8 @@ A target is the last part of such a name, or a pattern of the whole name with ``
 ``*.layers.0.*.linear_qkv``. N counts the layers of the whole model from 0, whichever pipeline stage holds them.
 
 **Choice** Hugging Face's names are accepted where they say the same as Megatron's: a matrix that Megatron fuses has one
-adapter, so all of its parts have to be named.
+adapter, so all of its parts have to be named. With ``model.peft.scheme=canonical_lora`` each part has its own, and may
+be named alone: linear_q, linear_k, linear_v, linear_fc1_gate, linear_fc1_up, or as in Hugging Face's models.
 """
 
 from __future__ import annotations
@@ -34,9 +35,17 @@ _PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "linear_fc2": (("down_proj",), ("dense_4h_to_h",)),
     OUTPUT_LAYER: (("lm_head",),),
 }
+# What has an adapter of its own in canonical LoRA, by the names of Megatron-Bridge, in the order of _PARTS.
+SPLIT = {"linear_qkv": ("linear_q", "linear_k", "linear_v"), "linear_fc1": ("linear_fc1_gate", "linear_fc1_up")}
+_FUSED = {part: layer for layer, parts in SPLIT.items() for part in parts}
 _ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the output layer
 _NAMES = ", ".join((*OF_LAYERS, OUTPUT_LAYER))
 _NOT_LINEAR = {"embed_tokens", "wte", "word_embeddings", "embedding", "embedding.word_embeddings", "router", "gate"}
+
+
+def splits(config: RunConfig) -> bool:
+    """Whether the parts of fused layers have adapters of their own."""
+    return config.model.peft.scheme == "canonical_lora"
 
 
 def lora_targets(config: RunConfig) -> tuple[str, ...]:
@@ -45,48 +54,79 @@ def lora_targets(config: RunConfig) -> tuple[str, ...]:
     Raises:
         UserError: a name is unknown, or names a part of a layer whose other parts are missing.
     """
-    given = config.model.peft.lora.target_modules
+    given, split = config.model.peft.lora.target_modules, splits(config)
     if not given:
         raise UserError(f"{KEY}=[]: no layer gets an adapter; name some of {_NAMES}")
     found: dict[str, None] = {}
     for name in given:
-        if name == _ALL_LINEAR:
-            found |= dict.fromkeys(OF_LAYERS)
-        elif "*" in name or name in (*OF_LAYERS, OUTPUT_LAYER):
+        if "*" in name:
             found[name] = None
+            continue
+        layers = OF_LAYERS if name == _ALL_LINEAR else (name,) if name in (*OF_LAYERS, OUTPUT_LAYER) else None
+        if layers is not None:
+            parts = [part for layer in layers for part in (SPLIT.get(layer, (layer,)) if split else (layer,))]
         else:
-            found[_layer_of_part(name, given)] = None
+            parts = _parts_named(name) if split else [_layer_of_part(name, given)]
+        found |= dict.fromkeys(parts)
     return tuple(found)
 
 
-def _layer_of_part(name: str, given: Sequence[str]) -> str:
+def _parts_named(name: str) -> list[str]:
+    """The parts of a layer, each with its adapter, that a name stands for."""
+    if name in _FUSED:
+        return [name]
     for layer, spellings in _PARTS.items():
+        own = SPLIT.get(layer, (layer,))
+        for parts in spellings:
+            if name in parts:
+                return list(own) if len(parts) == 1 else [own[parts.index(name)]]
+    raise _unknown(name, _FUSED)
+
+
+def _layer_of_part(name: str, given: Sequence[str]) -> str:
+    for layer, spellings in (*_PARTS.items(), *((layer, (parts,)) for layer, parts in SPLIT.items())):
         for parts in spellings:
             if name not in parts:
                 continue
             if missing := [part for part in parts if part not in given]:
                 raise UserError(
                     f"{KEY}: {name} is a part of Megatron's {layer}, which has one adapter for {_and(parts)}; "
-                    f"add {_and(missing)}, or take {layer}"
+                    f"add {_and(missing)}, or take {layer}, or model.peft.scheme=canonical_lora"
                 )
             return layer
+    raise _unknown(name, ())
+
+
+def _unknown(name: str, further: Iterable[str]) -> UserError:
     if name in _NOT_LINEAR:
-        raise UserError(f"{KEY}: {name} is not a linear layer that can have an adapter; take some of {_NAMES}")
-    known = [*OF_LAYERS, OUTPUT_LAYER, *(part for sets in _PARTS.values() for parts in sets for part in parts)]
+        return UserError(f"{KEY}: {name} is not a linear layer that can have an adapter; take some of {_NAMES}")
+    known = [
+        *OF_LAYERS,
+        OUTPUT_LAYER,
+        *further,
+        *(part for sets in _PARTS.values() for parts in sets for part in parts),
+    ]
     hint = did_you_mean(name, known)
-    raise UserError(f"{KEY}: the model has no linear layer {name}{hint or f'; it has {_NAMES}'}")
+    return UserError(f"{KEY}: the model has no linear layer {name}{hint or f'; it has {_NAMES}'}")
 
 
-def linear_layers(num_layers: int, *, experts: bool) -> list[str]:
-    """Names of the whole model's layers that can have an adapter."""
-    parts = [("self_attention", name) for name in ATTENTION]
-    parts += [] if experts else [("mlp", name) for name in FEED_FORWARD]
-    of_layers = [f"decoder.layers.{number}.{part}.{name}" for number in range(num_layers) for part, name in parts]
+def linear_layers(num_layers: int, *, experts: bool, split: bool = False) -> list[str]:
+    """Names of the whole model's layers that can have an adapter; ``split``: of the parts of those that are fused."""
+    layers = [("self_attention", name) for name in ATTENTION]
+    layers += [] if experts else [("mlp", name) for name in FEED_FORWARD]
+    parts = [(block, part) for block, name in layers for part in (SPLIT.get(name, (name,)) if split else (name,))]
+    of_layers = [f"decoder.layers.{number}.{block}.{part}" for number in range(num_layers) for block, part in parts]
     return [*of_layers, OUTPUT_LAYER]
 
 
+def fused(name: str) -> str:
+    """The name of the layer of which ``name`` is a part; of a whole layer, its own."""
+    before, dot, last = name.rpartition(".")
+    return before + dot + _FUSED.get(last, last)
+
+
 def adapted(targets: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that a target means."""
+    """Those of ``names`` that a target means. A pattern that means a layer means all of its parts."""
     targets = list(targets)
     return [name for name in names if any(_means(target, name) for target in targets)]
 
@@ -96,7 +136,7 @@ def _means(target: str, name: str) -> bool:
         return name.rpartition(".")[2] == target
     expression = ".*".join(map(re.escape, target.split("*")))
     # Patterns that were written for NeMo may begin with the name of what is around the model.
-    return any(re.fullmatch(expression, whole) for whole in (name, f"module.{name}"))
+    return any(re.fullmatch(expression, before + one) for before in ("", "module.") for one in (name, fused(name)))
 
 
 def check_targets(config: RunConfig, *, num_layers: int | None, experts: bool) -> None:
@@ -111,18 +151,23 @@ def check_targets(config: RunConfig, *, num_layers: int | None, experts: bool) -
     """
     if config.model.peft.scheme == "none":
         return
-    targets = lora_targets(config)
+    targets, scheme = lora_targets(config), config.model.peft.scheme
+    if scheme == "dora" and config.model.peft.lora.dropout:
+        dropout = config.model.peft.lora.dropout
+        raise UserError(f"model.peft.lora.dropout={dropout:g}: adapters of scheme dora have none; set it to 0")
+    if scheme == "dora" and adapted(targets, [OUTPUT_LAYER]):
+        raise UserError(f"{KEY}: {OUTPUT_LAYER} gets no adapter of scheme dora; leave it out, or take scheme lora")
     dim, tensor = config.model.peft.lora.dim, config.model.tensor_model_parallel_size
     if dim % tensor:
         raise UserError(
             f"model.peft.lora.dim={dim} is not divisible by model.tensor_model_parallel_size={tensor}; each rank holds "
             "an equal part of an adapter, so change one of them"
         )
-    if experts and (of_experts := [name for name in targets if name in FEED_FORWARD]):
+    if experts and (of_experts := [name for name in targets if fused(name) in FEED_FORWARD]):
         raise UserError(f"{KEY}: {_and(of_experts)}: experts get no adapters; take {_and(ATTENTION)}")
     if num_layers is None:
         return
-    names = linear_layers(num_layers, experts=experts)
+    names = linear_layers(num_layers, experts=experts, split=splits(config))
     for target in targets:
         if not adapted([target], names):
             raise UserError(

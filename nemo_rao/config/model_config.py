@@ -53,15 +53,21 @@ class LoraConfig:
     dropout: float = key(0.0, "probability", low=0, high=1)
     target_modules: list[str] = key(
         ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
-        "linear layers that get an adapter: these, output_layer, Hugging Face's names (all parts of a fused layer), "
-        "all-linear, or patterns such as *.layers.0.*.linear_qkv",
+        "linear layers that get an adapter: these, output_layer, Hugging Face's names (all parts of a fused layer, or "
+        "with canonical_lora any), all-linear, or patterns such as *.layers.0.*.linear_qkv",
     )
 
 
 @dataclass
 class PeftConfig:
-    scheme: str = key("none", "none: every weight is trained; lora: low-rank adapters only", choices=("none", "lora"))
-    lora: LoraConfig = section(LoraConfig, "used with scheme lora")
+    scheme: str = key(
+        "none",
+        "none: every weight is trained; otherwise low-rank adapters only: lora, one for each linear layer; "
+        "canonical_lora, one for each part of a fused layer; dora, with a trained magnitude for each row (the last two "
+        "with engine bridge)",
+        choices=("none", "lora", "canonical_lora", "dora"),
+    )
+    lora: LoraConfig = section(LoraConfig, "used with every scheme of adapters")
 
 
 @dataclass

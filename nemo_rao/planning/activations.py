@@ -18,9 +18,10 @@ second one normed, besides sines and cosines, and of a gate the activation and t
 
 from __future__ import annotations
 
-from nemo_rao.planning.setting import Lora, Setting
+from nemo_rao.config.lora_targets import fused
+from nemo_rao.planning.network import linear_widths
+from nemo_rao.planning.setting import COLUMN_PARALLEL, Lora, Setting
 
-COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")  # whose inputs are gathered where sequences are split
 FP32 = 4
 INT64 = 8
 
@@ -29,7 +30,7 @@ def layer_items(setting: Setting, adapted: frozenset[str] | None = None) -> dict
     """Bytes of one layer without recomputation, by tensor.
 
     Args:
-        adapted: its linear layers that have adapters; ``None``: those of the first layer.
+        adapted: its linear layers, or parts of them, that have adapters; ``None``: those of the first layer.
     """
     if adapted is None:
         adapted = frozenset() if setting.lora is None else setting.lora.adapted(0)
@@ -63,7 +64,7 @@ def _keeps_input(setting: Setting, name: str, adapted: frozenset[str]) -> bool:
     if setting.lora is None:
         return True
     gathered = setting.sequence_parallel and name in COLUMN_PARALLEL
-    return name in adapted and not gathered and not setting.lora.dropout
+    return name in map(fused, adapted) and not gathered and not setting.lora.dropout
 
 
 def _dense_items(setting: Setting, adapted: frozenset[str]) -> dict[str, int]:
@@ -104,16 +105,16 @@ def routed_tokens(setting: Setting) -> int:
 
 
 def _adapter_bytes(setting: Setting, lora: Lora, adapted: frozenset[str]) -> int:
-    """Between an adapter's two products; its own copy of an input that is gathered or goes through dropout."""
-    network, tensor, found = setting.network, setting.tensor, 0
-    inputs = {
-        "linear_qkv": network.hidden,
-        "linear_proj": network.query // tensor,
-        "linear_fc1": network.hidden,
-        "linear_fc2": network.ffn // tensor,
-    }
+    """Between an adapter's two products; its own copy of an input that is gathered or goes through dropout; what a
+    magnitude is multiplied with."""
+    widths, found = linear_widths(setting.network), 0
     for name in adapted:
-        found += adapter_bytes(setting, lora, inputs[name], gathered=name in COLUMN_PARALLEL)
+        gathered = fused(name) in COLUMN_PARALLEL
+        inputs, outputs = widths[name]
+        found += adapter_bytes(setting, lora, inputs if gathered else inputs // setting.tensor, gathered=gathered)
+        if lora.scheme == "dora":
+            tokens = setting.micro_batch_tokens if gathered else stream_tokens(setting)
+            found += tokens * outputs // (setting.tensor if gathered else 1) * setting.param_bytes
     return found
 
 

@@ -8,10 +8,12 @@ that were left out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nemo_rao.planning.activations import recomputed_layers
-from nemo_rao.planning.setting import Setting
+from nemo_rao.planning.network import linear_widths
+from nemo_rao.planning.setting import LINEAR_LAYERS, Setting
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def flops(setting: Setting) -> Flops:
     of_layers = adapters - _output_adapter(setting) * tokens
     again += (layers + of_layers + attention) * share // network.layers
     if setting.lora is not None:  # the embedding is frozen: nobody asks for the gradient of the first layer's input
-        inputs, outputs = _widths(setting)["linear_qkv"]
+        inputs, outputs = linear_widths(network)["linear_qkv"]
         model -= 2 * inputs * outputs * tokens
     mismatched = forward // setting.responses if setting.mismatched else 0
     return Flops(model + mismatched, model + mismatched + again, forward, mismatched)
@@ -71,7 +73,8 @@ def _linear(setting: Setting) -> int:
     network, times = setting.network, {}
     if network.experts:
         times = {"linear_fc1": network.chosen, "linear_fc2": network.chosen}
-    products = sum(2 * inputs * outputs * times.get(name, 1) for name, (inputs, outputs) in _widths(setting).items())
+    widths = linear_widths(network)
+    products = sum(2 * math.prod(widths[name]) * times.get(name, 1) for name in LINEAR_LAYERS)
     return products + 2 * network.hidden * network.experts
 
 
@@ -80,7 +83,7 @@ def _adapters(setting: Setting) -> int:
     lora = setting.lora
     if lora is None:
         return 0
-    sides = {name: sum(widths) for name, widths in _widths(setting).items()}
+    sides = {name: sum(widths) for name, widths in linear_widths(setting.network).items()}
     found = 0
     for stage in range(setting.pipeline):
         for names, layers in setting.adapted(stage).items():
@@ -93,14 +96,3 @@ def _output_adapter(setting: Setting) -> int:
     if lora is None or not lora.adapts("output_layer"):
         return 0
     return 2 * lora.dim * (network.hidden + network.vocabulary(setting.tensor))
-
-
-def _widths(setting: Setting) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of a layer's linear layers."""
-    network = setting.network
-    return {
-        "linear_qkv": (network.hidden, network.query + 2 * network.key),
-        "linear_proj": (network.query, network.hidden),
-        "linear_fc1": (network.hidden, network.fc1),
-        "linear_fc2": (network.ffn, network.hidden),
-    }

@@ -145,3 +145,20 @@ def network_of(fields: Mapping[str, Any], *, kind: str, num_tokens: int | None, 
         embedding_is_layer=bool(fields.get("account_for_embedding_in_pipeline_split")),
         loss_is_layer=bool(fields.get("account_for_loss_in_pipeline_split")),
     )
+
+
+def linear_widths(network: Network) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of a layer's linear layers, and of the parts of those that are several in one."""
+    hidden, query, key = network.hidden, network.query, network.key
+    half = network.fc1 // 2
+    return {
+        "linear_qkv": (hidden, query + 2 * key),
+        "linear_proj": (query, hidden),
+        "linear_fc1": (hidden, network.fc1),
+        "linear_fc2": (network.ffn, hidden),
+        "linear_q": (hidden, query),
+        "linear_k": (hidden, key),
+        "linear_v": (hidden, key),
+        "linear_fc1_gate": (hidden, half),
+        "linear_fc1_up": (hidden, half),
+    }

@@ -6,7 +6,7 @@ The names and shapes are megatron-core's; a tensor-parallel rank holds an equal 
     norms       [H]                 linear_proj [H, Q/TP]            linear_fc2 [H, F/TP]
     router      [E, H]              of E/EP experts each             fc1, fc2, over the ranks that share an expert
 
-Adapters are NeMo's: ``linear_in`` and ``linear_out`` around a linear layer, whose own weights are frozen then.
+Adapters are the engines': ``linear_in`` and ``linear_out`` around a linear layer, whose own weights are frozen then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from nemo_rao.planning.setting import Setting
+from nemo_rao.planning.network import linear_widths
+from nemo_rao.planning.setting import COLUMN_PARALLEL, Setting
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,25 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
 
     def adapted(name: str) -> bool:
         """Whether the layer of this name on this stage gets an adapter; targets count layers of the whole model."""
+        return setting.lora is not None and setting.lora.adapts(in_whole_model(name))
+
+    def in_whole_model(name: str) -> str:
         of_layer = re.match(r"decoder\.layers\.(\d+)(.*)", name)
-        whole = f"decoder.layers.{before + int(of_layer[1])}{of_layer[2]}" if of_layer else name
-        return setting.lora is not None and setting.lora.adapts(whole)
+        return f"decoder.layers.{before + int(of_layer[1])}{of_layer[2]}" if of_layer else name
 
     def add_adapter(name: str, inputs: int, outputs: int) -> None:
-        if adapted(name) and setting.lora is not None:
-            for part_name, width in (("linear_in", inputs), ("linear_out", outputs)):
-                size = width * setting.lora.dim // tensor
-                found.append(Parameter(f"{name}.adapter.{part_name}.weight", size, trained=True))
+        lora = setting.lora
+        if lora is None:
+            return
+        parts = lora.parts(in_whole_model(name))
+        if parts and lora.scheme == "dora":
+            size = outputs // (tensor if name.endswith(COLUMN_PARALLEL) else 1)
+            found.append(Parameter(f"{name}.adapter.weight_magnitude", size, trained=True))
+        for part in parts:
+            own = f"{name}.adapter" + ("" if name.endswith(part) else f".adapter_{part.rpartition('_')[2]}")
+            out = widths[part][1] if part in widths else outputs
+            for matrix, width in (("linear_in", inputs), ("linear_out", out)):
+                found.append(Parameter(f"{own}.{matrix}.weight", width * lora.dim // tensor, trained=True))
 
     def add_norm(prefix: str, width: int) -> None:
         add(f"{prefix}weight", width)
@@ -99,6 +110,7 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
         if network.positions:
             add("embedding.position_embeddings.weight", network.positions * network.hidden)
     qkv, bias = network.query + 2 * network.key, network.linear_bias
+    widths = linear_widths(network)
     before = setting.layers_before(stage, chunk)
     for number in range(setting.layers_of_chunk(stage, chunk)):
         layer = f"decoder.layers.{number}"

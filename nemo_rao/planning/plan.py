@@ -153,7 +153,8 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
             f"--tokens-per-row {tokens_per_row}: rows longer than model.seq_length={keys.seq_length} are dropped; "
             "lower it"
         )
-    lora = Lora(keys.peft.lora.dim, lora_targets(config), keys.peft.lora.dropout > 0)
+    scheme = "lora" if keys.peft.scheme == "none" else keys.peft.scheme
+    lora = Lora(keys.peft.lora.dim, lora_targets(config), keys.peft.lora.dropout > 0, scheme)
     full = keys.recompute_granularity == "full"
     return Setting(
         network=network,

@@ -113,7 +113,7 @@ def _head(title: str, setting: Setting) -> Iterator[str]:
     if network.experts:
         yield _row("", f"{network.experts} experts in each layer, {network.chosen} for each token")
     if setting.lora is not None:
-        yield _row("", f"adapters of rank {setting.lora.dim} are trained")
+        yield _row("", f"adapters of rank {setting.lora.dim} are trained ({setting.lora.scheme})")
     yield _row(
         "ranks",
         f"{setting.ranks} = tensor {setting.tensor} x pipeline {setting.pipeline}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from nemo_rao.config.lora_targets import SPLIT, adapted
 from nemo_rao.planning.network import Network
 
 # Linear layers of a transformer layer, by Megatron's names inside it.
@@ -17,31 +17,38 @@ LINEAR_LAYERS = {
     "linear_fc1": "mlp.linear_fc1",
     "linear_fc2": "mlp.linear_fc2",
 }
+COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")  # whose inputs are gathered where sequences are split
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters: their rank, the linear layers that get one, and whether their inputs go through dropout."""
+    """Adapters: their rank, what gets one, whether their inputs go through dropout, and ``model.peft.scheme``."""
 
     dim: int
     targets: tuple[str, ...]
     dropout: bool = False
+    scheme: str = "lora"
+
+    def parts(self, name: str) -> list[str]:
+        """What of a linear layer, by its name in the whole model, has an adapter: the layer, or parts of it."""
+        before, dot, last = name.rpartition(".")
+        parts = SPLIT.get(last, (last,)) if self.scheme == "canonical_lora" else (last,)
+        return [part.rpartition(".")[2] for part in adapted(self.targets, [before + dot + part for part in parts])]
 
     def adapts(self, name: str) -> bool:
-        """As runs match: the layer's own name, or a pattern with ``*`` of its whole name in the whole model."""
-        own = name.rpartition(".")[2]
-        expressions = [".*".join(map(re.escape, target.split("*"))) for target in self.targets]
-        return any(re.fullmatch(one, tried) for one in expressions for tried in (own, name, f"module.{name}"))
+        """Whether a linear layer, or a part of it, has an adapter."""
+        return bool(self.parts(name))
 
     def adapted(self, number: int) -> frozenset[str]:
-        """Those of ``LINEAR_LAYERS`` that have adapters in the model's layer of this number."""
+        """What has adapters in the model's layer of this number, by its own name."""
         return _adapted(self, number)
 
 
 @functools.lru_cache(maxsize=4096)
 def _adapted(lora: Lora, number: int) -> frozenset[str]:
-    names = LINEAR_LAYERS.items()
-    return frozenset(name for name, inside in names if lora.adapts(f"decoder.layers.{number}.{inside}"))
+    return frozenset(
+        part for inside in LINEAR_LAYERS.values() for part in lora.parts(f"decoder.layers.{number}.{inside}")
+    )
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ class Setting:
         return self.num_micro_batches * self.data * self.context * self.micro_batch_tokens
 
     def adapted(self, stage: int) -> Counter[frozenset[str]]:
-        """Those of ``LINEAR_LAYERS`` that have adapters in a layer -> the stage's layers of which that is so."""
+        """What has adapters in a layer, by its own name -> the stage's layers of which that is so."""
         found: Counter[frozenset[str]] = Counter()
         for chunk in range(self.virtual):
             first, layers = self.layers_before(stage, chunk), self.layers_of_chunk(stage, chunk)

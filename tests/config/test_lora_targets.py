@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.distributed import checkpoint as torch_checkpoint
 
-from nemo_rao.checkpoint.adapters import base_of_adapters, base_on_resume, digest_of_weights
+from nemo_rao.checkpoint.adapters import base_of_adapters, base_on_resume, digest_of_weights, stored_adapters
 from nemo_rao.checkpoint.run_records import write_run
 from nemo_rao.checkpoint.starting import start_of
 from nemo_rao.config.compose import compose
 from nemo_rao.config.engine_choice import NEMO
 from nemo_rao.config.lora_targets import (
+    SPLIT,
     adapted,
     check_targets,
     layers_of_stages,
@@ -55,6 +56,67 @@ def run(targets: str, *overrides: str) -> RunConfig:
 )
 def test_names_of_hugging_face_mean_megatrons_layers(given: str, expected: tuple[str, ...]) -> None:
     assert lora_targets(run(given)) == expected
+
+
+CANONICAL = "model.peft.scheme=canonical_lora"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("q_proj,v_proj,up_proj", ("linear_q", "linear_v", "linear_fc1_up")),
+        ("linear_k,linear_fc1_gate,o_proj,lm_head", ("linear_k", "linear_fc1_gate", "linear_proj", "output_layer")),
+        ("linear_qkv,q_proj,gate_up_proj", ("linear_q", "linear_k", "linear_v", "linear_fc1_gate", "linear_fc1_up")),
+        ("all-linear", (*SPLIT["linear_qkv"], "linear_proj", *SPLIT["linear_fc1"], "linear_fc2")),
+    ],
+)
+def test_canonical_lora_takes_parts_of_fused_layers(given: str, expected: tuple[str, ...]) -> None:
+    assert lora_targets(run(given, CANONICAL)) == expected
+
+
+def test_a_pattern_of_a_fused_layer_means_its_parts() -> None:
+    names = linear_layers(2, experts=False, split=True)
+    layer = "decoder.layers.1.self_attention."
+    assert adapted(["*.layers.1.*.linear_qkv"], names) == [layer + f"linear_{part}" for part in "qkv"]
+    assert adapted(["*.layers.1.*.linear_k"], names) == [layer + "linear_k"]
+    assert len(names) == 2 * 7 + 1
+
+
+def test_a_checkpoint_tells_which_parts_have_adapters() -> None:
+    stored = {
+        "decoder.layers.self_attention.linear_qkv.adapter.adapter_k.linear_in.weight": (2, 4, 48),
+        "decoder.layers.1.mlp.linear_fc1.adapter.adapter_gate.linear_in.weight": (4, 48),
+        "decoder.layers.1.mlp.linear_fc2.adapter.linear_in.weight": (4, 48),
+    }
+    attention = {f"decoder.layers.{number}.self_attention.linear_k": 4 for number in range(2)}
+    own = {f"decoder.layers.1.mlp.{name}": 4 for name in ("linear_fc1_gate", "linear_fc2")}
+    assert stored_adapters(stored, 2) == attention | own
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (("model.peft.scheme=dora", "model.peft.lora.dropout=0.1"), ("model.peft.lora.dropout=0.1", "set it to 0")),
+        (("model.peft.scheme=dora", "model.peft.lora.target_modules=['*']"), ("output_layer gets no adapter",)),
+        ((CANONICAL, "model.peft.lora.target_modules=[linear_kv]"), ("no linear layer linear_kv", "did you mean")),
+        (
+            (CANONICAL, "model.family=mixtral", "model.peft.lora.target_modules=[up_proj]"),
+            ("linear_fc1_up: experts get no adapters",),
+        ),
+    ],
+)
+def test_what_a_form_of_adapters_lacks_is_refused(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    config = run("linear_qkv", *overrides)
+    with pytest.raises(UserError) as error:
+        check_targets(config, num_layers=4, experts=config.model.family == "mixtral")
+    for part in (*parts, "model.peft.lora."):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("scheme", ["canonical_lora", "dora"])
+def test_nemos_engine_refuses_the_forms_that_it_lacks(scheme: str) -> None:
+    with pytest.raises(UserError, match=rf"model.peft.scheme={scheme}: the engine NeMo has lora alone; .*=bridge"):
+        check_run(run("linear_qkv", f"model.peft.scheme={scheme}", "trainer.engine=nemo"))
 
 
 @pytest.mark.parametrize(
