@@ -63,8 +63,14 @@ def weights_first(hooks: list[Hook]) -> list[Hook]:
     return [WeightsByName(), *hooks]
 
 
-def run(objective: str, folder: Path, data: tuple[str, ...], *extra: str) -> list[dict[str, float]]:
-    """The steps of a run with an objective, as ``metrics.jsonl`` has them."""
+def run(
+    objective: str, folder: Path, data: tuple[str, ...], *extra: str, weights: bool = True
+) -> list[dict[str, float]]:
+    """The steps of a run with an objective, as ``metrics.jsonl`` has them.
+
+    Args:
+        weights: begin with those that depend on their names; else with those of a checkpoint, which ``extra`` names.
+    """
     given = [
         *OVERRIDES,
         *data,
@@ -74,18 +80,18 @@ def run(objective: str, folder: Path, data: tuple[str, ...], *extra: str) -> lis
         f"exp_manager.name={objective}",
         *extra,
     ]
-    in_fork(_train, tuple(given))
+    in_fork(_train, tuple(given), weights_first if weights else None)
     return steps(folder / objective)
 
 
-def _train(overrides: tuple[str, ...]) -> None:
+def _train(overrides: tuple[str, ...], hooks: Callable[[list[Hook]], list[Hook]] | None) -> None:
     from nemo_rao.config.compose import compose
     from nemo_rao.training.checks import check_run
-    from nemo_rao.training.train import train
+    from nemo_rao.training.train import as_they_are, train
 
     config = compose("gpt_rao", overrides)
     check_run(config)
-    train(config, hooks=weights_first)
+    train(config, hooks=hooks or as_they_are)
 
 
 def fingerprint(folder: Path, objective: str) -> str:
