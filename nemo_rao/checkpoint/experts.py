@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_rao.checkpoint.find import last_checkpoint
-from nemo_rao.config.engine_choice import BRIDGE, engine_name
+from nemo_rao.checkpoint.run_records import read_run
+from nemo_rao.config.engine_choice import BRIDGE
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.errors import UserError
@@ -28,7 +29,7 @@ def check_resumed_experts(config: RunConfig, folder: Path) -> None:
     if not saved.is_file() or last_checkpoint(folder) is None or not config.exp_manager.resume_if_exists:
         return
     before, now = load_recipe(saved).model.expert_model_parallel_size, config.model.expert_model_parallel_size
-    read_by_part = engine_name(config) == BRIDGE and config.model.optim.use_distributed_optimizer
+    read_by_part = read_run(folder).get("engine") == BRIDGE and config.model.optim.use_distributed_optimizer
     if (before > 1) != (now > 1) and not read_by_part:
         raise UserError(
             f"model.expert_model_parallel_size={now}: {folder} was begun with {before}, and an optimizer of shared "

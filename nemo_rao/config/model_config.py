@@ -62,8 +62,9 @@ class LoraConfig:
 class PeftConfig:
     scheme: str = key(
         "none",
-        "none: every weight is trained; else low-rank adapters alone: lora, one for each linear layer; canonical_lora, "
-        "one for each part of a fused layer; dora, with a trained magnitude of each row (the last two: engine bridge)",
+        "none: every weight is trained; otherwise low-rank adapters only: lora, one for each linear layer; "
+        "canonical_lora, one for each part of a fused layer; dora, with a trained magnitude for each row (the last two "
+        "with engine bridge)",
         choices=("none", "lora", "canonical_lora", "dora"),
     )
     lora: LoraConfig = section(LoraConfig, "used with every scheme of adapters")

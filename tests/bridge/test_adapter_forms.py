@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from nemo_rao.config.run_config import RunConfig
+from nemo_rao.errors import UserError
 from nemo_rao.loop.session import Hook, Session
 
 from ..engines import needs_bridge
+from ..megatron_ranks import import_once
 from ..train.runs import TINY, in_fork, make_data, parallel, run_training, start_checkpoint, steps
 
 pytestmark = needs_bridge
@@ -125,3 +127,13 @@ def test_a_run_computes_the_formula_and_goes_on_under_another_parallelism(
     for want, have in zip(whole, split_up, strict=True):
         for name in ("loss", "grad_norm", "logps/chosen", "rewards/margins"):
             assert have[name] == pytest.approx(want[name], rel=1e-5, abs=1e-6), (want["step"], name)
+
+
+def test_parts_of_a_layer_that_has_none_are_refused() -> None:
+    import_once()
+    from nemo_rao.config.compose import compose
+    from nemo_rao.engines.bridge.provider import model_config
+
+    given = (*NETWORK, "model.peft.scheme=canonical_lora", "model.arch.extra={gated_linear_unit: false}")
+    with pytest.raises(UserError, match="linear_fc1 of this model has no gate to split"):
+        model_config(compose("gpt_dpo", given))

@@ -15,7 +15,7 @@ import torch
 from nemo_rao.config.architecture import architecture_fields
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.families import FAMILIES
-from nemo_rao.config.lora_targets import check_targets
+from nemo_rao.config.lora_targets import KEY, adapted, check_targets, fused, linear_layers, lora_targets
 from nemo_rao.config.megatron_fields import messages_between_stages, parallel_fields, recompute_fields
 from nemo_rao.config.precision_checks import fp8_simulation
 from nemo_rao.config.run_config import RunConfig
@@ -68,6 +68,10 @@ def model_config(config: RunConfig) -> Any:
         raise UserError(f"model.arch: Megatron refuses these sizes: {error}") from None
     check_experts(config, vars(complete))
     check_targets(config, num_layers=complete.num_layers, experts=bool(complete.num_moe_experts))
+    if config.model.peft.scheme == "canonical_lora" and not complete.gated_linear_unit:
+        names = linear_layers(complete.num_layers, experts=bool(complete.num_moe_experts), split=True)
+        if any(fused(name).endswith("linear_fc1") for name in adapted(lora_targets(config), names)):
+            raise UserError(f"{KEY}: linear_fc1 of this model has no gate to split; take model.peft.scheme=lora")
     return complete
 
 
