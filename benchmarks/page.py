@@ -1,4 +1,4 @@
-"""docs/performance.md, written from the figures in benchmarks/results; a test holds them together.
+"""docs/performance.md, generated from the figures in benchmarks/results; a test compares the two.
 
 python -m benchmarks.page > docs/performance.md      # what `make bench-page` does
 """
@@ -16,47 +16,47 @@ _Report = Mapping[str, Any]
 BEFORE = """\
 # Performance
 
-`make bench` measures everything on this page on the machine at hand, `make bench BENCH=step` one part of it, and
-`make bench-page` writes the page from the figures in `benchmarks/results/`. Nothing on it is typed in by hand.
+`make bench` measures everything on this page on the current machine, `make bench BENCH=step` one part of it, and
+`make bench-page` generates the page from the figures in `benchmarks/results/`. No figure is entered by hand.
 
-**How.** What is compared runs in one go, from the same weights, on the same rows in the same order, with the same
-threads and precision; sides take turns, a round of each after a round of the other, and what is compared are rounds
-next to each other. *Ratio* is the median of their ratios, *of minima* that of the fastest rounds, *of CPU* the median
-for processor time, all threads together, which other users of the same cores disturb least. Below 1 ours is faster.
-A plus behind a commit says that files were changed since.
+**Method.** Compared variants run in one session, from the same weights, on the same rows in the same order, with the
+same threads and precision. They alternate, one round each, and adjacent rounds are compared. *Ratio* is the median of
+the ratios, *of minima* the ratio of the fastest rounds, *of CPU* the median ratio of processor time over all threads,
+which other load on the same cores affects least. Below 1, this project is faster. A plus after a commit means that
+files had been changed since it.
 """
 
 NO_GPU = """\
-**No GPU yet.** All figures are of a processor without a GPU, on models of a few million weights. They compare
-implementations of the same mathematics; they do not tell what a large model does on GPUs, where attention,
-communication and 16-bit arithmetic weigh otherwise. The same commands run there, and use bf16.
+**No GPU yet.** All figures are from a CPU, on models of a few million weights. They compare implementations of the same
+mathematics and do not predict the behaviour of a large model on GPUs, where attention, communication and 16-bit
+arithmetic have other costs. The same commands run on GPUs, in bf16.
 """
 
 STEP_NOTES = """\
-A *sample* is a prompt with all its K responses. *Memory* is what the process holds at most on top of what it held
-before it read data and model: weights, optimizer, gradients and activations. *Reference pass* is ours, once before the
-first step, kept on disk for later runs; TRL's default runs the reference policy in every step, with
-`precompute_ref_log_probs=True` once, too. *Of padded*: tokens that are computed over those with padding. *Shared*: the
-rows' tokens that need not be computed.
+A *sample* is a prompt with all its K responses. *Memory* is the process's peak above its size before it reads data and
+model: weights, optimizer, gradients and activations. *Reference pass*: here it runs once before the first step and is
+cached on disk for later runs; TRL runs the reference policy in every step by default, or once with
+`precompute_ref_log_probs=True`. *Of padded*: computed tokens as a fraction of tokens with padding. *Shared*: the
+fraction of the rows' tokens that need not be computed.
 
-SFT sees the same rows as RAO with the same K: each row is a prompt with a single response, a step holds K times as many
-prompts, and the loss is on the responses. TRL has its own defaults but for the precision, the rows' order and the
-schedule; its `gradient_checkpointing`, on by default, computes every layer's forward pass twice to save memory, and
-ours is off by default, so that it is listed without, too.
+SFT sees the same rows as RAO with the same K: each row is a prompt with a single response, a step has K times as many
+prompts, and the loss is on the responses. TRL uses its own defaults except for the precision, the rows' order and the
+schedule. Its `gradient_checkpointing`, on by default, computes every layer's forward pass twice to save memory; as ours
+is off by default, TRL is also listed without it.
 
-Why they differ. RAO computes beside what SFT does the prompts' log-probabilities, forward alone: the output layer's
-forward pass over the prompts' tokens, a few percent of these models' step and less of larger ones'. TRL's step has the
-reference policy's forward pass and, with checkpointing, a second forward pass of its own; it pads all rows of a batch
-to the longest. Neither side holds logits. How much packing saves follows from *of padded*: it grows with the
-differences in length and with the rows of a micro-batch. Memory on a CPU includes what the C library keeps of freed
-memory.
+Why they differ: in addition to what SFT computes, RAO needs the prompts' log-probabilities, forward only. That is the
+output layer's forward pass over the prompts' tokens, a few percent of a step of these models and less for larger ones.
+TRL's step includes the reference policy's forward pass and, with checkpointing, a second forward pass of the policy,
+and it pads all rows of a batch to the longest. Neither side keeps logits. The saving of packing follows from *of
+padded*: it grows with the variation in length and with the number of rows in a micro-batch. Memory on a CPU includes
+freed memory that the C library retains.
 """
 
 BOUNDS = """\
 ## What bounds a step
 
-Shares of an RAO step's time under PyTorch's profiler. Matrix products and attention are what the mathematics asks for;
-the rest is overhead that could be smaller. The profiler itself adds to what is between operators.
+Shares of an RAO step's time under PyTorch's profiler. Matrix products and attention are required by the mathematics;
+the rest is overhead that could be reduced. The profiler itself adds to the time between operators.
 """
 
 
@@ -113,7 +113,7 @@ def _where(reports: Mapping[str, _Report]) -> str:
 
 
 def _goals(reports: Mapping[str, _Report]) -> str:
-    """What the project wants beside every measurement of it; no result is left out."""
+    """The project's goals beside every measurement of them; no result is left out."""
     goals = (
         ("RAO takes at most 1.05 times SFT over the same rows", "rao", " / sft", 1.05),
         ("RAO makes at least 1.5 times the samples of TRL's DPO at its defaults", "rao", " / trl_dpo", 1 / 1.5),
@@ -139,10 +139,11 @@ def _goals(reports: Mapping[str, _Report]) -> str:
         for goal, limit, result, name, ratio in found
     ]
     header = ["goal", "result", "times compared", "ratio", "of minima", "of CPU", "at most", "reached"]
-    told = ", ".join(f"up to {error:.0%} in `{result}`" for result, error in errors.items())
+    margins = ", ".join(f"up to {error:.0%} in `{result}`" for result, error in errors.items())
     note = (
-        f"RAO computes all that SFT does and more, so that a ratio of the two below 1 is error: {told}. A goal is "
-        "*reached* where all three figures say so, *just* where they have less than that error to spare."
+        f"RAO computes everything that SFT does and more, so a ratio of the two below 1 is measurement error: {margins}"
+        ". A goal is *reached* if all three figures meet it, and *just* reached if the margin is smaller than that "
+        "error."
     )
     return f"## Goals\n\n{note}\n\n{_table(header, rows)}\n\n{_log_prob_goals(reports)}"
 
@@ -168,8 +169,8 @@ def _log_prob_goals(reports: Mapping[str, _Report]) -> str:
         for figures in [row["variants"]["fused"]]
     ]
     goal = (
-        "Log-probabilities without logits: on top of inputs and the weight's gradient at most 0.3 of what the 16-bit "
-        "logits would take, in at most 1.2 times the time of Megatron's cross-entropy, projection included."
+        "Log-probabilities without logits: beyond inputs and the weight's gradient, at most 0.3 of the memory of "
+        "16-bit logits, in at most 1.2 times the time of Megatron's cross-entropy, including the projection."
     )
     header = ["T × H × V", "memory over logits", "time over Megatron's", "of minima", "reached"]
     return f"{goal}\n\n{_table(header, rows)}" if rows else ""
@@ -237,8 +238,8 @@ def _profile(report: _Report) -> str:
             "Calls of PyTorch from Python in a step: "
             + ", ".join(f"{layout['torch_calls']} ({name})" for name, layout in layouts.items())
             + ".\n",
-            f"What makes the host wait for the device in a step of {micro_batches} micro-batches (nothing on a CPU; "
-            "on a GPU each drains the queue):\n",
+            f"Operations that make the host wait for the device in a step of {micro_batches} micro-batches (no cost on "
+            "a CPU; on a GPU each drains the queue). Lines are those of the measured commit:\n",
             _table(["operator", "layout", "calls", "line"], waits),
         ]
     )
@@ -275,8 +276,8 @@ def _scaling(report: _Report) -> str:
             parts.append(_growth(table, names[table], rows))
     text = ", ".join(f"{name} = {value}" for name, value in base.items())
     return (
-        f"## Scaling\n\n`python -m benchmarks.scaling`: an RAO step, one thing changed at a time from {text}. Rows are "
-        "equally long, nothing is padded. Ranks have a thread each and share one machine's memory.\n\n"
+        f"## Scaling\n\n`python -m benchmarks.scaling`: an RAO step, changing one parameter at a time from {text}. "
+        "Rows have equal length, without padding. Each rank has one thread; all share one machine's memory.\n\n"
         + "\n\n".join(parts)
         + ("\n\n" + _bubble(report["tables"]["bubble"]) if "bubble" in report["tables"] else "")
     )
@@ -312,9 +313,9 @@ def _bubble(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     return (
-        "**The pipeline's bubble**, PP 2: the fraction of the schedule in which a stage computes nothing, from the "
-        "stages' own busy times. *Formula*: (p − 1) / (m + p − 1), which takes stages to be equal. *Of these stages*: "
-        "the same schedule played with the times of each stage and no communication.\n\n"
+        "**The pipeline bubble**, PP 2: the fraction of the schedule in which a stage is idle, from the stages' "
+        "measured busy times. *Formula*: (p − 1) / (m + p − 1), which assumes equal stages. *Of these stages*: the "
+        "same schedule simulated with the times of each stage and no communication.\n\n"
         + _table(["micro-batches m", "measured", "least", "formula", "of these stages"], cells)
     )
 
@@ -326,8 +327,8 @@ def _start_up(report: _Report) -> str:
     return (
         "## Start-up\n\n`python -m benchmarks.start_up`: seconds from the command to the end of the first step, the "
         f"fastest of {report['arguments']['repeats']} runs. *Again*: another run from the same weights on the same "
-        f"data, {report['arguments']['prompts']} prompts, which finds {found} done. Few runs on "
-        "busy cores: parts that do the same in both columns differ by chance alone, and so may the totals.\n\n"
+        f"data, {report['arguments']['prompts']} prompts, which finds {found} cached. With few runs on "
+        "busy cores, parts that do the same work in both columns differ by noise only, and so may the totals.\n\n"
         + _table(["part", "first", "again"], rows)
     )
 

@@ -1,6 +1,6 @@
 """docs/precision.md, from benchmarks/results/precision.json: `make precision-page`.
 
-What stands here in words is what does not change with the figures; every number in a table is one of the file's.
+The text here does not depend on the figures; every number in a table is read from the file.
 """
 
 from __future__ import annotations
@@ -17,62 +17,65 @@ _Figures = Mapping[str, Any]
 BEFORE = """\
 # Precision
 
-`precision=NAME` chooses a file of `conf/precision/`; `precision.KEY=VALUE` changes a key. This page is made by
-`make precision-page` from the figures in `benchmarks/results/precision.json`.
+`precision=NAME` selects a file of `conf/precision/`; `precision.KEY=VALUE` changes a key. `make precision-page`
+generates this page from the figures in `benchmarks/results/precision.json`.
 
 | file | weights and activations | products of the linear layers | GPUs | for |
 |---|---|---|---|---|
-| `fp32` | fp32 | fp32 | any | a CPU, and comparing |
+| `fp32` | fp32 | fp32 | any | CPUs and comparisons |
 | `bf16_mixed` | bf16 | bf16 | Ampere and later | the default choice on GPUs |
 | `fp16_mixed` | fp16 | fp16 | any | GPUs without bf16; the loss is scaled |
 | `fp8_delayed` | bf16 | e4m3, gradients e5m2; scales of earlier batches | Ada, Hopper and later | the fastest casts |
-| `fp8_delayed_e4m3` | bf16 | e4m3; scales of earlier micro-batches | Ada, Hopper and later | comparing |
-| `fp8_tensorwise` | bf16 | e4m3, gradients e5m2; a scale for a tensor | Ada, Hopper and later | Hopper |
-| `fp8_blockwise` | bf16 | e4m3; a scale for 1 × 128 or 128 × 128 numbers | Hopper and later | Hopper, finer scales |
-| `fp8_mxfp8` | bf16 | e4m3; a scale for 32 numbers | Blackwell of data centres | Blackwell |
+| `fp8_delayed_e4m3` | bf16 | e4m3; scales of earlier micro-batches | Ada, Hopper and later | comparisons |
+| `fp8_tensorwise` | bf16 | e4m3, gradients e5m2; one scale per tensor | Ada, Hopper and later | Hopper |
+| `fp8_blockwise` | bf16 | e4m3; one scale per 1 × 128 or 128 × 128 values | Hopper and later | Hopper, finer scales |
+| `fp8_mxfp8` | bf16 | e4m3; one scale per 32 values | data-center Blackwell | Blackwell |
 
-Master weights and optimizer are in fp32 under all of them. FP8 is for the four linear layers of each transformer layer.
-Embedding, norms, attention, output layer, log-probabilities and loss never are in 8 bits. FP8 runs in Transformer
+Master weights and optimizer are in fp32 with all of them. FP8 applies to the four linear layers of each transformer
+layer. Embedding, norms, attention, output layer, log-probabilities and loss are never in 8 bits. FP8 needs Transformer
 Engine, which is in NVIDIA's containers.
 
 ## Keys
 
 | `precision.` | |
 |---|---|
-| `fp8` | `hybrid`: gradients in e5m2, which has more range and fewer digits; `e4m3`: all in that; `null`: no FP8 |
-| `fp8_recipe` | `delayed`, `tensorwise`, `blockwise`, `mxfp8`: what a scale is made of |
-| `fp8_amax_history_len`, `fp8_amax_compute_algo` | delayed: the largest value of so many micro-batches, or the last |
-| `fp8_margin` | delayed: scales stay so many powers of 2 below what would just fit |
+| `fp8` | `hybrid`: gradients in e5m2, which has more range and fewer digits; `e4m3`: everything in e4m3; \
+`null`: no FP8 |
+| `fp8_recipe` | `delayed`, `tensorwise`, `blockwise`, `mxfp8`: how scales are computed |
+| `fp8_amax_history_len`, `fp8_amax_compute_algo` | delayed: number of micro-batches in the amax history, \
+and whether its largest or its last value is used |
+| `fp8_margin` | delayed: powers of 2 by which scales stay below the largest that fits |
 | `fp8_wgrad` | delayed: `false` computes gradients of weights in bf16 |
-| `fp8_param_gather` | weights are kept in FP8, without bf16 copies, and gathered so over data-parallel ranks; \
+| `fp8_param_gather` | weights are kept in FP8, without bf16 copies, and gathered in FP8 over data-parallel ranks; \
 needs the distributed optimizer |
-| `first_last_layers_bf16`, `num_layers_at_start_in_bf16`, `num_layers_at_end_in_bf16` | layers left in bf16; not with \
-delayed, which Megatron does not let be entered and left within a pass |
-| `fp8_simulation` | rounds through 8 bits in PyTorch, without Transformer Engine: to study accuracy, not for speed |
-| `fp16_loss_scale`, `fp16_initial_loss_scale`, ... | what fp16's loss is multiplied by; found by trial if `null` |
+| `first_last_layers_bf16`, `num_layers_at_start_in_bf16`, `num_layers_at_end_in_bf16` | layers kept in bf16; not with \
+delayed, which Megatron cannot switch on and off within a pass |
+| `fp8_simulation` | rounds through 8 bits in PyTorch, without Transformer Engine: for studying accuracy, \
+not for speed |
+| `fp16_loss_scale`, `fp16_initial_loss_scale`, ... | loss scale of fp16; dynamic if `null` |
 
-What cannot be is refused in one line, exit code 2, before anything heavy starts: a recipe that the GPUs of this machine
-lack, that those of `nemo-rao plan --gpu` lack, or those that a cluster's file names (`cluster.gpu: h100`) before a job
-is submitted; sizes that are no multiples of 16 (32 for MXFP8) on each tensor-parallel rank; FP8 without Transformer
-Engine. Sequences are padded to those multiples, on each rank's own part under sequence parallelism.
+Unsupported settings are refused in one line, with exit code 2, before anything heavy starts: a recipe that the GPUs of
+this machine, of `nemo-rao plan --gpu`, or of a cluster's file (`cluster.gpu: h100`, before a job is submitted) do not
+support; sizes that are not multiples of 16 (32 for MXFP8) on each tensor-parallel rank; FP8 without Transformer Engine.
+Sequences are padded to those multiples, with sequence parallelism on each rank's part.
 
 ## What preference training needs
 
-**The reference under the policy's own quantisation.** A reward is β (log π_θ − log π_ref): where the two are computed
-under different roundings, their difference is a reward that nobody gave. The reference pass runs in the run's own
-format, and its numbers are kept under a key that names it.
+**The reference uses the policy's quantisation.** A reward is β (log π_θ − log π_ref): if the two are rounded
+differently, the difference adds a spurious reward. The reference pass runs in the run's own number format, which is
+part of the key under which its results are cached.
 
-**Scales before the first number.** Delayed scaling begins with scale 1 and takes each next one from what it has seen.
-Under scale 1 a weight of 0.02 is among the smallest numbers of e4m3 and loses digits. Pre-training forgets its first
-micro-batches; a reference computed so would stay to the end. So the first step's micro-batches are run forward before
-the reference pass, until their numbers stop changing, and the scales are kept for the first step: there log π_θ − log
-π_ref is exactly 0, with `max` over a history longer than a few steps' micro-batches. `most_recent` changes scales
-within the step. Scales of gradients are not set before: the first micro-batch's smallest gradients round to 0, as in
-pre-training.
+**Scales are calibrated before the reference pass.** Delayed scaling starts with scale 1 and derives each next scale
+from the values it has seen. With scale 1, a weight of 0.02 is among the smallest numbers of e4m3 and loses digits.
+Pre-training recovers from its first micro-batches; a reference computed with such scales would remain in the loss. The
+first step's micro-batches are therefore run forward before the reference pass until their results stop changing, and
+the scales are kept for the first step. In that step log π_θ − log π_ref is exactly 0 with `max` over a history longer
+than a few steps' micro-batches; `most_recent` changes scales within the step. Scales of gradients are not calibrated:
+the smallest gradients of the first micro-batch round to 0, as in pre-training.
 
-**The first step checks the reference.** Before a weight has changed, policy and reference are the same model, so every
-log-ratio is rounding. A run compares them in its first step, prompts and responses, in nats per square root of a token,
-reports the result in one line, and stops with exit code 2 above these limits:
+**The first step checks the reference.** Before a weight has changed, policy and reference are the same model, so
+log-ratios consist of rounding only. A run compares prompts and responses in its first step, in nats per square root of
+a token, reports the result in one line, and stops with exit code 2 above these limits:
 
 | number format | root mean square over rows | largest row |
 |---|---:|---:|
@@ -80,39 +83,40 @@ reports the result in one line, and stops with exit code 2 above these limits:
 | fp16, bf16; fp32 with Transformer Engine, which multiplies in TF32 | 0.1 | 1 |
 | FP8 | 0.3 | 3 |
 
-A mixture of experts has the limits of the next row: a token whose experts are nearly tied may take another one. Under
-dropout nothing is checked. The limits are some ten times a token's error below: networks are deeper than this one, and
-a reference may have been computed under another parallelism. A reference of other rows or of another network is off by
-whole nats.
+Mixtures of experts use the limits of the next row, as a token whose experts are nearly tied may be routed differently.
+Nothing is checked with dropout. The limits are about ten times a token's error below, because real networks are deeper
+than the one measured, and a reference may have been computed under another parallelism. A reference of other rows or of
+another network is off by whole nats.
 
-**Looking changes nothing.** The reference pass, validation and scoring leave every module's amax history as it was, bit
-for bit, though casts note what they see; so a run does not depend on how often it is validated. Checkpoints carry
-scales and histories (`_extra_state`), and a resumed run goes on bit for bit. LoRA's checkpoints hold adapters alone:
-with `delayed` it is refused.
+**Evaluation leaves quantizer state unchanged.** The reference pass, validation and scoring restore every module's amax
+history bit for bit, although casts record the values they see; a run does not depend on how often it is validated.
+Checkpoints contain scales and histories (`_extra_state`), and a resumed run continues bit for bit. LoRA checkpoints
+contain adapters only, so LoRA with `delayed` is refused.
 
-**The rows beside a row.** Under `tensorwise` a row is rounded with the largest value of its micro-batch, so that its
-log-probability depends a little on the other rows (*beside* below); under the other recipes, and in bf16, only as far
-as sums are taken in another order, which small differences 8 bits can turn into larger ones.
+**Effect of other rows.** With `tensorwise`, a row is rounded with the largest value of its micro-batch, so that its
+log-probability depends slightly on the other rows (*beside* below). With the other recipes and in bf16 it depends on
+them only through the order of summation, whose small differences 8-bit rounding can amplify.
 
-**fp16.** A step whose gradients overflow is left out, and the scale halved: begin with a scale that fits
-(`fp16_initial_loss_scale`), as a preference run has few steps. NeMo itself lets Megatron divide gradients by the scale
-without multiplying the loss by it; here it is multiplied.
+**fp16.** A step whose gradients overflow is skipped and halves the loss scale. Choose an initial scale that fits
+(`fp16_initial_loss_scale`), as preference runs have few steps. NeMo has Megatron divide gradients by the scale without
+multiplying the loss by it; here the loss is multiplied.
 
 """
 
 NOT_SHOWN = """\
 ## On GPUs
 
-None of this has run on a GPU with Transformer Engine yet: none could be had. What a GPU does beyond the simulation:
-products of some recipes sum in less than fp32 (Hopper's fast accumulation in the forward pass under `tensorwise`),
-weights are cast once a step, blocks along tokens are cut before a split sequence is gathered. One command runs the same
-probe, and 20 RAO steps, in bf16 and in each recipe that the GPU has, and names those that it lacks:
+None of this has been run on a GPU with Transformer Engine yet, as none has been available. A GPU differs from the
+simulation: products of some recipes accumulate in less than fp32 (Hopper's fast accumulation in the forward pass with
+`tensorwise`), weights are cast once per step, and blocks along tokens are formed before a split sequence is gathered.
+This command runs the same probe and 20 RAO steps in bf16 and in each recipe that the GPU supports, and lists those that
+it does not:
 
 ```
 python -m benchmarks.precision --gpu
 ```
 
-Time and memory are not planned: `nemo-rao plan` counts FP8 as bf16 and says so.
+`nemo-rao plan` does not model time and memory of FP8: it plans bf16 and reports that.
 """
 
 

@@ -5,11 +5,11 @@
 SOURCE is the repository (default: the one that this file is in) or a wheel. The plugin is installed without its
 dependencies. Those of it and of the container's engine (NeMo 2 up to 25.11, Megatron-Bridge from 26.04) that are
 missing are then installed under the constraint that every package of the container keeps its version. A package that is
-there in a version that the plugin does not know stays, and is named. At the end the packages are compared with those at
-the start.
+present in a version outside of the plugin's range is kept and reported. At the end the packages are compared with those
+at the start.
 
-Exit codes: 0 installed; 1 a package changed, or what is missing cannot be had without changing one; 2 this is not such
-a container, or its megatron-core fits neither engine.
+Exit codes: 0 installed; 1 a package changed, or a missing one cannot be installed without changing one; 2 this is not
+such a container, or its megatron-core works with neither engine.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="install nothing: what of its needs is missing, SOURCE being a repository",
+        help="install nothing; list the missing dependencies of SOURCE, a repository",
     )
     given = parser.parse_args(argv)
     before = installed()
@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         absent.append(" and ".join(package for package, _, _ in ENGINES.values()))
     if absent:
         return tell(
-            f"{', '.join(absent)} not found by {sys.executable}: this is none of NVIDIA's NeMo containers, or not its "
-            "Python; elsewhere `make install` installs nemo_rao",
+            f"{', '.join(absent)} not found by {sys.executable}: this is not one of NVIDIA's NeMo containers, or not "
+            "its Python; elsewhere `make install` installs nemo_rao",
             2,
         )
     engine = engine_of(before)

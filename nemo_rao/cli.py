@@ -1,7 +1,7 @@
 """The command ``nemo-rao``. Nothing but the standard library is imported until a command has been read.
 
 Exit codes: 0 done; 1 a rank failed, its traceback on stderr, or scoring failed or a loss was not finite, in one line; 2
-input that cannot be used, in one line on stderr, nothing written; 130 interrupted.
+invalid input, in one line on stderr, nothing written; 130 interrupted.
 """
 
 import argparse
@@ -26,13 +26,13 @@ def command_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao",
         description="Align Megatron GPT models with explicit rewards.",
-        epilog=f"commands:\n{listing}\n\nnemo-rao COMMAND --help tells more.",
+        epilog=f"commands:\n{listing}\n\nRun nemo-rao COMMAND --help for the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nemo-rao {__version__}")
-    parser.add_argument("command", metavar="COMMAND", help="what to do")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's own arguments")
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
     return parser
 
 

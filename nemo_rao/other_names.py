@@ -1,7 +1,7 @@
-"""Names from other tools and what they are called here: hints where a name is not known, and the page of them in docs/.
+"""Names of other tools and their counterparts here: for hints on unknown names, and the page of them in docs/.
 
-Tools: TRL (and transformers' ``TrainingArguments``), NeMo-Aligner, NeMo-RL, Megatron-SWIFT, axolotl. The page is what
-``python -m nemo_rao.other_names`` prints.
+Tools: TRL (and transformers' ``TrainingArguments``), NeMo-Aligner, NeMo-RL, Megatron-SWIFT, axolotl. ``python -m
+nemo_rao.other_names`` prints the page.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Counterpart:
-    """What a name of another tool is here.
+    """The counterpart of another tool's name.
 
     Attributes:
         what: a noun phrase, such as "the learning rate".
         keys: its keys here; empty where there is no direct counterpart.
-        note: what else to know, a clause.
+        note: further information, a clause.
     """
 
     what: str
@@ -38,7 +38,8 @@ _LENGTH = Counterpart(
     "the longest row, prompt and response together,", ("model.seq_length",), "longer rows are dropped, not cut"
 )
 _PROMPT_LENGTH = Counterpart(
-    "a limit on prompts or responses alone", note="does not exist: rows longer than model.seq_length are dropped whole"
+    "a separate limit on prompts or responses",
+    note="does not exist: rows longer than model.seq_length are dropped whole",
 )
 _MODEL = Counterpart(
     "the checkpoint to start from", ("model.restore_from_path",), "nemo-rao import-hf makes one of a Hugging Face model"
@@ -66,7 +67,7 @@ _ONLINE = Counterpart(
 )  # fmt: skip
 
 _COLUMNS = Counterpart("a name of the data's fields", ("data.columns",), "such as {prompt: question}")
-_TRUNCATED = Counterpart("what becomes of samples that were cut short", ("data.truncated",))
+_TRUNCATED = Counterpart("the treatment of truncated samples", ("data.truncated",))
 _WORKERS = Counterpart("worker processes", note="are not needed: data is tokenised once and memory-mapped")
 _LIKELIHOOD = Counterpart("the weight of the chosen response's likelihood", ("model.dpo.sft_weight",))
 
@@ -122,9 +123,9 @@ KEYS: dict[str, Counterpart] = {
     "wandb_enabled": _WANDB,
     "wandb_project": Counterpart("the project on Weights & Biases", ("exp_manager.wandb_logger_kwargs.project",)),
     "run_name": Counterpart("the run's name", ("exp_manager.name",)),
-    "output_dir": Counterpart("the folder of results", ("exp_manager.exp_dir", "exp_manager.name")),
-    "checkpoint_dir": Counterpart("the folder of results", ("exp_manager.exp_dir", "exp_manager.name")),
-    "explicit_log_dir": Counterpart("the folder of results", ("exp_manager.exp_dir", "exp_manager.name")),
+    "output_dir": Counterpart("the output directory", ("exp_manager.exp_dir", "exp_manager.name")),
+    "checkpoint_dir": Counterpart("the output directory", ("exp_manager.exp_dir", "exp_manager.name")),
+    "explicit_log_dir": Counterpart("the output directory", ("exp_manager.exp_dir", "exp_manager.name")),
     "resume_from_checkpoint": Counterpart(
         "resuming", ("exp_manager.resume_if_exists",), "on by default: the same command continues"
     ),
@@ -222,16 +223,16 @@ KEYS: dict[str, Counterpart] = {
     "undesirable_weight": Counterpart("the weight of undesirable responses", ("model.kto.undesirable_weight",)),
     "center_rewards_coefficient": Counterpart("the weight that centres scores", ("model.rm.center",)),
     "reward_model": Counterpart(
-        "rewards of a model", note="are put on a file first: nemo-rao score --scorer model:RUN"
+        "rewards of a model", note="are computed before training: nemo-rao score --scorer model:RUN"
     ),
     "reward_funcs": Counterpart(
-        "rewards of a function", note="are put on a file first: nemo-rao score --scorer rule:MODULE:FUNCTION"
+        "rewards of a function", note="are computed before training: nemo-rao score --scorer rule:MODULE:FUNCTION"
     ),
     "num_workers": _WORKERS,
     "dataset_num_proc": _WORKERS,
 }
 
-# Names of objectives, or of trainers. Values that are names here are objectives; others explain.
+# Names of objectives or trainers. A value without spaces names an objective here; others are explanations.
 OBJECTIVES: dict[str, str] = {
     **{name: str(_ONLINE) for name in ("grpo", "ppo", "rloo", "reinforce", "dapo", "gspo", "online_dpo", "xpo")},
     **dict.fromkeys(("reward", "reward_model", "bradley_terry", "bt"), "rm"),
@@ -252,7 +253,7 @@ OBJECTIVES: dict[str, str] = {
     "steerlm": "a regression reward model is rm_regression",
 }
 
-# Commands of other tools, and what is typed here.
+# Commands of other tools, and the ones to use here.
 COMMANDS: dict[str, str] = {
     **{name: f"train --config-name gpt_{name}" for name in ("sft", "dpo", "kto", "orpo", "simpo", "rao", "rpo")},
     "finetune": "train --config-name gpt_sft",
@@ -275,24 +276,24 @@ COMMANDS: dict[str, str] = {
     "inspect": "show",
 }
 
-# Files of recipe groups that a command makes.
+# Files of recipe groups that a command writes.
 MADE_FILES: dict[tuple[str, str], str] = {
-    ("model", "imported"): "nemo-rao import-hf MODEL FOLDER makes it; then add --config-dir FOLDER",
+    ("model", "imported"): "nemo-rao import-hf MODEL DIR writes it; then add --config-dir DIR",
 }
 
 
 def counterpart(name: str) -> Counterpart | None:
-    """What a key of another tool is here; ``None`` where its name is not in the table.
+    """The counterpart of a key of another tool; ``None`` if its name is not in the table.
 
     Args:
-        name: as it was given: with groups in front, or as a command-line option with dashes.
+        name: as given, with groups in front, or as a command-line option with dashes.
     """
     plain = name.lstrip("-").partition("=")[0].replace("-", "_").lower()
     return KEYS.get(plain) or KEYS.get(plain.rpartition(".")[2])
 
 
 def objective_hint(name: str) -> str | None:
-    """What an objective of another tool is here; of a recipe's name, too, such as ``gpt_grpo_llama3_8b``."""
+    """The counterpart of another tool's objective, or of a recipe's name such as ``gpt_grpo_llama3_8b``."""
     plain = name.lower().replace("-", "_").removeprefix("gpt_")
     near = [known for known in OBJECTIVES if plain == known or plain.startswith(f"{known}_")]
     if not near:
@@ -302,7 +303,7 @@ def objective_hint(name: str) -> str | None:
 
 
 def command_hint(name: str) -> str | None:
-    """What a command of another tool is here."""
+    """The counterpart of a command of another tool."""
     here = COMMANDS.get(name.replace("-", "_").lower())
     return None if here is None else f"that is nemo-rao {here}"
 
@@ -313,12 +314,13 @@ def command_hint(name: str) -> str | None:
 _BEFORE = """\
 # Coming from other tools
 
-What keys, losses and commands of TRL, NeMo-Aligner, NeMo-RL, Megatron-SWIFT and axolotl are called here. The same table
-is behind the hints: `nemo-rao train learning_rate=1e-6` names `model.optim.lr`. Keys are set as `key=value`, without
-dashes; `nemo-rao train --print-config` lists all of them. This page is what `python -m nemo_rao.other_names` prints.
+Counterparts of the keys, losses and commands of TRL, NeMo-Aligner, NeMo-RL, Megatron-SWIFT and axolotl. Hints on
+unknown names come from the same table: `nemo-rao train learning_rate=1e-6` names `model.optim.lr`. Keys are set as
+`key=value`, without dashes; `nemo-rao train --print-config` lists all of them. This page is generated by
+`python -m nemo_rao.other_names`.
 
 Three things differ from most tools: batch sizes count *prompts*, each with all its responses; rows that are too long
-are dropped and counted, never cut; and rewards are part of the data, put there by `nemo-rao score`.
+are dropped and counted, never truncated; and rewards are part of the data, added by `nemo-rao score`.
 """
 
 

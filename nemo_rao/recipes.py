@@ -86,7 +86,7 @@ def recipe(name: str, *, config_dir: str | None = None, **groups: str) -> run.Pa
 
     Args:
         name: of a file in conf/, or in ``config_dir``.
-        config_dir: a folder of the user's own recipes, looked into first.
+        config_dir: a directory of the user's own recipes, searched first.
         groups: another file of a group, such as ``model="llama3_8b"``.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Runs as jobs: submitted to SLURM from YAML, followed, and told of. Nothing is imported here."""
+"""Runs as SLURM jobs: configuration, submission, following and status. Nothing is imported here."""

@@ -1,8 +1,8 @@
-"""Every key of a cluster's file, with its default and comment: where a run is to be started, and how.
+"""Every key of a cluster's file, with its default and comment: where and how a run is started.
 
-These are no keys of a recipe: the same run on another cluster is the same run. ``nemo-rao launch`` alone reads them,
-from ``conf/cluster/NAME.yaml`` (``cluster=NAME``) and from ``cluster.KEY=VALUE``. What a run takes, ``trainer.devices``
-and ``trainer.num_nodes``, is the recipe's; a cluster's file says what there is.
+These keys are not part of a recipe: the same run on another cluster is the same run. Only ``nemo-rao launch`` reads
+them, from ``conf/cluster/NAME.yaml`` (``cluster=NAME``) and from ``cluster.KEY=VALUE``. The recipe states what a run
+uses (``trainer.devices``, ``trainer.num_nodes``); a cluster's file states what is available.
 """
 
 from __future__ import annotations
@@ -32,66 +32,65 @@ class ClusterConfig:
     scheduler: str = key(
         "slurm", "slurm: a job is submitted; local: the run starts here, in this process", choices=("slurm", "local")
     )
-    partition: str | None = key(None, "partition that jobs go to; SLURM needs one")
-    account: str | None = key(None, "account that jobs are charged to; null: the user's default")
-    nodes: int | None = key(None, "most nodes that a job may take; trainer.num_nodes has to fit; null: any", low=1)
+    partition: str | None = key(None, "partition of the jobs; required for SLURM")
+    account: str | None = key(None, "account charged for the jobs; null: the user's default")
+    nodes: int | None = key(None, "maximum nodes of a job; trainer.num_nodes must fit; null: any", low=1)
     gpus_per_node: int | None = key(
-        None, "GPUs of a node; trainer.devices, the tasks on each node, has to fit; null: any", low=1
+        None, "GPUs per node; trainer.devices, the tasks on each node, must fit; null: any", low=1
     )
     gpu: str | None = key(
         None,
-        "which GPUs a node has, as in `nemo-rao plan --gpu`, such as h100; null: not known, what FP8 needs of it is"
-        " found when the job starts",
+        "the GPUs of a node, as in `nemo-rao plan --gpu`, such as h100; null: not known, support for FP8 is checked "
+        "when the job starts",
     )
     gpu_request: str = key(
         "gpus-per-node",
-        "how a job asks for GPUs: --gpus-per-node=N, --gres=gpu:N, or not at all, where nodes are given whole or have "
-        "none. Every task sees all GPUs of its node, as NCCL wants it, and takes the one of its local rank",
+        "how a job requests GPUs: --gpus-per-node=N, --gres=gpu:N, or not at all, if jobs get whole nodes or nodes "
+        "have no GPUs. Every task sees all GPUs of its node, as NCCL requires, and uses that of its local rank",
         choices=("gpus-per-node", "gres", "none"),
     )
-    cpus_per_task: int | None = key(None, "CPU cores of each task; null: as the partition decides", low=1)
-    time: str = key("4:00:00", "time limit of one life of a job: minutes, H:MM:SS, D-HH:MM:SS, or UNLIMITED")
-    exclusive: bool = key(False, "share nodes with nobody")
+    cpus_per_task: int | None = key(None, "CPU cores of each task; null: the partition's default", low=1)
+    time: str = key("4:00:00", "time limit of each start of a job: minutes, H:MM:SS, D-HH:MM:SS, or UNLIMITED")
+    exclusive: bool = key(False, "do not share nodes with other jobs")
     directives: dict[str, Any] = key(
         {}, "further options of sbatch by their long names, such as {qos: high, mail-type: FAIL}; true: without a value"
     )
     container: str | None = key(
         None,
         "image that tasks run in, by pyxis and enroot: the path of a file such as /images/nemo_rao.sqsh, or a name "
-        "in a registry such as nvcr.io#nvidia/nemo:25.11; null: tasks run as this machine does, without a container",
+        "in a registry such as nvcr.io#nvidia/nemo:25.11; null: no container",
     )
     mounts: list[str] = key(
         [],
-        "folders that a container sees, OUTSIDE or OUTSIDE:INSIDE; the folder in which launch is called always is one. "
-        "Paths in a recipe are those inside",
+        "directories mounted in the container, OUTSIDE or OUTSIDE:INSIDE; the directory in which launch is called is "
+        "always mounted. Paths in a recipe are those inside",
     )
     python: str | None = key(
-        None, "Python that has nemo_rao, as a task sees it; null: the one that launches, in a container python"
+        None, "the Python with nemo_rao, as seen by a task; null: the current one, in a container python"
     )
     environment: dict[str, str] = key(
-        {}, "variables of every task, such as {NCCL_SOCKET_IFNAME: ib0}; they replace those that the script sets"
+        {}, "variables of every task, such as {NCCL_SOCKET_IFNAME: ib0}; they override those that the script sets"
     )
     requeue: bool = key(
         True,
-        "before the time limit and on pre-emption, the job saves a checkpoint and is queued again; false: it ends",
+        "before the time limit and on pre-emption, save a checkpoint and requeue the job; false: save and end",
     )
     save_seconds: int = key(
         300,
-        "seconds before the time limit at which the run is told to save; a step and a checkpoint have to fit",
+        "seconds before the time limit at which the run is asked to save; a step and a checkpoint must fit",
         low=1,
     )
     max_lives: int = key(
-        100, "starts of one job, the first included; then it ends instead of being queued again", low=1
+        100, "maximum starts of a job, including the first; then it ends instead of being requeued", low=1
     )
     hang_minutes: float = key(
         30.0,
-        "minutes in which a rank has computed no micro-batch and finished no step or checkpoint, after which the job "
-        "ends",
+        "minutes without a micro-batch, step or checkpoint on a rank, after which the job ends",
         low=0,
         exclusive=True,
     )
-    array_limit: int | None = key(None, "runs of a sweep at the same time; null: as many as there is room for", low=1)
-    poll_seconds: float = key(5.0, "seconds from one look at the job to the next, while it is followed", low=0.1)
+    array_limit: int | None = key(None, "runs of a sweep that may run at the same time; null: no limit", low=1)
+    poll_seconds: float = key(5.0, "seconds between checks of a followed job", low=0.1)
 
 
 DEFAULT = "local"  # without cluster=
@@ -102,7 +101,7 @@ def read_cluster(overrides: Sequence[str], config_dir: str | None) -> tuple[str,
 
     Args:
         overrides: ``cluster=NAME`` or ``cluster=FILE.yaml``, ``cluster.KEY=VALUE``, and those of the recipe.
-        config_dir: a folder of the user's own files, looked into first: ``cluster/NAME.yaml``.
+        config_dir: a directory of the user's own files, searched first: ``cluster/NAME.yaml``.
 
     Raises:
         UserError: no such file, an unknown key, a value that it does not allow.
@@ -191,7 +190,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """``cluster.KEY=VALUE``, read as Hydra reads it; what it cannot read, such as a path with ``~``, as it stands."""
+    """``cluster.KEY=VALUE``, parsed by Hydra; what it cannot parse, such as a path with ``~``, is taken literally."""
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"{text!r} is not an override; write cluster.key=value")

@@ -1,4 +1,4 @@
-"""Follows jobs: changes of their state, and what the batch script and rank 0 print, until they have ended."""
+"""Follow jobs until they end: changes of their state, and the output of the batch script and of rank 0."""
 
 from __future__ import annotations
 

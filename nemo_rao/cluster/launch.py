@@ -1,6 +1,6 @@
 """``nemo-rao launch``: a recipe and a cluster's file become a job that is submitted and followed.
 
-    overrides -> cluster's keys, recipe's keys -> checks, of which every one precedes the first file that is written
+    overrides -> cluster's keys, recipe's keys -> all checks, before any file is written
         scheduler local: the run, in this process
         scheduler slurm: RUN/slurm/recipe-DIGEST.yaml + batch script -> sbatch -> RUN/slurm/jobs.jsonl -> follow
 

@@ -1,7 +1,7 @@
-"""What a run's folder keeps of its jobs, in ``RUN/slurm``::
+"""Records of a run's jobs, in ``RUN/slurm``::
 
-recipe-*.yaml    the runs as they were launched         job-N.log        what the batch script of job N said
-job.sbatch       the last batch script                job-N/rank-M.log what rank M of it printed, life after life
+recipe-*.yaml    the runs as they were launched         job-N.log        output of the batch script of job N
+job.sbatch       the last batch script                job-N/rank-M.log output of its rank M, of all starts
 jobs.jsonl       a line for each job
 """
 

@@ -1,16 +1,16 @@
-"""The batch script of a job: text, from a cluster's keys and the runs that the job is to train.
+"""The text of a job's batch script, from a cluster's keys and the runs that the job trains.
 
-One life of a job, from its start to its end or its next place in the queue::
+One start of a job (a *life*), until it ends or is requeued::
 
     srun, one task a GPU: nemo-rao train --config-dir RUN/slurm --config-name recipe-DIGEST
         |  USR1 before the time limit or at pre-emption -> to the tasks, which save and leave RUN/slurm/job-N/stopped
         v
     stopped            scontrol requeue: the next life continues from the checkpoint
-    ended well         the job is done
-    failed             what the first rank to fail has left, then the end of the job with srun's code
+    succeeded          the job is done
+    failed             the record of the first rank that failed, then the end of the job with srun's code
 
-What a user gives reaches the shell quoted (:func:`shlex.quote`), and sbatch with every other character escaped
-(:func:`directive`). Keys of the recipe do not appear: they are in the file recipe-DIGEST.yaml.
+User input is quoted for the shell (:func:`shlex.quote`) and escaped for sbatch (:func:`directive`). Keys of the recipe
+do not appear: they are in the file recipe-DIGEST.yaml.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "NCCL_DEBUG": "WARN",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost peer ends a rank instead of leaving it to wait
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron: communication is to start before the computation it overlaps
-    "PYTHONFAULTHANDLER": "1",  # a rank that is killed says where it stood
+    "PYTHONFAULTHANDLER": "1",  # a rank that crashes prints its stack
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_MININTERVAL": "30",  # seconds: other packages' progress in a file

@@ -1,4 +1,4 @@
-"""SLURM's commands, called with lists of arguments and never through a shell; what they answer, typed."""
+"""SLURM's commands, called with lists of arguments, never through a shell, and their typed results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What there is: objectives, and what works on a machine."""
+"""Information: the objectives, and what works on a machine."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ def objectives(arguments: argparse.Namespace) -> int:
 def doctor_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao doctor",
-        description="Tell what is installed here, whether it can be imported, and what works and what does not and "
-        "why. Exit code 0: training works here, 1: it does not.",
+        description="Report which packages are installed and can be imported, and which features work on this machine, "
+        "with the reason for those that do not. Exit code 0: training works, 1: it does not.",
         allow_abbrev=False,
     )
-    parser.add_argument("--json", metavar="FILE", help="also write it there")
+    parser.add_argument("--json", metavar="FILE", help="also write the report to this file")
     parser.add_argument(
-        "--timeout", type=float, default=300.0, metavar="S", help="seconds of each import (default: %(default)s)"
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="time limit of each import, in seconds (default: %(default)s)",
     )
     return parser
 
@@ -43,6 +47,6 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command("objectives", "print the objectives, their formulas and keys", objectives_parser, objectives),
-    Command("doctor", "tell what works on this machine, and what does not", doctor_parser, doctor),
+    Command("objectives", "print the objectives with their formulas and keys", objectives_parser, objectives),
+    Command("doctor", "report what works on this machine, and why other features do not", doctor_parser, doctor),
 )

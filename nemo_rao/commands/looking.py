@@ -1,4 +1,4 @@
-"""A look at data before the first training."""
+"""Inspection of data before training."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from nemo_rao.commands.parser import Command, Parser, add_recipe
 def show_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao show",
-        description="Show data as a recipe will train on it: some rows with their tokens by prompt, response and what "
-        "is not learned, their rewards, what is chosen and rejected, and what is left out; how many rows are dropped "
-        "and why, with the first of each reason; lengths and rewards of all rows. Data is loaded as in training, and "
-        "no model is needed.",
+        description="Show data as a recipe will train on it: some rows token by token (prompt, response, tokens "
+        "without loss), with rewards, chosen and rejected responses, and those left out; how many rows are dropped, "
+        "by reason, with the first row of each; lengths and rewards of all rows. Data is loaded as in training. No "
+        "model is needed.",
         epilog="example: nemo-rao show prefs.jsonl --config-name gpt_rao data.tokenizer=./tokenizer --output page.html",
         allow_abbrev=False,
     )
@@ -21,14 +21,14 @@ def show_parser() -> Parser:
         "file",
         nargs="?",
         metavar="FILE",
-        help="a file, pattern or data set, as data.train_path takes it (default: the recipe's data.train_path)",
+        help="file, pattern or data set, in any form of data.train_path (default: the recipe's data.train_path)",
     )
     add_recipe(parser)
     parser.add_argument(
         "--rows",
         type=int,
         metavar="N",
-        help="rows to show, spread evenly over those that are trained on (default: 3; with --row 0)",
+        help="number of rows to show, evenly spaced over the training rows (default: 3, or 0 with --row)",
     )
     parser.add_argument(
         "--row",
@@ -36,14 +36,12 @@ def show_parser() -> Parser:
         action="append",
         default=[],
         metavar="LINE",
-        help="show the row at this line of the file, dropped or not; may be given several times",
+        help="show the row at this line of the file, dropped or not; can be repeated",
     )
+    parser.add_argument("--first", type=int, metavar="N", help="read only the first N rows of the training data")
+    parser.add_argument("--full", action="store_true", help="do not truncate long texts on the terminal")
     parser.add_argument(
-        "--first", type=int, metavar="N", help="read the first N rows of the training data alone: a quick look at much"
-    )
-    parser.add_argument("--full", action="store_true", help="do not shorten long texts on the terminal")
-    parser.add_argument(
-        "--output", metavar="PAGE.html", help="also write a page with all of it, and the rows token by token"
+        "--output", metavar="PAGE.html", help="also write an HTML page with the same content and the id of each token"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a key of the recipe, or a group such as model=llama3_8b"
@@ -57,4 +55,4 @@ def show(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
-COMMANDS = (Command("show", "show data as it will be trained on, before the first training", show_parser, show),)
+COMMANDS = (Command("show", "show data as it will be trained on", show_parser, show),)

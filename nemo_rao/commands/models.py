@@ -1,4 +1,4 @@
-"""Models: to and from Hugging Face's format, sampled, evaluated."""
+"""Models: conversion from and to Hugging Face's format, sampling, evaluation."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from nemo_rao.commands.parser import Command, Parser, add_columns, add_ignored, 
 def import_hf_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao import-hf",
-        description="Make a NeMo checkpoint of a Hugging Face model (Llama, Mistral, Qwen2; safetensors), with its "
-        "tokenizer and a file of the recipe group model. No code that the model brings along is run.",
+        description="Convert a Hugging Face model (Llama, Mistral, Qwen2 or Qwen3, more families with Megatron-Bridge; "
+        "safetensors) to a Megatron checkpoint, with its tokenizer and a file of the recipe group model. Remote code "
+        "is never run.",
         epilog="then: nemo-rao train --config-dir DEST --config-name gpt_rao model=imported data.train_path=...",
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder of the model, or its name on huggingface.co, ORG/NAME")
-    parser.add_argument("dest", metavar="DEST", help="folder to make")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="directory of the model, or its name on huggingface.co, ORG/NAME"
+    )
+    parser.add_argument("dest", metavar="DEST", help="directory to create")
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read weights from .bin files where there are no safetensors; pickles can run code: trust who made them",
+        help="read weights from .bin files if there are no safetensors; pickles can run code, so trust their author",
     )
     parser.add_argument(
         "--ignore-key",
         action="append",
         default=[],
         metavar="KEY",
-        help="key of config.json that import-hf does not know and the network does not depend on; may be given several "
-        "times",
+        help="unknown key of config.json on which the network does not depend; can be repeated",
     )
     return parser
 
@@ -42,27 +44,24 @@ def import_hf(arguments: argparse.Namespace) -> int:
 def export_hf_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao export-hf",
-        description="Make a Hugging Face model, with tokenizer and chat template, of a NeMo checkpoint. Adapters of a "
-        "run with model.peft.scheme=lora are merged into the weights they were trained on.",
+        description="Convert a checkpoint to a Hugging Face model with tokenizer and chat template. Adapters of a run "
+        "with model.peft.scheme=lora are merged into the weights they were trained on.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="NeMo checkpoint, or folder of a run: its last one")
-    parser.add_argument("dest", metavar="DEST", help="folder to make")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="number format of the weights (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--adapters", action="store_true", help="write the adapters alone, as a folder of the package peft"
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, or directory of a run for its last one")
+    parser.add_argument("dest", metavar="DEST", help="directory to create")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="dtype of the weights (default: the checkpoint's)")
+    parser.add_argument("--adapters", action="store_true", help="write only the adapters, in the format of peft")
     parser.add_argument(
         "--base",
         metavar="CHECKPOINT",
-        help="adapters: where the weights are that they were trained on (default: where they were then)",
+        help="checkpoint that the adapters were trained on (default: the path recorded by the run)",
     )
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read a checkpoint whose pickles name more than tensors and numbers; they can run code",
+        help="read a checkpoint whose pickles name more than tensors and numbers; they can run code, "
+        "so trust its author",
     )
     return parser
 
@@ -78,16 +77,18 @@ def generate_parser() -> Parser:
 
     parser = Parser(
         prog="nemo-rao generate",
-        description="Sample responses from a model, as rows that can be scored and trained on. The same command again "
-        "goes on where it was stopped.",
+        description="Sample responses from a model, as rows to score and train on. The same command resumes after an "
+        "interruption.",
         epilog="example: nemo-rao generate ./policy prompts.jsonl responses.jsonl --num-responses 4",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder in Hugging Face's format, with safetensors")
+    parser.add_argument("model", metavar="MODEL", help="directory in Hugging Face's format, with safetensors")
     parser.add_argument(
-        "prompts", metavar="PROMPTS", help="a file that training reads, or rows with prompt (text or messages) alone"
+        "prompts",
+        metavar="PROMPTS",
+        help="a file in any training format, or rows with only a prompt (text or messages)",
     )
-    parser.add_argument("output", metavar="OUTPUT", help="file of rows to write, such as responses.jsonl")
+    parser.add_argument("output", metavar="OUTPUT", help="file to write, such as responses.jsonl")
     add_columns(parser, "PROMPTS")
     add_options(parser, GenerateSettings)
     return parser
@@ -109,24 +110,28 @@ def evaluate_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao evaluate",
         description="Write a model's answers for AlpacaEval and MT-Bench, and run tasks of lm-evaluation-harness. The "
-        "same command again goes on where it was stopped.",
+        "same command resumes after an interruption.",
         epilog="example: nemo-rao evaluate ./policy --task alpaca_eval --instructions alpaca_eval.json "
         "--task gsm8k --task mmlu --out results",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder in Hugging Face's format, with safetensors")
+    parser.add_argument("model", metavar="MODEL", help="directory in Hugging Face's format, with safetensors")
     parser.add_argument(
         "--task",
         action="append",
         required=True,
         metavar="NAME",
-        help="alpaca_eval, mt_bench, or a task of lm-evaluation-harness such as mmlu; may be given several times",
+        help="alpaca_eval, mt_bench, or a task of lm-evaluation-harness such as mmlu; can be repeated",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of answers and results.json")
-    parser.add_argument("--name", metavar="NAME", help="the model's name in answers (default: its folder's)")
-    parser.add_argument("--instructions", metavar="FILE", help="alpaca_eval: AlpacaEval's alpaca_eval.json or the like")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory of answers and results.json")
+    parser.add_argument("--name", metavar="NAME", help="model name in the answers (default: that of its directory)")
+    parser.add_argument(
+        "--instructions", metavar="FILE", help="alpaca_eval: AlpacaEval's alpaca_eval.json, or a file in its format"
+    )
     parser.add_argument("--questions", metavar="FILE", help="mt_bench: FastChat's question.jsonl")
-    parser.add_argument("--include-path", metavar="DIR", help="folder of your own lm-evaluation-harness tasks (YAML)")
+    parser.add_argument(
+        "--include-path", metavar="DIR", help="directory with your own lm-evaluation-harness tasks (YAML)"
+    )
     add_ignored(parser, "these two files")
     add_options(parser, EvaluateSettings)
     return parser
@@ -152,8 +157,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command("import-hf", "make a NeMo checkpoint of a Hugging Face model", import_hf_parser, import_hf),
-    Command("export-hf", "make a Hugging Face model of a NeMo checkpoint", export_hf_parser, export_hf),
+    Command("import-hf", "convert a Hugging Face model to a checkpoint", import_hf_parser, import_hf),
+    Command("export-hf", "convert a checkpoint to a Hugging Face model", export_hf_parser, export_hf),
     Command("generate", "sample responses from a model, to score and train on", generate_parser, generate),
-    Command("evaluate", "answer benchmarks with a model, or run them", evaluate_parser, evaluate),
+    Command("evaluate", "answer or run benchmarks with a model", evaluate_parser, evaluate),
 )

@@ -1,4 +1,4 @@
-"""What all commands of ``nemo-rao`` are made of."""
+"""Parts shared by all commands of ``nemo-rao``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_rao.other_names import counterpart
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one line, like everything else here."""
+    """Reports errors in one line, like all other errors of the project."""
 
     def error(self, message: str) -> NoReturn:
         what, _, options = message.partition("unrecognized arguments: ")
@@ -26,9 +26,9 @@ class Command:
     """One command.
 
     Attributes:
-        name: as it is typed.
-        summary: a line of the list of commands.
-        parser: makes the parser of its arguments.
+        name: of the command on the command line.
+        summary: one line for the list of commands.
+        parser: creates the parser of its arguments.
         run: arguments -> exit code.
     """
 
@@ -45,19 +45,19 @@ def add_columns(parser: Parser, of_what: str) -> None:
         action="append",
         default=[],
         metavar="OURS=THEIRS",
-        help=f"the name that a column has in {of_what}, such as prompt=question (as data.columns)",
+        help=f"name of a column in {of_what}, such as prompt=question (as data.columns)",
     )
     add_ignored(parser, of_what)
 
 
 def add_ignored(parser: Parser, of_what: str) -> None:
-    """The option that names fields which are not wanted."""
+    """Add the option that names fields to ignore."""
     parser.add_argument(
         "--ignore-field",
         action="append",
         default=[],
         metavar="NAME",
-        help=f"a field of {of_what} that is not wanted (as data.ignore_fields)",
+        help=f"field of {of_what} to ignore (as data.ignore_fields)",
     )
 
 
@@ -78,6 +78,6 @@ def columns_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def add_recipe(parser: Parser, of_what: str = "") -> None:
-    """The options that name a recipe; ``of_what`` else the folder of recipes holds."""
+    """Add the options that name a recipe; ``of_what``: further contents of its directory, for the help text."""
     parser.add_argument("--config-name", default="gpt_rao", metavar="NAME", help="recipe (default: %(default)s)")
-    parser.add_argument("--config-dir", metavar="DIR", help=f"folder of your own recipes{of_what}, looked into first")
+    parser.add_argument("--config-dir", metavar="DIR", help=f"directory with your own recipes{of_what}, searched first")

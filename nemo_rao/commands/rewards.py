@@ -1,4 +1,4 @@
-"""Rewards: put on data, and compared."""
+"""Rewards: computed for the responses of a file, and compared."""
 
 from __future__ import annotations
 
@@ -11,52 +11,56 @@ from nemo_rao.errors import UserError
 def score_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao score",
-        description="Put rewards on the responses of a file: those of a rule, of a chat model as judge, of a trained "
-        "reward model or policy, or columns that the file has. The same command again goes on where it was stopped.",
+        description="Add rewards to the responses of a file: from a rule, a chat model as judge, a trained reward "
+        "model or policy, or columns of the file. The same command resumes after an interruption.",
         epilog="example: nemo-rao score prefs.jsonl scored.jsonl --scorer r_1=rule:my_rules:exact_match "
         "--scorer r_2=judge:judge.yaml --standardize global; then nemo-rao train ... data.train_path=scored.jsonl",
         allow_abbrev=False,
     )
-    parser.add_argument("input", metavar="INPUT", help="a file, pattern or data set, as data.train_path takes it")
+    parser.add_argument("input", metavar="INPUT", help="file, pattern or data set, in any form of data.train_path")
     parser.add_argument("output", metavar="OUTPUT", help="the rows with their rewards: .jsonl or .jsonl.gz")
     parser.add_argument(
         "--scorer",
         action="append",
         required=True,
         metavar="[NAME=]KIND:WHAT",
-        help="rule:MODULE:FUNCTION, a Python function (prompt, response) -> number, looked for in this folder first; "
-        "it is imported and run, so name none that you do not trust. judge:FILE.yaml, a chat model behind an "
-        "OpenAI-compatible endpoint, or in a folder and run here. model:RUN_FOLDER, a trained reward model, or the "
-        "implicit reward of a trained policy. column:FIELD, a field of the responses; column alone, the reward they "
-        "have. Several are several columns, and their mean is the reward",
+        help="rule:MODULE:FUNCTION, a Python function (prompt, response) -> number, searched for in the current "
+        "directory first; it is imported and executed, so use only code that you trust. judge:FILE.yaml, a chat model "
+        "behind an OpenAI-compatible endpoint, or loaded from a directory. model:RUN_FOLDER, a trained reward model, "
+        "or the implicit reward of a trained policy. column:FIELD, a field of the responses; column alone, their "
+        "reward. Can be repeated: each scorer becomes a column, and the reward is their weighted mean",
     )
-    parser.add_argument("--weight", action="append", default=[], metavar="NAME=W", help="in the mean (default: 1)")
+    parser.add_argument(
+        "--weight", action="append", default=[], metavar="NAME=W", help="weight of a column in the mean (default: 1)"
+    )
     parser.add_argument(
         "--standardize",
         choices=("none", "global", "prompt"),
         default="none",
-        help="give each column mean 0 and standard deviation 1: over the whole file, or over each prompt's responses",
+        help="give each column mean 0 and standard deviation 1, over the whole file or over each prompt's responses",
     )
     parser.add_argument(
-        "--statistics", metavar="FILE", help="with global: by the means and deviations in this .stats.json, not its own"
+        "--statistics", metavar="FILE", help="with global: use the means and deviations in this .stats.json"
     )
-    parser.add_argument("--shift", type=float, default=0.0, metavar="X", help="then subtract X from each column")
-    parser.add_argument("--scale", type=float, default=1.0, metavar="Y", help="then divide by Y, above 0")
+    parser.add_argument(
+        "--shift", type=float, default=0.0, metavar="X", help="after standardizing, subtract X from each column"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, metavar="Y", help="after --shift, divide by Y (> 0)")
     parser.add_argument(
         "--max-missing",
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="stop where more of the responses than this share get no score; what is scored is kept (default: "
-        "%(default)s)",
+        help="fail if more than this fraction of the responses get no score in a column; finished scores are kept "
+        "(default: %(default)s)",
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first response that gets no score")
     parser.add_argument(
         "--max-length",
         type=int,
         metavar="N",
-        help="tokens of prompt and response that a model as scorer reads, up to its context (default: the "
-        "model.seq_length that it was trained with); longer responses get no score",
+        help="model scorers: maximum number of tokens of prompt and response, up to the model's context (default: the "
+        "run's model.seq_length); longer responses get no score",
     )
     parser.add_argument(
         "--column",
@@ -112,7 +116,7 @@ def compare_rewards_parser() -> Parser:
         prog="nemo-rao compare-rewards",
         description="Train reward models from the base model and from the fine-tuned one, and a DPO policy from the "
         "fine-tuned one, each on a small and on a large part of the data, and compare the loss and the accuracy of "
-        "their rewards on the same held-out pairs: Table 1 of the RAO paper. The same command again trains what is not "
+        "their rewards on the same held-out pairs (Table 1 of the RAO paper). The same command trains what is not "
         "finished.",
         epilog="example: nemo-rao compare-rewards --base llama --sft runs/sft --pairs 10000 --pairs all "
         "model=llama3_8b data.train_path=prefs.jsonl data.validation_path=held_out.jsonl data.tokenizer=./tokenizer "
@@ -123,31 +127,33 @@ def compare_rewards_parser() -> Parser:
         "--base",
         required=True,
         metavar="CHECKPOINT",
-        help="the base model: a NeMo checkpoint, or the folder of a run for its last one; random: random weights",
+        help="base model: a checkpoint, or the directory of a run for its last one; random: random weights",
     )
-    parser.add_argument("--sft", required=True, metavar="CHECKPOINT", help="the fine-tuned model, named alike")
+    parser.add_argument(
+        "--sft", required=True, metavar="CHECKPOINT", help="fine-tuned model: a checkpoint or the directory of a run"
+    )
     parser.add_argument(
         "--pairs",
         action="append",
         metavar="N",
-        help="pairs to train on, drawn from data.train_path, or all; may be given several times (default: 10000, all)",
+        help="number of pairs to train on, drawn from data.train_path, or all; can be repeated (default: 10000, all)",
     )
     parser.add_argument(
         "--out",
         default="runs/compare_rewards",
         metavar="DIR",
-        help="folder of the runs and of comparison.json and comparison.md (default: %(default)s)",
+        help="directory of the runs, comparison.json and comparison.md (default: %(default)s)",
     )
     for objective, runs in (("rm", "the reward models'"), ("dpo", "the DPO")):
         parser.add_argument(
-            f"--{objective}", action="append", default=[], metavar="key=value", help=f"a key of {runs} runs alone"
+            f"--{objective}", action="append", default=[], metavar="key=value", help=f"a key of {runs} runs only"
         )
-    parser.add_argument("--config-dir", metavar="DIR", help="folder of your own recipes, looked into first")
+    parser.add_argument("--config-dir", metavar="DIR", help="directory with your own recipes, searched first")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="a key of all runs, or a group such as model=llama3_8b; data.validation_path are the held-out pairs",
+        help="a key of all runs, or a group such as model=llama3_8b; data.validation_path has the held-out pairs",
     )
     return parser
 
@@ -159,7 +165,7 @@ def compare_rewards(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command("score", "put rewards on the responses of a file", score_parser, score),
+    Command("score", "add rewards to the responses of a file", score_parser, score),
     Command(
         "compare-rewards",
         "train reward models and DPO, and compare their rewards",

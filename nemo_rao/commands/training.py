@@ -1,4 +1,4 @@
-"""Runs: trained here or on a cluster, planned, told of, shown."""
+"""Runs: trained here or on a cluster, planned, monitored, demonstrated."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from nemo_rao.commands.parser import Command, Parser, add_recipe
 def train_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao train",
-        description="Train a model with the objective and the data that a recipe names.",
+        description="Train a model with the objective and data of a recipe.",
         epilog="example: nemo-rao train --config-name gpt_rao data.train_path=prefs.jsonl data.tokenizer=./tokenizer "
         "trainer.max_steps=100",
         allow_abbrev=False,
     )
     add_recipe(parser)
     parser.add_argument(
-        "--print-config", action="store_true", help="print the full recipe, each key with its comment, and stop"
+        "--print-config", action="store_true", help="print the full recipe, each key with its comment, and exit"
     )
     parser.add_argument(
         "-m",
         "--multirun",
         action="store_true",
         help="train a grid of runs, one after the other: keys with several values, such as model.dpo.beta=0.05,0.1, or "
-        "a published grid, search=dpo; with --print-config, list them",
+        "a published grid, search=dpo; with --print-config, list the runs",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a key of the recipe, or a group such as model=llama3_8b"
@@ -73,78 +73,82 @@ def train_grid(arguments: argparse.Namespace) -> int:
 def plan_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao plan",
-        description="Estimate what a recipe takes, without running it: memory of each rank, communication, FLOPs and "
-        "time of a step, hours of the whole run, and where it does not fit, the nearest settings that do. Exit code "
-        "0: it fits, also where the estimate's uncertainty is larger than what is left (JSON: tight), 1: it does not.",
+        description="Estimate memory per rank, communication, FLOPs and time of a step, and the duration of a run, "
+        "without running it. If the recipe does not fit, propose the nearest settings that do. Exit code 0: it fits, "
+        "even if the margin is smaller than the estimate's uncertainty (JSON: tight), 1: it does not.",
         epilog="example: nemo-rao plan --config-name gpt_rao_llama3_8b --gpu h100 model.micro_batch_size=2",
         allow_abbrev=False,
     )
     add_recipe(parser)
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100, h200 or b200 (default: %(default)s)")
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU, in the place of --gpu's")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU, instead of that of --gpu")
     parser.add_argument(
-        "--peak-tflops", type=float, metavar="N", help="of a GPU, in the run's number format, in the place of --gpu's"
+        "--peak-tflops",
+        type=float,
+        metavar="N",
+        help="peak of a GPU in the run's number format, instead of that of --gpu",
     )
     parser.add_argument(
         "--mfu",
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="share of the peak reached while a GPU computes; recomputation, communication and the pipeline bubble are "
-        "added to the time; an assumption (default: %(default)s)",
+        help="assumed fraction of the peak reached while a GPU computes; recomputation, communication and the pipeline "
+        "bubble are added to the time (default: %(default)s)",
     )
     parser.add_argument(
         "--intra-node-bandwidth",
         type=float,
         metavar="GB/S",
-        help="what a GPU sends inside its node, in place of --gpu's",
+        help="bandwidth of a GPU inside its node, one direction, instead of that of --gpu",
     )
     parser.add_argument(
         "--inter-node-bandwidth",
         type=float,
         metavar="GB/S",
-        help="what a GPU sends to other nodes, in place of --gpu's",
+        help="bandwidth of a GPU to other nodes, one direction, instead of that of --gpu",
     )
     parser.add_argument(
         "--link-efficiency",
         type=float,
         default=0.8,
         metavar="SHARE",
-        help="share of these bandwidths reached; an assumption (default: %(default)s)",
+        help="assumed fraction of these bandwidths that is reached (default: %(default)s)",
     )
     parser.add_argument(
         "--devices-per-node",
         type=int,
         metavar="N",
-        help="GPUs that a node may have, for advice (default: 8 for a recipe of one node, else trainer.devices)",
+        help="maximum GPUs per node in proposed settings (default: 8 for a recipe of one node, else trainer.devices)",
     )
     parser.add_argument(
         "--reserve",
         type=float,
         default=4.0,
         metavar="GIB",
-        help="kept free for the CUDA context, NCCL and fragmentation; an assumption (default: %(default)s)",
+        help="memory assumed for the CUDA context, NCCL and fragmentation (default: %(default)s)",
     )
     parser.add_argument(
         "--tokens-per-row",
         type=int,
         metavar="N",
-        help="mean tokens of prompt and response (default: model.seq_length, the most there can be)",
+        help="mean number of tokens of prompt and response (default: model.seq_length, the maximum)",
     )
     parser.add_argument(
         "--responses",
         type=int,
         metavar="K",
-        help="responses that each prompt of the data has, of which the run may use fewer (default: counted if "
-        "data.train_path is here, else data.num_responses, else 2)",
+        help="responses per prompt in the data, of which the run may use fewer (default: counted if data.train_path is "
+        "on this machine, else data.num_responses, else 2)",
     )
     parser.add_argument(
         "--prompts",
         type=int,
         metavar="N",
-        help="prompts of the training data, for the length of the run (default: counted if data.train_path is here)",
+        help="number of training prompts, for the length of the run (default: counted if data.train_path is on this "
+        "machine)",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the plan there, in bytes and seconds")
+    parser.add_argument("--json", metavar="FILE", help="also write the plan to this file, in bytes and seconds")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a key of the recipe, or a group such as model=llama3_8b"
     )
@@ -161,23 +165,23 @@ def launch_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao launch",
         description="Train on a cluster: submit the run as a SLURM job that survives time limits, pre-emption and the "
-        "loss of nodes, and follow it. With cluster=local, or none, it is trained here.",
+        "loss of nodes, and follow it. With cluster=local, or without cluster=, the run starts here.",
         epilog="example: nemo-rao launch --config-dir my_recipes --config-name gpt_rao_llama3_8b cluster=my_cluster "
         "data.train_path=/data/prefs.jsonl model.restore_from_path=/checkpoints/llama3_8b",
         allow_abbrev=False,
     )
-    add_recipe(parser, " and of cluster/NAME.yaml")
+    add_recipe(parser, " and cluster/NAME.yaml")
     parser.add_argument(
-        "-m", "--multirun", action="store_true", help="a grid of runs, as of nemo-rao train: a job array, a run each"
+        "-m", "--multirun", action="store_true", help="submit a grid of runs, as in nemo-rao train, as a job array"
     )
     parser.add_argument(
         "--dependency",
         metavar="WHAT",
-        help="wait for other jobs: as sbatch takes it, afterok:17, or the folder of a launched run, after whose end "
-        "this one may start from its checkpoint",
+        help="wait for other jobs: a dependency of sbatch, such as afterok:17, or the directory of a launched run, "
+        "from whose checkpoint this one may start",
     )
-    parser.add_argument("--detach", action="store_true", help="submit, and do not follow")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the batch script, and submit nothing")
+    parser.add_argument("--detach", action="store_true", help="submit without following")
+    parser.add_argument("--dry-run", action="store_true", help="check and print the batch script without submitting")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -196,13 +200,21 @@ def launch(arguments: argparse.Namespace) -> int:
 def status_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao status",
-        description="Tell of runs: their jobs, the last step and its metrics, the last checkpoint.",
+        description="Report the jobs of runs, their last step and its metrics, and their last checkpoint.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/gpt_rao")
-    parser.add_argument("--follow", action="store_true", help="go on until its job has ended; Ctrl-C does not end it")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, such as runs/gpt_rao")
     parser.add_argument(
-        "--poll-seconds", type=float, default=5.0, metavar="S", help="between two looks (default: %(default)s)"
+        "--follow",
+        action="store_true",
+        help="follow the run until its job has ended; Ctrl-C stops following, not the job",
+    )
+    parser.add_argument(
+        "--poll-seconds",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="interval between checks of the job (default: %(default)s)",
     )
     return parser
 
@@ -217,10 +229,12 @@ def demo_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao demo",
         description="Fine-tune a small Llama on this machine's CPU with four ranks (TP 2 x PP 2), align it with RAO on "
-        "preferences made on the spot, and compare it with its start.",
+        "generated preferences, and compare the policy before and after.",
         allow_abbrev=False,
     )
-    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of results (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="runs/demo", metavar="DIR", help="directory of the results (default: %(default)s)"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the recipe, for both parts of the demonstration"
     )
@@ -235,8 +249,8 @@ def demo(arguments: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command("train", "train a model from a recipe", train_parser, train),
-    Command("plan", "estimate what a recipe takes, and settings that fit", plan_parser, plan),
+    Command("plan", "estimate memory, communication and time of a run", plan_parser, plan),
     Command("launch", "train a model on a cluster, as a SLURM job", launch_parser, launch),
-    Command("status", "tell of runs: jobs, last step, metrics", status_parser, status),
-    Command("demo", "fine-tune and align a small model on this machine, and compare", demo_parser, demo),
+    Command("status", "report jobs, last step and metrics of runs", status_parser, status),
+    Command("demo", "fine-tune and align a small model on this machine", demo_parser, demo),
 )

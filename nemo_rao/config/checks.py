@@ -1,7 +1,7 @@
-"""What can be wrong between the keys of a run, found before anything heavy is imported.
+"""Checks across the keys of a run, before anything heavy is imported.
 
-Ranges of single keys are checked where the config is made; here are the rules that tie several keys, files or the
-machine together. Nothing is written. A :class:`UserError` names the key, its value, and what to change.
+Ranges of single keys are checked when the config is created; the rules here relate several keys, files or the
+machine. Nothing is written. A :class:`UserError` names the key, its value, and what to change.
 """
 
 import os

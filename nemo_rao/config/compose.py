@@ -1,8 +1,8 @@
 """From YAML and ``key=value`` to a typed, checked :class:`RunConfig`.
 
 Hydra finds the files, puts the groups (``model``, ``precision``, ``objective``) together and applies the overrides.
-It does not know the keys: what it has composed is typed and checked in :mod:`nemo_rao.config.typed_config`. Every
-mistake gives one line, a :class:`UserError`.
+It does not know the keys: its result is typed and checked in :mod:`nemo_rao.config.typed_config`. Every error is a
+:class:`UserError` of one line.
 """
 
 import copy
@@ -51,7 +51,7 @@ def compose(
     Args:
         config_name: a YAML file of ``config_dir`` or of the package, with or without ``.yaml``.
         overrides: ``key=value``, or ``group=file`` such as ``model=llama3_8b``; later ones win.
-        config_dir: a folder of the user's own recipes and groups, looked into before the package's.
+        config_dir: a directory of the user's own recipes and groups, searched before the package's.
 
     Raises:
         UserError: one line that names the file, group or key, and what is allowed.
@@ -80,13 +80,13 @@ def compose_grid(
         config_name, overrides, config_dir: see :func:`compose`.
 
     Raises:
-        UserError: see :func:`compose`; a mistake in one run is told with that run's overrides.
+        UserError: see :func:`compose`; an error in one run is reported with that run's overrides.
     """
     name, folders = _find(config_name, config_dir)
     groups = _groups(folders)
     given = [_parse(text) for text in overrides]
     for text, read in zip(overrides, given, strict=True):
-        if read.input_line != text and "," in text:  # no syntax of Hydra's, so taken as it stands
+        if read.input_line != text and "," in text:  # not Hydra's syntax, so taken literally
             raise UserError(f'{text}: cannot be read as several values; put each in quotes: \'key="a=1","b=2"\'')
     fixed = [_prepare(one, groups) for one in given if not one.is_sweep_override()]
     _, grid = _compose_untyped(name, fixed, folders)
@@ -178,7 +178,7 @@ def _combinations(swept: Sequence[Override]) -> list[tuple[str, ...]]:
 
 
 def _parse(text: str) -> Override:
-    """One override, read as Hydra reads it; a text it cannot read, such as a path with ``~`` or ``=``, as it stands."""
+    """One override, parsed by Hydra; what it cannot parse, such as a path with ``~`` or ``=``, is taken literally."""
     name, equals, value = text.partition("=")
     if not name.strip("+~ ") or (not equals and not text.startswith("~")):
         raise UserError(f"{text!r} is not an override; write key=value, such as trainer.max_steps=100")

@@ -1,4 +1,4 @@
-"""What follows from a run's keys: sizes of its parallelism, its objective's block, its folders."""
+"""Values derived from a run's keys: sizes of its parallelism, its objective's block, its directories."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which engine drives a run: ``trainer.engine``, or what is installed. Imports neither engine."""
+"""The engine of a run: ``trainer.engine``, or the installed one. Imports neither engine."""
 
 from __future__ import annotations
 

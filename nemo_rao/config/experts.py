@@ -1,4 +1,4 @@
-"""Mixtures of experts: what must divide, and which of Megatron's options suit objectives of whole responses.
+"""Mixtures of experts: divisibility, and which of Megatron's options suit objectives of whole responses.
 
 A token's experts must depend on the token alone: then a response's log-probability is its own, whatever it is batched
 with, and the reference's sums of it hold for every step. Load-balancing losses are left out

@@ -1,4 +1,4 @@
-"""GPUs that a run may be planned for, and the FP8 recipes that GPUs have.
+"""GPUs that a run can be planned for, and the FP8 recipes that they support.
 
 Figures are those of NVIDIA's data sheets, for dense products, without sparsity. Links are those of its DGX and HGX
 systems of 8 GPUs: NVLink, of which data sheets give both directions together, and one InfiniBand card a GPU, HDR

@@ -19,9 +19,11 @@ class RopeScalingConfig:
 
     factor: float | None = key(None, "low frequencies are divided by it; null: no scaling", low=0, exclusive=True)
     low_freq_factor: float = key(
-        1.0, "frequencies of fewer rotations in the original context are low", low=0, exclusive=True
+        1.0, "frequencies with fewer rotations in the original context are low", low=0, exclusive=True
     )
-    high_freq_factor: float = key(4.0, "those of more are kept; between the two, by degrees", low=0, exclusive=True)
+    high_freq_factor: float = key(
+        4.0, "frequencies with more rotations are kept; those in between are interpolated", low=0, exclusive=True
+    )
     original_max_position_embeddings: int = key(8192, "tokens of the original context", low=1)
 
 
@@ -58,15 +60,15 @@ class LoraConfig:
 
 @dataclass
 class PeftConfig:
-    scheme: str = key("none", "none: every weight is trained; lora: low-rank adapters alone", choices=("none", "lora"))
+    scheme: str = key("none", "none: every weight is trained; lora: low-rank adapters only", choices=("none", "lora"))
     lora: LoraConfig = section(LoraConfig, "used with scheme lora")
 
 
 @dataclass
 class ScheduleConfig:
-    name: str = key("cosine", "course of the learning rate after warm-up", choices=("cosine", "constant"))
-    warmup_steps: int = key(0, "steps of linear rise from 0", low=0)
-    constant_steps: int = key(0, "cosine: steps at min_lr, at the end of the run", low=0)
+    name: str = key("cosine", "learning rate schedule after warm-up", choices=("cosine", "constant"))
+    warmup_steps: int = key(0, "steps of linear warm-up from 0", low=0)
+    constant_steps: int = key(0, "cosine: steps at min_lr at the end of the run", low=0)
     min_lr: float = key(0.0, "cosine: learning rate at the end", low=0)
 
 
@@ -87,31 +89,31 @@ class OptimizerConfig:
 class ModelKeys:
     """``model`` without the objectives' blocks; see :class:`ModelConfig`."""
 
-    objective: str = key("rao", "name of the objective; its block below holds its own keys")
+    objective: str = key("rao", "name of the objective; its keys are in the block of this name below")
     family: str = key(
         "llama", "architecture, by Hugging Face's model_type; its sizes are in arch", choices=tuple(FAMILIES)
     )
     config_class: str | None = key(
-        None, "deprecated: a class of nemo.collections.llm, in place of family; only with NeMo's engine"
+        None, "deprecated: a class of nemo.collections.llm, instead of family; NeMo's engine only"
     )
     arch: ArchitectureConfig = section(ArchitectureConfig, "sizes; null: the family's, or derived from the others")
     restore_from_path: str | None = key(
-        None, "folder of a checkpoint, or of a run, to start from; null: random weights from trainer.seed"
+        None, "directory of a checkpoint or run to start from; null: random weights from trainer.seed"
     )
     allow_random_weights: bool = key(
         False, "train a model of more than 1 billion parameters from random weights; false: refused"
     )
     allow_pickle: bool = key(
         False,
-        "read checkpoints whose pickles name more than tensors and numbers; they can run code: trust whoever made them",
+        "read checkpoints whose pickles name more than tensors and numbers; they can run code, so trust their author",
     )
     fused_log_probs: bool = key(
         True,
-        "compute log-probabilities from the last hidden states, block by block, and never hold the logits; false: from "
+        "compute log-probabilities from the last hidden states, block by block, without storing logits; false: from "
         "whole logits",
     )
     seq_length: int = key(
-        1024, "tokens; rows that are longer, prompt and response together, are dropped and counted", low=2
+        1024, "maximum tokens of prompt and response together; longer rows are dropped and counted", low=2
     )
     micro_batch_size: int = key(1, "prompts of one forward pass, each with all its responses", low=1)
     global_batch_size: int = key(8, "prompts of one optimizer step, over all ranks", low=1)
@@ -130,8 +132,8 @@ class ModelKeys:
     sequence_parallel: bool = key(False, "also split norms and dropout over tensor-parallel ranks; saves memory")
     recompute_granularity: str | None = key(
         None,
-        "activations computed anew in the backward pass to save memory: selective, attention alone; full, whole "
-        "layers; null: none",
+        "activations recomputed in the backward pass to save memory: selective, attention only; full, whole layers; "
+        "null: none",
         choices=(None, "selective", "full"),
     )
     recompute_method: str | None = key(

@@ -1,6 +1,6 @@
 """``nemo-rao objectives``: the reference page of all objectives, written from the table in the code.
 
-The page in docs/ is this text; a test holds them together.
+docs/objectives.md is this text; a test compares the two.
 """
 
 from __future__ import annotations
@@ -26,38 +26,40 @@ lσ = log σ; sg: stop gradient. π_ref is the policy at the start of the run.
 **Normalisation.** The loss of a global batch is the mean over its prompts of the mean over a prompt's responses (or
 pairs), however the batch is split over micro-batches and ranks.
 
-**Pairs.** Of two responses the better one is the chosen one of labelled data (`chosen`, `rejected`), else the one with
-the higher reward. `data.pairs_by=reward` lets rewards decide even against labels, `data.pairs_by=label` refuses data
-without labels. Of K > 2 responses, objectives of pairs are given the best and the worst; `data.responses=best_random`
-gives them the best and a worse one drawn once, `data.responses=all` every pair. Rows whose order is a preference
-(`"ranked": true`) are chosen from by that order. Ties: responses with equal rewards are no pair; objectives of pairs
-drop and count a prompt without any. Labels make a pair of equal rewards, but not of equal tokens.
+**Pairs.** Of two responses, the better one is the chosen one of labelled data (`chosen`, `rejected`), or else the one
+with the higher reward. With `data.pairs_by=reward`, rewards decide even against labels; `data.pairs_by=label` refuses
+data without labels. Of K > 2 responses, pairwise objectives use the best and the worst; with
+`data.responses=best_random`, the best and a worse one drawn once; with `data.responses=all`, every pair. The order of
+rows with `"ranked": true` is a preference, best first. Ties: responses with equal rewards are not a pair; pairwise
+objectives drop and count a prompt without any pair. Labelled responses with equal rewards are a pair, unless their
+tokens are equal.
 
-**Data without pairs.** `prompt`, `completion` and `label` (true, false) or `reward`, one row a response. kto takes
-labels, or rewards with `model.kto.threshold`; rao, dro, rpo_partition and qrpo take single responses with rewards. qrpo
-takes the quantile of a reward among the row's `reference_rewards`, a list, or where there is none among the prompt's
-own responses. `data.reward_field=[a,b]` is an ensemble of reward models: robust_po takes the nearest for each pair, all
+**Data without pairs.** `prompt`, `completion` and `label` (true, false) or `reward`, one row per response. kto uses
+labels, or rewards with `model.kto.threshold`; rao, dro, rpo_partition and qrpo accept single responses with rewards.
+qrpo uses the quantile of a reward among the row's `reference_rewards`, a list, or among the prompt's own responses if
+there is none. `data.reward_field=[a,b]` is an ensemble of reward models: robust_po uses the nearest for each pair, all
 others the mean.
 
-**Level of rewards.** rao, dro and sppo with `win_probability=rewards` fit log-ratios to rewards as such: a constant
-added to all rewards moves their targets. `model.rao.log_z0=auto`, the default, takes it out, and the value is printed;
-the RAO paper's own runs (`gpt_rao_llama3_8b` and its like) set 50, which fits the paper's reward model. dro's V(x) has
-to learn it. Where the mean target is more than 5 nats per response from 0, a run warns before its first step and names
-what centres it. kto compares rewards with `model.kto.threshold`. All other objectives see differences or ranks alone.
+**Level of rewards.** rao, dro and sppo with `win_probability=rewards` fit log-ratios to absolute rewards: a constant
+added to all rewards shifts their targets. `model.rao.log_z0=auto`, the default, removes it and prints the value; the
+RAO paper's own runs (`gpt_rao_llama3_8b` and similar recipes) set 50, which fits the paper's reward model. dro's V(x)
+has to learn it. If the mean target is more than 5 nats per response from 0, a run warns before its first step and names
+the key that centres it. kto compares rewards with `model.kto.threshold`. All other objectives depend only on
+differences or ranks.
 
-**Needs.** *reference*: the reference policy's log-probabilities, computed once before the first step and kept on disk;
-where it is not named, no such pass is run. *rewards*: of every response. *preference*: labels or rewards. *K ≥ 2*: two
-responses to every prompt. *t0*: all prompts begin with the same token. *value head*: a linear head on the last pipeline
-stage, with a learning rate of its own, saved with the model. *score head*: a reward model's, in the place of the output
-layer. A run whose start has a head of the same size keeps it; a new one starts at 0 (value) or at random numbers of
-trainer.seed (score); the start of the run reports which. *mismatched*: a forward pass before each step over the
-batch's prompts with responses to other prompts.
+**Needs.** *reference*: the reference policy's log-probabilities, computed once before the first step and cached on
+disk; objectives without it run no such pass. *rewards*: of every response. *preference*: labels or rewards. *K ≥ 2*:
+two responses to every prompt. *t0*: all prompts begin with the same token. *value head*: a linear head on the last
+pipeline stage, with its own learning rate, saved with the model. *score head*: a reward model's head, in place of the
+output layer. If the model that a run starts from has a head of the same size, it is kept; otherwise a value head starts
+at 0 and a score head at random values drawn from trainer.seed. The run reports which. *mismatched*: a forward pass
+before each step over the batch's prompts with responses to other prompts.
 
 """
 
 
 def page() -> str:
-    """Markdown: what holds for all, then a row for each objective."""
+    """Markdown: what applies to all objectives, then a row for each."""
     header = "| name | loss of a prompt's pair or response | needs | keys: default, range | source | checked against |"
     rows = [_row(objective) for objective in OBJECTIVES.values()]
     return _BEFORE + "\n".join([header, "|---|---|---|---|---|---|", *rows]) + "\n"
@@ -76,7 +78,7 @@ def _row(objective: Objective) -> str:
 
 
 def _needs(needs: Needs) -> str:
-    """Those under the default keys."""
+    """The objective's needs with its default keys."""
     named = (
         ("reference", needs.reference),
         ("rewards", needs.rewards),

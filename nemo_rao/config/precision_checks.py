@@ -1,4 +1,4 @@
-"""What FP8 and fp16 ask of a recipe, a network and a GPU, found before anything heavy is imported or submitted."""
+"""Requirements of FP8 and fp16 on recipe, network and GPU, checked before anything heavy is imported or submitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe as YAML: every key with its comment, and what it allows, beside it."""
+"""A recipe as YAML: every key with its comment and its allowed values."""
 
 import dataclasses
 import math

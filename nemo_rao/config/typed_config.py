@@ -1,6 +1,6 @@
-"""Keys and values as they stand in files -> a typed, checked :class:`RunConfig`.
+"""Keys and values from files -> a typed, checked :class:`RunConfig`.
 
-They are laid over the defaults, and each key is checked against its :class:`nemo_rao.keys.KeySpec`. (OmegaConf's
+They are merged into the defaults, and each key is checked against its :class:`nemo_rao.keys.KeySpec`. (OmegaConf's
 structured configs were considered: they know neither ``Literal`` nor ``tuple``, and their messages name types of their
 own.)
 """

@@ -1,4 +1,5 @@
-"""From rows of text to a micro-batch. Each module does one step; nothing is imported here, so that each costs itself.
+"""From rows of text to a micro-batch. Each module does one step; nothing is imported here, so that each costs only
+its own imports.
 
 tokenizer   a folder or a name                        -> a tokenizer; ``tokens``: text -> token ids
 template    a tokenizer's chat template               -> what it puts around messages and answers

@@ -1,10 +1,10 @@
-"""Tokenised data kept on disk: what was loaded before, from the same files in the same way, is not loaded again.
+"""Cache of tokenised data on disk: data loaded before, from the same files in the same way, is not loaded again.
 
     <folder>/<key>/    a data set, see :mod:`nemo_rao.data.store`
 
 The key is a digest of all that decides the outcome: the names and contents of the data files, the tokenizer's files,
-how the data is loaded, the versions of the libraries that do it, and this package's code that does. So nothing in the
-folder is ever out of date, and all of it may be removed at any time. Only what was loaded without an error is kept.
+how the data is loaded, the versions of the libraries that do it, and this package's code that does. An entry is
+therefore never stale, and the folder may be removed at any time. Only what was loaded without an error is kept.
 
 Not kept is what has no content to take a digest of: ``hf:`` names, which may mean other data tomorrow, and prompts into
 which the chat template writes the day's date.

@@ -1,4 +1,4 @@
-"""Which of a prompt's K responses are used, and what says that one is better than another.
+"""Which of a prompt's K responses are used, and what decides that one is better than another.
 
     responses   all: every response
                 best_worst: the best and the worst; of equal ones the first

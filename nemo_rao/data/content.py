@@ -1,7 +1,7 @@
-"""What a rendered text holds of the messages that it was rendered from.
+"""Check that a rendered text contains the messages that it was rendered from.
 
-A message's content is held if it stands in the text as it is, blanks at its ends aside, or escaped as in JSON, which is
-how templates quote the results of tools.
+A message's content is contained if it occurs in the text unchanged, apart from surrounding whitespace, or escaped as in
+JSON, which is how templates quote the results of tools.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which samples each step, rank and micro-batch computes: a function of the seed and the step number alone.
+"""Which samples each step, rank and micro-batch computes: a function of only the seed and the step number.
 
-Nothing is remembered between steps, so a resumed run needs only the number of the step at which it goes on, and it
-may go on with another number of ranks or another micro-batch size.
+No state is kept between steps, so a resumed run needs only the number of its next step, and may continue with another
+number of ranks or another micro-batch size.
 """
 
 from __future__ import annotations

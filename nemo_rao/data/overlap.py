@@ -1,4 +1,4 @@
-"""Prompts that the training and the validation data share: a metric on them is not of unseen prompts."""
+"""Prompts in both the training and the validation data: metrics on them do not measure unseen prompts."""
 
 from __future__ import annotations
 

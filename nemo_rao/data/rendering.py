@@ -1,4 +1,4 @@
-"""Rows to text: a prompt, and each answer with what stands before it. Nothing of a row is left out in silence.
+"""Rows to text: a prompt, and each answer with its context. No part of a row is omitted silently.
 
 A row is rendered by the tokenizer's chat template, or is plain text. What the template leaves out of a message raises;
 what can be read in more than one way is remarked on.

@@ -1,4 +1,4 @@
-"""How prompts and answers become text: what training, scoring, sampling and evaluation have to agree on.
+"""How prompts and answers become text: settings on which training, scoring, sampling and evaluation must agree.
 
 ``nemo-rao export-hf`` writes the choices of the run beside the model, from which sampling takes its defaults:
 

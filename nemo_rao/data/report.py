@@ -1,4 +1,4 @@
-"""What became of the rows of a data set: counted for the user, and row by row for whoever looks at them."""
+"""The outcome of loading a data set: counts for the user, and one record per row for ``nemo-rao show``."""
 
 from __future__ import annotations
 

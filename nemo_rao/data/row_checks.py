@@ -1,4 +1,4 @@
-"""What is asked of a row before it is tokenised: which of its responses are used, and whether they are enough.
+"""Checks of a row before tokenisation: which of its responses are used, and whether they are enough.
 
 A row is *bad* where it shows a mistake in the data (no reward where one is needed, too few responses). It is *dropped*
 where nothing is wrong with it but that it cannot be learned from here: its samples were cut, all rewards are equal.

@@ -1,4 +1,4 @@
-"""What is asked of a row's tokens: that they fit, and that responses which are compared differ in them."""
+"""Checks of a row's tokens: that they fit, and that compared responses differ."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""``nemo-rao demo``, and the data that it makes."""
+"""``nemo-rao demo``, and the data that it generates."""

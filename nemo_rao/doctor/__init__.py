@@ -1,6 +1,6 @@
-"""What of this project works here, and what does not and why: ``nemo-rao doctor``.
+"""``nemo-rao doctor``: what works on this machine, what does not, and why.
 
-Nothing heavy is imported in the command's own process, so that a package that is broken is told of like any other.
+Nothing heavy is imported in the command's own process, so that a broken package is reported like any other.
 
     inside              imports of packages, each run in a process of its own
     probes              starts them, and says what became of each

@@ -1,6 +1,6 @@
-"""What the doctor's processes do: import one package as this project uses it, and tell facts of it.
+"""Probes run in the doctor's child processes: import one package as this project uses it, and report facts about it.
 
-A function that raises says by that what is wrong. :func:`main` runs one of them and writes what it returns.
+A probe reports a problem by raising. :func:`main` runs one of them and writes what it returns.
 """
 
 from __future__ import annotations

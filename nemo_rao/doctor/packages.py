@@ -1,4 +1,4 @@
-"""Versions of what is installed, read without importing it, and what the plugin asks of them."""
+"""Versions of installed packages, read without importing them, and the plugin's requirements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports tried in processes of their own: one that fails, hangs or crashes is told of in a line."""
+"""Imports in child processes: failures, hangs and crashes are reported in one line each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor found, as a table and as a record for ``--json``."""
+"""The doctor's findings, as a table and as a record for ``--json``."""
 
 from __future__ import annotations
 

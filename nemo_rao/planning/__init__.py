@@ -1,6 +1,6 @@
-"""What a run will take before it is started: memory of each rank, communication, FLOPs, and settings that fit.
+"""Estimates for a run before it starts: memory of each rank, communication, FLOPs, and settings that fit.
 
-Arithmetic alone: neither torch nor an engine is imported. Networks are those of nemo_rao.config.families.
+Arithmetic only: neither torch nor an engine is imported. Networks are those of nemo_rao.config.families.
 
     network -> setting                        what is planned
     parameters -> buffers                     exact: tensors of a rank, Megatron's buffers, the optimizer's shares

@@ -1,4 +1,4 @@
-"""The GPUs that a run is planned for: their memory, what they compute, and the links between them."""
+"""The GPUs that a run is planned for: their memory, their peak throughput, and the links between them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Conversations published as one text, in the form of Anthropic's hh-rlhf: turns after "Human:" and "Assistant:".
 
 Under a chat template a transcript is its messages; inside one user message it would be a text about a conversation.
-Without a template it is trained on as it stands, so its text is kept beside them.
+Without a template it is trained on unchanged, so its text is kept beside them.
 """
 
 from __future__ import annotations

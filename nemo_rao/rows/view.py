@@ -1,4 +1,4 @@
-"""A record seen through a view that notes which of its fields are taken, so that what nobody reads is known."""
+"""A view of a record that tracks which of its fields are read, so that unused ones can be reported."""
 
 from __future__ import annotations
 

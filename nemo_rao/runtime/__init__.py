@@ -1,1 +1,1 @@
-"""Processes, console and files: what a run needs of the machine, whatever is trained."""
+"""Processes, console and files: services of the machine, independent of what is trained."""

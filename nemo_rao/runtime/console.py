@@ -1,4 +1,4 @@
-"""What a run says on the terminal: its own lines, and of the libraries' only what is worth a user's attention."""
+"""Terminal output of a run: its own lines, and only those of the libraries that matter to a user."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Files and folders that are whole or not there, and what a file system refuses told in one line.
+"""Atomic writes of files and directories, and file system errors reported in one line.
 
-Not the standard library's ``tempfile``: its files are readable by their owner alone, and stay so under their new name.
+Not the standard library's ``tempfile``: its files are readable only by their owner, even after they are renamed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What this machine computes on: whether it has a usable GPU, and whether Transformer Engine runs on it.
+"""Detection of usable GPUs, and of whether Transformer Engine runs on them.
 
 Every decision between Transformer Engine's layers and this project's own follows :func:`transformer_engine_is_used`.
 That the package can be imported decides nothing: it imports without a GPU too, as in a container on a login node, and

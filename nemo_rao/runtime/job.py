@@ -1,4 +1,4 @@
-"""A rank inside a job that ``nemo-rao launch`` submitted: what it hears from the job, and what it leaves for it.
+"""A rank inside a job that ``nemo-rao launch`` submitted: signals from the job, and records for it.
 
 The batch script (:mod:`nemo_rao.cluster.script`) names a folder of records in :data:`FOLDER`, of one job:
 

@@ -1,4 +1,4 @@
-"""The C library's heap, set up for tensors: large blocks are mapped one by one, so that freed ones leave no holes.
+"""Configure the C library's heap for tensors: large blocks are mapped one by one, so that freed ones leave no holes.
 
 glibc maps blocks above a threshold by themselves and returns them to the system when they are freed. It raises the
 threshold up to 32 MiB as such blocks are freed, after which a micro-batch's activations come from the heap. There the

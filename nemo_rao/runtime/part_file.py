@@ -1,12 +1,12 @@
-"""What is finished of a long work, on disk: a file that only grows, so that a kill costs no more than a batch.
+"""Resumable work journal: an append-only file of finished items, so that a kill loses at most a batch.
 
-The first line says what the work is (model, input, settings); each line after it is one finished item, in order:
+The first line identifies the work (model, input, settings); each further line is one finished item, in order:
 
     {"part_of": {"command": "generate", "digest_of_model": "5f0c...", "seed": 1234, ...}}
     {"item": 0, "record": {...}}
     {"item": 1, "record": {...}}
 
-A kill or a full disk may leave half a line at the end; it is cut off.
+A kill or a full disk may leave an incomplete last line, which is removed.
 """
 
 from __future__ import annotations

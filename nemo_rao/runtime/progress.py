@@ -1,4 +1,4 @@
-"""How far a piece of work is: a bar on a terminal, and whole lines now and then in a log file.
+"""Progress of a task: a bar on a terminal, occasional lines in a log file.
 
     with Progress("reference log-probs", unit="prompt", total=480) as progress:
         ...

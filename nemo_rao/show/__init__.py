@@ -1,4 +1,4 @@
-"""What a user looks at before the first training: rows as they are trained on, what is dropped and why, the numbers.
+"""Inspection of data before training: rows as they are trained on, what is dropped and why, statistics.
 
     pieces      token ids                      -> pieces of text, each with its ids and its kind
     rows        what the loader made of a row  -> a row to be shown

@@ -1,4 +1,4 @@
-"""All that is shown of a recipe's data. It is loaded as training loads it, by the same code, and nothing is kept."""
+"""An inspection of a recipe's data, loaded by the code that training uses. Nothing is cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What terminal and page both say of an inspection: reasons to drop rows, remarks, charts with their titles."""
+"""Contents that terminal and page share: reasons for dropping rows, remarks, charts with their titles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row as it is shown: its tokens by kind, what is compared, what is left out."""
+"""A row for display: its tokens by kind, the compared responses, those left out."""
 
 from __future__ import annotations
 

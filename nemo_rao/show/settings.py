@@ -1,4 +1,4 @@
-"""The settings that decide what is trained on, as they are shown."""
+"""The settings that decide what is trained on, for display."""
 
 from __future__ import annotations
 

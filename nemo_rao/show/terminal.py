@@ -1,4 +1,4 @@
-"""An inspection as text for a terminal: in colour there, and readable without."""
+"""An inspection as text for a terminal, with colour if supported."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Runs, from a recipe to a trained model: one, several in a row, and scores by a trained one."""
+"""Runs, from a recipe to a trained model: one, several in a row, and scoring by a trained model."""

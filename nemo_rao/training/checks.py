@@ -1,4 +1,4 @@
-"""All that can be wrong with a run before anything heavy is imported."""
+"""All checks of a run that precede heavy imports."""
 
 from __future__ import annotations
 

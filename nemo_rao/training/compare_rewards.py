@@ -1,4 +1,4 @@
-"""``nemo-rao compare-rewards``: which reward tells held-out pairs apart best; Table 1 of the RAO paper.
+"""``nemo-rao compare-rewards``: which reward ranks held-out pairs best; Table 1 of the RAO paper.
 
     method       what gives a response y its reward                              starts from
     rm_base      s(y), the score of a Bradley-Terry reward model (rm)            the base model

@@ -1,4 +1,4 @@
-"""The ranks and devices that a run is given, before anything of Megatron is imported."""
+"""The ranks and devices of a run, before anything of Megatron is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's data: read, tokenised and checked as its recipe says, or read back from the cache."""
+"""A run's data: read, tokenised and checked according to its recipe, or loaded from the cache."""
 
 from __future__ import annotations
 

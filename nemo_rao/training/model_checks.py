@@ -1,4 +1,4 @@
-"""Whether a run's network, tokenizer and checkpoints fit each other; what takes the engine to be known."""
+"""Checks that a run's network, tokenizer and checkpoints fit each other, which need the engine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What is worked out before a rank exists: data, sizes, checkpoints. Whatever is wrong is said here, once.
+"""Preparation before any rank starts: data, sizes, checkpoints. Errors are reported here, once.
 
-In the order of their cost: what the environment tells, then the data, and only then anything that imports the engine.
+In order of cost: the environment, then the data, and only then anything that imports the engine.
 """
 
 from __future__ import annotations

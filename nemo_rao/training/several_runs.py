@@ -7,8 +7,8 @@ A child of its own keeps Megatron's process groups and random numbers out of the
 one that was interrupted resumes.
 
 SLURM (srun) and torchrun: every rank walks the same list and starts its own part of each run; ranks meet at
-``MASTER_PORT`` + the run's number, so as many ports above it are to be free. The first rank alone talks and writes. A
-run that fails ends the series there, since only the launcher can stop the run's other ranks; the same command goes on
+``MASTER_PORT`` + the run's number, so as many ports above it must be free. Only the first rank prints and writes. A
+failing run ends the series there, since only the launcher can stop the run's other ranks; the same command continues
 from there.
 """
 

@@ -1,4 +1,4 @@
-"""The steps of a run over its data, and what of them an earlier start has taken."""
+"""The steps of a run over its data, and those that earlier starts have completed."""
 
 from __future__ import annotations
 

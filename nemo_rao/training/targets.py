@@ -1,4 +1,4 @@
-"""What a run says, before its first step, of keys that its data decided and of targets that its data puts far away."""
+"""Report, before the first step, of keys set from the data, and of targets that are far from the starting policy."""
 
 from __future__ import annotations
 

@@ -14,26 +14,27 @@ from .models import MODELS
 _BEFORE = """\
 # Families of models
 
-Models that `nemo-rao import-hf` and `export-hf` convert with Megatron-Bridge, without Transformer Engine too. This page
-is written from the tests (`python -m tests.bridge.families_page > docs/families.md`). Each row is a model of random
-weights, made by transformers, whose log-probabilities in Megatron are those of transformers to 1e-4, and whose weights
-come back bit for bit, at {layouts}. Batches: {variants}.
+Models that `nemo-rao import-hf` and `export-hf` convert with Megatron-Bridge; Transformer Engine is not needed. This
+page is generated from the tests (`python -m tests.bridge.families_page > docs/families.md`). Each row is a model with
+random weights, created by transformers. At {layouts}, its log-probabilities in Megatron equal those of
+transformers to 1e-4, and import followed by export returns its weights bit for bit.
+Batch layouts: {variants}.
 
 | model | architecture | `model.family` | NeMo's engine converts it |
 |---|---|---|---|
 """
 _AFTER = """
-Mixtures are also split over 2 expert-parallel ranks in the second layout. gpt-oss needs
-`model.expert_tensor_parallel_size=1`: its experts have biases.
+Mixtures of experts also use expert parallelism over 2 ranks in the second layout. gpt-oss needs
+`model.expert_tensor_parallel_size=1`, because its experts have biases.
 
 Refused by name, in one line:
 
-- other architectures, and keys of config.json that are unknown or have a value that the network above does not have
-- soft caps of logits (Gemma 2), quantized weights (published gpt-oss: use a bf16 copy), rotary scaling of Gemma 3
-- Llama 3's rotary scaling with other values than `low_freq_factor` 1, `high_freq_factor` 4 and 8192 tokens, which
-  Megatron-Bridge takes as given
-- on a machine without Transformer Engine: multi-latent or linear attention, shared experts, experts in some layers
-  only, multi-token prediction
+- other architectures, and unknown keys of config.json or values that the networks above do not support
+- soft-capped logits (Gemma 2), quantized weights (published gpt-oss: use a bf16 copy), rotary scaling of Gemma 3
+- Llama 3's rotary scaling with values other than `low_freq_factor` 1, `high_freq_factor` 4 and 8192 tokens, which are
+  fixed in Megatron-Bridge
+- without Transformer Engine: multi-latent or linear attention, shared experts, experts in some layers only, multi-token
+  prediction
 """
 
 
