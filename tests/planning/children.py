@@ -17,7 +17,7 @@ def in_child(function: Callable[..., Any], args: Sequence[Any] = ()) -> Any:
     results = context.Queue()
     child = context.Process(target=_answer, args=(function, args, results))
     child.start()
-    result, failure = results.get(timeout=200)
+    result, failure = results.get(timeout=280)
     child.join(30)
     assert failure is None, failure
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ class Run:
         if self._adapters_only:
             self._provider.register_pre_wrap_hook(self._add_adapters)
         state = GlobalState()
-        state.cfg = container(self._config, self._provider, data_set(self._micro_batches()), max_steps=self._max_steps)
+        ahead = self._micro_batches()
+        state.cfg = container(self._config, self._provider, data_set(ahead), max_steps=self._max_steps)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # Bridge reports every routine step
                 runtime_config_update(state.cfg)
@@ -85,6 +86,7 @@ class Run:
             yield
             torch.distributed.barrier()
         finally:
+            ahead.close()  # ends the thread that makes them
             destroy_global_state()
         torch.distributed.destroy_process_group()
 
@@ -134,7 +136,7 @@ class Run:
         )
         calls.close()
 
-    def _micro_batches(self) -> Iterator[MicroBatch]:
+    def _micro_batches(self) -> Generator[MicroBatch, None, None]:
         # A generator: nothing is made before the first one is asked for, when the reference sums are there.
         with self._data.stream(self._step) as ahead:
             yield from ahead
