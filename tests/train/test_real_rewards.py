@@ -68,15 +68,19 @@ def test_a_reward_model_of_real_answers_orders_new_ones_and_the_file_it_scored_t
     )
     rewards = [[a["reward"] for a in json.loads(line)["responses"]] for line in (tmp_path / "scored.jsonl").open()]
     assert len(rewards) == len(parts["train"]) and any(None in row for row in rewards)
+    (tmp_path / "some.jsonl").write_text("".join((tmp_path / "scored.jsonl").read_text().splitlines(True)[:16]))
     run_training(
         "gpt_rao",
         [
             *shared,
             *NO_CHECKPOINTS,
             f"data.train_path={tmp_path / 'scored.jsonl'}",
-            "trainer.max_steps=6",
+            f"data.validation_path={tmp_path / 'some.jsonl'}",
+            "trainer.max_steps=20",
+            "model.optim.lr=1e-4",
             "exp_manager.name=rao",
         ],
     )
-    errors = [step["rao/target_error"] for step in steps(tmp_path / "rao")]
-    assert len(errors) == 6 and errors[-1] < errors[0], errors
+    assert len(steps(tmp_path / "rao")) == 20
+    errors = [one["val/rao/target_error"] for one in read_metrics(tmp_path / "rao/metrics.jsonl") if "val/loss" in one]
+    assert len(errors) == 2 and errors[1] < errors[0], errors
