@@ -197,7 +197,9 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
 
 
 def _responses_used(config: RunConfig, given: int | None) -> int:
-    """Responses of a prompt that a run computes, of ``given`` ones in the data."""
+    """Responses of a prompt that a run computes, of ``given`` ones in the data; or those that it samples."""
+    if config.online.num_generations is not None:
+        return num_used(config.online.num_generations, chosen_responses(config))
     first = config.data.num_responses
     if given is None:
         given = first or DEFAULT_RESPONSES

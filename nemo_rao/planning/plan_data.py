@@ -24,12 +24,12 @@ class DataSize:
 
 
 def size_of(config: RunConfig, paths: Any) -> DataSize | None:
-    """Of one of a recipe's sources; ``None``: not set, not here, or on the Hugging Face Hub.
+    """Of one of a recipe's sources; ``None``: not set, not here, on the Hugging Face Hub, or prompts alone.
 
     Raises:
         UserError: it is here and cannot be read.
     """
-    if paths is None or not _is_here(paths):
+    if paths is None or not _is_here(paths) or config.online.num_generations is not None:
         return None
     prompts = responses = 0
     keys = config.data

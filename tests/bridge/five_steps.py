@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.loop.session import Hook, Session
-from nemo_rao.objectives.registry import OBJECTIVES
 
-from ..train.runs import NO_CHECKPOINTS, TINY, make_data, run_training, steps
+from ..train.runs import NO_CHECKPOINTS, OF_DATA, TINY, make_data, run_training, steps
 
 RECORDED = Path(__file__).with_name("nemo_steps.json")
 NUM_STEPS = 5
@@ -93,8 +92,8 @@ def every_objective(run_one: Callable[[str], Any] | None = None) -> dict[str, An
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         data = make_data(folder / "data")
-        found = {name: run(name, folder, data) for name in OBJECTIVES}
-        return {"data": {name: fingerprint(folder, name) for name in OBJECTIVES}, "steps": found}
+        found = {name: run(name, folder, data) for name in OF_DATA}
+        return {"data": {name: fingerprint(folder, name) for name in OF_DATA}, "steps": found}
 
 
 if __name__ == "__main__":

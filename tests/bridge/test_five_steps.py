@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.objectives.registry import OBJECTIVES
-
 from ..engines import needs_bridge
-from ..train.runs import make_data
+from ..train.runs import OF_DATA, make_data
 from .five_steps import NUM_STEPS, RECORDED, fingerprint, run
 
 pytestmark = needs_bridge
@@ -21,7 +19,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", OF_DATA)
 def test_loss_gradient_norm_and_metrics_are_those_of_nemos_engine(
     name: str, data: tuple[str, ...], tmp_path: Path
 ) -> None:

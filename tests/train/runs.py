@@ -12,7 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_rao.objectives.registry import OBJECTIVES
+
 from ..megatron_ranks import import_once
+
+# Objectives that train on data that lies there; the others need samples of their own policy (test_online.py).
+OF_DATA = [name for name, each in OBJECTIVES.items() if not each.needs_of(each.config_type()).samples]
 
 # A Llama of two layers, so small that a step takes milliseconds: its vocabulary is padded, its heads are grouped.
 TINY = (

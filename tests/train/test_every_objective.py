@@ -14,7 +14,7 @@ import pytest
 from nemo_rao.objectives.registry import OBJECTIVES
 from nemo_rao.runtime.metrics_file import read_metrics
 
-from .runs import NO_CHECKPOINTS, TINY, parallel, run_training, steps
+from .runs import NO_CHECKPOINTS, OF_DATA, TINY, parallel, run_training, steps
 
 FALLS, RISES = -1, 1
 # Objective -> the metric that is its own, and where it goes. Of all others: the margin of the implicit rewards rises.
@@ -55,7 +55,7 @@ def train(name: str, layout: tuple[str, ...], folder: Path, start: Path, *extra:
     return folder / name
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", OF_DATA)
 def test_twenty_steps_move_its_own_metric_the_right_way(
     name: str, data: tuple[str, ...], start: Path, table: Callable[..., None], request: pytest.FixtureRequest
 ) -> None:
