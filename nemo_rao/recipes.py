@@ -26,6 +26,7 @@ import nemo_run as run
 
 from nemo_rao.config.compose import compose, override, package_recipes, recipe_names
 from nemo_rao.config.model_config import ModelConfig
+from nemo_rao.config.online_config import OnlineConfig
 from nemo_rao.config.run_config import (
     DataConfig,
     ExpManagerConfig,
@@ -61,6 +62,7 @@ def train(
     data: DataConfig,
     precision: PrecisionConfig,
     reference: ReferenceConfig,
+    online: OnlineConfig,
 ) -> None:
     """Train a model with the objective and the data that a recipe names.
 
@@ -68,10 +70,10 @@ def train(
     comments: nemo-rao train --config-name gpt_rao --print-config.
 
     Args:
-        trainer, exp_manager, model, data, precision, reference: the groups of keys of a run.
+        trainer, exp_manager, model, data, precision, reference, online: the groups of keys of a run.
     """
     try:
-        config = override(RunConfig(trainer, exp_manager, model, data, precision, reference), [])
+        config = override(RunConfig(trainer, exp_manager, model, data, precision, reference, online), [])
         from nemo_rao.training.checks import check_run
         from nemo_rao.training.train import train as run_training
 

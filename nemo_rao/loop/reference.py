@@ -8,7 +8,6 @@ from typing import Any
 
 from megatron.core.utils import get_model_config
 
-from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.loop.data import AlignmentData
 from nemo_rao.loop.session import Hook, Session
@@ -16,6 +15,7 @@ from nemo_rao.mcore.fingerprint import weights_fingerprint
 from nemo_rao.mcore.network import network_fingerprint
 from nemo_rao.mcore.quantisation import quantisation_fingerprint
 from nemo_rao.mcore.reference import compute_reference, earlier_reference_key, load_reference, reference_key
+from nemo_rao.rollout.samples import RolloutData
 from nemo_rao.runtime.progress import Progress
 
 
@@ -73,7 +73,7 @@ class ReferencePass(Hook):
             }
         for name, data_set in self._data_sets.items():
             data = data_set.data
-            assert isinstance(data, PreferenceData), "samples have no reference sums before they are drawn"
+            assert not isinstance(data, RolloutData), "samples have no reference sums before they are drawn"
             key = self._key(data.fingerprint())
             if resumed:
                 data_set.reference = load_reference(self._cache_dir, key, data.num_responses)
