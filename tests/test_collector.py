@@ -26,5 +26,7 @@ def test_what_was_imported_is_frozen_and_the_collector_is_as_it_was(
     made = [[] for _ in range(1000)]
     with uncollected_imports():
         import imported_once
-    assert gc.get_freeze_count() == frozen and len(made) == 1000, "nothing was imported: what was made since is seen"
+    # Nothing was imported: what was made since is seen. Of what is frozen, some may have ended meanwhile.
+    assert gc.get_freeze_count() <= frozen
+    assert {id(one) for one in made} <= {id(one) for one in gc.get_objects()}
     monkeypatch.delitem(sys.modules, "imported_once")

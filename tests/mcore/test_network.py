@@ -91,6 +91,8 @@ def config() -> Any:
 
 def changed(config: Any, name: str, value: Any) -> Any:
     assert name in {field.name for field in dataclasses.fields(config)}
+    if isinstance(value, bool):
+        value = not getattr(config, name)  # what is usual differs between the engines
     other = copy.copy(config)
     setattr(other, name, value)
     assert getattr(config, name) != value
