@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": FOUNDATION | {"data", "model_files", "ops", "rows"},
     "scoring": FOUNDATION | {"data", "generation", "rows"},  # a judge may be a model that generates here
     "training": FOUNDATION
-    | {"checkpoint", "config", "data", "engines", "generation", "loop", "mcore", "objectives", "rows", "scoring"},
+    | {"checkpoint", "config", "data", "engines", "loop", "mcore", "objectives", "rows", "scoring"},
     "show": FOUNDATION | {"config", "data", "objectives", "rows", "training"},
     "recipes": {"config", "errors", "training"},
     "hugging_face": FOUNDATION

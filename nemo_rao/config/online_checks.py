@@ -8,7 +8,10 @@ from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
 
 # Keys of ``data`` about responses that lie there.
-_OF_RESPONSES = ("num_responses", "responses", "pairs_by", "reward_field", "truncated", "bad_rows", "validation_path")
+_OF_RESPONSES = (
+    *("num_responses", "responses", "pairs_by", "reward_field", "truncated", "bad_rows", "answers"),
+    "validation_path",
+)
 
 
 def check_online(config: RunConfig) -> None:
@@ -63,6 +66,16 @@ def check_online(config: RunConfig) -> None:
         raise UserError(
             "model.restore_from_path is null: the reference policy of a run that samples is the checkpoint that it "
             "starts from; name one"
+        )
+    if needs.reference and model.peft.scheme == "dora":
+        raise UserError(
+            "model.peft.scheme=dora: its magnitudes cannot be switched off for the reference policy; set it to lora or "
+            "canonical_lora"
+        )
+    if needs.reference and model.optim.overlap_param_gather:
+        raise UserError(
+            "model.optim.overlap_param_gather=true: weights that are still being gathered cannot be exchanged for the "
+            "reference policy's; set it to false"
         )
     usual = DataConfig()
     for name in _OF_RESPONSES:

@@ -182,7 +182,7 @@ def load_preferences(
                 assert sample is not None and read is not None and row is not None
                 first = first or sample
                 if needs_shared_first_token and sample.prompt[0] != first.prompt[0]:
-                    raise _different_first_tokens(first, sample, tokenizer, needed_by)
+                    raise different_first_tokens(first, sample, tokenizer, needed_by)
                 report.keep(outcome, which_pair(read, row, responses) if needs_pairs else None)
                 yield sample
             if progress is not None:
@@ -218,7 +218,8 @@ def _encode(encoder: Encoder, batch: Sequence[_Read]) -> list[Sample | UserError
     return [None if row is None else next(made) for row in rows]
 
 
-def _different_first_tokens(a: Sample, b: Sample, tokenizer: PreTrainedTokenizerBase, needed_by: str) -> UserError:
+def different_first_tokens(a: Sample, b: Sample, tokenizer: PreTrainedTokenizerBase, needed_by: str) -> UserError:
+    """What is wrong where two prompts begin with different tokens."""
     token_a, token_b = tokenizer.convert_ids_to_tokens([int(a.prompt[0]), int(b.prompt[0])])
     return UserError(
         f"{needed_by} needs all prompts to begin with the same token, but {a.place} begins with {token_a!r} and "

@@ -71,3 +71,27 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
     added.update(zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True))
     return {number: text for number, text in added.items() if text.strip()}
+
+
+def text_behind(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens that follow a prompt, special tokens included.
+
+    Decoded behind the prompt: some tokenizers drop a blank at the beginning of a text.
+
+    Raises:
+        UserError: the tokenizer does not decode to text.
+    """
+    before, whole = _decoded(tokenizer, [*prompt]), _decoded(tokenizer, [*prompt, *tokens])
+    return whole[len(before) :] if whole.startswith(before) else _decoded(tokenizer, [*tokens])
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    text = tokenizer.decode(
+        tokens,
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+        spaces_between_special_tokens=False,  # of tokenizers in Python
+    )
+    if not isinstance(text, str):
+        raise UserError(f"tokenizer {name_of(tokenizer)}: does not decode to text; use another tokenizer")
+    return text

@@ -20,10 +20,10 @@ from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
 from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.progress import work_through
-from nemo_rao.generation.prompts import read_records, with_system
 from nemo_rao.generation.settings import EvaluateSettings
 from nemo_rao.rows.fields import read_text
 from nemo_rao.rows.prompt import read_asked
+from nemo_rao.rows.prompts import read_records, with_system
 from nemo_rao.rows.responses import make_row
 from nemo_rao.rows.view import Columns
 from nemo_rao.runtime.part_file import PartFile

@@ -15,8 +15,8 @@ from nemo_rao.errors import UserError
 from nemo_rao.generation.model_folder import check_folder
 from nemo_rao.generation.policy import EMPTY, Answer, Policy, Question
 from nemo_rao.generation.progress import print_notes, work_through
-from nemo_rao.generation.prompts import Prompt, digest_of, read_prompts
 from nemo_rao.generation.settings import GenerateSettings, shown
+from nemo_rao.rows.prompts import Prompt, digest_of, read_prompts
 from nemo_rao.rows.sources import JSON_LINES
 from nemo_rao.rows.writing import record_of
 from nemo_rao.runtime.files import check_place, write_atomically

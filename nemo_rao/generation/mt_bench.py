@@ -20,11 +20,11 @@ from nemo_rao.data.encode import BoundaryError
 from nemo_rao.errors import UserError
 from nemo_rao.generation.policy import Policy, Question
 from nemo_rao.generation.progress import work_through
-from nemo_rao.generation.prompts import read_records, with_system
 from nemo_rao.generation.settings import EvaluateSettings
 from nemo_rao.generation.thinking import after_thinking
 from nemo_rao.rows.fields import Messages, describe, read_text
 from nemo_rao.rows.prompt import with_context
+from nemo_rao.rows.prompts import read_records, with_system
 from nemo_rao.rows.responses import make_row
 from nemo_rao.rows.view import Columns
 from nemo_rao.runtime.part_file import PartFile

@@ -19,6 +19,7 @@ import numpy as np
 from nemo_rao.batch import Response, Row
 from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.data.rendering_record import read_rendering
+from nemo_rao.data.tokens import text_behind
 from nemo_rao.errors import UserError
 from nemo_rao.generation.engine import Continuation, Engine, Request
 from nemo_rao.generation.model_folder import (
@@ -184,21 +185,8 @@ class Policy:
         return {number for number, token in added if token.special} | set(self.tokenizer.all_special_ids)
 
     def _answer(self, prompt: np.ndarray, said: Continuation) -> Answer:
-        """Decoded behind the prompt: some tokenizers drop a blank at the beginning of a text."""
         tokens = [token for token in said.tokens if token != self.tokenizer.pad_token_id]
-        before, whole = self._text(prompt.tolist()), self._text(prompt.tolist() + tokens)
-        text = whole[len(before) :] if whole.startswith(before) else self._text(tokens)
+        text = text_behind(self.tokenizer, prompt.tolist(), tokens)
         if said.cut:
             text = text.rstrip("\ufffd")  # half of a character
         return Answer(text, len(said.tokens), said.cut, not self._special.isdisjoint(tokens))
-
-    def _text(self, tokens: list[int]) -> str:
-        text = self.tokenizer.decode(
-            tokens,
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
-            spaces_between_special_tokens=False,  # of tokenizers in Python
-        )
-        if not isinstance(text, str):
-            raise UserError(f"tokenizer {self.folder}: does not decode to text; use another tokenizer")
-        return text

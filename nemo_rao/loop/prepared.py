@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_rao.batch import Row
 from nemo_rao.checkpoint.run_records import Change
 from nemo_rao.data.store import PreferenceData
+
+
+class Score(Protocol):
+    """What samples are worth. Asked on rank 0 alone."""
+
+    def __call__(self, rows: Sequence[Row]) -> list[list[float | None]]:
+        """For each row a reward of each of its responses, ``None`` where it has none.
+
+        Raises:
+            RankFailure: it cannot go on.
+        """
+
+    def notes(self) -> list[str]:
+        """Lines to be reported at the end of the run."""
+
+    def close(self) -> None:
+        """Give back what is held."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +36,12 @@ class Asked:
     Attributes:
         prompts: as samples without responses.
         rows: the same prompts as text, for scorers.
-        score: rows with their responses -> for each row, a reward of each response, ``None`` where it has none. Called
-            on rank 0. Raises RankFailure where it cannot go on.
+        score: what samples are worth.
     """
 
     prompts: PreferenceData
     rows: Sequence[Row]
-    score: Callable[[Sequence[Row]], list[list[float | None]]]
+    score: Score
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from nemo_rao.loop.finite import StopWhereNotFinite
 from nemo_rao.loop.first_step import CheckFirstStep
 from nemo_rao.loop.hooks import CalibrateScales, MismatchedPass, RecordStart, SeedEveryStep, ShowProgress
 from nemo_rao.loop.metrics import Metrics
+from nemo_rao.loop.online_data import OnlineData
 from nemo_rao.loop.prepared import Asked, Prepared
 from nemo_rao.loop.reference import ReferencePass
-from nemo_rao.loop.rollouts import MakeRollouts, OnlineData
+from nemo_rao.loop.rollouts import MakeRollouts
 from nemo_rao.loop.session import Hook
 from nemo_rao.loop.stopping import StopWhenAsked
 from nemo_rao.loop.validation import Validation
@@ -72,22 +73,22 @@ def hooks_of(
     config: RunConfig,
     needs: Needs,
     data_sets: Mapping[str, AlignmentData],
+    prepared: Prepared,
     record: Callable[[], None],
-    prepared: Prepared | None = None,
 ) -> list[Hook]:
     """What happens around the steps, in the order in which it happens.
 
     Args:
         needs: of the objective.
         data_sets: see :func:`data_sets_of`.
+        prepared: what the parent has worked out.
         record: called on rank 0 once nothing is left that may refuse the run.
-        prepared: of a run that samples its own responses, what it asks of them and where it starts.
     """
     keys = config.model
     hooks: list[Hook] = [StopWhenAsked(), SeedEveryStep(config.trainer.seed)]
     if config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
         hooks.append(CalibrateScales())
-    if prepared is not None and prepared.asked is not None:
+    if prepared.asked is not None:
         hooks.append(
             MakeRollouts(
                 config.online,
@@ -95,7 +96,7 @@ def hooks_of(
                 tokenizer=load_tokenizer(config.data.tokenizer or ""),
                 adapters=keys.peft.scheme != "none",
                 needs=needs,
-                load_from=None if prepared.start_from is None else weights_of(prepared.start_from),
+                start=None if prepared.start_from is None else weights_of(prepared.start_from),
             )
         )
     elif needs.reference:

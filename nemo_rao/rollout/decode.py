@@ -21,7 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from nemo_rao.mcore.forward import evaluation_mode, unwrapped
-from nemo_rao.mcore.output_layer import output_layer_input
+from nemo_rao.mcore.output_layer import output_layer_input, unfuse_adapted_output_layer
 from nemo_rao.ops.sampling import draw
 
 
@@ -168,6 +168,8 @@ class _Decoder:
         vocab_size: int,
     ) -> None:
         self._chunks = [unwrapped(chunk) for chunk in chunks]
+        for chunk in self._chunks:
+            unfuse_adapted_output_layer(chunk)
         self._max_new_tokens = max_new_tokens
         self._end_tokens = torch.tensor(list(end_tokens), device=_device())
         self._sampling = sampling

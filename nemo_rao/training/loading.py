@@ -130,11 +130,6 @@ def drawn_indices(data: PreferenceData, num_prompts: int, *, seed: int) -> np.nd
             f"data.num_prompts={num_prompts}, but the training data has only {len(data)} ({data.report}); lower it, "
             "or set it to null for all"
         )
-    return draw_numbers(len(data), num_prompts, seed=seed)
-
-
-def draw_numbers(total: int, number: int, *, seed: int) -> np.ndarray:
-    """``[number]`` int64, rising: numbers below ``total`` that a seed draws; fewer of them are a part of more."""
     # RandomState: its stream is frozen, see nemo_rao.data.order.
     generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed])))
-    return np.sort(generator.permutation(total)[:number])
+    return np.sort(generator.permutation(len(data))[:num_prompts])

@@ -1,31 +1,33 @@
-"""What a run that samples its own responses needs before any rank exists: its prompts, and what scores samples."""
+"""What a run that samples its own responses needs before any rank exists: its prompts, and what samples are worth."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from nemo_rao.batch import Row, Sample
+from nemo_rao.batch import Row
 from nemo_rao.config.derived import objective_config, run_dir
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.data.encode import Encoder, load_tokenizer, pad_token_id
-from nemo_rao.data.report import LoadReport
-from nemo_rao.data.store import PreferenceData
+from nemo_rao.data.encode import load_tokenizer, pad_token_id
+from nemo_rao.data.prompt_set import load_prompts
+from nemo_rao.data.rendering_record import ChatTemplate
 from nemo_rao.errors import RankFailure, UserError
-from nemo_rao.generation.prompts import read_prompts
 from nemo_rao.loop.prepared import Asked
 from nemo_rao.objectives import registry
 from nemo_rao.runtime.console import say
 from nemo_rao.scoring.run import KINDS
-from nemo_rao.scoring.scorer import InputRow, NoScore, Place, Scorer, ScoringFailure, make_scorers
-from nemo_rao.training.loading import LoadedData, draw_numbers
+from nemo_rao.scoring.scorer import InputRow, NoScore, Place, Scored, Scorer, ScoringFailure, make_scorers
+from nemo_rao.training.loading import LoadedData, drawn, drawn_indices
 
-_PAUSE_SECONDS = 2.0  # before a scorer that has failed is asked again, doubled each time
+_KINDS = ("rule", "judge")  # which look at one response, and compute in this process or elsewhere
+_PAUSE_SECONDS = 2.0  # before a scorer that has failed is asked again; twice as long each further time
 
 
 def asked_of(config: RunConfig) -> tuple[Asked, LoadedData]:
@@ -34,86 +36,52 @@ def asked_of(config: RunConfig) -> tuple[Asked, LoadedData]:
     Raises:
         UserError: a file cannot be read, a prompt is no prompt, a scorer cannot be made.
     """
-    rewards = Rewards(
-        tuple(config.online.reward), dict(config.online.reward_weights), config.online.scoring_attempts, run_dir(config)
-    )
+    keys, online, length = config.data, config.online, config.model.seq_length
+    rewards = Rewards(online.reward, online.reward_weights, attempts=online.scoring_attempts, folder=run_dir(config))
     rewards.check()
-    tokenizer = load_tokenizer(config.data.tokenizer or "")
-    encoder = Encoder(
+    tokenizer = load_tokenizer(keys.tokenizer or "")
+    data, rows = load_prompts(
+        keys.train_path,
         tokenizer,
-        chat_template=config.data.chat_template,  # type: ignore[arg-type]
-        template_arguments=config.data.template_arguments,
-        answers=config.data.answers,  # type: ignore[arg-type]
+        longest=length - online.max_new_tokens,
+        set_by=f"model.seq_length={length} leaves beside online.max_new_tokens={online.max_new_tokens}",
+        strict=keys.strict,
+        needs_shared_first_token=_needs_shared_first_token(config),
+        needed_by=f"objective {config.model.objective}",
+        chat_template=cast(ChatTemplate, keys.chat_template),
+        template_arguments=keys.template_arguments,
+        columns=keys.columns,
+        ignore_fields=keys.ignore_fields,
     )
-    prompts = read_prompts(config.data.train_path, columns=config.data.columns, ignore_fields=config.data.ignore_fields)
-    limit = config.model.seq_length - config.online.max_new_tokens
-    rows, samples, too_long = [], [], 0
-    for row, sample in zip(rows_of := [one.as_row() for one in prompts], encoder.encode_many(rows_of), strict=True):
-        if isinstance(sample, UserError):
-            raise UserError(f"{row.place}: {sample}")
-        if len(sample.prompt) > limit:
-            if config.data.strict:
-                raise UserError(
-                    f"{row.place}: the prompt has {len(sample.prompt)} tokens, and model.seq_length="
-                    f"{config.model.seq_length} less online.max_new_tokens={config.online.max_new_tokens} leaves "
-                    f"{limit}; drop it, or set data.strict=false"
-                )
-            too_long += 1
-            continue
-        rows.append(row)
-        samples.append(replace(sample, ensemble=np.zeros((0, 0))))
-    if not samples:
-        raise UserError(
-            f"{config.data.train_path}: no prompt fits: model.seq_length={config.model.seq_length} less "
-            f"online.max_new_tokens={config.online.max_new_tokens} leaves {limit} tokens; change one of them"
-        )
-    if registry.get(config.model.objective).needs_of(objective_config(config)).shared_first_token:
-        _check_first_tokens(samples, config.model.objective)
-    if config.data.num_prompts is not None:
-        if config.data.num_prompts > len(samples):
-            raise UserError(
-                f"data.num_prompts={config.data.num_prompts}, but there are only {len(samples)} prompts; lower it, or "
-                "set it to null for all"
-            )
-        chosen = draw_numbers(len(samples), config.data.num_prompts, seed=config.data.seed).tolist()
-        rows, samples = [rows[i] for i in chosen], [samples[i] for i in chosen]
-        say(f"training data: {len(samples)} prompts drawn (data.num_prompts)")
-    report = LoadReport(len(prompts), len(samples))
-    left_out = f", {too_long} longer than {limit} tokens left out" if too_long else ""
-    unused = sorted({path for one in prompts for path in (*one.unused, *one.fields)})
-    said = f"; fields that nothing reads: {', '.join(unused)}" if unused else ""
-    say(f"training data: {len(samples)} of {len(prompts)} prompts{left_out}{said}")
-    for note in encoder.notes:
-        say(f"training data: {note}")
-    data = PreferenceData(samples, report)
-    return Asked(data, tuple(rows), rewards), LoadedData(data, None, len(tokenizer), pad_token_id(tokenizer))
+    say(f"training data: {data.report.text()}")
+    loaded = LoadedData(data, None, len(tokenizer), pad_token_id(tokenizer))
+    if keys.num_prompts is not None:
+        chosen = drawn_indices(data, keys.num_prompts, seed=keys.seed).tolist()
+        loaded, rows = replace(loaded, train=drawn(config, loaded)), [rows[number] for number in chosen]
+    return Asked(loaded.train, rows, rewards), loaded
 
 
-def _check_first_tokens(samples: Sequence[Sample], objective: str) -> None:
-    for sample in samples:
-        if sample.prompt[0] != samples[0].prompt[0]:
-            raise UserError(
-                f"{sample.place}: objective {objective} needs all prompts to begin with the same token, but it begins "
-                f"with {int(sample.prompt[0])} and {samples[0].place} with {int(samples[0].prompt[0])}; use a chat "
-                "template or a tokenizer with a beginning token"
-            )
+def _needs_shared_first_token(config: RunConfig) -> bool:
+    return registry.get(config.model.objective).needs_of(objective_config(config)).shared_first_token
 
 
-@dataclass(frozen=True)
 class Rewards:
-    """The weighted sum of scorers, asked on one rank; they are made there, when they are first asked.
+    """The weighted sum of scorers. They are made where they are first asked.
 
-    Attributes:
+    Args:
         specs: ``[NAME=]KIND:ARGUMENT`` each.
         weights: by name; 1 for the others.
         attempts: how often a scorer is asked before the run ends.
         folder: where scorers keep what they keep.
     """
 
-    specs: tuple[str, ...]
-    weights: Mapping[str, float]
-    attempts: int
-    folder: Path
+    def __init__(self, specs: Sequence[str], weights: Mapping[str, float], *, attempts: int, folder: Path) -> None:
+        self._specs = specs
+        self._weights = weights
+        self._attempts = attempts
+        self._folder = folder
+        self._scorers: Mapping[str, Scorer] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()  # (scorer, what it has counted)
 
     def check(self) -> None:
         """That there are such scorers.
@@ -121,53 +89,52 @@ class Rewards:
         Raises:
             UserError: there are not.
         """
-        if not self.specs:
+        if not self._specs:
             raise UserError(
-                "online.reward is empty: what are samples worth? Give [NAME=]KIND:ARGUMENT, such as "
-                "rule:my_rules:exact_match"
+                "online.reward is empty, and the samples have no other reward; give [NAME=]KIND:ARGUMENT, such as "
+                "online.reward=[rule:my_rules:exact_match]"
             )
         scorers = self._made()
         for scorer in scorers.values():
             scorer.close()
-        for name, scorer in scorers.items():
-            if scorer.fields:
-                raise UserError(
-                    f"online.reward: {name} reads columns of a file, and samples are in none; use a rule or a judge"
-                )
-        for name, weight in self.weights.items():
+        for name, weight in self._weights.items():
             if name not in scorers:
-                raise UserError(f"online.reward_weights: there is no {name}; there are {', '.join(scorers)}")
+                raise UserError(f"online.reward_weights: there is no scorer {name}; there are {', '.join(scorers)}")
             if not math.isfinite(weight):
                 raise UserError(f"online.reward_weights.{name}={weight}: must be finite")
 
     def __call__(self, rows: Sequence[Row]) -> list[list[float | None]]:
-        """A reward for each response; ``None`` where a scorer gives none.
+        """For each row a reward of each of its responses; ``None`` where any scorer gives none.
 
         Raises:
-            RankFailure: a scorer has failed ``attempts`` times.
+            RankFailure: a scorer has failed as often as it is asked.
         """
-        scorers = _scorers_of(self)
+        self._scorers = self._scorers or self._made()
         given = [InputRow(**vars(row)) for row in rows]
         totals = [np.zeros(len(row.responses)) for row in rows]
-        missing = [np.zeros(len(row.responses), dtype=bool) for row in rows]
-        for name, scorer in scorers.items():
-            for of_row, total, lacks in zip(self._asked(name, scorer, given), totals, missing, strict=True):
-                for k, score in enumerate(of_row):
-                    if isinstance(score, NoScore):
-                        lacks[k] = True
-                    else:
-                        total[k] += self.weights.get(name, 1.0) * score
-        return [
-            [None if lack else float(value) for value, lack in zip(total, lacks, strict=True)]
-            for total, lacks in zip(totals, missing, strict=True)
-        ]
+        for name, scorer in self._scorers.items():
+            weight = self._weights.get(name, 1.0)
+            for total, scored in zip(totals, self._asked(name, scorer, given), strict=True):
+                total += [np.nan if isinstance(score, NoScore) else weight * score for score in scored]
+            self._counts.update({(name, what): count for what, count in scorer.take_notes().items()})
+        return [[None if math.isnan(value) else value for value in total.tolist()] for total in totals]
 
-    def _asked(self, name: str, scorer: Scorer, rows: Sequence[InputRow]) -> Sequence[Sequence[float | NoScore]]:
-        for attempt in range(1, self.attempts + 1):
+    def notes(self) -> list[str]:
+        """What the scorers have counted."""
+        return [f"{name}: {count} {what}" for (name, what), count in self._counts.items()]
+
+    def close(self) -> None:
+        """Closes the scorers, where there are any."""
+        for scorer in self._scorers.values():
+            scorer.close()
+        self._scorers = {}
+
+    def _asked(self, name: str, scorer: Scorer, rows: Sequence[InputRow]) -> Sequence[Scored]:
+        for attempt in range(1, self._attempts + 1):
             try:
                 return scorer.score(rows)
             except ScoringFailure as failure:
-                if attempt == self.attempts:
+                if attempt == self._attempts:
                     raise RankFailure(
                         f"online.reward: {name} failed {attempt} times: {failure}. The samples are kept, and the same "
                         "command goes on with them from the last checkpoint"
@@ -176,18 +143,7 @@ class Rewards:
         raise AssertionError("online.scoring_attempts is at least 1")
 
     def _made(self) -> dict[str, Scorer]:
-        kinds = {name: kind for name, kind in KINDS.items() if name in ("rule", "judge")}
         try:
-            return make_scorers(self.specs, kinds, Place(self.folder))
+            return make_scorers(self._specs, {name: KINDS[name] for name in _KINDS}, Place(self._folder))
         except UserError as error:
             raise UserError(str(error).replace("--scorer ", "online.reward=", 1)) from None
-
-
-_MADE: dict[int, dict[str, Scorer]] = {}  # in the process that asks them
-
-
-def _scorers_of(rewards: Rewards) -> dict[str, Scorer]:
-    key = id(rewards)
-    if key not in _MADE:
-        _MADE[key] = rewards._made()
-    return _MADE[key]

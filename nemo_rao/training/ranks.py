@@ -39,7 +39,7 @@ def train_rank(
     _set_up(config)
     needs = registry.get(config.model.objective).needs_of(prepared.objective_config)
     data_sets = data_sets_of(config, prepared)
-    hooks = change(hooks_of(config, needs, data_sets, record, prepared))
+    hooks = change(hooks_of(config, needs, data_sets, prepared, record))
     data = training_data(config, data_sets["training"], prepared.asked)
     engine_of(config).train_rank(config, prepared, data, hooks)
     leave_if_stopped()

@@ -11,6 +11,12 @@ from nemo_rao.config.compose import compose
 from nemo_rao.errors import UserError
 from nemo_rao.training.checks import check_run
 
+OVERLAPPED = (
+    "model.optim.use_distributed_optimizer=true",
+    "model.optim.overlap_grad_reduce=true",
+    "model.optim.overlap_param_gather=true",
+)
+
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
@@ -41,6 +47,9 @@ def test_a_recipe_passes(files: list[str], recipe: str) -> None:
         ("gpt_rloo", ["data.reward_field=score"], "data.reward_field=score: is about responses in files"),
         ("gpt_grpo", ["model.grpo.beta=0.1", "model.restore_from_path=null"], "model.restore_from_path is null"),
         ("gpt_rloo", ["model.context_parallel_size=2", "trainer.devices=2"], "sampling does not split sequences"),
+        ("gpt_rloo", ["data.answers=verbatim"], "data.answers=verbatim: is about responses in files"),
+        ("gpt_rloo", ["model.peft.scheme=dora", "trainer.engine=bridge"], "its magnitudes cannot be switched off"),
+        ("gpt_rloo", [*OVERLAPPED], "weights that are still being gathered cannot be exchanged"),
         ("gpt_sft", ["online.num_generations=2"], "objective sft does not learn from rewards of samples"),
         ("gpt_kto", ["online.num_generations=2"], "objective kto does not learn from rewards of samples"),
         ("gpt_rm", ["online.num_generations=2"], "objective rm does not learn from rewards of samples"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
-from nemo_rao.generation.prompts import read_prompts
+from nemo_rao.rows.prompts import read_prompts
 from nemo_rao.rows.reading import read_rows
 from nemo_rao.rows.writing import record_of
 

@@ -364,8 +364,8 @@ def begun(model: Path, prompts: str, folder: Path) -> Path:
     (folder / "begun.jsonl").unlink()
     from nemo_rao.generation.generate import work_of
     from nemo_rao.generation.policy import Policy
-    from nemo_rao.generation.prompts import read_prompts
     from nemo_rao.generation.settings import GenerateSettings
+    from nemo_rao.rows.prompts import read_prompts
 
     settings = GenerateSettings(num_responses=3, max_new_tokens=16, engine="transformers")
     path = folder / "out.jsonl.part.jsonl"

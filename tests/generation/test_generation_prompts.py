@@ -4,7 +4,7 @@ import pytest
 
 from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
-from nemo_rao.generation.prompts import Prompt, digest_of, read_prompts
+from nemo_rao.rows.prompts import Prompt, digest_of, read_prompts
 
 USER = {"role": "user", "content": "Hi?"}
 SYSTEM = {"role": "system", "content": "Be kind."}

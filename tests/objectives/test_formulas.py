@@ -187,7 +187,8 @@ def test_value_and_gradient_equal_the_formula(name: str, keys: dict, kind: str) 
     assert not prompt_gradient.any()
 
 
-@pytest.mark.parametrize(("name", "keys"), CONFIGS)
+# The slope of rloo is not that of its value, as its advantages carry no gradient.
+@pytest.mark.parametrize(("name", "keys"), [case for case in CONFIGS if case.values[0] != "rloo"])
 def test_gradcheck(name: str, keys: dict) -> None:
     batch, config = batch_for("rewarded", keys, seed=3), OBJECTIVES[name].make_config(keys)
 
@@ -195,8 +196,6 @@ def test_gradcheck(name: str, keys: dict) -> None:
         return OBJECTIVES[name].loss(dataclasses.replace(batch, response_logps=responses), config).loss_sum
 
     leaf = batch.response_logps.clone().requires_grad_()
-    if name == "rloo":
-        pytest.skip("its advantages carry no gradient: its slope is not that of its value")
     if name != "dro":  # a stop gradient: what is differentiated is not the slope of the value
         assert torch.autograd.gradcheck(loss, leaf, eps=1e-4, rtol=1e-6, atol=1e-6)
         return

@@ -97,8 +97,35 @@ def test_what_is_logged_and_kept_is_that_of_the_samples(common: tuple[str, ...],
             assert response["reward"] == ground_truth_reward(one["prompt"], response["content"])
 
 
+LORA = (
+    "model.peft.scheme=lora",
+    "model.peft.lora.target_modules=[all-linear,output_layer]",
+    "model.peft.lora.dim=4",
+    "trainer.max_steps=4",
+    "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
+)
+
+
+def test_adapters_are_sampled_with_and_the_reference_is_without_them_also_after_a_kill(
+    common: tuple[str, ...], tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_training("gpt_rloo", _overrides(whole, common, *LORA))
+    with pytest.raises(AssertionError, match="rank 0 was killed by SIGKILL"):
+        in_fork(_die, "the third step", "gpt_rloo", _overrides(killed, common, *LORA))
+    run_training("gpt_rloo", _overrides(killed, common, *LORA))
+    assert steps(killed) == steps(whole)
+    for number in (2, 3):
+        for name, values in rollout(whole, number).items():
+            np.testing.assert_array_equal(rollout(killed, number)[name], values)
+    kl = [json.loads(line).get("rollout/kl") for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    first, *later = [value for value in kl if value is not None]
+    assert first == pytest.approx(0, abs=1e-5)
+    assert all(abs(value) > 1e-3 for value in later)  # the adapters have moved, and the reference has not
+
+
 def _die(where: str, recipe: str, overrides: list[str]) -> None:
-    """Trains until rank 0 is killed: while it samples, before a rollout is scored, or within a step on it."""
+    """Trains until rank 0 is killed: while it samples, before a rollout is scored, or at the end of a step."""
     from nemo_rao.loop import rollouts
     from nemo_rao.loop.metrics import Metrics
 
@@ -119,6 +146,8 @@ def _die(where: str, recipe: str, overrides: list[str]) -> None:
         rollouts.sample = kill_at(2, rollouts.sample)
     elif where == "scoring":
         rollouts.MakeRollouts._scored = kill_at(2, rollouts.MakeRollouts._scored)  # type: ignore[method-assign]
+    elif where == "the third step":
+        Metrics.after_step = kill_at(3, Metrics.after_step)  # type: ignore[method-assign]
     elif where == "the step behind a rollout":
         Metrics.after_step = kill_at(5, Metrics.after_step)  # type: ignore[method-assign]
     else:

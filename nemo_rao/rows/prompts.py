@@ -30,6 +30,7 @@ class Prompt:
         fields: what else its row had, such as a reference answer, where the row had no responses.
         template_fields, plain: ``template_fields`` and ``plain_prompt`` of :class:`nemo_rao.batch.Row`.
         unused: paths of the fields that nothing reads and that are not among ``fields``.
+        has_responses: its row had some, which are left out.
     """
 
     content: str | Messages
@@ -38,6 +39,7 @@ class Prompt:
     template_fields: Mapping[str, Any] = field(default_factory=dict)
     plain: str | None = None
     unused: tuple[str, ...] = ()
+    has_responses: bool = False
 
     def as_row(self) -> Row:
         """A row without responses, as the encoder takes it."""
@@ -124,7 +126,7 @@ def _prompts_of_source(source: str, names: Columns) -> Iterator[Prompt]:
         one_of_several = known is not None and known.one_response_a_record
         if not (one_of_several and before is not None and rows.same_prompt(before, row)):
             unused = tuple(path for path in row.unused if path not in fields)
-            yield Prompt(row.prompt, place, fields, row.template_fields, row.plain_prompt, unused)
+            yield Prompt(row.prompt, place, fields, row.template_fields, row.plain_prompt, unused, bool(row.responses))
         before = row if one_of_several else None
 
 

@@ -1,0 +1,119 @@
+"""What samples are worth: scorers' sums, what has no reward, and scorers that fail. Without an engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_rao.batch import Response, Row
+from nemo_rao.errors import RankFailure, UserError
+from nemo_rao.training import online
+from nemo_rao.training.online import Rewards
+
+RULES = """
+def length(prompt, response):
+    return len(response)
+
+def first(prompt, response):
+    return 1.0 if response.startswith(prompt[0]) else 0.0
+
+CALLS = []
+
+def fails_twice(prompt, response):
+    CALLS.append(response)
+    if len(CALLS) <= 2:
+        raise OSError("not yet")
+    return 2.0
+
+def is_text(prompt, response):
+    return "good"
+"""
+ROWS = [
+    Row("ab", (Response("a"), Response("bcd")), "line 1"),
+    Row("ba", (Response("bb"), Response("")), "line 2", template_fields={"tools": [1]}),
+]
+
+
+@pytest.fixture(autouse=True)
+def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rules_of_this_test.py").write_text(RULES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(online, "_PAUSE_SECONDS", 0.0)
+
+
+def rewards(*rules: str, weights: Mapping[str, float] | None = None, attempts: int = 3) -> Rewards:
+    specs = [f"rule:rules_of_this_test:{rule}" for rule in rules]
+    made = Rewards(specs, weights or {}, attempts=attempts, folder=Path())
+    made.check()
+    return made
+
+
+def test_several_scorers_are_added_up_by_their_weights() -> None:
+    assert rewards("length")(ROWS) == [[1, 3], [2, 0]]
+    assert rewards("length", "first", weights={"length": -0.5})(ROWS) == [[0.5, -1.5], [0, 0]]
+
+
+def test_what_a_scorer_counts_is_reported_once_for_the_run() -> None:
+    made = rewards("length")
+    made(ROWS)
+    made(ROWS)
+    assert made.notes() == ["length: 4 responses with tools, which a rule is not given"]
+    made.close()
+
+
+def test_a_response_without_a_score_has_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_rao.scoring.scorer import Kind, NoScore, Pair, PairScorer
+
+    class Judge(PairScorer):
+        identity: Mapping[str, Any] = {}
+
+        def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
+            return [NoScore("empty") if not pair.response else 1.0 for pair in pairs]
+
+    monkeypatch.setattr(online, "KINDS", {**online.KINDS, "judge": Kind(lambda *_: Judge(), lambda _: "j", "FILE")})
+    made = Rewards(["judge:x", "rule:rules_of_this_test:length"], {}, attempts=1, folder=Path())
+    assert made(ROWS) == [[2, 4], [3, None]]
+
+
+def test_a_scorer_that_fails_is_asked_again_and_then_ends_the_run() -> None:
+    assert rewards("fails_twice")(ROWS[:1]) == [[2, 2]]
+    with pytest.raises(RankFailure, match=r"online.reward: is_text failed 2 times: line 1, .* returned"):
+        rewards("is_text", attempts=2)(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("specs", "weights", "said"),
+    [
+        ([], {}, "online.reward is empty"),
+        (["rule:rules_of_this_test:none"], {}, "online.reward=rule:rules_of_this_test:none: .* has no none"),
+        (
+            ["column:score"],
+            {},
+            "online.reward=column:score: must be .*there are rule:module:func.*, judge:",
+        ),
+        (["rule:rules_of_this_test:length"], {"lenght": 1.0}, "online.reward_weights: there is no scorer lenght"),
+    ],
+)
+def test_one_line_says_what_is_wrong(specs: list[str], weights: dict[str, float], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Rewards(specs, weights, attempts=1, folder=Path()).check()
+
+
+def test_a_scorer_is_made_once_for_all_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+    make = online.make_scorers
+
+    def counting(*arguments: Any) -> Any:
+        calls["made"] += 1
+        return make(*arguments)
+
+    monkeypatch.setattr(online, "make_scorers", counting)
+    made = rewards("length")
+    assert calls["made"] == 1  # the check
+    made(ROWS)
+    made(ROWS)
+    assert calls["made"] == 2
