@@ -37,10 +37,11 @@ def lines(tmp_path):
         ({"prompt": HUMAN}, {"plain": HUMAN}),
         # rows with responses, whose other fields are not carried
         ({"prompt": "Hi?", "responses": [{"content": "x", "model": "m"}], "id": 1, "tools": TOOLS}, {
-            "content": "Hi?", "template_fields": {"tools": TOOLS}, "unused": ("id", "responses[].model")
+            "content": "Hi?", "template_fields": {"tools": TOOLS}, "unused": ("id", "responses[].model"),
+            "has_responses": True,
         }),
-        ({"messages": [USER, GOOD, USER], "prompt": "Hi?"}, {"unused": ("messages[] after the last answer",)}),
-        ({"chosen": HUMAN + " a", "rejected": HUMAN + " b"}, {"plain": HUMAN}),
+        ({"messages": [USER, GOOD, USER], "prompt": "Hi?"}, {"unused": ("messages[] after the last answer",), "has_responses": True}),
+        ({"chosen": HUMAN + " a", "rejected": HUMAN + " b"}, {"plain": HUMAN, "has_responses": True}),
     ],
 )  # fmt: skip
 def test_every_field_of_a_row_is_asked_carried_or_reported(record, asked, lines):
