@@ -40,7 +40,9 @@ def lines(tmp_path):
             "content": "Hi?", "template_fields": {"tools": TOOLS}, "unused": ("id", "responses[].model"),
             "has_responses": True,
         }),
-        ({"messages": [USER, GOOD, USER], "prompt": "Hi?"}, {"unused": ("messages[] after the last answer",), "has_responses": True}),
+        ({"messages": [USER, GOOD, USER], "prompt": "Hi?"}, {
+            "unused": ("messages[] after the last answer",), "has_responses": True
+        }),
         ({"chosen": HUMAN + " a", "rejected": HUMAN + " b"}, {"plain": HUMAN, "has_responses": True}),
     ],
 )  # fmt: skip
