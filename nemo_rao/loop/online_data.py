@@ -40,7 +40,7 @@ class OnlineData(TrainingData):
         self._epochs = epochs
 
     @property
-    def held(self) -> RolloutData:
+    def rollout_data(self) -> RolloutData:
         """The rollout at hand, as data."""
         data = self.train.data
         assert isinstance(data, RolloutData), "made of one"

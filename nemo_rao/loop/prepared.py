@@ -12,8 +12,8 @@ from nemo_rao.checkpoint.run_records import Change
 from nemo_rao.data.store import PreferenceData
 
 
-class Score(Protocol):
-    """What samples are worth. Asked on rank 0 alone."""
+class RewardFunction(Protocol):
+    """What samples are worth. OnlineTask on rank 0 alone."""
 
     def __call__(self, rows: Sequence[Row]) -> list[list[float | None]]:
         """For each row a reward of each of its responses, ``None`` where it has none.
@@ -30,18 +30,18 @@ class Score(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a run asks of its own samples.
+class OnlineTask:
+    """What a run samples responses to, and how they are rewarded.
 
     Attributes:
         prompts: as samples without responses.
         rows: the same prompts as text, for scorers.
-        score: what samples are worth.
+        reward: of samples.
     """
 
     prompts: PreferenceData
     rows: Sequence[Row]
-    score: Score
+    reward: RewardFunction
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Prepared:
         finished_at: steps of a run that has ended and is not to be made longer; its model is not checked.
         resume_from: this run's last checkpoint, or ``None`` at its start.
         start_from: a checkpoint whose weights the run starts with, or ``None``.
-        asked: of a run that samples its own responses, what it asks of them; ``train`` is its prompts.
+        online: of a run that samples its own responses, what is sampled and rewarded; ``train`` is its prompts.
     """
 
     train: PreferenceData
@@ -71,4 +71,4 @@ class Prepared:
     finished_at: int | None
     resume_from: Path | None
     start_from: Path | None
-    asked: Asked | None = None
+    online: OnlineTask | None = None

@@ -1,4 +1,4 @@
-"""Before the first step on each rollout: samples of the policy, their rewards, and what the reference policy says."""
+"""Before the first step on each rollout: samples of the policy, their rewards and reference log-probabilities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_rao.config.online_config import OnlineConfig
 from nemo_rao.data.order import rank_micro_batches
 from nemo_rao.errors import RankFailure
 from nemo_rao.loop.online_data import OnlineData
-from nemo_rao.loop.prepared import Asked
+from nemo_rao.loop.prepared import OnlineTask
 from nemo_rao.loop.session import Hook, Session, log
 from nemo_rao.mcore.checkpoint import load_weights
 from nemo_rao.objectives.base import Needs
@@ -45,7 +45,7 @@ class MakeRollouts(Hook):
 
     Args:
         keys: of the recipe.
-        asked: what is sampled, and what samples are worth.
+        task: what is sampled, and what samples are worth.
         tokenizer: of Hugging Face.
         adapters: only they are trained.
         needs: of the objective.
@@ -55,7 +55,7 @@ class MakeRollouts(Hook):
     def __init__(
         self,
         keys: OnlineConfig,
-        asked: Asked,
+        task: OnlineTask,
         *,
         tokenizer: Any,
         adapters: bool,
@@ -65,8 +65,8 @@ class MakeRollouts(Hook):
         assert keys.num_generations is not None, "the run samples"
         self._keys = keys
         self._num_generations = keys.num_generations
-        self._asked = asked
-        self._text = SampleText(tokenizer, asked.rows)
+        self._task = task
+        self._text = SampleText(tokenizer, task.rows)
         self._adapters = adapters
         self._needs = needs
         self._start = start
@@ -94,7 +94,7 @@ class MakeRollouts(Hook):
             return
         self._seconds = {}
         rollout = self._made(session, data, number, may_sample=is_first)
-        data.held.rollout, data.train.reference = rollout, rollout.reference
+        data.rollout_data.rollout, data.train.reference = rollout, rollout.reference
         assert rollout.rewards_so_far is not None
         total, count = rollout.rewards_so_far.tolist()
         session.loss.config = session.loss.objective.resolve(
@@ -113,11 +113,11 @@ class MakeRollouts(Hook):
 
     def end(self, session: Session) -> None:
         if session.is_first_rank:
-            for line in self._asked.score.notes():
+            for line in self._task.reward.notes():
                 say(line)
 
     def close(self) -> None:
-        self._asked.score.close()
+        self._task.reward.close()
 
     # ------------------------------------------------------------------------------------------------ its parts
 
@@ -130,7 +130,7 @@ class MakeRollouts(Hook):
                 rollout.save(path)
 
         rollout = _of_first_rank(lambda: load(path))
-        if rollout is not None and rollout.lengths.shape != (len(data.held), self._num_generations):
+        if rollout is not None and rollout.lengths.shape != (len(data.rollout_data), self._num_generations):
             rollout = None  # of a run with other keys
         if rollout is None:
             if not may_sample:
@@ -141,7 +141,7 @@ class MakeRollouts(Hook):
             with self._timed("rollout"):
                 rollout = self._sampled(session, data, number)
             keep(rollout)
-        data.held.rollout, data.train.reference = rollout, None
+        data.rollout_data.rollout, data.train.reference = rollout, None
         if rollout.rewards is None:
             with self._timed("reward"):
                 rollout = self._scored(data, rollout, self._rewards_before(session.folder, number))
@@ -171,7 +171,7 @@ class MakeRollouts(Hook):
 
         found = sample(
             session.chunks,
-            [Request(self._asked.prompts[int(prompts[slot])].prompt, draws(slot)) for slot in own],
+            [Request(self._task.prompts[int(prompts[slot])].prompt, draws(slot)) for slot in own],
             max_new_tokens=keys.max_new_tokens,
             end_tokens=self._text.end_tokens,
             sampling=Sampling(keys.temperature, keys.top_k, keys.top_p),
@@ -195,8 +195,8 @@ class MakeRollouts(Hook):
         keys = self._keys
 
         def rewards() -> np.ndarray:
-            rows = [self._text.row(data.held, slot) for slot in range(len(data.held))]
-            found = [[np.nan if one is None else one for one in of_row] for of_row in self._asked.score(rows)]
+            rows = [self._text.row(data.rollout_data, slot) for slot in range(len(data.rollout_data))]
+            found = [[np.nan if one is None else one for one in of_row] for of_row in self._task.reward(rows)]
             scored = np.array(found, dtype=np.float64)
             if keys.cut_responses != "score":
                 scored[rollout.is_cut] = keys.cut_reward if keys.cut_responses == "penalty" else np.nan
@@ -227,7 +227,7 @@ class MakeRollouts(Hook):
         self._seconds[f"seconds/{name}"] = time.perf_counter() - started
 
     def _write_samples(self, session: Session) -> None:
-        held = _data(session).held
+        held = _data(session).rollout_data
         assert held.rollout is not None and held.rollout.rewards is not None
         with open(session.folder / SAMPLES, "a", encoding="utf-8") as file:
             for slot in range(min(self._keys.log_samples, len(held))):

@@ -18,7 +18,7 @@ from nemo_rao.loop.first_step import CheckFirstStep
 from nemo_rao.loop.hooks import CalibrateScales, MismatchedPass, RecordStart, SeedEveryStep, ShowProgress
 from nemo_rao.loop.metrics import Metrics
 from nemo_rao.loop.online_data import OnlineData
-from nemo_rao.loop.prepared import Asked, Prepared
+from nemo_rao.loop.prepared import OnlineTask, Prepared
 from nemo_rao.loop.reference import ReferencePass
 from nemo_rao.loop.rollouts import MakeRollouts
 from nemo_rao.loop.session import Hook
@@ -39,7 +39,7 @@ def data_sets_of(config: RunConfig, prepared: Prepared) -> dict[str, AlignmentDa
             **batch_layout(config),
         )
 
-    if prepared.asked is not None:
+    if prepared.online is not None:
         number = config.online.num_generations
         assert number is not None
         slots = config.online.mini_batches * config.model.global_batch_size
@@ -50,22 +50,22 @@ def data_sets_of(config: RunConfig, prepared: Prepared) -> dict[str, AlignmentDa
     return data_sets
 
 
-def training_data(config: RunConfig, train: AlignmentData, asked: Asked | None = None) -> TrainingData:
+def training_data(config: RunConfig, train: AlignmentData, online: OnlineTask | None = None) -> TrainingData:
     """The order in which a run takes its training data, or its prompts.
 
     Args:
-        asked: of a run that samples its own responses.
+        online: of a run that samples its own responses.
     """
     common: dict[str, Any] = {
         "micro_batch_size": config.model.micro_batch_size,
         "global_batch_size": config.model.global_batch_size,
         "seed": config.data.seed if config.data.shuffle else None,
     }
-    if asked is None:
+    if online is None:
         return TrainingData(train, **common)
     keys = config.online
     return OnlineData(
-        train, num_prompts=len(asked.prompts), mini_batches=keys.mini_batches, epochs=keys.epochs, **common
+        train, num_prompts=len(online.prompts), mini_batches=keys.mini_batches, epochs=keys.epochs, **common
     )
 
 
@@ -88,11 +88,11 @@ def hooks_of(
     hooks: list[Hook] = [StopWhenAsked(), SeedEveryStep(config.trainer.seed)]
     if config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
         hooks.append(CalibrateScales())
-    if prepared.asked is not None:
+    if prepared.online is not None:
         hooks.append(
             MakeRollouts(
                 config.online,
-                prepared.asked,
+                prepared.online,
                 tokenizer=load_tokenizer(config.data.tokenizer or ""),
                 adapters=keys.peft.scheme != "none",
                 needs=needs,

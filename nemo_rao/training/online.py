@@ -19,7 +19,7 @@ from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.data.prompt_set import load_prompts
 from nemo_rao.data.rendering_record import ChatTemplate
 from nemo_rao.errors import RankFailure, UserError
-from nemo_rao.loop.prepared import Asked
+from nemo_rao.loop.prepared import OnlineTask
 from nemo_rao.objectives import registry
 from nemo_rao.runtime.console import say
 from nemo_rao.scoring.run import KINDS
@@ -30,7 +30,7 @@ _KINDS = ("rule", "judge")  # which look at one response, and compute in this pr
 _PAUSE_SECONDS = 2.0  # before a scorer that has failed is asked again; twice as long each further time
 
 
-def asked_of(config: RunConfig) -> tuple[Asked, LoadedData]:
+def load_online_task(config: RunConfig) -> tuple[OnlineTask, LoadedData]:
     """The prompts of a run and its scorers, and the prompts as the data that the run loads.
 
     Raises:
@@ -58,7 +58,7 @@ def asked_of(config: RunConfig) -> tuple[Asked, LoadedData]:
     if keys.num_prompts is not None:
         chosen = drawn_indices(data, keys.num_prompts, seed=keys.seed).tolist()
         loaded, rows = replace(loaded, train=drawn(config, loaded)), [rows[number] for number in chosen]
-    return Asked(loaded.train, rows, rewards), loaded
+    return OnlineTask(loaded.train, rows, rewards), loaded
 
 
 def _needs_shared_first_token(config: RunConfig) -> bool:

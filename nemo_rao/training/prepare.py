@@ -17,7 +17,7 @@ from nemo_rao.loop.prepared import Prepared
 from nemo_rao.objectives import registry
 from nemo_rao.training.loading import LoadedData, drawn, load_data
 from nemo_rao.training.model_checks import check_model
-from nemo_rao.training.online import asked_of
+from nemo_rao.training.online import load_online_task
 from nemo_rao.training.steps import plan_steps
 
 
@@ -29,11 +29,11 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     """
     keys, objective = config.model, registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
-    asked = None
+    online = None
     if config.online.num_generations is not None:
-        asked, loaded = asked_of(config)
+        online, loaded = load_online_task(config)
     loaded = loaded or load_data(config)
-    data, validation = drawn(config, loaded) if asked is None else asked.prompts, loaded.validation
+    data, validation = drawn(config, loaded) if online is None else online.prompts, loaded.validation
     others = {}
     if needs.mismatched:
         sources = {"train": data} if validation is None else {"train": data, "validation": validation}
@@ -41,7 +41,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
             others[name] = mismatched(source, seq_length=keys.seq_length, seed=config.data.seed)
 
     # Of samples, rewards are not known yet: what depends on them is resolved anew with each rollout.
-    rewards = data.reward_summary() if asked is None else RewardSummary(mean=0.0)
+    rewards = data.reward_summary() if online is None else RewardSummary(mean=0.0)
     resolved = objective.resolve(objective_config(config), rewards)
     if validation is not None:
         objective.resolve(objective_config(config), validation.reward_summary())
@@ -67,5 +67,5 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
-        asked=asked,
+        online=online,
     )

@@ -40,7 +40,7 @@ def train_rank(
     needs = registry.get(config.model.objective).needs_of(prepared.objective_config)
     data_sets = data_sets_of(config, prepared)
     hooks = change(hooks_of(config, needs, data_sets, prepared, record))
-    data = training_data(config, data_sets["training"], prepared.asked)
+    data = training_data(config, data_sets["training"], prepared.online)
     engine_of(config).train_rank(config, prepared, data, hooks)
     leave_if_stopped()
 

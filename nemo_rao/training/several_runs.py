@@ -137,7 +137,7 @@ def finished_runs(
         UserError: the data of a run has changed.
     """
     from nemo_rao.training.loading import data_identity, drawn, load_data
-    from nemo_rao.training.online import asked_of
+    from nemo_rao.training.online import load_online_task
     from nemo_rao.training.steps import plan_steps
 
     loaded = {} if loaded is None else loaded
@@ -148,7 +148,7 @@ def finished_runs(
         with told_of(run.name), contextlib.redirect_stdout(io.StringIO()):
             identity = data_identity(run.config)
             if run.config.online.num_generations is not None:
-                train, validation = asked_of(run.config)[0].prompts, None
+                train, validation = load_online_task(run.config)[0].prompts, None
             else:
                 if identity not in loaded:
                     loaded[identity] = load_data(run.config)

@@ -1,4 +1,4 @@
-"""What is wrong with a run that samples its own responses is said before anything is imported for it."""
+"""Mistakes in a run that samples its own responses are reported before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_recipe_passes(files: list[str], recipe: str) -> None:
         ("gpt_rm", ["online.num_generations=2"], "objective rm does not learn from rewards of samples"),
     ],
 )
-def test_one_line_says_what_is_wrong(files: list[str], recipe: str, overrides: list[str], said: str) -> None:
+def test_one_line_reports_what_is_wrong(files: list[str], recipe: str, overrides: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said) as refused:
         check_run(compose(recipe, [*files, *overrides]), start_exists=False)
     assert "\n" not in str(refused.value)

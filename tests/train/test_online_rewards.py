@@ -98,7 +98,7 @@ def test_a_scorer_that_fails_is_asked_again_and_then_ends_the_run() -> None:
         (["rule:rules_of_this_test:length"], {"lenght": 1.0}, "online.reward_weights: there is no scorer lenght"),
     ],
 )
-def test_one_line_says_what_is_wrong(specs: list[str], weights: dict[str, float], said: str) -> None:
+def test_one_line_reports_what_is_wrong(specs: list[str], weights: dict[str, float], said: str) -> None:
     with pytest.raises(UserError, match=said):
         Rewards(specs, weights, attempts=1, folder=Path()).check()
 
