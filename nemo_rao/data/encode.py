@@ -243,7 +243,8 @@ class Encoder:
             ),
             ranked=row.ranked,
             place=row.place,
-            ensemble=np.array([response.ensemble for response in row.responses], dtype=np.float64),
+            # Of a prompt without responses, no reward of no model.
+            ensemble=np.array([one.ensemble for one in row.responses] or np.zeros((0, 0)), dtype=np.float64),
             reference_rewards=np.array(row.reference_rewards, dtype=np.float64),
             answers=marks,
             remarks=tuple(text.remarks),

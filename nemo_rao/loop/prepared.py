@@ -34,13 +34,11 @@ class OnlineTask:
     """What a run samples responses to, and how they are rewarded.
 
     Attributes:
-        prompts: as samples without responses.
-        rows: the same prompts as text, for scorers.
+        prompts: those of the training data, as text, for scorers.
         reward: of samples.
     """
 
-    prompts: PreferenceData
-    rows: Sequence[Row]
+    prompts: Sequence[Row]
     reward: RewardFunction
 
 

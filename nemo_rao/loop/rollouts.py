@@ -66,7 +66,7 @@ class MakeRollouts(Hook):
         self._keys = keys
         self._num_generations = keys.num_generations
         self._task = task
-        self._text = SampleText(tokenizer, task.rows)
+        self._text = SampleText(tokenizer, task.prompts)
         self._adapters = adapters
         self._needs = needs
         self._start = start
@@ -171,7 +171,7 @@ class MakeRollouts(Hook):
 
         found = sample(
             session.chunks,
-            [Request(self._task.prompts[int(prompts[slot])].prompt, draws(slot)) for slot in own],
+            [Request(data.rollout_data.prompt(int(prompts[slot])), draws(slot)) for slot in own],
             max_new_tokens=keys.max_new_tokens,
             end_tokens=self._text.end_tokens,
             sampling=Sampling(keys.temperature, keys.top_k, keys.top_p),

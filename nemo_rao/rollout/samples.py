@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nemo_rao.batch import Sample
+from nemo_rao.data.store import PreferenceData
 from nemo_rao.rollout.decode import Sampled
 from nemo_rao.runtime.files import written_atomically
 
@@ -105,7 +105,7 @@ class RolloutData:
         num_responses: K.
     """
 
-    def __init__(self, prompts: Any, *, num_slots: int, num_responses: int) -> None:
+    def __init__(self, prompts: PreferenceData, *, num_slots: int, num_responses: int) -> None:
         self._prompts = prompts
         self._num_slots = num_slots
         self._num_responses = num_responses
@@ -129,6 +129,10 @@ class RolloutData:
             ensemble=np.zeros((number, 0)),
             reference_rewards=np.zeros(0),
         )
+
+    def prompt(self, number: int) -> np.ndarray:
+        """``[prompt tokens]`` int32 of one of the run's prompts."""
+        return self._prompts[number].prompt
 
     @property
     def num_responses(self) -> int:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from nemo_rao.batch import Row
 from nemo_rao.config.derived import chosen_responses, data_cache_dir, objective_config
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.cache import DataCache
 from nemo_rao.data.dataset import load_preferences
 from nemo_rao.data.encode import load_tokenizer, pad_token_id
 from nemo_rao.data.overlap import shared_prompts
+from nemo_rao.data.prompt_set import load_prompts
+from nemo_rao.data.rendering_record import ChatTemplate
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
@@ -29,16 +33,49 @@ class LoadedData:
         validation: or ``None``.
         num_tokens: of the tokenizer.
         pad_token_id: see :func:`nemo_rao.data.tokens.pad_token_id`.
+        prompts: of a run that samples its own responses, ``train`` as text, without responses; empty for others.
     """
 
     train: PreferenceData
     validation: PreferenceData | None
     num_tokens: int
     pad_token_id: int
+    prompts: Sequence[Row] = ()
 
 
 def load_data(config: RunConfig) -> LoadedData:
     """Reads, tokenises and checks a run's data, or reads it back. See :func:`train` for the errors."""
+    return _load_preferences(config) if config.online.num_generations is None else _load_prompts(config)
+
+
+def _load_prompts(config: RunConfig) -> LoadedData:
+    keys, length = config.data, config.model.seq_length
+    tokenizer = load_tokenizer(keys.tokenizer or "")
+    train, prompts = load_prompts(
+        keys.train_path,
+        tokenizer,
+        longest=_longest_prompt(config),
+        set_by=f"model.seq_length={length} leaves beside online.max_new_tokens={config.online.max_new_tokens}",
+        strict=keys.strict,
+        needs_shared_first_token=registry.get(config.model.objective)
+        .needs_of(objective_config(config))
+        .shared_first_token,
+        needed_by=f"objective {config.model.objective}",
+        chat_template=cast(ChatTemplate, keys.chat_template),
+        template_arguments=keys.template_arguments,
+        columns=keys.columns,
+        ignore_fields=keys.ignore_fields,
+    )
+    say(f"training data: {train.report.text()}")
+    return LoadedData(train, None, len(tokenizer), pad_token_id(tokenizer), prompts)
+
+
+def _longest_prompt(config: RunConfig) -> int:
+    """Tokens that leave room for a sampled response."""
+    return config.model.seq_length - config.online.max_new_tokens
+
+
+def _load_preferences(config: RunConfig) -> LoadedData:
     tokenizer, wanted, folder = load_tokenizer(config.data.tokenizer or ""), wanted_rows(config), data_cache_dir(config)
     cache = None if folder is None else DataCache(folder, tokenizer)
 
@@ -71,7 +108,8 @@ def load_data(config: RunConfig) -> LoadedData:
 def data_identity(config: RunConfig) -> str:
     """The same text for runs for which :func:`load_data` gives the same."""
     paths = (config.data.train_path, config.data.validation_path, config.data.tokenizer)
-    return repr((paths, {name: value for name, value in wanted_rows(config).items() if name != "needed_by"}))
+    samples = None if config.online.num_generations is None else _longest_prompt(config)
+    return repr((paths, samples, {name: value for name, value in wanted_rows(config).items() if name != "needed_by"}))
 
 
 def wanted_rows(config: RunConfig) -> dict[str, Any]:
@@ -108,6 +146,14 @@ def drawn(config: RunConfig, loaded: LoadedData) -> PreferenceData:
     if config.data.num_prompts is None:
         return loaded.train
     return draw_prompts(loaded.train, config.data.num_prompts, seed=config.data.seed)
+
+
+def drawn_prompts(config: RunConfig, loaded: LoadedData) -> Sequence[Row]:
+    """Those of :func:`drawn`, as text."""
+    if config.data.num_prompts is None:
+        return loaded.prompts
+    chosen = drawn_indices(loaded.train, config.data.num_prompts, seed=config.data.seed)
+    return [loaded.prompts[index] for index in chosen.tolist()]
 
 
 def draw_prompts(data: PreferenceData, num_prompts: int, *, seed: int) -> PreferenceData:

@@ -13,11 +13,11 @@ from nemo_rao.checkpoint.starting import needs_start, start_of
 from nemo_rao.config.derived import objective_config, run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.mismatched import mismatched
-from nemo_rao.loop.prepared import Prepared
+from nemo_rao.loop.prepared import OnlineTask, Prepared
 from nemo_rao.objectives import registry
-from nemo_rao.training.loading import LoadedData, drawn, load_data
+from nemo_rao.training.loading import LoadedData, drawn, drawn_prompts, load_data
 from nemo_rao.training.model_checks import check_model
-from nemo_rao.training.online import load_online_task
+from nemo_rao.training.online_rewards import rewards_of
 from nemo_rao.training.steps import plan_steps
 
 
@@ -29,11 +29,9 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     """
     keys, objective = config.model, registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
-    online = None
-    if config.online.num_generations is not None:
-        online, loaded = load_online_task(config)
+    reward = None if config.online.num_generations is None else rewards_of(config)
     loaded = loaded or load_data(config)
-    data, validation = drawn(config, loaded) if online is None else online.prompts, loaded.validation
+    data, validation = drawn(config, loaded), loaded.validation
     others = {}
     if needs.mismatched:
         sources = {"train": data} if validation is None else {"train": data, "validation": validation}
@@ -41,7 +39,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
             others[name] = mismatched(source, seq_length=keys.seq_length, seed=config.data.seed)
 
     # Of samples, rewards are not known yet: what depends on them is resolved anew with each rollout.
-    rewards = data.reward_summary() if online is None else RewardSummary(mean=0.0)
+    rewards = data.reward_summary() if reward is None else RewardSummary(mean=0.0)
     resolved = objective.resolve(objective_config(config), rewards)
     if validation is not None:
         objective.resolve(objective_config(config), validation.reward_summary())
@@ -67,5 +65,5 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
-        online=online,
+        online=None if reward is None else OnlineTask(drawn_prompts(config, loaded), reward),
     )

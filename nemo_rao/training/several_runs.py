@@ -137,7 +137,6 @@ def finished_runs(
         UserError: the data of a run has changed.
     """
     from nemo_rao.training.loading import data_identity, drawn, load_data
-    from nemo_rao.training.online import load_online_task
     from nemo_rao.training.steps import plan_steps
 
     loaded = {} if loaded is None else loaded
@@ -147,13 +146,11 @@ def finished_runs(
             continue
         with told_of(run.name), contextlib.redirect_stdout(io.StringIO()):
             identity = data_identity(run.config)
-            if run.config.online.num_generations is not None:
-                train, validation = load_online_task(run.config)[0].prompts, None
-            else:
-                if identity not in loaded:
-                    loaded[identity] = load_data(run.config)
-                train, validation = drawn(run.config, loaded[identity]), loaded[identity].validation
-            if plan_steps(run.config, train, validation, another=another).finished_at is not None:
+            if identity not in loaded:
+                loaded[identity] = load_data(run.config)
+            data = loaded[identity]
+            train = drawn(run.config, data)
+            if plan_steps(run.config, train, data.validation, another=another).finished_at is not None:
                 found.add(run.name)
     return found
 

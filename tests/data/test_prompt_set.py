@@ -36,6 +36,8 @@ def test_prompts_are_as_a_policy_is_asked_and_the_rest_is_counted(path: str, tok
         assert row.responses == () and data[number].responses == ()
         assert tokenizer.decode(data[number].prompt.tolist()).endswith(encoder.prompt_text(row))
     assert [row.place.rpartition(" ")[2] for row in rows] == ["1", "3", "4"]
+    assert data.contents_fingerprint() != data.fingerprint()
+    assert data.reward_summary().mean is None and data.num_responses == 0
     text = data.report.text()
     assert "3 of 4 rows kept" in text
     assert "1 dropped (longer than 60 tokens, which the test allows; first: " in text and "line 2" in text

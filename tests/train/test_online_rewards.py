@@ -11,8 +11,8 @@ import pytest
 
 from nemo_rao.batch import Response, Row
 from nemo_rao.errors import RankFailure, UserError
-from nemo_rao.training import online
-from nemo_rao.training.online import Rewards
+from nemo_rao.training import online_rewards as online
+from nemo_rao.training.online_rewards import Rewards
 
 RULES = """
 def length(prompt, response):

@@ -1,4 +1,4 @@
-"""What a run that samples its own responses needs before any rank exists: its prompts, and what samples are worth."""
+"""The rewards of a run that samples its own responses: a weighted sum of scorers."""
 
 from __future__ import annotations
 
@@ -6,63 +6,31 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
 from nemo_rao.batch import Row
-from nemo_rao.config.derived import objective_config, run_dir
+from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.data.encode import load_tokenizer, pad_token_id
-from nemo_rao.data.prompt_set import load_prompts
-from nemo_rao.data.rendering_record import ChatTemplate
 from nemo_rao.errors import RankFailure, UserError
-from nemo_rao.loop.prepared import OnlineTask
-from nemo_rao.objectives import registry
-from nemo_rao.runtime.console import say
 from nemo_rao.scoring.run import KINDS
 from nemo_rao.scoring.scorer import InputRow, NoScore, Place, Scored, Scorer, ScoringFailure, make_scorers
-from nemo_rao.training.loading import LoadedData, drawn, drawn_indices
 
 _KINDS = ("rule", "judge")  # which look at one response, and compute in this process or elsewhere
 _PAUSE_SECONDS = 2.0  # before a scorer that has failed is asked again; twice as long each further time
 
 
-def load_online_task(config: RunConfig) -> tuple[OnlineTask, LoadedData]:
-    """The prompts of a run and its scorers, and the prompts as the data that the run loads.
+def rewards_of(config: RunConfig) -> Rewards:
+    """What scores the samples of a run.
 
     Raises:
-        UserError: a file cannot be read, a prompt is no prompt, a scorer cannot be made.
+        UserError: nothing does, or a scorer cannot be made.
     """
-    keys, online, length = config.data, config.online, config.model.seq_length
-    rewards = Rewards(online.reward, online.reward_weights, attempts=online.scoring_attempts, folder=run_dir(config))
-    rewards.check()
-    tokenizer = load_tokenizer(keys.tokenizer or "")
-    data, rows = load_prompts(
-        keys.train_path,
-        tokenizer,
-        longest=length - online.max_new_tokens,
-        set_by=f"model.seq_length={length} leaves beside online.max_new_tokens={online.max_new_tokens}",
-        strict=keys.strict,
-        needs_shared_first_token=_needs_shared_first_token(config),
-        needed_by=f"objective {config.model.objective}",
-        chat_template=cast(ChatTemplate, keys.chat_template),
-        template_arguments=keys.template_arguments,
-        columns=keys.columns,
-        ignore_fields=keys.ignore_fields,
-    )
-    say(f"training data: {data.report.text()}")
-    loaded = LoadedData(data, None, len(tokenizer), pad_token_id(tokenizer))
-    if keys.num_prompts is not None:
-        chosen = drawn_indices(data, keys.num_prompts, seed=keys.seed).tolist()
-        loaded, rows = replace(loaded, train=drawn(config, loaded)), [rows[number] for number in chosen]
-    return OnlineTask(loaded.train, rows, rewards), loaded
-
-
-def _needs_shared_first_token(config: RunConfig) -> bool:
-    return registry.get(config.model.objective).needs_of(objective_config(config)).shared_first_token
+    keys = config.online
+    made = Rewards(keys.reward, keys.reward_weights, attempts=keys.scoring_attempts, folder=run_dir(config))
+    made.check()
+    return made
 
 
 class Rewards:
