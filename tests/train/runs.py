@@ -108,11 +108,13 @@ def die_after_step(last: int) -> None:
 
 
 def in_fork(function: Callable[..., Any], *args: Any) -> None:
-    """``function(*args)`` in a fork of this process; raises what it raised, with its traceback."""
+    """``function(*args)`` in a fork of this process; raises what it raised, with its traceback, or what killed it."""
     process, failure = start_fork(function, *args)
     process.join()
-    if process.exitcode != 0:
-        raise AssertionError(failure.recv() if failure.poll() else f"exit code {process.exitcode}")
+    if process.exitcode < 0:
+        raise AssertionError(f"the fork was killed by {signal.Signals(-process.exitcode).name}")
+    if process.exitcode > 0:
+        raise AssertionError(failure.recv())
 
 
 def start_fork(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
