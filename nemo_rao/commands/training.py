@@ -116,6 +116,12 @@ def plan_parser() -> Parser:
         help="assumed fraction of these bandwidths that is reached (default: %(default)s)",
     )
     parser.add_argument(
+        "--memory-bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="bandwidth of a GPU's memory, by which sampling is planned, instead of that of --gpu",
+    )
+    parser.add_argument(
         "--devices-per-node",
         type=int,
         metavar="N",

@@ -26,6 +26,7 @@ class Gpu:
         memory_gib: as the driver reports it.
         bf16_tflops, fp32_tflops: peak, in bf16 and in fp32 (not TF32).
         intra_node_gbs, inter_node_gbs: GB/s that it can send, by NVLink and by InfiniBand.
+        memory_gbs: GB/s at which it reads its memory.
     """
 
     name: str
@@ -35,16 +36,17 @@ class Gpu:
     fp32_tflops: float
     intra_node_gbs: float
     inter_node_gbs: float
+    memory_gbs: float
 
     def peak_tflops(self, param_bytes: int) -> float:
         return self.bf16_tflops if param_bytes == 2 else self.fp32_tflops
 
 
 GPUS = {
-    "a100": Gpu("A100 80 GB", (8, 0), 80.0, 312.0, 19.5, 300.0, 25.0),
-    "h100": Gpu("H100 SXM 80 GB", (9, 0), 79.6, 989.4, 66.9, 450.0, 50.0),
-    "h200": Gpu("H200 SXM 141 GB", (9, 0), 140.4, 989.4, 66.9, 450.0, 50.0),
-    "b200": Gpu("B200 180 GB", (10, 0), 179.1, 2250.0, 75.0, 900.0, 50.0),
+    "a100": Gpu("A100 80 GB", (8, 0), 80.0, 312.0, 19.5, 300.0, 25.0, 2039.0),
+    "h100": Gpu("H100 SXM 80 GB", (9, 0), 79.6, 989.4, 66.9, 450.0, 50.0, 3350.0),
+    "h200": Gpu("H200 SXM 141 GB", (9, 0), 140.4, 989.4, 66.9, 450.0, 50.0, 4800.0),
+    "b200": Gpu("B200 180 GB", (10, 0), 179.1, 2250.0, 75.0, 900.0, 50.0, 8000.0),
 }
 
 

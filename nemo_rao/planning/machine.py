@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from nemo_rao.config.gpu_models import GIB
 
+_MEMORY_EFFICIENCY = 0.8  # share of a GPU's memory bandwidth that is reached; assumed
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -19,6 +21,7 @@ class Machine:
         mfu: share of it that is reached while a GPU computes.
         intra_node_gbs, inter_node_gbs: GB/s that a GPU sends, to the others of its node and to other nodes.
         link_efficiency: share of these that is reached.
+        memory_gbs: GB/s at which a GPU reads its memory.
         node_size: GPUs that a node may have, for advice.
     """
 
@@ -30,6 +33,7 @@ class Machine:
     intra_node_gbs: float
     inter_node_gbs: float
     link_efficiency: float
+    memory_gbs: float
     node_size: int
 
     @property
@@ -41,6 +45,11 @@ class Machine:
     def flops_per_second(self) -> float:
         """Of one GPU while it computes."""
         return self.peak_tflops * 1e12 * self.mfu
+
+    @property
+    def memory_bytes_per_second(self) -> float:
+        """Bytes that a GPU reads of its memory."""
+        return self.memory_gbs * 1e9 * _MEMORY_EFFICIENCY
 
     @property
     def within_node(self) -> float:

@@ -3,8 +3,8 @@
     states + micro-batches in flight x what each keeps + the larger of: log-probabilities; a layer's backward pass
 
 The last two never stand together: log-probabilities are done when the last layer's backward pass begins, and
-recomputation has not begun before. Where the reference pass has larger micro-batches, states and what one of these
-takes may be more than that. On a CPU the process shares the memory with its tensors, and is added.
+recomputation has not begun before. Where the reference pass has larger micro-batches, or rows are sampled, states and
+what these take may be more than that. On a CPU the process shares the memory with its tensors, and is added.
 
 States are exact. The others are within ``UNCERTAINTY`` of those measured.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from nemo_rao.planning import activations
 from nemo_rao.planning.buffers import stage_states
 from nemo_rao.planning.log_probs import forward_log_prob_bytes, log_prob_bytes
+from nemo_rao.planning.rollouts import host_bytes, sampling_bytes
 from nemo_rao.planning.setting import Setting
 
 UNCERTAINTY = 0.1  # of activations and what comes with them; tests/planning/test_plan_activations.py
@@ -36,6 +37,8 @@ class StageMemory:
         backward: of one layer's backward pass, recomputed activations included.
         process: of what is imported, on a CPU; 0 on GPUs.
         reference: of a micro-batch of the reference pass, which keeps nothing for a backward pass.
+        sampling: keys, values and what else is held while tokens are sampled; 0 where none are.
+        host: of a rank's reference weights in host memory, where the run samples; no part of the total.
     """
 
     weights: int
@@ -46,6 +49,8 @@ class StageMemory:
     log_probs: int
     backward: int
     reference: int
+    sampling: int
+    host: int
     process: int
 
     @property
@@ -55,7 +60,7 @@ class StageMemory:
     @property
     def passing(self) -> int:
         """What micro-batches take, beside the states."""
-        return max(self.activations + max(self.log_probs, self.backward), self.reference)
+        return max(self.activations + max(self.log_probs, self.backward), self.reference, self.sampling)
 
     @property
     def uncertainty(self) -> int:
@@ -77,6 +82,8 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
         log_probs=log_prob_bytes(setting) if stage == setting.pipeline - 1 else 0,
         backward=activations.recomputed_unit(setting, stage) + activations.layer_gradients(setting),
         reference=_reference(setting.of_reference_pass(), stage) if setting.reference else 0,
+        sampling=0 if setting.rollouts is None else sampling_bytes(setting, stage),
+        host=0 if setting.rollouts is None else host_bytes(setting, stage),
         process=0 if setting.transformer_engine else PROCESS_BYTES,
     )
 

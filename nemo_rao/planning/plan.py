@@ -17,11 +17,13 @@ from nemo_rao.config.derived import chosen_responses, objective_config
 from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.gpu_models import GPUS
 from nemo_rao.config.lora_targets import lora_targets
+from nemo_rao.config.online_config import OnlineConfig
 from nemo_rao.config.precision_checks import check_named_gpu, fp8_multiple
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.choice import num_used
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
+from nemo_rao.objectives.base import Needs
 from nemo_rao.ops.workspace import CPU_WORKSPACE_BYTES, CUDA_WORKSPACE_BYTES
 from nemo_rao.planning.advise import Advice, advise
 from nemo_rao.planning.machine import Machine
@@ -29,7 +31,7 @@ from nemo_rao.planning.memory import peak, upper_peak
 from nemo_rao.planning.network import Network, network_of
 from nemo_rao.planning.plan_data import run_length, size_of
 from nemo_rao.planning.report import fits, fits_surely, record, table
-from nemo_rao.planning.setting import Lora, Setting
+from nemo_rao.planning.setting import Lora, Rollouts, Setting
 from nemo_rao.runtime.files import write_atomically
 
 NUM_ADVICE = 3
@@ -95,6 +97,7 @@ def machine_of(arguments: argparse.Namespace, setting: Setting) -> Machine:
         "--intra-node-bandwidth": _either(arguments.intra_node_bandwidth, gpu.intra_node_gbs),
         "--inter-node-bandwidth": _either(arguments.inter_node_bandwidth, gpu.inter_node_gbs),
         "--link-efficiency": arguments.link_efficiency,
+        "--memory-bandwidth": _either(arguments.memory_bandwidth, gpu.memory_gbs),
     }
     for name, value in values.items():
         share = name in ("--mfu", "--link-efficiency")
@@ -116,6 +119,7 @@ def machine_of(arguments: argparse.Namespace, setting: Setting) -> Machine:
         intra_node_gbs=values["--intra-node-bandwidth"],
         inter_node_gbs=values["--inter-node-bandwidth"],
         link_efficiency=arguments.link_efficiency,
+        memory_gbs=values["--memory-bandwidth"],
         # A recipe for several nodes says how large they are.
         node_size=arguments.devices_per_node or (NODE_SIZE if setting.nodes == 1 else setting.devices),
     )
@@ -192,7 +196,24 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         reference_micro_batch_size=config.reference.micro_batch_size,
         reference_in_a_row=config.reference.save_every,
         mismatched=needs.mismatched,
+        rollouts=_rollouts(config.online, needs),
         transformer_engine=config.trainer.accelerator != "cpu",
+    )
+
+
+def _rollouts(keys: OnlineConfig, needs: Needs) -> Rollouts | None:
+    if keys.num_generations is None:
+        return None
+    several_steps = keys.mini_batches * keys.epochs > 1
+    return Rollouts(
+        num_generations=keys.num_generations,
+        max_new_tokens=keys.max_new_tokens,
+        rows_at_once=keys.rows_at_once,
+        mini_batches=keys.mini_batches,
+        epochs=keys.epochs,
+        nucleus=keys.top_p < 1,
+        # As nemo_rao.loop.rollouts makes them.
+        passes=int(needs.reference) + int(needs.tokens and several_steps),
     )
 
 

@@ -16,7 +16,8 @@ from nemo_rao.planning.log_probs import whole_logits
 from nemo_rao.planning.machine import Machine
 from nemo_rao.planning.memory import UNCERTAINTY, StageMemory, memory, peak, upper_peak
 from nemo_rao.planning.parameters import model_parameters
-from nemo_rao.planning.setting import Setting
+from nemo_rao.planning.rollouts import cache_bytes, rollout_time
+from nemo_rao.planning.setting import Rollouts, Setting
 from nemo_rao.planning.step_time import StepTime, step_time
 from nemo_rao.planning.whole_run import RunLength, reference_seconds, run_time
 
@@ -74,8 +75,21 @@ def record(
         "seconds_of": dataclasses.asdict(time),
         "mfu": _reached_mfu(setting, machine, time),
         "reference_seconds": _reference_seconds(setting, machine),
+        "rollout": _rollout_record(setting, machine),
         "whole_run": None if length is None else _whole_run_record(length, setting, machine),
         "advice": [{"overrides": list(one.overrides), "bytes": one.bytes} for one in advice],
+    }
+
+
+def _rollout_record(setting: Setting, machine: Machine) -> dict[str, Any] | None:
+    if setting.rollouts is None:
+        return None
+    time = rollout_time(setting, machine)
+    return {
+        "steps": setting.rollouts.steps,
+        "seconds": time.total,
+        "seconds_of": dataclasses.asdict(time),
+        "cache_bytes": [cache_bytes(setting, stage) for stage in range(setting.pipeline)],
     }
 
 
@@ -92,6 +106,8 @@ def _whole_run_record(length: RunLength, setting: Setting, machine: Machine) -> 
 def table(title: str, setting: Setting, machine: Machine, advice: Sequence[Advice], length: RunLength | None) -> str:
     """The plan for a terminal. See :func:`record`."""
     lines = [*_head(title, setting), "", *_memory(setting), "", *_work(setting, machine), ""]
+    if setting.rollouts is not None:
+        lines += [*_rollout(setting, setting.rollouts, machine), ""]
     lines += [*_whole_run(length, setting, machine), ""]
     return "\n".join([*lines, *_verdict(setting, machine, advice)]) + "\n"
 
@@ -157,6 +173,8 @@ def _memory(setting: Setting) -> Iterator[str]:
     ]
     if any(stage.reference == stage.passing for stage in stages):
         rows.append(("or a micro-batch of the reference **", [stages[n].reference for n in shown]))
+    if setting.rollouts is not None:
+        rows.append(("or sampling **", [stages[n].sampling for n in shown]))
     if not setting.transformer_engine:  # on a CPU
         rows.append(("process, without tensors", [stages[n].process for n in shown]))
     rows.append(("total", [stages[n].total for n in shown]))
@@ -165,8 +183,13 @@ def _memory(setting: Setting) -> Iterator[str]:
     held = ", ".join(str(stages[n].in_flight) for n in shown)
     what = "micro-batches" if setting.virtual == 1 else "chunks of micro-batches"
     yield f"  {what} in flight: {held}; * the larger of the two counts"
-    if any(stage.reference == stage.passing for stage in stages):
+    if setting.rollouts is not None:
+        yield "  ** the largest counts: a step's rows from activations on, sampling, the reference pass"
+    elif any(stage.reference == stage.passing for stage in stages):
         yield "  ** the reference pass takes more than the rows from activations on; the larger counts"
+    if any(stage.host for stage in stages):
+        of_node = max(stage.host for stage in stages) * setting.devices / GIB
+        yield f"  reference weights wait in host memory: {of_node:.2f} on a node, at most"
     logits = whole_logits(setting) / GIB
     if not setting.scores:
         held = "are held, and their gradient:" if setting.holds_logits else "are never held, and would take"
@@ -194,9 +217,24 @@ def _work(setting: Setting, machine: Machine) -> Iterator[str]:
         )
     yield _row("  pipeline bubble", f"{time.bubble:.2f} s, {100 * bubble(setting):.1f} % of what micro-batches take")
     yield _row("  time", f"{time.total:.2f} s, MFU {_reached_mfu(setting, machine, time):.2f}")
-    if setting.reference:
+    if setting.reference and setting.rollouts is None:
         extra = _reference_seconds(setting, machine)
         yield _row("  reference pass", f"once over the data: {extra:.2f} s for as many prompts as a step has")
+
+
+def _rollout(setting: Setting, keys: Rollouts, machine: Machine) -> Iterator[str]:
+    time = rollout_time(setting, machine)
+    cache = max(cache_bytes(setting, stage) for stage in range(setting.pipeline)) / GIB
+    yield f"a rollout, for {keys.steps} step{'s' * (keys.steps > 1)}"
+    sampled = keys.mini_batches * setting.global_batch_size * keys.num_generations
+    yield _row(
+        "  samples", f"{sampled:,} of up to {keys.max_new_tokens:,} tokens; keys and values {cache:.2f} GiB a rank"
+    )
+    yield _row(
+        "  sampling", f"{time.prompts + time.tokens:.2f} s: prompts {time.prompts:.2f}, tokens {time.tokens:.2f}"
+    )
+    if keys.passes:
+        yield _row("  log-probabilities", f"{time.passes:.2f} s, {keys.passes} pass{'es' * (keys.passes > 1)}")
 
 
 def _hidden(time: StepTime) -> str:
@@ -221,7 +259,12 @@ def _whole_run(length: RunLength | None, setting: Setting, machine: Machine) -> 
     yield "the run"
     prompts = "" if length.prompts is None else f", on {length.prompts:,} prompts"
     yield _row("  steps", f"{length.steps:,} of {setting.global_batch_size} prompts{prompts}")
-    parts = {"training": time.training, "reference pass": time.reference, "validation": time.validation}
+    parts = {
+        "training": time.training,
+        "rollouts": time.rollouts,
+        "reference pass": time.reference,
+        "validation": time.validation,
+    }
     shown = ", ".join(f"{name} {_hours(seconds / 3600)}" for name, seconds in parts.items() if seconds)
     yield _row("  hours", f"{_hours(time.total / 3600)}: {shown}")
     yield _row("  GPU-hours", f"{_hours(time.gpu_hours(setting))} on {setting.ranks} GPU{'s' * (setting.ranks > 1)}")
@@ -275,6 +318,8 @@ def _largest_part(stage: StageMemory) -> str:
         "the process without tensors": stage.process,
         "the reference pass": stage.reference if stage.reference == stage.passing else 0,
     }
+    if stage.sampling == stage.passing:
+        parts["sampling"] = stage.sampling
     name = max(parts, key=lambda part: parts[part])
     return f"{name}, {parts[name] / GIB:.2f} GiB"
 

@@ -52,6 +52,33 @@ def _adapted(lora: Lora, number: int) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
+class Rollouts:
+    """What a run samples, by the names of ``online``.
+
+    Attributes:
+        num_generations: responses of each prompt.
+        max_new_tokens: of a response, at most.
+        rows_at_once: responses that a rank decodes together.
+        mini_batches, epochs: global batches that a rollout fills, and passes over it.
+        nucleus: tokens are drawn from the most probable ones (``top_p``).
+        passes: over the sampled rows before the first step on them, for log-probabilities.
+    """
+
+    num_generations: int
+    max_new_tokens: int
+    rows_at_once: int
+    mini_batches: int
+    epochs: int
+    nucleus: bool
+    passes: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps on each rollout."""
+        return self.mini_batches * self.epochs
+
+
+@dataclass(frozen=True)
 class Setting:
     """A run as the planner sees it. Field names are those of the recipe's keys where there is one.
 
@@ -75,10 +102,11 @@ class Setting:
         lora_offered: those that advice may propose.
         workspace_bytes: of the log-probabilities' blocks.
         value_head, scores: heads on the last stage (:mod:`nemo_rao.mcore.heads`).
-        reference: log-probabilities of the reference policy are computed, once.
+        reference: log-probabilities of the reference policy are computed, once; for samples, once a rollout.
         reference_micro_batch_size: prompts of that pass; ``None``: ``micro_batch_size``.
         reference_in_a_row: micro-batches of that pass between two writes, after which the pipeline is filled anew.
         mismatched: each step has a forward pass over one more response of each prompt.
+        rollouts: what the run samples; ``None``: it trains on responses that lie there.
         transformer_engine: its fused layers run, as on GPUs; else PyTorch's own, as on a CPU.
     """
 
@@ -117,6 +145,7 @@ class Setting:
     reference_micro_batch_size: int | None
     reference_in_a_row: int
     mismatched: bool
+    rollouts: Rollouts | None
     transformer_engine: bool
 
     @property

@@ -1,13 +1,15 @@
-"""A whole run: its steps, the reference pass before them and the validations between them, in hours and GPU-hours.
+"""A whole run, in hours and GPU-hours: its steps, its rollouts or the reference pass before them, its validations.
 
-Not counted: reading and tokenising data, building the model, checkpoints, and what a cluster takes to start.
+Not counted: reading and tokenising data, scorers, building the model, checkpoints, and what a cluster takes to start.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nemo_rao.planning.machine import Machine
+from nemo_rao.planning.rollouts import rollout_time
 from nemo_rao.planning.setting import Setting
 from nemo_rao.planning.step_time import forward_seconds, step_time
 
@@ -32,15 +34,23 @@ class RunLength:
 
 @dataclass(frozen=True)
 class RunTime:
-    """Seconds of a run's parts; ``None`` for one whose size is not known, which no sum has."""
+    """Seconds of a run's parts; ``None`` for one whose size is not known, which no sum has.
+
+    Attributes:
+        training: steps.
+        rollouts: of a run that samples, with their passes for log-probabilities.
+        reference: the pass before the first step.
+        validation: all of them.
+    """
 
     training: float
+    rollouts: float
     reference: float | None
     validation: float | None
 
     @property
     def total(self) -> float:
-        return self.training + (self.reference or 0.0) + (self.validation or 0.0)
+        return self.training + self.rollouts + (self.reference or 0.0) + (self.validation or 0.0)
 
     def gpu_hours(self, setting: Setting) -> float:
         return self.total / 3600 * setting.ranks
@@ -56,8 +66,12 @@ def run_time(length: RunLength, setting: Setting, machine: Machine) -> RunTime:
     if length.validation_prompts is not None:
         once = _scoring(setting, machine, length.validation_prompts, mismatched=setting.mismatched)
         validation = length.validations * once
+    rollouts = 0.0
+    if setting.rollouts is not None:
+        rollouts = math.ceil(length.steps / setting.rollouts.steps) * rollout_time(setting, machine).total
     return RunTime(
         training=length.steps * step_time(setting, machine).total,
+        rollouts=rollouts,
         reference=_reference(length, setting, machine),
         validation=validation,
     )
@@ -70,7 +84,7 @@ def reference_seconds(setting: Setting, machine: Machine, prompts: int) -> float
 
 
 def _reference(length: RunLength, setting: Setting, machine: Machine) -> float | None:
-    if not setting.reference:
+    if not setting.reference or setting.rollouts is not None:
         return 0.0
     if length.prompts is None:
         return None

@@ -19,7 +19,7 @@ from nemo_rao.planning.report import record
 
 from ..engines import needs_nemo
 
-MACHINE = Machine("H100", 80.0, 4.0, 989.4, 0.5, 450.0, 50.0, 0.8, 8)
+MACHINE = Machine("H100", 80.0, 4.0, 989.4, 0.5, 450.0, 50.0, 0.8, 3350.0, 8)
 SIZES = (
     *("model.arch.num_layers=8", "model.arch.hidden_size=256", "model.arch.ffn_hidden_size=512"),
     *("model.arch.num_attention_heads=8", "model.arch.num_query_groups=4", "model.arch.kv_channels=32"),
@@ -32,6 +32,7 @@ FULL = ("model.recompute_granularity=full",)
 LORA = ("model.peft.scheme=lora",)
 MIXTURE = ("model.family=mixtral", "model.arch.extra={vocab_size: 1024, num_moe_experts: 4}")
 TOKENIZED = ("model.arch.extra={vocab_size: null}",)
+SAMPLED = ("online.num_generations=4", "online.max_new_tokens=128")
 DATA = ("data.train_path=train.jsonl",)
 # FP8 recipe -> keys that go with another one.
 EIGHT_BITS = {
@@ -87,7 +88,11 @@ READ: dict[str, tuple[str, tuple[str, ...]]] = {
     "data.num_prompts": ("40", DATA),
     "data.num_responses": ("8", ()),
     "online.num_generations": ("8", ()),
-    "online.epochs": ("2", (*DATA, "online.num_generations=4", "trainer.max_epochs=1")),
+    "online.max_new_tokens": ("64", SAMPLED),
+    "online.top_p": ("0.9", SAMPLED),
+    "online.rows_at_once": ("4", SAMPLED),
+    "online.mini_batches": ("2", SAMPLED),
+    "online.epochs": ("2", (*DATA, *SAMPLED, "trainer.max_epochs=1")),
     "data.responses": ("best_random", ()),
     "data.pad_to_multiple_of": ("96", ()),
     "data.packing": ("true", ("data.pad_to_multiple_of=96",)),
@@ -172,20 +177,16 @@ CANNOT: dict[str, tuple[str, str]] = {
     "precision.fp16_loss_scale_window": ("a factor", "7"),
     "precision.fp16_hysteresis": ("a factor", "7"),
     "reference.cache_dir": ("where sums are kept", "elsewhere"),
-    "online.max_new_tokens": ("rollouts are not planned", "7"),
-    "online.temperature": ("rollouts are not planned", "0.5"),
-    "online.top_k": ("rollouts are not planned", "7"),
-    "online.top_p": ("rollouts are not planned", "0.5"),
-    "online.seed": ("rollouts are not planned", "7"),
-    "online.reward": ("rollouts are not planned", "[rule:a:b]"),
-    "online.reward_weights": ("rollouts are not planned", "{a: 2}"),
-    "online.cut_responses": ("rollouts are not planned", "drop"),
-    "online.cut_reward": ("rollouts are not planned", "7"),
-    "online.mini_batches": ("rollouts are not planned", "2"),
-    "online.rows_at_once": ("rollouts are not planned", "7"),
-    "online.scoring_attempts": ("rollouts are not planned", "7"),
-    "online.log_samples_every": ("rollouts are not planned", "7"),
-    "online.log_samples": ("rollouts are not planned", "7"),
+    "online.temperature": ("which tokens are drawn, not how many", "0.5"),
+    "online.top_k": ("which tokens are drawn, not how many", "7"),
+    "online.seed": ("which tokens are drawn, not how many", "7"),
+    "online.reward": ("time of scorers is not known", "[rule:a:b]"),
+    "online.reward_weights": ("a factor", "{a: 2}"),
+    "online.cut_responses": ("numbers beside the tokens", "drop"),
+    "online.cut_reward": ("a number", "7"),
+    "online.scoring_attempts": ("what happens after an error", "7"),
+    "online.log_samples_every": ("a few rows", "7"),
+    "online.log_samples": ("a few rows", "7"),
 }
 
 # What an objective's own keys change of a plan, they change through what the objective needs

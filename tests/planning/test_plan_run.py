@@ -19,7 +19,7 @@ from nemo_rao.planning.plan_data import DataSize, run_length, size_of
 from nemo_rao.planning.step_time import forward_seconds, step_time
 from nemo_rao.planning.whole_run import RunLength, num_validations, run_time
 
-MACHINE = Machine("H100", 80.0, 4.0, 989.4, 0.5, 450.0, 50.0, 0.8, 8)
+MACHINE = Machine("H100", 80.0, 4.0, 989.4, 0.5, 450.0, 50.0, 0.8, 3350.0, 8)
 VALIDATED = "data.validation_path=validation.jsonl"
 
 

@@ -18,7 +18,7 @@ from nemo_rao.planning.step_time import forward_seconds, step_time
 
 GB = 10**9
 # 1e12 FLOPs, 100 GB inside a node and 10 GB between nodes a second.
-MACHINE = Machine("a GPU", 80.0, 4.0, 2.0, 0.5, 200.0, 20.0, 0.5, 8)
+MACHINE = Machine("a GPU", 80.0, 4.0, 2.0, 0.5, 200.0, 20.0, 0.5, 1000.0, 8)
 
 
 @pytest.fixture(scope="module")

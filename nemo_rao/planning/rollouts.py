@@ -1,0 +1,147 @@
+"""Rollouts of a run that samples its own responses: what sampling holds on a rank, and how long a rollout takes.
+
+Weights, gradients and optimizer states stay where they are. Beside them a rank holds the keys and values of the rows
+that it decodes together (:mod:`nemo_rao.rollout.decode`), and a layer's forward pass over their prompts, or on the last
+stage their logits while tokens are drawn.
+
+A token of all rows takes each stage the longer of its products and of reading its weights, keys and values, and waits
+for the stage before: stages do not work at the same time. Every response is taken to reach ``max_new_tokens``, which is
+an upper bound. What a GPU waits for the launch of kernels is not counted; with few rows it may be most of the time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from nemo_rao.planning import links
+from nemo_rao.planning.activations import forward_layer
+from nemo_rao.planning.buffers import stage_states
+from nemo_rao.planning.communication import forward_communication
+from nemo_rao.planning.compute import flops
+from nemo_rao.planning.machine import Machine
+from nemo_rao.planning.setting import Rollouts, Setting
+from nemo_rao.planning.step_time import forward_seconds
+
+# Bytes of a logit while a token is drawn: in fp32, scaled, and in fp64 its probability and the sum up to it.
+_DRAWING = 4 + 4 + 8 + 8
+_NUCLEUS = 4 * 8  # with top_p: probabilities in order, their order, its inverse, and sums
+
+
+@dataclass(frozen=True)
+class RolloutTime:
+    """Seconds of a rollout.
+
+    Attributes:
+        prompts: of reading them.
+        tokens: of decoding.
+        passes: over the sampled rows, for log-probabilities.
+    """
+
+    prompts: float
+    tokens: float
+    passes: float
+
+    @property
+    def total(self) -> float:
+        return self.prompts + self.tokens + self.passes
+
+
+def cache_bytes(setting: Setting, stage: int) -> int:
+    """Keys and values of the rows that a rank of this stage decodes together."""
+    rows = _rollouts(setting).num_generations * _prompts_at_once(setting)
+    width = setting.network.key // setting.tensor
+    return 2 * setting.layers_of_stage(stage) * setting.tokens_per_row * rows * width * setting.param_bytes
+
+
+def sampling_bytes(setting: Setting, stage: int) -> int:
+    """At the peak of sampling, beside the states: a prompt is read once for all its responses."""
+    keys, cache = _rollouts(setting), cache_bytes(setting, stage)
+    reading = cache // keys.num_generations + forward_layer(_reading(setting))
+    if stage < setting.pipeline - 1:
+        return max(reading, cache)
+    logits = keys.num_generations * _prompts_at_once(setting) * setting.network.vocabulary(setting.tensor)
+    return max(reading, cache + logits * (setting.param_bytes + _DRAWING + (_NUCLEUS if keys.nucleus else 0)))
+
+
+def host_bytes(setting: Setting, stage: int) -> int:
+    """Of a rank's reference weights in host memory: none where adapters are switched off instead."""
+    return stage_states(setting, stage).weights if setting.reference and setting.lora is None else 0
+
+
+def rollout_time(setting: Setting, machine: Machine) -> RolloutTime:
+    keys = _rollouts(setting)
+    of_copy = machine.flops_per_second * setting.ranks / setting.pipeline  # stages work one after the other
+    reading, decoding = _reading(setting), _decoding(setting)
+    batches = decoding.num_micro_batches
+    products = flops(decoding).forward / of_copy / setting.pipeline / batches  # of one token of a batch, on a stage
+    filled = 1 - keys.max_new_tokens / (2 * setting.tokens_per_row)  # of the cache, on average
+    reads = (
+        (_read_weights(setting, stage) + filled * cache_bytes(setting, stage)) / machine.memory_bytes_per_second
+        for stage in range(setting.pipeline)
+    )
+    token = batches * sum(max(products, read) for read in reads) + _messages(decoding, machine)
+    sampled = keys.mini_batches * setting.global_batch_size
+    return RolloutTime(
+        prompts=flops(reading).forward / of_copy + _messages(reading, machine),
+        tokens=keys.max_new_tokens * token,
+        passes=keys.passes * forward_seconds(setting, machine, prompts=sampled, responses=keys.num_generations),
+    )
+
+
+def _rollouts(setting: Setting) -> Rollouts:
+    assert setting.rollouts is not None, "the run samples"
+    return setting.rollouts
+
+
+def _prompts_of_rank(setting: Setting) -> int:
+    return _rollouts(setting).mini_batches * setting.global_batch_size // setting.data
+
+
+def _prompts_at_once(setting: Setting) -> int:
+    keys = _rollouts(setting)
+    return min(max(keys.rows_at_once // keys.num_generations, 1), _prompts_of_rank(setting))
+
+
+def _reading(setting: Setting) -> Setting:
+    """A forward pass over the prompts of a rollout, without logits but for their last tokens'."""
+    tokens = max(setting.tokens_per_row - _rollouts(setting).max_new_tokens, 1)
+    return replace(_sampling(setting, responses=1, tokens=tokens), scores=1)
+
+
+def _decoding(setting: Setting) -> Setting:
+    """A forward pass over one token of each row of a rollout."""
+    return _sampling(setting, responses=_rollouts(setting).num_generations, tokens=1)
+
+
+def _sampling(setting: Setting, *, responses: int, tokens: int) -> Setting:
+    at_once = _prompts_at_once(setting)
+    return replace(
+        setting,
+        sequence_parallel=False,
+        micro_batch_size=at_once,
+        global_batch_size=math.ceil(_prompts_of_rank(setting) / at_once) * at_once * setting.data,
+        responses=responses,
+        tokens_per_row=tokens,
+        pad_to_multiple_of=1,
+        part_multiple=1,
+        packed=False,
+        mismatched=False,
+    )
+
+
+def _read_weights(setting: Setting, stage: int) -> int:
+    """All of a rank's but, on the first stage, the embedding, of which a row is read for each token."""
+    network = setting.network
+    embedding = network.vocabulary(setting.tensor) // setting.tensor * network.hidden * setting.param_bytes
+    is_output = network.tied and setting.pipeline == 1
+    return stage_states(setting, stage).weights - (embedding if stage == 0 and not is_output else 0)
+
+
+def _messages(passing: Setting, machine: Machine) -> float:
+    sent = forward_communication(passing)
+    return (
+        links.tensor_group(passing).ring_seconds(sent.tensor, machine)
+        + links.expert_group(passing).all_to_all_seconds(sent.expert, machine)
+        + links.pipeline_group(passing).neighbour_seconds(sent.pipeline, machine)
+    )

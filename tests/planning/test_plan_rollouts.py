@@ -1,0 +1,80 @@
+"""What a plan counts of rollouts: against sums by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from nemo_rao.config.compose import compose
+from nemo_rao.planning.machine import Machine
+from nemo_rao.planning.memory import stage_memory
+from nemo_rao.planning.parameters import model_parameters
+from nemo_rao.planning.plan import setting_of
+from nemo_rao.planning.rollouts import cache_bytes, rollout_time, sampling_bytes
+from nemo_rao.planning.setting import Setting
+from nemo_rao.planning.step_time import forward_seconds, step_time
+from nemo_rao.planning.whole_run import RunLength, run_time
+
+# 1e12 FLOPs a second, links that take no time, and 1e12 bytes a second of memory.
+MACHINE = Machine("a GPU", 80.0, 4.0, 2.0, 0.5, 1e9, 1e9, 1.0, 1250.0, 8)
+LAYERS, HIDDEN, FFN, GROUPED, VOCAB = 32, 4096, 14336, 1024, 128256
+PROMPT, NEW, K, ROWS = 1024, 1024, 4, 128
+LINEAR = 2 * HIDDEN * (2 * HIDDEN + 2 * GROUPED + 3 * FFN)  # FLOPs a token of a layer
+
+
+@pytest.fixture(scope="module")
+def alone() -> Setting:
+    """64 prompts of 1,024 tokens on one GPU, four responses each."""
+    overrides = ("trainer.devices=1", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false")
+    return setting_of(compose("gpt_rloo_llama3_8b", overrides))
+
+
+def test_keys_and_values_of_all_rows_or_the_logits_with_them(alone: Setting) -> None:
+    cache = 2 * 2 * LAYERS * GROUPED * ROWS * (PROMPT + NEW)
+    assert cache_bytes(alone, 0) == cache
+    # While a token is drawn, a logit in bf16, in fp32 and scaled, its probability and the sum up to it.
+    assert sampling_bytes(alone, 0) == cache + ROWS * VOCAB * (2 + 4 + 4 + 8 + 8)
+    split = dataclasses.replace(alone, devices=8, tensor=4, pipeline=2)
+    assert cache_bytes(split, 1) == cache // 8 == sampling_bytes(split, 0)
+    # Not more rows than there are.
+    few = dataclasses.replace(alone, global_batch_size=8)
+    assert cache_bytes(few, 0) == cache // 4
+    many = dataclasses.replace(alone, tokens_per_row=8 * (PROMPT + NEW), recompute_granularity="full")
+    assert stage_memory(many, 0).passing == sampling_bytes(many, 0) > cache
+
+
+def test_reference_weights_wait_in_host_memory_but_for_adapters(alone: Setting) -> None:
+    assert stage_memory(alone, 0).host == 2 * model_parameters(alone)
+    assert stage_memory(dataclasses.replace(alone, reference=False), 0).host == 0
+    lora = setting_of(compose("gpt_rloo_llama3_8b", ["model.peft.scheme=lora"]))
+    assert stage_memory(lora, 0).host == 0 < lora.rollouts.passes  # type: ignore[union-attr]
+
+
+def test_prompts_are_read_once_and_tokens_take_products_or_reads(alone: Setting) -> None:
+    time = rollout_time(alone, MACHINE)
+    attention = 4 * HIDDEN * PROMPT
+    assert time.prompts == pytest.approx(64 * PROMPT * LAYERS * (LINEAR + attention) / 1e12)
+    # Of 256 rows, two batches: products take longer than reading 16 GB.
+    products = ROWS * (LAYERS * (LINEAR + 4 * HIDDEN) + 2 * HIDDEN * VOCAB) / 1e12
+    assert time.tokens == pytest.approx(2 * NEW * products)
+    fast = dataclasses.replace(MACHINE, peak_tflops=2000.0)
+    weights = 2 * (model_parameters(alone) - HIDDEN * VOCAB)  # the embedding's rows are not all read
+    reads = (weights + 0.75 * cache_bytes(alone, 0)) / 1e12
+    assert rollout_time(alone, fast).tokens == pytest.approx(2 * NEW * reads)
+    assert time.passes == pytest.approx(forward_seconds(alone, MACHINE, prompts=64))
+
+
+def test_stages_work_one_after_the_other(alone: Setting) -> None:
+    one, two = alone, dataclasses.replace(alone, devices=2, pipeline=2)
+    for part in ("prompts", "tokens"):
+        assert getattr(rollout_time(two, MACHINE), part) == pytest.approx(getattr(rollout_time(one, MACHINE), part))
+
+
+def test_a_rollout_is_for_all_steps_on_it(alone: Setting) -> None:
+    grpo = setting_of(compose("gpt_grpo_llama3_8b", ["online.mini_batches=2", "online.epochs=3"]))
+    assert grpo.rollouts is not None and (grpo.rollouts.steps, grpo.rollouts.passes) == (6, 2)
+    time = run_time(RunLength(steps=12, prompts=1000, validation_prompts=0, validations=0), grpo, MACHINE)
+    assert time.rollouts == pytest.approx(2 * rollout_time(grpo, MACHINE).total)
+    assert time.training == pytest.approx(12 * step_time(grpo, MACHINE).total) and time.reference == 0
+    assert time.total == pytest.approx(time.rollouts + time.training)
