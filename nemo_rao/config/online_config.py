@@ -39,5 +39,6 @@ class OnlineConfig:
     epochs: int = key(1, "passes over each rollout; from the second on its prompts are in a new order", low=1)
     rows_at_once: int = key(64, "responses that a rank decodes together, rounded to whole prompts", low=1)
     scoring_attempts: int = key(3, "times a scorer is asked before the run stops", low=1)
+    validation_generations: int = key(1, "responses sampled to each prompt of data.validation_path", low=1)
     log_samples_every: int = key(10, "steps from one entry of samples.jsonl to the next", low=1)
     log_samples: int = key(4, "prompts of such an entry", low=0)

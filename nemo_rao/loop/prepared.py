@@ -36,10 +36,12 @@ class OnlineTask:
     Attributes:
         prompts: those of the training data, as text, for scorers.
         reward: of samples.
+        validation_prompts: likewise, of the validation data.
     """
 
     prompts: Sequence[Row]
     reward: RewardFunction
+    validation_prompts: Sequence[Row] = ()
 
 
 @dataclass(frozen=True)

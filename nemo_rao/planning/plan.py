@@ -58,6 +58,8 @@ def main(arguments: argparse.Namespace) -> int:
     found = [] if fits_surely(setting, machine) else _advice(config, setting, machine)
     title = f"nemo-rao plan {arguments.config_name}"
     print(table(title, setting, machine, found, length), end="")
+    if setting.rollouts is not None and config.data.validation_path is not None:
+        print("data.validation_path: validations by sampling are not planned.")
     if config.data.prefix_sharing:
         print(
             "data.prefix_sharing=true: what is saved by computing a prompt once is not planned; give\n"

@@ -78,7 +78,7 @@ def run_length(
         steps = trainer.max_steps
     else:
         return None
-    if config.data.validation_path is None:
+    if config.data.validation_path is None or config.online.num_generations is not None:
         return RunLength(steps, used, validation_prompts=0, validations=0)
     return RunLength(
         steps,

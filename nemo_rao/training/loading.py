@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -33,7 +33,8 @@ class LoadedData:
         validation: or ``None``.
         num_tokens: of the tokenizer.
         pad_token_id: see :func:`nemo_rao.data.tokens.pad_token_id`.
-        prompts: of a run that samples its own responses, ``train`` as text, without responses; empty for others.
+        prompts, validation_prompts: of a run that samples its own responses, ``train`` and ``validation`` as text,
+            without responses; empty for others.
     """
 
     train: PreferenceData
@@ -41,6 +42,7 @@ class LoadedData:
     num_tokens: int
     pad_token_id: int
     prompts: Sequence[Row] = ()
+    validation_prompts: Sequence[Row] = ()
 
 
 def load_data(config: RunConfig) -> LoadedData:
@@ -51,23 +53,33 @@ def load_data(config: RunConfig) -> LoadedData:
 def _load_prompts(config: RunConfig) -> LoadedData:
     keys, length = config.data, config.model.seq_length
     tokenizer = load_tokenizer(keys.tokenizer or "")
-    train, prompts = load_prompts(
-        keys.train_path,
-        tokenizer,
-        longest=_longest_prompt(config),
-        set_by=f"model.seq_length={length} leaves beside online.max_new_tokens={config.online.max_new_tokens}",
-        strict=keys.strict,
-        needs_shared_first_token=registry.get(config.model.objective)
-        .needs_of(objective_config(config))
-        .shared_first_token,
-        needed_by=f"objective {config.model.objective}",
-        chat_template=cast(ChatTemplate, keys.chat_template),
-        template_arguments=keys.template_arguments,
-        columns=keys.columns,
-        ignore_fields=keys.ignore_fields,
-    )
-    say(f"training data: {train.report.text()}")
-    return LoadedData(train, None, len(tokenizer), pad_token_id(tokenizer), prompts)
+    needs = registry.get(config.model.objective).needs_of(objective_config(config))
+
+    def load(paths: Any, label: str) -> tuple[PreferenceData, list[Row]]:
+        data, prompts = load_prompts(
+            paths,
+            tokenizer,
+            longest=_longest_prompt(config),
+            set_by=f"model.seq_length={length} leaves beside online.max_new_tokens={config.online.max_new_tokens}",
+            strict=keys.strict,
+            needs_shared_first_token=needs.shared_first_token,
+            needed_by=f"objective {config.model.objective}",
+            chat_template=cast(ChatTemplate, keys.chat_template),
+            template_arguments=keys.template_arguments,
+            columns=keys.columns,
+            ignore_fields=keys.ignore_fields,
+        )
+        say(f"{label}: {data.report.text()}")
+        return data, prompts
+
+    train, prompts = load(keys.train_path, "training data")
+    loaded = LoadedData(train, None, len(tokenizer), pad_token_id(tokenizer), prompts)
+    if keys.validation_path is None:
+        return loaded
+    validation, validation_prompts = load(keys.validation_path, "validation data")
+    if (shared := shared_prompts(train, validation)) is not None:
+        say(f"validation data: {shared}")
+    return replace(loaded, validation=validation, validation_prompts=validation_prompts)
 
 
 def _longest_prompt(config: RunConfig) -> int:

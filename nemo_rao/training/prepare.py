@@ -41,7 +41,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     # Of samples, rewards are not known yet: what depends on them is resolved anew with each rollout.
     rewards = data.reward_summary() if reward is None else RewardSummary(mean=0.0)
     resolved = objective.resolve(objective_config(config), rewards)
-    if validation is not None:
+    if validation is not None and reward is None:
         objective.resolve(objective_config(config), validation.reward_summary())
     planned = plan_steps(config, data, validation)
     resume_from = last_checkpoint(run_dir(config)) if config.exp_manager.resume_if_exists else None
@@ -65,5 +65,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
-        online=None if reward is None else OnlineTask(drawn_prompts(config, loaded), reward),
+        online=(
+            None if reward is None else OnlineTask(drawn_prompts(config, loaded), reward, loaded.validation_prompts)
+        ),
     )

@@ -185,6 +185,7 @@ CANNOT: dict[str, tuple[str, str]] = {
     "online.cut_responses": ("numbers beside the tokens", "drop"),
     "online.cut_reward": ("a number", "7"),
     "online.scoring_attempts": ("what happens after an error", "7"),
+    "online.validation_generations": ("validations by sampling are not planned", "7"),
     "online.log_samples_every": ("a few rows", "7"),
     "online.log_samples": ("a few rows", "7"),
 }
