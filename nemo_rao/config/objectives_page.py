@@ -86,7 +86,7 @@ def _needs(needs: Needs) -> str:
         (f"K ≥ {needs.min_responses}", needs.min_responses > 1),
         ("t0", needs.shared_first_token),
         ("rewards, some may be null", needs.attributes),
-        ("value head", needs.values),
+        ("value head", needs.values is not None),
         ("score head", needs.scores > 0),
         ("mismatched", needs.mismatched),
         ("its own samples", needs.samples),

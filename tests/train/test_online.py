@@ -54,6 +54,7 @@ def rollout(folder: Path, number: int) -> dict[str, np.ndarray]:
     [
         ("gpt_rloo", ()),
         ("gpt_grpo", ("model.grpo.beta=0.1", *SEVERAL_STEPS)),
+        ("gpt_ppo", (*SEVERAL_STEPS, "model.ppo.critic=shared", "model.ppo.value_lr=1e-2")),
         ("gpt_rpo_online", ("model.rpo.distance=sqloo",)),
         ("gpt_rao_online", ()),
     ],
