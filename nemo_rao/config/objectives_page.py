@@ -43,9 +43,9 @@ others the mean.
 **Level of rewards.** rao, dro and sppo with `win_probability=rewards` fit log-ratios to absolute rewards: a constant
 added to all rewards shifts their targets. `model.rao.log_z0=auto`, the default, removes it and prints the value; the
 RAO paper's own runs (`gpt_rao_llama3_8b` and similar recipes) set 50, which fits the paper's reward model. dro's V(x)
-has to learn it, as have ppo's values, though its advantages are whitened. If the mean target is more than 5 nats per response from 0, a run warns before its first step and names
-the key that centres it. kto compares rewards with `model.kto.threshold`. All other objectives depend only on
-differences or ranks.
+has to learn it, as have ppo's values, though its advantages are whitened. If the mean target is more than 5 nats per
+response from 0, a run warns before its first step and names the key that centres it. kto compares rewards with
+`model.kto.threshold`. All other objectives depend only on differences or ranks.
 
 **Needs.** *reference*: the reference policy's log-probabilities, computed once before the first step and cached on
 disk; objectives without it run no such pass. *rewards*: of every response. *preference*: labels or rewards. *K ≥ 2*:
