@@ -95,8 +95,8 @@ class Sample:
             its end tokens); ``None`` where every response is one answer.
         remarks: what was noticed about the row while it was encoded, each to be counted and reported behind the number
             of rows: "prompts hold the chat template's own tokens ...".
-        old_logps, reference_logps: of sampled responses, K arrays ``[response tokens]`` float32: each token's
-            log-probability under the policy that sampled, and under the reference; ``None`` where not wanted.
+        of_tokens: of sampled responses, by names of :class:`Tokens` what is known of each token: K arrays
+            ``[response tokens]`` float32.
     """
 
     prompt: np.ndarray
@@ -108,8 +108,7 @@ class Sample:
     reference_rewards: np.ndarray
     answers: tuple[np.ndarray, ...] | None = None
     remarks: tuple[str, ...] = ()
-    old_logps: tuple[np.ndarray, ...] | None = None
-    reference_logps: tuple[np.ndarray, ...] | None = None
+    of_tokens: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class MicroBatch:
         reward_ensemble: ``[R, M]`` float32, the rewards of M reward models; ``None`` without an ensemble.
         reference_rewards: ``[P, N]`` float32, rewards of the reference policy's own responses, NaN where there are
             fewer than N; ``None`` where there are none.
-        old_logps, reference_logps: ``[R, longest]`` float32, see :class:`Sample`; 0 behind a response's last token.
+        of_tokens: ``[R, longest]`` float32 each, see :class:`Sample`; 0 behind a response's last token.
     """
 
     tokens: Tensor
@@ -179,8 +178,7 @@ class MicroBatch:
     max_responses: int
     reward_ensemble: Tensor | None = None
     reference_rewards: Tensor | None = None
-    old_logps: Tensor | None = None
-    reference_logps: Tensor | None = None
+    of_tokens: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,8 @@ class ModelOutput:
             computed: log-probabilities come from ``hidden``, or it is a reward model, which has none.
         hidden: ``[T, B, H]`` (``[T/TP, B, H]`` with sequence parallelism), what would enter the output layer.
         output_weight: ``[V/TP, H]`` of the output layer, with ``hidden``.
-        values: ``[R]`` float32, the value head's V(x); ``None`` for a model without one.
+        values: the value head's, float32: V(x) ``[R]``, or V of each response token ``[R, longest]``; ``None`` for a
+            model without one.
         scores: ``[R, A]`` float32, a reward model's scores; ``None`` for other models.
     """
 
@@ -211,15 +210,23 @@ class Tokens:
 
     Attributes:
         logps: ``[P, K, L]`` float32, log pi(y_t | x, y_<t), nats. Carries the gradient.
+        mask: ``[P, K, L]`` bool: there is such a token.
         old: ``[P, K, L]`` float32, the same of the policy that sampled; ``None``: it is the policy at hand.
         reference: ``[P, K, L]`` float32, the same of the reference policy; ``None`` where it is not declared.
-        mask: ``[P, K, L]`` bool: there is such a token.
+        values: ``[P, K, L]`` float32, the value head's V(x, y_<t). Carries the gradient. ``None`` where not declared.
+        old_values: ``[P, K, L]`` float32, the same before the first step on the rollout.
+        advantages, returns: ``[P, K, L]`` float32, worked out from a whole rollout; ``None`` for objectives that do not
+            (:class:`nemo_rao.objectives.base.Objective`). No gradient.
     """
 
     logps: Tensor
-    old: Tensor | None
-    reference: Tensor | None
     mask: Tensor
+    old: Tensor | None = None
+    reference: Tensor | None = None
+    values: Tensor | None = None
+    old_values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
 
 
 @dataclass(frozen=True)

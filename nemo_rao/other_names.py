@@ -55,6 +55,7 @@ _OBJECTIVE = Counterpart("the objective", ("model.objective",), "or a recipe, --
 _ATTENTION = Counterpart(
     "the attention kernel", note="is chosen by Megatron: Transformer Engine's on GPUs, PyTorch's without it"
 )
+_PPO_KL = Counterpart("the weight of PPO's KL to the reference", ("model.ppo.kl_coef",))
 _ZERO = Counterpart(
     "splitting optimizer states over ranks", ("model.optim.use_distributed_optimizer",), "on by default; no DeepSpeed"
 )
@@ -62,8 +63,9 @@ _WANDB = Counterpart("logging to Weights & Biases", ("exp_manager.create_wandb_l
 _DATA = Counterpart("the training data", ("data.train_path",))
 _TEMPLATE = Counterpart("the chat template", note="is the tokenizer's own: data.tokenizer, data.chat_template")
 _ONLINE = Counterpart(
-    "an objective that samples while it trains", note="is rloo or grpo here, or rpo or rao with online.num_generations"
-)  # fmt: skip
+    "an objective that samples while it trains",
+    note="is ppo, rloo or grpo here, or rpo or rao with online.num_generations",
+)
 
 _COLUMNS = Counterpart("a name of the data's fields", ("data.columns",), "such as {prompt: question}")
 _TRUNCATED = Counterpart("the treatment of truncated samples", ("data.truncated",))
@@ -212,7 +214,13 @@ KEYS: dict[str, Counterpart] = {
     "beta": _BETA,
     "ref_policy_kl_penalty": _BETA,
     "reference_policy_kl_penalty": _BETA,
-    "kl_coef": _BETA,
+    "kl_coef": _PPO_KL,
+    "init_kl_coef": _PPO_KL,
+    "cliprange": Counterpart("the bound on PPO's ratio", ("model.ppo.clip",)),
+    "cliprange_value": Counterpart("the bound on PPO's values", ("model.ppo.value_clip",)),
+    "vf_coef": Counterpart("the weight of PPO's value loss", ("model.ppo.value_weight",)),
+    "num_ppo_epochs": Counterpart("passes over each rollout", ("online.epochs",)),
+    "num_mini_batches": Counterpart("optimizer steps in each pass over a rollout", ("online.mini_batches",)),
     "simpo_gamma": Counterpart("SimPO's margin", ("model.simpo.gamma",)),
     "cpo_alpha": Counterpart("the weight of the chosen response's likelihood", ("model.simpo.sft_weight",)),
     "rpo_alpha": _LIKELIHOOD,
@@ -234,7 +242,7 @@ KEYS: dict[str, Counterpart] = {
 
 # Names of objectives or trainers. A value without spaces names an objective here; others are explanations.
 OBJECTIVES: dict[str, str] = {
-    **{name: str(_ONLINE) for name in ("ppo", "reinforce", "gspo", "online_dpo", "xpo")},
+    **{name: str(_ONLINE) for name in ("reinforce", "gspo", "online_dpo", "xpo")},
     "dapo": "DAPO is grpo with model.grpo.normalize=token and model.grpo.clip_high=0.28",
     "dr_grpo": "Dr. GRPO is grpo with model.grpo.normalize=constant and model.grpo.scale=none",
     **dict.fromkeys(("reward", "reward_model", "bradley_terry", "bt"), "rm"),

@@ -119,7 +119,7 @@ def _loads(key: str, before: RunConfig, now: RunConfig) -> bool:
     if key == "model.objective":
         return _heads(before) == _heads(now)
     if key == "model.optim.lr" or key.endswith(".value_lr"):
-        return not _heads(now)[0]  # the ratio of the two is how Megatron finds a value head's optimizer state
+        return _heads(now)[0] is None  # the ratio of the two is how Megatron finds a value head's optimizer state
     return key.startswith((*_NO_SIZES, *KEEPS_NUMBERS)) or not key.startswith(NEEDS_NEW_RUN)
 
 

@@ -134,7 +134,7 @@ def describe_heads(config: RunConfig, objective_config: Any, start_from: Path | 
     tensors = stored_tensors(start_from, trusted=config.model.allow_pickle)
     shapes = {name: shape for name, (shape, _) in tensors.items()}
     needs = registry.get(config.model.objective).needs_of(objective_config)
-    outputs = {SCORE_HEAD: needs.scores, VALUE_HEAD: int(needs.values)}
+    outputs = {SCORE_HEAD: needs.scores, VALUE_HEAD: int(needs.values is not None)}
     lines = []
     for name in HEADS:
         wanted, said = outputs[name], name.replace("_", " ")

@@ -81,5 +81,10 @@ def _any_batch(num_responses: int) -> ObjectiveBatch:
         values=zeros,
         scores=zeros[:, :, None],
         mismatched_log_ratio=torch.zeros(()),
-        tokens=Tokens(zeros[:, :, None], zeros[:, :, None], zeros[:, :, None], ones[:, :, None] > 0),
+        tokens=Tokens(
+            mask=ones[:, :, None] > 0,
+            **dict.fromkeys(
+                ("logps", "old", "reference", "values", "old_values", "advantages", "returns"), zeros[:, :, None]
+            ),
+        ),
     )

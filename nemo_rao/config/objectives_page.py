@@ -24,7 +24,7 @@ a pair. logπ(y): log-probability of y given x, summed over tokens, natural loga
 lσ = log σ; sg: stop gradient. π_ref is the policy at the start of the run.
 
 **Normalisation.** The loss of a global batch is the mean over its prompts of the mean over a prompt's responses (or
-pairs), however the batch is split over micro-batches and ranks.
+pairs), however the batch is split over micro-batches and ranks. ppo's is the mean over all its response tokens.
 
 **Pairs.** Of two responses, the better one is the chosen one of labelled data (`chosen`, `rejected`), or else the one
 with the higher reward. With `data.pairs_by=reward`, rewards decide even against labels; `data.pairs_by=label` refuses
@@ -43,9 +43,9 @@ others the mean.
 **Level of rewards.** rao, dro and sppo with `win_probability=rewards` fit log-ratios to absolute rewards: a constant
 added to all rewards shifts their targets. `model.rao.log_z0=auto`, the default, removes it and prints the value; the
 RAO paper's own runs (`gpt_rao_llama3_8b` and similar recipes) set 50, which fits the paper's reward model. dro's V(x)
-has to learn it. If the mean target is more than 5 nats per response from 0, a run warns before its first step and names
-the key that centres it. kto compares rewards with `model.kto.threshold`. All other objectives depend only on
-differences or ranks.
+has to learn it, as have ppo's values, though its advantages are whitened. If the mean target is more than 5 nats per
+response from 0, a run warns before its first step and names the key that centres it. kto compares rewards with
+`model.kto.threshold`. All other objectives depend only on differences or ranks.
 
 **Needs.** *reference*: the reference policy's log-probabilities, computed once before the first step and cached on
 disk; objectives without it run no such pass. *rewards*: of every response. *preference*: labels or rewards. *K ≥ 2*:
@@ -86,7 +86,7 @@ def _needs(needs: Needs) -> str:
         (f"K ≥ {needs.min_responses}", needs.min_responses > 1),
         ("t0", needs.shared_first_token),
         ("rewards, some may be null", needs.attributes),
-        ("value head", needs.values),
+        ("value head", needs.values is not None),
         ("score head", needs.scores > 0),
         ("mismatched", needs.mismatched),
         ("its own samples", needs.samples),

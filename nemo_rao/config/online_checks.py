@@ -33,7 +33,7 @@ def check_online(config: RunConfig) -> None:
     if not (needs.rewards or needs.preference) or needs.scores or needs.attributes or needs.mismatched:
         raise UserError(
             f"online.num_generations={number}: objective {objective.name} does not learn from rewards of samples; "
-            "choose rloo, grpo, rpo or rao, or set it to null"
+            "choose ppo, rloo, grpo, rpo or rao, or set it to null"
         )
     if number < needs.min_responses:
         raise UserError(

@@ -122,16 +122,13 @@ def collate(
         max_responses=max(num_responses),
         reward_ensemble=torch.from_numpy(ensemble.astype(np.float32)) if ensemble.shape[1] else None,
         reference_rewards=torch.from_numpy(reference_rewards) if reference_rewards.shape[1] else None,
-        old_logps=_of_tokens([sample.old_logps for sample in samples]),
-        reference_logps=_of_tokens([sample.reference_logps for sample in samples]),
+        of_tokens={name: _of_tokens([one.of_tokens[name] for one in samples]) for name in samples[0].of_tokens},
     )
 
 
-def _of_tokens(of_samples: Sequence[tuple[np.ndarray, ...] | None]) -> torch.Tensor | None:
-    """``[R, longest]`` float32, 0 behind each response's last; ``None`` where there are none."""
-    every = [values for of_sample in of_samples for values in of_sample or ()]
-    if not every:
-        return None
+def _of_tokens(of_samples: Sequence[Sequence[np.ndarray]]) -> Tensor:
+    """``[R, longest]`` float32, 0 behind each response's last."""
+    every = [values for of_sample in of_samples for values in of_sample]
     made = np.zeros((len(every), max(map(len, every))), dtype=np.float32)
     for row, values in zip(made, every, strict=True):
         row[: len(values)] = values

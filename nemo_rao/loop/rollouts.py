@@ -23,10 +23,10 @@ from nemo_rao.loop.online_data import OnlineData
 from nemo_rao.loop.prepared import OnlineTask
 from nemo_rao.loop.session import Hook, Session, log
 from nemo_rao.mcore.checkpoint import load_weights
-from nemo_rao.objectives.base import Needs
+from nemo_rao.objectives.base import Needs, SampledTokens
 from nemo_rao.ops.sampling import uniforms
 from nemo_rao.rollout.decode import Request, Sampling, sample
-from nemo_rao.rollout.log_probs import rollout_log_probs
+from nemo_rao.rollout.log_probs import LogProbs, rollout_log_probs
 from nemo_rao.rollout.metrics import metrics
 from nemo_rao.rollout.reference import ReferenceWeights, reference_weights
 from nemo_rao.rollout.samples import Rollout, load
@@ -95,13 +95,14 @@ class MakeRollouts(Hook):
         self._seconds = {}
         rollout = self._made(session, data, number, may_sample=is_first)
         data.rollout_data.rollout, data.train.reference = rollout, rollout.reference
+        of_objective = self._advantages(session, data, rollout)
         assert rollout.rewards_so_far is not None
         total, count = rollout.rewards_so_far.tolist()
         session.loss.config = session.loss.objective.resolve(
             self._keys_of_objective, RewardSummary(mean=total / max(count, 1))
         )
         self._at = number
-        self._metrics = {**metrics(rollout), **self._seconds}
+        self._metrics = {**metrics(rollout), **of_objective, **self._seconds}
 
     def after_step(self, session: Session) -> None:
         _, was_first = _data(session).rollout_of(session.step - 1)
@@ -142,6 +143,7 @@ class MakeRollouts(Hook):
                 rollout = self._sampled(session, data, number)
             keep(rollout)
         data.rollout_data.rollout, data.train.reference = rollout, None
+        data.rollout_data.advantages = {}  # those of the rollout before
         if rollout.rewards is None:
             with self._timed("reward"):
                 rollout = self._scored(data, rollout, self._rewards_before(session.folder, number))
@@ -149,16 +151,34 @@ class MakeRollouts(Hook):
         if rollout.reference is None and self._needs.reference:
             assert self._reference is not None
             with self._timed("reference"), self._reference.in_place():
-                sums, of_tokens = self._log_probs(session, data, rollout)
-            rollout = replace(rollout, reference=sums, reference_logps=of_tokens)
+                found = self._log_probs(session, data, rollout)
+            rollout = replace(rollout, reference=found.sums, reference_logps=found.tokens)
             keep(rollout)
-        if rollout.old_logps is None and self._needs.tokens and data.steps_per_rollout > 1:
-            # A single step is taken by the policy that sampled, whose ratio to itself is 1.
+        if rollout.old_logps is None and self._needs.tokens and (self._has_values or data.steps_per_rollout > 1):
+            # A single step is taken by the policy that sampled, whose ratio to itself is 1. Values ask for the pass.
             with self._timed("old"):
-                _, of_tokens = self._log_probs(session, data, rollout)
-            rollout = replace(rollout, old_logps=of_tokens)
+                found = self._log_probs(session, data, rollout, values=self._has_values)
+            rollout = replace(rollout, old_logps=found.tokens, values=found.values)
             keep(rollout)
         return rollout
+
+    def _advantages(self, session: Session, data: OnlineData, rollout: Rollout) -> dict[str, float]:
+        """Lets the data have what the objective makes of a whole rollout; its metrics. Not kept: it follows from what
+        is."""
+        compute = session.loss.objective.advantages
+        if compute is None:
+            return {}
+        assert rollout.rewards is not None and rollout.old_logps is not None and rollout.values is not None
+        sampled = SampledTokens(
+            lengths=rollout.lengths.flatten(),
+            rewards=rollout.rewards.flatten(),
+            old=rollout.old_logps,
+            reference=rollout.reference_logps,
+            values=rollout.values,
+        )
+        found = compute(sampled, self._keys_of_objective)
+        data.rollout_data.advantages = {"advantages": found.advantages, "returns": found.returns}
+        return dict(found.metrics)
 
     def _sampled(self, session: Session, data: OnlineData, number: int) -> Rollout:
         keys, prompts = self._keys, data.prompts_of_rollout(number)
@@ -206,7 +226,11 @@ class MakeRollouts(Hook):
         known = scored[~np.isnan(scored)]
         return replace(rollout, rewards=scored, rewards_so_far=before + np.array([known.sum(), len(known)]))
 
-    def _log_probs(self, session: Session, data: OnlineData, rollout: Rollout) -> tuple[np.ndarray, np.ndarray | None]:
+    @property
+    def _has_values(self) -> bool:
+        return self._needs.values == "tokens"
+
+    def _log_probs(self, session: Session, data: OnlineData, rollout: Rollout, *, values: bool = False) -> LogProbs:
         return rollout_log_probs(
             session.chunks,
             rollout,
@@ -214,6 +238,7 @@ class MakeRollouts(Hook):
             micro_batch_size=data.micro_batch_size,
             vocab_size=session.loss.vocab_size,
             of_tokens=self._needs.tokens,
+            of_values=values,
         )
 
     def _load_start(self, chunks: Sequence[Any]) -> None:

@@ -60,8 +60,8 @@ def finish_chunk(
     """
     if fp8_is_simulated:
         keep_scales_up_to_date(chunk)
-    if needs.values:
-        add_value_head(chunk)
+    if needs.values is not None:
+        add_value_head(chunk, position=needs.values, detached=not needs.value_gradient)
     if needs.scores:
         add_score_head(chunk, needs.scores, seed=head_seed)
     elif fused_log_probs:

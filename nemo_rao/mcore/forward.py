@@ -44,7 +44,8 @@ def _each_tensor(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> Micro
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor)
     }
-    return dataclasses.replace(batch, **tensors)
+    of_tokens = {name: change(values) for name, values in batch.of_tokens.items()}
+    return dataclasses.replace(batch, **tensors, of_tokens=of_tokens)
 
 
 def forward_step(model: Any, batch: MicroBatch) -> Tensor | ModelOutput:
@@ -69,7 +70,7 @@ def forward_step(model: Any, batch: MicroBatch) -> Tensor | ModelOutput:
     if (head := getattr(inner, SCORE_HEAD, None)) is not None:
         return ModelOutput(logits=None, scores=head(batch))
     head = getattr(inner, VALUE_HEAD, None)
-    values = None if head is None else head(batch)[:, 0]
+    values = None if head is None else head(batch)[..., 0]
     if (fused := output_layer_input(inner)) is not None:
         return ModelOutput(logits=None, hidden=fused[0], output_weight=fused[1], values=values)
     return ModelOutput(logits=output, values=values)

@@ -2,7 +2,8 @@
 
     value_head    V(x) of dro, at the position that predicts the response's first token: all of the prompt and nothing
                   of the response. **Choice** It reads a detached state: the value loss trains the head alone, and the
-                  policy's weights follow the policy loss alone.
+                  policy's weights follow the policy loss alone. Of ppo, V(x, y_<t) at every position that predicts a
+                  token of the response, detached unless ``model.ppo.critic`` says otherwise.
     score_head    a reward model's scores, at the response's end token: all of prompt and response. It trains the
                   whole model, stands in the place of the output layer, and has no bias, as the sequence classifiers of
                   `transformers` have none.
@@ -20,7 +21,10 @@ from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
 
 from nemo_rao.batch import MicroBatch
@@ -30,17 +34,18 @@ from nemo_rao.mcore.seeds import derived_seed
 # Their names in the model, in checkpoints, and in the optimizer's parameter groups.
 VALUE_HEAD, SCORE_HEAD = "value_head", "score_head"
 HEADS = (VALUE_HEAD, SCORE_HEAD)
-Position = Literal["prompt", "response"]
+Position = Literal["prompt", "response", "tokens"]
 
 
 class LinearHead(nn.Module):
-    """``[R, outputs]`` numbers of a micro-batch's rows.
+    """``[R, outputs]`` numbers of a micro-batch's rows, or ``[R, longest, outputs]`` of their responses' tokens.
 
     Args:
         config: the model's.
         name: of :data:`HEADS`.
         num_outputs: numbers per row.
-        position: where they are read: at the end of the prompt, or of the response.
+        position: where they are read: at the end of the prompt, at that of the response, or wherever a token of the
+            response is predicted.
         detached: nothing of the gradient passes into the model.
         bias: beside the weight.
 
@@ -70,25 +75,32 @@ class LinearHead(nn.Module):
         self._hidden = inputs[0].detach() if self._detached else inputs[0]
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """``[R, outputs]`` fp32, of the forward pass just run on ``batch``.
+        """``[R, outputs]`` or ``[R, longest, outputs]`` fp32, of the forward pass just run on ``batch``; 0 behind a
+        response's last token.
 
         The same on all tensor- and context-parallel ranks.
         """
         assert self._hidden is not None, "no forward pass was run"
         hidden, self._hidden = self._hidden, None
-        places = batch.boundary if self._position == "prompt" else batch.end
-        present = (places >= 0)[:, None]  # not on another context-parallel rank
+        places = {"prompt": batch.boundary, "response": batch.end, "tokens": batch.response_places}[self._position]
+        present = places >= 0  # a token, and not on another context-parallel rank
         sequences, at = places.clamp(min=0) // batch.tokens.shape[1], places.clamp(min=0) % batch.tokens.shape[1]
+        weight, bias = self.weight, self.bias
         if self._sequence_parallel:
             length, rank = hidden.shape[0], parallel_state.get_tensor_model_parallel_rank()
-            inside = (at // length == rank)[:, None]
-            # A sum over ranks; backward, each rank's part has the whole gradient, as every rank has the whole loss.
-            state = reduce_from_tensor_model_parallel_region(torch.where(inside, hidden[at % length, sequences], 0))
-        else:
-            state = hidden[at, sequences]
-        bias = None if self.bias is None else self.bias.float()
+            present, at = present & (at // length == rank), at % length
+            # Forward, nothing; backward, the sum of the ranks' parts, since each reads its own states.
+            weight = copy_to_tensor_model_parallel_region(weight)
+            bias = None if bias is None else copy_to_tensor_model_parallel_region(bias)
+        numbers = nn.functional.linear(
+            hidden[at, sequences].float(), weight.float(), None if bias is None else bias.float()
+        )
         # Only where the state is does its row count for the head's own gradient, which ranks add up.
-        return summed(torch.where(present, nn.functional.linear(state.float(), self.weight.float(), bias), 0))
+        numbers = torch.where(present[..., None], numbers, 0)
+        if self._sequence_parallel:
+            # A sum over ranks; backward, each rank's part has the whole gradient, as every rank has the whole loss.
+            numbers = reduce_from_tensor_model_parallel_region(numbers)
+        return summed(numbers)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -106,11 +118,11 @@ class LinearHead(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-def add_value_head(model: Any) -> None:
-    """Give a Megatron GPT model chunk its value head, where it is the last pipeline stage's."""
+def add_value_head(model: Any, *, position: Position = "prompt", detached: bool = True) -> None:
+    """Give a Megatron GPT model chunk its value head, where it is the last pipeline stage's; see :class:`LinearHead`"""
     if not model.post_process:
         return
-    head = LinearHead(model.config, VALUE_HEAD, num_outputs=1, position="prompt", detached=True, bias=True)
+    head = LinearHead(model.config, VALUE_HEAD, num_outputs=1, position=position, detached=detached, bias=True)
     head.watch(model.output_layer)
     setattr(model, VALUE_HEAD, head)
 

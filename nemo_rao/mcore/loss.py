@@ -122,9 +122,10 @@ def objective_batch(
     scores: Tensor | None = None,
     mismatched_log_ratio: Tensor | None = None,
     token_logps: Tensor | None = None,
+    token_values: Tensor | None = None,
 ) -> ObjectiveBatch:
-    """Arrange row sums and values ``[R]``, scores ``[R, A]`` and log-probabilities of tokens ``[R, longest]`` by prompt
-    and response, with what the data knows."""
+    """Arrange row sums and values ``[R]``, scores ``[R, A]``, log-probabilities and values of tokens ``[R, longest]``
+    by prompt and response, with what the data knows."""
     num_responses = batch.max_responses
 
     def by_prompt(values: Tensor) -> Tensor:
@@ -135,9 +136,9 @@ def objective_batch(
         positions = torch.arange(token_logps.shape[1], device=token_logps.device)
         tokens = Tokens(
             logps=by_prompt(token_logps),
-            old=None if batch.old_logps is None else by_prompt(batch.old_logps),
-            reference=None if batch.reference_logps is None else by_prompt(batch.reference_logps),
             mask=by_prompt(positions < batch.response_lengths[:, None]),
+            values=None if token_values is None else by_prompt(token_values),
+            **{name: by_prompt(of_rows) for name, of_rows in batch.of_tokens.items()},
         )
     reference = batch.reference
     return ObjectiveBatch(
@@ -196,10 +197,11 @@ def micro_batch_loss(
         batch,
         prompt_logps,
         response_logps,
-        values=output.values,
+        values=output.values if needs.values == "prompt" else None,
         scores=output.scores,
         mismatched_log_ratio=mismatched_log_ratio,
         token_logps=token_logps,
+        token_values=output.values if needs.values == "tokens" else None,
     )
     if observe is not None:
         observe(arranged)

@@ -6,11 +6,14 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nemo_rao.batch import LossOutput, ObjectiveBatch, RewardSummary
 from nemo_rao.errors import UserError
 from nemo_rao.keys import check
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Needs:
         shared_first_token: all prompts begin with the same token t0, since the loss compares prompts'
             log-probabilities, which are known but for that of t0.
         attributes: of every response, several rewards, of which some may be missing (null, NaN).
-        values: V(x) of a value head.
+        values: of a value head: V(x) of each prompt, or V(x, y_<t) of each token of a response; with ``tokens``.
+        value_gradient: the gradient of values reaches the model; where not, the head alone.
         scores: numbers of each response from the score head of a reward model; 0: it is no reward model.
         mismatched: the mean log-ratio of mismatched prompts and responses, over the global batch.
         prompt_logps: log-probabilities of prompts; 0 for an objective that does not declare it.
@@ -58,7 +62,8 @@ class Needs:
     min_responses: int = 1
     shared_first_token: bool = False
     attributes: bool = False
-    values: bool = False
+    values: Literal["prompt", "tokens"] | None = None
+    value_gradient: bool = False
     scores: int = 0
     mismatched: bool = False
     prompt_logps: bool = False
@@ -92,6 +97,39 @@ def no_mean_target(config: Any, rewards: RewardSummary) -> MeanTarget | None:
 
 
 @dataclass(frozen=True)
+class SampledTokens:
+    """A whole rollout of N responses, before the first step on it. Numbers of tokens stand response by response.
+
+    Attributes:
+        lengths: ``[N]`` int64 tokens; of each there is at least one.
+        rewards: ``[N]`` float64, NaN where there is none.
+        old: float32, log-probability of each token under the policy that sampled, nats.
+        reference: the same under the reference policy; ``None`` where it is not declared.
+        values: float32, the value head's V(x, y_<t).
+    """
+
+    lengths: np.ndarray
+    rewards: np.ndarray
+    old: np.ndarray
+    reference: np.ndarray | None
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What an objective makes of a rollout, once for all steps on it.
+
+    Attributes:
+        advantages, returns: float32, of each token; 0 for responses without a reward.
+        metrics: of the rollout.
+    """
+
+    advantages: np.ndarray
+    returns: np.ndarray
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Objective:
     """One entry of :mod:`nemo_rao.objectives.registry`.
 
@@ -110,6 +148,9 @@ class Objective:
         mean_target: ``(resolved config, rewards of the training data) -> MeanTarget``, for objectives whose loss
             compares log-ratios with rewards as such, rather than with differences or ranks of them; ``None`` where
             there is nothing to compare.
+        advantages: ``(rollout, config) -> Advantages``, for objectives that weigh a response's tokens by all that was
+            sampled with it. Pure, and computed of whole rollouts: the same however a batch is split. It is given values
+            and the log-probabilities that the objective declares.
     """
 
     name: str
@@ -121,6 +162,7 @@ class Objective:
     checked: str
     resolve: Callable[[Any, RewardSummary], Any] = keep
     mean_target: Callable[[Any, RewardSummary], MeanTarget | None] = no_mean_target
+    advantages: Callable[[SampledTokens, Any], Advantages] | None = None
 
     def needs_of(self, config: Any) -> Needs:
         """What it needs under these keys."""

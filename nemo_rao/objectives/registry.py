@@ -11,6 +11,7 @@ from nemo_rao.objectives.dpo import DPO
 from nemo_rao.objectives.groups import AGRO, KIMI, NCA, QRPO, RPO_PARTITION
 from nemo_rao.objectives.grpo import GRPO
 from nemo_rao.objectives.pairwise import CAL_DPO, DPO_SHIFT, DPOP, HINGE, IPO, R_DPO, SPPO
+from nemo_rao.objectives.ppo import PPO
 from nemo_rao.objectives.rao import RAO
 from nemo_rao.objectives.reference_free import ALPHAPO, ORPO, SIMPO, SLIC
 from nemo_rao.objectives.reward_model import RM, RM_REGRESSION
@@ -57,6 +58,7 @@ OBJECTIVES = table(
     RM_REGRESSION,
     RLOO,
     GRPO,
+    PPO,
 )
 
 

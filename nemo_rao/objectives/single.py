@@ -62,7 +62,7 @@ DRO = Objective(
     name="dro",
     config_type=DROConfig,
     loss=dro_loss,
-    needs=Needs(reference=True, rewards=True, values=True),
+    needs=Needs(reference=True, rewards=True, values="prompt"),
     formula="(1/τ)·½(r − sg V − τρ)² + ½(V − r + τ·sg ρ)²",
     source="Richemond et al. 2024 (DRO-V)",
     checked="formula, gradients by hand (of the value too), finite differences",

@@ -192,7 +192,7 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         lora_offered=None if needs.values or needs.scores else lora,
         fused_log_probs=keys.fused_log_probs,
         workspace_bytes=_workspace_bytes(config),
-        value_head=needs.values,
+        value_head=needs.values is not None,
         scores=needs.scores,
         reference=needs.reference,
         reference_micro_batch_size=config.reference.micro_batch_size,
@@ -215,7 +215,7 @@ def _rollouts(keys: OnlineConfig, needs: Needs) -> Rollouts | None:
         epochs=keys.epochs,
         nucleus=keys.top_p < 1,
         # As nemo_rao.loop.rollouts makes them.
-        passes=int(needs.reference) + int(needs.tokens and several_steps),
+        passes=int(needs.reference) + int(needs.tokens and (needs.values is not None or several_steps)),
     )
 
 

@@ -1,9 +1,9 @@
-"""Log-probabilities of a rollout by a pass over its whole rows, of whatever weights the model has."""
+"""Log-probabilities and values of a rollout by a pass over its whole rows, of whatever weights the model has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,20 @@ from nemo_rao.mcore.loss import response_token_log_probs, sequence_log_probs
 from nemo_rao.rollout.samples import Rollout
 
 
+class LogProbs(NamedTuple):
+    """What a pass over a rollout's rows gives.
+
+    Attributes:
+        sums: ``[S * K, 2]`` float32 (prompt without t0, response; nats).
+        tokens: float32, of each token, laid out as ``rollout.tokens``; ``None`` where not wanted.
+        values: float32, the value head's, laid out likewise; ``None`` where not wanted.
+    """
+
+    sums: np.ndarray
+    tokens: np.ndarray | None = None
+    values: np.ndarray | None = None
+
+
 def rollout_log_probs(
     chunks: Sequence[Any],
     rollout: Rollout,
@@ -25,7 +39,8 @@ def rollout_log_probs(
     micro_batch_size: int,
     vocab_size: int,
     of_tokens: bool,
-) -> tuple[np.ndarray, np.ndarray | None]:
+    of_values: bool = False,
+) -> LogProbs:
     """A collective over all ranks, which all have the result.
 
     Args:
@@ -34,10 +49,7 @@ def rollout_log_probs(
         micro_batch_size: slots.
         vocab_size: V without padding.
         of_tokens: the log-probability of each token is wanted; those of prompts are 0 then.
-
-    Returns:
-        ``[S * K, 2]`` float32 sums (prompt without t0, response; nats), and where wanted each token's, laid out as
-        ``rollout.tokens``.
+        of_values: so is its value, with ``of_tokens``.
     """
 
     def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
@@ -46,7 +58,11 @@ def rollout_log_probs(
             return {"ids": batch.response_ids, "sums": sums}
         tokens = response_token_log_probs(output, batch, vocab_size=vocab_size)
         sums = torch.stack([torch.zeros_like(tokens[:, 0]), tokens.sum(-1)], dim=-1)
-        return {"ids": batch.response_ids, "sums": sums, "tokens": tokens}
+        found = {"ids": batch.response_ids, "sums": sums, "tokens": tokens}
+        if of_values:
+            assert output.values is not None and output.values.shape == tokens.shape, "a value head that reads tokens"
+            found["values"] = output.values
+        return found
 
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     own = rank_micro_batches(np.arange(len(rollout.prompts)), micro_batch_size, rank, size)
@@ -57,20 +73,25 @@ def rollout_log_probs(
     mine = [{name: values.cpu().numpy() for name, values in one.items()} for one in reports if sends]
     of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_ranks, mine)
-    return _arranged([one for of_rank in of_ranks for one in of_rank], rollout, of_tokens=of_tokens)
+    every = [one for of_rank in of_ranks for one in of_rank]
+    names = [*(["tokens"] if of_tokens else []), *(["values"] if of_values else [])]
+    return LogProbs(_sums(every, rollout), **{name: _of_tokens(every, name, rollout) for name in names})
 
 
-def _arranged(
-    reports: Sequence[dict[str, np.ndarray]], rollout: Rollout, *, of_tokens: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    lengths = rollout.lengths.flatten()
-    starts = np.cumsum(lengths) - lengths
-    sums = np.full((len(lengths), 2), np.nan, dtype=np.float32)
-    tokens = np.full(len(rollout.tokens), np.nan, dtype=np.float32) if of_tokens else None
+def _sums(reports: Sequence[dict[str, np.ndarray]], rollout: Rollout) -> np.ndarray:
+    sums = np.full((rollout.lengths.size, 2), np.nan, dtype=np.float32)
     for one in reports:
         sums[one["ids"]] = one["sums"]
-        if tokens is not None:
-            for number, values in zip(one["ids"], one["tokens"], strict=True):
-                tokens[starts[number] : starts[number] + lengths[number]] = values[: lengths[number]]
     assert not np.isnan(sums).any(), "log-probabilities of a response are missing, or not finite"
-    return sums, tokens
+    return sums
+
+
+def _of_tokens(reports: Sequence[dict[str, np.ndarray]], name: str, rollout: Rollout) -> np.ndarray:
+    lengths = rollout.lengths.flatten()
+    starts = np.cumsum(lengths) - lengths
+    found = np.full(len(rollout.tokens), np.nan, dtype=np.float32)
+    for one in reports:
+        for number, values in zip(one["ids"], one[name], strict=True):
+            found[starts[number] : starts[number] + lengths[number]] = values[: lengths[number]]
+    assert not np.isnan(found).any(), f"{name} of a response are missing, or not finite"
+    return found

@@ -7,7 +7,7 @@ other: tokens by sampling, rewards by scorers, sums by the reference policy.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Rollout:
             not computed yet.
         old_logps, reference_logps: float32, as ``logps``, of the policy that sampled and of the reference, by passes
             over whole rows; ``None``: not computed.
+        values: float32, of each token, the value head's before the first step on the rollout; ``None`` likewise.
         rewards_so_far: ``[2]`` float64, sum and number of the rewards of this and all earlier rollouts.
     """
 
@@ -48,6 +49,7 @@ class Rollout:
     reference: np.ndarray | None = None
     old_logps: np.ndarray | None = None
     reference_logps: np.ndarray | None = None
+    values: np.ndarray | None = None
     rewards_so_far: np.ndarray | None = None
 
     @staticmethod
@@ -103,6 +105,10 @@ class RolloutData:
         prompts: the prompts of the run, as samples without responses.
         num_slots: S.
         num_responses: K.
+
+    Attributes:
+        rollout: the one at hand.
+        advantages: further numbers of all its tokens, by their names in :class:`nemo_rao.batch.Tokens`.
     """
 
     def __init__(self, prompts: PreferenceData, *, num_slots: int, num_responses: int) -> None:
@@ -110,6 +116,7 @@ class RolloutData:
         self._num_slots = num_slots
         self._num_responses = num_responses
         self.rollout: Rollout | None = None
+        self.advantages: Mapping[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self._num_slots
@@ -118,13 +125,12 @@ class RolloutData:
         assert self.rollout is not None, "nothing has been sampled yet"
         number, rollout = self._num_responses, self.rollout
         rewards = np.full(number, np.nan) if rollout.rewards is None else rollout.rewards[slot]
+        numbers = {"old": rollout.old_logps, "reference": rollout.reference_logps, "old_values": rollout.values}
+        numbers |= self.advantages
         return dataclasses.replace(
             self._prompts[int(rollout.prompts[slot])],
             responses=rollout.responses(slot),
-            old_logps=None if rollout.old_logps is None else rollout.of_tokens(rollout.old_logps, slot),
-            reference_logps=(
-                None if rollout.reference_logps is None else rollout.of_tokens(rollout.reference_logps, slot)
-            ),
+            of_tokens={name: rollout.of_tokens(values, slot) for name, values in numbers.items() if values is not None},
             rewards=rewards,
             ensemble=np.zeros((number, 0)),
             reference_rewards=np.zeros(0),

@@ -156,7 +156,7 @@ def test_any_metric_of_an_objective_may_rank_checkpoints_and_no_other(files: lis
     keep = config.exp_manager.checkpoint_callback_params
     for objective in OBJECTIVES:
         config.model.objective = objective
-        shared = "logps/chosen" if objective in ("sft", "grpo") else "rewards/accuracies"
+        shared = "logps/chosen" if objective in ("sft", "grpo", "ppo") else "rewards/accuracies"
         for keep.monitor in ("loss", "grad_norm", "lr", "val/loss", shared, f"val/{shared}"):
             check_monitor(config)
         for keep.monitor in ("reduced_train_loss", "val/grad_norm", f"{shared}s", "wer"):

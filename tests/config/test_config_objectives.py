@@ -47,7 +47,7 @@ def test_each_recipe_trains_the_objective_of_its_name_and_passes_the_checks_of_a
     assert config.exp_manager.name == name
     others = [*PAPER_MODELS, *LARGER_MODELS, "online"]
     assert name == f"gpt_{objective}" or name.removeprefix(f"gpt_{objective}_") in others
-    samples = name.endswith("_online") or objective in ("rloo", "grpo")
+    samples = name.endswith("_online") or objective in ("rloo", "grpo", "ppo")
     assert (config.online.num_generations is not None) == samples
 
 

@@ -29,7 +29,7 @@ def files(tmp_path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("recipe", ["gpt_rloo", "gpt_grpo", "gpt_rpo_online", "gpt_rao_online"])
+@pytest.mark.parametrize("recipe", ["gpt_rloo", "gpt_grpo", "gpt_ppo", "gpt_rpo_online", "gpt_rao_online"])
 def test_a_recipe_passes(files: list[str], recipe: str) -> None:
     check_config(compose(recipe, files))
 
@@ -46,6 +46,8 @@ def test_a_recipe_passes(files: list[str], recipe: str) -> None:
         ("gpt_rloo", ["data.validation_path=/x.jsonl"], "data.validation_path=/x.jsonl: is about responses in files"),
         ("gpt_rloo", ["data.reward_field=score"], "data.reward_field=score: is about responses in files"),
         ("gpt_grpo", ["model.grpo.beta=0.1", "model.restore_from_path=null"], "model.restore_from_path is null"),
+        ("gpt_ppo", ["model.restore_from_path=null"], "model.restore_from_path is null"),
+        ("gpt_ppo", ["model.peft.scheme=lora"], "objective ppo has a head to train"),
         ("gpt_rloo", ["model.context_parallel_size=2", "trainer.devices=2"], "sampling does not split sequences"),
         ("gpt_rloo", ["data.answers=verbatim"], "data.answers=verbatim: is about responses in files"),
         ("gpt_rloo", ["model.peft.scheme=dora", "trainer.engine=bridge"], "its magnitudes cannot be switched off"),

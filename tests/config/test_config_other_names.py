@@ -57,8 +57,9 @@ def test_every_key_of_another_tool_is_refused_with_its_counterpart(name: str) ->
         (("train", "--learning-rate=1e-6"), ("key=value, without dashes", "the learning rate is model.optim.lr")),
         (("plan", "--lora_alpha", "16"), ("LoRA's alpha is model.peft.lora.alpha",)),
         (("train", "model=imported"), ("nemo-rao import-hf", "--config-dir")),
-        (("train", "--config-name", "ppo"), ("no recipe named 'ppo'", "is rloo or grpo here")),
-        (("train", "--config-name", "gpt_ppo_llama3_8b"), ("is rloo or grpo here",)),
+        (("train", "--config-name", "gspo"), ("no recipe named 'gspo'", "is ppo, rloo or grpo here")),
+        (("train", "--config-name", "gpt_gspo_llama3_8b"), ("is ppo, rloo or grpo here",)),
+        (("train", "--config-name", "ppo"), ("did you mean gpt_ppo",)),
         (("train", "--config-name", "dpo"), ("did you mean gpt_dpo",)),
         (("dpo",), ("nemo-rao dpo: no such command; that is nemo-rao train --config-name gpt_dpo",)),
         (("trian",), ("did you mean train?",)),
@@ -73,7 +74,7 @@ def test_other_names_on_the_command_line(
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("ppo", "an objective that samples while it trains is rloo or grpo here"), ("bt", "it is called rm here")],
+    [("gspo", "an objective that samples while it trains is ppo, rloo or grpo here"), ("bt", "it is called rm here")],
 )
 def test_objectives_of_other_tools(name: str, said: str) -> None:
     with pytest.raises(UserError, match=rf"model\.objective={name}: no such objective; {said}"):

@@ -45,17 +45,23 @@ def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ran
 
 
 def with_tokens(batch: ObjectiveBatch) -> ObjectiveBatch:
-    """The batch with three tokens in each response: a part of its log-probability, through which gradients reach it."""
+    """The batch with three tokens in each response: a part of its log-probability, through which gradients reach it,
+    and of its value."""
     shares = batch.response_logps.new_tensor([0.05, 0.03, 0.02])
     mask = batch.valid[..., None].expand(-1, -1, 3)
     # Differently for each response, as the advantages of a prompt's add up to 0.
     moved = batch.lengths[..., None] / 20 * batch.response_logps.new_tensor([4.0, -2.0, 1.0])
     reference = batch.reference_response_logps
+    values = None if batch.values is None else batch.values[..., None] * shares
     tokens = Tokens(
         logps=batch.response_logps[..., None] * shares,
         old=(batch.response_logps.detach()[..., None] + moved) * shares,
         reference=None if reference is None else reference[..., None] * shares,
         mask=mask,
+        values=values,
+        old_values=None if values is None else values.detach() + moved / 10,
+        advantages=-moved,  # towards which the ratio has moved, so that it is clipped
+        returns=moved.square(),
     )
     return dataclasses.replace(batch, tokens=tokens)
 

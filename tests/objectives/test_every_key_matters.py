@@ -29,12 +29,16 @@ OTHER_VALUE: dict[tuple[str, str], Any] = {
     ("kto", "threshold"): 3.0,
     ("grpo", "clip_low"): 0.01,
     ("grpo", "clip_high"): 0.01,
+    ("ppo", "clip"): 0.01,
     ("nca", "alpha"): 3.0,
     ("rao", "log_z0"): 7.0,
 }
 # Keys that act outside the loss, with the test that holds them.
 OUTSIDE = {
     ("dro", "value_lr"): "the value head's optimizer group: tests/train/test_splits_with_heads.py",
+    ("ppo", "value_lr"): "likewise",
+    ("ppo", "critic"): "whom the value loss trains: tests/mcore/test_token_values.py",
+    **{("ppo", name): "the advantages: test_ppo.py" for name in ("kl_coef", "gamma", "gae_lambda")},
     ("rm_regression", "num_attributes"): "the width of the score head, below",
 }
 ALL_KEYS = [(name, field.name) for name, each in OBJECTIVES.items() for field in dataclasses.fields(each.config_type)]

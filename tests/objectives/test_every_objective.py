@@ -126,7 +126,7 @@ def test_what_is_not_needed_may_be_missing(name: str) -> None:
     needs = objective.needs_of(make_config(objective))
     if not needs.reference:
         batch = dataclasses.replace(batch, reference_prompt_logps=None, reference_response_logps=None)
-    if not needs.values:
+    if needs.values is None:
         batch = dataclasses.replace(batch, values=None)
     if not needs.mismatched:
         batch = dataclasses.replace(batch, mismatched_log_ratio=None)

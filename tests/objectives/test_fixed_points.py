@@ -150,10 +150,11 @@ def test_kto_never_comes_to_rest(rho: float, mismatched: float) -> None:
     assert (gradient[batch.valid & first] < 0).all() and (gradient[batch.valid & ~first] > 0).all()
 
 
+# Of ppo, the loss: its advantages and returns, in which the rewards are, are worked out before it (test_ppo.py).
 INVARIANT: list[tuple[str, dict[str, object]]] = [
     *((name, {}) for name in ("dpo", "ipo", "cal_dpo", "slic", "hinge", "simpo", "alphapo", "orpo", "dpop")),
     *((name, {}) for name in ("dpo_shift", "r_dpo", "sppo", "robust_po", "rpo_partition", "kimi", "agro", "qrpo")),
-    *((name, {}) for name in ("nca", "sft", "rloo", "grpo")),
+    *((name, {}) for name in ("nca", "sft", "rloo", "grpo", "ppo")),
     ("sppo", {"win_probability": "bradley_terry"}),
     *(("rpo", {"distance": distance}) for distance in ("bwd", "fwd", "sq", "sqloo")),
     ("rpo", {"explicit": "constant"}),

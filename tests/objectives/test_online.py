@@ -46,7 +46,7 @@ def token_batch(seed: int = 0, *, old: bool = True, reference: bool = True) -> O
     rewards = batch.rewards.clone()
     rewards[3, 2] = torch.nan
     logps, behind, other = numbers(), numbers(), numbers()
-    tokens = Tokens(logps, 0.7 * logps + 0.3 * behind if old else None, other if reference else None, mask)
+    tokens = Tokens(logps, mask, 0.7 * logps + 0.3 * behind if old else None, other if reference else None)
     return dataclasses.replace(batch, rewards=rewards, tokens=tokens, response_logps=logps.sum(-1))
 
 

@@ -73,6 +73,7 @@ def test_micro_batches_are_those_of_the_same_samples_in_a_file(rollout: Rollout)
     """So that an objective computes the same of samples as of data, bit for bit."""
     data = held(rollout)
     assert rollout.rewards is not None
+    data.advantages = {"advantages": np.arange(len(rollout.tokens), dtype=np.float32)}
     nothing = np.zeros((2, 0)), np.zeros(0)
     rows = [
         Sample(PROMPTS[prompt].prompt, tuple(one.tokens for one in of), rewards, False, f"row {prompt}", *nothing)
@@ -89,10 +90,10 @@ def test_micro_batches_are_those_of_the_same_samples_in_a_file(rollout: Rollout)
         for name, value in vars(same).items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(getattr(made, name).nan_to_num(-7), value.nan_to_num(-7)), name
-            elif name != "old_logps":
+            elif name != "of_tokens":
                 assert getattr(made, name) == value, name
-    assert made.old_logps is not None
-    assert made.old_logps.tolist() == [[-2, 0, 0, 0], [-2, -3, -4, -5], [-2, -3, 0, 0], [-2, -3, -4, 0]]
+    assert made.of_tokens.keys() == {"old", "advantages"}
+    assert made.of_tokens["old"].tolist() == [[-2, 0, 0, 0], [-2, -3, -4, -5], [-2, -3, 0, 0], [-2, -3, -4, 0]]
 
 
 def test_metrics_are_those_of_the_samples(rollout: Rollout) -> None:

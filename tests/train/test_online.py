@@ -54,6 +54,7 @@ def rollout(folder: Path, number: int) -> dict[str, np.ndarray]:
     [
         ("gpt_rloo", ()),
         ("gpt_grpo", ("model.grpo.beta=0.1", *SEVERAL_STEPS)),
+        ("gpt_ppo", (*SEVERAL_STEPS, "model.ppo.critic=shared", "model.ppo.value_lr=1e-2")),
         ("gpt_rpo_online", ("model.rpo.distance=sqloo",)),
         ("gpt_rao_online", ()),
     ],
@@ -68,6 +69,10 @@ def test_the_same_samples_and_steps_under_any_parallelism(
     for name in ("prompts", "tokens", "lengths", "is_cut", "rewards"):
         np.testing.assert_array_equal(first[name], same[name])
     np.testing.assert_allclose(first["reference"], same["reference"], atol=1e-3)
+    if recipe == "gpt_ppo":  # the head starts at 0, and learns in the same way
+        learned = [[step["ppo/value"] for step in steps(tmp_path / name)] for name in ("alone", "split")]
+        assert learned[0][0] == 0 and abs(learned[0][2]) > 0.01
+        np.testing.assert_allclose(*learned, rtol=1e-2)
     for one, other in zip(steps(tmp_path / "alone"), steps(tmp_path / "split"), strict=True):
         assert one.keys() == other.keys()
         # From the second rollout on, a draw on the border between two tokens may fall to either side.
@@ -165,7 +170,7 @@ def test_a_run_that_was_killed_goes_on_bitwise(
     common: tuple[str, ...], tmp_path: Path, undisturbed: Path, where: str
 ) -> None:
     folder = tmp_path / "killed"
-    keys = _overrides(folder, common, *KILLED)
+    keys = _overrides(folder, common, "model.grpo.beta=0.1", *KILLED)
     with pytest.raises(AssertionError, match="rank 0 was killed by SIGKILL"):
         in_fork(_die, where, "gpt_grpo", keys)
     sampled = folder / "rollouts" / "000001.npz"
@@ -185,7 +190,6 @@ def test_a_run_that_was_killed_goes_on_bitwise(
 # Two rollouts of four steps, and a checkpoint in the midst of each.
 KILLED = (
     "trainer.max_steps=8",
-    "model.grpo.beta=0.1",
     *SEVERAL_STEPS,
     *parallel(1, 2, 1),
     "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
@@ -195,5 +199,22 @@ KILLED = (
 @pytest.fixture(scope="module")
 def undisturbed(common: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_training("gpt_grpo", _overrides(folder, common, *KILLED))
+    run_training("gpt_grpo", _overrides(folder, common, "model.grpo.beta=0.1", *KILLED))
     return folder
+
+
+def test_values_stay_those_of_before_the_first_step_on_a_rollout(common: tuple[str, ...], tmp_path: Path) -> None:
+    """Also after a kill behind later steps; they are not 0, as at the head's start."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = (*KILLED, "model.ppo.value_lr=1e-2")
+    run_training("gpt_ppo", _overrides(whole, common, *more))
+    with pytest.raises(AssertionError, match="rank 0 was killed by SIGKILL"):
+        in_fork(_die, "a later step on it", "gpt_ppo", _overrides(killed, common, *more))
+    run_training("gpt_ppo", _overrides(killed, common, *more))
+    assert steps(killed) == steps(whole)
+    assert not rollout(whole, 0)["values"].any() and abs(rollout(whole, 1)["values"]).max() > 0.01
+    for name, values in rollout(whole, 1).items():
+        np.testing.assert_array_equal(rollout(killed, 1)[name], values)
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    explained = [record["ppo/explained_variance"] for record in records if "ppo/explained_variance" in record]
+    assert len(explained) == 2 and explained[0] == 0
