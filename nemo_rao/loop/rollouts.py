@@ -24,11 +24,11 @@ from nemo_rao.loop.prepared import OnlineTask
 from nemo_rao.loop.session import Hook, Session, log
 from nemo_rao.mcore.checkpoint import load_weights
 from nemo_rao.objectives.base import Needs, SampledTokens
-from nemo_rao.ops.sampling import uniforms
-from nemo_rao.rollout.decode import Request, Sampling, sample
+from nemo_rao.rollout.decode import Sampling
 from nemo_rao.rollout.log_probs import LogProbs, rollout_log_probs
 from nemo_rao.rollout.metrics import metrics
 from nemo_rao.rollout.reference import ReferenceWeights, reference_weights
+from nemo_rao.rollout.sampler import MegatronSampler, Sampler, Wanted
 from nemo_rao.rollout.samples import Rollout, load
 from nemo_rao.rollout.text import SampleText
 from nemo_rao.runtime.console import say
@@ -72,6 +72,7 @@ class MakeRollouts(Hook):
         self._start = start
         self._at = -1  # the rollout that the data holds
         self._reference: ReferenceWeights | None = None
+        self._sampler: Sampler | None = None
         self._metrics: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
 
@@ -119,6 +120,8 @@ class MakeRollouts(Hook):
 
     def close(self) -> None:
         self._task.reward.close()
+        if self._sampler is not None:
+            self._sampler.close()
 
     # ------------------------------------------------------------------------------------------------ its parts
 
@@ -181,26 +184,28 @@ class MakeRollouts(Hook):
         return dict(found.metrics)
 
     def _sampled(self, session: Session, data: OnlineData, number: int) -> Rollout:
-        keys, prompts = self._keys, data.prompts_of_rollout(number)
+        prompts = data.prompts_of_rollout(number)
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         own = [slot for part in rank_micro_batches(np.arange(len(prompts)), 1, rank, size) for slot in part]
-
-        def draws(slot: int) -> np.ndarray:
-            of_responses = range(self._num_generations)
-            return np.stack([uniforms(keys.seed, (number, slot, k), keys.max_new_tokens) for k in of_responses])
-
-        found = sample(
+        self._sampler = self._sampler or self._made_sampler(session)
+        found = self._sampler.sample(
             session.chunks,
-            [Request(data.rollout_data.prompt(int(prompts[slot])), draws(slot)) for slot in own],
+            [Wanted(data.rollout_data.prompt(int(prompts[slot])), number, slot, self._num_generations) for slot in own],
+        )
+        of_ranks: list[Any] = [None] * size
+        torch.distributed.all_gather_object(of_ranks, found, group=parallel_state.get_data_parallel_group())
+        return Rollout.of(prompts.tolist(), [responses for of_rank in of_ranks for responses in of_rank])
+
+    def _made_sampler(self, session: Session) -> Sampler:
+        keys = self._keys
+        return MegatronSampler(
             max_new_tokens=keys.max_new_tokens,
             end_tokens=self._text.end_tokens,
             sampling=Sampling(keys.temperature, keys.top_k, keys.top_p),
             rows_at_once=keys.rows_at_once,
             vocab_size=session.loss.vocab_size,
+            seed=keys.seed,
         )
-        of_ranks: list[Any] = [None] * size
-        torch.distributed.all_gather_object(of_ranks, found, group=parallel_state.get_data_parallel_group())
-        return Rollout.of(prompts.tolist(), [responses for of_rank in of_ranks for responses in of_rank])
 
     def _rewards_before(self, folder: Path, number: int) -> np.ndarray:
         """``[2]`` sum and number of the rewards of all rollouts before this one."""

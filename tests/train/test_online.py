@@ -138,6 +138,7 @@ def _die(where: str, recipe: str, overrides: list[str]) -> None:
     """Trains until rank 0 is killed: while it samples, before a rollout is scored, or at the end of a step."""
     from nemo_rao.loop import rollouts
     from nemo_rao.loop.metrics import Metrics
+    from nemo_rao.rollout import sampler
 
     from .runs import _train
 
@@ -153,7 +154,7 @@ def _die(where: str, recipe: str, overrides: list[str]) -> None:
         return killing
 
     if where == "sampling":
-        rollouts.sample = kill_at(2, rollouts.sample)
+        sampler.sample = kill_at(2, sampler.sample)
     elif where == "scoring":
         rollouts.MakeRollouts._scored = kill_at(2, rollouts.MakeRollouts._scored)  # type: ignore[method-assign]
     elif where == "the third step":
