@@ -12,6 +12,9 @@ from nemo_rao.batch import LossOutput, ObjectiveBatch, RewardSummary
 from nemo_rao.errors import UserError
 from nemo_rao.keys import check
 
+# Heads beside the vocabulary's (:mod:`nemo_rao.mcore.heads`): their names in models and in checkpoints.
+VALUE_HEAD, SCORE_HEAD = "value_head", "score_head"
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
