@@ -6,21 +6,24 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
-from nemo_rao.batch import Row
+from nemo_rao.batch import Response, Row
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import RankFailure, UserError
+from nemo_rao.runtime.launch import launch
 from nemo_rao.scoring.run import KINDS
 from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, Scorer, ScoringFailure, make_scorers
 from nemo_rao.training.reward_models import RewardModelOfRun, reward_model_of
 
 # Kinds that look at the text of one response, and compute in this process or elsewhere.
 TEXT: Mapping[str, Kind] = {name: KINDS[name] for name in ("rule", "judge")}
+_PROBE = "The answer is 42."  # what rules are asked about before the run
 _PAUSE_SECONDS = 2.0  # before a scorer that has failed is asked again; twice as long each further time
 
 
@@ -60,6 +63,32 @@ def _make(specs: Sequence[str], kinds: Mapping[str, Kind], folder: Path) -> dict
         return make_scorers(specs, kinds, Place(folder))
     except UserError as error:
         raise UserError(str(error).replace("--scorer ", "online.reward=", 1)) from None
+
+
+def check_rules(config: RunConfig, prompt: Row) -> None:
+    """Calls each rule once, in a process of its own: threads that it starts would be missing in the ranks' forks.
+
+    Args:
+        prompt: a row of the run's data.
+
+    Raises:
+        UserError: a rule raises, or returns no finite number.
+    """
+    rules = [spec for spec in config.online.reward if spec.rpartition("=")[2].startswith("rule:")]
+    if rules:
+        asked = InputRow(**vars(replace(prompt, responses=(Response(_PROBE),))))
+        try:
+            launch(_call, (rules, run_dir(config), asked), num_ranks=1, in_children=True)
+        except RankFailure as failure:
+            raise UserError(f"online.reward={', '.join(rules)}: a call ended the process ({failure})") from None
+
+
+def _call(rules: Sequence[str], folder: Path, asked: InputRow) -> None:
+    for name, scorer in _make(rules, TEXT, folder).items():
+        try:
+            scorer.score([asked])
+        except ScoringFailure as failure:
+            raise UserError(f"online.reward: {name}, asked about the response {_PROBE!r}: {failure}") from None
 
 
 class Rewards:

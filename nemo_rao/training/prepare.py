@@ -19,7 +19,7 @@ from nemo_rao.loop.prepared import OnlineTask, Prepared
 from nemo_rao.objectives import registry
 from nemo_rao.training.loading import LoadedData, drawn, drawn_prompts, load_data
 from nemo_rao.training.model_checks import check_model
-from nemo_rao.training.online_rewards import Rewards, rewards_of
+from nemo_rao.training.online_rewards import Rewards, check_rules, rewards_of
 from nemo_rao.training.reward_models import RewardModelOfRun
 from nemo_rao.training.steps import plan_steps
 
@@ -34,6 +34,8 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     needs = objective.needs_of(objective_config(config))
     reward, models = (None, {}) if config.online.num_generations is None else rewards_of(config)
     loaded = loaded or load_data(config)
+    if reward is not None:
+        check_rules(config, loaded.prompts[0])
     for model in models.values():
         model.check_tokens(config, loaded)
     data, validation = drawn(config, loaded), loaded.validation
