@@ -31,7 +31,7 @@ def check_config(config: RunConfig) -> None:
     """
     check_sizes(config)
     _check_length(config)
-    _check_engine(config)
+    check_engine(config)
     check_network(config)
     _check_layout(config)
     _check_peft(config)
@@ -272,8 +272,12 @@ def _check_optimizer(config: RunConfig) -> None:
         )
 
 
-def _check_engine(config: RunConfig) -> None:
-    """Refuses what the other engine alone has. Whether the engine is installed is not asked: login nodes have none."""
+def check_engine(config: RunConfig) -> None:
+    """Refuses what the other engine alone has. Whether the engine is installed is not asked: login nodes have none.
+
+    Raises:
+        UserError: names the key.
+    """
     keys, engine = config.model, config.trainer.engine
     engine = (installed_engine() if engine == "auto" else engine) or engine
     if engine == NEMO and keys.peft.scheme not in ("none", "lora"):

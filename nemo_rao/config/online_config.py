@@ -24,8 +24,8 @@ class OnlineConfig:
     seed: int = key(1234, "of the samples", low=0)
     reward: list[str] = key(
         [],
-        "what scores samples, as in nemo-rao score: [NAME=]KIND:ARGUMENT, such as rule:module:function or "
-        "judge:judge.yaml; of several, the weighted sum",
+        "what scores samples, as in nemo-rao score: [NAME=]KIND:ARGUMENT, such as rule:module:function, "
+        "judge:judge.yaml or model:RUN_FOLDER of a reward model; of several, the weighted sum",
     )
     reward_weights: dict[str, float] = key({}, "of scorers by name; of those not named, 1")
     cut_responses: str = key(

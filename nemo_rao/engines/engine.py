@@ -62,6 +62,16 @@ class Engine(Protocol):
             folder: for what the engine writes.
         """
 
+    def evaluation_chunks(self, config: RunConfig, objective_config: Any) -> list[Any]:
+        """This rank's chunks of another model inside a run, split over the run's own process groups.
+
+        They are neither trained nor wrapped for it; their weights are to be read. A collective over no ranks.
+
+        Args:
+            config: the other model's recipe, with the run's parallel sizes.
+            objective_config: of that recipe's objective, which decides the model's head.
+        """
+
 
 def engine_of(config: RunConfig) -> Engine:
     """The engine that a recipe asks for.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from nemo_rao.data.store import PreferenceData
 
 
 class RewardFunction(Protocol):
-    """What samples are worth. OnlineTask on rank 0 alone."""
+    """What samples are worth by their text. Called on rank 0 alone."""
 
     def __call__(self, rows: Sequence[Row]) -> list[list[float | None]]:
         """For each row a reward of each of its responses, ``None`` where it has none.
@@ -30,17 +30,34 @@ class RewardFunction(Protocol):
 
 
 @dataclass(frozen=True)
+class TokenScorer:
+    """A reward model that reads the sampled tokens, on the run's own ranks.
+
+    Attributes:
+        name: for messages.
+        weight: of its scores in the reward.
+        load: this rank's model chunks, with their weights; a collective of all ranks, inside the run.
+    """
+
+    name: str
+    weight: float
+    load: Callable[[], Sequence[Any]]
+
+
+@dataclass(frozen=True)
 class OnlineTask:
     """What a run samples responses to, and how they are rewarded.
 
     Attributes:
         prompts: those of the training data, as text, for scorers.
-        reward: of samples.
-        validation_prompts: likewise, of the validation data.
+        reward: of samples, by their text.
+        token_scorers: what is added to that.
+        validation_prompts: those of the validation data, likewise.
     """
 
     prompts: Sequence[Row]
     reward: RewardFunction
+    token_scorers: Sequence[TokenScorer] = ()
     validation_prompts: Sequence[Row] = ()
 
 

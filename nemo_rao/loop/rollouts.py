@@ -28,6 +28,7 @@ from nemo_rao.rollout.decode import Sampling
 from nemo_rao.rollout.log_probs import LogProbs, rollout_log_probs
 from nemo_rao.rollout.metrics import metrics
 from nemo_rao.rollout.reference import ReferenceWeights, reference_weights
+from nemo_rao.rollout.reward_model import RewardModel
 from nemo_rao.rollout.sampler import MegatronSampler, Sampler, Wanted
 from nemo_rao.rollout.samples import Rollout, load
 from nemo_rao.rollout.text import SampleText
@@ -73,6 +74,7 @@ class MakeRollouts(Hook):
         self._at = -1  # the rollout that the data holds
         self._reference: ReferenceWeights | None = None
         self._sampler: Sampler | None = None
+        self._reward_models: list[tuple[float, RewardModel]] = []  # with their weights in the reward
         self._metrics: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
 
@@ -82,6 +84,7 @@ class MakeRollouts(Hook):
         if session.is_first_rank:  # those that the steps to come make anew
             _remove(session.folder, lambda one: one > number or session.step == 0)
         torch.distributed.barrier()
+        self._reward_models = [(one.weight, RewardModel(one.name, one.load())) for one in self._task.token_scorers]
 
     def before_step(self, session: Session) -> None:
         data = _data(session)
@@ -217,17 +220,18 @@ class MakeRollouts(Hook):
         return before.rewards_so_far  # type: ignore[no-any-return]
 
     def _scored(self, data: OnlineData, rollout: Rollout, before: np.ndarray) -> Rollout:
-        keys = self._keys
-
-        def rewards() -> np.ndarray:
+        def by_text() -> np.ndarray:
             rows = [self._text.row(data.rollout_data, slot) for slot in range(len(data.rollout_data))]
             found = [[np.nan if one is None else one for one in of_row] for of_row in self._task.reward(rows)]
-            scored = np.array(found, dtype=np.float64)
-            if keys.cut_responses != "score":
-                scored[rollout.is_cut] = keys.cut_reward if keys.cut_responses == "penalty" else np.nan
-            return scored
+            return np.array(found, dtype=np.float64)
 
-        scored = _of_first_rank(rewards)
+        keys, scored = self._keys, _of_first_rank(by_text)
+        for weight, model in self._reward_models:
+            scored = scored + weight * model.scores(
+                rollout, data.train.micro_batch, micro_batch_size=data.micro_batch_size
+            )
+        if keys.cut_responses != "score":
+            scored[rollout.is_cut] = keys.cut_reward if keys.cut_responses == "penalty" else np.nan
         known = scored[~np.isnan(scored)]
         return replace(rollout, rewards=scored, rewards_so_far=before + np.array([known.sum(), len(known)]))
 

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from nemo_rao.batch import MicroBatch
 from nemo_rao.mcore.context_parallel import summed
 from nemo_rao.mcore.seeds import derived_seed
+from nemo_rao.objectives.base import SCORE_HEAD, VALUE_HEAD
 
-# Their names in the model, in checkpoints, and in the optimizer's parameter groups.
-VALUE_HEAD, SCORE_HEAD = "value_head", "score_head"
+__all__ = ["HEADS", "SCORE_HEAD", "VALUE_HEAD", "LinearHead", "add_score_head", "add_value_head", "heads", "is_stored"]
+
 HEADS = (VALUE_HEAD, SCORE_HEAD)
 Position = Literal["prompt", "response", "tokens"]
 

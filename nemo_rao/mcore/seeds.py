@@ -15,11 +15,13 @@ The virtual stages of a rank follow each other in one stream, as its layers do.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 
 def seed_weights(seed: int) -> None:
@@ -48,6 +50,19 @@ def seed_step(seed: int, step: int) -> None:
     drawn = derived_seed(seed, step, *rank)
     torch.manual_seed(drawn)
     model_parallel_cuda_manual_seed(drawn)
+
+
+@contextlib.contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """What is drawn inside the block changes nothing of what is drawn behind it, on this rank."""
+    tracker = get_cuda_rng_tracker()
+    streams = tracker.get_states()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            tracker.set_states(streams)
 
 
 def derived_seed(*values: int | str) -> int:

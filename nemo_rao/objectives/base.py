@@ -15,6 +15,9 @@ from nemo_rao.keys import check
 if TYPE_CHECKING:
     import numpy as np
 
+# Heads beside the vocabulary's (:mod:`nemo_rao.mcore.heads`): their names in models and in checkpoints.
+VALUE_HEAD, SCORE_HEAD = "value_head", "score_head"
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:

@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
-from nemo_rao.data.order import rank_micro_batches
-from nemo_rao.mcore.forward import evaluation_mode, forward_only
 from nemo_rao.mcore.loss import response_token_log_probs, sequence_log_probs
+from nemo_rao.rollout.passes import rollout_reports
 from nemo_rao.rollout.samples import Rollout
 
 
@@ -64,16 +62,9 @@ def rollout_log_probs(
             found["values"] = output.values
         return found
 
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    own = rank_micro_batches(np.arange(len(rollout.prompts)), micro_batch_size, rank, size)
-    with evaluation_mode(chunks):
-        reports = forward_only(chunks, own, make_micro_batch=make_micro_batch, report=report)
-    # One rank of those with the same rows sends them; before the last pipeline stage there are no reports.
-    sends = parallel_state.get_tensor_and_context_parallel_rank() == 0
-    mine = [{name: values.cpu().numpy() for name, values in one.items()} for one in reports if sends]
-    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_ranks, mine)
-    every = [one for of_rank in of_ranks for one in of_rank]
+    every = rollout_reports(
+        chunks, len(rollout.prompts), make_micro_batch, micro_batch_size=micro_batch_size, report=report
+    )
     names = [*(["tokens"] if of_tokens else []), *(["values"] if of_values else [])]
     return LogProbs(_sums(every, rollout), **{name: _of_tokens(every, name, rollout) for name in names})
 

@@ -20,7 +20,7 @@ class ReferenceWeights:
     """What a model has now, as the reference; see :func:`reference_weights`."""
 
     def __init__(self, chunks: Sequence[Any]) -> None:
-        self._kept = [(name, parameter, _on_host(parameter)) for name, parameter in _trained(chunks)]
+        self._kept = [(name, parameter, on_host(parameter)) for name, parameter in _trained(chunks)]
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -74,6 +74,7 @@ def _trained(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
                 yield name, parameter
 
 
-def _on_host(parameter: Tensor) -> Tensor:
+def on_host(parameter: Tensor) -> Tensor:
+    """A copy in host memory, page-locked where the tensor is a GPU's."""
     kept = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
     return kept.copy_(parameter.detach())

@@ -6,35 +6,93 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from nemo_rao.batch import Row
+from nemo_rao.batch import Response, Row
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import RankFailure, UserError
+from nemo_rao.runtime.launch import launch
 from nemo_rao.scoring.run import KINDS
-from nemo_rao.scoring.scorer import InputRow, NoScore, Place, Scored, Scorer, ScoringFailure, make_scorers
+from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, Scorer, ScoringFailure, make_scorers
+from nemo_rao.training.reward_models import RewardModelOfRun, reward_model_of
 
-_KINDS = ("rule", "judge")  # which look at one response, and compute in this process or elsewhere
+# Kinds that look at the text of one response, and compute in this process or elsewhere.
+TEXT: Mapping[str, Kind] = {name: KINDS[name] for name in ("rule", "judge")}
+_PROBE = "The answer is 42."  # what rules are asked about before the run
 _PAUSE_SECONDS = 2.0  # before a scorer that has failed is asked again; twice as long each further time
 
 
-def rewards_of(config: RunConfig) -> Rewards:
-    """What scores the samples of a run.
+def rewards_of(config: RunConfig) -> tuple[Rewards, dict[str, RewardModelOfRun]]:
+    """What scores the samples of a run: scorers of their text, and by name reward models that read their tokens.
 
     Raises:
         UserError: nothing does, or a scorer cannot be made.
     """
-    keys = config.online
-    made = Rewards(keys.reward, keys.reward_weights, attempts=keys.scoring_attempts, folder=run_dir(config))
-    made.check()
-    return made
+    keys, folder = config.online, run_dir(config)
+    if not keys.reward:
+        raise UserError(
+            "online.reward is empty, and the samples have no other reward; give [NAME=]KIND:ARGUMENT, such as "
+            "online.reward=[rule:my_rules:exact_match]"
+        )
+    # No scorer of rows: it scores on the ranks of the run.
+    model = Kind(lambda run, _: cast(Scorer, reward_model_of(run, config)), lambda run: Path(run).name, "RUN_FOLDER")
+    made = _make(keys.reward, {**TEXT, "model": model}, folder)
+    models: dict[str, RewardModelOfRun] = {}
+    text = []
+    for spec, (name, scorer) in zip(keys.reward, made.items(), strict=True):
+        if isinstance(scorer, RewardModelOfRun):
+            models[name] = scorer
+        else:
+            scorer.close()
+            text.append(spec)
+    for name, weight in keys.reward_weights.items():
+        if name not in made:
+            raise UserError(f"online.reward_weights: there is no scorer {name}; there are {', '.join(made)}")
+        if not math.isfinite(weight):
+            raise UserError(f"online.reward_weights.{name}={weight}: must be finite")
+    return Rewards(text, keys.reward_weights, attempts=keys.scoring_attempts, folder=folder), models
+
+
+def _make(specs: Sequence[str], kinds: Mapping[str, Kind], folder: Path) -> dict[str, Scorer]:
+    try:
+        return make_scorers(specs, kinds, Place(folder))
+    except UserError as error:
+        raise UserError(str(error).replace("--scorer ", "online.reward=", 1)) from None
+
+
+def check_rules(config: RunConfig, prompt: Row) -> None:
+    """Calls each rule once, in a process of its own: threads that it starts would be missing in the ranks' forks.
+
+    Args:
+        prompt: a row of the run's data.
+
+    Raises:
+        UserError: a rule raises, or returns no finite number.
+    """
+    rules = [spec for spec in config.online.reward if spec.rpartition("=")[2].startswith("rule:")]
+    if rules:
+        asked = InputRow(**vars(replace(prompt, responses=(Response(_PROBE),))))
+        try:
+            launch(_call, (rules, run_dir(config), asked), num_ranks=1, in_children=True)
+        except RankFailure as failure:
+            raise UserError(f"online.reward={', '.join(rules)}: a call ended the process ({failure})") from None
+
+
+def _call(rules: Sequence[str], folder: Path, asked: InputRow) -> None:
+    for name, scorer in _make(rules, TEXT, folder).items():
+        try:
+            scorer.score([asked])
+        except ScoringFailure as failure:
+            raise UserError(f"online.reward: {name}, asked about the response {_PROBE!r}: {failure}") from None
 
 
 class Rewards:
-    """The weighted sum of scorers. They are made where they are first asked.
+    """The weighted sum of scorers that read text. They are made where they are first asked.
 
     Args:
         specs: ``[NAME=]KIND:ARGUMENT`` each.
@@ -48,28 +106,8 @@ class Rewards:
         self._weights = weights
         self._attempts = attempts
         self._folder = folder
-        self._scorers: Mapping[str, Scorer] = {}
+        self._scorers: Mapping[str, Scorer] | None = None
         self._counts: Counter[tuple[str, str]] = Counter()  # (scorer, what it has counted)
-
-    def check(self) -> None:
-        """That there are such scorers.
-
-        Raises:
-            UserError: there are not.
-        """
-        if not self._specs:
-            raise UserError(
-                "online.reward is empty, and the samples have no other reward; give [NAME=]KIND:ARGUMENT, such as "
-                "online.reward=[rule:my_rules:exact_match]"
-            )
-        scorers = self._made()
-        for scorer in scorers.values():
-            scorer.close()
-        for name, weight in self._weights.items():
-            if name not in scorers:
-                raise UserError(f"online.reward_weights: there is no scorer {name}; there are {', '.join(scorers)}")
-            if not math.isfinite(weight):
-                raise UserError(f"online.reward_weights.{name}={weight}: must be finite")
 
     def __call__(self, rows: Sequence[Row]) -> list[list[float | None]]:
         """For each row a reward of each of its responses; ``None`` where any scorer gives none.
@@ -77,7 +115,8 @@ class Rewards:
         Raises:
             RankFailure: a scorer has failed as often as it is asked.
         """
-        self._scorers = self._scorers or self._made()
+        if self._scorers is None:
+            self._scorers = _make(self._specs, TEXT, self._folder)
         given = [InputRow(**vars(row)) for row in rows]
         totals = [np.zeros(len(row.responses)) for row in rows]
         for name, scorer in self._scorers.items():
@@ -93,9 +132,9 @@ class Rewards:
 
     def close(self) -> None:
         """Closes the scorers, where there are any."""
-        for scorer in self._scorers.values():
+        for scorer in (self._scorers or {}).values():
             scorer.close()
-        self._scorers = {}
+        self._scorers = None
 
     def _asked(self, name: str, scorer: Scorer, rows: Sequence[InputRow]) -> Sequence[Scored]:
         for attempt in range(1, self._attempts + 1):
@@ -109,9 +148,3 @@ class Rewards:
                     ) from failure
                 time.sleep(_PAUSE_SECONDS * 2 ** (attempt - 1))
         raise AssertionError("online.scoring_attempts is at least 1")
-
-    def _made(self) -> dict[str, Scorer]:
-        try:
-            return make_scorers(self._specs, {name: KINDS[name] for name in _KINDS}, Place(self._folder))
-        except UserError as error:
-            raise UserError(str(error).replace("--scorer ", "online.reward=", 1)) from None

@@ -5,6 +5,8 @@ In order of cost: the environment, then the data, and only then anything that im
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nemo_rao.batch import RewardSummary
 from nemo_rao.checkpoint.adapters import base_on_resume, check_scheme
 from nemo_rao.checkpoint.experts import check_resumed_experts
@@ -17,7 +19,8 @@ from nemo_rao.loop.prepared import OnlineTask, Prepared
 from nemo_rao.objectives import registry
 from nemo_rao.training.loading import LoadedData, drawn, drawn_prompts, load_data
 from nemo_rao.training.model_checks import check_model
-from nemo_rao.training.online_rewards import rewards_of
+from nemo_rao.training.online_rewards import Rewards, check_rules, rewards_of
+from nemo_rao.training.reward_models import RewardModelOfRun
 from nemo_rao.training.steps import plan_steps
 
 
@@ -29,8 +32,12 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     """
     keys, objective = config.model, registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
-    reward = None if config.online.num_generations is None else rewards_of(config)
+    reward, models = (None, {}) if config.online.num_generations is None else rewards_of(config)
     loaded = loaded or load_data(config)
+    if reward is not None:
+        check_rules(config, loaded.prompts[0])
+    for model in models.values():
+        model.check_tokens(config, loaded)
     data, validation = drawn(config, loaded), loaded.validation
     others = {}
     if needs.mismatched:
@@ -54,6 +61,8 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
                 assert start_from is not None  # check_run
                 start_from = base_on_resume(resume_from, start_from, f"exp_manager.name={config.exp_manager.name}")
         check_model(config, loaded.num_tokens, start_from if needs_start(config) else None, resume_from)
+        for model in models.values():
+            model.check_model(loaded.num_tokens)
     return Prepared(
         train=data,
         validation=validation,
@@ -65,7 +74,17 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
-        online=(
-            None if reward is None else OnlineTask(drawn_prompts(config, loaded), reward, loaded.validation_prompts)
-        ),
+        online=None if reward is None else _online_task(config, loaded, reward, models),
+    )
+
+
+def _online_task(
+    config: RunConfig, loaded: LoadedData, reward: Rewards, models: Mapping[str, RewardModelOfRun]
+) -> OnlineTask:
+    weights = config.online.reward_weights
+    return OnlineTask(
+        drawn_prompts(config, loaded),
+        reward,
+        [model.scorer(name, weights.get(name, 1.0)) for name, model in models.items()],
+        loaded.validation_prompts,
     )

@@ -28,10 +28,8 @@ from nemo_rao.config.architecture import network_key
 from nemo_rao.config.derived import objective_config
 from nemo_rao.config.precision_checks import quantisation
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.engines.engine import engine_of
 from nemo_rao.errors import RankFailure, UserError
-from nemo_rao.objectives import registry
 from nemo_rao.runtime.console import quiet_third_parties, say
 from nemo_rao.runtime.progress import Progress
 from nemo_rao.scoring.missing import Missing, reasons_of
@@ -39,6 +37,7 @@ from nemo_rao.scoring.run import Job
 from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, ScoringFailure
 from nemo_rao.training.ranks import pass_rank
 from nemo_rao.training.score_rows import Tokenised, length_limit, tokenise, with_length
+from nemo_rao.training.trained_run import trained_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,33 +151,13 @@ class _Model:
 
 
 def _model(run: str) -> _Model:
-    from nemo_rao.checkpoint.find import hugging_face_file, last_checkpoint, resolve_checkpoint
-
-    folder = Path(run).expanduser()
-    if not (folder / "recipe.yaml").is_file():
-        if (found := hugging_face_file(folder)) is not None:
-            raise UserError(
-                f"{run}: is a model in Hugging Face's format (it has {found}); `model:` takes the folder of a run: "
-                "import the model with nemo-rao import-hf and train from it"
-            )
-        raise UserError(f"{run}: no recipe.yaml in it; give the folder of a training run")
-    config = load_recipe(folder / "recipe.yaml")
-    if config.model.peft.scheme != "none":
-        raise UserError(f"{run}: trained adapters ({config.model.peft.scheme}), which cannot be scored with yet")
     from nemo_rao.checkpoint.adapters import refuse_adapters
+    from nemo_rao.checkpoint.find import resolve_checkpoint
 
-    own = last_checkpoint(folder)
-    if own is None:
-        raise UserError(f"{run}: no finished checkpoint in checkpoints/; train it first")
-    if not config.model.allow_pickle:
-        refuse_code(own, run)
-    keys = objective_config(config)
-    needs = registry.get(config.model.objective).needs_of(keys)
+    trained = trained_run(run)
+    config, keys, own, needs = trained.config, trained.objective_config, trained.checkpoint, trained.needs
     if needs.scores:
-        if hasattr(keys, "num_attributes"):
-            keys = dataclasses.replace(keys, num_attributes=_num_scores(config, own))
-        width = registry.get(config.model.objective).needs_of(keys).scores
-        return _Model(config, keys, (own,), width, lambda columns: columns[0][:, 0])
+        return _Model(config, keys, (own,), needs.scores, lambda columns: columns[0][:, 0])
     beta = getattr(keys, "beta", None)
     if beta is None or not needs.reference:
         raise UserError(
@@ -192,18 +171,6 @@ def _model(run: str) -> _Model:
     if not config.model.allow_pickle:
         refuse_code(start, f"{run}/recipe.yaml: model.restore_from_path")
     return _Model(config, keys, (own, start), 2, lambda columns: beta * (columns[0][:, 1] - columns[1][:, 1]))
-
-
-def _num_scores(config: RunConfig, checkpoint: Path) -> int:
-    engine_of(config).load()
-    from megatron.core.dist_checkpointing import load_tensors_metadata
-
-    from nemo_rao.mcore.heads import SCORE_HEAD
-
-    for name, tensor in load_tensors_metadata(str(weights_of(checkpoint))).items():
-        if name.endswith(f"{SCORE_HEAD}.weight"):
-            return int(tensor.global_shape[0])
-    raise UserError(f"{checkpoint}: has no score head; name the run of a reward model")
 
 
 def _digest(checkpoint: Path) -> str:

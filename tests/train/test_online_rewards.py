@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from nemo_rao.batch import Response, Row
+from nemo_rao.config.online_config import OnlineConfig
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.training import online_rewards as online
-from nemo_rao.training.online_rewards import Rewards
+from nemo_rao.training.online_rewards import Rewards, rewards_of
 
 RULES = """
 def length(prompt, response):
@@ -47,9 +49,12 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rewards(*rules: str, weights: Mapping[str, float] | None = None, attempts: int = 3) -> Rewards:
     specs = [f"rule:rules_of_this_test:{rule}" for rule in rules]
-    made = Rewards(specs, weights or {}, attempts=attempts, folder=Path())
-    made.check()
-    return made
+    return Rewards(specs, weights or {}, attempts=attempts, folder=Path())
+
+
+def online_run(specs: Sequence[str], weights: Mapping[str, float] | None = None) -> RunConfig:
+    keys = OnlineConfig(num_generations=2, reward=list(specs), reward_weights=dict(weights or {}))
+    return RunConfig(online=keys)
 
 
 def test_several_scorers_are_added_up_by_their_weights() -> None:
@@ -74,7 +79,7 @@ def test_a_response_without_a_score_has_no_reward(monkeypatch: pytest.MonkeyPatc
         def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
             return [NoScore("empty") if not pair.response else 1.0 for pair in pairs]
 
-    monkeypatch.setattr(online, "KINDS", {**online.KINDS, "judge": Kind(lambda *_: Judge(), lambda _: "j", "FILE")})
+    monkeypatch.setattr(online, "TEXT", {**online.TEXT, "judge": Kind(lambda *_: Judge(), lambda _: "j", "FILE")})
     made = Rewards(["judge:x", "rule:rules_of_this_test:length"], {}, attempts=1, folder=Path())
     assert made(ROWS) == [[2, 4], [3, None]]
 
@@ -100,7 +105,7 @@ def test_a_scorer_that_fails_is_asked_again_and_then_ends_the_run() -> None:
 )
 def test_one_line_reports_what_is_wrong(specs: list[str], weights: dict[str, float], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Rewards(specs, weights, attempts=1, folder=Path()).check()
+        rewards_of(online_run(specs, weights))
 
 
 def test_a_scorer_is_made_once_for_all_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +118,6 @@ def test_a_scorer_is_made_once_for_all_rollouts(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(online, "make_scorers", counting)
     made = rewards("length")
-    assert calls["made"] == 1  # the check
     made(ROWS)
     made(ROWS)
-    assert calls["made"] == 2
+    assert calls["made"] == 1

@@ -56,3 +56,9 @@ def pass_rank(
     run = Run(config, objective_config, max_steps=1)
     with run.built(data, folder=folder, start_from=checkpoint):
         compute(run.session())
+
+
+def evaluation_chunks(config: RunConfig, objective_config: Any) -> list[Any]:
+    from nemo_rao.engines.bridge import evaluation
+
+    return evaluation.chunks(config, objective_config)

@@ -112,3 +112,9 @@ def pass_rank(
     trainer.callbacks[:0] = [Pass()]
     with contextlib.suppress(Done):
         trainer.fit(model, AlignmentDataModule(data, seq_length=config.model.seq_length))
+
+
+def evaluation_chunks(config: RunConfig, objective_config: Any) -> list[Any]:
+    from nemo_rao.engines.nemo import evaluation
+
+    return evaluation.chunks(config, objective_config)
