@@ -15,6 +15,9 @@ _VALIDATION = "val/"
 # What nemo_rao.engines.nemo.step_metrics reports of a training step besides the objective's metrics.
 _OF_STEPS = ("grad_norm", "lr", "tokens_per_second", "data/token_efficiency", "data/tokens_shared")
 
+# What nemo_rao.rollout.metrics shows of samples, with whatever needs.
+_OF_SAMPLES = ("reward", "reward_std", "reward_p10", "reward_p50", "reward_p90", "unscored", "entropy", "length", "cut")
+
 
 def validation_intervals(config: RunConfig) -> set[int]:
     """Optimizer steps between validations: as asked for, and where a checkpoint is ranked by one."""
@@ -60,7 +63,10 @@ def _reported(config: RunConfig) -> set[str] | None:
         return None  # its keys go with other data than this
     # An objective's metrics have the same names for every batch.
     of_objective = {"loss", *objective.loss(_any_batch(max(2, objective.needs_of(keys).min_responses)), keys).metrics}
-    validated = {_VALIDATION + name for name in of_objective} if config.data.validation_path is not None else set()
+    of_validation = of_objective
+    if config.online.num_generations is not None:
+        of_validation = {*_OF_SAMPLES, *(["kl"] if objective.needs_of(keys).reference else [])}
+    validated = {_VALIDATION + name for name in of_validation} if config.data.validation_path is not None else set()
     return {*of_objective, *_OF_STEPS, *validated}
 
 

@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 from nemo_rao.batch import RewardSummary
 from nemo_rao.checkpoint.find import last_checkpoint, step_of
 from nemo_rao.config.online_config import OnlineConfig
-from nemo_rao.data.order import rank_micro_batches
 from nemo_rao.errors import RankFailure
+from nemo_rao.loop.data import AlignmentData
 from nemo_rao.loop.online_data import OnlineData
 from nemo_rao.loop.prepared import OnlineTask
 from nemo_rao.loop.session import Hook, Session, log
@@ -30,7 +30,7 @@ from nemo_rao.rollout.metrics import metrics
 from nemo_rao.rollout.reference import ReferenceWeights, reference_weights
 from nemo_rao.rollout.reward_model import RewardModel
 from nemo_rao.rollout.sampler import MegatronSampler, Sampler, Wanted
-from nemo_rao.rollout.samples import Rollout, load
+from nemo_rao.rollout.samples import Rollout, RolloutData, load
 from nemo_rao.rollout.text import SampleText
 from nemo_rao.runtime.console import say
 
@@ -146,24 +146,26 @@ class MakeRollouts(Hook):
                 oldest = _oldest(session.folder, data)
                 _remove(session.folder, lambda one: one < oldest)
             with self._timed("rollout"):
-                rollout = self._sampled(session, data, number)
+                rollout = self.sampled(session, data.rollout_data, data.prompts_of_rollout(number), number)
             keep(rollout)
         data.rollout_data.rollout, data.train.reference = rollout, None
         data.rollout_data.advantages = {}  # those of the rollout before
         if rollout.rewards is None:
             with self._timed("reward"):
-                rollout = self._scored(data, rollout, self._rewards_before(session.folder, number))
+                scored = self.rewards(data.train, self._text, data.micro_batch_size)
+            known = scored[~np.isnan(scored)]
+            so_far = self._rewards_before(session.folder, number) + np.array([known.sum(), len(known)])
+            rollout = replace(rollout, rewards=scored, rewards_so_far=so_far)
             keep(rollout)
         if rollout.reference is None and self._needs.reference:
-            assert self._reference is not None
-            with self._timed("reference"), self._reference.in_place():
-                found = self._log_probs(session, data, rollout)
+            with self._timed("reference"):
+                found = self.reference_log_probs(session, data.train, data.micro_batch_size)
             rollout = replace(rollout, reference=found.sums, reference_logps=found.tokens)
             keep(rollout)
         if rollout.old_logps is None and self._needs.tokens and (self._has_values or data.steps_per_rollout > 1):
             # A single step is taken by the policy that sampled, whose ratio to itself is 1. Values ask for the pass.
             with self._timed("old"):
-                found = self._log_probs(session, data, rollout, values=self._has_values)
+                found = self._log_probs(session, data.train, data.micro_batch_size, values=self._has_values)
             rollout = replace(rollout, old_logps=found.tokens, values=found.values)
             keep(rollout)
         return rollout
@@ -186,18 +188,18 @@ class MakeRollouts(Hook):
         data.rollout_data.advantages = {"advantages": found.advantages, "returns": found.returns}
         return dict(found.metrics)
 
-    def _sampled(self, session: Session, data: OnlineData, number: int) -> Rollout:
-        prompts = data.prompts_of_rollout(number)
+    def sampled(self, session: Session, data: RolloutData, prompts: np.ndarray, number: int) -> Rollout:
+        """Responses to ``[S]`` prompts, by their numbers in the data; ``number`` names the draws."""
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        own = [slot for part in rank_micro_batches(np.arange(len(prompts)), 1, rank, size) for slot in part]
+        slots = range(rank, len(prompts), size)
         self._sampler = self._sampler or self._made_sampler(session)
         found = self._sampler.sample(
             session.chunks,
-            [Wanted(data.rollout_data.prompt(int(prompts[slot])), number, slot, self._num_generations) for slot in own],
+            [Wanted(data.prompt(int(prompts[slot])), number, slot, data.responses_per_slot) for slot in slots],
         )
         of_ranks: list[Any] = [None] * size
         torch.distributed.all_gather_object(of_ranks, found, group=parallel_state.get_data_parallel_group())
-        return Rollout.of(prompts.tolist(), [responses for of_rank in of_ranks for responses in of_rank])
+        return Rollout.of(prompts.tolist(), [of_ranks[slot % size][slot // size] for slot in range(len(prompts))])
 
     def _made_sampler(self, session: Session) -> Sampler:
         keys = self._keys
@@ -219,32 +221,42 @@ class MakeRollouts(Hook):
             raise _missing(_file(folder, number - 1))
         return before.rewards_so_far  # type: ignore[no-any-return]
 
-    def _scored(self, data: OnlineData, rollout: Rollout, before: np.ndarray) -> Rollout:
+    def rewards(self, data: AlignmentData, text: SampleText, micro_batch_size: int) -> np.ndarray:
+        """``[S, K]`` of the rollout that the data holds."""
+        held = data.data
+        assert isinstance(held, RolloutData) and held.rollout is not None, "it has been sampled"
+
         def by_text() -> np.ndarray:
-            rows = [self._text.row(data.rollout_data, slot) for slot in range(len(data.rollout_data))]
+            rows = [text.row(held, slot) for slot in range(len(held))]
             found = [[np.nan if one is None else one for one in of_row] for of_row in self._task.reward(rows)]
             return np.array(found, dtype=np.float64)
 
         keys, scored = self._keys, _of_first_rank(by_text)
         for weight, model in self._reward_models:
-            scored = scored + weight * model.scores(
-                rollout, data.train.micro_batch, micro_batch_size=data.micro_batch_size
-            )
+            scored = scored + weight * model.scores(held.rollout, data.micro_batch, micro_batch_size=micro_batch_size)
         if keys.cut_responses != "score":
-            scored[rollout.is_cut] = keys.cut_reward if keys.cut_responses == "penalty" else np.nan
-        known = scored[~np.isnan(scored)]
-        return replace(rollout, rewards=scored, rewards_so_far=before + np.array([known.sum(), len(known)]))
+            scored[held.rollout.is_cut] = keys.cut_reward if keys.cut_responses == "penalty" else np.nan
+        return scored  # type: ignore[no-any-return]
+
+    def reference_log_probs(self, session: Session, data: AlignmentData, micro_batch_size: int) -> LogProbs:
+        """Of the rollout that the data holds, under the reference policy."""
+        assert self._reference is not None, "the objective needs one"
+        with self._reference.in_place():
+            return self._log_probs(session, data, micro_batch_size)
 
     @property
     def _has_values(self) -> bool:
         return self._needs.values == "tokens"
 
-    def _log_probs(self, session: Session, data: OnlineData, rollout: Rollout, *, values: bool = False) -> LogProbs:
+    def _log_probs(
+        self, session: Session, data: AlignmentData, micro_batch_size: int, *, values: bool = False
+    ) -> LogProbs:
+        assert isinstance(data.data, RolloutData) and data.data.rollout is not None, "it has been sampled"
         return rollout_log_probs(
             session.chunks,
-            rollout,
-            data.train.micro_batch,
-            micro_batch_size=data.micro_batch_size,
+            data.data.rollout,
+            data.micro_batch,
+            micro_batch_size=micro_batch_size,
             vocab_size=session.loss.vocab_size,
             of_tokens=self._needs.tokens,
             of_values=values,

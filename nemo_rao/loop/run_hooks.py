@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nemo_rao.checkpoint.layout import weights_of
@@ -21,11 +21,13 @@ from nemo_rao.loop.online_data import OnlineData
 from nemo_rao.loop.prepared import OnlineTask, Prepared
 from nemo_rao.loop.reference import ReferencePass
 from nemo_rao.loop.rollouts import MakeRollouts
+from nemo_rao.loop.sampled_validation import ValidateSamples
 from nemo_rao.loop.session import Hook
 from nemo_rao.loop.stopping import StopWhenAsked
 from nemo_rao.loop.validation import Validation
 from nemo_rao.objectives.base import Needs
 from nemo_rao.rollout.samples import RolloutData
+from nemo_rao.rollout.text import SampleText
 
 
 def data_sets_of(config: RunConfig, prepared: Prepared) -> dict[str, AlignmentData]:
@@ -40,14 +42,21 @@ def data_sets_of(config: RunConfig, prepared: Prepared) -> dict[str, AlignmentDa
         )
 
     if prepared.online is not None:
-        number = config.online.num_generations
-        assert number is not None
-        slots = config.online.mini_batches * config.model.global_batch_size
-        return {"training": laid_out(RolloutData(prepared.train, num_slots=slots, num_responses=number))}
+        return {name: laid_out(data) for name, data in _rollout_data(config, prepared)}
     data_sets = {"training": laid_out(prepared.train, prepared.mismatched.get("train"))}
     if prepared.validation is not None:
         data_sets["validation"] = laid_out(prepared.validation, prepared.mismatched.get("validation"))
     return data_sets
+
+
+def _rollout_data(config: RunConfig, prepared: Prepared) -> Iterator[tuple[str, RolloutData]]:
+    keys, number = config.online, config.online.num_generations
+    assert number is not None, "the run samples"
+    slots = keys.mini_batches * config.model.global_batch_size
+    yield "training", RolloutData(prepared.train, num_slots=slots, num_responses=number)
+    if (prompts := prepared.validation) is not None:
+        slots, number = len(prompts), keys.validation_generations
+        yield "validation", RolloutData(prompts, num_slots=slots, num_responses=number)
 
 
 def training_data(config: RunConfig, train: AlignmentData, online: OnlineTask | None = None) -> TrainingData:
@@ -89,16 +98,7 @@ def hooks_of(
     if config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
         hooks.append(CalibrateScales())
     if prepared.online is not None:
-        hooks.append(
-            MakeRollouts(
-                config.online,
-                prepared.online,
-                tokenizer=load_tokenizer(config.data.tokenizer or ""),
-                adapters=keys.peft.scheme != "none",
-                needs=needs,
-                start=None if prepared.start_from is None else weights_of(prepared.start_from),
-            )
-        )
+        hooks += _sampling_hooks(config, needs, data_sets, prepared, prepared.online)
     elif needs.reference:
         mismatched = {f"{name}, mismatched": data.mismatched for name, data in data_sets.items() if data.mismatched}
         hooks.append(
@@ -118,7 +118,7 @@ def hooks_of(
     ]
     if needs.mismatched:
         hooks.append(MismatchedPass())
-    if "validation" in data_sets:
+    if "validation" in data_sets and prepared.online is None:
         hooks.append(
             Validation(
                 data_sets["validation"],
@@ -130,3 +130,27 @@ def hooks_of(
     if config.trainer.enable_progress_bar:
         hooks.append(ShowProgress())
     return hooks
+
+
+def _sampling_hooks(
+    config: RunConfig, needs: Needs, data_sets: Mapping[str, AlignmentData], prepared: Prepared, task: OnlineTask
+) -> Iterator[Hook]:
+    tokenizer = load_tokenizer(config.data.tokenizer or "")
+    rollouts = MakeRollouts(
+        config.online,
+        task,
+        tokenizer=tokenizer,
+        adapters=config.model.peft.scheme != "none",
+        needs=needs,
+        start=None if prepared.start_from is None else weights_of(prepared.start_from),
+    )
+    yield rollouts
+    if "validation" in data_sets:
+        yield ValidateSamples(
+            data_sets["validation"],
+            SampleText(tokenizer, task.validation_prompts),
+            rollouts,
+            needs,
+            intervals=validation_intervals(config),
+            micro_batch_size=config.model.micro_batch_size,
+        )

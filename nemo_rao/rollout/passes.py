@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
-from nemo_rao.data.order import rank_micro_batches
+from nemo_rao.data.order import every_sample_once
 from nemo_rao.mcore.forward import evaluation_mode, forward_only
 
 
@@ -36,7 +36,7 @@ def rollout_reports(
         what ``report`` gave for each micro-batch, in no order.
     """
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    own = rank_micro_batches(np.arange(num_slots), micro_batch_size, rank, size)
+    own = every_sample_once(num_slots, micro_batch_size, rank, size)
     with evaluation_mode(chunks):
         reports = forward_only(chunks, own, make_micro_batch=make_micro_batch, report=report)
     # One rank of those with the same rows sends them; before the last pipeline stage there are no reports.

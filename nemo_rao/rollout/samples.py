@@ -141,6 +141,11 @@ class RolloutData:
         return self._prompts[number].prompt
 
     @property
+    def responses_per_slot(self) -> int:
+        """K."""
+        return self._num_responses
+
+    @property
     def num_responses(self) -> int:
         return self._num_slots * self._num_responses
 

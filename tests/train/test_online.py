@@ -20,6 +20,21 @@ def early_letters(prompt: str, response: str) -> float:
     return sum(letter < "n" for letter in response) / max(len(response), 1)
 
 
+def held_out(folder: Path, number: int) -> tuple[str, ...]:
+    """So many prompts to validate on, two samples each; the overrides that name them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": f"Sort: {' '.join('hgfedcba'[at:])}"}) + "\n" for at in range(number)]
+    (folder / "held_out.jsonl").write_text("".join(lines))
+    keys = (f"data.validation_path={folder}/held_out.jsonl", "online.validation_generations=2")
+    return (*keys, "trainer.val_check_interval=2")
+
+
+def logged(folder: Path, metric: str) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl`` that have the metric."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if metric in record]
+
+
 ONLINE = (
     f"online.reward=[rule:{__name__}:{early_letters.__name__}]",
     "online.num_generations=3",
@@ -62,9 +77,11 @@ def rollout(folder: Path, number: int) -> dict[str, np.ndarray]:
 def test_the_same_samples_and_steps_under_any_parallelism(
     common: tuple[str, ...], tmp_path: Path, recipe: str, more: tuple[str, ...]
 ) -> None:
-    run_training(recipe, _overrides(tmp_path / "alone", common, *more, "trainer.max_steps=3"))
-    split = (*parallel(2, 2, 1), "model.sequence_parallel=true")
-    run_training(recipe, _overrides(tmp_path / "split", common, *more, *split, "trainer.max_steps=3"))
+    more = (*more, "trainer.max_steps=3", *held_out(tmp_path, 5))
+    run_training(recipe, _overrides(tmp_path / "alone", common, *more))
+    # Of five prompts, two copies of the model validate on three and two.
+    split = parallel(1, 2, 2) if recipe == "gpt_rpo_online" else (*parallel(2, 2, 1), "model.sequence_parallel=true")
+    run_training(recipe, _overrides(tmp_path / "split", common, *more, *split))
     first, same = rollout(tmp_path / "alone", 0), rollout(tmp_path / "split", 0)
     for name in ("prompts", "tokens", "lengths", "is_cut", "rewards"):
         np.testing.assert_array_equal(first[name], same[name])
@@ -73,6 +90,8 @@ def test_the_same_samples_and_steps_under_any_parallelism(
         learned = [[step["ppo/value"] for step in steps(tmp_path / name)] for name in ("alone", "split")]
         assert learned[0][0] == 0 and abs(learned[0][2]) > 0.01
         np.testing.assert_allclose(*learned, rtol=1e-2)
+    (before, *_), (found, *_) = (logged(tmp_path / name, "val/reward") for name in ("alone", "split"))
+    assert before == pytest.approx(found, abs=1e-3) and before["step"] == 0 and before["val/reward"] > 0
     for one, other in zip(steps(tmp_path / "alone"), steps(tmp_path / "split"), strict=True):
         assert one.keys() == other.keys()
         # From the second rollout on, a draw on the border between two tokens may fall to either side.
@@ -84,18 +103,24 @@ def test_the_same_samples_and_steps_under_any_parallelism(
 
 def test_what_is_logged_and_kept_is_that_of_the_samples(common: tuple[str, ...], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run_training("gpt_rloo", _overrides(folder, common, "trainer.max_steps=3"))
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    logged = [record for record in records if "rollout/reward" in record]
-    assert [record["step"] for record in logged] == [1, 2, 3]
+    run_training("gpt_rloo", _overrides(folder, common, "trainer.max_steps=3", *held_out(tmp_path, 5)))
+    validated = logged(folder, "val/reward")
+    assert [record["step"] for record in validated] == [0, 2, 3]
+    assert len({record["val/reward"] for record in validated}) == 3
+    assert validated[0]["val/kl"] == pytest.approx(0, abs=1e-5) and abs(validated[2]["val/kl"]) > 1e-3
+    of_steps = logged(folder, "rollout/reward")
+    assert [record["step"] for record in of_steps] == [1, 2, 3]
     last = rollout(folder, 2)
     assert len(np.unique(last["rewards"])) > 3
-    assert logged[-1]["rollout/reward"] == pytest.approx(last["rewards"].mean())
-    assert logged[-1]["rollout/length"] == last["lengths"].mean() and logged[-1]["rollout/cut"] == last["is_cut"].mean()
+    assert of_steps[-1]["rollout/reward"] == pytest.approx(last["rewards"].mean())
+    assert (
+        of_steps[-1]["rollout/length"] == last["lengths"].mean()
+        and of_steps[-1]["rollout/cut"] == last["is_cut"].mean()
+    )
     sums = np.array([part.sum() for part in np.split(last["logps"], np.cumsum(last["lengths"].flatten())[:-1])])
-    assert logged[-1]["rollout/kl"] == pytest.approx((sums - last["reference"][:, 1]).mean(), abs=1e-5)
-    assert logged[0]["rollout/kl"] == pytest.approx(0, abs=1e-5)  # the policy is the reference, and passes agree
-    assert {"seconds/rollout", "seconds/reward", "seconds/reference"} <= logged[0].keys()
+    assert of_steps[-1]["rollout/kl"] == pytest.approx((sums - last["reference"][:, 1]).mean(), abs=1e-5)
+    assert of_steps[0]["rollout/kl"] == pytest.approx(0, abs=1e-5)  # the policy is the reference, and passes agree
+    assert {"seconds/rollout", "seconds/reward", "seconds/reference"} <= of_steps[0].keys()
 
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert sorted({one["step"] for one in samples}) == [1, 3]
@@ -127,8 +152,7 @@ def test_adapters_are_sampled_with_and_the_reference_is_without_them_also_after_
     for number in (2, 3):
         for name, values in rollout(whole, number).items():
             np.testing.assert_array_equal(rollout(killed, number)[name], values)
-    kl = [json.loads(line).get("rollout/kl") for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    first, *later = [value for value in kl if value is not None]
+    first, *later = (record["rollout/kl"] for record in logged(whole, "rollout/kl"))
     assert first == pytest.approx(0, abs=1e-5)
     # The adapters have moved, and the reference has not.
     assert len(later) == 3 and all(abs(value) > 1e-3 for value in later)
@@ -156,7 +180,7 @@ def _die(where: str, recipe: str, overrides: list[str]) -> None:
     if where == "sampling":
         sampler.sample = kill_at(2, sampler.sample)
     elif where == "scoring":
-        rollouts.MakeRollouts._scored = kill_at(2, rollouts.MakeRollouts._scored)  # type: ignore[method-assign]
+        rollouts.MakeRollouts.rewards = kill_at(2, rollouts.MakeRollouts.rewards)  # type: ignore[method-assign]
     elif where == "the third step":
         Metrics.after_step = kill_at(3, Metrics.after_step)  # type: ignore[method-assign]
     elif where == "the step behind a rollout":

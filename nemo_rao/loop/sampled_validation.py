@@ -1,0 +1,75 @@
+"""What responses the policy gives to prompts that it does not train on, and their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import numpy as np
+
+from nemo_rao.loop.data import AlignmentData
+from nemo_rao.loop.rollouts import MakeRollouts
+from nemo_rao.loop.session import Hook, Session, log
+from nemo_rao.objectives.base import Needs
+from nemo_rao.rollout.metrics import metrics
+from nemo_rao.rollout.samples import RolloutData
+from nemo_rao.rollout.text import SampleText
+
+# In the place of a rollout's number: draws are the same in each validation, and no rollout's.
+_DRAWS = 2**32 - 1
+
+
+class ValidateSamples(Hook):
+    """Samples responses to every validation prompt: before the first step, at intervals, and at the end.
+
+    What :mod:`nemo_rao.rollout.metrics` shows of them is reported as ``val/<metric>``. Behind :class:`MakeRollouts`,
+    which it samples and scores with.
+
+    Args:
+        data: of a :class:`nemo_rao.rollout.samples.RolloutData` with a slot for each prompt.
+        text: of these prompts.
+        rollouts: of the run.
+        needs: of the objective.
+        intervals: optimizer steps between evaluations; where one of several ends, there is one.
+        micro_batch_size: prompts.
+    """
+
+    def __init__(
+        self,
+        data: AlignmentData,
+        text: SampleText,
+        rollouts: MakeRollouts,
+        needs: Needs,
+        *,
+        intervals: Collection[int],
+        micro_batch_size: int,
+    ) -> None:
+        self._data = data
+        self._text = text
+        self._rollouts = rollouts
+        self._needs = needs
+        self._intervals = intervals
+        self._micro_batch_size = micro_batch_size
+        self._last_step = -1
+
+    def before_step(self, session: Session) -> None:
+        if session.step == 0:
+            self._evaluate(session)
+
+    def after_step(self, session: Session) -> None:
+        if session.step == session.max_steps or any(session.step % interval == 0 for interval in self._intervals):
+            self._evaluate(session)
+
+    def _evaluate(self, session: Session) -> None:
+        if session.step == self._last_step:
+            return
+        self._last_step = session.step
+        held = self._data.data
+        assert isinstance(held, RolloutData), "made of one"
+        held.rollout = self._rollouts.sampled(session, held, np.arange(len(held)), _DRAWS)
+        rewards = self._rollouts.rewards(self._data, self._text, self._micro_batch_size)
+        reference = None
+        if self._needs.reference:
+            reference = self._rollouts.reference_log_probs(session, self._data, self._micro_batch_size).sums
+        found = metrics(replace(held.rollout, rewards=rewards, reference=reference))
+        log(session, {f"val/{name.removeprefix('rollout/')}": value for name, value in found.items()})
