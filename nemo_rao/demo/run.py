@@ -71,7 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
     # Both recipes are checked before either runs: a mistaken override costs nothing.
     recipes = [(SFT, [*common, *sft, *arguments.overrides]), (RAO, [*common, *rao, *arguments.overrides])]
     configs = [compose(name, overrides) for name, overrides in recipes]
-    _make_data(data)
+    make_data(data)
     for number, ((name, overrides), config) in enumerate(zip(recipes, configs, strict=True), start=1):
         print(f"\n[{number}/2] {_command(name, overrides)}\n", flush=True)
         check_run(config)
@@ -82,7 +82,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _make_data(folder: Path) -> None:
+def make_data(folder: Path) -> None:
     """Preferences and tokenizer, made once: the same every time."""
     if (folder / "tokenizer" / "tokenizer.json").exists():
         return

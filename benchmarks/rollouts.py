@@ -1,0 +1,148 @@
+"""Time of an online step by phase, and how the time of a rollout grows with K, length and ranks.
+
+    python -m benchmarks.rollouts
+
+REINFORCE leave-one-out on a Llama with random weights, so that hardly any response ends before its limit. From one base
+each table changes one thing:
+
+    K     responses of a prompt
+    N     tokens of a response
+    ranks tensor- and pipeline-parallel ranks, all with one thread, against one rank with one
+
+Runs of a table take turns (:mod:`benchmarks.sessions`). Phases are those that a run logs as ``seconds/<phase>``; the
+update is what is left of the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.inputs import ModelSizes, train_on_made_up_text, write_uniform_rows
+from benchmarks.results import parser, summary, write_result
+from benchmarks.sessions import Session, Turn, in_child, in_turn, prepare_server
+from benchmarks.training import ENDLESS, run_ours
+
+SIZES = ModelSizes()
+BATCH, PROMPT, BASE = 8, 64, {"K": 4, "N": 64, "tp": 1, "pp": 1}
+TABLES: Mapping[str, Sequence[Mapping[str, int]]] = {
+    "K": [{"K": number} for number in (2, 4, 8, 16)],
+    "N": [{"N": number} for number in (32, 64, 128, 256)],
+    "ranks": [{"tp": tp, "pp": pp} for tp, pp in ((1, 1), (2, 1), (1, 2))],
+}
+PHASES = ("rollout", "reward", "reference", "update")
+
+
+def main() -> None:
+    arguments_of = parser(__doc__, repeats=3)
+    arguments_of.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    arguments = arguments_of.parse_args()
+    prepare_server()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train_on_made_up_text(folder / "tokenizer", SIZES.vocab)
+        write_uniform_rows(
+            folder / "data.jsonl", folder / "tokenizer", num_prompts=BATCH, num_responses=1, length=PROMPT
+        )
+        in_child(make_start, common(folder), folder)
+        tables = {table: measure(table, folder, arguments) for table in arguments.tables}
+    write_result("rollouts", arguments, {"base": {**BASE, "prompts": BATCH}, "tables": tables})
+
+
+def common(folder: Path) -> list[str]:
+    return [
+        f"data.train_path={folder / 'data.jsonl'}",
+        f"data.tokenizer={folder / 'tokenizer'}",
+        f"model.arch.num_layers={SIZES.layers}",
+        f"model.arch.hidden_size={SIZES.hidden}",
+        f"model.arch.ffn_hidden_size={SIZES.feed_forward}",
+        f"model.arch.num_attention_heads={SIZES.heads}",
+        f"model.arch.num_query_groups={SIZES.groups}",
+        "model.seq_length=2048",
+        f"model.global_batch_size={BATCH}",
+        f"model.micro_batch_size={BATCH}",
+        f"exp_manager.exp_dir={folder / 'runs'}",
+    ]
+
+
+def make_start(overrides: Sequence[str], folder: Path) -> None:
+    """The weights that all runs start with, which are the reference's: those of a step without effect."""
+    from nemo_rao.config.compose import compose
+    from nemo_rao.training.checks import check_run
+    from nemo_rao.training.train import train
+
+    quick = ("trainer.max_epochs=null", "trainer.max_steps=1", "model.optim.lr=0", "trainer.enable_progress_bar=false")
+    config = compose("gpt_sft", [*overrides, *quick, "exp_manager.name=start", "exp_manager.draw_curves=false"])
+    check_run(config)
+    train(config)
+
+
+def length_of(prompt: str, response: str) -> float:
+    """A rule that costs nothing."""
+    return len(response) / 1000
+
+
+def measure(table: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of a table, printed as well."""
+    settings = [{**BASE, **changed} for changed in TABLES[table]]
+    threads = 1 if table == "ranks" else arguments.threads
+    sessions = {str(number): start(one, threads, folder) for number, one in enumerate(settings)}
+    rounds = in_turn(sessions, repeats=arguments.repeats)
+    rows = [row_of(one, rounds[str(number)]) for number, one in enumerate(settings)]
+    print(f"\n{table}\n" + " ".join(f"{key:>5}" for key in BASE), " ".join(f"{name:>10}" for name in PHASES), "tokens")
+    for row in rows:
+        of_phases = " ".join(f"{row['seconds'][phase]['min']:>10.3f}" for phase in PHASES)
+        print(" ".join(f"{row[key]:>5}" for key in BASE), of_phases, f"{row['length']:.1f}", flush=True)
+    return rows
+
+
+def start(one: Mapping[str, int], threads: int, folder: Path) -> Session:
+    overrides = [
+        *ENDLESS,
+        *common(folder),
+        f"model.restore_from_path={folder / 'runs' / 'start'}",
+        f"model.tensor_model_parallel_size={one['tp']}",
+        f"model.pipeline_model_parallel_size={one['pp']}",
+        f"trainer.devices={one['tp'] * one['pp']}",
+        f"trainer.threads_per_rank={threads}",
+        f"online.num_generations={one['K']}",
+        f"online.max_new_tokens={one['N']}",
+        f"online.rows_at_once={BATCH * one['K']}",
+        f"online.reward=[rule:{__spec__.name if __spec__ else __name__}:{length_of.__name__}]",
+        f"exp_manager.name=run-{time.monotonic_ns()}",
+    ]
+    return Session(run_ours, ("gpt_rloo", overrides, None, (phases,)), steps=1, forked=True)
+
+
+def row_of(one: Mapping[str, int], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # A round's notes are those of its own step.
+    of_rounds = [of_round["notes"] for of_round in rounds]
+    seconds = {name: [notes[f"seconds/{name}"] for notes in of_rounds] for name in PHASES[:-1]}
+    totals = [of_round["seconds"] for of_round in rounds]
+    seconds["update"] = [total - sum(parts) for total, *parts in zip(totals, *seconds.values(), strict=True)]
+    return {
+        **one,
+        "seconds": {name: summary(values) for name, values in seconds.items()} | {"step": summary(totals)},
+        "length": sum(notes["rollout/length"] for notes in of_rounds) / len(of_rounds),
+        "peak_bytes": max(of_round["peak_bytes"] for of_round in rounds),
+    }
+
+
+def phases(turn: Turn) -> Any:
+    """A hook that notes the phases of each step."""
+    from nemo_rao.loop.session import Hook
+
+    class Phases(Hook):
+        def after_step(self, session: Any) -> None:
+            shown = ("seconds/", "rollout/length")
+            turn.notes.update({name: value for name, value in session.reported().items() if name.startswith(shown)})
+
+    return Phases()
+
+
+if __name__ == "__main__":
+    main()
