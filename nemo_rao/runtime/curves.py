@@ -9,11 +9,25 @@ from nemo_rao.runtime.files import written_atomically
 from nemo_rao.runtime.metrics_file import read_metrics
 
 # Panels: title, unit, and the metrics in it with their labels; "mean" stands for the mean of the two before it.
-_PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+_Panels = tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...]
+_PANELS: _Panels = (
     ("rewards (implicit)", "β · log-ratio", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     ("log-probability of responses", "nats", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
     ("loss", "", (("loss", "training"), ("val/loss", "validation"))),
     ("gradient norm", "", (("grad_norm", "before clipping"),)),
+)
+# Of runs that sample; the band around a metric is that of its _p10 and _p90.
+_PANELS_OF_SAMPLES: _Panels = (
+    ("reward of samples", "", (("rollout/reward", "training, 10 to 90 %"), ("val/reward", "validation"))),
+    ("log-ratio to the reference", "nats per response", (("rollout/kl", "training"), ("val/kl", "validation"))),
+    ("entropy", "nats per token", (("rollout/entropy", "training"), ("val/entropy", "validation"))),
+    ("response", "tokens", (("rollout/length", "training"), ("val/length", "validation"))),
+    ("gradient norm", "", (("grad_norm", "before clipping"),)),
+    (
+        "time of a rollout",
+        "seconds",
+        tuple((f"seconds/{name}", name) for name in ("rollout", "reward", "reference", "old")),
+    ),
 )
 
 
@@ -27,8 +41,10 @@ def draw_curves(run_dir: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    for axis, (title, unit, lines) in zip(axes.flat, _PANELS, strict=True):
+    panels = _PANELS_OF_SAMPLES if any("rollout/reward" in record for record in records) else _PANELS
+    columns = len(panels) // 2
+    figure, axes = pyplot.subplots(2, columns, figsize=(5 * columns, 6.5), layout="constrained")
+    for axis, (title, unit, lines) in zip(axes.flat, panels, strict=True):
         series = [(label, _series(records, name)) for name, label in lines]
         if title.startswith("rewards") and all(values for _, (_, values) in series):
             (chosen_steps, chosen), (_, rejected) = series[0][1], series[1][1]
@@ -38,6 +54,10 @@ def draw_curves(run_dir: Path) -> Path | None:
             if values:
                 style = {"linestyle": "--", "color": "gray"} if label == "mean" else {}
                 axis.plot(steps, values, label=label, marker="o" if len(values) < 12 else None, markersize=3, **style)
+        for name, _ in lines:
+            (steps, low), (_, high) = _series(records, f"{name}_p10"), _series(records, f"{name}_p90")
+            if low and not name.startswith("val/"):
+                axis.fill_between(steps, low, high, alpha=0.15)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.set_ylabel(unit)
