@@ -78,6 +78,8 @@ def page() -> str:
         parts.append(_log_probs(reports["log_probs"]))
     if "scaling" in reports:
         parts.append(_scaling(reports["scaling"]))
+    if "rollouts" in reports:
+        parts.append(_rollouts(reports["rollouts"]))
     if "start_up" in reports:
         parts.append(_start_up(reports["start_up"]))
     return "\n".join(part.strip() + "\n" for part in parts if part)
@@ -280,6 +282,31 @@ def _scaling(report: _Report) -> str:
         "Rows have equal length, without padding. Each rank has one thread; all share one machine's memory.\n\n"
         + "\n\n".join(parts)
         + ("\n\n" + _bubble(report["tables"]["bubble"]) if "bubble" in report["tables"] else "")
+    )
+
+
+def _rollouts(report: _Report) -> str:
+    base, parts = report["base"], []
+    names = {"K": "responses", "N": "tokens of a response, at most", "ranks": "ranks"}
+    phases = ("rollout", "reward", "reference", "update")
+    for table, rows in report["tables"].items():
+        first = rows[0]["seconds"]["rollout"]["min"]
+        cells = [
+            [
+                f"TP {row['tp']}, PP {row['pp']}" if table == "ranks" else str(row[table]),
+                *(f"{row['seconds'][phase]['min']:.2f}" for phase in phases),
+                f"{row['seconds']['rollout']['min'] / first:.2f}",
+                f"{row['length']:.0f}",
+            ]
+            for row in rows
+        ]
+        head = f"{table}, {names[table]}" if table != "ranks" else table
+        parts.append(_table([head, *phases, "rollout over the first", "tokens"], cells))
+    text = ", ".join(f"{name} = {value}" for name, value in base.items())
+    return (
+        "## Rollouts\n\n`python -m benchmarks.rollouts`: seconds of a step of `gpt_rloo` by phase, changing one "
+        f"parameter at a time from {text}. Prompts have 64 tokens; *tokens* is the mean length of the responses. With "
+        "ranks, each has one thread.\n\n" + "\n\n".join(parts)
     )
 
 
