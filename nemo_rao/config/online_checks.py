@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from nemo_rao.config.derived import objective_config
-from nemo_rao.config.run_config import DataConfig, RunConfig
+from nemo_rao.config.run_config import DataConfig, ReferenceConfig, RunConfig
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
 
@@ -74,10 +76,21 @@ def check_online(config: RunConfig) -> None:
             "model.optim.overlap_param_gather=true: weights that are still being gathered cannot be exchanged for the "
             "reference policy's; set it to false"
         )
+    _refuse_keys_of_files(config)
+
+
+def _refuse_keys_of_files(config: RunConfig) -> None:
+    """Those that say what to do with responses in files, or with the one pass over them before training."""
     usual = DataConfig()
     for name in _OF_RESPONSES:
         if (value := getattr(config.data, name)) != getattr(usual, name):
             raise UserError(
                 f"data.{name}={value}: is about responses in files, and with online.num_generations the run samples "
                 "its own; leave it out"
+            )
+    for field in dataclasses.fields(config.reference):
+        if (value := getattr(config.reference, field.name)) != getattr(ReferenceConfig(), field.name):
+            raise UserError(
+                f"reference.{field.name}={value}: is about the reference pass before training, and with "
+                "online.num_generations each rollout has its own; leave it out"
             )

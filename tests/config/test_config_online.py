@@ -43,7 +43,7 @@ def test_a_recipe_passes(files: list[str], recipe: str) -> None:
         ("gpt_rloo", ["online.max_new_tokens=64", "model.seq_length=64"], "leaves no token of model.seq_length=64"),
         ("gpt_rloo", ["online.temperature=0"], "gives the same response 4 times"),
         ("gpt_rloo", ["online.top_p=0"], "online.top_p=0: leaves no token"),
-        ("gpt_rloo", ["data.validation_path=/x.jsonl"], "data.validation_path=/x.jsonl: is about responses in files"),
+        ("gpt_rloo", ["reference.save_every=7"], "reference.save_every=7: is about the reference pass before training"),
         ("gpt_rloo", ["data.reward_field=score"], "data.reward_field=score: is about responses in files"),
         ("gpt_grpo", ["model.grpo.beta=0.1", "model.restore_from_path=null"], "model.restore_from_path is null"),
         ("gpt_ppo", ["model.restore_from_path=null"], "model.restore_from_path is null"),
