@@ -14,11 +14,11 @@ from benchmarks.results import FOLDER
 _TEXT = """\
 # What online runs learn
 
-`python -m benchmarks.online` fine-tunes the model of `nemo-rao demo` (two layers, 128 channels, letter puzzles) as the
-demonstration does and trains it on from there with each online recipe on TP 2 × PP 2, {steps} optimizer steps each,
-with {seeds} seeds. Before the first step and after the last, {generations} responses to each of 160 held-out prompts
-are sampled, with the same draws, and scored by the puzzles' ground truth. `python -m benchmarks.online_page` generates this
-page.
+`python -m benchmarks.online` fine-tunes the model of `nemo-rao demo` (two layers, 128 channels, letter puzzles) as
+the demonstration does and trains it on from there with each online recipe on TP 2 × PP 2, {steps} optimizer steps
+each, with {seeds} seeds. Before the first step and after the last, {generations} responses to each of 160 held-out
+prompts are sampled, with the same draws, and scored by the puzzles' ground truth. `python -m benchmarks.online_page`
+generates this page.
 
 {table}
 
