@@ -295,7 +295,7 @@ def check_engine(config: RunConfig) -> None:
 def _check_peft(config: RunConfig) -> None:
     needs = registry.get(config.model.objective).needs_of(objective_config(config))
     scheme = config.model.peft.scheme
-    if scheme != "none" and (needs.values or needs.scores):
+    if scheme != "none" and needs.scores:
         raise UserError(
             f"model.peft.scheme={scheme} trains adapters alone, but objective "
             f"{config.model.objective} has a head to train; set it to none"

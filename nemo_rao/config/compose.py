@@ -281,5 +281,6 @@ def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    nearest.sort(key=lambda other: sorted(other) != sorted(name))  # letters that have changed places come first
+    # First what it is the end of (gpt_ppo of ppo), then letters that have changed places.
+    nearest.sort(key=lambda other: (not other.endswith(f"_{name}"), sorted(other) != sorted(name)))
     return f", did you mean {nearest[0]}" if nearest else ""

@@ -86,7 +86,9 @@ def write_adapters(described: Described, folder: Path, dtype: str, vocab_size: i
     adapters = read_tensors(described.folder, config.num_layers)
     found: dict[str, Any] = {}
     for name, tensor in adapters.items():
-        layer, _, matrix = name.partition(".adapter.")
+        layer, is_adapter, matrix = name.partition(".adapter.")
+        if not is_adapter:
+            continue  # a value head, which no policy has
         linear = layer.rpartition(".")[2]
         if matrix == "linear_in.weight":
             letter, parts = "A", [tensor] * len(PARTS[linear])

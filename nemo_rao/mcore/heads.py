@@ -178,5 +178,16 @@ def heads(model: nn.Module) -> Iterator[LinearHead]:
     return (module for module in model.modules() if isinstance(module, LinearHead))
 
 
+def is_of_head(name: str) -> bool:
+    """Whether a tensor, by its name in the model or in a checkpoint, is a head's."""
+    return any(part in HEADS for part in name.split("."))
+
+
+def train_heads(model: nn.Module) -> None:
+    """Let a frozen model's heads be trained: with adapters, besides them."""
+    for head in heads(model):
+        head.requires_grad_(True)
+
+
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -134,8 +134,8 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
             add(name, part, trained=trained, shared=network.tied)
         add_adapter("output_layer", network.hidden, network.vocabulary(tensor))
         if setting.value_head:
-            add("value_head.weight", network.hidden)
-            add("value_head.bias", 1)
+            for name, size in (("value_head.weight", network.hidden), ("value_head.bias", 1)):
+                found.append(Parameter(name, size, trained=True))  # with adapters too
         if setting.scores:
             add("score_head.weight", setting.scores * network.hidden)
     return found

@@ -189,7 +189,7 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         recompute_method=(keys.recompute_method or "uniform") if full else "uniform",
         recompute_num_layers=(keys.recompute_num_layers or 1) if full else 1,
         lora=None if keys.peft.scheme == "none" else lora,
-        lora_offered=None if needs.values or needs.scores else lora,
+        lora_offered=None if needs.scores else lora,
         fused_log_probs=keys.fused_log_probs,
         workspace_bytes=_workspace_bytes(config),
         value_head=needs.values is not None,

@@ -47,7 +47,6 @@ def test_a_recipe_passes(files: list[str], recipe: str) -> None:
         ("gpt_rloo", ["data.reward_field=score"], "data.reward_field=score: is about responses in files"),
         ("gpt_grpo", ["model.grpo.beta=0.1", "model.restore_from_path=null"], "model.restore_from_path is null"),
         ("gpt_ppo", ["model.restore_from_path=null"], "model.restore_from_path is null"),
-        ("gpt_ppo", ["model.peft.scheme=lora"], "objective ppo has a head to train"),
         ("gpt_rloo", ["model.context_parallel_size=2", "trainer.devices=2"], "sampling does not split sequences"),
         ("gpt_rloo", ["data.answers=verbatim"], "data.answers=verbatim: is about responses in files"),
         ("gpt_rloo", ["model.peft.scheme=dora", "trainer.engine=bridge"], "its magnitudes cannot be switched off"),

@@ -81,6 +81,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "vocabulary of its own": ("gpt_rao", (*TINY, *parallel(2, 1, 2), PRESET)),
     "value head": ("gpt_rao", (*TINY, *parallel(1, 2, 6), "model.objective=dro")),
+    "value head beside adapters": (
+        "gpt_rao",
+        (*TINY, *parallel(1, 2, 6), "model.peft.scheme=lora", "model.restore_from_path=x", "model.objective=dro"),
+    ),
     "reward model": ("gpt_rao", (*TINY, *parallel(1, 2, 4), "model.objective=rm")),
     "tied reward model": (
         "gpt_rao",

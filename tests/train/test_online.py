@@ -140,14 +140,20 @@ LORA = (
 )
 
 
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [("gpt_rloo", ()), ("gpt_ppo", ("online.epochs=1", "model.ppo.value_lr=2e-2", "model.ppo.critic=shared"))],
+)
 def test_adapters_are_sampled_with_and_the_reference_is_without_them_also_after_a_kill(
-    common: tuple[str, ...], tmp_path: Path
+    common: tuple[str, ...], tmp_path: Path, recipe: str, more: tuple[str, ...]
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_training("gpt_rloo", _overrides(whole, common, *LORA))
+    run_training(recipe, _overrides(whole, common, *LORA, *more))
     with pytest.raises(AssertionError, match="was killed by SIGKILL"):
-        in_fork(_die, "the third step", "gpt_rloo", _overrides(killed, common, *LORA))
-    run_training("gpt_rloo", _overrides(killed, common, *LORA))
+        in_fork(_die, "the third step", recipe, _overrides(killed, common, *LORA, *more))
+    run_training(recipe, _overrides(killed, common, *LORA, *more))
+    if recipe == "gpt_ppo":  # its head is trained beside the adapters, and stored with them
+        assert abs(rollout(whole, 3)["values"]).max() > 0.01
     assert steps(killed) == steps(whole)
     for number in (2, 3):
         for name, values in rollout(whole, number).items():

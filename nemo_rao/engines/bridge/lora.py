@@ -21,11 +21,17 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.engines.bridge.adapter_forms import FORMS
 from nemo_rao.errors import UserError
 from nemo_rao.mcore import adapters
+from nemo_rao.mcore.heads import is_of_head, train_heads
 
 
 def is_adapter(name: str) -> bool:
     """Whether a tensor, by its name in the model, is an adapter's."""
     return ".adapter." in name
+
+
+def is_trained(name: str) -> bool:
+    """Whether a tensor is trained, and stored, in a run of adapters: theirs, and a head's."""
+    return is_adapter(name) or is_of_head(name)
 
 
 def add_adapters(chunks: Sequence[Any], config: RunConfig) -> None:
@@ -56,6 +62,7 @@ def add_adapters(chunks: Sequence[Any], config: RunConfig) -> None:
                         wrapper.__class__ = _OutputLayer
                     setattr(parent, attribute, wrapper)
         adapters.feed_normed_inputs(chunk)
+        train_heads(chunk)
         if made.recompute_granularity is not None:
             adapters.let_embeddings_need_gradients(chunk)
 

@@ -22,7 +22,7 @@ from nemo_rao.checkpoint.layout import weights_of
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.engines.bridge.build import container, data_set
-from nemo_rao.engines.bridge.lora import add_adapters, is_adapter, record_base
+from nemo_rao.engines.bridge.lora import add_adapters, is_adapter, is_trained, record_base
 from nemo_rao.engines.bridge.provider import finish_when_built, padded_vocab_size, provider
 from nemo_rao.engines.bridge.session import BridgeSession, CallHooks, ForwardStep
 from nemo_rao.loop.data import TrainingData
@@ -167,7 +167,7 @@ class Run:
     @property
     def _stored(self) -> checkpoint.Filter | None:
         """What of the model a checkpoint of this run holds."""
-        return is_adapter if self._adapters_only else None
+        return is_trained if self._adapters_only else None
 
     def _resume(self, resume_from: Path) -> None:
         stored = checkpoint.load(weights_of(resume_from), self._parts.model, self._parts.optimizer, keep=self._stored)

@@ -24,6 +24,7 @@ from nemo_rao.config.lora_targets import linear_layers as names_of_linear_layers
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
 from nemo_rao.mcore import adapters
+from nemo_rao.mcore.heads import is_of_head, train_heads
 from nemo_rao.runtime.console import is_first_rank
 
 
@@ -67,6 +68,7 @@ class NamedLoRA(llm.peft.LoRA):
             )
         model = super().__call__(model)
         adapters.feed_normed_inputs(model)
+        train_heads(model)
         for wrapper in model.modules():
             if isinstance(wrapper, LoRALinear):
                 self._finish(wrapper, wanted, every)
@@ -79,6 +81,10 @@ class NamedLoRA(llm.peft.LoRA):
         """(name, name) in the whole model of a layer that gets an adapter."""
         found = self._names.get(id(module))
         return None if found is None else (found, found)
+
+    def adapter_key_filter(self, key: str) -> bool:
+        """Whether the tensor of this name is stored: adapters are, and a head."""
+        return super().adapter_key_filter(key) or (isinstance(key, str) and is_of_head(key))
 
     def _finish(self, wrapper: LoRALinear, wanted: set[str], every: list[str]) -> None:
         name = wrapper.adapter.base_linear_name

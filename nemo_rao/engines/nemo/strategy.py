@@ -10,6 +10,7 @@ from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.utils import get_model_config
 from nemo import lightning as nl
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
+from nemo.lightning.resume import AdapterPath
 
 from nemo_rao.errors import UserError
 from nemo_rao.mcore import torch_adam
@@ -51,7 +52,9 @@ class AlignmentStrategy(nl.MegatronStrategy):
             )
         new = list(heads(self.megatron_parallel))
         if new:
-            metadata = load_tensors_metadata(str(weights))
+            # Adapters that are resumed: what is read first is the model below them.
+            base = checkpoint_path.base_model_path if isinstance(checkpoint_path, AdapterPath) else checkpoint_path
+            metadata = load_tensors_metadata(str(ckpt_to_weights_subdir(base, is_saving=False)))
             stored = {name: tensor.global_shape for name, tensor in metadata.items()}
             for head in new:
                 head.stored = is_stored(head.name, head.weight.shape, stored)
