@@ -146,8 +146,12 @@ class MakeRollouts(Hook):
             keep(rollout)
         data.rollout_data.rollout, data.train.reference = rollout, None
         if rollout.rewards is None:
-            with self._timed("reward"):
-                rollout = self._scored(data, rollout, self._rewards_before(session.folder, number))
+            before = self._rewards_before(session.folder, number)
+            try:
+                with self._timed("reward"):
+                    rollout = self._scored(data, rollout, before)
+            except RankFailure as failure:  # of all ranks
+                raise RankFailure(f"{failure}. {self._saved(session)}") from failure
             keep(rollout)
         if rollout.reference is None and self._needs.reference:
             assert self._reference is not None
@@ -209,6 +213,18 @@ class MakeRollouts(Hook):
             scored[rollout.is_cut] = keys.cut_reward if keys.cut_responses == "penalty" else np.nan
         known = scored[~np.isnan(scored)]
         return replace(rollout, rewards=scored, rewards_so_far=before + np.array([known.sum(), len(known)]))
+
+    def _saved(self, session: Session) -> str:
+        """Saves the run as it is before this step, unless it is saved; says where the same command goes on."""
+
+        def kept() -> Path | None:
+            return last_checkpoint(session.folder)
+
+        found = _of_first_rank(kept)
+        if session.step and (found is None or step_of(found) < session.step):
+            session.save()
+            found = _of_first_rank(kept)
+        return "The same command starts anew" if found is None else f"The same command goes on from {found}"
 
     def _log_probs(self, session: Session, data: OnlineData, rollout: Rollout) -> tuple[np.ndarray, np.ndarray | None]:
         return rollout_log_probs(
