@@ -83,6 +83,10 @@ class KeepCheckpoints(Hook):
             self._save_step(session)
 
     def end(self, session: Session) -> None:
+        self.save_last(session)
+
+    def save_last(self, session: Session) -> None:
+        """Write the newest checkpoint, unless it is there or not wanted."""
         if self._keys.save_last and self._saved_step != session.step:
             self._write(session, f"step={session.step}-last", is_last=True)
 

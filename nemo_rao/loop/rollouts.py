@@ -151,8 +151,11 @@ class MakeRollouts(Hook):
         data.rollout_data.rollout, data.train.reference = rollout, None
         data.rollout_data.advantages = {}  # those of the rollout before
         if rollout.rewards is None:
-            with self._timed("reward"):
-                scored = self.rewards(data.train, self._text, data.micro_batch_size)
+            try:
+                with self._timed("reward"):
+                    scored = self.rewards(data.train, self._text, data.micro_batch_size)
+            except RankFailure as failure:  # of all ranks
+                raise RankFailure(f"{failure}. {self._saved(session)}") from failure
             known = scored[~np.isnan(scored)]
             so_far = self._rewards_before(session.folder, number) + np.array([known.sum(), len(known)])
             rollout = replace(rollout, rewards=scored, rewards_so_far=so_far)
@@ -243,6 +246,18 @@ class MakeRollouts(Hook):
         assert self._reference is not None, "the objective needs one"
         with self._reference.in_place():
             return self._log_probs(session, data, micro_batch_size)
+
+    def _saved(self, session: Session) -> str:
+        """Saves the run as it is before this step, unless it is saved; says where the same command goes on."""
+
+        def kept() -> Path | None:
+            return last_checkpoint(session.folder)
+
+        found = _of_first_rank(kept)
+        if session.step and (found is None or step_of(found) < session.step):
+            session.save()
+            found = _of_first_rank(kept)
+        return "The same command starts anew" if found is None else f"The same command goes on from {found}"
 
     @property
     def _has_values(self) -> bool:

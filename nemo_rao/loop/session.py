@@ -73,6 +73,12 @@ class Session(Protocol):
     def stop(self) -> None:
         """End the run after this step, as at its last one: with a checkpoint."""
 
+    def save(self) -> None:
+        """Between two steps, write the run's last checkpoint, as at its end. A collective of all ranks.
+
+        Nothing is written where ``exp_manager.checkpoint_callback_params.save_last`` is false.
+        """
+
     def sharded_weights(self) -> Mapping[str, Any]:
         """The model's sharded state dict, as Megatron's checkpoints have it."""
 

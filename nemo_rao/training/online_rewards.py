@@ -142,9 +142,6 @@ class Rewards:
                 return scorer.score(rows)
             except ScoringFailure as failure:
                 if attempt == self._attempts:
-                    raise RankFailure(
-                        f"online.reward: {name} failed {attempt} times: {failure}. The samples are kept, and the same "
-                        "command goes on with them from the last checkpoint"
-                    ) from failure
+                    raise RankFailure(f"online.reward: {name} failed {attempt} times: {failure}") from failure
                 time.sleep(_PAUSE_SECONDS * 2 ** (attempt - 1))
         raise AssertionError("online.scoring_attempts is at least 1")

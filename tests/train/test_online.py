@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .runs import FOUR_LAYERS, in_fork, make_data, parallel, run_training, start_checkpoint, steps
+from .runs import FOUR_LAYERS, in_fork, last_stored, make_data, parallel, run_training, same, start_checkpoint, steps
 
 
 def early_letters(prompt: str, response: str) -> float:
@@ -33,6 +33,20 @@ def logged(folder: Path, metric: str) -> list[dict[str, Any]]:
     """The records of ``metrics.jsonl`` that have the metric."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if metric in record]
+
+
+SCORED: list[str] = []
+AWAY = "SCORER_IS_AWAY"
+
+
+def letters_unless_away(prompt: str, response: str) -> float:
+    """The same, but that from the second rollout on it fails for as long as a file lies there."""
+    SCORED.append(response)
+    away = Path(os.environ[AWAY])
+    if away.exists() and len(SCORED) > (1 if away.read_text() else 48):  # the first call is before the run
+        away.write_text("since an earlier start")
+        raise OSError("nobody is there")
+    return early_letters(prompt, response)
 
 
 ONLINE = (
@@ -217,6 +231,33 @@ def test_a_run_that_was_killed_goes_on_bitwise(
         for name in one:
             np.testing.assert_array_equal(one[name], same[name])
 
+
+def test_a_run_whose_scorer_fails_is_saved_and_goes_on_bitwise(
+    common: tuple[str, ...], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, away = tmp_path / "failed", tmp_path / "away"
+    rule = f"online.reward=[rule:{__name__}:{letters_unless_away.__name__}]"
+    never = "exp_manager.checkpoint_callback_params.every_n_train_steps=100"
+    keys = _overrides(folder, common, *KILLED, rule, never, "online.scoring_attempts=1")
+    monkeypatch.setenv(AWAY, str(away))
+    away.touch()
+    for _ in range(2):  # after a restart, too, nothing is lost or written twice
+        with pytest.raises(AssertionError, match=r"RankFailure: online.reward: letters_unless_away failed") as said:
+            run_training("gpt_grpo", keys)
+        assert "failed 1 times" in str(said.value) and "nobody is there" in str(said.value)
+        assert f"The same command goes on from {folder}/checkpoints/step=4-last" in str(said.value)
+        assert [one.name for one in (folder / "checkpoints").iterdir()] == ["step=4-last"]
+        with_samples_alone = rollout(folder, 1).keys()
+        assert with_samples_alone == rollout(undisturbed, 1).keys() - COMPUTED
+    away.unlink()
+    run_training("gpt_grpo", keys)
+    assert steps(folder) == steps(undisturbed)
+    assert same(last_stored(folder), last_stored(undisturbed))
+    for name, values in rollout(undisturbed, 1).items():
+        np.testing.assert_array_equal(rollout(folder, 1)[name], values)
+
+
+COMPUTED = {"rewards", "rewards_so_far", "reference", "reference_logps", "old_logps"}
 
 # Two rollouts of four steps, and a checkpoint in the midst of each.
 KILLED = (

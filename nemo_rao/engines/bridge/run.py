@@ -119,7 +119,7 @@ class Run:
         self._keeping = keeping
         if resume_from is not None:
             self._resume(resume_from)
-        session = self.session(loggers=loggers(self._config, self._folder))
+        session = self.session(loggers=loggers(self._config, self._folder), save_last=keeping.save_last)
         self._session = session
         calls = CallHooks(session, [*hooks, keeping], schedule=self._config.model.optim.sched, rates=rates)
         train(

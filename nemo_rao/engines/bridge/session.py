@@ -15,7 +15,7 @@ from nemo_rao.config.model_config import ScheduleConfig
 from nemo_rao.loop.data import TrainingData
 from nemo_rao.loop.loggers import Logger
 from nemo_rao.loop.schedule import learning_rate
-from nemo_rao.loop.session import Hook
+from nemo_rao.loop.session import Hook, Session
 from nemo_rao.mcore.checkpoint import PREFIX, Filter, sharded_model
 from nemo_rao.mcore.forward import forward_step, to_device, unwrapped
 from nemo_rao.mcore.objective_loss import ObjectiveLoss
@@ -28,6 +28,7 @@ class BridgeSession:
         state: Bridge's global state.
         chunks: this rank's model chunks.
         keep: of the policy's weights; adapters are none of the reference policy.
+        save_last: of a run that trains, see :meth:`nemo_rao.loop.session.Session.save`.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class BridgeSession:
         max_steps: int,
         loggers: Sequence[Logger] = (),
         keep: Filter | None = None,
+        save_last: Callable[[Session], None] | None = None,
     ) -> None:
         self._state = state
         self.chunks = chunks
@@ -52,6 +54,7 @@ class BridgeSession:
         self.is_stopping = False
         self.loggers = loggers
         self._keep = keep
+        self._save_last = save_last
         self._reported: dict[str, float] = {}
 
     @property
@@ -71,6 +74,10 @@ class BridgeSession:
     def stop(self) -> None:
         self.is_stopping = True
         self._state.cfg.train.train_iters = self.step
+
+    def save(self) -> None:
+        assert self._save_last is not None, "the run trains"
+        self._save_last(self)
 
     def sharded_weights(self) -> Mapping[str, Any]:
         # With NeMo's prefix: the same weights have the same fingerprint on either engine.

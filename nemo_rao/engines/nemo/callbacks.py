@@ -95,6 +95,10 @@ class NemoSession:
     def stop(self) -> None:
         self._trainer.should_stop = True
 
+    def save(self) -> None:
+        for callback in self._trainer.checkpoint_callbacks:
+            callback.save_last_now(self._trainer)
+
     def sharded_weights(self) -> Mapping[str, Any]:
         return self._trainer.strategy.megatron_parallel.sharded_state_dict()  # type: ignore[no-any-return]
 

@@ -100,10 +100,14 @@ class StepCheckpoint(ModelCheckpoint):
         links = [Path(self.dirpath) / name for name in names]
         return names | {link.readlink().name for link in links if link.is_symlink()}
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def save_last_now(self, trainer: Any) -> None:
+        """Write the newest checkpoint, unless it is there or not wanted."""
         # NeMo decides by the validation interval of Lightning's own loop, which is not used.
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.save_last_now(trainer)
         # Lightning never removes the checkpoint that a run continues from.
         wanted = self._wanted(trainer, with_start=not self.save_last)
         if trainer.is_global_zero:
