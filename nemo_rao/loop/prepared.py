@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from nemo_rao.batch import Row
 from nemo_rao.checkpoint.run_records import Change
 from nemo_rao.data.store import PreferenceData
+from nemo_rao.rollout.vllm_model import VllmModel
 
 
 class RewardFunction(Protocol):
@@ -36,10 +37,12 @@ class OnlineTask:
     Attributes:
         prompts: those of the training data, as text, for scorers.
         reward: of samples.
+        vllm: what samples; ``None``: the training model.
     """
 
     prompts: Sequence[Row]
     reward: RewardFunction
+    vllm: VllmModel | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from nemo_rao.rollout.reference import ReferenceWeights, reference_weights
 from nemo_rao.rollout.sampler import MegatronSampler, Sampler, Wanted
 from nemo_rao.rollout.samples import Rollout, load
 from nemo_rao.rollout.text import SampleText
+from nemo_rao.rollout.vllm_sampler import VllmSampler
 from nemo_rao.runtime.console import say
 
 ROLLOUTS = "rollouts"  # in the run folder
@@ -152,13 +153,15 @@ class MakeRollouts(Hook):
         if rollout.reference is None and self._needs.reference:
             assert self._reference is not None
             with self._timed("reference"), self._reference.in_place():
-                sums, of_tokens = self._log_probs(session, data, rollout)
+                sums, of_tokens = self._log_probs(session, data, rollout, of_tokens=self._needs.tokens)
             rollout = replace(rollout, reference=sums, reference_logps=of_tokens)
             keep(rollout)
-        if rollout.old_logps is None and self._needs.tokens and data.steps_per_rollout > 1:
-            # A single step is taken by the policy that sampled, whose ratio to itself is 1.
+        # A single step is taken by the policy that sampled, whose ratio to itself is 1. What vLLM has sampled is
+        # always held against the training model.
+        several = self._needs.tokens and data.steps_per_rollout > 1
+        if rollout.old_logps is None and (several or self._task.vllm is not None):
             with self._timed("old"):
-                _, of_tokens = self._log_probs(session, data, rollout)
+                _, of_tokens = self._log_probs(session, data, rollout, of_tokens=True)
             rollout = replace(rollout, old_logps=of_tokens)
             keep(rollout)
         return rollout
@@ -178,14 +181,16 @@ class MakeRollouts(Hook):
 
     def _made_sampler(self, session: Session) -> Sampler:
         keys = self._keys
-        return MegatronSampler(
-            max_new_tokens=keys.max_new_tokens,
-            end_tokens=self._text.end_tokens,
-            sampling=Sampling(keys.temperature, keys.top_k, keys.top_p),
-            rows_at_once=keys.rows_at_once,
-            vocab_size=session.loss.vocab_size,
-            seed=keys.seed,
-        )
+        common: dict[str, Any] = {
+            "max_new_tokens": keys.max_new_tokens,
+            "end_tokens": self._text.end_tokens,
+            "sampling": Sampling(keys.temperature, keys.top_k, keys.top_p),
+            "rows_at_once": keys.rows_at_once,
+            "seed": keys.seed,
+        }
+        if self._task.vllm is not None:
+            return VllmSampler(self._task.vllm, session.folder, **common)
+        return MegatronSampler(vocab_size=session.loss.vocab_size, **common)
 
     def _rewards_before(self, folder: Path, number: int) -> np.ndarray:
         """``[2]`` sum and number of the rewards of all rollouts before this one."""
@@ -211,14 +216,16 @@ class MakeRollouts(Hook):
         known = scored[~np.isnan(scored)]
         return replace(rollout, rewards=scored, rewards_so_far=before + np.array([known.sum(), len(known)]))
 
-    def _log_probs(self, session: Session, data: OnlineData, rollout: Rollout) -> tuple[np.ndarray, np.ndarray | None]:
+    def _log_probs(
+        self, session: Session, data: OnlineData, rollout: Rollout, *, of_tokens: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         return rollout_log_probs(
             session.chunks,
             rollout,
             data.train.micro_batch,
             micro_batch_size=data.micro_batch_size,
             vocab_size=session.loss.vocab_size,
-            of_tokens=self._needs.tokens,
+            of_tokens=of_tokens,
         )
 
     def _load_start(self, chunks: Sequence[Any]) -> None:

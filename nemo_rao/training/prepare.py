@@ -18,6 +18,7 @@ from nemo_rao.objectives import registry
 from nemo_rao.training.loading import LoadedData, drawn, drawn_prompts, load_data
 from nemo_rao.training.model_checks import check_model
 from nemo_rao.training.online_rewards import rewards_of
+from nemo_rao.training.online_vllm import python_of_sampler, vllm_model
 from nemo_rao.training.steps import plan_steps
 
 
@@ -30,6 +31,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     keys, objective = config.model, registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
     reward = None if config.online.num_generations is None else rewards_of(config)
+    vllm_python = python_of_sampler(config)
     loaded = loaded or load_data(config)
     data, validation = drawn(config, loaded), loaded.validation
     others = {}
@@ -54,6 +56,12 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
                 assert start_from is not None  # check_run
                 start_from = base_on_resume(resume_from, start_from, f"exp_manager.name={config.exp_manager.name}")
         check_model(config, loaded.num_tokens, start_from if needs_start(config) else None, resume_from)
+    online = None
+    if reward is not None:
+        vllm = None
+        if vllm_python is not None and planned.finished_at is None:
+            vllm = vllm_model(config, vllm_python, loaded.num_tokens)
+        online = OnlineTask(drawn_prompts(config, loaded), reward, vllm)
     return Prepared(
         train=data,
         validation=validation,
@@ -65,5 +73,5 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
-        online=None if reward is None else OnlineTask(drawn_prompts(config, loaded), reward),
+        online=online,
     )

@@ -1,0 +1,65 @@
+"""Runs whose responses a real vLLM samples: ``make test-vllm``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ..train.runs import TINY, make_data, parallel, run_training, start_checkpoint
+from ..train.test_online import ONLINE, rollout
+
+# Heads of a size that vLLM's attention has.
+NETWORK = (
+    *TINY,
+    "model.arch.hidden_size=128",
+    "model.arch.num_layers=4",
+    "model.optim.lr=1e-2",  # so that weights that were not given anew would be noticed
+    "trainer.max_steps=3",
+)
+
+
+@pytest.fixture(scope="session")
+def python(request: pytest.FixtureRequest) -> str:
+    found = request.config.getoption("vllm")
+    if not found:
+        pytest.skip("samples by vLLM, which takes a minute to start: make test-vllm")
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory, python: str) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("vllm")
+    data = make_data(folder / "data")
+    start = start_checkpoint(folder, [*NETWORK, *data])
+    return (*NETWORK, *data, *ONLINE, f"model.restore_from_path={start}")
+
+
+def _run(recipe: str, folder: Path, common: tuple[str, ...], *more: str) -> list[dict[str, float]]:
+    """The records of its rollouts."""
+    run_training(recipe, [*common, f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}", *more])
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if "rollout/reward" in record]
+
+
+def _by_vllm(python: str) -> tuple[str, ...]:
+    return "online.sampler=vllm", f"online.vllm_python={python}"
+
+
+def test_it_samples_with_the_weights_of_the_model_in_training(
+    common: tuple[str, ...], python: str, tmp_path: Path
+) -> None:
+    records = _run("gpt_rloo", tmp_path / "run", common, *_by_vllm(python), *parallel(2, 2, 1))
+    assert [record["step"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert record["rollout/sampler_logps_max_diff"] < 1e-3
+    assert records[-1]["rollout/kl"] > 0.01  # the weights have moved
+    for number in range(3):
+        found = rollout(tmp_path / "run", number)
+        np.testing.assert_allclose(found["logps"], found["old_logps"], atol=1e-3)
+        ends = found["tokens"][np.cumsum(found["lengths"].flatten()) - 1].reshape(found["lengths"].shape)
+        assert (found["lengths"][found["is_cut"]] == 7).all()
+        assert len(set(ends[~found["is_cut"]].tolist())) <= 2
+        assert len(np.unique(found["tokens"])) > 10
