@@ -30,6 +30,7 @@ from nemo_rao.rollout.vllm_model import Tensors, VllmModel
 
 _KEY = "online.sampler=vllm"
 _PART_BYTES = 10**9  # of the weights that are handed over at a time; a larger tensor is a part by itself
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # What a launcher tells ranks, and this environment its Python.
 _OWN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
@@ -160,15 +161,8 @@ class VllmSampler:
         process = self._process = self._process or self._started()
         process.ask("begin")
         for part in _parts(self._model.to_hugging_face(tensors)):
-            # A file in memory, that has no name and goes with its last user.
-            file = os.memfd_create("weights")
-            try:
-                from safetensors.torch import save_file
-
-                save_file(part, f"/proc/self/fd/{file}", metadata={"format": "pt"})
-                process.ask("weights", path=f"/proc/{os.getpid()}/fd/{file}")
-            finally:
-                os.close(file)
+            with _in_memory(part) as path:
+                process.ask("weights", path=path)
         process.ask("end")
 
     def _started(self) -> VllmProcess:
@@ -229,16 +223,34 @@ class VllmSampler:
 
 
 def _parts(tensors: Tensors) -> Iterator[dict[str, Tensor]]:
-    """Tensors on the CPU, as many together as a part holds."""
+    """As many together as a part holds."""
     part: dict[str, Tensor] = {}
     num_bytes = 0
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if part and num_bytes + size > _PART_BYTES:
+        if part and num_bytes + tensor.nbytes > _PART_BYTES:
             yield part
             part, num_bytes = {}, 0
-        # Of its own storage: parts of a fused matrix share theirs, which safetensors refuses.
-        part[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        num_bytes += size
+        part[name] = tensor.contiguous()
+        num_bytes += tensor.nbytes
     if part:
         yield part
+
+
+@contextlib.contextmanager
+def _in_memory(part: Mapping[str, Tensor]) -> Iterator[str]:
+    """The path, for other processes of this user, of a safetensors file that is in memory alone: it has no name that
+    could be left behind. `safetensors` itself writes beside such a path, where nothing can be written."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in part.items():
+        start, end = end, end + tensor.nbytes
+        described = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = described
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with os.fdopen(os.memfd_create("weights"), "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in part.values():
+            file.write(memoryview(tensor.flatten().view(torch.uint8).cpu().numpy()))
+        file.flush()
+        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
