@@ -251,6 +251,6 @@ def _in_memory(part: Mapping[str, Tensor]) -> Iterator[str]:
     with os.fdopen(os.memfd_create("weights"), "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in part.values():
-            file.write(memoryview(tensor.flatten().view(torch.uint8).cpu().numpy()))
+            file.write(tensor.flatten().view(torch.uint8).cpu().numpy().data)
         file.flush()
         yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
