@@ -63,3 +63,25 @@ def test_it_samples_with_the_weights_of_the_model_in_training(
         assert (found["lengths"][found["is_cut"]] == 7).all()
         assert len(set(ends[~found["is_cut"]].tolist())) <= 2
         assert len(np.unique(found["tokens"])) > 10
+
+
+def test_its_most_probable_tokens_are_those_of_the_model_in_training(
+    common: tuple[str, ...], python: str, tmp_path: Path
+) -> None:
+    greedy = ("online.temperature=0", "online.num_generations=1")
+    records = _run("gpt_rao_online", tmp_path / "vllm", common, *greedy, *_by_vllm(python))
+    same = _run("gpt_rao_online", tmp_path / "megatron", common, *greedy)
+    for number in range(3):
+        one, other = (rollout(tmp_path / name, number) for name in ("vllm", "megatron"))
+        for name in ("prompts", "tokens", "lengths", "is_cut"):
+            np.testing.assert_array_equal(one[name], other[name])
+        np.testing.assert_allclose(one["logps"], other["logps"], atol=1e-3)
+    assert records[-1]["rollout/reward"] == pytest.approx(same[-1]["rollout/reward"])
+
+
+def test_adapters_are_merged_into_what_it_samples_with(common: tuple[str, ...], python: str, tmp_path: Path) -> None:
+    lora = ("model.peft.scheme=lora", "model.peft.lora.target_modules=[all-linear,output_layer]")
+    sampling = ("online.top_k=20", "online.top_p=0.9", "online.temperature=1.5")
+    records = _run("gpt_grpo", tmp_path / "run", common, *lora, *sampling, *_by_vllm(python), "model.grpo.beta=0.1")
+    assert abs(records[-1]["rollout/kl"]) > 0.01  # the adapters have moved
+    assert max(record["rollout/sampler_logps_max_diff"] for record in records) < 1e-3
