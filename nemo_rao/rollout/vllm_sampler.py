@@ -76,6 +76,7 @@ class VllmProcess:
             raise RankFailure(f"{_KEY}: its process {how}{self._last_line()}; its log is {self._log}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
+            self.close()
             raise RankFailure(f"{_KEY}: {answer['error']}; its log is {self._log}")
         return answer
 

@@ -29,12 +29,15 @@ def python(request: pytest.FixtureRequest) -> str:
     return str(found)
 
 
+def _start(folder: Path, *network: str) -> tuple[str, ...]:
+    data = make_data(folder / "data")
+    start = start_checkpoint(folder, [*NETWORK, *network, *data])
+    return (*NETWORK, *network, *data, *ONLINE, f"model.restore_from_path={start}")
+
+
 @pytest.fixture(scope="module")
 def common(tmp_path_factory: pytest.TempPathFactory, python: str) -> tuple[str, ...]:
-    folder = tmp_path_factory.mktemp("vllm")
-    data = make_data(folder / "data")
-    start = start_checkpoint(folder, [*NETWORK, *data])
-    return (*NETWORK, *data, *ONLINE, f"model.restore_from_path={start}")
+    return _start(tmp_path_factory.mktemp("vllm"))
 
 
 def _run(recipe: str, folder: Path, common: tuple[str, ...], *more: str) -> list[dict[str, float]]:
@@ -84,4 +87,19 @@ def test_adapters_are_merged_into_what_it_samples_with(common: tuple[str, ...], 
     sampling = ("online.top_k=20", "online.top_p=0.9", "online.temperature=1.5")
     records = _run("gpt_grpo", tmp_path / "run", common, *lora, *sampling, *_by_vllm(python), "model.grpo.beta=0.1")
     assert abs(records[-1]["rollout/kl"]) > 0.01  # the adapters have moved
+    assert max(record["rollout/sampler_logps_max_diff"] for record in records) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        ("model.family=qwen2", "model.arch.extra.share_embeddings_and_output_weights=true"),
+        ("model.family=qwen3",),
+        ("model.family=mistral",),
+    ],
+    ids=["tied Qwen2", "Qwen3", "Mistral"],
+)
+def test_other_families(python: str, tmp_path: Path, network: tuple[str, ...]) -> None:
+    common = _start(tmp_path, *network)
+    records = _run("gpt_rloo", tmp_path / "run", common, *_by_vllm(python), "trainer.max_steps=2")
     assert max(record["rollout/sampler_logps_max_diff"] for record in records) < 1e-3
