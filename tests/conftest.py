@@ -20,6 +20,7 @@ hypothesis.settings.load_profile("untimed")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slurm", action="store_true", help="also the tests that run jobs on a real SLURM")
+    parser.addoption("--vllm", metavar="PYTHON", help="also the tests that sample by the vLLM of this python")
     parser.addoption(
         "--every-combination",
         action="store_true",

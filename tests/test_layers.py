@@ -34,12 +34,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"config", "data", "objectives", "ops", "rows"},  # of the operations, what they hold at a time
     "generation": FOUNDATION | {"data", "model_files", "ops", "rows"},
     "scoring": FOUNDATION | {"data", "generation", "rows"},  # a judge may be a model that generates here
-    "training": FOUNDATION
-    | {"checkpoint", "config", "data", "engines", "loop", "mcore", "objectives", "rows", "scoring"},
-    "show": FOUNDATION | {"config", "data", "objectives", "rows", "training"},
-    "recipes": {"config", "errors", "training"},
     "hugging_face": FOUNDATION
     | {"checkpoint", "config", "data", "engines.bridge", "engines.nemo", "mcore", "model_files"},
+    "training": FOUNDATION
+    | {
+        "checkpoint",
+        "config",
+        "data",
+        "engines",
+        "hugging_face",
+        "loop",
+        "mcore",
+        "objectives",
+        "rollout",
+        "rows",
+        "scoring",
+    },
+    "show": FOUNDATION | {"config", "data", "objectives", "rows", "training"},
+    "recipes": {"config", "errors", "training"},
     "cluster": FOUNDATION | {"checkpoint", "config", "training"},
     "doctor": FOUNDATION
     | {"config", "engines.bridge", "engines.nemo", "training"},  # the latter two in processes of their own
@@ -75,7 +87,7 @@ HEAVY: dict[str, set[str]] = {
     "hydra": {"cluster", "config"},
     "omegaconf": {"cluster", "config"},
     "transformers": {"data", "demo", "doctor", "engines.bridge", "generation", "hugging_face", "show"},
-    "vllm": {"doctor", "generation"},
+    "vllm": {"doctor", "generation", "rollout"},
     "lm_eval": {"doctor", "generation"},
     "torch": {
         "batch",

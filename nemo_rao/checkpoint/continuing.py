@@ -58,7 +58,7 @@ KEEPS_NUMBERS = (
     *("data.cache", "data.strict", "data.train_path", "data.validation_path", "data.tokenizer", "reference."),
     *("data.columns", "data.ignore_fields", "data.bad_rows", "data.max_bad_rows"),
     # How samples are computed and shown; not what they are.
-    *("online.rows_at_once", "online.scoring_attempts", "online.log_samples"),
+    *("online.rows_at_once", "online.scoring_attempts", "online.log_samples", "online.vllm_"),
     START,
 )
 # Keys without which a checkpoint cannot be loaded as it was saved.

@@ -76,6 +76,8 @@ def check_online(config: RunConfig) -> None:
             "model.optim.overlap_param_gather=true: weights that are still being gathered cannot be exchanged for the "
             "reference policy's; set it to false"
         )
+    if keys.sampler == "vllm":
+        _check_vllm(config)
     _refuse_keys_of_files(config)
 
 
@@ -94,3 +96,24 @@ def _refuse_keys_of_files(config: RunConfig) -> None:
                 f"reference.{field.name}={value}: is about the reference pass before training, and with "
                 "online.num_generations each rollout has its own; leave it out"
             )
+
+
+def _check_vllm(config: RunConfig) -> None:
+    keys, model = config.online, config.model
+    if keys.vllm_python is None:
+        raise UserError(
+            "online.sampler=vllm: runs in an environment of its own; set online.vllm_python to its python (make "
+            "install-vllm makes one: .venv-vllm/bin/python)"
+        )
+    if model.peft.scheme not in ("none", "lora"):
+        raise UserError(
+            f"model.peft.scheme={model.peft.scheme}: such adapters are not merged into the weights that vLLM is given; "
+            "set it to lora, or online.sampler=megatron"
+        )
+    if model.optim.overlap_param_gather:
+        raise UserError(
+            "model.optim.overlap_param_gather=true: weights that are still being gathered cannot be given to vLLM; set "
+            "it to false"
+        )
+    if len(set(keys.vllm_gpus)) < len(keys.vllm_gpus):
+        raise UserError(f"online.vllm_gpus={keys.vllm_gpus}: names a GPU twice")

@@ -22,6 +22,21 @@ class OnlineConfig:
         1.0, "sample from the fewest most probable tokens that hold this much probability", low=0, high=1
     )
     seed: int = key(1234, "of the samples", low=0)
+    sampler: str = key(
+        "megatron",
+        "what samples; megatron: the training model, in place; vllm: vLLM in a process of its own, which is given the "
+        "weights before each rollout",
+        choices=("megatron", "vllm"),
+    )
+    vllm_python: str | None = key(
+        None, "the python of an environment with vLLM, with sampler=vllm (make install-vllm makes one)"
+    )
+    vllm_gpus: list[int] = key(
+        [], "GPUs of the first rank's machine, by number, over which vLLM splits the model; []: the first rank's", low=0
+    )
+    vllm_memory: float = key(
+        0.3, "share of each of these GPUs' memory that vLLM takes, weights included", low=0, high=1, exclusive=True
+    )
     reward: list[str] = key(
         [],
         "what scores samples, as in nemo-rao score: [NAME=]KIND:ARGUMENT, such as rule:module:function, "
@@ -37,7 +52,9 @@ class OnlineConfig:
     cut_reward: float = key(0.0, "reward of a sample that was cut, with cut_responses=penalty")
     mini_batches: int = key(1, "global batches that one rollout fills: optimizer steps in each pass over it", low=1)
     epochs: int = key(1, "passes over each rollout; from the second on its prompts are in a new order", low=1)
-    rows_at_once: int = key(64, "responses that a rank decodes together, rounded to whole prompts", low=1)
+    rows_at_once: int = key(
+        64, "responses that a rank decodes together, rounded to whole prompts; with sampler=vllm, all in all", low=1
+    )
     scoring_attempts: int = key(3, "times a scorer is asked before the run stops", low=1)
     validation_generations: int = key(1, "responses sampled to each prompt of data.validation_path", low=1)
     log_samples_every: int = key(10, "steps from one entry of samples.jsonl to the next", low=1)

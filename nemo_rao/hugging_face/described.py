@@ -21,6 +21,7 @@ from nemo_rao.checkpoint.run_records import RECIPE
 from nemo_rao.config.architecture import architecture_fields, family_of, network_key
 from nemo_rao.config.engine_choice import BRIDGE
 from nemo_rao.config.families import SIZES
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.engines.nemo.config_classes import ROPE_SCALING
 from nemo_rao.errors import UserError
@@ -110,22 +111,36 @@ def _of_nemo(checkpoint: Path, file: Path, engine: str) -> Described:
     return _described(checkpoint, family, fields, lora, str(folder) if folder.is_dir() else name, config["seq_length"])
 
 
-def _of_run(checkpoint: Path, recipe: Path, engine: str) -> Described:
-    config = load_recipe(recipe)
+def describe_run(config: RunConfig, folder: Path, tokenizer: str, engine: str) -> Described:
+    """The model of a run.
+
+    Args:
+        folder: of the run or of its checkpoint, for messages.
+        tokenizer: folder, or name on huggingface.co.
+        engine: that converts it.
+
+    Raises:
+        UserError: ``engine`` cannot export a model of this kind.
+    """
     network = family_of(config)
     family = next((family for family in FAMILIES if family.network.name == network), None)
     if family is None or (engine != BRIDGE and family.nemo_model is None):
-        raise _refusal(checkpoint, f"model of {network_key(config)}", engine)
+        raise _refusal(folder, f"model of {network_key(config)}", engine)
     lora = None
     if config.model.peft.scheme != "none":
         keys = config.model.peft.lora
         kind = {"lora": "LoRA"}.get(config.model.peft.scheme, config.model.peft.scheme)
         lora = {"_target_": kind, "dim": keys.dim, "alpha": keys.alpha, "dropout": keys.dropout}
+    return _described(folder, family, architecture_fields(config), lora, tokenizer, config.model.seq_length)
+
+
+def _of_run(checkpoint: Path, recipe: Path, engine: str) -> Described:
+    config = load_recipe(recipe)
     # As it was when the run was started, with what stands beside it; or the copy that the checkpoint has.
     assert config.data.tokenizer is not None
     tokenizer, copy = Path(config.data.tokenizer).expanduser(), checkpoint / "context" / "tokenizer"
     folder = copy if not tokenizer.is_dir() and copy.is_dir() else tokenizer
-    return _described(checkpoint, family, architecture_fields(config), lora, str(folder), config.model.seq_length)
+    return describe_run(config, checkpoint, str(folder), engine)
 
 
 def _of_config(checkpoint: Path, file: Path, engine: str) -> Described:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from nemo_rao.batch import Row
 from nemo_rao.checkpoint.run_records import Change
 from nemo_rao.data.store import PreferenceData
+from nemo_rao.rollout.vllm_model import VllmModel
 
 
 class RewardFunction(Protocol):
@@ -53,12 +54,14 @@ class OnlineTask:
         reward: of samples, by their text.
         token_scorers: what is added to that.
         validation_prompts: those of the validation data, likewise.
+        vllm: what samples; ``None``: the training model.
     """
 
     prompts: Sequence[Row]
     reward: RewardFunction
     token_scorers: Sequence[TokenScorer] = ()
     validation_prompts: Sequence[Row] = ()
+    vllm: VllmModel | None = None
 
 
 @dataclass(frozen=True)

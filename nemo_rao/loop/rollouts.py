@@ -32,6 +32,7 @@ from nemo_rao.rollout.reward_model import RewardModel
 from nemo_rao.rollout.sampler import MegatronSampler, Sampler, Wanted
 from nemo_rao.rollout.samples import Rollout, RolloutData, load
 from nemo_rao.rollout.text import SampleText
+from nemo_rao.rollout.vllm_sampler import VllmSampler
 from nemo_rao.runtime.console import say
 
 ROLLOUTS = "rollouts"  # in the run folder
@@ -165,10 +166,14 @@ class MakeRollouts(Hook):
                 found = self.reference_log_probs(session, data.train, data.micro_batch_size)
             rollout = replace(rollout, reference=found.sums, reference_logps=found.tokens)
             keep(rollout)
-        if rollout.old_logps is None and self._needs.tokens and (self._has_values or data.steps_per_rollout > 1):
-            # A single step is taken by the policy that sampled, whose ratio to itself is 1. Values ask for the pass.
+        # A single step is taken by the policy that sampled, whose ratio to itself is 1. Values ask for the pass, and
+        # what vLLM has sampled is always held against the training model.
+        wanted = self._needs.tokens and (self._has_values or data.steps_per_rollout > 1)
+        if rollout.old_logps is None and (wanted or self._task.vllm is not None):
             with self._timed("old"):
-                found = self._log_probs(session, data.train, data.micro_batch_size, values=self._has_values)
+                found = self._log_probs(
+                    session, data.train, data.micro_batch_size, of_tokens=True, values=self._has_values
+                )
             rollout = replace(rollout, old_logps=found.tokens, values=found.values)
             keep(rollout)
         return rollout
@@ -206,14 +211,16 @@ class MakeRollouts(Hook):
 
     def _made_sampler(self, session: Session) -> Sampler:
         keys = self._keys
-        return MegatronSampler(
-            max_new_tokens=keys.max_new_tokens,
-            end_tokens=self._text.end_tokens,
-            sampling=Sampling(keys.temperature, keys.top_k, keys.top_p),
-            rows_at_once=keys.rows_at_once,
-            vocab_size=session.loss.vocab_size,
-            seed=keys.seed,
-        )
+        common: dict[str, Any] = {
+            "max_new_tokens": keys.max_new_tokens,
+            "end_tokens": self._text.end_tokens,
+            "sampling": Sampling(keys.temperature, keys.top_k, keys.top_p),
+            "rows_at_once": keys.rows_at_once,
+            "seed": keys.seed,
+        }
+        if self._task.vllm is not None:
+            return VllmSampler(self._task.vllm, session.folder, **common)
+        return MegatronSampler(vocab_size=session.loss.vocab_size, **common)
 
     def _rewards_before(self, folder: Path, number: int) -> np.ndarray:
         """``[2]`` sum and number of the rewards of all rollouts before this one."""
@@ -245,7 +252,7 @@ class MakeRollouts(Hook):
         """Of the rollout that the data holds, under the reference policy."""
         assert self._reference is not None, "the objective needs one"
         with self._reference.in_place():
-            return self._log_probs(session, data, micro_batch_size)
+            return self._log_probs(session, data, micro_batch_size, of_tokens=self._needs.tokens)
 
     def _saved(self, session: Session) -> str:
         """Saves the run as it is before this step, unless it is saved; says where the same command goes on."""
@@ -264,7 +271,7 @@ class MakeRollouts(Hook):
         return self._needs.values == "tokens"
 
     def _log_probs(
-        self, session: Session, data: AlignmentData, micro_batch_size: int, *, values: bool = False
+        self, session: Session, data: AlignmentData, micro_batch_size: int, *, of_tokens: bool, values: bool = False
     ) -> LogProbs:
         assert isinstance(data.data, RolloutData) and data.data.rollout is not None, "it has been sampled"
         return rollout_log_probs(
@@ -273,7 +280,7 @@ class MakeRollouts(Hook):
             data.micro_batch,
             micro_batch_size=micro_batch_size,
             vocab_size=session.loss.vocab_size,
-            of_tokens=self._needs.tokens,
+            of_tokens=of_tokens,
             of_values=values,
         )
 

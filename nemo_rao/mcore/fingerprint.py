@@ -40,10 +40,10 @@ def weights_fingerprint(sharded_state_dict: Mapping[str, Any], *, vocab_size: in
     state = dict(sharded_state_dict)
     apply_factories(state)
     total = torch.zeros((), dtype=torch.int64)
-    for shard in _shards(state):
+    for shard in shards(state):
         # Every replica of a shard holds the same values; exactly one of them has an all-zero replica id.
         of_head = any(head in shard.key for head in HEADS)
-        if not of_head and _is_main_replica(shard.replica_id):
+        if not of_head and is_main_replica(shard.replica_id):
             total = total + _hash_shard(shard, vocab_size).cpu()
     if torch.distributed.is_initialized():
         if torch.cuda.is_available():
@@ -52,17 +52,19 @@ def weights_fingerprint(sharded_state_dict: Mapping[str, Any], *, vocab_size: in
     return f"{int(total) & (2**64 - 1):016x}"
 
 
-def _shards(state: Any) -> list[ShardedTensor]:
+def shards(state: Any) -> list[ShardedTensor]:
+    """All of a sharded state dict, whose factories have been applied."""
     if isinstance(state, ShardedTensor):
         return [state]
     if isinstance(state, Mapping):
-        return [shard for value in state.values() for shard in _shards(value)]
+        return [shard for value in state.values() for shard in shards(value)]
     if isinstance(state, (list, tuple)):
-        return [shard for value in state for shard in _shards(value)]
+        return [shard for value in state for shard in shards(value)]
     return []  # objects such as Transformer Engine's extra state are no weights
 
 
-def _is_main_replica(replica_id: Any) -> bool:
+def is_main_replica(replica_id: Any) -> bool:
+    """Of a shard's replicas, one has this id."""
     return not any(replica_id) if isinstance(replica_id, tuple) else replica_id == 0
 
 

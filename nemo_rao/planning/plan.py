@@ -58,6 +58,8 @@ def main(arguments: argparse.Namespace) -> int:
     found = [] if fits_surely(setting, machine) else _advice(config, setting, machine)
     title = f"nemo-rao plan {arguments.config_name}"
     print(table(title, setting, machine, found, length), end="")
+    if setting.rollouts is not None and config.online.sampler != "megatron":
+        print(f"online.sampler={config.online.sampler} is planned as sampling by the training model.")
     if setting.rollouts is not None and config.data.validation_path is not None:
         print("data.validation_path: validations by sampling are not planned.")
     if config.data.prefix_sharing:
@@ -206,7 +208,7 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
 def _rollouts(keys: OnlineConfig, needs: Needs) -> Rollouts | None:
     if keys.num_generations is None:
         return None
-    several_steps = keys.mini_batches * keys.epochs > 1
+    wants_old = needs.tokens and (needs.values is not None or keys.mini_batches * keys.epochs > 1)
     return Rollouts(
         num_generations=keys.num_generations,
         max_new_tokens=keys.max_new_tokens,
@@ -215,7 +217,7 @@ def _rollouts(keys: OnlineConfig, needs: Needs) -> Rollouts | None:
         epochs=keys.epochs,
         nucleus=keys.top_p < 1,
         # As nemo_rao.loop.rollouts makes them.
-        passes=int(needs.reference) + int(needs.tokens and (needs.values is not None or several_steps)),
+        passes=int(needs.reference) + int(keys.sampler == "vllm" or wants_old),
     )
 
 

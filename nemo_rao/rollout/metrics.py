@@ -6,6 +6,8 @@ rollout/kl                                log pi(y) - log pi_ref(y), nats per re
 rollout/entropy                           -log pi(y_t), nats per token: the policy's entropy as its samples show it
 rollout/length                            tokens per response
 rollout/cut                               share of responses that ended at their limit
+rollout/sampler_logps_mean_diff, _max_    |log mu(y_t) - log pi(y_t)|, nats: mu by the sampler, pi by a pass of the
+                                          training model over whole rows, where there was such a pass
 """
 
 from __future__ import annotations
@@ -35,6 +37,10 @@ def metrics(rollout: Rollout) -> dict[str, float]:
             "rollout/reward_p50": middle,
             "rollout/reward_p90": high,
         }
+    if rollout.old_logps is not None:
+        differences = np.abs(rollout.logps.astype(np.float64) - rollout.old_logps)
+        found["rollout/sampler_logps_mean_diff"] = float(differences.mean())
+        found["rollout/sampler_logps_max_diff"] = float(differences.max())
     if rollout.reference is not None:
         found["rollout/kl"] = float((logps - rollout.reference[:, 1].reshape(logps.shape)).mean())
     return found

@@ -70,9 +70,11 @@ class Rollout:
         return self.of_tokens(self.tokens, slot)
 
     def response_logps(self) -> np.ndarray:
-        """``[S, K]`` float64, each response's log-probability under the policy that sampled it, in nats."""
+        """``[S, K]`` float64, each response's log-probability under the policy that sampled it, in nats: by a pass over
+        whole rows where there was one."""
+        logps = self.logps if self.old_logps is None else self.old_logps
         starts = np.cumsum(self.lengths.flatten()) - self.lengths.flatten()
-        return np.add.reduceat(self.logps.astype(np.float64), starts).reshape(self.lengths.shape)
+        return np.add.reduceat(logps.astype(np.float64), starts).reshape(self.lengths.shape)
 
     def of_tokens(self, values: np.ndarray, slot: int) -> tuple[np.ndarray, ...]:
         """Of numbers of all tokens, those of a slot's K responses."""

@@ -11,6 +11,7 @@ from nemo_rao.config.compose import compose
 from nemo_rao.errors import UserError
 from nemo_rao.training.checks import check_run
 
+VLLM = ("online.sampler=vllm", "online.vllm_python=python")
 OVERLAPPED = (
     "model.optim.use_distributed_optimizer=true",
     "model.optim.overlap_grad_reduce=true",
@@ -51,6 +52,12 @@ def test_a_recipe_passes(files: list[str], recipe: str) -> None:
         ("gpt_rloo", ["data.answers=verbatim"], "data.answers=verbatim: is about responses in files"),
         ("gpt_rloo", ["model.peft.scheme=dora", "trainer.engine=bridge"], "its magnitudes cannot be switched off"),
         ("gpt_rloo", [*OVERLAPPED], "weights that are still being gathered cannot be exchanged"),
+        ("gpt_rloo", ["online.sampler=vllm"], "online.sampler=vllm: .* set online.vllm_python to its python"),
+        ("gpt_rloo", ["online.sampler=sglang"], "online.sampler='sglang': must be one of 'megatron', 'vllm'"),
+        ("gpt_rloo", [*VLLM, "model.peft.scheme=canonical_lora", "trainer.engine=bridge"], "set it to lora, or online"),
+        ("gpt_rloo", [*VLLM, "online.vllm_gpus=[1,1]"], "names a GPU twice"),
+        ("gpt_rloo", [*VLLM, "online.vllm_memory=0"], "online.vllm_memory=0"),
+        ("gpt_grpo", [*VLLM, *OVERLAPPED], "weights that are still being gathered cannot be given to vLLM"),
         ("gpt_sft", ["online.num_generations=2"], "objective sft does not learn from rewards of samples"),
         ("gpt_kto", ["online.num_generations=2"], "objective kto does not learn from rewards of samples"),
         ("gpt_rm", ["online.num_generations=2"], "objective rm does not learn from rewards of samples"),

@@ -92,6 +92,7 @@ READ: dict[str, tuple[str, tuple[str, ...]]] = {
     "online.top_p": ("0.9", SAMPLED),
     "online.rows_at_once": ("4", SAMPLED),
     "online.mini_batches": ("2", SAMPLED),
+    "online.sampler": ("vllm", SAMPLED),
     "online.epochs": ("2", (*DATA, *SAMPLED, "trainer.max_epochs=1")),
     "data.responses": ("best_random", ()),
     "data.pad_to_multiple_of": ("96", ()),
@@ -188,6 +189,9 @@ CANNOT: dict[str, tuple[str, str]] = {
     "online.validation_generations": ("validations by sampling are not planned", "7"),
     "online.log_samples_every": ("a few rows", "7"),
     "online.log_samples": ("a few rows", "7"),
+    "online.vllm_python": ("what vLLM takes is not planned", "python"),
+    "online.vllm_gpus": ("what vLLM takes is not planned", "[1]"),
+    "online.vllm_memory": ("what vLLM takes is not planned", "0.5"),
 }
 
 # What an objective's own keys change of a plan, they change through what the objective needs

@@ -99,9 +99,10 @@ def test_micro_batches_are_those_of_the_same_samples_in_a_file(rollout: Rollout)
 def test_metrics_are_those_of_the_samples(rollout: Rollout) -> None:
     found = metrics(rollout)
     assert found["rollout/unscored"] == 0.25 and found["rollout/cut"] == 0.25
-    assert found["rollout/length"] == 2.5 and found["rollout/entropy"] == (3 + 6 + 1 + 10) / 10
+    assert found["rollout/length"] == 2.5 and found["rollout/entropy"] == (3 + 6 + 1 + 10) / 10 + 1
     assert found["rollout/reward"] == pytest.approx(-0.25) and found["rollout/reward_p50"] == 0.25
-    assert found["rollout/kl"] == (-3 - 1 + -6 - 3 + -1 - 5 + -10 - 7) / 4
+    assert found["rollout/kl"] == (-3 - 1 + -6 - 3 + -1 - 5 + -10 - 7 - 10) / 4  # by the pass over whole rows
+    assert found["rollout/sampler_logps_mean_diff"] == found["rollout/sampler_logps_max_diff"] == 1
 
 
 class Tokenizer:
