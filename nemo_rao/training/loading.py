@@ -22,6 +22,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
 from nemo_rao.runtime.console import is_first_rank, say
 from nemo_rao.runtime.progress import Progress
+from nemo_rao.scoring.rule import asked_for, find_function, rules_among
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def load_data(config: RunConfig) -> LoadedData:
 def _load_prompts(config: RunConfig) -> LoadedData:
     keys, length = config.data, config.model.seq_length
     tokenizer = load_tokenizer(keys.tokenizer or "")
+    rules = [asked_for(find_function(path)) for path in rules_among(config.online.reward).values()]
     train, prompts = load_prompts(
         keys.train_path,
         tokenizer,
@@ -65,6 +67,7 @@ def _load_prompts(config: RunConfig) -> LoadedData:
         template_arguments=keys.template_arguments,
         columns=keys.columns,
         ignore_fields=keys.ignore_fields,
+        is_read=lambda name: any(rule.is_read(name) for rule in rules),
     )
     say(f"training data: {train.report.text()}")
     return LoadedData(train, None, len(tokenizer), pad_token_id(tokenizer), prompts)

@@ -35,7 +35,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     reward, models = (None, {}) if config.online.num_generations is None else rewards_of(config)
     loaded = loaded or load_data(config)
     if reward is not None:
-        check_rules(config, loaded.prompts[0])
+        check_rules(config, loaded.prompts)
     for model in models.values():
         model.check_tokens(config, loaded)
     data, validation = drawn(config, loaded), loaded.validation
