@@ -67,6 +67,7 @@ class Row:
         plain_prompt: of a prompt published as a transcript (``Human: ... Assistant:``), its text. Tokenised in
             place of the messages where no chat template is used, with each response's ``plain_content`` behind it.
         unused: paths of the fields of its record that nothing reads, such as ``source`` or ``completions[].model``.
+        fields: those of them that are the record's own, such as a reference ``answer``, for rules that ask for them.
     """
 
     prompt: str | tuple[Mapping[str, Any], ...]
@@ -77,6 +78,7 @@ class Row:
     template_fields: Mapping[str, Any] = field(default_factory=dict)
     plain_prompt: str | None = None
     unused: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ is counted.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_rao.batch import Row, Sample
@@ -40,6 +40,7 @@ def load_prompts(
     template_arguments: Mapping[str, Any] | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_fields: Sequence[str] = (),
+    is_read: Callable[[str], bool] = lambda name: False,
 ) -> tuple[PreferenceData, list[Row]]:
     """Reads, renders and tokenises prompts.
 
@@ -51,6 +52,7 @@ def load_prompts(
         needs_shared_first_token, needed_by: see :func:`nemo_rao.data.dataset.load_preferences`.
         chat_template, template_arguments: see :class:`nemo_rao.data.encode.Encoder`.
         columns, ignore_fields: see :func:`nemo_rao.rows.reading.read_rows`.
+        is_read: whether a field of a row that is no part of its prompt is read elsewhere, and so not counted.
 
     Returns:
         the prompts as samples without responses, with their report; and as rows without responses, in the same order.
@@ -68,7 +70,7 @@ def load_prompts(
         asked = [prompt.as_row() for prompt in batch]
         for prompt, row, sample in zip(batch, asked, encoder.encode_many(asked), strict=True):
             report.rows_read += 1
-            report.not_used([*prompt.unused, *prompt.fields])
+            report.not_used(name for name in (*prompt.unused, *prompt.fields) if not is_read(name))
             dropped = _why_dropped(row, sample, longest, set_by)
             if dropped is not None:
                 if strict:

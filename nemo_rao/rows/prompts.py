@@ -31,6 +31,7 @@ class Prompt:
         template_fields, plain: ``template_fields`` and ``plain_prompt`` of :class:`nemo_rao.batch.Row`.
         unused: paths of the fields that nothing reads and that are not among ``fields``.
         has_responses: its row had some, which are left out.
+        row_fields: as ``fields``, also where the row had responses.
     """
 
     content: str | Messages
@@ -40,10 +41,18 @@ class Prompt:
     plain: str | None = None
     unused: tuple[str, ...] = ()
     has_responses: bool = False
+    row_fields: Mapping[str, Any] = field(default_factory=dict)
 
     def as_row(self) -> Row:
         """A row without responses, as the encoder takes it."""
-        return Row(self.content, (), self.place, template_fields=self.template_fields, plain_prompt=self.plain)
+        return Row(
+            self.content,
+            (),
+            self.place,
+            template_fields=self.template_fields,
+            plain_prompt=self.plain,
+            fields=self.row_fields,
+        )
 
 
 def read_prompts(
@@ -126,7 +135,16 @@ def _prompts_of_source(source: str, names: Columns) -> Iterator[Prompt]:
         one_of_several = known is not None and known.one_response_a_record
         if not (one_of_several and before is not None and rows.same_prompt(before, row)):
             unused = tuple(path for path in row.unused if path not in fields)
-            yield Prompt(row.prompt, place, fields, row.template_fields, row.plain_prompt, unused, bool(row.responses))
+            yield Prompt(
+                row.prompt,
+                place,
+                fields,
+                row.template_fields,
+                row.plain_prompt,
+                unused,
+                bool(row.responses),
+                row.fields,
+            )
         before = row if one_of_several else None
 
 

@@ -84,7 +84,7 @@ def make_row(
     """The row of a record from which all else has been taken.
 
     Args:
-        record: what is left in it becomes ``Row.unused``.
+        record: what is left in it becomes ``Row.unused`` and ``Row.fields``.
         asked: its prompt.
         responses: its responses.
         names: the fields in which these stand, for messages.
@@ -108,6 +108,7 @@ def make_row(
         template_fields,
         plain,
         record.left(),
+        record.unread(),
     )
 
 

@@ -1,8 +1,15 @@
-"""A Python function (prompt, response) -> float, named by its import path. It is the user's own code, and is run."""
+"""A Python function (prompt, response) -> float, named by its import path. It is the user's own code, and is run.
+
+It may have further parameters, which are given the row's fields of these names, ``**fields`` all of them::
+
+    def exact_match(prompt, response, answer):
+        return float(response.strip() == answer)
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib
 import inspect
@@ -13,8 +20,10 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
 from nemo_rao.rows.fields import LARGEST_REWARD, describe
 from nemo_rao.scoring.scorer import Kind, NoScore, Pair, PairScorer, ScoringFailure
@@ -29,11 +38,27 @@ class RuleScorer(PairScorer):
         self.path = path
         self.function = find_function(path)
         self.identity = {"rule": path, "source": _source_digest(self.function)}
+        self.asked = asked_for(self.function)
         self.not_given: Counter[str] = Counter()
+
+    def check(self, row: Row) -> None:
+        """That the rule can be called about a row.
+
+        Raises:
+            UserError: the row lacks a field that the rule asks for.
+        """
+        there = {**row.template_fields, **row.fields}
+        for name in self.asked.needed:
+            if name not in there:
+                raise UserError(
+                    f"{row.place}: rule {self.path} asks for the field {name!r}, which the row does not have (other "
+                    f"fields found: {', '.join(there) or 'none'}); add it, or give the rule's parameter a default"
+                )
 
     def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
         for pair in pairs:
-            self.not_given.update([*pair.template_fields, *pair.response_fields])
+            of_template = (name for name in pair.template_fields if not self.asked.is_read(name))
+            self.not_given.update([*of_template, *pair.response_fields])
         with _current_folder_on_path():
             return [self._score(pair) for pair in pairs]
 
@@ -43,8 +68,10 @@ class RuleScorer(PairScorer):
 
     def _score(self, pair: Pair) -> float:
         prompt = pair.prompt if isinstance(pair.prompt, str) else [dict(message) for message in pair.prompt]
+        given = {**pair.template_fields, **pair.row_fields}
+        fields = {name: value for name, value in given.items() if self.asked.is_read(name)}
         try:
-            value = self.function(prompt, pair.response)
+            value = self.function(prompt, pair.response, **copy.deepcopy(fields))
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise ScoringFailure(
@@ -59,6 +86,41 @@ class RuleScorer(PairScorer):
                 f"{pair.place}: rule {self.path} returned {number}; return a finite number, at most {LARGEST_REWARD:g}"
             )
         return number
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Fields of a row that a rule asks for by its parameters.
+
+    Attributes:
+        needed: without them it cannot be called.
+        names: these and those that it can do without.
+        every: it takes all that there are, but those that have the name of one of the ``first`` two parameters.
+    """
+
+    needed: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    every: bool = False
+    first: tuple[str, ...] = ()
+
+    def is_read(self, name: str) -> bool:
+        return name in self.names or (self.every and name not in self.first)
+
+
+def asked_for(function: Callable[..., Any]) -> Asked:
+    """By the parameters behind prompt and response."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of what is not written in Python
+        return Asked()
+    further = parameters[2:]
+    named = [one for one in further if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    return Asked(
+        tuple(one.name for one in named if one.default is one.empty),
+        tuple(one.name for one in named),
+        any(one.kind is one.VAR_KEYWORD for one in further),
+        tuple(one.name for one in parameters[:2]),
+    )
 
 
 def find_function(path: str) -> Callable[[Any, str], Any]:
@@ -113,6 +175,12 @@ def _current_folder_on_path() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # the user's code may change the path itself
             sys.path.remove(folder)
+
+
+def rules_among(specs: Sequence[str]) -> dict[str, str]:
+    """Of ``[NAME=]KIND:ARGUMENT`` each, those of rules -> their import paths."""
+    found = {spec: spec.rpartition("=")[2].partition(":") for spec in specs}
+    return {spec: path for spec, (kind, _, path) in found.items() if kind == "rule"}
 
 
 RULE = Kind(lambda path, _: RuleScorer(path), lambda path: path.replace(":", ".").split(".")[-1], "module:function")

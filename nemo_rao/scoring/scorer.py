@@ -114,6 +114,7 @@ class Pair:
         response: its text.
         place: file, line and number of the response, for messages.
         response_fields, template_fields: see :class:`nemo_rao.batch.Response` and :class:`nemo_rao.batch.Row`.
+        row_fields: ``fields`` of :class:`nemo_rao.batch.Row`.
     """
 
     prompt: str | tuple[Mapping[str, Any], ...]
@@ -121,12 +122,13 @@ class Pair:
     place: str
     response_fields: Mapping[str, Any] = field(default_factory=dict)
     template_fields: Mapping[str, Any] = field(default_factory=dict)
+    row_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def pairs_of(row: Row) -> Iterator[Pair]:
     for number, response in enumerate(row.responses, start=1):
         place = f"{row.place}, response {number}"
-        yield Pair(row.prompt, response.content, place, response.fields, row.template_fields)
+        yield Pair(row.prompt, response.content, place, response.fields, row.template_fields, row.fields)
 
 
 # ------------------------------------------------------------------------------------------- NAME=KIND:ARGUMENT

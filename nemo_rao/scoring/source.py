@@ -18,6 +18,7 @@ from nemo_rao.rows.reading import read_rows
 from nemo_rao.rows.sources import HUB, OnBad, expand_paths
 from nemo_rao.rows.writing import record_of
 from nemo_rao.scoring.column import ColumnScorer
+from nemo_rao.scoring.rule import RuleScorer
 from nemo_rao.scoring.scorer import InputRow, NoScore, Scorer
 
 
@@ -151,12 +152,15 @@ def survey(
             bad_places.add(place)
             report.drop_bad(str(error))
 
+    rules = [scorer for scorer in scorers.values() if isinstance(scorer, RuleScorer)]
     for row in source.input_rows(fields, note_bad):
         found.num_rows += 1
         found.num_responses += len(row.responses)
         num_references += bool(row.reference_rewards)
         num_rewarded += sum(response.reward is not None for response in row.responses)
-        report.not_used(row.unused)
+        for rule in rules:
+            rule.check(row)
+        report.not_used(name for name in row.unused if not any(rule.asked.is_read(name) for rule in rules))
         empty = {name: one for name, one in empty.items() if all(isinstance(s, NoScore) for s in one.score([row])[0])}
     if report.rows_bad > max_bad_rows * (report.rows_bad + found.num_rows):
         raise UserError(

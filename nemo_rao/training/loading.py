@@ -22,6 +22,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
 from nemo_rao.runtime.console import is_first_rank, say
 from nemo_rao.runtime.progress import Progress
+from nemo_rao.scoring.rule import asked_for, find_function, rules_among
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def _load_prompts(config: RunConfig) -> LoadedData:
     keys, length = config.data, config.model.seq_length
     tokenizer = load_tokenizer(keys.tokenizer or "")
     needs = registry.get(config.model.objective).needs_of(objective_config(config))
+    rules = [asked_for(find_function(path)) for path in rules_among(config.online.reward).values()]
 
     def load(paths: Any, label: str) -> tuple[PreferenceData, list[Row]]:
         data, prompts = load_prompts(
@@ -68,6 +70,7 @@ def _load_prompts(config: RunConfig) -> LoadedData:
             template_arguments=keys.template_arguments,
             columns=keys.columns,
             ignore_fields=keys.ignore_fields,
+            is_read=lambda name: any(rule.is_read(name) for rule in rules),
         )
         say(f"{label}: {data.report.text()}")
         return data, prompts

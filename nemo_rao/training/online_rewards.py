@@ -17,6 +17,7 @@ from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.runtime.launch import launch
+from nemo_rao.scoring.rule import RuleScorer, rules_among
 from nemo_rao.scoring.run import KINDS
 from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, Scorer, ScoringFailure, make_scorers
 from nemo_rao.training.reward_models import RewardModelOfRun, reward_model_of
@@ -65,20 +66,23 @@ def _make(specs: Sequence[str], kinds: Mapping[str, Kind], folder: Path) -> dict
         raise UserError(str(error).replace("--scorer ", "online.reward=", 1)) from None
 
 
-def check_rules(config: RunConfig, prompt: Row) -> None:
+def check_rules(config: RunConfig, prompts: Sequence[Row]) -> None:
     """Calls each rule once, in a process of its own: threads that it starts would be missing in the ranks' forks.
 
     Args:
-        prompt: a row of the run's data.
+        prompts: of the run's data.
 
     Raises:
-        UserError: a rule raises, or returns no finite number.
+        UserError: a rule asks for a field that a row does not have, raises, or returns no finite number.
     """
-    rules = [spec for spec in config.online.reward if spec.rpartition("=")[2].startswith("rule:")]
+    rules = rules_among(config.online.reward)
     if rules:
-        asked = InputRow(**vars(replace(prompt, responses=(Response(_PROBE),))))
+        for rule in map(RuleScorer, rules.values()):
+            for prompt in prompts:
+                rule.check(prompt)
+        asked = InputRow(**vars(replace(prompts[0], responses=(Response(_PROBE),))))
         try:
-            launch(_call, (rules, run_dir(config), asked), num_ranks=1, in_children=True)
+            launch(_call, (list(rules), run_dir(config), asked), num_ranks=1, in_children=True)
         except RankFailure as failure:
             raise UserError(f"online.reward={', '.join(rules)}: a call ended the process ({failure})") from None
 

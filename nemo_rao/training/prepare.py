@@ -37,7 +37,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     vllm_python = python_of_sampler(config)
     loaded = loaded or load_data(config)
     if reward is not None:
-        check_rules(config, loaded.prompts[0])
+        check_rules(config, [*loaded.prompts, *loaded.validation_prompts])
     for model in models.values():
         model.check_tokens(config, loaded)
     data, validation = drawn(config, loaded), loaded.validation

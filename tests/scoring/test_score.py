@@ -117,6 +117,22 @@ def test_the_statistics_are_those_of_numpy_and_are_written_and_printed(command: 
     assert code == 0 and found["count"] == 303 and f"{flat.mean():.4g}" in output
 
 
+def test_a_rule_is_given_the_fields_of_a_row_that_it_asks_for(command: Command) -> None:
+    rows = [{**row, "answer": number, "source": "s"} for number, row in enumerate(RATED)]
+    write_lines("in.jsonl", *rows)
+    Path("rules_of_fields.py").write_text("def is_answer(prompt, response, answer):\n    return answer\n")
+    given = ("in.jsonl", "out.jsonl", "--scorer", "r=rule:rules_of_fields:is_answer")
+    code, output, message = command(*given)
+    assert code == 0, message
+    assert column("r") == [[0, 0], [1, 1]]
+    assert ", source (2 rows)" in output and "answer" not in output
+    del rows[1]["answer"]
+    write_lines("in.jsonl", *rows)
+    code, _, message = command(*given, "--overwrite")
+    assert code == 2 and "in.jsonl line 2: rule rules_of_fields:is_answer asks for the field 'answer'" in message
+    assert column("r") == [[0, 0], [1, 1]]
+
+
 def test_agreement_with_labels_and_between_columns(command: Command) -> None:
     pairs = [("good", "bad"), ("bad", "good"), ("good", "good"), ("good", "bad")]
     write_lines("in.jsonl", *({"prompt": "p", "chosen": f"{a} a", "rejected": f"{b} b"} for a, b in pairs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 
 from nemo_rao.batch import Response, Row
 from nemo_rao.config.online_config import OnlineConfig
-from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.run_config import DataConfig, RunConfig
 from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.training import online_rewards as online
-from nemo_rao.training.online_rewards import Rewards, rewards_of
+from nemo_rao.training.loading import load_data
+from nemo_rao.training.online_rewards import Rewards, check_rules, rewards_of
 
 RULES = """
 def length(prompt, response):
@@ -30,6 +32,15 @@ def fails_twice(prompt, response):
     if len(CALLS) <= 2:
         raise OSError("not yet")
     return 2.0
+
+def matches(prompt, response, answer, tolerance=0):
+    return float(len(response) - answer <= tolerance)
+
+def wants(prompt, response, *, source):
+    return 0.0
+
+def takes_all(prompt, response, **others):
+    return float(len(others))
 
 def is_text(prompt, response):
     return "good"
@@ -68,6 +79,32 @@ def test_what_a_scorer_counts_is_reported_once_for_the_run() -> None:
     made(ROWS)
     assert made.notes() == ["length: 4 responses with tools, which a rule is not given"]
     made.close()
+
+
+def test_a_rule_is_given_the_fields_that_it_asks_for_and_they_are_not_counted_as_unused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_rao.demo.tokenizer_training import train_tokenizer
+
+    rows = ['{"prompt": "ab", "answer": 1, "source": "s"}', '{"prompt": "ba", "answer": 3, "tolerance": 9}']
+    rows.append('{"prompt": "b", "chosen": "x", "rejected": "y", "answer": 2}')
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    train_tokenizer(["ab"] * 9, tmp_path / "tokenizer", 300)
+    data = DataConfig(train_path=str(tmp_path / "prompts.jsonl"), tokenizer=str(tmp_path / "tokenizer"))
+    for rule, expected, unused in (
+        ("matches", [[1, 0], [1, 1], [1, 0]], {"source": 1}),
+        ("takes_all", [[2, 2], [2, 2], [1, 1]], {}),
+        ("length", [[1, 3], [1, 3], [1, 3]], {"answer": 3, "source": 1, "tolerance": 1}),
+    ):
+        config = replace(online_run([f"rule:rules_of_this_test:{rule}"]), data=data)
+        loaded = load_data(config)
+        check_rules(config, loaded.prompts)
+        sampled = [replace(row, responses=(Response("a"), Response("bcd"))) for row in loaded.prompts]
+        assert rewards(rule)(sampled) == expected
+        assert loaded.train.report.unused == unused
+    lacking = r"line 2: rule rules_of_this_test:wants asks for the field 'source'.*found: answer, tolerance\)"
+    with pytest.raises(UserError, match=lacking):
+        check_rules(replace(online_run(["rule:rules_of_this_test:wants"]), data=data), loaded.prompts)
 
 
 def test_a_response_without_a_score_has_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
