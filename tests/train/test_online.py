@@ -238,7 +238,7 @@ def test_a_run_whose_scorer_fails_is_saved_and_goes_on_bitwise(
     folder, away = tmp_path / "failed", tmp_path / "away"
     rule = f"online.reward=[rule:{__name__}:{letters_unless_away.__name__}]"
     never = "exp_manager.checkpoint_callback_params.every_n_train_steps=100"
-    keys = _overrides(folder, common, *KILLED, rule, never, "online.scoring_attempts=1")
+    keys = _overrides(folder, common, "model.grpo.beta=0.1", *KILLED, rule, never, "online.scoring_attempts=1")
     monkeypatch.setenv(AWAY, str(away))
     away.touch()
     for _ in range(2):  # after a restart, too, nothing is lost or written twice
