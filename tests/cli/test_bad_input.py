@@ -316,9 +316,9 @@ def test_a_wrong_key_or_value_of_an_objective_or_of_what_it_compares_is_named(
     has(refused_early("dpo", override), *parts)
 
 
-def test_a_value_head_cannot_be_trained_beside_adapters(refused_early: Callable[..., str]) -> None:
-    message = refused_early("dro", "model.peft.scheme=lora")
-    has(message, "model.peft.scheme=lora", "objective dro has a", "head to train", "set it to none")
+def test_a_score_head_cannot_be_trained_beside_adapters(refused_early: Callable[..., str]) -> None:
+    message = refused_early("rm", "model.peft.scheme=lora")
+    has(message, "model.peft.scheme=lora", "objective rm has a", "head to train", "set it to none")
 
 
 @pytest.mark.parametrize("objective", ["orpo", "simpo", "sppo", "robust_po", "agro", "nca"])
