@@ -78,11 +78,10 @@ def _exported(checkpoint: Path, folder: Path) -> None:
 
 
 CASES = {
-    "LoRA, norms of queries and keys, TP 2 x PP 2, interleaved": (
+    "LoRA, norms of queries and keys, TP 2 x PP 2": (
         ("model.family=qwen3", "model.arch.extra.kv_channels=16"),
         (
             *parallel(2, 2, 1),
-            "model.virtual_pipeline_model_parallel_size=2",
             "model.peft.scheme=lora",
             "model.peft.lora.dim=4",
             "model.optim.lr=1e-2",
