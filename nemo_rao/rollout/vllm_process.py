@@ -33,10 +33,9 @@ class Weights:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         model = self.model_runner.get_model()
-        own = {name for name, _ in model.named_parameters()}  # an output layer that is tied is no second one
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
-        self._wanted = {name for name, _ in model.named_parameters() if name in own}
+        self._wanted = {name for name, _ in model.named_parameters()}
 
     def take_weights(self, path: str) -> None:
         from safetensors import safe_open
