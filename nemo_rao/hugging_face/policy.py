@@ -47,6 +47,8 @@ class Policy:
         vocab_size: V without padding.
         network: ``num_attention_heads``, ``num_query_groups``, ``kv_channels``.
         lora: ``alpha`` and ``dim``, or ``None``.
+        tied: the model has one matrix for input and output embeddings. vLLM's has two of the same values: on a CPU it
+            keeps a form of its own of a tied output layer, which new weights do not reach.
     """
 
     config_json: str
@@ -54,6 +56,7 @@ class Policy:
     vocab_size: int
     network: SimpleNamespace
     lora: Mapping[str, Any] | None
+    tied: bool
 
     def tensors(self, given: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face's names and tensors, adapters merged.
@@ -80,7 +83,7 @@ class Policy:
 
     def _converted(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
         if name == "embedding.word_embeddings.weight":
-            return [(EMBEDDINGS, tensor[: self.vocab_size])]
+            return [(name, tensor[: self.vocab_size]) for name in (EMBEDDINGS, *([OUTPUT] if self.tied else []))]
         if name == "output_layer.weight":
             return [(OUTPUT, tensor[: self.vocab_size])]
         number, _, part = name.removeprefix(LAYERS).partition(".")
@@ -123,7 +126,7 @@ def policy_of(config: RunConfig, num_tokens: int) -> Policy:
         )
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision.params]
     target = Target(described.folder, dtype, described.config.vocab_size or num_tokens, None)
-    made = target_config(described, target, load_tokenizer(described.tokenizer), tied=tied)
+    made = target_config(described, target, load_tokenizer(described.tokenizer), tied=False)
     names = ("num_attention_heads", "num_query_groups", "kv_channels")
     network = SimpleNamespace(**{name: getattr(described.config, name) for name in names})
-    return Policy(made.to_json_string(use_diff=True), dtype, target.vocab_size, network, described.lora)
+    return Policy(made.to_json_string(use_diff=True), dtype, target.vocab_size, network, described.lora, tied)
