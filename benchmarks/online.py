@@ -57,6 +57,7 @@ ONLINE = (
     "model.optim.lr=1e-3",
     "model.optim.sched.warmup_steps=5",
 )
+LOOK = ("trainer.max_steps=1", "model.optim.lr=0", "model.optim.sched.warmup_steps=0")
 # Each recipe's own keys, chosen by trial on another seed; steps of the optimizer are the same for all.
 RECIPES: Mapping[str, Sequence[str]] = {
     "gpt_rloo": ("model.rloo.beta=0.01",),
@@ -111,7 +112,7 @@ def run(folder: Path, start: Path, name: str, seed: int, steps: int) -> dict[str
     if is_control:  # its own validations have random rewards
         for of, weights, name_of in ((before, start, "start"), (after, folder / of_run, of_run)):
             looked = f"{name_of}-looked_at-{seed}"
-            train_online(recipe, folder, looked, weights, seed, TRUTH, ("trainer.max_steps=1", "model.optim.lr=0"))
+            train_online(recipe, folder, looked, weights, seed, TRUTH, LOOK)
             of["reward"] = validations(folder / looked)[0]["reward"]
     return {"seed": seed, "before": before, "after": after}
 
