@@ -57,7 +57,7 @@ ONLINE = (
     "model.optim.lr=1e-3",
     "model.optim.sched.warmup_steps=5",
 )
-LOOK = ("trainer.max_steps=1", "model.optim.lr=0", "model.optim.sched.warmup_steps=0")
+LOOK = ("trainer.max_steps=1", "model.optim.lr=1e-12", "model.optim.sched.warmup_steps=0")
 # Each recipe's own keys, chosen by trial on another seed; steps of the optimizer are the same for all.
 RECIPES: Mapping[str, Sequence[str]] = {
     "gpt_rloo": ("model.rloo.beta=0.01",),
