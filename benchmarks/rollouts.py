@@ -75,8 +75,11 @@ def make_start(overrides: Sequence[str], folder: Path) -> None:
     from nemo_rao.training.checks import check_run
     from nemo_rao.training.train import train
 
-    quick = ("trainer.max_epochs=null", "trainer.max_steps=1", "model.optim.lr=1e-12", "trainer.enable_progress_bar=false")
-    config = compose("gpt_sft", [*overrides, *quick, "exp_manager.name=start", "exp_manager.draw_curves=false"])
+    quick = ("trainer.max_epochs=null", "trainer.max_steps=1", "trainer.enable_progress_bar=false")
+    config = compose(
+        "gpt_sft",
+        [*overrides, *quick, "model.optim.lr=1e-12", "exp_manager.name=start", "exp_manager.draw_curves=false"],
+    )
     check_run(config)
     train(config)
 
