@@ -21,6 +21,7 @@ PAPER_MODELS = {"llama3_8b": ("llama", 32), "qwen2_5_7b": ("qwen2", 28), "euroll
 QWEN3 = ("qwen3_8b", "qwen3_32b", "qwen3_30b_a3b")
 LARGER_MODELS = ("llama3_70b", "llama3_70b_lora", "llama3_1_405b", "qwen2_5_72b", "mixtral_8x7b", *QWEN3)
 LARGER_RUNS = [(objective, model) for objective in ("rao", "dpo") for model in LARGER_MODELS]
+ONLINE = ("rloo", "grpo", "ppo", "rpo_online", "rao_online")
 PAPER_RUNS = [(objective, model) for objective in PAPER_OBJECTIVES for model in PAPER_MODELS]
 
 
@@ -32,8 +33,8 @@ def recipe(name: str) -> RunConfig:
 def test_every_objective_has_its_settings_and_its_recipe_and_no_recipe_is_without_an_objective() -> None:
     of_models = {f"gpt_{objective}_{model}" for objective, model in [*PAPER_RUNS, *LARGER_RUNS]}
     assert {path.stem for path in CONF.glob("objective/*.yaml")} == set(OBJECTIVES)
-    online = {"gpt_rpo_online", "gpt_rao_online"}
-    assert set(RECIPES) == {f"gpt_{name}" for name in OBJECTIVES} | of_models | online
+    of_samples = {f"gpt_{name}{model}" for name in ONLINE for model in ("", "_llama3_8b")}
+    assert set(RECIPES) == {f"gpt_{name}" for name in OBJECTIVES} | of_models | of_samples
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -45,9 +46,9 @@ def test_each_recipe_trains_the_objective_of_its_name_and_passes_the_checks_of_a
     check_run(config, start_exists=False)
     objective = config.model.objective
     assert config.exp_manager.name == name
-    others = [*PAPER_MODELS, *LARGER_MODELS, "online"]
+    others = [*PAPER_MODELS, *LARGER_MODELS, "online", "online_llama3_8b"]
     assert name == f"gpt_{objective}" or name.removeprefix(f"gpt_{objective}_") in others
-    samples = name.endswith("_online") or objective in ("rloo", "grpo", "ppo")
+    samples = name.removeprefix("gpt_").removesuffix("_llama3_8b") in ONLINE
     assert (config.online.num_generations is not None) == samples
 
 
