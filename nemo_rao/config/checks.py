@@ -285,6 +285,12 @@ def check_engine(config: RunConfig) -> None:
             f"model.peft.scheme={keys.peft.scheme}: the engine NeMo has lora alone; set it to that, or use "
             f"trainer.engine={BRIDGE}"
         )
+    virtual = keys.virtual_pipeline_model_parallel_size
+    if engine == NEMO and keys.peft.scheme != "none" and (virtual or 1) > 1:
+        raise UserError(
+            f"model.virtual_pipeline_model_parallel_size={virtual}: the engine NeMo leaves adapters of interleaved "
+            f"stages out of its checkpoints; set it to null, or use trainer.engine={BRIDGE}"
+        )
     if engine == BRIDGE and keys.config_class is not None:
         raise UserError(
             f"model.config_class={keys.config_class}: is a class of NeMo, which Megatron-Bridge does not have; set "

@@ -84,6 +84,15 @@ def test_releases_of_bridge_that_are_not_tested_are_refused(
             ("nemo",),
             "model.peft.scheme=dora: the engine NeMo has lora alone",
         ),
+        (
+            [
+                *("model.peft.scheme=lora", "model.restore_from_path=start", "trainer.devices=2"),
+                *("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"),
+                "model.arch.num_layers=4",
+            ],
+            ("nemo",),
+            "the engine NeMo leaves adapters of interleaved stages out of its checkpoints",
+        ),
     ],
 )
 def test_a_run_that_the_engine_cannot_drive_ends_in_one_line_with_nothing_written(
