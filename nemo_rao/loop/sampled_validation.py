@@ -9,7 +9,8 @@ import numpy as np
 
 from nemo_rao.loop.data import AlignmentData
 from nemo_rao.loop.rollouts import MakeRollouts
-from nemo_rao.loop.session import Hook, Session, log
+from nemo_rao.loop.session import Session, log
+from nemo_rao.loop.validation import EvaluatesAtIntervals
 from nemo_rao.objectives.base import Needs
 from nemo_rao.rollout.metrics import metrics
 from nemo_rao.rollout.samples import RolloutData
@@ -19,7 +20,7 @@ from nemo_rao.rollout.text import SampleText
 _DRAWS = 2**32 - 1
 
 
-class ValidateSamples(Hook):
+class ValidateSamples(EvaluatesAtIntervals):
     """Samples responses to every validation prompt: before the first step, at intervals, and at the end.
 
     What :mod:`nemo_rao.rollout.metrics` shows of them is reported as ``val/<metric>``. Behind :class:`MakeRollouts`,
@@ -30,7 +31,7 @@ class ValidateSamples(Hook):
         text: of these prompts.
         rollouts: of the run.
         needs: of the objective.
-        intervals: optimizer steps between evaluations; where one of several ends, there is one.
+        intervals: see :class:`nemo_rao.loop.validation.EvaluatesAtIntervals`.
         micro_batch_size: prompts.
     """
 
@@ -44,26 +45,18 @@ class ValidateSamples(Hook):
         intervals: Collection[int],
         micro_batch_size: int,
     ) -> None:
+        super().__init__(intervals)
         self._data = data
         self._text = text
         self._rollouts = rollouts
         self._needs = needs
-        self._intervals = intervals
         self._micro_batch_size = micro_batch_size
-        self._last_step = -1
 
     def before_step(self, session: Session) -> None:
         if session.step == 0:
-            self._evaluate(session)
+            self.once(session)
 
-    def after_step(self, session: Session) -> None:
-        if session.step == session.max_steps or any(session.step % interval == 0 for interval in self._intervals):
-            self._evaluate(session)
-
-    def _evaluate(self, session: Session) -> None:
-        if session.step == self._last_step:
-            return
-        self._last_step = session.step
+    def evaluate(self, session: Session) -> None:
         held = self._data.data
         assert isinstance(held, RolloutData), "made of one"
         held.rollout = self._rollouts.sampled(session, held, np.arange(len(held)), _DRAWS)

@@ -10,35 +10,53 @@ from nemo_rao.mcore.evaluate import evaluate
 from nemo_rao.mcore.mismatched import mean_log_ratio
 
 
-class Validation(Hook):
+class EvaluatesAtIntervals(Hook):
+    """Calls :meth:`evaluate` at intervals and at the end; whoever derives from it does so before the first step.
+
+    Args:
+        intervals: optimizer steps between evaluations; where one of several ends, there is one.
+    """
+
+    def __init__(self, intervals: Collection[int]) -> None:
+        self._intervals = intervals
+        self._last_step = -1
+
+    def after_step(self, session: Session) -> None:
+        if session.step == session.max_steps or any(session.step % interval == 0 for interval in self._intervals):
+            self.once(session)
+
+    def once(self, session: Session) -> None:
+        """Evaluate, unless this has been done at this step."""
+        if session.step != self._last_step:
+            self._last_step = session.step
+            self.evaluate(session)
+
+    def evaluate(self, session: Session) -> None:
+        """Report the numbers of this step."""
+        raise NotImplementedError
+
+
+class Validation(EvaluatesAtIntervals):
     """Evaluates the policy on every validation prompt: before the first step, at intervals, and at the end.
 
     The means are reported as ``val/<metric>``.
 
     Args:
         data: the validation data.
-        intervals: optimizer steps between evaluations; where one of several ends, there is one.
+        intervals: see :class:`EvaluatesAtIntervals`.
         micro_batch_size: prompts.
     """
 
     def __init__(self, data: AlignmentData, *, intervals: Collection[int], micro_batch_size: int) -> None:
+        super().__init__(intervals)
         self._data = data
-        self._intervals = intervals
         self._micro_batch_size = micro_batch_size
-        self._last_step = -1
 
     def start(self, session: Session) -> None:
         if session.step == 0:
-            self._evaluate(session)
+            self.once(session)
 
-    def after_step(self, session: Session) -> None:
-        if session.step == session.max_steps or any(session.step % interval == 0 for interval in self._intervals):
-            self._evaluate(session)
-
-    def _evaluate(self, session: Session) -> None:
-        if session.step == self._last_step:
-            return
-        self._last_step = session.step
+    def evaluate(self, session: Session) -> None:
         micro_batches, loss = self._data.micro_batches_of_rank(self._micro_batch_size), session.loss
         log_ratio = None
         if self._data.mismatched is not None:
