@@ -61,7 +61,8 @@ the rest is overhead that could be reduced. The profiler itself adds to the time
 
 
 def page() -> str:
-    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith("precision")]  # its own page
+    others = ("precision", "online")  # which have pages of their own
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith(others)]
     reports = {path.stem: json.loads(path.read_text()) for path in paths}
     parts = [BEFORE]
     if not any(_on_gpu(report) for report in reports.values()):
