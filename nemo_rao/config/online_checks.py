@@ -10,7 +10,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
 
 # Keys of ``data`` about responses that lie there.
-_OF_RESPONSES = (*("num_responses", "responses", "pairs_by", "reward_field", "truncated", "bad_rows", "answers"),)
+_OF_RESPONSES = ("num_responses", "responses", "pairs_by", "reward_field", "truncated", "bad_rows", "answers")
 
 
 def check_online(config: RunConfig) -> None:

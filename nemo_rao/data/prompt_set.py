@@ -70,7 +70,7 @@ def load_prompts(
         asked = [prompt.as_row() for prompt in batch]
         for prompt, row, sample in zip(batch, asked, encoder.encode_many(asked), strict=True):
             report.rows_read += 1
-            report.not_used(name for name in (*prompt.unused, *prompt.fields) if not is_read(name))
+            report.not_used(name for name in (*prompt.unused, *prompt.carried) if not is_read(name))
             dropped = _why_dropped(row, sample, longest, set_by)
             if dropped is not None:
                 if strict:

@@ -150,7 +150,7 @@ def rows_of(prompts: Iterable[Prompt], records: Iterable[Mapping[str, Any]]) -> 
     for prompt, record in zip(prompts, records, strict=True):
         if record["responses"]:
             responses = [Response(text, truncated=cut) for text, _, cut, _ in record["responses"]]
-            yield json_line({**record_of(_question(prompt).row(*responses)), **prompt.fields})
+            yield json_line({**record_of(_question(prompt).row(*responses)), **prompt.carried})
 
 
 def report(path: Path, records: Sequence[Mapping[str, Any]]) -> str:

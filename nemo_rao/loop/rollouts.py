@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from nemo_rao.runtime.console import say
 
 ROLLOUTS = "rollouts"  # in the run folder
 SAMPLES = "samples.jsonl"
+
+_T = TypeVar("_T")
 
 
 class MakeRollouts(Hook):
@@ -152,14 +154,14 @@ class MakeRollouts(Hook):
         data.rollout_data.rollout, data.train.reference = rollout, None
         data.rollout_data.advantages = {}  # those of the rollout before
         if rollout.rewards is None:
+            before = self._rewards_before(session.folder, number)
             try:
                 with self._timed("reward"):
                     scored = self.rewards(data.train, self._text, data.micro_batch_size)
             except RankFailure as failure:  # of all ranks
                 raise RankFailure(f"{failure}. {self._saved(session)}") from failure
             known = scored[~np.isnan(scored)]
-            so_far = self._rewards_before(session.folder, number) + np.array([known.sum(), len(known)])
-            rollout = replace(rollout, rewards=scored, rewards_so_far=so_far)
+            rollout = replace(rollout, rewards=scored, rewards_so_far=before + np.array([known.sum(), len(known)]))
             keep(rollout)
         if rollout.reference is None and self._needs.reference:
             with self._timed("reference"):
@@ -179,8 +181,10 @@ class MakeRollouts(Hook):
         return rollout
 
     def _advantages(self, session: Session, data: OnlineData, rollout: Rollout) -> dict[str, float]:
-        """Lets the data have what the objective makes of a whole rollout; its metrics. Not kept: it follows from what
-        is."""
+        """Compute the objective's advantages and put them into the data; returns their metrics.
+
+        They are not stored: they follow from what is.
+        """
         compute = session.loss.objective.advantages
         if compute is None:
             return {}
@@ -229,7 +233,7 @@ class MakeRollouts(Hook):
         before = _of_first_rank(lambda: load(_file(folder, number - 1)))
         if before is None or before.rewards_so_far is None:
             raise _missing(_file(folder, number - 1))
-        return before.rewards_so_far  # type: ignore[no-any-return]
+        return before.rewards_so_far
 
     def rewards(self, data: AlignmentData, text: SampleText, micro_batch_size: int) -> np.ndarray:
         """``[S, K]`` of the rollout that the data holds."""
@@ -246,7 +250,7 @@ class MakeRollouts(Hook):
             scored = scored + weight * model.scores(held.rollout, data.micro_batch, micro_batch_size=micro_batch_size)
         if keys.cut_responses != "score":
             scored[held.rollout.is_cut] = keys.cut_reward if keys.cut_responses == "penalty" else np.nan
-        return scored  # type: ignore[no-any-return]
+        return scored
 
     def reference_log_probs(self, session: Session, data: AlignmentData, micro_batch_size: int) -> LogProbs:
         """Of the rollout that the data holds, under the reference policy."""
@@ -256,14 +260,10 @@ class MakeRollouts(Hook):
 
     def _saved(self, session: Session) -> str:
         """Saves the run as it is before this step, unless it is saved; says where the same command goes on."""
-
-        def kept() -> Path | None:
-            return last_checkpoint(session.folder)
-
-        found = _of_first_rank(kept)
+        found = _of_first_rank(lambda: last_checkpoint(session.folder))
         if session.step and (found is None or step_of(found) < session.step):
             session.save()
-            found = _of_first_rank(kept)
+            found = _of_first_rank(lambda: last_checkpoint(session.folder))
         return "The same command starts anew" if found is None else f"The same command goes on from {found}"
 
     @property
@@ -321,7 +321,7 @@ def _data(session: Session) -> OnlineData:
     return data
 
 
-def _of_first_rank(compute: Callable[[], Any]) -> Any:
+def _of_first_rank(compute: Callable[[], _T]) -> _T:
     """What rank 0 computes, on every rank; a failure there is one of all ranks."""
     found: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
@@ -332,7 +332,8 @@ def _of_first_rank(compute: Callable[[], Any]) -> Any:
     torch.distributed.broadcast_object_list(found, src=0)
     if found[1] is not None:
         raise RankFailure(found[1])
-    return found[0]
+    result: _T = found[0]
+    return result
 
 
 def _file(folder: Path, number: int) -> Path:

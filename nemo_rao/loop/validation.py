@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Collection
 
 from nemo_rao.loop.data import AlignmentData
@@ -10,8 +11,8 @@ from nemo_rao.mcore.evaluate import evaluate
 from nemo_rao.mcore.mismatched import mean_log_ratio
 
 
-class EvaluatesAtIntervals(Hook):
-    """Calls :meth:`evaluate` at intervals and at the end; whoever derives from it does so before the first step.
+class EvaluatesAtIntervals(Hook, abc.ABC):
+    """Calls :meth:`evaluate` at intervals and at the end. Subclasses call :meth:`once` before the first step.
 
     Args:
         intervals: optimizer steps between evaluations; where one of several ends, there is one.
@@ -31,9 +32,9 @@ class EvaluatesAtIntervals(Hook):
             self._last_step = session.step
             self.evaluate(session)
 
+    @abc.abstractmethod
     def evaluate(self, session: Session) -> None:
-        """Report the numbers of this step."""
-        raise NotImplementedError
+        """Evaluate the policy and report the numbers. A collective over all ranks."""
 
 
 class Validation(EvaluatesAtIntervals):

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
-from nemo_rao.mcore.heads import HEADS
+from nemo_rao.mcore.heads import is_of_head
 
 _CHUNK = 1 << 22  # elements hashed at once; bounds the int64 temporaries to a few tens of MiB
 # Odd 64-bit constants of the splitmix64 generator, as signed integers.
@@ -42,8 +42,7 @@ def weights_fingerprint(sharded_state_dict: Mapping[str, Any], *, vocab_size: in
     total = torch.zeros((), dtype=torch.int64)
     for shard in shards(state):
         # Every replica of a shard holds the same values; exactly one of them has an all-zero replica id.
-        of_head = any(head in shard.key for head in HEADS)
-        if not of_head and is_main_replica(shard.replica_id):
+        if not is_of_head(shard.key) and is_main_replica(shard.replica_id):
             total = total + _hash_shard(shard, vocab_size).cpu()
     if torch.distributed.is_initialized():
         if torch.cuda.is_available():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_rao.mcore.checkpoint import sharded_model
 from nemo_rao.mcore.fingerprint import is_main_replica, shards
-from nemo_rao.mcore.heads import HEADS
+from nemo_rao.mcore.heads import is_of_head
 
 _LAYERS = "decoder.layers."
 
@@ -51,9 +51,7 @@ def whole_tensors(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
     """
     state = sharded_model(chunks)
     apply_factories(state)
-    own = [
-        shard for shard in shards(state) if is_main_replica(shard.replica_id) and not any(h in shard.key for h in HEADS)
-    ]
+    own = [shard for shard in shards(state) if is_main_replica(shard.replica_id) and not is_of_head(shard.key)]
     rank = torch.distributed.get_rank()
     of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_ranks, [_part(shard, rank, i) for i, shard in enumerate(own)])
@@ -67,7 +65,7 @@ def whole_tensors(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
                 data = own[part.number].data.detach()
             if rank == 0:
                 if whole is None:
-                    whole = torch.empty(part.shape, dtype=part.dtype, device=_device(own))
+                    whole = torch.empty(part.shape, dtype=part.dtype, device=own[0].data.device)
                 place = whole[tuple(slice(start, end) for start, end in part.places)]
                 place.copy_(data if part.rank == 0 else _received(place, part.rank))
             elif part.rank == rank:
@@ -96,10 +94,6 @@ def _order(name: str) -> tuple[int, int, str]:
     if rest == name:
         return (1 if name.startswith("embedding.") else 3), 0, name
     return 2, int(rest.partition(".")[0]), name
-
-
-def _device(own: Sequence[ShardedTensor]) -> torch.device:
-    return own[0].data.device  # type: ignore[no-any-return]
 
 
 def _received(like: Tensor, rank: int) -> Tensor:

@@ -34,10 +34,11 @@ class SampleText:
     def row(self, held: RolloutData, slot: int) -> Row:
         """A slot's prompt with its K responses, without their end tokens; those that were cut are marked so."""
         assert held.rollout is not None, "nothing has been sampled yet"
-        prompt = held[slot].prompt.tolist()
+        number = int(held.rollout.prompts[slot])
+        prompt = held.prompt(number).tolist()
         responses = []
         for tokens, is_cut in zip(held.rollout.responses(slot), held.rollout.is_cut[slot], strict=True):
             own = tokens.tolist()
             text = text_behind(self._tokenizer, prompt, own if is_cut else own[:-1])
             responses.append(Response(text.rstrip("\ufffd") if is_cut else text, truncated=bool(is_cut)))
-        return replace(self._prompts[int(held.rollout.prompts[slot])], responses=tuple(responses))
+        return replace(self._prompts[number], responses=tuple(responses))

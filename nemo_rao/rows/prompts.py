@@ -27,11 +27,10 @@ class Prompt:
     Attributes:
         content: messages or plain text, as in :class:`nemo_rao.batch.Row`.
         place: where it came from.
-        fields: what else its row had, such as a reference answer, where the row had no responses.
+        fields: what else its row had, such as a reference answer.
         template_fields, plain: ``template_fields`` and ``plain_prompt`` of :class:`nemo_rao.batch.Row`.
-        unused: paths of the fields that nothing reads and that are not among ``fields``.
+        unused: paths of the fields that nothing reads and that are not ``carried``.
         has_responses: its row had some, which are left out.
-        row_fields: as ``fields``, also where the row had responses.
     """
 
     content: str | Messages
@@ -41,7 +40,11 @@ class Prompt:
     plain: str | None = None
     unused: tuple[str, ...] = ()
     has_responses: bool = False
-    row_fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def carried(self) -> Mapping[str, Any]:
+        """The fields that stand beside its samples too: all of a row that is a prompt alone, none of others."""
+        return {} if self.has_responses else self.fields
 
     def as_row(self) -> Row:
         """A row without responses, as the encoder takes it."""
@@ -51,7 +54,7 @@ class Prompt:
             self.place,
             template_fields=self.template_fields,
             plain_prompt=self.plain,
-            fields=self.row_fields,
+            fields=self.fields,
         )
 
 
@@ -116,7 +119,7 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
     """Tells one list of prompts from another, wherever it lies."""
     found = hashlib.sha256()
     for prompt in prompts:
-        asked: list[Any] = [prompt.content, prompt.fields]
+        asked: list[Any] = [prompt.content, prompt.carried]
         if prompt.template_fields or prompt.plain is not None:
             asked += [prompt.template_fields, prompt.plain]
         found.update(json.dumps(asked, sort_keys=True, default=str).encode())
@@ -131,20 +134,10 @@ def _prompts_of_source(source: str, names: Columns) -> Iterator[Prompt]:
         alone = _has_prompt_alone(view)
         known = None if alone else recognise(view)
         row = make_row(view, read_asked(view), (), ()) if known is None else known.convert(view, None)
-        fields = view.unread() if alone else {}
         one_of_several = known is not None and known.one_response_a_record
         if not (one_of_several and before is not None and rows.same_prompt(before, row)):
-            unused = tuple(path for path in row.unused if path not in fields)
-            yield Prompt(
-                row.prompt,
-                place,
-                fields,
-                row.template_fields,
-                row.plain_prompt,
-                unused,
-                bool(row.responses),
-                row.fields,
-            )
+            unused = tuple(path for path in row.unused if not (alone and path in row.fields))
+            yield Prompt(row.prompt, place, row.fields, row.template_fields, row.plain_prompt, unused, not alone)
         before = row if one_of_several else None
 
 

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nemo_rao.batch import Row
 from nemo_rao.checkpoint.layout import weights_of
@@ -20,7 +20,7 @@ from nemo_rao.config.architecture import architecture_fields
 from nemo_rao.config.checks import UNEVEN_STAGES, check_engine, check_network
 from nemo_rao.config.run_config import DataConfig, RunConfig
 from nemo_rao.data.encode import load_tokenizer
-from nemo_rao.data.rendering_record import Rendering
+from nemo_rao.data.rendering_record import ChatTemplate, Rendering
 from nemo_rao.engines.engine import engine_of
 from nemo_rao.errors import UserError
 from nemo_rao.loop.prepared import TokenScorer
@@ -163,7 +163,7 @@ def _check_tokenizer(own: DataConfig, policy: DataConfig) -> None:
 
 def _check_prompts(own: DataConfig, loaded: LoadedData) -> None:
     """The first prompts are the same tokens to both: rules by which text is cut are no part of a vocabulary."""
-    rendering = Rendering(own.chat_template, own.template_arguments)  # type: ignore[arg-type]
+    rendering = Rendering(cast(ChatTemplate, own.chat_template), own.template_arguments)
     rows: Sequence[Row] = loaded.prompts[:_COMPARED]
     for number, sample in enumerate(rendering.encoder(load_tokenizer(own.tokenizer or "")).encode_many(rows)):
         if isinstance(sample, UserError) or sample.prompt.tolist() != loaded.train[number].prompt.tolist():

@@ -38,7 +38,7 @@ def lines(tmp_path):
         # rows with responses, whose other fields are not carried
         ({"prompt": "Hi?", "responses": [{"content": "x", "model": "m"}], "id": 1, "tools": TOOLS}, {
             "content": "Hi?", "template_fields": {"tools": TOOLS}, "unused": ("id", "responses[].model"),
-            "has_responses": True, "row_fields": {"id": 1},
+            "has_responses": True, "fields": {"id": 1},
         }),
         ({"messages": [USER, GOOD, USER], "prompt": "Hi?"}, {
             "unused": ("messages[] after the last answer",), "has_responses": True
@@ -48,8 +48,8 @@ def lines(tmp_path):
 )  # fmt: skip
 def test_every_field_of_a_row_is_asked_carried_or_reported(record, asked, lines):
     (prompt,) = read_prompts(lines(record))
-    asked = {"content": (USER,), "place": prompt.place, "fields": {}} | asked
-    assert prompt == Prompt(**{"row_fields": asked["fields"]} | asked)
+    assert prompt == Prompt(**{"content": (USER,), "place": prompt.place, "fields": {}} | asked)
+    assert prompt.carried == ({} if prompt.has_responses else prompt.fields)
     assert prompt.as_row() == Row(
         prompt.content, (), prompt.place, template_fields=prompt.template_fields, plain_prompt=prompt.plain
     )
