@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 from nemo_rao.config.derived import objective_config
-from nemo_rao.config.run_config import DataConfig, ReferenceConfig, RunConfig
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
 
-# Keys of ``data`` about responses that lie there.
-_OF_RESPONSES = ("num_responses", "responses", "pairs_by", "reward_field", "truncated", "bad_rows", "answers")
+_OF_RESPONSES = "is about responses in files, and with online.num_generations the run samples its own"
+# Keys of ``data`` that have no effect on prompts -> why.
+_NOT_OF_PROMPTS = {
+    **dict.fromkeys(("num_responses", "responses", "pairs_by", "reward_field", "truncated", "answers"), _OF_RESPONSES),
+    **dict.fromkeys(("bad_rows", "max_bad_rows"), _OF_RESPONSES),
+    **dict.fromkeys(
+        ("cache", "cache_dir"), "prompts, all that a run with online.num_generations reads, are not cached"
+    ),
+}
 
 
 def check_online(config: RunConfig) -> None:
@@ -29,6 +38,7 @@ def check_online(config: RunConfig) -> None:
                 f"model.objective={objective.name} trains on samples of its own policy; set online.num_generations, "
                 "such as 4, and online.reward"
             )
+        _refuse_without_samples(config)
         return
     if not (needs.rewards or needs.preference) or needs.scores or needs.attributes or needs.mismatched:
         raise UserError(
@@ -78,24 +88,50 @@ def check_online(config: RunConfig) -> None:
         )
     if keys.sampler == "vllm":
         _check_vllm(config)
+    _refuse_without_effect(config)
     _refuse_keys_of_files(config)
+
+
+def _refuse_without_samples(config: RunConfig) -> None:
+    for name, value in _changed(config.online):
+        raise UserError(
+            f"online.{name}={value}: is about samples, and online.num_generations is null: the run trains on the "
+            "data's own responses; set that, such as to 4, or leave this out"
+        )
+
+
+def _refuse_without_effect(config: RunConfig) -> None:
+    """Keys that go with another one's value."""
+    keys = config.online
+    missing = {
+        "vllm_": "online.sampler=vllm" if keys.sampler != "vllm" else None,
+        "cut_reward": "online.cut_responses=penalty" if keys.cut_responses != "penalty" else None,
+        "validation_generations": "data.validation_path" if config.data.validation_path is None else None,
+    }
+    for name, value in _changed(keys):
+        for start, other in missing.items():
+            if name.startswith(start) and other is not None:
+                raise UserError(f"online.{name}={value}: has no effect without {other}; set that, or leave this out")
 
 
 def _refuse_keys_of_files(config: RunConfig) -> None:
     """Those that say what to do with responses in files, or with the one pass over them before training."""
-    usual = DataConfig()
-    for name in _OF_RESPONSES:
-        if (value := getattr(config.data, name)) != getattr(usual, name):
-            raise UserError(
-                f"data.{name}={value}: is about responses in files, and with online.num_generations the run samples "
-                "its own; leave it out"
-            )
-    for field in dataclasses.fields(config.reference):
-        if (value := getattr(config.reference, field.name)) != getattr(ReferenceConfig(), field.name):
-            raise UserError(
-                f"reference.{field.name}={value}: is about the reference pass before training, and with "
-                "online.num_generations each rollout has its own; leave it out"
-            )
+    for name, value in _changed(config.data):
+        if name in _NOT_OF_PROMPTS:
+            raise UserError(f"data.{name}={value}: {_NOT_OF_PROMPTS[name]}; leave it out")
+    for name, value in _changed(config.reference):
+        raise UserError(
+            f"reference.{name}={value}: is about the reference pass before training, and with online.num_generations "
+            "each rollout has its own; leave it out"
+        )
+
+
+def _changed(keys: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of a group's keys that are not the defaults."""
+    usual = type(keys)()
+    for field in dataclasses.fields(keys):
+        if (value := getattr(keys, field.name)) != getattr(usual, field.name):
+            yield field.name, value
 
 
 def _check_vllm(config: RunConfig) -> None:
