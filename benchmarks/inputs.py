@@ -36,6 +36,17 @@ class ModelSizes:
     groups: int = 4
     vocab: int = 4096
 
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What makes a recipe's model this one."""
+        return (
+            f"model.arch.num_layers={self.layers}",
+            f"model.arch.hidden_size={self.hidden}",
+            f"model.arch.ffn_hidden_size={self.feed_forward}",
+            f"model.arch.num_attention_heads={self.heads}",
+            f"model.arch.num_query_groups={self.groups}",
+        )
+
 
 def made_up_rows(num_prompts: int, num_responses: int, seed: int) -> Iterator[_Record]:
     """Prompts and answers of words that mean nothing, with rewards in [0, 1], all of a prompt's different."""

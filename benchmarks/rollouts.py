@@ -57,11 +57,7 @@ def common(folder: Path) -> list[str]:
     return [
         f"data.train_path={folder / 'data.jsonl'}",
         f"data.tokenizer={folder / 'tokenizer'}",
-        f"model.arch.num_layers={SIZES.layers}",
-        f"model.arch.hidden_size={SIZES.hidden}",
-        f"model.arch.ffn_hidden_size={SIZES.feed_forward}",
-        f"model.arch.num_attention_heads={SIZES.heads}",
-        f"model.arch.num_query_groups={SIZES.groups}",
+        *SIZES.overrides,
         "model.seq_length=2048",
         f"model.global_batch_size={BATCH}",
         f"model.micro_batch_size={BATCH}",
