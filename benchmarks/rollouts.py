@@ -111,7 +111,7 @@ def start(one: Mapping[str, int], threads: int, folder: Path) -> Session:
         f"online.num_generations={one['K']}",
         f"online.max_new_tokens={one['N']}",
         f"online.rows_at_once={BATCH * one['K']}",
-        f"online.reward=[rule:{__spec__.name if __spec__ else __name__}:{length_of.__name__}]",
+        f"online.reward=[rule:benchmarks.rollouts:{length_of.__name__}]",
         f"exp_manager.name=run-{time.monotonic_ns()}",
     ]
     return Session(run_ours, ("gpt_rloo", overrides, None, (phases,)), steps=1, forked=True)
