@@ -14,8 +14,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # What engines are made of; megatron-core is not among them.
 ENGINE_PACKAGES = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "megatron.bridge")
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
-hypothesis.settings.load_profile("untimed")
+# A busy machine is no failure. What is drawn is the same at each run: `--hypothesis-profile search` looks further.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -161,6 +161,5 @@ def test_prompts_for_sampling_use_carry_or_report_every_field(tmp_path_factory, 
     kept = json.dumps(dataclasses.asdict(prompt))
     answers = ("responses", "completion", "chosen", "rejected", "response", "messages", "conversations", "score_chosen")
     for place, mark in _leaves(record):
-        has_answers = not prompt.fields
-        if not (has_answers and place.startswith((*answers, "helpfulness", "reference_rewards", "reward"))):
+        if not (prompt.has_responses and place.startswith((*answers, "helpfulness", "reference_rewards", "reward"))):
             assert mark in kept or _is_among(place, prompt.unused), (place, mark, prompt)
