@@ -214,6 +214,8 @@ class Tokens:
         logps: ``[P, K, L]`` float32, log pi(y_t | x, y_<t), nats. Carries the gradient.
         mask: ``[P, K, L]`` bool: there is such a token.
         old: ``[P, K, L]`` float32, the same of the policy that sampled; ``None``: it is the policy at hand.
+        importance: ``[P, K, L]`` float32, by how much the token counts because another policy than the one that it is
+            taken for has sampled it; ``None``: 1.
         reference: ``[P, K, L]`` float32, the same of the reference policy; ``None`` where it is not declared.
         values: ``[P, K, L]`` float32, the value head's V(x, y_<t). Carries the gradient. ``None`` where not declared.
         old_values: ``[P, K, L]`` float32, the same before the first step on the rollout.
@@ -224,6 +226,7 @@ class Tokens:
     logps: Tensor
     mask: Tensor
     old: Tensor | None = None
+    importance: Tensor | None = None
     reference: Tensor | None = None
     values: Tensor | None = None
     old_values: Tensor | None = None

@@ -21,6 +21,9 @@ _NOT_OF_PROMPTS = {
     ),
 }
 
+# Objectives that multiply each token's loss by its importance weight.
+_WEIGHING_TOKENS = ("ppo", "grpo")
+
 
 def check_online(config: RunConfig) -> None:
     """Checks the keys of ``online`` with those that they touch.
@@ -150,6 +153,11 @@ def _check_vllm(config: RunConfig) -> None:
         raise UserError(
             "model.optim.overlap_param_gather=true: weights that are still being gathered cannot be given to vLLM; set "
             "it to false"
+        )
+    if keys.vllm_importance_cap is not None and model.objective not in _WEIGHING_TOKENS:
+        raise UserError(
+            f"online.vllm_importance_cap={keys.vllm_importance_cap}: objective {model.objective} does not weigh single "
+            f"tokens; leave it out, or choose {' or '.join(_WEIGHING_TOKENS)}"
         )
     if len(set(keys.vllm_gpus)) < len(keys.vllm_gpus):
         raise UserError(f"online.vllm_gpus={keys.vllm_gpus}: names a GPU twice")

@@ -37,6 +37,13 @@ class OnlineConfig:
     vllm_memory: float = key(
         0.3, "share of each of these GPUs' memory that vLLM takes, weights included", low=0, high=1, exclusive=True
     )
+    vllm_importance_cap: float | None = key(
+        None,
+        "weigh each token of a sample by π/μ, at most this much (2 is usual): the policy in training against what vLLM "
+        "sampled from, in ppo and grpo; null: they count as its own",
+        low=0,
+        exclusive=True,
+    )
     reward: list[str] = key(
         [],
         "what scores samples, as in nemo-rao score: [NAME=]KIND:ARGUMENT, such as rule:module:function, "

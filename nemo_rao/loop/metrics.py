@@ -22,7 +22,9 @@ class Metrics(Hook):
 
     Beside the objective's own:
 
-        tokens_per_second        of the batch's rows, prompt and response, whatever the layout; over all ranks
+        seconds/update           from the first micro-batch to the end of the optimizer's step
+        tokens_per_second        of the batch's rows, prompt and response, whatever the layout, in that time; over all
+                                 ranks
         data/token_efficiency    tokens that were computed, over those with padding
         data/tokens_shared       fraction of the rows' tokens that was not computed, as prompts were shared
 
@@ -65,7 +67,8 @@ class Metrics(Hook):
         self._names = [name for name in statistics if name not in tokens]
         values = means(statistics)
         tokens_of_rows = statistics["data/tokens_shared"][1].item()
-        values["tokens_per_second"] = tokens_of_rows / (time.perf_counter() - self._step_started)
+        values["seconds/update"] = time.perf_counter() - self._step_started
+        values["tokens_per_second"] = tokens_of_rows / values["seconds/update"]
         of_engine = session.reported()
         values |= {name: of_engine[name] for name in ("grad_norm", "lr") if name in of_engine}
         is_logged = session.step % self._log_every_n_steps == 0 or session.is_stopping

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from nemo_rao.batch import Row
 from nemo_rao.checkpoint.run_records import Change
@@ -13,11 +15,11 @@ from nemo_rao.data.store import PreferenceData
 from nemo_rao.rollout.vllm_model import VllmModel
 
 
-class RewardFunction(Protocol):
-    """What samples are worth by their text. Called on rank 0 alone."""
+class TextScorers(Protocol):
+    """Scorers of samples by their text. Called on rank 0 alone."""
 
-    def __call__(self, rows: Sequence[Row]) -> list[list[float | None]]:
-        """For each row a reward of each of its responses, ``None`` where it has none.
+    def __call__(self, rows: Sequence[Row]) -> Mapping[str, np.ndarray]:
+        """By scorer, ``[S, K]`` float64 scores of S rows with K responses; NaN where it gives none.
 
         Raises:
             RankFailure: it cannot go on.
@@ -35,13 +37,11 @@ class TokenScorer:
     """A reward model that reads the sampled tokens, on the run's own ranks.
 
     Attributes:
-        name: for messages.
-        weight: of its scores in the reward.
+        name: of the scorer.
         load: this rank's model chunks, with their weights; a collective of all ranks, inside the run.
     """
 
     name: str
-    weight: float
     load: Callable[[], Sequence[Any]]
 
 
@@ -51,15 +51,17 @@ class OnlineTask:
 
     Attributes:
         prompts: those of the training data, as text, for scorers.
-        reward: of samples, by their text.
-        token_scorers: what is added to that.
+        text_scorers: they read the samples' text.
+        token_scorers: they read the samples' tokens.
+        weights: of scorers' scores in the reward, by name; 1 for the others.
         validation_prompts: those of the validation data, likewise.
         vllm: what samples; ``None``: the training model.
     """
 
     prompts: Sequence[Row]
-    reward: RewardFunction
+    text_scorers: TextScorers
     token_scorers: Sequence[TokenScorer] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
     validation_prompts: Sequence[Row] = ()
     vllm: VllmModel | None = None
 

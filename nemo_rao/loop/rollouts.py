@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,12 +20,13 @@ from nemo_rao.errors import RankFailure
 from nemo_rao.loop.data import AlignmentData
 from nemo_rao.loop.online_data import OnlineData
 from nemo_rao.loop.prepared import OnlineTask
+from nemo_rao.loop.samples_file import write_samples
 from nemo_rao.loop.session import Hook, Session, log
 from nemo_rao.mcore.checkpoint import load_weights
 from nemo_rao.objectives.base import Needs, SampledTokens
 from nemo_rao.rollout.decode import Sampling
 from nemo_rao.rollout.log_probs import LogProbs, rollout_log_probs
-from nemo_rao.rollout.metrics import metrics
+from nemo_rao.rollout.metrics import importance, metrics
 from nemo_rao.rollout.reference import ReferenceWeights, reference_weights
 from nemo_rao.rollout.reward_model import RewardModel
 from nemo_rao.rollout.sampler import MegatronSampler, Sampler, Wanted
@@ -36,7 +36,6 @@ from nemo_rao.rollout.vllm_sampler import VllmSampler
 from nemo_rao.runtime.console import say
 
 ROLLOUTS = "rollouts"  # in the run folder
-SAMPLES = "samples.jsonl"
 
 _T = TypeVar("_T")
 
@@ -77,7 +76,7 @@ class MakeRollouts(Hook):
         self._at = -1  # the rollout that the data holds
         self._reference: ReferenceWeights | None = None
         self._sampler: Sampler | None = None
-        self._reward_models: list[tuple[float, RewardModel]] = []  # with their weights in the reward
+        self._reward_models: list[RewardModel] = []
         self._metrics: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
 
@@ -87,7 +86,7 @@ class MakeRollouts(Hook):
         if session.is_first_rank:  # those that the steps to come make anew
             _remove(session.folder, lambda one: one > number or session.step == 0)
         torch.distributed.barrier()
-        self._reward_models = [(one.weight, RewardModel(one.name, one.load())) for one in self._task.token_scorers]
+        self._reward_models = [RewardModel(one.name, one.load()) for one in self._task.token_scorers]
 
     def before_step(self, session: Session) -> None:
         data = _data(session)
@@ -103,13 +102,16 @@ class MakeRollouts(Hook):
         rollout = self._made(session, data, number, may_sample=is_first)
         data.rollout_data.rollout, data.train.reference = rollout, rollout.reference
         of_objective = self._advantages(session, data, rollout)
+        data.rollout_data.advantages = {**data.rollout_data.advantages, **self._importance(rollout)}
         assert rollout.rewards_so_far is not None
         total, count = rollout.rewards_so_far.tolist()
         session.loss.config = session.loss.objective.resolve(
             self._keys_of_objective, RewardSummary(mean=total / max(count, 1))
         )
         self._at = number
-        self._metrics = {**metrics(rollout), **of_objective, **self._seconds}
+        self._metrics = {**metrics(rollout, self._keys.vllm_importance_cap), **of_objective, **self._seconds}
+        for phase, seconds in self._seconds.items():
+            self._metrics[phase.replace("seconds", "tokens_per_second")] = float(rollout.lengths.sum()) / seconds
 
     def after_step(self, session: Session) -> None:
         _, was_first = _data(session).rollout_of(session.step - 1)
@@ -117,15 +119,23 @@ class MakeRollouts(Hook):
             log(session, self._metrics)
             is_shown = (session.step - 1) % self._keys.log_samples_every == 0 or session.step == session.max_steps
             if session.is_first_rank and is_shown:
-                self._write_samples(session)
+                write_samples(
+                    session.folder,
+                    session.step,
+                    _data(session).train,
+                    self._text,
+                    self._keys.log_samples,
+                    objective=session.loss.objective,
+                    config=session.loss.config,
+                )
 
     def end(self, session: Session) -> None:
         if session.is_first_rank:
-            for line in self._task.reward.notes():
+            for line in self._task.text_scorers.notes():
                 say(line)
 
     def close(self) -> None:
-        self._task.reward.close()
+        self._task.text_scorers.close()
         if self._sampler is not None:
             self._sampler.close()
 
@@ -157,11 +167,12 @@ class MakeRollouts(Hook):
             before = self._rewards_before(session.folder, number)
             try:
                 with self._timed("reward"):
-                    scored = self.rewards(data.train, self._text, data.micro_batch_size)
+                    rollout = self.rewarded(data.train, self._text, data.micro_batch_size)
             except RankFailure as failure:  # of all ranks
                 raise RankFailure(f"{failure}. {self._saved(session)}") from failure
-            known = scored[~np.isnan(scored)]
-            rollout = replace(rollout, rewards=scored, rewards_so_far=before + np.array([known.sum(), len(known)]))
+            assert rollout.rewards is not None
+            known = rollout.rewards[~np.isnan(rollout.rewards)]
+            rollout = replace(rollout, rewards_so_far=before + np.array([known.sum(), len(known)]))
             keep(rollout)
         if rollout.reference is None and self._needs.reference:
             with self._timed("reference"):
@@ -200,6 +211,11 @@ class MakeRollouts(Hook):
         data.rollout_data.advantages = {"advantages": found.advantages, "returns": found.returns}
         return dict(found.metrics)
 
+    def _importance(self, rollout: Rollout) -> dict[str, np.ndarray]:
+        """By how much tokens count because another policy than the one in training has sampled them."""
+        cap = self._keys.vllm_importance_cap
+        return {} if cap is None else {"importance": importance(rollout, cap)}
+
     def sampled(self, session: Session, data: RolloutData, prompts: np.ndarray, number: int) -> Rollout:
         """Responses to ``[S]`` prompts, by their numbers in the data; ``number`` names the draws."""
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -235,22 +251,23 @@ class MakeRollouts(Hook):
             raise _missing(_file(folder, number - 1))
         return before.rewards_so_far
 
-    def rewards(self, data: AlignmentData, text: SampleText, micro_batch_size: int) -> np.ndarray:
-        """``[S, K]`` of the rollout that the data holds."""
-        held = data.data
+    def rewarded(self, data: AlignmentData, text: SampleText, micro_batch_size: int) -> Rollout:
+        """The rollout that the data holds, with scores and rewards."""
+        held, keys = data.data, self._keys
         assert isinstance(held, RolloutData) and held.rollout is not None, "it has been sampled"
-
-        def by_text() -> np.ndarray:
-            rows = [text.row(held, slot) for slot in range(len(held))]
-            found = [[np.nan if one is None else one for one in of_row] for of_row in self._task.reward(rows)]
-            return np.array(found, dtype=np.float64)
-
-        keys, scored = self._keys, _of_first_rank(by_text)
-        for weight, model in self._reward_models:
-            scored = scored + weight * model.scores(held.rollout, data.micro_batch, micro_batch_size=micro_batch_size)
+        rollout = held.rollout
+        scores = dict(
+            _of_first_rank(lambda: self._task.text_scorers([text.row(held, slot) for slot in range(len(held))]))
+        )
+        for model in self._reward_models:
+            scores[model.name] = model.scores(rollout, data.micro_batch, micro_batch_size=micro_batch_size)
+        rewards = sum(
+            (self._task.weights.get(name, 1.0) * of_scorer for name, of_scorer in scores.items()),
+            start=np.zeros(rollout.lengths.shape),
+        )
         if keys.cut_responses != "score":
-            scored[held.rollout.is_cut] = keys.cut_reward if keys.cut_responses == "penalty" else np.nan
-        return scored
+            rewards[rollout.is_cut] = keys.cut_reward if keys.cut_responses == "penalty" else np.nan
+        return replace(rollout, rewards=rewards, scores=scores)
 
     def reference_log_probs(self, session: Session, data: AlignmentData, micro_batch_size: int) -> LogProbs:
         """Of the rollout that the data holds, under the reference policy."""
@@ -293,26 +310,6 @@ class MakeRollouts(Hook):
         started = time.perf_counter()
         yield
         self._seconds[f"seconds/{name}"] = time.perf_counter() - started
-
-    def _write_samples(self, session: Session) -> None:
-        held = _data(session).rollout_data
-        assert held.rollout is not None and held.rollout.rewards is not None
-        with open(session.folder / SAMPLES, "a", encoding="utf-8") as file:
-            for slot in range(min(self._keys.log_samples, len(held))):
-                row = self._text.row(held, slot)
-                rewards, lengths = held.rollout.rewards[slot].tolist(), held.rollout.lengths[slot].tolist()
-                responses = [
-                    {
-                        "content": one.content,
-                        "reward": None if np.isnan(reward) else reward,
-                        "tokens": length,
-                        "truncated": one.truncated,
-                    }
-                    for one, reward, length in zip(row.responses, rewards, lengths, strict=True)
-                ]
-                prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
-                record = {"step": session.step, "prompt": prompt, "responses": responses}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _data(session: Session) -> OnlineData:

@@ -60,9 +60,9 @@ class ValidateSamples(EvaluatesAtIntervals):
         held = self._data.data
         assert isinstance(held, RolloutData), "made of one"
         held.rollout = self._rollouts.sampled(session, held, np.arange(len(held)), _DRAWS)
-        rewards = self._rollouts.rewards(self._data, self._text, self._micro_batch_size)
+        scored = self._rollouts.rewarded(self._data, self._text, self._micro_batch_size)
         reference = None
         if self._needs.reference:
             reference = self._rollouts.reference_log_probs(session, self._data, self._micro_batch_size).sums
-        found = metrics(replace(held.rollout, rewards=rewards, reference=reference))
+        found = metrics(replace(scored, reference=reference))
         log(session, {f"val/{name.removeprefix('rollout/')}": value for name, value in found.items()})

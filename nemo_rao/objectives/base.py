@@ -14,6 +14,7 @@ from nemo_rao.keys import check
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 # Heads beside the vocabulary's (:mod:`nemo_rao.mcore.heads`): their names in models and in checkpoints.
 VALUE_HEAD, SCORE_HEAD = "value_head", "score_head"
@@ -154,6 +155,9 @@ class Objective:
         advantages: ``(rollout, config) -> Advantages``, for objectives that weigh a response's tokens by all that was
             sampled with it. Pure, and computed of whole rollouts: the same however a batch is split. It is given values
             and the log-probabilities that the objective declares.
+        response_advantages: ``(batch, config) -> [P, K]``, by how much the loss wants each response more probable than
+            its alternatives, for people to read; ``None`` for objectives without such a number. Log-probabilities of
+            prompts are not in the batch.
     """
 
     name: str
@@ -166,6 +170,7 @@ class Objective:
     resolve: Callable[[Any, RewardSummary], Any] = keep
     mean_target: Callable[[Any, RewardSummary], MeanTarget | None] = no_mean_target
     advantages: Callable[[SampledTokens, Any], Advantages] | None = None
+    response_advantages: Callable[[ObjectiveBatch, Any], Tensor] | None = None
 
     def needs_of(self, config: Any) -> Needs:
         """What it needs under these keys."""

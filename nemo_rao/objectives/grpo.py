@@ -15,6 +15,9 @@ to the loss. How L_t is added up (``normalize``), each time by counts of the *gl
 
 DAPO is ``token`` with ``clip_high`` 0.28; Dr. GRPO is ``constant`` with ``scale: none``.
 
+With ``online.vllm_importance_cap``, the policy's part of L_t is multiplied by min(pi_old(y_t) / mu(y_t), cap), where mu
+is the distribution that the sampler drew from.
+
 **Choice** The deviation is that of the prompt's rewards, divided by K - 1, with 1e-6 added, as in TRL. A prompt of one
 response, or of equal rewards, has advantages of 0; it counts.
 """
@@ -26,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_rao.batch import LossOutput, ObjectiveBatch
+from nemo_rao.batch import LossOutput, ObjectiveBatch, Tokens
 from nemo_rao.keys import key
 from nemo_rao.objectives.base import Needs, Objective, ObjectiveConfig
 from nemo_rao.objectives.metrics import pair_metrics
@@ -68,15 +71,13 @@ def grpo_loss(batch: ObjectiveBatch, config: GRPOConfig) -> LossOutput:
     mask = tokens.mask & valid[..., None]
     logps = torch.where(mask, tokens.logps, 0)
     old = logps.detach() if tokens.old is None else torch.where(mask, tokens.old.detach(), 0)
-    kl = None if tokens.reference is None else _kl(logps, torch.where(mask, tokens.reference.detach(), 0), config.kl)
-
-    rewards = torch.where(valid, batch.rewards, 0)
-    if kl is not None and config.kl_in == "reward":
-        rewards = rewards - config.beta * torch.where(mask, kl.detach(), 0).sum(-1)
-    advantages = _advantages(rewards, valid, config.scale)[..., None]
+    kl = _kl_of(tokens, mask, config)
+    advantages = grpo_advantages(batch, config)[..., None]
     ratio = (logps - old).exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    if tokens.importance is not None:
+        losses = torch.where(mask, tokens.importance.detach(), 0) * losses
     if kl is not None and config.kl_in == "loss":
         losses = losses + config.beta * kl
     loss_sum, count = _sum(torch.where(mask, losses, 0), mask, valid, config)
@@ -97,14 +98,27 @@ def grpo_loss(batch: ObjectiveBatch, config: GRPOConfig) -> LossOutput:
     return LossOutput(loss_sum, count, metrics)
 
 
-def _advantages(rewards: Tensor, valid: Tensor, scale: str) -> Tensor:
-    """``[P, K]``; 0 where not valid."""
+def grpo_advantages(batch: ObjectiveBatch, config: GRPOConfig) -> Tensor:
+    """A, ``[P, K]``, without gradient; 0 for responses without a reward."""
+    assert batch.tokens is not None, "grpo was given no tokens"
+    valid = rewarded(batch)
+    mask = batch.tokens.mask & valid[..., None]
+    rewards = torch.where(valid, batch.rewards, 0)
+    kl = _kl_of(batch.tokens, mask, config)
+    if kl is not None and config.kl_in == "reward":
+        rewards = rewards - config.beta * torch.where(mask, kl.detach(), 0).sum(-1)
     deviations = torch.where(valid, rewards - mean_of_responses(rewards, valid), 0)
-    if scale == "none":
+    if config.scale == "none":
         return deviations
     counts = valid.sum(-1, keepdim=True)
     variance = deviations.square().sum(-1, keepdim=True) / (counts - 1).clamp(min=1)
     return deviations / (variance.sqrt() + _LEAST_DEVIATION)
+
+
+def _kl_of(tokens: Tokens, mask: Tensor, config: GRPOConfig) -> Tensor | None:
+    if tokens.reference is None:
+        return None
+    return _kl(torch.where(mask, tokens.logps, 0), torch.where(mask, tokens.reference.detach(), 0), config.kl)
 
 
 def _kl(logps: Tensor, reference: Tensor, estimator: str) -> Tensor:
@@ -141,4 +155,5 @@ GRPO = Objective(
     formula="−min(w·A, clip(w, 1 − ε_low, 1 + ε_high)·A) + β·KL, per token; A = (r − r̄)/s",
     source="Shao et al. 2024 (GRPO), arXiv 2402.03300; DAPO, Dr. GRPO by keys",
     checked="formula, gradient by hand; TRL's GRPO",
+    response_advantages=grpo_advantages,
 )

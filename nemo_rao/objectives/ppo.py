@@ -14,7 +14,9 @@ V_t = V(x, y_<t) is read where y_t is predicted. In each step:
     L_t   = -min(w_t A_t, clip(w_t, 1 - clip, 1 + clip) A_t)
             + value_weight 1/2 max((V_t - R_t)^2, (clip(V_t, V_old,t - value_clip, V_old,t + value_clip) - R_t)^2)
 
-The mean over all tokens of the *global* batch. Responses without a reward have no part in any of it.
+With ``online.vllm_importance_cap``, the first part of L_t is multiplied by min(pi_old(y_t) / mu(y_t), cap), where mu is
+the distribution that the sampler drew from. The mean over all tokens of the *global* batch. Responses without a reward
+have no part in any of it.
 
 **Choice** Mean and variance are those of the *whole rollout*, in float64, the variance divided by the number of tokens
 less 1. Implementations that whiten what a rank or a micro-batch holds depend on how the batch is split.
@@ -141,7 +143,10 @@ def ppo_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
     bounded = torch.clamp(values, old_values - config.value_clip, old_values + config.value_clip)
     clipped_error = (bounded - returns).square()
     value_losses = 0.5 * torch.maximum(error, clipped_error)
-    losses = -torch.minimum(gain, clipped_gain) + config.value_weight * value_losses
+    policy_losses = -torch.minimum(gain, clipped_gain)
+    if tokens.importance is not None:
+        policy_losses = at_tokens(tokens.importance).detach() * policy_losses
+    losses = policy_losses + config.value_weight * value_losses
 
     num_tokens = mask.sum().to(losses.dtype)
 
@@ -160,6 +165,13 @@ def ppo_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
     if tokens.reference is not None:
         metrics["ppo/kl"] = over_tokens(logps - at_tokens(tokens.reference))
     return LossOutput(torch.where(mask, losses, 0).sum(), num_tokens, metrics)
+
+
+def mean_advantages(batch: ObjectiveBatch, config: PPOConfig) -> Tensor:
+    """``[P, K]``, the mean of A over a response's tokens; 0 without a reward."""
+    assert batch.tokens is not None and batch.tokens.advantages is not None, "ppo was given no advantages"
+    mask = batch.tokens.mask & rewarded(batch)[..., None]
+    return torch.where(mask, batch.tokens.advantages, 0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def needs_of_ppo(config: PPOConfig) -> Needs:
@@ -184,4 +196,5 @@ PPO = Objective(
     source="Schulman et al. 2017 (PPO), arXiv 1707.06347",
     checked="formula, gradients by hand (of the values too); GAE from its definition",
     advantages=ppo_advantages,
+    response_advantages=mean_advantages,
 )

@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nemo_rao.batch import LossOutput, ObjectiveBatch
 from nemo_rao.keys import key
@@ -47,18 +48,28 @@ def rloo_loss(batch: ObjectiveBatch, config: RLOOConfig) -> LossOutput:
 
     ``rloo/advantage``: mean over a prompt's responses of \\|A\\|, then over prompts.
     """
-    log_ratio = response_log_ratio(batch)
-    counts = rewarded(batch).sum(-1, keepdim=True).to(log_ratio.dtype)
-    valid = rewarded(batch) & (counts >= 2)
-    shaped = torch.where(valid, batch.rewards, 0) - config.beta * log_ratio.detach()
-    deviations = torch.where(valid, shaped - mean_of_responses(shaped, valid), 0)
-    advantages = deviations * (counts / (counts - 1).clamp(min=1))
+    log_ratio, valid, advantages = response_log_ratio(batch), _compared(batch), rloo_advantages(batch, config)
     loss_sum, num_prompts = sum_of_prompt_means(-advantages * log_ratio, valid)
     metrics = {
         "rloo/advantage": metric(sum_of_prompt_means(advantages.abs(), valid)),
         **shared_metrics(batch, config.beta * log_ratio),
     }
     return LossOutput(loss_sum, num_prompts, metrics)
+
+
+def rloo_advantages(batch: ObjectiveBatch, config: RLOOConfig) -> Tensor:
+    """A, ``[P, K]``, without gradient; 0 for responses that have no part."""
+    valid = _compared(batch)
+    counts = valid.sum(-1, keepdim=True).to(batch.response_logps.dtype)
+    shaped = torch.where(valid, batch.rewards, 0) - config.beta * response_log_ratio(batch).detach()
+    deviations = torch.where(valid, shaped - mean_of_responses(shaped, valid), 0)
+    return deviations * (counts / (counts - 1).clamp(min=1))
+
+
+def _compared(batch: ObjectiveBatch) -> Tensor:
+    """``[P, K]`` bool: the rewarded responses of prompts that have at least two."""
+    valid = rewarded(batch)
+    return valid & (valid.sum(-1, keepdim=True) >= 2)
 
 
 RLOO = Objective(
@@ -69,4 +80,5 @@ RLOO = Objective(
     formula="−sg(A)·ρ, A = R − mean of the prompt's other R, R = r − βρ",
     source="Ahmadian et al. 2024 (RLOO), arXiv 2402.14740, Eq. 7",
     checked="formula, gradient by hand; `rpo`'s `sqloo` up to a constant",
+    response_advantages=rloo_advantages,
 )

@@ -1,6 +1,7 @@
 """What a rollout shows of the policy that sampled it.
 
 rollout/reward, _std, _p10, _p50, _p90    mean, deviation and quantiles of the rewards of samples that have one
+rollout/scores/<name>                     mean of one scorer's scores, unweighted, where several make up the reward
 rollout/unscored                          share of samples without a reward
 rollout/kl                                log pi(y) - log pi_ref(y), nats per response, with a reference
 rollout/entropy                           -log pi(y_t), nats per token: the policy's entropy as its samples show it
@@ -8,6 +9,7 @@ rollout/length                            tokens per response
 rollout/cut                               share of responses that ended at their limit
 rollout/sampler_logps_mean_diff, _max_    |log mu(y_t) - log pi(y_t)|, nats: mu by the sampler, pi by a pass of the
                                           training model over whole rows, where there was such a pass
+rollout/importance, rollout/importance_capped    mean weight of tokens; share of those at the cap
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ import numpy as np
 from nemo_rao.rollout.samples import Rollout
 
 
-def metrics(rollout: Rollout) -> dict[str, float]:
+def importance(rollout: Rollout, cap: float) -> np.ndarray:
+    """Truncated importance weights min(pi(y_t) / mu(y_t), cap), float32, of each token: mu sampled, pi is the policy in
+    training (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training")."""
+    assert rollout.old_logps is not None, "the training model's log-probabilities are computed wherever vLLM samples"
+    ratio = np.exp(rollout.old_logps.astype(np.float64) - rollout.logps)
+    return np.minimum(ratio, cap).astype(np.float32)
+
+
+def metrics(rollout: Rollout, importance_cap: float | None = None) -> dict[str, float]:
     """All of them, of a rollout that is scored."""
     assert rollout.rewards is not None, "scored"
     logps = rollout.response_logps()
@@ -41,6 +51,14 @@ def metrics(rollout: Rollout) -> dict[str, float]:
         differences = np.abs(rollout.logps.astype(np.float64) - rollout.old_logps)
         found["rollout/sampler_logps_mean_diff"] = float(differences.mean())
         found["rollout/sampler_logps_max_diff"] = float(differences.max())
+    if len(rollout.scores) > 1:
+        for name, scores in rollout.scores.items():
+            if not np.isnan(scores).all():
+                found[f"rollout/scores/{name}"] = float(np.nanmean(scores))
+    if importance_cap is not None:
+        weights = importance(rollout, importance_cap)
+        found["rollout/importance"] = float(weights.mean())
+        found["rollout/importance_capped"] = float((weights >= np.float32(importance_cap)).mean())
     if rollout.reference is not None:
         found["rollout/kl"] = float((logps - rollout.reference[:, 1].reshape(logps.shape)).mean())
     return found

@@ -24,12 +24,12 @@ class RewardModel:
     """Scores rollouts.
 
     Args:
-        name: for messages.
+        name: of the scorer.
         chunks: this rank's, with their weights, and on the last pipeline stage with a score head.
     """
 
     def __init__(self, name: str, chunks: Sequence[Any]) -> None:
-        self._name = name
+        self.name = name
         self._chunks = chunks
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         self._weights = [(parameter, on_host(parameter)) for parameter in parameters]
@@ -65,7 +65,7 @@ class RewardModel:
         for one in reports:
             scores[one["ids"]] = one["scores"]
         if not np.isfinite(scores).all():
-            raise RankFailure(f"online.reward: {self._name} gave a score that is not finite")
+            raise RankFailure(f"online.reward: {self.name} gave a score that is not finite")
         return scores.reshape(rollout.lengths.shape)
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from nemo_rao.rollout.decode import Sampled
 from nemo_rao.runtime.files import written_atomically
 
 _FORMAT = 1
+_SCORES = "scores/"  # in front of a scorer's name, in the file
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Rollout:
         lengths: ``[S, K]`` int64 tokens.
         is_cut: ``[S, K]`` bool: it ended at its limit, without an end token.
         rewards: ``[S, K]`` float64, NaN where there is none; ``None``: not scored yet.
+        scores: by scorer, ``[S, K]`` float64: what the rewards are made of; NaN where it gives none.
         reference: ``[S * K, 2]`` float32, the reference policy's sums (prompt without t0, response; nats); ``None``:
             not computed yet.
         old_logps, reference_logps: float32, as ``logps``, of the policy that sampled and of the reference, by passes
@@ -51,6 +53,7 @@ class Rollout:
     reference_logps: np.ndarray | None = None
     values: np.ndarray | None = None
     rewards_so_far: np.ndarray | None = None
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @staticmethod
     def of(prompts: Sequence[int], sampled: Sequence[Sequence[Sampled]]) -> Rollout:
@@ -85,7 +88,8 @@ class Rollout:
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all."""
-        known = {name: value for name, value in vars(self).items() if value is not None}
+        known = {name: value for name, value in vars(self).items() if value is not None and name != "scores"}
+        known |= {_SCORES + name: values for name, values in self.scores.items()}
         with written_atomically(path) as (file,):
             np.savez(file, format=np.array(_FORMAT), **known)
 
@@ -97,7 +101,9 @@ def load(path: Path) -> Rollout | None:
     with np.load(path, allow_pickle=False) as stored:
         if int(stored["format"]) != _FORMAT:
             return None
-        return Rollout(**{name: stored[name] for name in stored.files if name != "format"})
+        scores = {name.removeprefix(_SCORES): stored[name] for name in stored.files if name.startswith(_SCORES)}
+        known = {name: stored[name] for name in stored.files if name != "format" and not name.startswith(_SCORES)}
+        return Rollout(**known, scores=scores)
 
 
 class RolloutData:

@@ -24,9 +24,9 @@ _PANELS_OF_SAMPLES: _Panels = (
     ("response", "tokens", (("rollout/length", "training"), ("val/length", "validation"))),
     ("gradient norm", "", (("grad_norm", "before clipping"),)),
     (
-        "time of a rollout",
+        "time of a step",
         "seconds",
-        tuple((f"seconds/{name}", name) for name in ("rollout", "reward", "reference", "old")),
+        tuple((f"seconds/{name}", name) for name in ("rollout", "reward", "reference", "old", "update")),
     ),
 )
 

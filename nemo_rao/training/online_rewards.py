@@ -1,4 +1,4 @@
-"""The rewards of a run that samples its own responses: a weighted sum of scorers."""
+"""The scorers of a run that samples its own responses; their weighted sum is the reward."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PROBE = "The answer is 42."  # what rules are asked about before the run
 _PAUSE_SECONDS = 2.0  # before a scorer that has failed is asked again; twice as long each further time
 
 
-def rewards_of(config: RunConfig) -> tuple[Rewards, dict[str, RewardModelOfRun]]:
+def scorers_of(config: RunConfig) -> tuple[TextScorersOfRun, dict[str, RewardModelOfRun]]:
     """What scores the samples of a run: scorers of their text, and by name reward models that read their tokens.
 
     Raises:
@@ -56,7 +56,7 @@ def rewards_of(config: RunConfig) -> tuple[Rewards, dict[str, RewardModelOfRun]]
             raise UserError(f"online.reward_weights: there is no scorer {name}; there are {', '.join(made)}")
         if not math.isfinite(weight):
             raise UserError(f"online.reward_weights.{name}={weight}: must be finite")
-    return Rewards(text, keys.reward_weights, attempts=keys.scoring_attempts, folder=folder), models
+    return TextScorersOfRun(text, attempts=keys.scoring_attempts, folder=folder), models
 
 
 def _make(specs: Sequence[str], kinds: Mapping[str, Kind], folder: Path) -> dict[str, Scorer]:
@@ -95,26 +95,24 @@ def _call(rules: Sequence[str], folder: Path, asked: InputRow) -> None:
             raise UserError(f"online.reward: {name}, asked about the response {_PROBE!r}: {failure}") from None
 
 
-class Rewards:
-    """The weighted sum of scorers that read text. They are made where they are first asked.
+class TextScorersOfRun:
+    """Scorers that read text. They are made where they are first asked.
 
     Args:
         specs: ``[NAME=]KIND:ARGUMENT`` each.
-        weights: by name; 1 for the others.
         attempts: how often a scorer is asked before the run ends.
         folder: where scorers keep what they keep.
     """
 
-    def __init__(self, specs: Sequence[str], weights: Mapping[str, float], *, attempts: int, folder: Path) -> None:
+    def __init__(self, specs: Sequence[str], *, attempts: int, folder: Path) -> None:
         self._specs = specs
-        self._weights = weights
         self._attempts = attempts
         self._folder = folder
         self._scorers: Mapping[str, Scorer] | None = None
         self._counts: Counter[tuple[str, str]] = Counter()  # (scorer, what it has counted)
 
-    def __call__(self, rows: Sequence[Row]) -> list[list[float | None]]:
-        """For each row a reward of each of its responses; ``None`` where any scorer gives none.
+    def __call__(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """By scorer, ``[S, K]`` float64 scores of S rows with K responses; NaN where it gives none.
 
         Raises:
             RankFailure: a scorer has failed as often as it is asked.
@@ -122,13 +120,12 @@ class Rewards:
         if self._scorers is None:
             self._scorers = _make(self._specs, TEXT, self._folder)
         given = [InputRow(**vars(row)) for row in rows]
-        totals = [np.zeros(len(row.responses)) for row in rows]
+        found = {}
         for name, scorer in self._scorers.items():
-            weight = self._weights.get(name, 1.0)
-            for total, scored in zip(totals, self._asked(name, scorer, given), strict=True):
-                total += [np.nan if isinstance(score, NoScore) else weight * score for score in scored]
+            of_rows = self._asked(name, scorer, given)
+            found[name] = np.array([[np.nan if isinstance(one, NoScore) else one for one in row] for row in of_rows])
             self._counts.update({(name, what): count for what, count in scorer.take_notes().items()})
-        return [[None if math.isnan(value) else value for value in total.tolist()] for total in totals]
+        return found
 
     def notes(self) -> list[str]:
         """What the scorers have counted."""

@@ -19,7 +19,7 @@ from nemo_rao.loop.prepared import OnlineTask, Prepared, VllmModel
 from nemo_rao.objectives import registry
 from nemo_rao.training.loading import LoadedData, drawn, drawn_prompts, load_data
 from nemo_rao.training.model_checks import check_model
-from nemo_rao.training.online_rewards import Rewards, check_rules, rewards_of
+from nemo_rao.training.online_rewards import TextScorersOfRun, check_rules, scorers_of
 from nemo_rao.training.online_vllm import python_of_sampler, vllm_model
 from nemo_rao.training.reward_models import RewardModelOfRun
 from nemo_rao.training.steps import plan_steps
@@ -33,10 +33,10 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     """
     keys, objective = config.model, registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
-    reward, models = (None, {}) if config.online.num_generations is None else rewards_of(config)
+    scorers, models = (None, {}) if config.online.num_generations is None else scorers_of(config)
     vllm_python = python_of_sampler(config)
     loaded = loaded or load_data(config)
-    if reward is not None:
+    if scorers is not None:
         check_rules(config, [*loaded.prompts, *loaded.validation_prompts])
     for model in models.values():
         model.check_tokens(config, loaded)
@@ -48,9 +48,9 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
             others[name] = mismatched(source, seq_length=keys.seq_length, seed=config.data.seed)
 
     # Of samples, rewards are not known yet: what depends on them is resolved anew with each rollout.
-    rewards = data.reward_summary() if reward is None else RewardSummary(mean=0.0)
+    rewards = data.reward_summary() if scorers is None else RewardSummary(mean=0.0)
     resolved = objective.resolve(objective_config(config), rewards)
-    if validation is not None and reward is None:
+    if validation is not None and scorers is None:
         objective.resolve(objective_config(config), validation.reward_summary())
     planned = plan_steps(config, data, validation)
     resume_from = last_checkpoint(run_dir(config)) if config.exp_manager.resume_if_exists else None
@@ -79,22 +79,22 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
-        online=None if reward is None else _online_task(config, loaded, reward, models, vllm),
+        online=None if scorers is None else _online_task(config, loaded, scorers, models, vllm),
     )
 
 
 def _online_task(
     config: RunConfig,
     loaded: LoadedData,
-    reward: Rewards,
+    scorers: TextScorersOfRun,
     models: Mapping[str, RewardModelOfRun],
     vllm: VllmModel | None,
 ) -> OnlineTask:
-    weights = config.online.reward_weights
     return OnlineTask(
         drawn_prompts(config, loaded),
-        reward,
-        [model.scorer(name, weights.get(name, 1.0)) for name, model in models.items()],
+        scorers,
+        [model.scorer(name) for name, model in models.items()],
+        config.online.reward_weights,
         loaded.validation_prompts,
         vllm,
     )

@@ -57,10 +57,10 @@ class RewardModelOfRun:
     objective_config: Any
     checkpoint: Path
 
-    def scorer(self, name: str, weight: float) -> TokenScorer:
+    def scorer(self, name: str) -> TokenScorer:
         """What the ranks make of it."""
         load = functools.partial(_loaded_chunks, self.config, self.objective_config, self.checkpoint)
-        return TokenScorer(name, weight, load)
+        return TokenScorer(name, load)
 
     def check_tokens(self, policy: RunConfig, loaded: LoadedData) -> None:
         """Checks that it was trained on the tokens that the policy samples.

@@ -61,6 +61,8 @@ def test_a_recipe_passes(files: list[str], recipe: str) -> None:
         ("gpt_rloo", ["online.sampler=sglang"], "online.sampler='sglang': must be one of 'megatron', 'vllm'"),
         ("gpt_rloo", [*VLLM, "model.peft.scheme=canonical_lora", "trainer.engine=bridge"], "set it to lora, or online"),
         ("gpt_rloo", [*VLLM, "online.vllm_gpus=[1,1]"], "names a GPU twice"),
+        ("gpt_rloo", [*VLLM, "online.vllm_importance_cap=2"], "rloo does not weigh single tokens; .* ppo or grpo"),
+        ("gpt_grpo", [*VLLM, "online.vllm_importance_cap=0"], "online.vllm_importance_cap=0"),
         ("gpt_rloo", [*VLLM, "online.vllm_memory=0"], "online.vllm_memory=0"),
         ("gpt_grpo", [*VLLM, *OVERLAPPED], "weights that are still being gathered cannot be given to vLLM"),
         ("gpt_sft", ["online.num_generations=2"], "objective sft does not learn from rewards of samples"),

@@ -46,7 +46,13 @@ def token_batch(seed: int = 0, *, old: bool = True, reference: bool = True) -> O
     rewards = batch.rewards.clone()
     rewards[3, 2] = torch.nan
     logps, behind, other = numbers(), numbers(), numbers()
-    tokens = Tokens(logps, mask, 0.7 * logps + 0.3 * behind if old else None, other if reference else None)
+    tokens = Tokens(
+        logps=logps,
+        mask=mask,
+        old=0.7 * logps + 0.3 * behind if old else None,
+        importance=numbers().exp() if old else None,
+        reference=other if reference else None,
+    )
     return dataclasses.replace(batch, rewards=rewards, tokens=tokens, response_logps=logps.sum(-1))
 
 
@@ -90,9 +96,10 @@ def by_hand(batch: ObjectiveBatch, config: Any) -> tuple[float, float, Tensor]:
                 old = tokens.logps[p, k, t] if tokens.old is None else tokens.old[p, k, t]
                 ratio = math.exp(float(tokens.logps[p, k, t] - old))
                 bounded = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
-                total -= share * min(ratio * advantage, bounded * advantage)
+                weight = share if tokens.importance is None else share * float(tokens.importance[p, k, t])
+                total -= weight * min(ratio * advantage, bounded * advantage)
                 if ratio * advantage <= bounded * advantage:
-                    gradient[p, k, t] -= share * ratio * advantage
+                    gradient[p, k, t] -= weight * ratio * advantage
                 if config.kl_in == "loss":
                     total += share * config.beta * kl(rho[k, t])[0]
                     gradient[p, k, t] += share * config.beta * kl(rho[k, t])[1]
@@ -137,7 +144,8 @@ def test_what_stands_in_masked_entries_does_not_matter() -> None:
     tokens = batch.tokens
     assert tokens is not None and tokens.old is not None and tokens.reference is not None
     filled = {
-        name: torch.where(tokens.mask, getattr(tokens, name), torch.nan) for name in ("logps", "old", "reference")
+        name: torch.where(tokens.mask, getattr(tokens, name), torch.nan)
+        for name in ("logps", "old", "importance", "reference")
     }
     dirty = dataclasses.replace(batch, tokens=Tokens(mask=tokens.mask, **filled))
     expected, found = GRPO.loss(batch, config), GRPO.loss(dirty, config)
@@ -180,7 +188,8 @@ def of_trl(batch: ObjectiveBatch, config: Any, loss_type: str) -> Tensor:
         importance_sampling_level="token",
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        use_vllm=False,
+        use_vllm=tokens.importance is not None,
+        vllm_importance_sampling_correction=True,
         _entropy_bonus_enabled=False,
         _metrics={"eval": defaultdict(list)},
         _get_per_token_logps_and_entropies=lambda *_, **__: (logps, torch.zeros_like(logps), None),
@@ -195,6 +204,7 @@ def of_trl(batch: ObjectiveBatch, config: Any, loss_type: str) -> Tensor:
         "old_per_token_logps": None if tokens.old is None else tokens.old[chosen],
         "ref_per_token_logps": None if tokens.reference is None else tokens.reference[chosen],
         "num_items_in_batch": mask.sum(),
+        "importance_sampling_ratio": None if tokens.importance is None else tokens.importance[chosen],
     }
     with in_float64():
         return GRPOTrainer._compute_loss(trainer, trainer.model, inputs)  # type: ignore[no-any-return]

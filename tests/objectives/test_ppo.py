@@ -131,6 +131,7 @@ def token_batch(seed: int = 0) -> ObjectiveBatch:
         logps=logps,
         mask=mask,
         old=logps + numbers(0.3),
+        importance=numbers(0.3).exp(),
         reference=numbers(1) - 3,
         values=values,
         old_values=values + numbers(0.3),
@@ -153,11 +154,11 @@ def by_hand(batch: ObjectiveBatch, config: PPOConfig) -> tuple[float, int, Tenso
             continue
         at = {name: value[p][k][t] for name, value in given.items()}
         count += 1
-        ratio, a = math.exp(at["logps"] - at["old"]), at["advantages"]
+        ratio, a, weight = math.exp(at["logps"] - at["old"]), at["advantages"], at["importance"]
         is_clipped = (a > 0 and ratio > 1 + config.clip) or (a < 0 and ratio < 1 - config.clip)
         bound = 1 + config.clip if a > 0 else 1 - config.clip
-        total -= bound * a if is_clipped else ratio * a
-        by_logps[p, k, t] = 0 if is_clipped else -ratio * a
+        total -= weight * (bound * a if is_clipped else ratio * a)
+        by_logps[p, k, t] = 0 if is_clipped else -weight * ratio * a
         v, old, r = at["values"], at["old_values"], at["returns"]
         bounded = min(max(v, old - config.value_clip), old + config.value_clip)
         value_is_clipped = abs(bounded - r) > abs(v - r)
@@ -207,7 +208,7 @@ def test_the_policy_that_sampled_has_the_gradient_of_its_advantages() -> None:
     batch = token_batch()
     assert batch.tokens is not None and batch.tokens.advantages is not None
     logps = batch.tokens.logps.clone().requires_grad_()
-    tokens = dataclasses.replace(batch.tokens, logps=logps, old=logps.detach())
+    tokens = dataclasses.replace(batch.tokens, logps=logps, old=logps.detach(), importance=None)
     (gradient,) = torch.autograd.grad(
         PPO.loss(dataclasses.replace(batch, tokens=tokens), PPO.make_config({})).loss_sum, logps
     )

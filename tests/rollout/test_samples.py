@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from nemo_rao.batch import Row, Sample
 from nemo_rao.data.collate import collate
 from nemo_rao.data.store import PreferenceData
-from nemo_rao.rollout.metrics import metrics
+from nemo_rao.rollout.metrics import importance, metrics
 from nemo_rao.rollout.samples import Rollout, RolloutData, load
 from nemo_rao.rollout.text import SampleText
 
@@ -46,6 +47,7 @@ def rollout() -> Rollout:
             "reference": np.arange(8, dtype=np.float32).reshape(4, 2),
             "old_logps": made.logps - 1,
             "rewards_so_far": np.array([3.0, 4.0]),
+            "scores": {"judge": np.array([[1.0, 0.25], [np.nan, -2.0]]), "r/m": np.zeros((2, 2))},
         }
     )
 
@@ -64,6 +66,8 @@ def test_a_file_holds_all_of_it(rollout: Rollout, tmp_path: Path) -> None:
     for name, value in vars(rollout).items():
         if value is None:
             assert getattr(found, name) is None
+        elif name == "scores":
+            np.testing.assert_equal(found.scores, value)
         else:
             np.testing.assert_array_equal(getattr(found, name), value)
     assert [path.name for path in (tmp_path / "some").iterdir()] == ["0.npz"]
@@ -103,6 +107,18 @@ def test_metrics_are_those_of_the_samples(rollout: Rollout) -> None:
     assert found["rollout/reward"] == pytest.approx(-0.25) and found["rollout/reward_p50"] == 0.25
     assert found["rollout/kl"] == (-3 - 1 + -6 - 3 + -1 - 5 + -10 - 7 - 10) / 4  # by the pass over whole rows
     assert found["rollout/sampler_logps_mean_diff"] == found["rollout/sampler_logps_max_diff"] == 1
+    assert found["rollout/scores/judge"] == pytest.approx(-0.25) and found["rollout/scores/r/m"] == 0
+
+
+def test_importance_weights_are_ratios_up_to_their_cap(rollout: Rollout) -> None:
+    assert rollout.old_logps is not None
+    for difference, cap, expected in ((-1.0, 2.0, np.exp(-1)), (0.5, 2.0, np.exp(0.5)), (1.0, 2.0, 2.0)):
+        sampled = replace(rollout, logps=rollout.old_logps - np.float32(difference))
+        np.testing.assert_allclose(importance(sampled, cap), expected, rtol=1e-6)
+        found = metrics(sampled, cap)
+        assert found["rollout/importance"] == pytest.approx(expected, rel=1e-6)
+        assert found["rollout/importance_capped"] == (expected == cap)
+    assert "rollout/importance" not in metrics(rollout)
 
 
 class Tokenizer:

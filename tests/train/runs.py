@@ -39,7 +39,7 @@ NO_CHECKPOINTS = (
 )
 
 
-NOT_OF_THE_STEP = ("tokens_per_second", "data/token_efficiency", "data/tokens_shared")
+NOT_OF_THE_STEP = ("seconds/update", "tokens_per_second", "data/token_efficiency", "data/tokens_shared")
 
 
 def parallel(tensor: int, pipeline: int, data: int) -> tuple[str, ...]:

@@ -134,7 +134,9 @@ def test_what_is_logged_and_kept_is_that_of_the_samples(common: tuple[str, ...],
     sums = np.array([part.sum() for part in np.split(last["logps"], np.cumsum(last["lengths"].flatten())[:-1])])
     assert of_steps[-1]["rollout/kl"] == pytest.approx((sums - last["reference"][:, 1]).mean(), abs=1e-5)
     assert of_steps[0]["rollout/kl"] == pytest.approx(0, abs=1e-5)  # the policy is the reference, and passes agree
-    assert {"seconds/rollout", "seconds/reward", "seconds/reference"} <= of_steps[0].keys()
+    for phase in ("rollout", "reward", "reference"):
+        seconds, speed = (of_steps[-1][f"{unit}/{phase}"] for unit in ("seconds", "tokens_per_second"))
+        assert seconds * speed == pytest.approx(last["lengths"].sum())
 
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert sorted({one["step"] for one in samples}) == [1, 3]
@@ -142,6 +144,13 @@ def test_what_is_logged_and_kept_is_that_of_the_samples(common: tuple[str, ...],
         assert len(one["responses"]) == 3
         for response in one["responses"]:
             assert response["reward"] == early_letters(one["prompt"], response["content"])
+            assert response["scores"] == {"early_letters": response["reward"]}
+    # The log-ratios of the first step are 0: its advantages are of the rewards alone.
+    for one in (one for one in samples if one["step"] == 1):
+        rewards = [response["reward"] for response in one["responses"]]
+        for response in one["responses"]:
+            others = (sum(rewards) - response["reward"]) / (len(rewards) - 1)
+            assert response["advantage"] == pytest.approx(response["reward"] - others, abs=1e-5)
 
 
 LORA = (
@@ -200,7 +209,7 @@ def _die(where: str, recipe: str, overrides: list[str]) -> None:
     if where == "sampling":
         sampler.sample = kill_at(2, sampler.sample)
     elif where == "scoring":
-        rollouts.MakeRollouts.rewards = kill_at(2, rollouts.MakeRollouts.rewards)  # type: ignore[method-assign]
+        rollouts.MakeRollouts.rewarded = kill_at(2, rollouts.MakeRollouts.rewarded)  # type: ignore[method-assign]
     elif where == "the third step":
         Metrics.after_step = kill_at(3, Metrics.after_step)  # type: ignore[method-assign]
     elif where == "the step behind a rollout":
@@ -236,13 +245,13 @@ def test_a_run_whose_scorer_fails_is_saved_and_goes_on_bitwise(
     common: tuple[str, ...], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, away = tmp_path / "failed", tmp_path / "away"
-    rule = f"online.reward=[rule:{__name__}:{letters_unless_away.__name__}]"
+    rule = f"online.reward=['{early_letters.__name__}=rule:{__name__}:{letters_unless_away.__name__}']"
     never = "exp_manager.checkpoint_callback_params.every_n_train_steps=100"
     keys = _overrides(folder, common, "model.grpo.beta=0.1", *KILLED, rule, never, "online.scoring_attempts=1")
     monkeypatch.setenv(AWAY, str(away))
     away.touch()
     for _ in range(2):  # after a restart, too, nothing is lost or written twice
-        with pytest.raises(AssertionError, match=r"RankFailure: online.reward: letters_unless_away failed") as said:
+        with pytest.raises(AssertionError, match=r"RankFailure: online.reward: early_letters failed") as said:
             run_training("gpt_grpo", keys)
         assert "failed 1 times" in str(said.value) and "nobody is there" in str(said.value)
         assert f"The same command goes on from {folder}/checkpoints/step=4-last" in str(said.value)
@@ -257,7 +266,7 @@ def test_a_run_whose_scorer_fails_is_saved_and_goes_on_bitwise(
         np.testing.assert_array_equal(rollout(folder, 1)[name], values)
 
 
-COMPUTED = {"rewards", "rewards_so_far", "reference", "reference_logps", "old_logps"}
+COMPUTED = {"rewards", "scores/early_letters", "rewards_so_far", "reference", "reference_logps", "old_logps"}
 
 # Two rollouts of four steps, and a checkpoint in the midst of each.
 KILLED = (

@@ -13,7 +13,7 @@ import pytest
 from nemo_rao.errors import UserError
 
 from .runs import FOUR_LAYERS, TINY, make_data, parallel, run_training, score, steps
-from .test_online import early_letters, rollout
+from .test_online import early_letters, logged, rollout
 
 # Another size than the policy's.
 SMALL = ("model.arch.hidden_size=32", "model.arch.ffn_hidden_size=64")
@@ -64,6 +64,12 @@ def test_its_scores_are_those_of_the_command_under_any_parallelism_and_after_a_s
     both, letters = rollout(tmp_path / "split", 0), np.array(_letters(tmp_path / "split"))
     np.testing.assert_array_equal(both["tokens"], rollout(tmp_path / "alone", 0)["tokens"])
     np.testing.assert_allclose(both["rewards"].flatten(), letters - 2 * given, atol=1e-5)
+    np.testing.assert_allclose(both["scores/r"].flatten(), given, atol=1e-5)
+    responses = [one for row in _samples(tmp_path / "split") for one in row["responses"]]
+    for one, letters_of_one, r in zip(responses, letters, both["scores/r"].flatten(), strict=True):
+        assert one["scores"] == {early_letters.__name__: letters_of_one, "r": r}
+    (first,) = logged(tmp_path / "split", "rollout/scores/r")
+    assert first["rollout/scores/r"] == pytest.approx(given.mean(), abs=1e-5)
 
     assert steps(tmp_path / "resumed") == steps(tmp_path / "alone")
     for name, values in rollout(tmp_path / "alone", 1).items():

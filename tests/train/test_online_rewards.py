@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nemo_rao.batch import Response, Row
@@ -16,7 +17,7 @@ from nemo_rao.config.run_config import DataConfig, RunConfig
 from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.training import online_rewards as online
 from nemo_rao.training.loading import load_data
-from nemo_rao.training.online_rewards import Rewards, check_rules, rewards_of
+from nemo_rao.training.online_rewards import TextScorersOfRun, check_rules, scorers_of
 
 RULES = """
 def length(prompt, response):
@@ -58,9 +59,13 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online, "_PAUSE_SECONDS", 0.0)
 
 
-def rewards(*rules: str, weights: Mapping[str, float] | None = None, attempts: int = 3) -> Rewards:
+def scorers(*rules: str, attempts: int = 3) -> TextScorersOfRun:
     specs = [f"rule:rules_of_this_test:{rule}" for rule in rules]
-    return Rewards(specs, weights or {}, attempts=attempts, folder=Path())
+    return TextScorersOfRun(specs, attempts=attempts, folder=Path())
+
+
+def scores(rows: Sequence[Row], *rules: str) -> dict[str, list[list[float]]]:
+    return {name: found.tolist() for name, found in scorers(*rules)(rows).items()}
 
 
 def online_run(specs: Sequence[str], weights: Mapping[str, float] | None = None) -> RunConfig:
@@ -68,13 +73,12 @@ def online_run(specs: Sequence[str], weights: Mapping[str, float] | None = None)
     return RunConfig(online=keys)
 
 
-def test_several_scorers_are_added_up_by_their_weights() -> None:
-    assert rewards("length")(ROWS) == [[1, 3], [2, 0]]
-    assert rewards("length", "first", weights={"length": -0.5})(ROWS) == [[0.5, -1.5], [0, 0]]
+def test_each_scorer_gives_its_scores_under_its_name() -> None:
+    assert scores(ROWS, "length", "first") == {"length": [[1, 3], [2, 0]], "first": [[1, 0], [1, 0]]}
 
 
 def test_what_a_scorer_counts_is_reported_once_for_the_run() -> None:
-    made = rewards("length")
+    made = scorers("length")
     made(ROWS)
     made(ROWS)
     assert made.notes() == ["length: 4 responses with tools, which a rule is not given"]
@@ -100,14 +104,14 @@ def test_a_rule_is_given_the_fields_that_it_asks_for_and_they_are_not_counted_as
         loaded = load_data(config)
         check_rules(config, loaded.prompts)
         sampled = [replace(row, responses=(Response("a"), Response("bcd"))) for row in loaded.prompts]
-        assert rewards(rule)(sampled) == expected
+        assert scores(sampled, rule) == {rule: expected}
         assert loaded.train.report.unused == unused
     lacking = r"line 2: rule rules_of_this_test:wants asks for the field 'source'.*found: answer, tolerance\)"
     with pytest.raises(UserError, match=lacking):
         check_rules(replace(online_run(["rule:rules_of_this_test:wants"]), data=data), loaded.prompts)
 
 
-def test_a_response_without_a_score_has_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_is_missing_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_rao.scoring.scorer import Kind, NoScore, Pair, PairScorer
 
     class Judge(PairScorer):
@@ -117,14 +121,14 @@ def test_a_response_without_a_score_has_no_reward(monkeypatch: pytest.MonkeyPatc
             return [NoScore("empty") if not pair.response else 1.0 for pair in pairs]
 
     monkeypatch.setattr(online, "TEXT", {**online.TEXT, "judge": Kind(lambda *_: Judge(), lambda _: "j", "FILE")})
-    made = Rewards(["judge:x", "rule:rules_of_this_test:length"], {}, attempts=1, folder=Path())
-    assert made(ROWS) == [[2, 4], [3, None]]
+    found = TextScorersOfRun(["judge:x"], attempts=1, folder=Path())(ROWS)["j"]
+    np.testing.assert_array_equal(found, [[1, 1], [1, np.nan]])
 
 
 def test_a_scorer_that_fails_is_asked_again_and_then_ends_the_run() -> None:
-    assert rewards("fails_twice")(ROWS[:1]) == [[2, 2]]
+    assert scores(ROWS[:1], "fails_twice") == {"fails_twice": [[2, 2]]}
     with pytest.raises(RankFailure, match=r"online.reward: is_text failed 2 times: line 1, .* returned"):
-        rewards("is_text", attempts=2)(ROWS)
+        scorers("is_text", attempts=2)(ROWS)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_a_scorer_that_fails_is_asked_again_and_then_ends_the_run() -> None:
 )
 def test_one_line_reports_what_is_wrong(specs: list[str], weights: dict[str, float], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        rewards_of(online_run(specs, weights))
+        scorers_of(online_run(specs, weights))
 
 
 def test_a_scorer_is_made_once_for_all_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +158,7 @@ def test_a_scorer_is_made_once_for_all_rollouts(monkeypatch: pytest.MonkeyPatch)
         return make(*arguments)
 
     monkeypatch.setattr(online, "make_scorers", counting)
-    made = rewards("length")
+    made = scorers("length")
     made(ROWS)
     made(ROWS)
     assert calls["made"] == 1

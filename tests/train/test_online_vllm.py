@@ -103,9 +103,10 @@ def test_it_is_given_what_an_export_has_and_its_samples_are_trained_on(
     common = start(tmp_path, *FOUR_LAYERS, *network)
     other, folder = tmp_path / "other", tmp_path / "run"
     keys = [*common, *layout, *stand_in(other), f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run"]
+    keys += ["model.grpo.beta=0.1", "online.vllm_importance_cap=1.5"]
     # A checkpoint of the second step, whose weights the third rollout is sampled with.
     kept = "exp_manager.checkpoint_callback_params."
-    run_training("gpt_rloo", [*keys, "trainer.max_steps=3", f"{kept}every_n_train_steps=2", f"{kept}save_top_k=-1"])
+    run_training("gpt_grpo", [*keys, "trainer.max_steps=3", f"{kept}every_n_train_steps=2", f"{kept}save_top_k=-1"])
     given = sorted((other / "given3").iterdir())
     assert len(given) > 1
     tensors = {name: tensor for file in given for name, tensor in load_file(file).items()}
@@ -136,6 +137,8 @@ def test_it_is_given_what_an_export_has_and_its_samples_are_trained_on(
     assert last["rollout/sampler_logps_max_diff"] == pytest.approx(np.abs(found["old_logps"] + 0.5).max())
     assert last["rollout/sampler_logps_mean_diff"] == pytest.approx(np.abs(found["old_logps"] + 0.5).mean())
     assert last["rollout/length"] == found["lengths"].mean()
+    weights = np.minimum(np.exp(found["old_logps"] + 0.5), 1.5)
+    assert last["rollout/importance"] == pytest.approx(weights.mean(), rel=1e-6)
 
 
 def test_its_end_is_that_of_the_run_in_one_line(tmp_path: Path) -> None:
