@@ -10,6 +10,9 @@ import pytest
 # Before anything is imported: tests fork ranks, and neither of these thread pools survives a fork.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
+# Commands and forks would compile the whole package anew each time, also where nobody else wants bytecode to be kept.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+sys.dont_write_bytecode = False
 
 # What engines are made of; megatron-core is not among them.
 ENGINE_PACKAGES = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "megatron.bridge")

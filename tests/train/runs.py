@@ -120,6 +120,11 @@ def in_fork(function: Callable[..., Any], *args: Any) -> None:
 def start_fork(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """The same, without waiting: the process, and the connection on which a traceback arrives."""
     import_once()
+    # Once, rather than in each fork.
+    import nemo_rao.config.compose
+    import nemo_rao.training.checks
+    import nemo_rao.training.train  # noqa: F401
+
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(function, args, sender))
