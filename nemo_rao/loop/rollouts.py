@@ -34,6 +34,7 @@ from nemo_rao.rollout.samples import Rollout, RolloutData, load
 from nemo_rao.rollout.text import SampleText
 from nemo_rao.rollout.vllm_sampler import VllmSampler
 from nemo_rao.runtime.console import say
+from nemo_rao.runtime.files import remove_unfinished_files
 
 ROLLOUTS = "rollouts"  # in the run folder
 
@@ -84,6 +85,7 @@ class MakeRollouts(Hook):
         self._keys_of_objective = session.loss.config  # before they are resolved with the rewards of a rollout
         number, _ = _data(session).rollout_of(session.step)
         if session.is_first_rank:  # those that the steps to come make anew
+            remove_unfinished_files(session.folder / ROLLOUTS)
             _remove(session.folder, lambda one: one > number or session.step == 0)
         torch.distributed.barrier()
         self._reward_models = [RewardModel(one.name, one.load()) for one in self._task.token_scorers]

@@ -96,6 +96,12 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_unfinished_files(folder: Path) -> None:
+    """Removes what killed processes have left of files in the folder. Only where nobody is writing one."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def remove_folder(path: Path, *, unfinished: bool) -> None:
     """Removes a folder where that is allowed; no reader sees half of it.
 

@@ -230,7 +230,9 @@ def test_a_run_that_was_killed_goes_on_bitwise(
     sampled = folder / "rollouts" / "000001.npz"
     before = sampled.stat().st_mtime_ns if sampled.exists() else None
     assert (before is None) == (where == "sampling")
+    (sampled.parent / ".000001.npz.01234567.tmp").touch()  # as if it had been killed while writing
     run_training("gpt_grpo", keys)
+    assert all(path.suffix == ".npz" for path in sampled.parent.iterdir())
     if where in ("scoring", "a later step on it"):
         assert (rollout(folder, 1)["tokens"] == rollout(undisturbed, 1)["tokens"]).all()
     assert steps(folder) == steps(undisturbed)
