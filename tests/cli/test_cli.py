@@ -24,7 +24,7 @@ def test_help_imports_nothing_but_the_standard_library(arguments: list[str]) -> 
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=root, timeout=30)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: nemo-rao") or __version__ in done.stdout
+    assert (__version__ if arguments == ["--version"] else "usage: nemo-rao") in done.stdout.splitlines()[0]
 
 
 @pytest.mark.parametrize(
