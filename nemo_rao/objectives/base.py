@@ -56,6 +56,9 @@ class Needs:
         prompt_gradient: they carry a gradient.
         tokens: the log-probability of every token of a response.
         samples: of the policy itself, drawn while it trains: it is no objective of data that lies there.
+        critic: of every token, the value that a critic gives it: a model beside the policy, which
+            :attr:`Objective.critic` trains.
+        values_alone: it is that of a critic: the value head stands in the place of the output layer.
     """
 
     reference: bool = False
@@ -73,6 +76,8 @@ class Needs:
     prompt_gradient: bool = False
     tokens: bool = False
     samples: bool = False
+    critic: bool = False
+    values_alone: bool = False
 
 
 def keep(config: Any, rewards: RewardSummary) -> Any:
@@ -108,7 +113,7 @@ class SampledTokens:
         rewards: ``[N]`` float64, NaN where there is none.
         old: float32, log-probability of each token under the policy that sampled, nats.
         reference: the same under the reference policy; ``None`` where it is not declared.
-        values: float32, the value head's V(x, y_<t).
+        values: float32, V(x, y_<t) of the value head or the critic.
     """
 
     lengths: np.ndarray
@@ -154,6 +159,7 @@ class Objective:
         advantages: ``(rollout, config) -> Advantages``, for objectives that weigh a response's tokens by all that was
             sampled with it. Pure, and computed of whole rollouts: the same however a batch is split. It is given values
             and the log-probabilities that the objective declares.
+        critic: the objective of the critic, with the same keys, for objectives that may have one (``Needs.critic``).
     """
 
     name: str
@@ -166,6 +172,7 @@ class Objective:
     resolve: Callable[[Any, RewardSummary], Any] = keep
     mean_target: Callable[[Any, RewardSummary], MeanTarget | None] = no_mean_target
     advantages: Callable[[SampledTokens, Any], Advantages] | None = None
+    critic: Objective | None = None
 
     def needs_of(self, config: Any) -> Needs:
         """What it needs under these keys."""

@@ -15,8 +15,9 @@ from nemo_rao.checkpoint.starting import needs_start, start_of
 from nemo_rao.config.derived import objective_config, run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.mismatched import mismatched
-from nemo_rao.loop.prepared import OnlineTask, Prepared, VllmModel
+from nemo_rao.loop.prepared import CriticTask, OnlineTask, Prepared, VllmModel
 from nemo_rao.objectives import registry
+from nemo_rao.training.critics import critic_of
 from nemo_rao.training.loading import LoadedData, drawn, drawn_prompts, load_data
 from nemo_rao.training.model_checks import check_model
 from nemo_rao.training.online_rewards import Rewards, check_rules, rewards_of
@@ -34,12 +35,15 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     keys, objective = config.model, registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
     reward, models = (None, {}) if config.online.num_generations is None else rewards_of(config)
+    critic = critic_of(config)
     vllm_python = python_of_sampler(config)
     loaded = loaded or load_data(config)
     if reward is not None:
         check_rules(config, [*loaded.prompts, *loaded.validation_prompts])
     for model in models.values():
         model.check_tokens(config, loaded)
+    if critic is not None:
+        critic.check_tokens(config, loaded)
     data, validation = drawn(config, loaded), loaded.validation
     others = {}
     if needs.mismatched:
@@ -65,6 +69,8 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         check_model(config, loaded.num_tokens, start_from if needs_start(config) else None, resume_from)
         for model in models.values():
             model.check_model(loaded.num_tokens)
+        if critic is not None:
+            critic.check_model(loaded.num_tokens, resume_from)
     vllm = None
     if vllm_python is not None and planned.finished_at is None:
         vllm = vllm_model(config, vllm_python, loaded.num_tokens)
@@ -79,7 +85,14 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
-        online=None if reward is None else _online_task(config, loaded, reward, models, vllm),
+        online=None if reward is None else _online_task(
+            config,
+            loaded,
+            reward,
+            models,
+            vllm=vllm,
+            critic=None if critic is None else critic.task(start_from, resume_from),
+        ),
     )
 
 
@@ -88,7 +101,9 @@ def _online_task(
     loaded: LoadedData,
     reward: Rewards,
     models: Mapping[str, RewardModelOfRun],
+    *,
     vllm: VllmModel | None,
+    critic: CriticTask | None,
 ) -> OnlineTask:
     weights = config.online.reward_weights
     return OnlineTask(
@@ -97,4 +112,5 @@ def _online_task(
         [model.scorer(name, weights.get(name, 1.0)) for name, model in models.items()],
         loaded.validation_prompts,
         vllm,
+        critic,
     )
