@@ -19,7 +19,7 @@ from nemo_rao.loop.finite import not_finite
 from nemo_rao.loop.prepared import CriticTask
 from nemo_rao.loop.schedule import learning_rate
 from nemo_rao.loop.session import Hook, Session, log
-from nemo_rao.mcore.loss import means, reduce_statistics
+from nemo_rao.mcore.loss import LOSS, means, reduce_statistics
 from nemo_rao.mcore.objective_loss import ObjectiveLoss
 from nemo_rao.mcore.trained_model import TrainedModel
 from nemo_rao.rollout.log_probs import rollout_values
@@ -65,8 +65,9 @@ class TrainCritic(Hook):
         norm = self._model.step(
             data.micro_batches_of_step(step), make_micro_batch=data.train.micro_batch, loss=self._loss, rate=rate
         )
+        of_objective = means(reduce_statistics(self._loss.take_statistics()))
         self._metrics = {
-            **means(reduce_statistics(self._loss.take_statistics())),
+            **{name: value for name, value in of_objective.items() if name != LOSS},  # that is the policy's
             **({} if norm is None else {"ppo/critic_grad_norm": norm}),
             "ppo/critic_lr": rate,
             "seconds/critic": time.perf_counter() - started,

@@ -107,7 +107,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, keep: Filter | 
     loaded = dist_checkpointing.load(content, str(folder))
     _take(chunks, loaded)
     optimizer.load_state_dict(_forparts(optimizer, loaded["optimizer"], folder))
-    for part in parts:
+    for part in with_torch_adam:
         torch_adam.after_reading(part)
     for group, before in zip(optimizer.param_groups, groups, strict=True):
         group.update(before)
