@@ -54,9 +54,7 @@ class TrainCritic(Hook):
     def values(self, rollout: Rollout, data: AlignmentData, micro_batch_size: int) -> np.ndarray:
         """float32, of each token of the rollout, which ``data`` holds. A collective over all ranks."""
         with self._model.on_device():
-            return rollout_values(
-                self._model.chunks, rollout, data.micro_batch, micro_batch_size=micro_batch_size
-            )
+            return rollout_values(self._model.chunks, rollout, data.micro_batch, micro_batch_size=micro_batch_size)
 
     def before_step(self, session: Session) -> None:
         data, step, task = session.data, session.step, self._task

@@ -143,9 +143,7 @@ class LinearHead(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-def add_value_head(
-    model: Any, *, position: Position = "prompt", detached: bool = True, alone: bool = False
-) -> None:
+def add_value_head(model: Any, *, position: Position = "prompt", detached: bool = True, alone: bool = False) -> None:
     """Give a Megatron GPT model chunk its value head, where it is the last pipeline stage's.
 
     Args:
@@ -175,7 +173,9 @@ def add_score_head(model: Any, num_scores: int, *, seed: int) -> None:
     """
     if not model.post_process:
         return
-    head = LinearHead(model.config, SCORE_HEAD, num_outputs=num_scores, position="response", detached=False, bias=False, alone=True)
+    head = LinearHead(
+        model.config, SCORE_HEAD, num_outputs=num_scores, position="response", detached=False, bias=False, alone=True
+    )
     # From a generator of its own: the same on every tensor-parallel rank, whatever was drawn before.
     generator = torch.Generator().manual_seed(derived_seed(SCORE_HEAD, seed))
     start = torch.randn(head.weight.shape, generator=generator) * 0.02

@@ -20,10 +20,10 @@ The mean over all tokens of the *global* batch. Responses without a reward have 
 less 1. Implementations that whiten what a rank or a micro-batch holds depend on how the batch is split.
 **Choice** A response that was cut is over: no value is put behind its last token. ``online.cut_responses`` decides what
 it is worth.
-**Choice** By default the critic is a linear head on the policy's last hidden states, so that no second model is held. It
-reads detached states: its loss is far larger than the policy's until it has learned the level of the rewards, and would
-pull the policy's weights along. With ``critic: model`` it is a second model, whose loss is the value part without its
-weight: an optimizer of its own makes a weight redundant.
+**Choice** By default the critic is a linear head on the policy's last hidden states, so that no second model is held.
+It reads detached states: its loss is far larger than the policy's until it has learned the level of the rewards, and
+would pull the policy's weights along. With ``critic: model`` it is a second model, whose loss is the value part without
+its weight: an optimizer of its own makes a weight redundant.
 """
 
 from __future__ import annotations
@@ -139,14 +139,13 @@ def ppo_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
         ppo/advantage        \\|A\\|
     """
     tokens, mask = _rewarded_tokens(batch)
-    logps, old, advantages = (
-        _at(mask, given) for given in (tokens.logps, tokens.old, tokens.advantages)
-    )
+    logps, old, advantages = (_at(mask, given) for given in (tokens.logps, tokens.old, tokens.advantages))
     old, advantages = old.detach(), advantages.detach()
     ratio = (logps - old).exp()
     gain = ratio * advantages
     clipped_gain = ratio.clamp(1 - config.clip, 1 + config.clip) * advantages
-    losses, of_values = -torch.minimum(gain, clipped_gain), {}
+    losses = -torch.minimum(gain, clipped_gain)
+    of_values: dict[str, Tensor] = {}
     if config.critic != "model":
         value_losses, of_values = _value_losses(tokens, mask, config)
         losses = losses + config.value_weight * value_losses

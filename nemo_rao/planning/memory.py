@@ -3,8 +3,9 @@
     states + micro-batches in flight x what each keeps + the larger of: log-probabilities; a layer's backward pass
 
 The last two never stand together: log-probabilities are done when the last layer's backward pass begins, and
-recomputation has not begun before. Where the reference pass has larger micro-batches, rows are sampled, or a critic takes
-its step, states and what these take may be more than that. On a CPU the process shares the memory with its tensors, and is added.
+recomputation has not begun before. Where the reference pass has larger micro-batches, rows are sampled, or a critic
+takes its step, states and what these take may be more than that. On a CPU the process shares the memory with its
+tensors, and is added.
 
 States are exact. The others are within ``UNCERTAINTY`` of those measured.
 """
@@ -38,8 +39,8 @@ class StageMemory:
         process: of what is imported, on a CPU; 0 on GPUs.
         reference: of a micro-batch of the reference pass, which keeps nothing for a backward pass.
         sampling: keys, values and what else is held while tokens are sampled; 0 where none are.
-        critic: of the critic's step: its micro-batches and, with GPUs, its states, which wait in host memory otherwise; 0
-            where there is none.
+        critic: of the critic's step: its micro-batches and, with GPUs, its states, which wait in host memory otherwise;
+            0 where there is none.
         critic_states: its weights, gradients and optimizer states on a CPU, held throughout.
         host: of a rank's reference weights and critic in host memory, where the run samples; no part of the total.
     """

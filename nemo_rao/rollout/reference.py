@@ -73,4 +73,3 @@ def _trained(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in unwrapped(chunk).named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
-

@@ -84,12 +84,11 @@ class Critic:
             start_from: the policy's start.
             resume_from: this run's last checkpoint.
         """
-        config = self.config
-        assert isinstance(rate := optimizer_fields(config)["lr"], float)
+        optim = self.config.model.optim
         return CriticTask(
-            functools.partial(_built, config, self.checkpoint or start_from),
-            rate,
-            config.model.optim.sched,
+            functools.partial(_built, self.config, self.checkpoint or start_from),
+            optim.lr,
+            optim.sched,
             None if resume_from is None else resume_from / CRITIC,
         )
 
@@ -138,7 +137,7 @@ def critic_of(policy: RunConfig) -> Critic | None:
     return Critic(run, trained.config.data, made, trained.checkpoint)
 
 
-def _built(config: RunConfig, start: Path, resumed: bool) -> TrainedModel:
+def _built(config: RunConfig, start: Path | None, resumed: bool) -> TrainedModel:
     """This rank's part, with the weights of ``start`` unless the run is resumed. A collective of all ranks."""
     import torch
 
@@ -147,6 +146,7 @@ def _built(config: RunConfig, start: Path, resumed: bool) -> TrainedModel:
     objective = registry.get("ppo").critic
     assert objective is not None, "ppo has one"
     assert not callable(objective.needs), "whatever the keys"
+    assert resumed or start is not None, "checked before the run"
     chunks = chunks_of(config, objective.needs, None if resumed else start, is_trained=True)
     formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return TrainedModel(

@@ -85,7 +85,9 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
-        online=None if reward is None else _online_task(
+        online=None
+        if reward is None
+        else _online_task(
             config,
             loaded,
             reward,

@@ -75,9 +75,7 @@ def beside(trained: TrainedRun, run: str, policy: RunConfig, **keys: Any) -> Run
     return made
 
 
-def chunks_of(
-    config: RunConfig, needs: Needs, checkpoint: Path | None, *, is_trained: bool = False
-) -> Sequence[Any]:
+def chunks_of(config: RunConfig, needs: Needs, checkpoint: Path | None, *, is_trained: bool = False) -> Sequence[Any]:
     """This rank's chunks of such a model. A collective of all ranks.
 
     Args:

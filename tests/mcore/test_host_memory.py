@@ -31,7 +31,9 @@ def test_what_shares_a_buffer_is_back_with_its_values_and_away_without_memory() 
                 one.step()
         assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors())
         with memory.on_device(changed=False):
-            assert torch.equal(parameter, plain[0]) and torch.equal(other, plain[1]) and buffer[10:].tolist() == [10, 11]
+            assert (
+                torch.equal(parameter, plain[0]) and torch.equal(other, plain[1]) and buffer[10:].tolist() == [10, 11]
+            )
             parameter.data.zero_()  # is not kept: what has not changed is not copied again
     with memory.on_device(changed=False):
         assert torch.equal(buffer[:4].view(2, 2), plain[0])
