@@ -106,7 +106,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, keep: Filter | 
     content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=dict(_LAYOUT))
     loaded = dist_checkpointing.load(content, str(folder))
     _take(chunks, loaded)
-    optimizer.load_state_dict(_forparts(optimizer, loaded["optimizer"], folder))
+    optimizer.load_state_dict(_for_parts(optimizer, loaded["optimizer"], folder))
     for part in with_torch_adam:
         torch_adam.after_reading(part)
     for group, before in zip(optimizer.param_groups, groups, strict=True):
@@ -165,14 +165,16 @@ def _take(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
             logging.getLogger(__name__).warning("not read: %s", result.unexpected_keys)
 
 
-def _forparts(optimizer: Any, loaded: dict[Any, Any], folder: Path) -> dict[Any, Any]:
+def _for_parts(optimizer: Any, loaded: dict[Any, Any], folder: Path) -> dict[Any, Any]:
     """What was read of an optimizer, as its parts expect it.
 
     Experts that ranks share are a part of their own, whose tensors have the same names. A checkpoint of other parts
     differs in what it holds besides: number of steps and loss scale, equal in all parts, and hyperparameters.
     """
     common = dist_checkpointing.load_common_state_dict(str(folder))["optimizer"]
-    stored, parts = [common] if "optimizer" in common else list(common.values()), optimizer_parts(optimizer)
+    # One part's own; in fp32, not distributed, it is that of torch's optimizer.
+    is_one = "optimizer" in common or "param_groups" in common
+    stored, parts = [common] if is_one else list(common.values()), optimizer_parts(optimizer)
     if len(stored) == len(parts):
         return loaded
     given = {name: value for name, value in stored[0].items() if name != "optimizer"}

@@ -19,7 +19,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
-from nemo_rao.mcore import checkpoint
+from nemo_rao.mcore import checkpoint, torch_adam
 from nemo_rao.mcore.forward import forward_backward
 from nemo_rao.mcore.host_memory import HostMemory, on_gpu
 
@@ -50,6 +50,9 @@ class TrainedModel:
             config = get_model_config(chunk)
             config.finalize_model_grads_func = finalize_model_grads
             config.grad_scale_func = self._optimizer.scale_loss
+        for part in checkpoint.optimizer_parts(self._optimizer):
+            if torch_adam.is_torch_adam(part):
+                torch_adam.allocate_state(part.optimizer)  # a checkpoint has it even if fp16 has left out all steps
         for group in self._optimizer.param_groups:
             group["weight_decay"] = optimizer["weight_decay"] * group.get("wd_mult", 1.0)
             if "max_lr" in group:
