@@ -219,6 +219,8 @@ KEYS: dict[str, Counterpart] = {
     "cliprange": Counterpart("the bound on PPO's ratio", ("model.ppo.clip",)),
     "cliprange_value": Counterpart("the bound on PPO's values", ("model.ppo.value_clip",)),
     "vf_coef": Counterpart("the weight of PPO's value loss", ("model.ppo.value_weight",)),
+    "critic_pretrain": Counterpart("the run that PPO's critic starts from", ("model.ppo.critic_path",)),
+    "critic_learning_rate": Counterpart("the learning rate of PPO's critic", ("model.ppo.value_lr",)),
     "num_ppo_epochs": Counterpart("passes over each rollout", ("online.epochs",)),
     "num_mini_batches": Counterpart("optimizer steps in each pass over a rollout", ("online.mini_batches",)),
     "simpo_gamma": Counterpart("SimPO's margin", ("model.simpo.gamma",)),

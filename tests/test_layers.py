@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": FOUNDATION | {"data", "objectives", "other_names", "rows"},
     "checkpoint": FOUNDATION | {"config", "data", "mcore", "objectives"},
     "loop": FOUNDATION | {"checkpoint", "config", "data", "mcore", "objectives", "ops", "rollout"},
-    "engines": {"config", "data", "loop"},  # which engine there is, and what it is asked
+    "engines": {"config", "data", "loop", "objectives"},  # which engine there is, and what it is asked
     "engines.nemo": FOUNDATION | {"checkpoint", "config", "data", "loop", "mcore", "objectives"},
     "engines.bridge": FOUNDATION | {"checkpoint", "config", "data", "loop", "mcore", "objectives"},
     "planning": FOUNDATION

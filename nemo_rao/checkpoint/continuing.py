@@ -65,7 +65,7 @@ KEEPS_NUMBERS = (
 NEEDS_NEW_RUN = (
     *("model.family", "model.config_class", "model.arch.", "model.peft.scheme", "model.peft.lora.dim"),
     *("model.peft.lora.target_modules", "model.optim.use_distributed_optimizer", "model.optim.name"),
-    *("precision.params", "precision.fp8"),
+    *("precision.params", "precision.fp8", "model.ppo.critic_path"),
 )
 _NO_SIZES = (
     *("model.arch.attention_dropout", "model.arch.hidden_dropout", "model.arch.rotary_base"),
@@ -116,7 +116,7 @@ def _plain(value: Any) -> Any:
 
 
 def _loads(key: str, before: RunConfig, now: RunConfig) -> bool:
-    if key == "model.objective":
+    if key in ("model.objective", "model.ppo.critic"):
         return _heads(before) == _heads(now)
     if key == "model.optim.lr" or key.endswith(".value_lr"):
         return _heads(now)[0] is None  # the ratio of the two is how Megatron finds a value head's optimizer state
@@ -125,7 +125,7 @@ def _loads(key: str, before: RunConfig, now: RunConfig) -> bool:
 
 def _heads(config: RunConfig) -> tuple[Any, ...]:
     needs = registry.get(config.model.objective).needs_of(objective_config(config))
-    return needs.values, needs.scores
+    return needs.values, needs.scores, needs.critic
 
 
 def check_settings(config: RunConfig, folder: Path | None = None, *, another: str = "exp_manager.name") -> list[Change]:

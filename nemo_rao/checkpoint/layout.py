@@ -1,6 +1,7 @@
 """How checkpoints lie on disk: those of this project's runs, on either engine, and Megatron-Bridge's own.
 
 NAME/weights/       torch_dist, of a run on either engine; the model's names begin with "module."
+NAME/critic/        likewise of a critic that is a model of its own, with its optimizer
 NAME/context/       tokenizer; on NeMo, what else it keeps
 iter_0000100/       torch_dist, of Megatron-Bridge itself, without that prefix; latest_checkpointed_iteration.txt is
                     beside it
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+
+CRITIC = "critic"
 
 _PREFIX = "module."
 # What a checkpoint holds besides the model, where the model's names have no prefix.

@@ -82,6 +82,20 @@ def optimizer_fields(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def optimizer_precision_fields(config: RunConfig) -> dict[str, Any]:
+    """Number formats: of ``OptimizerConfig``, but for ``params_dtype``. Engines write them there themselves."""
+    keys = config.precision
+    return {
+        "bf16": keys.params == "bf16",
+        "fp16": keys.params == "fp16",
+        "loss_scale": keys.fp16_loss_scale,
+        "initial_loss_scale": keys.fp16_initial_loss_scale,
+        "min_loss_scale": keys.fp16_min_loss_scale,
+        "loss_scale_window": keys.fp16_loss_scale_window,
+        "hysteresis": keys.fp16_hysteresis,
+    }
+
+
 def fp8_fields(keys: PrecisionConfig) -> dict[str, Any]:
     """8-bit formats: of ``TransformerConfig``. None in a simulation: Megatron would ask Transformer Engine for them."""
     return {} if keys.fp8 is None or keys.fp8_simulation else {name: vars(keys)[name] for name in _FP8}

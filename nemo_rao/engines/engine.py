@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nemo_rao.loop.data import TrainingData
     from nemo_rao.loop.prepared import Prepared
     from nemo_rao.loop.session import Hook, Session
+    from nemo_rao.objectives.base import Needs
 
 
 class Engine(Protocol):
@@ -62,14 +63,16 @@ class Engine(Protocol):
             folder: for what the engine writes.
         """
 
-    def evaluation_chunks(self, config: RunConfig, objective_config: Any) -> list[Any]:
+    def second_model(self, config: RunConfig, needs: Needs, *, is_trained: bool) -> list[Any]:
         """This rank's chunks of another model inside a run, split over the run's own process groups.
 
-        They are neither trained nor wrapped for it; their weights are to be read. A collective over no ranks.
+        They are not wrapped for training; their weights are to be read. A collective over no ranks.
 
         Args:
             config: the other model's recipe, with the run's parallel sizes.
-            objective_config: of that recipe's objective, which decides the model's head.
+            needs: of what it is used for, which decides its head.
+            is_trained: where not, initial weights are left out, and with them the marks by which Megatron knows which
+                weights are split over ranks when it adds up a gradient's norm.
         """
 
 

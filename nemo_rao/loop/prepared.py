@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from nemo_rao.batch import Row
 from nemo_rao.checkpoint.run_records import Change
+from nemo_rao.config.model_config import ScheduleConfig
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.rollout.vllm_model import VllmModel
+
+if TYPE_CHECKING:
+    from nemo_rao.mcore.trained_model import TrainedModel
 
 
 class TextScorers(Protocol):
@@ -46,6 +50,24 @@ class TokenScorer:
 
 
 @dataclass(frozen=True)
+class CriticTask:
+    """A critic that is a model of its own, on the run's own ranks.
+
+    Attributes:
+        build: this rank's part; a collective of all ranks, inside the run. ``build(True)`` leaves out the weights that
+            it starts with: a checkpoint brings its own.
+        rate: its highest learning rate.
+        schedule: of its learning rate.
+        resume_from: what :meth:`TrainedModel.save` has written; ``None`` at the run's start.
+    """
+
+    build: Callable[[bool], TrainedModel]
+    rate: float
+    schedule: ScheduleConfig
+    resume_from: Path | None
+
+
+@dataclass(frozen=True)
 class OnlineTask:
     """What a run samples responses to, and how they are rewarded.
 
@@ -56,6 +78,7 @@ class OnlineTask:
         weights: of scorers' scores in the reward, by name; 1 for the others.
         validation_prompts: those of the validation data, likewise.
         vllm: what samples; ``None``: the training model.
+        critic: ``None``: the objective has none that is a model.
     """
 
     prompts: Sequence[Row]
@@ -64,6 +87,7 @@ class OnlineTask:
     weights: Mapping[str, float] = field(default_factory=dict)
     validation_prompts: Sequence[Row] = ()
     vllm: VllmModel | None = None
+    critic: CriticTask | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from nemo_rao.batch import RewardSummary
 from nemo_rao.checkpoint.find import last_checkpoint, step_of
 from nemo_rao.config.online_config import OnlineConfig
 from nemo_rao.errors import RankFailure
+from nemo_rao.loop.critic import TrainCritic
 from nemo_rao.loop.data import AlignmentData
 from nemo_rao.loop.online_data import OnlineData
 from nemo_rao.loop.prepared import OnlineTask
@@ -54,6 +55,7 @@ class MakeRollouts(Hook):
         adapters: only they are trained.
         needs: of the objective.
         start: the folder of the weights that the run started with; ``None`` for random ones.
+        critic: a model that gives tokens their values; ``None``: the policy does, where they are needed.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class MakeRollouts(Hook):
         adapters: bool,
         needs: Needs,
         start: Path | None,
+        critic: TrainCritic | None = None,
     ) -> None:
         assert keys.num_generations is not None, "the run samples"
         self._keys = keys
@@ -74,6 +77,7 @@ class MakeRollouts(Hook):
         self._adapters = adapters
         self._needs = needs
         self._start = start
+        self._critic = critic
         self._at = -1  # the rollout that the data holds
         self._reference: ReferenceWeights | None = None
         self._sampler: Sampler | None = None
@@ -181,15 +185,20 @@ class MakeRollouts(Hook):
                 found = self.reference_log_probs(session, data.train, data.micro_batch_size)
             rollout = replace(rollout, reference=found.sums, reference_logps=found.tokens)
             keep(rollout)
-        # A single step is taken by the policy that sampled, whose ratio to itself is 1. Values ask for the pass, and
-        # what vLLM has sampled is always held against the training model.
-        wanted = self._needs.tokens and (self._has_values or data.steps_per_rollout > 1)
+        # A single step is taken by the policy that sampled, whose ratio to itself is 1. What vLLM has sampled is always
+        # held against the training model.
+        of_values = self._has_values or self._critic is not None  # what uses them asks for the pass
+        wanted = self._needs.tokens and (of_values or data.steps_per_rollout > 1)
         if rollout.old_logps is None and (wanted or self._task.vllm is not None):
             with self._timed("old"):
                 found = self._log_probs(
                     session, data.train, data.micro_batch_size, of_tokens=True, values=self._has_values
                 )
             rollout = replace(rollout, old_logps=found.tokens, values=found.values)
+            keep(rollout)
+        if rollout.values is None and self._critic is not None:
+            with self._timed("values"):
+                rollout = replace(rollout, values=self._critic.values(rollout, data.train, data.micro_batch_size))
             keep(rollout)
         return rollout
 

@@ -12,6 +12,7 @@ from nemo_rao.config.precision_checks import quantisation
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.store import PreferenceData
+from nemo_rao.loop.critic import TrainCritic
 from nemo_rao.loop.data import AlignmentData, TrainingData, batch_layout
 from nemo_rao.loop.finite import StopWhereNotFinite
 from nemo_rao.loop.first_step import CheckFirstStep
@@ -136,6 +137,7 @@ def _sampling_hooks(
     config: RunConfig, needs: Needs, data_sets: Mapping[str, AlignmentData], prepared: Prepared, task: OnlineTask
 ) -> Iterator[Hook]:
     tokenizer = load_tokenizer(config.data.tokenizer or "")
+    critic = None if task.critic is None else TrainCritic(task.critic)
     rollouts = MakeRollouts(
         config.online,
         task,
@@ -143,8 +145,11 @@ def _sampling_hooks(
         adapters=config.model.peft.scheme != "none",
         needs=needs,
         start=None if prepared.start_from is None else weights_of(prepared.start_from),
+        critic=critic,
     )
     yield rollouts
+    if critic is not None:
+        yield critic
     if "validation" in data_sets:
         yield ValidateSamples(
             data_sets["validation"],

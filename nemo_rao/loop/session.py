@@ -98,6 +98,9 @@ class Hook:
     def after_step(self, session: Session) -> None:
         """After the optimizer's step, before a checkpoint of it is written."""
 
+    def save(self, session: Session, folder: Path) -> None:
+        """Write what the hook keeps into the folder of a checkpoint that is being written."""
+
     def end(self, session: Session) -> None:
         """After the last step of this start, before its checkpoint is written."""
 

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from nemo_rao.mcore import torch_adam
 from nemo_rao.mcore.forward import unwrapped
-from nemo_rao.mcore.heads import heads, is_stored
+from nemo_rao.mcore.heads import heads
 
 PREFIX = "module."  # of NeMo's names
 STATE = "nemo_rao"
@@ -100,14 +100,14 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, keep: Filter | 
         {name: value for name, value in group.items() if name not in ("params", "step")}
         for group in optimizer.param_groups
     ]
-    parts = [part for part in _parts(optimizer) if torch_adam.is_torch_adam(part)]
-    for part in parts:
+    with_torch_adam = [part for part in optimizer_parts(optimizer) if torch_adam.is_torch_adam(part)]
+    for part in with_torch_adam:
         torch_adam.before_reading(part)
     content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=dict(_LAYOUT))
     loaded = dist_checkpointing.load(content, str(folder))
     _take(chunks, loaded)
     optimizer.load_state_dict(_for_parts(optimizer, loaded["optimizer"], folder))
-    for part in parts:
+    for part in with_torch_adam:
         torch_adam.after_reading(part)
     for group, before in zip(optimizer.param_groups, groups, strict=True):
         group.update(before)
@@ -149,12 +149,12 @@ def _request(folder: Path, chunks: Sequence[Any], keep: Filter | None) -> dict[s
 def _stored_heads(chunks: Sequence[Any], stored: Mapping[str, Any]) -> Iterator[None]:
     found = [head for chunk in chunks for head in heads(chunk)]
     for head in found:
-        head.stored = is_stored(head.name, head.weight.shape, stored)
+        head.look_for(stored)
     try:
         yield
     finally:
         for head in found:
-            head.stored = True
+            head.stored = head.name
 
 
 def _take(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
@@ -172,7 +172,9 @@ def _for_parts(optimizer: Any, loaded: dict[Any, Any], folder: Path) -> dict[Any
     differs in what it holds besides: number of steps and loss scale, equal in all parts, and hyperparameters.
     """
     common = dist_checkpointing.load_common_state_dict(str(folder))["optimizer"]
-    stored, parts = [common] if "optimizer" in common else list(common.values()), _parts(optimizer)
+    # One part's own; in fp32, not distributed, it is that of torch's optimizer.
+    is_one = "optimizer" in common or "param_groups" in common
+    stored, parts = [common] if is_one else list(common.values()), optimizer_parts(optimizer)
     if len(stored) == len(parts):
         return loaded
     given = {name: value for name, value in stored[0].items() if name != "optimizer"}
@@ -186,6 +188,7 @@ def _for_parts(optimizer: Any, loaded: dict[Any, Any], folder: Path) -> dict[Any
     return states[0] if len(parts) == 1 else dict(enumerate(states))
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """A megatron-core optimizer's own optimizers, each of some of the parameters."""
     chained = vars(optimizer).get("chained_optimizers")
-    return [optimizer] if chained is None else [part for one in chained for part in _parts(one)]
+    return [optimizer] if chained is None else [part for one in chained for part in optimizer_parts(one)]

@@ -61,8 +61,8 @@ def finish_chunk(
     if fp8_is_simulated:
         keep_scales_up_to_date(chunk)
     if needs.values is not None:
-        add_value_head(chunk, position=needs.values, detached=not needs.value_gradient)
+        add_value_head(chunk, position=needs.values, detached=not needs.value_gradient, alone=needs.values_alone)
     if needs.scores:
         add_score_head(chunk, needs.scores, seed=head_seed)
-    elif fused_log_probs:
+    elif fused_log_probs and not needs.values_alone:
         fuse_output_layer(chunk)

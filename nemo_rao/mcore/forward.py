@@ -71,6 +71,8 @@ def forward_step(model: Any, batch: MicroBatch) -> Tensor | ModelOutput:
         return ModelOutput(logits=None, scores=head(batch))
     head = getattr(inner, VALUE_HEAD, None)
     values = None if head is None else head(batch)[..., 0]
+    if head is not None and head.alone:
+        return ModelOutput(logits=None, values=values)
     if (fused := output_layer_input(inner)) is not None:
         return ModelOutput(logits=None, hidden=fused[0], output_weight=fused[1], values=values)
     return ModelOutput(logits=output, values=values)
@@ -135,18 +137,56 @@ def forward_only(
 
         return forward_step(chunk, batch), no_loss
 
+    reports = _run_schedule(model, micro_batches, forward, make_micro_batch=make_micro_batch, forward_only=True)
+    return reports[:num_wanted]
+
+
+def forward_backward(
+    model: Sequence[Any],
+    micro_batches: Sequence[Sequence[int]],
+    *,
+    make_micro_batch: Callable[[Sequence[int]], MicroBatch],
+    loss: Callable[[ModelOutput, MicroBatch], tuple[Tensor, Tensor, dict[str, Tensor]]],
+) -> None:
+    """Add up micro-batches' gradients, reduced over ranks and divided by the count that the loss reports.
+
+    A collective over all ranks, which have equally many micro-batches.
+
+    Args:
+        model: this rank's chunks, as megatron-core's distributed data parallel wraps them.
+        micro_batches: prompt numbers of each micro-batch.
+        make_micro_batch: prompt numbers -> micro-batch.
+        loss: of the last stage's output; see :func:`nemo_rao.mcore.loss.for_schedule`.
+    """
+
+    def forward(data_iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor | ModelOutput, Callable]:
+        batch = to_device(next(data_iterator))
+        return forward_step(chunk, batch), lambda output: loss(output, batch)
+
+    _run_schedule(model, micro_batches, forward, make_micro_batch=make_micro_batch, forward_only=False)
+
+
+def _run_schedule(
+    model: Sequence[Any],
+    micro_batches: Sequence[Sequence[int]],
+    forward: Callable[[Iterator[MicroBatch], Any], tuple[Tensor | ModelOutput, Callable]],
+    *,
+    make_micro_batch: Callable[[Sequence[int]], MicroBatch],
+    forward_only: bool,
+) -> list[dict[str, Tensor]]:
+    """Megatron's schedule over these micro-batches; what it returns."""
     with contextlib.ExitStack() as threads:
         iterators = [threads.enter_context(made_ahead(map(make_micro_batch, micro_batches))) for _ in model]
-        reports = get_forward_backward_func()(
+        reports: list[dict[str, Tensor]] = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=list(model),
             num_microbatches=len(micro_batches),
             seq_length=1,  # not read: micro-batches tell each other their shapes (variable_seq_lengths)
             micro_batch_size=1,
-            forward_only=True,
+            forward_only=forward_only,
         )
-    return reports[:num_wanted]
+    return reports
 
 
 def _num_run(num_wanted: int, *, num_chunks: int) -> int:

@@ -3,12 +3,14 @@
     value_head    V(x) of dro, at the position that predicts the response's first token: all of the prompt and nothing
                   of the response. **Choice** It reads a detached state: the value loss trains the head alone, and the
                   policy's weights follow the policy loss alone. Of ppo, V(x, y_<t) at every position that predicts a
-                  token of the response, detached unless ``model.ppo.critic`` says otherwise.
+                  token of the response, detached unless ``model.ppo.critic`` says otherwise. That of a critic stands in
+                  the place of the output layer, as a score head does, and trains the whole model.
     score_head    a reward model's scores, at the response's end token: all of prompt and response. It trains the
                   whole model, stands in the place of the output layer, and has no bias, as the sequence classifiers of
                   `transformers` have none.
 
-A run whose start has a head of this kind and size keeps it. A new value head starts at 0, a new score head at random
+A run whose start has a head of this kind and size keeps it; a critic that starts from a reward model with one score has
+its score head as value head, with a bias of 0. A new value head starts at 0, a new score head at random
 numbers of the run's seed. Both read the state after the final norm. Every tensor-parallel
 rank holds all of a head, since it is a few rows; it counts once in gradient norms and checkpoints. It is no weight of
 the policy: fingerprints leave it out.
@@ -49,20 +51,32 @@ class LinearHead(nn.Module):
             response is predicted.
         detached: nothing of the gradient passes into the model.
         bias: beside the weight.
+        alone: it stands in the place of the output layer.
 
     Attributes:
         name: in the model.
-        stored: the checkpoint that is being read has this head; where not, it keeps the values that it has.
+        alone: as above.
+        stored: the name of the head in the checkpoint that is being read; ``None``: it has none, and this one keeps the
+            values that it has.
     """
 
     def __init__(
-        self, config: Any, name: str, *, num_outputs: int, position: Position, detached: bool, bias: bool
+        self,
+        config: Any,
+        name: str,
+        *,
+        num_outputs: int,
+        position: Position,
+        detached: bool,
+        bias: bool,
+        alone: bool = False,
     ) -> None:
         super().__init__()
         like = {"dtype": config.params_dtype, "device": _device()}
         self.weight = nn.Parameter(torch.zeros(num_outputs, config.hidden_size, **like))
         self.bias = nn.Parameter(torch.zeros(num_outputs, **like)) if bias else None
-        self.name, self.stored = name, True
+        self.name, self.alone = name, alone
+        self.stored: str | None = name
         self._sequence_parallel = config.sequence_parallel
         self._position = position
         self._detached = detached
@@ -107,25 +121,44 @@ class LinearHead(nn.Module):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """As megatron-core's modules have it; empty where the checkpoint to be read has no head."""
-        if not self.stored:
+        if self.stored is None:
             return {}
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
         state = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
+        if self.stored != self.name:
+            del state["bias"]
+        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
+        for tensor in found.values():
+            tensor.key = tensor.key.replace(self.name, self.stored)
+        return found
+
+    def look_for(self, checkpoint: Mapping[str, Sequence[int]]) -> None:
+        """Set ``stored`` by the shapes of a checkpoint's tensors, whose names may have a prefix."""
+        names = (self.name, SCORE_HEAD) if self.alone else (self.name,)
+        self.stored = next((name for name in names if is_stored(name, self.weight.shape, checkpoint)), None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         if any(name.startswith(prefix) for name in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-def add_value_head(model: Any, *, position: Position = "prompt", detached: bool = True) -> None:
-    """Give a Megatron GPT model chunk its value head, where it is the last pipeline stage's; see :class:`LinearHead`"""
+def add_value_head(model: Any, *, position: Position = "prompt", detached: bool = True, alone: bool = False) -> None:
+    """Give a Megatron GPT model chunk its value head, where it is the last pipeline stage's.
+
+    Args:
+        position, detached: see :class:`LinearHead`.
+        alone: the output layer is skipped, see :func:`add_score_head`.
+    """
     if not model.post_process:
         return
-    head = LinearHead(model.config, VALUE_HEAD, num_outputs=1, position=position, detached=detached, bias=True)
+    head = LinearHead(
+        model.config, VALUE_HEAD, num_outputs=1, position=position, detached=detached, bias=True, alone=alone
+    )
     head.watch(model.output_layer)
     setattr(model, VALUE_HEAD, head)
+    if alone:
+        _skip_output_layer(model)
 
 
 def add_score_head(model: Any, num_scores: int, *, seed: int) -> None:
@@ -140,13 +173,19 @@ def add_score_head(model: Any, num_scores: int, *, seed: int) -> None:
     """
     if not model.post_process:
         return
-    head = LinearHead(model.config, SCORE_HEAD, num_outputs=num_scores, position="response", detached=False, bias=False)
+    head = LinearHead(
+        model.config, SCORE_HEAD, num_outputs=num_scores, position="response", detached=False, bias=False, alone=True
+    )
     # From a generator of its own: the same on every tensor-parallel rank, whatever was drawn before.
     generator = torch.Generator().manual_seed(derived_seed(SCORE_HEAD, seed))
     start = torch.randn(head.weight.shape, generator=generator) * 0.02
     head.weight.data.copy_(start)
     head.watch(model.output_layer)
     setattr(model, SCORE_HEAD, head)
+    _skip_output_layer(model)
+
+
+def _skip_output_layer(model: Any) -> None:
     output_layer = model.output_layer
     own = getattr(output_layer, "weight", None)
     shared_over_stages = own is not None and model.share_embeddings_and_output_weights

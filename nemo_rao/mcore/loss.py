@@ -181,6 +181,10 @@ def micro_batch_loss(
     token_logps = None
     if needs.scores:
         prompt_logps = response_logps = torch.zeros_like(batch.rewards)
+    elif needs.values_alone:
+        assert output.values is not None, "the model is a critic"
+        prompt_logps = response_logps = torch.zeros_like(batch.rewards)
+        token_logps = torch.zeros_like(output.values)
     elif needs.tokens:
         token_logps = response_token_log_probs(output, batch, vocab_size=vocab_size)
         response_logps = token_logps.sum(-1)

@@ -57,6 +57,9 @@ class Needs:
         prompt_gradient: they carry a gradient.
         tokens: the log-probability of every token of a response.
         samples: of the policy itself, drawn while it trains: it is no objective of data that lies there.
+        critic: of every token, the value that a critic gives it: a model beside the policy, which
+            :attr:`Objective.critic` trains.
+        values_alone: it is that of a critic: the value head stands in the place of the output layer.
     """
 
     reference: bool = False
@@ -74,6 +77,8 @@ class Needs:
     prompt_gradient: bool = False
     tokens: bool = False
     samples: bool = False
+    critic: bool = False
+    values_alone: bool = False
 
 
 def keep(config: Any, rewards: RewardSummary) -> Any:
@@ -109,7 +114,7 @@ class SampledTokens:
         rewards: ``[N]`` float64, NaN where there is none.
         old: float32, log-probability of each token under the policy that sampled, nats.
         reference: the same under the reference policy; ``None`` where it is not declared.
-        values: float32, the value head's V(x, y_<t).
+        values: float32, V(x, y_<t) of the value head or the critic.
     """
 
     lengths: np.ndarray
@@ -158,6 +163,7 @@ class Objective:
         response_advantages: ``(batch, config) -> [P, K]``, by how much the loss wants each response more probable than
             its alternatives, for people to read; ``None`` for objectives without such a number. Log-probabilities of
             prompts are not in the batch.
+        critic: the objective of the critic, with the same keys, for objectives that may have one (``Needs.critic``).
     """
 
     name: str
@@ -171,6 +177,7 @@ class Objective:
     mean_target: Callable[[Any, RewardSummary], MeanTarget | None] = no_mean_target
     advantages: Callable[[SampledTokens, Any], Advantages] | None = None
     response_advantages: Callable[[ObjectiveBatch, Any], Tensor] | None = None
+    critic: Objective | None = None
 
     def needs_of(self, config: Any) -> Needs:
         """What it needs under these keys."""

@@ -22,9 +22,10 @@ have no part in any of it.
 less 1. Implementations that whiten what a rank or a micro-batch holds depend on how the batch is split.
 **Choice** A response that was cut is over: no value is put behind its last token. ``online.cut_responses`` decides what
 it is worth.
-**Choice** The critic is a linear head on the policy's last hidden states, so that no second model is held. By default
-it reads detached states: its loss is far larger than the policy's until it has learned the level of the rewards, and
-would pull the policy's weights along, where a critic of its own has no such path.
+**Choice** By default the critic is a linear head on the policy's last hidden states, so that no second model is held.
+It reads detached states: its loss is far larger than the policy's until it has learned the level of the rewards, and
+would pull the policy's weights along. With ``critic: model`` it is a second model, whose loss is the value part without
+its weight: an optimizer of its own makes a weight redundant.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_rao.batch import LossOutput, ObjectiveBatch
+from nemo_rao.batch import LossOutput, ObjectiveBatch, Tokens
+from nemo_rao.errors import UserError
 from nemo_rao.keys import key
 from nemo_rao.objectives.base import Advantages, Needs, Objective, ObjectiveConfig, SampledTokens
 from nemo_rao.objectives.metrics import pair_metrics
@@ -58,12 +60,30 @@ class PPOConfig(ObjectiveConfig):
     critic: str = key(
         "head",
         "head: a linear head on the policy's states, which alone the value loss trains; shared: it trains the policy "
-        "too",
-        choices=("head", "shared"),
+        "too; model: a second model, with an optimizer of its own",
+        choices=("head", "shared", "model"),
+    )
+    critic_path: str | None = key(
+        None,
+        "directory of the run, of a reward model or of any other objective, whose last checkpoint the critic starts "
+        "from, with critic=model; null: from the policy's start",
     )
     value_lr: float | None = key(
-        None, "highest learning rate of the value head; null: that of the model", low=0, exclusive=True
+        None, "highest learning rate of the critic; null: that of the model", low=0, exclusive=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic != "model" and self.critic_path is not None:
+            raise UserError(
+                f"model.ppo.critic_path={self.critic_path}: has no effect with model.ppo.critic={self.critic}; set "
+                "that to model, or leave this out"
+            )
+        if self.critic == "model" and self.value_weight != PPOConfig.value_weight:
+            raise UserError(
+                f"model.ppo.value_weight={self.value_weight}: has no effect with model.ppo.critic=model, whose "
+                "optimizer is its own; set model.ppo.value_lr, and leave this out"
+            )
 
 
 def ppo_advantages(sampled: SampledTokens, config: PPOConfig) -> Advantages:
@@ -111,60 +131,82 @@ def ppo_advantages(sampled: SampledTokens, config: PPOConfig) -> Advantages:
 
 
 def ppo_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
-    """Loss and metrics of P prompts with up to K responses.
+    """Loss and metrics of P prompts with up to K responses. The value part is the critic's where it is a model.
 
-    Means over tokens:
+    Means over tokens, beside those of :func:`ppo_value_loss`:
 
         ppo/ratio            w
         ppo/clipped          1 where clipping has taken the token's gradient away
         ppo/kl               log pi - log pi_ref, nats, with a reference
         ppo/advantage        \\|A\\|
+    """
+    tokens, mask = _rewarded_tokens(batch)
+    logps, old, advantages = (_at(mask, given) for given in (tokens.logps, tokens.old, tokens.advantages))
+    old, advantages = old.detach(), advantages.detach()
+    ratio = (logps - old).exp()
+    gain = ratio * advantages
+    clipped_gain = ratio.clamp(1 - config.clip, 1 + config.clip) * advantages
+    losses = -torch.minimum(gain, clipped_gain)
+    if tokens.importance is not None:
+        losses = _at(mask, tokens.importance).detach() * losses
+    of_values: dict[str, Tensor] = {}
+    if config.critic != "model":
+        value_losses, of_values = _value_losses(tokens, mask, config)
+        losses = losses + config.value_weight * value_losses
+    metrics = {
+        "ppo/ratio": _mean(mask, ratio),
+        "ppo/clipped": _mean(mask, (clipped_gain < gain).to(losses.dtype)),
+        "ppo/advantage": _mean(mask, advantages.abs()),
+        **of_values,
+        **pair_metrics(batch, best_and_worst(batch)),
+    }
+    if tokens.reference is not None:
+        metrics["ppo/kl"] = _mean(mask, logps - _at(mask, tokens.reference))
+    return LossOutput(torch.where(mask, losses, 0).sum(), mask.sum().to(losses.dtype), metrics)
+
+
+def ppo_value_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
+    """Loss and metrics of a critic that is a model of its own.
+
+    Means over tokens:
+
         ppo/value            V
         ppo/value_loss       1/2 max(...), without its weight
         ppo/value_clipped    1 where clipping has taken the value's gradient away
     """
-    tokens, mask = batch.tokens, rewarded(batch)[..., None]
-    assert tokens is not None, "ppo was given no tokens"
-    mask = mask & tokens.mask
+    tokens, mask = _rewarded_tokens(batch)
+    losses, metrics = _value_losses(tokens, mask, config)
+    return LossOutput(torch.where(mask, losses, 0).sum(), mask.sum().to(losses.dtype), metrics)
 
-    def at_tokens(values: Tensor | None) -> Tensor:
-        assert values is not None, "ppo was not given all that it asks of a rollout"
-        return torch.where(mask, values, 0)
 
-    logps, values = at_tokens(tokens.logps), at_tokens(tokens.values)
-    old, old_values, advantages, returns = (
-        at_tokens(given).detach() for given in (tokens.old, tokens.old_values, tokens.advantages, tokens.returns)
-    )
-
-    ratio = (logps - old).exp()
-    gain = ratio * advantages
-    clipped_gain = ratio.clamp(1 - config.clip, 1 + config.clip) * advantages
+def _value_losses(tokens: Tokens, mask: Tensor, config: PPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """``[P, K, L]`` 1/2 max(...), and its metrics."""
+    values = _at(mask, tokens.values)
+    old_values, returns = _at(mask, tokens.old_values).detach(), _at(mask, tokens.returns).detach()
     error = (values - returns).square()
     bounded = torch.clamp(values, old_values - config.value_clip, old_values + config.value_clip)
     clipped_error = (bounded - returns).square()
-    value_losses = 0.5 * torch.maximum(error, clipped_error)
-    policy_losses = -torch.minimum(gain, clipped_gain)
-    if tokens.importance is not None:
-        policy_losses = at_tokens(tokens.importance).detach() * policy_losses
-    losses = policy_losses + config.value_weight * value_losses
-
-    num_tokens = mask.sum().to(losses.dtype)
-
-    def over_tokens(numbers: Tensor) -> Tensor:
-        return metric((torch.where(mask, numbers.detach(), 0).sum(), num_tokens))
-
-    metrics = {
-        "ppo/ratio": over_tokens(ratio),
-        "ppo/clipped": over_tokens((clipped_gain < gain).to(losses.dtype)),
-        "ppo/advantage": over_tokens(advantages.abs()),
-        "ppo/value": over_tokens(values),
-        "ppo/value_loss": over_tokens(value_losses),
-        "ppo/value_clipped": over_tokens((clipped_error > error).to(losses.dtype)),
-        **pair_metrics(batch, best_and_worst(batch)),
+    losses = 0.5 * torch.maximum(error, clipped_error)
+    return losses, {
+        "ppo/value": _mean(mask, values),
+        "ppo/value_loss": _mean(mask, losses),
+        "ppo/value_clipped": _mean(mask, (clipped_error > error).to(losses.dtype)),
     }
-    if tokens.reference is not None:
-        metrics["ppo/kl"] = over_tokens(logps - at_tokens(tokens.reference))
-    return LossOutput(torch.where(mask, losses, 0).sum(), num_tokens, metrics)
+
+
+def _rewarded_tokens(batch: ObjectiveBatch) -> tuple[Tokens, Tensor]:
+    """The tokens, and ``[P, K, L]`` bool: those of responses with a reward."""
+    assert batch.tokens is not None, "ppo was given no tokens"
+    return batch.tokens, rewarded(batch)[..., None] & batch.tokens.mask
+
+
+def _at(mask: Tensor, values: Tensor | None) -> Tensor:
+    assert values is not None, "ppo was not given all that it asks of a rollout"
+    return torch.where(mask, values, 0)
+
+
+def _mean(mask: Tensor, numbers: Tensor) -> Tensor:
+    return metric((torch.where(mask, numbers.detach(), 0).sum(), mask.sum().to(numbers.dtype)))
 
 
 def mean_advantages(batch: ObjectiveBatch, config: PPOConfig) -> Tensor:
@@ -176,14 +218,27 @@ def mean_advantages(batch: ObjectiveBatch, config: PPOConfig) -> Tensor:
 
 def needs_of_ppo(config: PPOConfig) -> Needs:
     """Without a KL, no reference."""
+    with_model = config.critic == "model"
     return Needs(
         reference=config.kl_coef > 0,
         rewards=True,
         tokens=True,
         samples=True,
-        values="tokens",
+        values=None if with_model else "tokens",
         value_gradient=config.critic == "shared",
+        critic=with_model,
     )
+
+
+_CRITIC = Objective(
+    name="ppo",
+    config_type=PPOConfig,
+    loss=ppo_value_loss,
+    needs=Needs(rewards=True, samples=True, values="tokens", value_gradient=True, values_alone=True),
+    formula="½·max((V − R)², (clip(V, V_old ± ε_v) − R)²), per token",
+    source="Schulman et al. 2017 (PPO), arXiv 1707.06347",
+    checked="gradients by hand",
+)
 
 
 PPO = Objective(
@@ -197,4 +252,5 @@ PPO = Objective(
     checked="formula, gradients by hand (of the values too); GAE from its definition",
     advantages=ppo_advantages,
     response_advantages=mean_advantages,
+    critic=_CRITIC,
 )

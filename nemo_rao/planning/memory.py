@@ -3,8 +3,9 @@
     states + micro-batches in flight x what each keeps + the larger of: log-probabilities; a layer's backward pass
 
 The last two never stand together: log-probabilities are done when the last layer's backward pass begins, and
-recomputation has not begun before. Where the reference pass has larger micro-batches, or rows are sampled, states and
-what these take may be more than that. On a CPU the process shares the memory with its tensors, and is added.
+recomputation has not begun before. Where the reference pass has larger micro-batches, rows are sampled, or a critic
+takes its step, states and what these take may be more than that. On a CPU the process shares the memory with its
+tensors, and is added.
 
 States are exact. The others are within ``UNCERTAINTY`` of those measured.
 """
@@ -38,7 +39,10 @@ class StageMemory:
         process: of what is imported, on a CPU; 0 on GPUs.
         reference: of a micro-batch of the reference pass, which keeps nothing for a backward pass.
         sampling: keys, values and what else is held while tokens are sampled; 0 where none are.
-        host: of a rank's reference weights in host memory, where the run samples; no part of the total.
+        critic: of the critic's step: its micro-batches and, with GPUs, its states, which wait in host memory otherwise;
+            0 where there is none.
+        critic_states: its weights, gradients and optimizer states on a CPU, held throughout.
+        host: of a rank's reference weights and critic in host memory, where the run samples; no part of the total.
     """
 
     weights: int
@@ -50,17 +54,19 @@ class StageMemory:
     backward: int
     reference: int
     sampling: int
+    critic: int
+    critic_states: int
     host: int
     process: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.passing + self.process
+        return self.weights + self.gradients + self.optimizer + self.critic_states + self.passing + self.process
 
     @property
     def passing(self) -> int:
         """What micro-batches take, beside the states."""
-        return max(self.activations + max(self.log_probs, self.backward), self.reference, self.sampling)
+        return max(self.activations + max(self.log_probs, self.backward), self.reference, self.sampling, self.critic)
 
     @property
     def uncertainty(self) -> int:
@@ -73,6 +79,9 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
     states = stage_states(setting, stage)
     kept = activations.stored_layers(setting, stage) + activations.stored_ends(setting, stage)
     in_flight = setting.in_flight(stage)
+    critic = None if setting.critic is None else stage_memory(setting.critic, stage)
+    of_critic = 0 if critic is None else critic.weights + critic.gradients + critic.optimizer
+    with_gpus = setting.transformer_engine
     return StageMemory(
         weights=states.weights,
         gradients=states.gradients,
@@ -83,8 +92,10 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
         backward=activations.recomputed_unit(setting, stage) + activations.layer_gradients(setting),
         reference=_reference(setting.of_reference_pass(), stage) if setting.reference else 0,
         sampling=0 if setting.rollouts is None else sampling_bytes(setting, stage),
+        critic=0 if critic is None else critic.passing + (of_critic if with_gpus else 0),
+        critic_states=0 if with_gpus else of_critic,
         host=0 if setting.rollouts is None else host_bytes(setting, stage),
-        process=0 if setting.transformer_engine else PROCESS_BYTES,
+        process=0 if with_gpus else PROCESS_BYTES,
     )
 
 

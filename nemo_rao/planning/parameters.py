@@ -136,7 +136,7 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
         if setting.value_head:
             for name, size in (("value_head.weight", network.hidden), ("value_head.bias", 1)):
                 found.append(Parameter(name, size, trained=True))  # with adapters too
-        if setting.scores:
+        elif setting.scores:  # a critic, whose output layer is skipped likewise, has a value head
             add("score_head.weight", setting.scores * network.hidden)
     return found
 

@@ -20,6 +20,7 @@ from nemo_rao.config.lora_targets import lora_targets
 from nemo_rao.config.online_config import OnlineConfig
 from nemo_rao.config.precision_checks import check_named_gpu, fp8_multiple
 from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.data.choice import num_used
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
@@ -201,6 +202,7 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         reference_in_a_row=config.reference.save_every,
         mismatched=needs.mismatched,
         rollouts=_rollouts(config.online, needs),
+        critic_network=_critic_network(config, network) if needs.critic else None,
         transformer_engine=config.trainer.accelerator != "cpu",
     )
 
@@ -208,7 +210,8 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
 def _rollouts(keys: OnlineConfig, needs: Needs) -> Rollouts | None:
     if keys.num_generations is None:
         return None
-    wants_old = needs.tokens and (needs.values is not None or keys.mini_batches * keys.epochs > 1)
+    has_values = needs.critic or needs.values is not None
+    wants_old = needs.tokens and (has_values or keys.mini_batches * keys.epochs > 1)
     return Rollouts(
         num_generations=keys.num_generations,
         max_new_tokens=keys.max_new_tokens,
@@ -219,6 +222,17 @@ def _rollouts(keys: OnlineConfig, needs: Needs) -> Rollouts | None:
         # As nemo_rao.loop.rollouts makes them.
         passes=int(needs.reference) + int(keys.sampler == "vllm" or wants_old),
     )
+
+
+def _critic_network(config: RunConfig, policy: Network) -> Network:
+    """Of the run that the critic starts from, or of the policy."""
+    run = objective_config(config).critic_path
+    if run is None:
+        return policy
+    recipe = Path(run).expanduser() / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError(f"model.ppo.critic_path={run}: no recipe.yaml in it; give the folder of a training run")
+    return network_of_config(load_recipe(recipe))
 
 
 def _responses_used(config: RunConfig, given: int | None) -> int:

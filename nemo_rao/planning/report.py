@@ -175,6 +175,11 @@ def _memory(setting: Setting) -> Iterator[str]:
         rows.append(("or a micro-batch of the reference **", [stages[n].reference for n in shown]))
     if setting.rollouts is not None:
         rows.append(("or sampling **", [stages[n].sampling for n in shown]))
+    if setting.critic is not None:
+        with_states = ", with its states" if setting.transformer_engine else ""
+        rows.append((f"or the critic's step{with_states} **", [stages[n].critic for n in shown]))
+    if any(stage.critic_states for stage in stages):
+        rows.append(("the critic's states", [stages[n].critic_states for n in shown]))
     if not setting.transformer_engine:  # on a CPU
         rows.append(("process, without tensors", [stages[n].process for n in shown]))
     rows.append(("total", [stages[n].total for n in shown]))
@@ -184,12 +189,18 @@ def _memory(setting: Setting) -> Iterator[str]:
     what = "micro-batches" if setting.virtual == 1 else "chunks of micro-batches"
     yield f"  {what} in flight: {held}; * the larger of the two counts"
     if setting.rollouts is not None:
-        yield "  ** the largest counts: a step's rows from activations on, sampling, the reference pass"
+        critic = "" if setting.critic is None else ", the critic's step"
+        yield f"  ** the largest counts: a step's rows from activations on, sampling, the reference pass{critic}"
     elif any(stage.reference == stage.passing for stage in stages):
         yield "  ** the reference pass takes more than the rows from activations on; the larger counts"
     if any(stage.host for stage in stages):
         of_node = max(stage.host for stage in stages) * setting.devices / GIB
-        yield f"  reference weights wait in host memory: {of_node:.2f} on a node, at most"
+        waiting = [
+            *(["reference weights"] if setting.reference and setting.lora is None else []),
+            *(["critic"] if setting.critic is not None and setting.transformer_engine else []),
+        ]
+        verb = "wait" if waiting[0].endswith("s") or len(waiting) > 1 else "waits"
+        yield f"  {' and '.join(waiting)} {verb} in host memory: {of_node:.2f} on a node, at most"
     logits = whole_logits(setting) / GIB
     if not setting.scores:
         held = "are held, and their gradient:" if setting.holds_logits else "are never held, and would take"
@@ -217,6 +228,8 @@ def _work(setting: Setting, machine: Machine) -> Iterator[str]:
         )
     yield _row("  pipeline bubble", f"{time.bubble:.2f} s, {100 * bubble(setting):.1f} % of what micro-batches take")
     yield _row("  time", f"{time.total:.2f} s, MFU {_reached_mfu(setting, machine, time):.2f}")
+    if setting.critic is not None:
+        yield _row("  critic", f"its step {step_time(setting.critic, machine).total:.2f} s, before that of the policy")
     if setting.reference and setting.rollouts is None:
         extra = _reference_seconds(setting, machine)
         yield _row("  reference pass", f"once over the data: {extra:.2f} s for as many prompts as a step has")
@@ -235,6 +248,8 @@ def _rollout(setting: Setting, keys: Rollouts, machine: Machine) -> Iterator[str
     )
     if keys.passes:
         yield _row("  log-probabilities", f"{time.passes:.2f} s, {keys.passes} pass{'es' * (keys.passes > 1)}")
+    if setting.critic is not None:
+        yield _row("  values", f"{time.values:.2f} s, 1 pass of the critic")
 
 
 def _hidden(time: StepTime) -> str:
@@ -320,6 +335,8 @@ def _largest_part(stage: StageMemory) -> str:
     }
     if stage.sampling == stage.passing:
         parts["sampling"] = stage.sampling
+    if stage.critic == stage.passing:
+        parts["the critic's step"] = stage.critic
     name = max(parts, key=lambda part: parts[part])
     return f"{name}, {parts[name] / GIB:.2f} GiB"
 

@@ -36,15 +36,17 @@ class RolloutTime:
         prompts: of reading them.
         tokens: of decoding.
         passes: over the sampled rows, for log-probabilities.
+        values: of a critic's pass over them; 0 where there is none.
     """
 
     prompts: float
     tokens: float
     passes: float
+    values: float
 
     @property
     def total(self) -> float:
-        return self.prompts + self.tokens + self.passes
+        return self.prompts + self.tokens + self.passes + self.values
 
 
 def cache_bytes(setting: Setting, stage: int) -> int:
@@ -65,8 +67,13 @@ def sampling_bytes(setting: Setting, stage: int) -> int:
 
 
 def host_bytes(setting: Setting, stage: int) -> int:
-    """Of a rank's reference weights in host memory: none where adapters are switched off instead."""
-    return stage_states(setting, stage).weights if setting.reference and setting.lora is None else 0
+    """Of what waits in host memory: a rank's reference weights, but where adapters are switched off instead; and with
+    GPUs its critic's weights and optimizer states."""
+    reference = stage_states(setting, stage).weights if setting.reference and setting.lora is None else 0
+    if setting.critic is None or not setting.transformer_engine:
+        return reference
+    critic = stage_states(setting.critic, stage)
+    return reference + critic.weights + critic.optimizer
 
 
 def rollout_time(setting: Setting, machine: Machine) -> RolloutTime:
@@ -86,6 +93,9 @@ def rollout_time(setting: Setting, machine: Machine) -> RolloutTime:
         prompts=flops(reading).forward / of_copy + _messages(reading, machine),
         tokens=keys.max_new_tokens * token,
         passes=keys.passes * forward_seconds(setting, machine, prompts=sampled, responses=keys.num_generations),
+        values=0.0
+        if setting.critic is None
+        else forward_seconds(setting.critic, machine, prompts=sampled, responses=keys.num_generations),
     )
 
 

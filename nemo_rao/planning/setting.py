@@ -107,6 +107,7 @@ class Setting:
         reference_in_a_row: micro-batches of that pass between two writes, after which the pipeline is filled anew.
         mismatched: each step has a forward pass over one more response of each prompt.
         rollouts: what the run samples; ``None``: it trains on responses that lie there.
+        critic_network: sizes of a critic that is a model of its own; ``None``: there is none.
         transformer_engine: its fused layers run, as on GPUs; else PyTorch's own, as on a CPU.
     """
 
@@ -146,6 +147,7 @@ class Setting:
     reference_in_a_row: int
     mismatched: bool
     rollouts: Rollouts | None
+    critic_network: Network | None
     transformer_engine: bool
 
     @property
@@ -171,6 +173,26 @@ class Setting:
     def expert_shards(self) -> int:
         """Ranks with the same experts' weights."""
         return self.ranks // (self.pipeline * self.expert * self.of_expert)
+
+    @property
+    def critic(self) -> Setting | None:
+        """The critic, trained as the policy is, with a value head in the place of its output layer."""
+        if self.critic_network is None:
+            return None
+        return replace(
+            self,
+            network=self.critic_network,
+            expert=self.expert if self.critic_network.experts else 1,
+            expert_tensor=self.expert_tensor if self.critic_network.experts else None,
+            overlap_grad_reduce=False,
+            overlap_param_gather=False,
+            lora=None,
+            value_head=True,
+            scores=1,
+            reference=False,
+            rollouts=None,
+            critic_network=None,
+        )
 
     @property
     def num_micro_batches(self) -> int:
@@ -277,6 +299,7 @@ class Setting:
             and (self.lora is None or self.lora.dim % self.tensor == 0)
             and not (self.sequence_parallel and self.tensor == 1)
             and self._experts_possible()
+            and (self.critic is None or self.critic.possible())
         )
 
     def _experts_possible(self) -> bool:

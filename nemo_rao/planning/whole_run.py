@@ -37,7 +37,7 @@ class RunTime:
     """Seconds of a run's parts; ``None`` for one whose size is not known, which no sum has.
 
     Attributes:
-        training: steps.
+        training: steps, and those of a critic.
         rollouts: of a run that samples, with their passes for log-probabilities.
         reference: the pass before the first step.
         validation: all of them.
@@ -69,8 +69,11 @@ def run_time(length: RunLength, setting: Setting, machine: Machine) -> RunTime:
     rollouts = 0.0
     if setting.rollouts is not None:
         rollouts = math.ceil(length.steps / setting.rollouts.steps) * rollout_time(setting, machine).total
+    step = step_time(setting, machine).total
+    if setting.critic is not None:
+        step += step_time(setting.critic, machine).total
     return RunTime(
-        training=length.steps * step_time(setting, machine).total,
+        training=length.steps * step,
         rollouts=rollouts,
         reference=_reference(length, setting, machine),
         validation=validation,

@@ -69,6 +69,30 @@ def rollout_log_probs(
     return LogProbs(_sums(every, rollout), **{name: _of_tokens(every, name, rollout) for name in names})
 
 
+def rollout_values(
+    chunks: Sequence[Any],
+    rollout: Rollout,
+    make_micro_batch: Callable[[Sequence[int]], MicroBatch],
+    *,
+    micro_batch_size: int,
+) -> np.ndarray:
+    """float32, a critic's value of each token, laid out as ``rollout.tokens``. A collective over all ranks.
+
+    Args:
+        chunks: this rank's of the critic.
+        make_micro_batch, micro_batch_size: see :func:`rollout_log_probs`.
+    """
+
+    def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
+        assert output.values is not None, "the model has a value head"
+        return {"ids": batch.response_ids, "values": output.values}
+
+    every = rollout_reports(
+        chunks, len(rollout.prompts), make_micro_batch, micro_batch_size=micro_batch_size, report=report
+    )
+    return _of_tokens(every, "values", rollout)
+
+
 def _sums(reports: Sequence[dict[str, np.ndarray]], rollout: Rollout) -> np.ndarray:
     sums = np.full((rollout.lengths.size, 2), np.nan, dtype=np.float32)
     for one in reports:

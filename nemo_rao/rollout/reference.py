@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_rao.mcore.forward import unwrapped
+from nemo_rao.mcore.host_memory import on_host
 
 
 class ReferenceWeights:
@@ -72,9 +73,3 @@ def _trained(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in unwrapped(chunk).named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
-
-
-def on_host(parameter: Tensor) -> Tensor:
-    """A copy in host memory, page-locked where the tensor is a GPU's."""
-    kept = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
-    return kept.copy_(parameter.detach())

@@ -5,18 +5,16 @@ Its weights wait in host memory, split as the policy's are, and are on the devic
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
 from nemo_rao.errors import RankFailure
+from nemo_rao.mcore.host_memory import HostMemory, on_gpu
 from nemo_rao.rollout.passes import rollout_reports
-from nemo_rao.rollout.reference import on_host
 from nemo_rao.rollout.samples import Rollout
 
 
@@ -31,10 +29,9 @@ class RewardModel:
     def __init__(self, name: str, chunks: Sequence[Any]) -> None:
         self.name = name
         self._chunks = chunks
-        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        self._weights = [(parameter, on_host(parameter)) for parameter in parameters]
-        self._devices = {parameter.device for parameter in parameters}
-        self._move_to_host()
+        parameters = [parameter.data for chunk in chunks for parameter in chunk.parameters()]
+        self._weights = HostMemory(lambda: on_gpu(parameters))
+        self._weights.send_away()
 
     def scores(
         self, rollout: Rollout, make_micro_batch: Callable[[Sequence[int]], MicroBatch], *, micro_batch_size: int
@@ -53,7 +50,7 @@ class RewardModel:
             assert output.scores is not None, "the model has a score head"
             return {"ids": batch.response_ids, "scores": output.scores[:, 0]}
 
-        with self._on_device():
+        with self._weights.on_device(changed=False):
             reports = rollout_reports(
                 self._chunks,
                 len(rollout.prompts),
@@ -67,17 +64,3 @@ class RewardModel:
         if not np.isfinite(scores).all():
             raise RankFailure(f"online.reward: {self.name} gave a score that is not finite")
         return scores.reshape(rollout.lengths.shape)
-
-    @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        (device,) = self._devices or {torch.device("cpu")}
-        for parameter, kept in self._weights:
-            parameter.data = kept.to(device, non_blocking=True)
-        try:
-            yield
-        finally:
-            self._move_to_host()
-
-    def _move_to_host(self) -> None:
-        for parameter, kept in self._weights:
-            parameter.data = kept

@@ -26,7 +26,7 @@ _PANELS_OF_SAMPLES: _Panels = (
     (
         "time of a step",
         "seconds",
-        tuple((f"seconds/{name}", name) for name in ("rollout", "reward", "reference", "old", "update")),
+        tuple((f"seconds/{name}", name) for name in ("rollout", "reward", "reference", "old", "values", "update")),
     ),
 )
 

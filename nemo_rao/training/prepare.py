@@ -15,8 +15,9 @@ from nemo_rao.checkpoint.starting import needs_start, start_of
 from nemo_rao.config.derived import objective_config, run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.mismatched import mismatched
-from nemo_rao.loop.prepared import OnlineTask, Prepared, VllmModel
+from nemo_rao.loop.prepared import CriticTask, OnlineTask, Prepared, VllmModel
 from nemo_rao.objectives import registry
+from nemo_rao.training.critics import critic_of
 from nemo_rao.training.loading import LoadedData, drawn, drawn_prompts, load_data
 from nemo_rao.training.model_checks import check_model
 from nemo_rao.training.online_rewards import TextScorersOfRun, check_rules, scorers_of
@@ -34,12 +35,15 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
     keys, objective = config.model, registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
     scorers, models = (None, {}) if config.online.num_generations is None else scorers_of(config)
+    critic = critic_of(config)
     vllm_python = python_of_sampler(config)
     loaded = loaded or load_data(config)
     if scorers is not None:
         check_rules(config, [*loaded.prompts, *loaded.validation_prompts])
     for model in models.values():
         model.check_tokens(config, loaded)
+    if critic is not None:
+        critic.check_tokens(config, loaded)
     data, validation = drawn(config, loaded), loaded.validation
     others = {}
     if needs.mismatched:
@@ -65,6 +69,8 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         check_model(config, loaded.num_tokens, start_from if needs_start(config) else None, resume_from)
         for model in models.values():
             model.check_model(loaded.num_tokens)
+        if critic is not None:
+            critic.check_model(loaded.num_tokens, resume_from)
     vllm = None
     if vllm_python is not None and planned.finished_at is None:
         vllm = vllm_model(config, vllm_python, loaded.num_tokens)
@@ -79,7 +85,16 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         finished_at=planned.finished_at,
         resume_from=resume_from,
         start_from=start_from,
-        online=None if scorers is None else _online_task(config, loaded, scorers, models, vllm),
+        online=None
+        if scorers is None
+        else _online_task(
+            config,
+            loaded,
+            scorers,
+            models,
+            vllm=vllm,
+            critic=None if critic is None else critic.task(start_from, resume_from),
+        ),
     )
 
 
@@ -88,7 +103,9 @@ def _online_task(
     loaded: LoadedData,
     scorers: TextScorersOfRun,
     models: Mapping[str, RewardModelOfRun],
+    *,
     vllm: VllmModel | None,
+    critic: CriticTask | None,
 ) -> OnlineTask:
     return OnlineTask(
         drawn_prompts(config, loaded),
@@ -97,4 +114,5 @@ def _online_task(
         config.online.reward_weights,
         loaded.validation_prompts,
         vllm,
+        critic,
     )

@@ -53,7 +53,7 @@ def trained_run(run: str) -> TrainedRun:
         raise UserError(f"{run}: no recipe.yaml in it; give the folder of a training run")
     config = load_recipe(folder / "recipe.yaml")
     if config.model.peft.scheme != "none":
-        raise UserError(f"{run}: trained adapters ({config.model.peft.scheme}), which cannot be scored with yet")
+        raise UserError(f"{run}: trained adapters ({config.model.peft.scheme}); name a run that trained all weights")
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"{run}: no finished checkpoint in checkpoints/; train it first")

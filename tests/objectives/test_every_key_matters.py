@@ -38,6 +38,7 @@ OUTSIDE = {
     ("dro", "value_lr"): "the value head's optimizer group: tests/train/test_splits_with_heads.py",
     ("ppo", "value_lr"): "likewise",
     ("ppo", "critic"): "whom the value loss trains: tests/mcore/test_token_values.py",
+    ("ppo", "critic_path"): "what the critic starts from: tests/train/test_online_critic.py",
     **{("ppo", name): "the advantages: test_ppo.py" for name in ("kl_coef", "gamma", "gae_lambda")},
     ("rm_regression", "num_attributes"): "the width of the score head, below",
 }

@@ -188,6 +188,26 @@ def test_ppo_is_its_formula(keys: dict[str, Any]) -> None:
     assert 0 < sums["clipped"] < count and 0 < sums["value_clipped"] < count
 
 
+def test_a_critic_that_is_a_model_has_the_value_part_without_a_weight() -> None:
+    config, batch = PPO.make_config({"critic": "model"}), token_batch()
+    assert batch.tokens is not None and batch.tokens.values is not None and PPO.critic is not None
+    of_policy = PPO.loss(dataclasses.replace(batch, tokens=dataclasses.replace(batch.tokens, values=None)), config)
+    values = batch.tokens.values.clone().requires_grad_()
+    given = dataclasses.replace(batch, tokens=dataclasses.replace(batch.tokens, values=values))
+    of_critic = PPO.critic.loss(given, config)
+    without, count, *_ = by_hand(batch, PPO.make_config({"value_weight": 0.0}))
+    both, _, _, expected, sums = by_hand(batch, PPO.make_config({"value_weight": 1.0}))
+    torch.testing.assert_close(of_policy.loss_sum.item(), without, **EXACT)
+    torch.testing.assert_close(of_critic.loss_sum.item(), both - without, **EXACT)
+    torch.testing.assert_close(torch.autograd.grad(of_critic.loss_sum, values)[0], expected, **EXACT)
+    assert float(of_policy.num_prompts) == float(of_critic.num_prompts) == count
+    assert not set(of_policy.metrics) & set(of_critic.metrics)
+    for name, (total, number) in of_critic.metrics.items():
+        torch.testing.assert_close([float(total), float(number)], [sums[name[4:]], float(count)], **EXACT)
+    needs = PPO.needs_of(config)
+    assert needs.critic and needs.values is None and PPO.critic.needs_of(config).values == "tokens"
+
+
 def test_what_stands_in_masked_entries_does_not_matter() -> None:
     config, batch = PPO.make_config({}), token_batch()
     assert batch.tokens is not None

@@ -78,3 +78,24 @@ def test_a_rollout_is_for_all_steps_on_it(alone: Setting) -> None:
     assert time.rollouts == pytest.approx(2 * rollout_time(grpo, MACHINE).total)
     assert time.training == pytest.approx(12 * step_time(grpo, MACHINE).total) and time.reference == 0
     assert time.total == pytest.approx(time.rollouts + time.training)
+
+
+def test_a_critic_counts_with_its_states_beside_the_policys(alone: Setting) -> None:
+    overrides = ("trainer.devices=1", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false")
+    with_head = setting_of(compose("gpt_ppo_llama3_8b", overrides))
+    with_model = setting_of(compose("gpt_ppo_llama3_8b", (*overrides, "model.ppo.critic=model")))
+    assert with_head.critic is None and with_model.critic is not None and with_model.rollouts == with_head.rollouts
+    before, stage = stage_memory(with_head, 0), stage_memory(with_model, 0)
+    # Its output layer is there and is not trained; its value head, which the policy no longer has, is in its place.
+    trained = model_parameters(alone) - HIDDEN * VOCAB + HIDDEN + 1
+    states = 2 * (trained + HIDDEN * VOCAB) + 4 * trained + 12 * trained
+    held = stage.critic - stage_memory(with_model.critic, 0).passing
+    assert held == pytest.approx(states, rel=1e-6)  # with the buffers' padding
+    assert stage.total == stage.weights + stage.gradients + stage.optimizer + stage.critic > before.total + held // 2
+    assert stage.host - before.host == pytest.approx(states - 4 * trained, rel=1e-6)
+    on_cpu = stage_memory(dataclasses.replace(with_model, transformer_engine=False), 0)
+    assert on_cpu.critic_states == held and on_cpu.host == stage.weights
+    length = RunLength(steps=4, prompts=1000, validation_prompts=0, validations=0)
+    one, two = (run_time(length, setting, MACHINE) for setting in (with_head, with_model))
+    assert two.training - one.training == pytest.approx(4 * step_time(with_model.critic, MACHINE).total, rel=1e-3)
+    assert two.rollouts - one.rollouts == pytest.approx(forward_seconds(with_model.critic, MACHINE, prompts=128))

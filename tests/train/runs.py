@@ -152,13 +152,13 @@ def steps(run_dir: Path) -> list[dict[str, float]]:
     ]
 
 
-def stored(checkpoint: Path) -> dict[str, Any]:
-    """Every tensor of a checkpoint, of the model and of its optimizer, by its name there."""
+def stored(checkpoint: Path, part: str = "weights") -> dict[str, Any]:
+    """Every tensor of a checkpoint, or of a critic's, of the model and of its optimizer, by its name there."""
     import torch
     from torch.distributed import checkpoint as torch_checkpoint
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    reader = torch_checkpoint.FileSystemReader(checkpoint / "weights")
+    reader = torch_checkpoint.FileSystemReader(checkpoint / part)
     tensors = {
         name: torch.empty(one.size, dtype=one.properties.dtype)
         for name, one in reader.read_metadata().state_dict_metadata.items()

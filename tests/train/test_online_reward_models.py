@@ -142,7 +142,7 @@ def _key(run: Path, name: str) -> str:
     ("recipe", "overrides", "said"),
     [
         ({"objective: rm": "objective: dpo"}, [], "objective dpo trains no reward model"),
-        ({"scheme: none": "scheme: lora"}, [], r"trained adapters \(lora\), which cannot be scored with yet"),
+        ({"scheme: none": "scheme: lora"}, [], r"trained adapters \(lora\); name a run that trained all weights"),
         ({}, ["model.seq_length=128"], "trained on at most model.seq_length=64 tokens, and samples may have 128"),
         (
             {},

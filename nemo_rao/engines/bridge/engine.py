@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nemo_rao.loop.data import TrainingData
     from nemo_rao.loop.prepared import Prepared
     from nemo_rao.loop.session import Hook, Session
+    from nemo_rao.objectives.base import Needs
 
 
 def load() -> bool:
@@ -58,7 +59,7 @@ def pass_rank(
         compute(run.session())
 
 
-def evaluation_chunks(config: RunConfig, objective_config: Any) -> list[Any]:
-    from nemo_rao.engines.bridge import evaluation
+def second_model(config: RunConfig, needs: Needs, *, is_trained: bool) -> list[Any]:
+    from nemo_rao.engines.bridge import second_model
 
-    return evaluation.chunks(config, objective_config)
+    return second_model.chunks(config, needs, is_trained=is_trained)

@@ -115,6 +115,7 @@ class Run:
         keeping = KeepCheckpoints(
             self._folder / "checkpoints", self._config.exp_manager.checkpoint_callback_params, self._save
         )
+        self._hooks = hooks
         self._references = [hook for hook in hooks if isinstance(hook, ReferencePass)]
         self._keeping = keeping
         if resume_from is not None:
@@ -186,6 +187,8 @@ class Run:
             "reference": {name: value for hook in self._references for name, value in hook.state.items()},
         }
         checkpoint.save(folder / "weights", self._parts.model, self._parts.optimizer, content, keep=self._stored)
+        for hook in self._hooks:
+            hook.save(self._session, folder)
         if self._session.is_first_rank:
             if self._adapters_only:
                 assert self._start_from is not None

@@ -152,6 +152,11 @@ class CallHooks(pl.Callback):
         for hook in self._hooks:
             hook.after_step(self.session)
 
+    def save(self, folder: Path) -> None:
+        """Have the hooks write into a checkpoint that is being written."""
+        for hook in self._hooks:
+            hook.save(self.session, folder)
+
     def on_train_end(self, *args: Any) -> None:
         for hook in self._hooks:
             hook.end(self.session)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nemo_rao.loop.data import TrainingData
     from nemo_rao.loop.prepared import Prepared
     from nemo_rao.loop.session import Hook, Session
+    from nemo_rao.objectives.base import Needs
 
 
 def load() -> bool:
@@ -63,7 +64,9 @@ def train_rank(config: RunConfig, prepared: Prepared, data: TrainingData, hooks:
         callbacks=[build.checkpoint_callback(config, folder)],
         start_from=prepared.start_from if prepared.resume_from is None else None,
     )
-    own: list[Any] = [CallHooks(hooks, folder, loggers(config, folder)), KeepSchedule()]
+    calls = CallHooks(hooks, folder, loggers(config, folder))
+    own: list[Any] = [calls, KeepSchedule()]
+    trainer.strategy.save_beside = calls.save
     adapters_only = model.model_transform is not None
     if adapters_only:
         # Adds the adapters after the reference pass, which so sees the model that they start from.
@@ -114,7 +117,7 @@ def pass_rank(
         trainer.fit(model, AlignmentDataModule(data, seq_length=config.model.seq_length))
 
 
-def evaluation_chunks(config: RunConfig, objective_config: Any) -> list[Any]:
-    from nemo_rao.engines.nemo import evaluation
+def second_model(config: RunConfig, needs: Needs, *, is_trained: bool) -> list[Any]:
+    from nemo_rao.engines.nemo import second_model
 
-    return evaluation.chunks(config, objective_config)
+    return second_model.chunks(config, needs, is_trained=is_trained)

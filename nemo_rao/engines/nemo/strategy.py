@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.utils import get_model_config
 from nemo import lightning as nl
+from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.lightning.resume import AdapterPath
 
 from nemo_rao.errors import UserError
 from nemo_rao.mcore import torch_adam
 from nemo_rao.mcore.checkpoint import COMMON
-from nemo_rao.mcore.heads import heads, is_stored
+from nemo_rao.mcore.heads import heads
 from nemo_rao.mcore.seeds import seed_weights
 
 # Entries of an optimizer's group of parameters that a recipe sets.
@@ -30,6 +31,8 @@ class AlignmentStrategy(nl.MegatronStrategy):
     Attributes:
         seed: of the initial weights, to be set before the run is started: NeMo takes the same one for every run. No
             argument, as NeMo stores those with every checkpoint.
+        save_beside: called with the folder of each checkpoint once model and optimizer are written, and before it is
+            marked as finished; likewise set before the run, if at all.
         of_recipe: for each optimizer, the hyperparameters of its groups of parameters as the recipe has them; a
             checkpoint brings its own.
 
@@ -38,6 +41,7 @@ class AlignmentStrategy(nl.MegatronStrategy):
     """
 
     seed: int
+    save_beside: Callable[[Path], None] | None = None
 
     def setup_distributed(self) -> None:
         super().setup_distributed()
@@ -57,12 +61,17 @@ class AlignmentStrategy(nl.MegatronStrategy):
             metadata = load_tensors_metadata(str(ckpt_to_weights_subdir(base, is_saving=False)))
             stored = {name: tensor.global_shape for name, tensor in metadata.items()}
             for head in new:
-                head.stored = is_stored(head.name, head.weight.shape, stored)
+                head.look_for(stored)
         try:
             return super().load_checkpoint(checkpoint_path, selective_restore)
         finally:
             for head in new:
-                head.stored = True
+                head.stored = head.name
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        if self.save_beside is not None:
+            self.save_beside(Path(ckpt_to_dir(filepath)))
 
     def setup_optimizers(self, trainer: Any) -> None:
         super().setup_optimizers(trainer)

@@ -1,0 +1,86 @@
+"""Tensors whose memory is on the device only while they are used, and waits in host memory otherwise.
+
+The tensors themselves stay: parameters, views of a buffer and an optimizer's state find their values below them when
+they are back. What gives its memory back is the storage that they share, as megatron-core (since 0.17) does it with its
+own buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class HostMemory:
+    """Moves tensors between their device and host memory. They start on the device.
+
+    Args:
+        tensors: which ones, asked at each move away: an optimizer makes its state in its first step.
+        kept: their values count; where not, as with buffers of gradients, there is memory below them on the device,
+            and nothing waits in host memory.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], *, kept: bool = True) -> None:
+        self._tensors = tensors
+        self._kept = kept
+        self._waiting: dict[int, tuple[torch.UntypedStorage, int, Tensor | None]] = {}  # bytes, and the copy of them
+        self._is_away = False
+
+    @contextlib.contextmanager
+    def on_device(self, *, changed: bool) -> Iterator[None]:
+        """The tensors are usable inside the block, and away behind it.
+
+        Args:
+            changed: values change inside; where not, the copy in host memory still serves.
+        """
+        self.bring()
+        try:
+            yield
+        finally:
+            self.send_away(changed=changed)
+
+    def send_away(self, *, changed: bool = True) -> None:
+        """Free the device's memory. See :meth:`on_device`."""
+        assert not self._is_away, "away already"
+        found = {}
+        for tensor in self._tensors():
+            storage = tensor.untyped_storage()
+            if storage._cdata in found or storage.nbytes() == 0:
+                continue
+            known = self._waiting.get(storage._cdata)
+            copy = None if known is None else known[2]
+            if self._kept and (copy is None or changed):
+                if copy is None or len(copy) != storage.nbytes():
+                    copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)
+                copy.copy_(_bytes_of(storage))
+            found[storage._cdata] = storage, storage.nbytes(), copy
+        for storage, _, _ in found.values():
+            storage.resize_(0)
+        self._waiting, self._is_away = found, True
+
+    def bring(self) -> None:
+        """Take memory on the device, and copy the values to it."""
+        assert self._is_away, "on the device already"
+        for storage, size, copy in self._waiting.values():
+            storage.resize_(size)
+            if copy is not None:
+                _bytes_of(storage).copy_(copy, non_blocking=True)
+        self._is_away = False
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def on_gpu(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Those on a GPU: where there is none, the device's memory is the host's, and nothing has to wait."""
+    return (tensor for tensor in tensors if tensor.is_cuda)
+
+
+def on_host(parameter: Tensor) -> Tensor:
+    """A copy in host memory, page-locked where the tensor is a GPU's."""
+    kept = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
+    return kept.copy_(parameter.detach())

@@ -1,0 +1,139 @@
+"""A model beside the policy, from the run that trained it: a reward model, or a critic to be.
+
+It reads the sampled tokens, never their text tokenised again, so that tokenizer and chat template have to be the
+policy's. Its network is its own; it is split over ranks as the policy is. All that does not fit is found before a model
+is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from nemo_rao.batch import Row
+from nemo_rao.checkpoint.layout import weights_of
+from nemo_rao.config.architecture import architecture_fields
+from nemo_rao.config.checks import UNEVEN_STAGES, check_engine, check_network
+from nemo_rao.config.run_config import DataConfig, RunConfig
+from nemo_rao.data.encode import load_tokenizer
+from nemo_rao.data.rendering_record import ChatTemplate, Rendering
+from nemo_rao.engines.engine import engine_of
+from nemo_rao.errors import UserError
+from nemo_rao.objectives.base import Needs
+from nemo_rao.training.loading import LoadedData
+from nemo_rao.training.trained_run import TrainedRun
+
+_PARALLEL = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+)
+_OF_EXPERTS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+_COMPARED = 64  # prompts
+
+
+def beside(trained: TrainedRun, run: str, policy: RunConfig, **keys: Any) -> RunConfig:
+    """The recipe of a run's model, split as the policy is.
+
+    Args:
+        run: the folder that the user named, for messages.
+        policy: the recipe of the run that it is beside.
+        keys: further groups of keys that it has.
+
+    Raises:
+        UserError: it cannot be split so, or has seen no rows as long as the policy's.
+    """
+    config, of_policy = trained.config, policy.model
+    if config.precision.fp8 is not None:
+        raise UserError(f"{run}: precision.fp8={config.precision.fp8}: 8-bit models do not read samples yet")
+    if config.model.seq_length < of_policy.seq_length:
+        raise UserError(
+            f"{run}: was trained on at most model.seq_length={config.model.seq_length} tokens, and samples may have "
+            f"{of_policy.seq_length} with their prompts; lower model.seq_length, or train it on longer rows"
+        )
+    with_experts = bool(architecture_fields(config).get("num_moe_experts"))
+    split = {name: vars(of_policy)[name] for name in (*_PARALLEL, *(_OF_EXPERTS if with_experts else ()))}
+    if not with_experts:
+        split |= {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+    extra = {name: value for name, value in config.model.arch.extra.items() if not name.startswith(UNEVEN_STAGES)}
+    made = replace(
+        config,
+        trainer=policy.trainer,
+        data=replace(config.data, tokenizer=policy.data.tokenizer),
+        model=replace(config.model, arch=replace(config.model.arch, extra=extra), **split),
+        **keys,
+    )
+    try:
+        check_engine(made)
+        check_network(made)
+    except UserError as error:
+        raise UserError(f"{run}: {error}") from None
+    return made
+
+
+def chunks_of(config: RunConfig, needs: Needs, checkpoint: Path | None, *, is_trained: bool = False) -> Sequence[Any]:
+    """This rank's chunks of such a model. A collective of all ranks.
+
+    Args:
+        config: see :func:`beside`.
+        needs: of what it is used for.
+        checkpoint: whose weights they have; ``None``: they are to be read.
+        is_trained: by this run.
+    """
+    from nemo_rao.mcore.checkpoint import load_weights
+    from nemo_rao.mcore.seeds import random_numbers_kept
+
+    with random_numbers_kept():
+        chunks = engine_of(config).second_model(config, needs, is_trained=is_trained)
+    if checkpoint is not None:
+        load_weights(weights_of(checkpoint), chunks)
+    return chunks
+
+
+def check_tokens(own: DataConfig, policy: RunConfig, loaded: LoadedData, *, what: str) -> None:
+    """Checks that a model was trained on the tokens that the policy samples.
+
+    Args:
+        own: how its own training made tokens of text.
+        loaded: the run's prompts.
+        what: it is, for messages.
+
+    Raises:
+        UserError: on those of another tokenizer or chat template.
+    """
+    _check_tokenizer(own, policy.data, f"train the {what} with this run's tokenizer and chat template")
+    _check_prompts(own, loaded, f"train the {what} with this run's tokenizer")
+
+
+def _check_tokenizer(own: DataConfig, policy: DataConfig, remedy: str) -> None:
+    here = load_tokenizer(policy.tokenizer or "")
+    there = here if own.tokenizer == policy.tokenizer else load_tokenizer(own.tokenizer or "")
+    if (vocabulary := there.get_vocab()) != here.get_vocab():
+        differ = sum(here.get_vocab().get(token) != number for token, number in vocabulary.items())
+        raise UserError(
+            f"its tokenizer {own.tokenizer} is not data.tokenizer={policy.tokenizer}: {differ} of its "
+            f"{len(vocabulary)} tokens are absent there or have other ids; {remedy}"
+        )
+    for name in ("chat_template", "template_arguments"):
+        if (given := getattr(own, name)) != (value := getattr(policy, name)):
+            raise UserError(f"was trained with data.{name}={given}, and this run has {value}; {remedy}")
+    if own.chat_template != "never" and there.chat_template != here.chat_template:
+        raise UserError(f"the chat template of its tokenizer {own.tokenizer} is another one; {remedy}")
+    if there.all_special_ids != here.all_special_ids:
+        raise UserError(f"its tokenizer {own.tokenizer} has other special tokens than {policy.tokenizer}; {remedy}")
+
+
+def _check_prompts(own: DataConfig, loaded: LoadedData, remedy: str) -> None:
+    """The first prompts are the same tokens to both: rules by which text is cut are no part of a vocabulary."""
+    rendering = Rendering(cast(ChatTemplate, own.chat_template), own.template_arguments)
+    rows: Sequence[Row] = loaded.prompts[:_COMPARED]
+    for number, sample in enumerate(rendering.encoder(load_tokenizer(own.tokenizer or "")).encode_many(rows)):
+        if isinstance(sample, UserError) or sample.prompt.tolist() != loaded.train[number].prompt.tolist():
+            raise UserError(
+                f"its tokenizer {own.tokenizer} cuts the prompt of {rows[number].place} into other tokens than this "
+                f"run's does; {remedy}"
+            )
