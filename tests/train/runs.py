@@ -39,7 +39,10 @@ NO_CHECKPOINTS = (
 )
 
 
-NOT_OF_THE_STEP = ("tokens_per_second", "data/token_efficiency", "data/tokens_shared")
+NOT_OF_THE_STEP = (
+    *("tokens_per_second", "data/token_efficiency", "data/tokens_shared"),
+    *("perf/mfu", "perf/tflops_per_gpu"),
+)
 
 
 def parallel(tensor: int, pipeline: int, data: int) -> tuple[str, ...]:
