@@ -92,7 +92,7 @@ class Part:
 
     def arguments(self, output: Path, *, dry_run: bool) -> list[str]:
         further = self.dry if dry_run else self.on_gpu
-        return [sys.executable, *(word.format(output=output) for word in (*self.command, *further))]
+        return [sys.executable, *(word.replace("{output}", str(output)) for word in (*self.command, *further))]
 
 
 # Llama 3's head over a packed batch, and a toy.
@@ -166,7 +166,12 @@ def run_part(part: Part, folder: Path, *, about: Mapping[str, Any], dry_run: boo
 def _run(command: Sequence[str], output: Any, limit: float) -> int | None:
     """Exit code; ``None`` if it was stopped, with all that it had started."""
     process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=REPOSITORY, start_new_session=True
+        command,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        cwd=REPOSITORY,
+        start_new_session=True,
     )
     try:
         return process.wait(timeout=limit)

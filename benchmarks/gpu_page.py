@@ -31,8 +31,8 @@ this page from the results in `benchmarks/results/gpu/`; no figure is entered by
 | part | shows |
 | --- | --- |
 | `doctor` | the installation, as `nemo-rao doctor` reports it |
-| `tests` | `pytest -m gpu`: Transformer Engine's layers against PyTorch's and transformers', bf16 and FP8 against fp32, \
-resumption, checkpoints that move between CPU and GPU, sampling, no synchronization with the host within a step |
+| `tests` | `pytest -m gpu`: Transformer Engine's layers against PyTorch's and transformers', bf16 and FP8 against \
+fp32, resumption, checkpoints that move between CPU and GPU, sampling, no synchronization with the host within a step |
 | `log_probs` | time and memory of the output layer's log-probabilities at Llama 3's head |
 | `steps` | RAO and SFT steps in bf16: MFU, and peak memory against `nemo-rao plan` |
 | `fp8` | RAO steps in each FP8 recipe against bf16 |
@@ -80,12 +80,17 @@ class Goal:
         limit = next(
             (
                 bound
-                for bound, is_missed in ((self.low, value < (self.low or value)), (self.high, value > (self.high or value)))
+                for bound, is_missed in (
+                    (self.low, value < (self.low or value)),
+                    (self.high, value > (self.high or value)),
+                )
                 if bound is not None and is_missed
             ),
             None,
         )
-        reached = "yes" if limit is None else f"**no**, {abs(value / limit - 1):.0%} {'below' if value < limit else 'above'}"
+        reached = (
+            "yes" if limit is None else f"**no**, {abs(value / limit - 1):.0%} {'below' if value < limit else 'above'}"
+        )
         return [self.text, format(value, self.form), reached]
 
 
@@ -137,7 +142,9 @@ def _log_prob_rate(reports: _Reports) -> float | None:
 GOALS = (
     Goal("MFU of an RAO step in bf16: at least 45 %", _mfu, low=0.45, form=".1%"),
     Goal("RAO steps in FP8, the fastest recipe: at least 1.3 times as fast as in bf16", _fp8, low=1.3),
-    Goal("time of an RAO step over that of an SFT step on the same rows: at most 1.03", _over_sft, high=1.03, form=".3f"),
+    Goal(
+        "time of an RAO step over that of an SFT step on the same rows: at most 1.03", _over_sft, high=1.03, form=".3f"
+    ),
     Goal(
         "shared prompts (1,024 tokens, 4 responses of 256): at least 1.8 times the samples of packed rows",
         _shared,

@@ -101,7 +101,9 @@ def runs_of(group: str, scale: Scale) -> list[Run]:
         made = [RAO]
         for recipe in _fp8_recipes():
             simulated = () if transformer_engine_is_used() else ("precision.fp8_simulation=true",)
-            made.append(dataclasses.replace(RAO, name=f"rao, fp8 {recipe}", overrides=(*PACKED, *_fp8(recipe), *simulated)))
+            made.append(
+                dataclasses.replace(RAO, name=f"rao, fp8 {recipe}", overrides=(*PACKED, *_fp8(recipe), *simulated))
+            )
         return made
     assert group == "prefix_sharing", group
     length = -(-(scale.shared_prompt + 4 * scale.shared_response) // 64) * 64

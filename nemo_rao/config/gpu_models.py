@@ -55,7 +55,7 @@ GPUS = {
 
 
 def gpu_of_device(name: str) -> Gpu | None:
-    """The GPU that a driver calls by this name (``torch.cuda.get_device_name``); ``None``: its figures are not known."""
+    """The GPU that the driver calls by this name (``torch.cuda.get_device_name``); ``None``: it is none of these."""
     return next((gpu for gpu in GPUS.values() if re.fullmatch(gpu.device_names, name)), None)
 
 

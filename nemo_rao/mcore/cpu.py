@@ -208,7 +208,7 @@ class _WrittenPart:
     """What is reported of a rank's part of a checkpoint, by the rank or by its fork that writes in the background."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # open in both
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (open in both, until both are gone)
 
     def put(self, written: Any) -> None:
         pickle.dump(written, self._file)

@@ -123,7 +123,10 @@ def in_fork(function: Callable[..., Any], *args: Any) -> None:
 def start_fork(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """The same, without waiting: the process, and the connection on which a traceback arrives."""
     import_once()
-    context = multiprocessing.get_context("fork")
+    import torch
+
+    # As the launcher of ranks does: CUDA, once initialized, does not survive a fork.
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(function, args, sender))
     process.start()

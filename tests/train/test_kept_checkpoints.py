@@ -99,7 +99,10 @@ def test_checkpoints_written_in_the_background_are_those_written_at_once(
         run_training("gpt_rao", overrides(folder, data, start, *extra, "trainer.max_steps=4", **keep))
         # Continued, from what was written in the background.
         run_training("gpt_rao", overrides(folder, data, start, *extra, "trainer.max_steps=5", **keep))
-        found[in_background] = kept(folder), {name: stored(folder / "run" / "checkpoints" / name) for name in kept(folder)}
+        found[in_background] = (
+            kept(folder),
+            {name: stored(folder / "run" / "checkpoints" / name) for name in kept(folder)},
+        )
         (trace,) = (folder / "run" / "profile").iterdir()
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
         assert trace.name == "trace_steps_2_to_3.json.gz"
