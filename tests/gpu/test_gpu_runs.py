@@ -12,7 +12,7 @@ import pytest
 
 from nemo_rao.config.gpu_models import FP8_RECIPES
 
-from ..train.runs import _train, die_after_step, in_fork, steps
+from ..train.runs import _train, die_after_step, in_fork, last_stored, steps
 from .conftest import COMPARED, STEPS
 from .on_device import DEVICE, NO_TE, ON_GPU, WITH_TE, RunsOnTheCpu, no_synchronization_counted, result_of, train
 
@@ -79,17 +79,19 @@ def train_and_die(recipe: str, given: Sequence[str]) -> None:
     _train(recipe, given)
 
 
-def test_a_killed_run_continues_from_a_checkpoint_written_in_the_background(
-    data: tuple[str, ...], start: Path, on_cpu: dict[str, Path], tmp_path: Path
-) -> None:
-    """Killed in its fifth step; with a profile of the fourth and the fifth, which the second start completes."""
-    keep = (*ALL_CHECKPOINTS, "exp_manager.checkpoint_callback_params.async_save=true", "trainer.profile_steps=[4,5]")
-    given = [*data, *BF16, *named(tmp_path, "run", start, *keep, f"trainer.max_steps={STEPS}")]
+def test_a_killed_run_continues(data: tuple[str, ...], start: Path, on_cpu: dict[str, Path], tmp_path: Path) -> None:
+    """Killed in its fifth step. Then its last checkpoint is written in the background, and two steps are profiled."""
+    keep = (*ALL_CHECKPOINTS, f"trainer.max_steps={STEPS}")
+    given = [*data, *BF16, *named(tmp_path, "run", start, *keep)]
     with pytest.raises(AssertionError, match="SIGKILL"):
         in_fork(train_and_die, "gpt_rao", given)
-    said = train("gpt_rao", given)
-    assert "continuing from" in said
+    beside = ("exp_manager.checkpoint_callback_params.async_save=true", "trainer.profile_steps=[4,5]")
+    said = train("gpt_rao", [*given, *beside])
+    assert ", step 3 of 5" in said
     assert_close(steps(tmp_path / "run"), steps(on_cpu["gpt_rao"]), relative=0.05)
+    weights = last_stored(tmp_path / "run")
+    assert any(name.endswith("linear_fc2.weight") for name in weights)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values() if tensor.is_floating_point())
     profile = {path.name for path in (tmp_path / "run" / "profile").iterdir()}
     assert profile == {"trace_steps_4_to_5.json.gz", *(["memory_steps_4_to_5.pickle"] if ON_GPU else [])}
 
