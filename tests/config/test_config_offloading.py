@@ -45,7 +45,7 @@ def test_on_a_cpu_nothing_is_moved_to_host_memory(
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (("model.cpu_offloading_num_layers=2",), ("num_layers=2", "below the number of layers, 2")),
+        (("model.cpu_offloading_num_layers=4",), ("num_layers=4", "below the number of layers, 4")),
         ((LAYERS, "model.pipeline_model_parallel_size=2", "trainer.devices=2"), ("pipeline_model_parallel_size=2",)),
         ((LAYERS, "model.recompute_granularity=selective"), ("recompute_granularity=selective", "one of them")),
         ((OPTIMIZER, "model.optim.use_distributed_optimizer=false"), ("use_distributed_optimizer=true",)),
