@@ -36,7 +36,7 @@ from nemo_rao.runtime.files import write_atomically
 from nemo_rao.runtime.gpus import has_gpu, transformer_engine_is_used
 
 GIB = 2**30
-RESERVE = 8 * GIB  # of the GPU's memory: what the planner does not count, and contexts of the runs that wait
+RESERVE = 6 * GIB  # of the GPU's free memory: what the planner does not count, and contexts of the runs that wait
 LARGER_BY = 1.05  # than planned, that a run's peak may be
 FEWER_LAYERS = 0.75  # where it was larger still
 
@@ -175,7 +175,7 @@ def layers_that_fit(run: Run, scale: Scale, folder: Path) -> int:
         return scale.sizes.layers
     import torch
 
-    limit = torch.cuda.get_device_properties(0).total_memory - RESERVE
+    limit = torch.cuda.mem_get_info()[0] - RESERVE
     numbers = range(scale.sizes.layers, 1, -1)
     return next((n for n in numbers if LARGER_BY * peak(setting_of_run(run, scale, n, folder)) <= limit), 1)
 
