@@ -96,15 +96,15 @@ class Part:
 
 
 # Llama 3's head over a packed batch, and a toy.
-_HEAD = ("--tokens", "8192", "--hidden", "4096", "--vocab", "128256", "--tp", "1", "--dtype", "bfloat16")
+_HEAD = ("--tokens", "8192", "32768", "--hidden", "4096", "--vocab", "128256", "--tp", "1", "--dtype", "bfloat16")
 _TOY_HEAD = ("--tokens", "32", "--hidden", "32", "--vocab", "256", "--tp", "1", "--dtype", "bfloat16")
 _STEPS = ("-W", "ignore", "-m", "benchmarks.gpu_steps")
 
 PARTS = (
-    Part("doctor", 30, ("-m", "nemo_rao.cli", "doctor", "--json", "{output}")),
+    Part("doctor", 25, ("-m", "nemo_rao.cli", "doctor", "--json", "{output}")),
     Part(
         "tests",
-        130,
+        150,
         ("-m", "pytest", "-q", "-m", "gpu", "--junitxml", "{output}", "-p", "no:cacheprovider", "tests/gpu"),
         dry=("--gpu-dry-run",),
         read=_read_tests,
@@ -112,14 +112,14 @@ PARTS = (
     ),
     Part(
         "log_probs",
-        50,
+        45,
         ("-m", "benchmarks.log_probs", "--output", "{output}"),
         on_gpu=(*_HEAD, "--repeats", "5"),
         dry=(*_TOY_HEAD, "--repeats", "1"),
     ),
     *(
         Part(name, limit, (*_STEPS, name, "--output", "{output}"), dry=("--dry-run",))
-        for name, limit in (("steps", 65), ("fp8", 85), ("prefix_sharing", 55))
+        for name, limit in (("steps", 60), ("fp8", 80), ("prefix_sharing", 55))
     ),
 )
 DRY_RUN_LIMIT = 600.0  # seconds of a part: a CPU has few cores, and others may use them

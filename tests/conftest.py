@@ -10,6 +10,9 @@ import pytest
 # Before anything is imported: tests fork ranks, and neither of these thread pools survives a fork.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+    "1"  # asking whether there is a GPU is not to initialize CUDA: forks follow
+)
 
 # What engines are made of; megatron-core is not among them.
 ENGINE_PACKAGES = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "megatron.bridge")

@@ -10,8 +10,16 @@ import pytest
 from ..train.runs import make_data
 from .on_device import SMALL, RunsOnTheCpu
 
+# Files whose tests fork this process. They come first: others may initialize CUDA in it.
+FORKING = ("test_gpu_model.py", "test_gpu_runs.py")
+
 STEPS = 5
 COMPARED = ("gpt_rao", "gpt_dpo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.parent == here and item.path.name not in FORKING)
 
 
 @pytest.fixture(scope="session")
