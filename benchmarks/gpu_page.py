@@ -259,8 +259,8 @@ def _log_probs(figures: Mapping[str, Any]) -> str:
     ]
     header = ["T × H × V", "variant", "forward", "with backward", "memory", "rate over products"]
     note = (
-        "*Rate over products*: of the three matrix products that every variant needs, over that of bare ones. A variant "
-        "that keeps no logits does a fourth, and can reach 0.75.\n\n"
+        "*Rate over products*: of the three matrix products that every variant needs, over that of bare ones. A "
+        "variant that keeps no logits does a fourth, and can reach 0.75.\n\n"
     )
     return f"## Log-probabilities\n\n{note}" + _table(header, rows)
 
