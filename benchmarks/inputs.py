@@ -74,8 +74,15 @@ def train_on_made_up_text(tokenizer: Path, vocab_size: int) -> None:
     train_tokenizer((record["responses"][0]["content"] for record in made_up_rows(500, 1, 0)), tokenizer, vocab_size)
 
 
-def write_uniform_rows(path: Path, tokenizer: Path, *, num_prompts: int, num_responses: int, length: int) -> Path:
-    """A file in which every prompt with any of its responses has about ``length`` tokens, the prompt an eighth."""
+def write_uniform_rows(
+    path: Path, tokenizer: Path, *, num_prompts: int, num_responses: int, length: int, prompt: int | None = None
+) -> Path:
+    """A file in which every prompt with any of its responses has about ``length`` tokens, never more.
+
+    Args:
+        prompt: tokens of the prompt alone; ``None``: an eighth.
+    """
+    of_prompt = length // 8 if prompt is None else prompt
     from transformers import AutoTokenizer
 
     generator, encode = random.Random(0), AutoTokenizer.from_pretrained(tokenizer)
@@ -86,9 +93,9 @@ def write_uniform_rows(path: Path, tokenizer: Path, *, num_prompts: int, num_res
         return encode.decode(tokens[:num_tokens])
 
     def record() -> _Record:
-        answers = [text(length - length // 8 - 6) for _ in range(num_responses)]
+        answers = [text(length - of_prompt - 6) for _ in range(num_responses)]
         responses = [{"content": answer, "reward": number / 10} for number, answer in enumerate(answers)]
-        return {"prompt": text(length // 8), "responses": responses}
+        return {"prompt": text(of_prompt), "responses": responses}
 
     return _write(path, (record() for _ in range(num_prompts)))
 

@@ -17,6 +17,7 @@ from benchmarks.measure import environment
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "nemo-toolkit", "megatron-core", "transformers", "trl")
+GPU_PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "nemo-toolkit", "megatron-bridge")
 
 
 def parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
@@ -43,7 +44,7 @@ def write_result(
         **environment(PACKAGES),
         "threads": arguments.threads,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "arguments": given,
         **figures,
     }
@@ -53,7 +54,7 @@ def write_result(
     return path
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of the repository's files, with a plus where others than results were changed since."""
     here = Path(__file__).parent
 

@@ -36,6 +36,15 @@ class Turn:
         """Called once all is imported, before data and model are read: memory counts from here on."""
         self._memory.__enter__()
 
+    def hold(self) -> Any:
+        """Wait, before anything is measured, for :meth:`Session.begin`; what it was given."""
+        self._connection.send({})
+        return self._connection.recv()
+
+    def fail(self, why: str) -> None:
+        """The run is over, and :class:`RunFailed` is what its session raises."""
+        self._connection.send({"failed": why})
+
     def peak_bytes(self) -> int:
         return self._memory.so_far()
 
@@ -58,6 +67,10 @@ class Turn:
         self._step += 1
 
 
+class RunFailed(RuntimeError):
+    """A run has ended where it was to take steps."""
+
+
 class Session:
     """A run in a process of its own, held before its first step once this is made.
 
@@ -65,15 +78,27 @@ class Session:
         function: called there with a :class:`Turn` and ``args``; trains, calling ``Turn.between_steps``.
         steps: of a round.
         forked: from a server that has imported Megatron once; else a fresh interpreter.
+        held: the function calls :meth:`Turn.hold` first, and is not waited for: several import at the same time, and
+            are begun (:meth:`begin`) one after the other.
     """
 
-    def __init__(self, function: Callable[..., None], args: Sequence[Any], *, steps: int, forked: bool) -> None:
+    def __init__(
+        self, function: Callable[..., None], args: Sequence[Any], *, steps: int, forked: bool, held: bool = False
+    ) -> None:
         context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(function, args, steps, theirs))
         self._process.start()
         theirs.close()
+        if not held:
+            self.started = self._receive()
+
+    def begin(self, given: Any) -> dict[str, Any]:
+        """Let a run that is held go on to its first step; ``given``: what its :meth:`Turn.hold` returns."""
+        self._receive()
+        self._connection.send(given)
         self.started = self._receive()
+        return self.started
 
     def round(self) -> dict[str, Any]:
         """One round: seconds, processor seconds, peak bytes so far, the run's notes."""
@@ -89,10 +114,13 @@ class Session:
         if not self._connection.poll(_TIMEOUT_SECONDS):
             raise TimeoutError("a run takes no step")
         try:
-            return self._connection.recv()
+            received: dict[str, Any] = self._connection.recv()
         except EOFError:
             self._process.join()
-            raise RuntimeError(f"a run has ended with exit code {self._process.exitcode}") from None
+            raise RunFailed(f"a run has ended with exit code {self._process.exitcode}") from None
+        if "failed" in received:
+            raise RunFailed(received["failed"])
+        return received
 
 
 def _run(function: Callable[..., None], args: Sequence[Any], steps: int, connection: Connection) -> None:

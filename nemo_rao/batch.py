@@ -141,6 +141,8 @@ class MicroBatch:
         prompt_lengths, response_lengths: ``[P]`` and ``[R]`` float32, how many of these places there are.
         num_tokens: tokens that are computed, without padding.
         num_row_tokens: tokens of all rows, prompt and response; more than are computed where prompts are shared.
+        num_attention_pairs: pairs of a query and a key, the square of a row's tokens as if attention were not causal;
+            of a shared prompt its own square, and of each response its tokens times those of prompt and response.
         prompt_index: ``[R]`` int64 in [0, P): the row's prompt.
         response_index: ``[R]`` int64 in [0, K): the row's place among its prompt's responses.
         response_ids: ``[R]`` int64: the response's number in the whole data set, by which reference sums are found.
@@ -170,6 +172,7 @@ class MicroBatch:
     response_lengths: Tensor
     num_tokens: int
     num_row_tokens: int
+    num_attention_pairs: int
     prompt_index: Tensor
     response_index: Tensor
     response_ids: Tensor

@@ -1,10 +1,10 @@
 """What all tests share: an environment that survives forks, and the table at the end of the session."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 
-import hypothesis
 import pytest
 
 # Before anything is imported: tests fork ranks, and neither of these thread pools survives a fork.
@@ -13,14 +13,19 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Commands and forks would compile the whole package anew each time, also where nobody else wants bytecode to be kept.
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 sys.dont_write_bytecode = False
+# Asking whether there is a GPU is not to initialize CUDA: forks follow.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 # What engines are made of; megatron-core is not among them.
 ENGINE_PACKAGES = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "megatron.bridge")
 
-# A busy machine is no failure. What is drawn is the same at each run: `--hypothesis-profile search` looks further.
-hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
-hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
-hypothesis.settings.load_profile("same")
+with contextlib.suppress(ModuleNotFoundError):  # a GPU machine may have pytest alone, for tests/gpu
+    import hypothesis
+
+    # A busy machine is no failure. What is drawn is the same at each run: `--hypothesis-profile search` looks further.
+    hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+    hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
+    hypothesis.settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="parity over every parallelism and layout of the batch, not a selection of them: some ten minutes more",
     )
+    parser.addoption(
+        "--gpu-dry-run", action="store_true", help="tests/gpu on the CPU: as much of their code as it can run"
+    )
     parser.addoption("--no-engine", action="store_true", help="imports of NeMo, Lightning and Megatron-Bridge fail")
 
 
@@ -40,6 +48,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
         sys.modules.update(dict.fromkeys(ENGINE_PACKAGES))  # type: ignore[arg-type]
         engine_choice.installed_engine = lambda: None  # it looks for directories, which are there
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests of a GPU where there is none."""
+    from nemo_rao.runtime.gpus import has_gpu
+
+    if config.getoption("--gpu-dry-run") or not any(item.get_closest_marker("gpu") for item in items) or has_gpu():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; --gpu-dry-run runs what a CPU can of it"))
 
 
 @pytest.fixture

@@ -26,12 +26,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": FOUNDATION | {"data", "mcore", "ops"},
     "config": FOUNDATION | {"data", "objectives", "other_names", "rows"},
     "checkpoint": FOUNDATION | {"config", "data", "mcore", "objectives"},
-    "loop": FOUNDATION | {"checkpoint", "config", "data", "mcore", "objectives", "ops", "rollout"},
+    "planning": FOUNDATION
+    | {"config", "data", "objectives", "ops", "rows"},  # of the operations, what they hold at a time
+    "loop": FOUNDATION | {"checkpoint", "config", "data", "mcore", "objectives", "ops", "planning", "rollout"},
     "engines": {"config", "data", "loop", "objectives"},  # which engine there is, and what it is asked
     "engines.nemo": FOUNDATION | {"checkpoint", "config", "data", "loop", "mcore", "objectives"},
     "engines.bridge": FOUNDATION | {"checkpoint", "config", "data", "loop", "mcore", "objectives"},
-    "planning": FOUNDATION
-    | {"config", "data", "objectives", "ops", "rows"},  # of the operations, what they hold at a time
     "generation": FOUNDATION | {"data", "model_files", "ops", "rows"},
     "scoring": FOUNDATION | {"data", "generation", "rows"},  # a judge may be a model that generates here
     "hugging_face": FOUNDATION

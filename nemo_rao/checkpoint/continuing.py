@@ -49,6 +49,7 @@ KEEPS_NUMBERS = (
     *("trainer.timeout_minutes", "model.allow_pickle", "model.allow_random_weights"),
     # Ranks, and how the model and a batch are split over them.
     *("trainer.engine", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.threads_per_rank"),
+    *("trainer.profile_steps", "model.cpu_offloading_num_layers"),
     *("model.micro_batch_size", "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"),
     *("model.virtual_pipeline_model_parallel_size", "model.context_parallel_size", "model.expert_model_parallel_size"),
     *("model.expert_tensor_parallel_size", "model.sequence_parallel", "model.recompute_", "model.fused_log_probs"),

@@ -14,6 +14,7 @@ from nemo_rao.config.engine_choice import BRIDGE, NEMO, installed_engine
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.lora_targets import check_targets
 from nemo_rao.config.monitor import check_monitor
+from nemo_rao.config.offloading import check_offloading
 from nemo_rao.config.online_checks import check_online
 from nemo_rao.config.precision_checks import check_fp8_network, check_precision
 from nemo_rao.config.run_config import RunConfig
@@ -34,6 +35,7 @@ def check_config(config: RunConfig) -> None:
     check_engine(config)
     check_network(config)
     _check_layout(config)
+    check_offloading(config)
     _check_peft(config)
     check_online(config)
     check_monitor(config)
@@ -177,6 +179,13 @@ def _check_length(config: RunConfig) -> None:
         raise UserError(
             f"model.optim.sched.warmup_steps={sched.warmup_steps} + constant_steps={sched.constant_steps} exceed "
             f"trainer.max_steps={trainer.max_steps}; lower them"
+        )
+    steps = trainer.profile_steps
+    if steps is not None and (len(steps) != 2 or steps[0] > steps[1]):
+        raise UserError(f"trainer.profile_steps={steps}: must be the first and the last step, such as [10, 12]")
+    if steps is not None and trainer.max_steps is not None and steps[1] > trainer.max_steps:
+        raise UserError(
+            f"trainer.profile_steps={steps}: the run ends at trainer.max_steps={trainer.max_steps}; name earlier steps"
         )
 
 

@@ -7,6 +7,7 @@ systems of 8 GPUs: NVLink, of which data sheets give both directions together, a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -27,6 +28,8 @@ class Gpu:
         bf16_tflops, fp32_tflops: peak, in bf16 and in fp32 (not TF32).
         intra_node_gbs, inter_node_gbs: GB/s that it can send, by NVLink and by InfiniBand.
         memory_gbs: GB/s at which it reads its memory.
+        device_names: what its driver calls it, as a regular expression. Others of its family, such as those on PCIe
+            cards, have other peaks.
     """
 
     name: str
@@ -37,17 +40,23 @@ class Gpu:
     intra_node_gbs: float
     inter_node_gbs: float
     memory_gbs: float
+    device_names: str
 
     def peak_tflops(self, param_bytes: int) -> float:
         return self.bf16_tflops if param_bytes == 2 else self.fp32_tflops
 
 
 GPUS = {
-    "a100": Gpu("A100 80 GB", (8, 0), 80.0, 312.0, 19.5, 300.0, 25.0, 2039.0),
-    "h100": Gpu("H100 SXM 80 GB", (9, 0), 79.6, 989.4, 66.9, 450.0, 50.0, 3350.0),
-    "h200": Gpu("H200 SXM 141 GB", (9, 0), 140.4, 989.4, 66.9, 450.0, 50.0, 4800.0),
-    "b200": Gpu("B200 180 GB", (10, 0), 179.1, 2250.0, 75.0, 900.0, 50.0, 8000.0),
+    "a100": Gpu("A100 80 GB", (8, 0), 80.0, 312.0, 19.5, 300.0, 25.0, 2039.0, r"NVIDIA A100[- ].*GB( PCIe)?"),
+    "h100": Gpu("H100 SXM 80 GB", (9, 0), 79.6, 989.4, 66.9, 450.0, 50.0, 3350.0, "NVIDIA H100 80GB HBM3"),
+    "h200": Gpu("H200 SXM 141 GB", (9, 0), 140.4, 989.4, 66.9, 450.0, 50.0, 4800.0, "NVIDIA H200"),
+    "b200": Gpu("B200 180 GB", (10, 0), 179.1, 2250.0, 75.0, 900.0, 50.0, 8000.0, "NVIDIA B200"),
 }
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """The GPU that the driver calls by this name (``torch.cuda.get_device_name``); ``None``: it is none of these."""
+    return next((gpu for gpu in GPUS.values() if re.fullmatch(gpu.device_names, name)), None)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,19 @@ def recompute_fields(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def offload_fields(config: RunConfig) -> dict[str, Any]:
+    """Which layers' activations are moved to host memory: of ``TransformerConfig``."""
+    layers = config.model.cpu_offloading_num_layers
+    if layers is None:
+        return {}
+    return {
+        "cpu_offloading": True,
+        "cpu_offloading_num_layers": layers,
+        "cpu_offloading_activations": True,
+        "cpu_offloading_weights": False,
+    }
+
+
 def parallel_fields(config: RunConfig) -> dict[str, Any]:
     """Over how many ranks a model is split, and how: of ``ModelParallelConfig``."""
     keys = config.model
@@ -79,6 +92,18 @@ def optimizer_fields(config: RunConfig) -> dict[str, Any]:
         "adam_eps": keys.eps,
         "clip_grad": config.trainer.gradient_clip_val,
         "use_distributed_optimizer": keys.use_distributed_optimizer,
+        **_optimizer_offload(keys.cpu_offload_fraction),
+    }
+
+
+def _optimizer_offload(fraction: float) -> dict[str, Any]:
+    if fraction == 0:
+        return {}
+    # Megatron's hybrid optimizer holds the master weights itself, as precision-aware ones do.
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": fraction,
+        "use_precision_aware_optimizer": True,
     }
 
 

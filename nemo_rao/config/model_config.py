@@ -88,6 +88,9 @@ class OptimizerConfig:
     use_distributed_optimizer: bool = key(True, "split the optimizer's state over data-parallel ranks")
     overlap_grad_reduce: bool = key(False, "reduce gradients during the backward pass; for GPUs")
     overlap_param_gather: bool = key(False, "gather updated weights during the forward pass; for GPUs")
+    cpu_offload_fraction: float = key(
+        0.0, "fraction of the optimizer's state that is held and updated in host memory; for GPUs", low=0, high=1
+    )
     sched: ScheduleConfig = section(ScheduleConfig, "learning rate over the run")
 
 
@@ -147,6 +150,12 @@ class ModelKeys:
     )
     recompute_num_layers: int | None = key(
         None, "full recompute: layers of a uniform unit, or of each stage's block; null: 1", low=1
+    )
+    cpu_offloading_num_layers: int | None = key(
+        None,
+        "number of first layers whose activations wait in host memory for the backward pass; fewer than there are. "
+        "Needs Transformer Engine; null: none",
+        low=1,
     )
     peft: PeftConfig = section(PeftConfig, "which weights are trained")
     optim: OptimizerConfig = section(OptimizerConfig, "optimizer")

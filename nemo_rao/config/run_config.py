@@ -56,6 +56,12 @@ class TrainerConfig:
         "torch's default",
         low=1,
     )
+    profile_steps: list[int] | None = key(
+        None,
+        "[first, last] steps, from 1, that the first rank profiles: a trace of PyTorch's profiler and, on a GPU, a "
+        "snapshot of its memory go to the run's directory profile; null: none",
+        low=1,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- exp_manager
@@ -77,6 +83,9 @@ class CheckpointConfig:
     save_top_k: int = key(1, "checkpoints kept; 0: none, -1: all", low=-1)
     save_last: bool = key(True, "also keep the newest checkpoint, from which a run resumes")
     every_n_train_steps: int = key(50, "steps between checkpoints", low=1)
+    async_save: bool = key(
+        False, "write checkpoints in a process beside the training, which goes on once they are copied to host memory"
+    )
 
 
 @dataclass

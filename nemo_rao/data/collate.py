@@ -112,6 +112,7 @@ def collate(
         response_lengths=torch.tensor([len(places) for places in layout.response_places], dtype=torch.float32),
         num_tokens=sum(len(segment.tokens) for sequence in sequences for segment in sequence),
         num_row_tokens=sum(len(s.prompt) * len(s.responses) + sum(map(len, s.responses)) for s in samples),
+        num_attention_pairs=layout.num_pairs,
         prompt_index=torch.from_numpy(prompt_index.astype(np.int64)),
         response_index=torch.from_numpy(response_index.astype(np.int64)),
         response_ids=torch.from_numpy(response_ids),
@@ -175,6 +176,7 @@ class _Layout:
         self.response_places: list[np.ndarray] = []
         self.boundary: list[int] = []
         self.end: list[int] = []
+        self.num_pairs = 0
 
     def add(self, number: int, sequence: Sequence[_Segment]) -> None:
         start, prompt = 0, NO_SEGMENT
@@ -193,6 +195,8 @@ class _Layout:
                 self.boundary.append(place + boundary)
                 self.end.append(place + end - 1)
             self.segments.append((end - start, prompt if segment.continues else NO_SEGMENT, 0))
+            continued = segment.first_position if segment.continues else 0
+            self.num_pairs += (end - start) * (continued + end - start)
             start = end
         self.position_ids[number, start:] = np.arange(self._length - start)
         if start < self._length:

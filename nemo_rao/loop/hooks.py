@@ -66,7 +66,7 @@ class MismatchedPass(Hook):
 class ShowProgress(Hook):
     """Shows steps on rank 0, with metrics that are already reduced: no rank takes part in a collective alone."""
 
-    shown = ("loss", "rao/target_error", "rewards/margins", "rewards/accuracies", "tokens_per_second")
+    shown = ("loss", "rao/target_error", "rewards/margins", "rewards/accuracies", "tokens_per_second", "perf/mfu")
 
     def start(self, session: Session) -> None:
         self._progress = Progress(

@@ -27,16 +27,25 @@ class KeepCheckpoints(Hook):
     Args:
         folder: of checkpoints.
         keys: ``exp_manager.checkpoint_callback_params``.
-        save: writes a checkpoint into a folder, on all ranks together.
+        save: writes a checkpoint into a folder, on all ranks together, and then calls what it is given: at once, or
+            from ``finish_written``.
+        finish_written: finishes checkpoints that are written in the background; with ``wait``, all of them.
 
     Attributes:
         state: what a checkpoint is to carry; set before the run is resumed.
     """
 
-    def __init__(self, folder: Path, keys: CheckpointConfig, save: Callable[[Path], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keys: CheckpointConfig,
+        save: Callable[[Path, Callable[[], None]], None],
+        finish_written: Callable[..., None],
+    ) -> None:
         self._folder = folder
         self._keys = keys
         self._save = save
+        self._finish_written = finish_written
         self._best: dict[str, float] = {}  # name -> what it is ranked by
         self._last: str | None = None
         self._written: set[str] = set()
@@ -79,6 +88,7 @@ class KeepCheckpoints(Hook):
 
     def after_step(self, session: Session) -> None:
         self._is_reported = self._is_reported or self._keys.monitor in session.reported()
+        self._finish_written(wait=False)
         if session.step % self._keys.every_n_train_steps == 0:
             self._save_step(session)
 
@@ -86,9 +96,10 @@ class KeepCheckpoints(Hook):
         self.save_last(session)
 
     def save_last(self, session: Session) -> None:
-        """Write the newest checkpoint, unless it is there or not wanted."""
+        """Write the newest checkpoint, unless it is there or not wanted; all are complete when this returns."""
         if self._keys.save_last and self._saved_step != session.step:
             self._write(session, f"step={session.step}-last", is_last=True)
+        self._finish_written(wait=True)
 
     def _save_step(self, session: Session) -> None:
         name, last = f"step={session.step}", f"step={session.step}-last"
@@ -102,6 +113,7 @@ class KeepCheckpoints(Hook):
             self._write(session, last, is_last=True)
 
     def _write(self, session: Session, name: str, *, is_last: bool, link: str | None = None) -> None:
+        self._finish_written(wait=True)  # one at a time: each knows which of those before it are unwanted
         if is_last:
             self._last = link or name
         self._written |= {name, link} if link else {name}
@@ -112,15 +124,18 @@ class KeepCheckpoints(Hook):
             remove_checkpoints(self._folder, [name])
             mark_unfinished(self._folder / name, True)
         torch.distributed.barrier()
-        self._save(self._folder / name)
-        if session.is_first_rank:
-            mark_unfinished(self._folder / name, False)
-            if link:
-                remove_checkpoints(self._folder, [link])
-                (self._folder / link).symlink_to(name)
-            remove_checkpoints(self._folder, unwanted)
-        self._written -= unwanted
-        torch.distributed.barrier()
+
+        def finish() -> None:
+            if session.is_first_rank:
+                mark_unfinished(self._folder / name, False)
+                if link:
+                    remove_checkpoints(self._folder, [link])
+                    (self._folder / link).symlink_to(name)
+                remove_checkpoints(self._folder, unwanted)
+            self._written.difference_update(unwanted)
+            torch.distributed.barrier()
+
+        self._save(self._folder / name, finish)
 
     def _value(self, session: Session) -> float | None:
         """What this step is ranked by; ``None``: it is not ranked."""

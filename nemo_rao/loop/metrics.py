@@ -13,8 +13,12 @@ from megatron.core import parallel_state
 
 from nemo_rao.batch import MicroBatch
 from nemo_rao.loop.session import METRICS, Hook, Session, log
+from nemo_rao.loop.throughput import Throughput
 from nemo_rao.mcore.loss import means, reduce_statistics
+from nemo_rao.planning.compute import Work
 from nemo_rao.runtime.metrics_file import truncate_metrics
+
+_PAIRS = "pairs of queries and keys"  # a sum without a count, which is no metric
 
 
 class Metrics(Hook):
@@ -27,6 +31,7 @@ class Metrics(Hook):
                                  ranks
         data/token_efficiency    tokens that were computed, over those with padding
         data/tokens_shared       fraction of the rows' tokens that was not computed, as prompts were shared
+        perf/mfu, perf/tflops_per_gpu    on GPUs, see :mod:`nemo_rao.loop.throughput`
 
     A resumed run first drops the lines of steps that it computes again. At the end, rank 0 writes each rank's peak
     memory to ``memory.json``, in bytes: of the GPU, or of the process where there is none, what it shares with the
@@ -34,12 +39,14 @@ class Metrics(Hook):
 
     Args:
         log_every_n_steps: steps from one line of the loggers to the next; ``metrics.jsonl`` has every step.
+        throughput: of the run; ``None``: FLOPs are not reported.
     """
 
-    def __init__(self, *, log_every_n_steps: int) -> None:
+    def __init__(self, *, log_every_n_steps: int, throughput: Throughput | None = None) -> None:
         self._log_every_n_steps = log_every_n_steps
+        self._throughput = throughput
         self._step_started = 0.0
-        self._tokens = np.zeros(3)
+        self._counts = np.zeros(4)
         self._names: list[str] = []  # of the objective's statistics, since they were first seen
 
     def start(self, session: Session) -> None:
@@ -48,27 +55,32 @@ class Metrics(Hook):
 
     def before_step(self, session: Session) -> None:
         self._step_started = time.perf_counter()
-        self._tokens = np.zeros(3)
+        self._counts = np.zeros(4)
         session.loss.take_statistics()
 
     def micro_batch(self, session: Session, batch: MicroBatch, *, embeds_tokens: bool) -> None:
         # Counted once: by the chunk that embeds the tokens, on one of the ranks that have them.
         if embeds_tokens and parallel_state.get_tensor_and_context_parallel_rank() == 0:
             num_places = batch.tokens.numel() * parallel_state.get_context_parallel_world_size()
-            self._tokens += (batch.num_row_tokens, batch.num_tokens, num_places)
+            self._counts += (batch.num_row_tokens, batch.num_tokens, num_places, batch.num_attention_pairs)
 
     def after_step(self, session: Session) -> None:
-        of_rows, computed, with_padding = self._tokens.tolist()
+        of_rows, computed, with_padding, pairs = self._counts.tolist()
         tokens = {
             "data/token_efficiency": (computed, with_padding),
             "data/tokens_shared": (of_rows - computed, of_rows),
         }
-        statistics = reduce_statistics(session.loss.take_statistics(), names=self._names, of_rank=tokens)
-        self._names = [name for name in statistics if name not in tokens]
+        counts = {**tokens, _PAIRS: (pairs, 0)}
+        statistics = reduce_statistics(session.loss.take_statistics(), names=self._names, of_rank=counts)
+        self._names = [name for name in statistics if name not in counts]
         values = means(statistics)
-        tokens_of_rows = statistics["data/tokens_shared"][1].item()
-        values["seconds/update"] = time.perf_counter() - self._step_started
-        values["tokens_per_second"] = tokens_of_rows / values["seconds/update"]
+        summed = {name: statistics[name].tolist() for name in counts}  # the step's work on the GPU is over here
+        seconds = time.perf_counter() - self._step_started
+        values["seconds/update"] = seconds
+        values["tokens_per_second"] = summed["data/tokens_shared"][1] / seconds
+        if self._throughput is not None:
+            work = Work(tokens=int(summed["data/token_efficiency"][0]), pairs=int(summed[_PAIRS][0]))
+            values |= self._throughput.metrics(work, seconds)
         of_engine = session.reported()
         values |= {name: of_engine[name] for name in ("grad_norm", "lr") if name in of_engine}
         is_logged = session.step % self._log_every_n_steps == 0 or session.is_stopping

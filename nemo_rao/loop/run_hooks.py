@@ -20,11 +20,13 @@ from nemo_rao.loop.hooks import CalibrateScales, MismatchedPass, RecordStart, Se
 from nemo_rao.loop.metrics import Metrics
 from nemo_rao.loop.online_data import OnlineData
 from nemo_rao.loop.prepared import OnlineTask, Prepared
+from nemo_rao.loop.profile import ProfileSteps
 from nemo_rao.loop.reference import ReferencePass
 from nemo_rao.loop.rollouts import MakeRollouts
 from nemo_rao.loop.sampled_validation import ValidateSamples
 from nemo_rao.loop.session import Hook
 from nemo_rao.loop.stopping import StopWhenAsked
+from nemo_rao.loop.throughput import throughput_of
 from nemo_rao.loop.validation import Validation
 from nemo_rao.objectives.base import Needs
 from nemo_rao.rollout.samples import RolloutData
@@ -94,7 +96,7 @@ def hooks_of(
         prepared: what the parent has worked out.
         record: called on rank 0 once nothing is left that may refuse the run.
     """
-    keys = config.model
+    keys, training = config.model, data_sets["training"].data
     hooks: list[Hook] = [StopWhenAsked(), SeedEveryStep(config.trainer.seed)]
     if config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
         hooks.append(CalibrateScales())
@@ -114,7 +116,10 @@ def hooks_of(
         )
         hooks.append(CheckFirstStep(config.precision, reference_dir(config)))
     hooks += [
-        Metrics(log_every_n_steps=config.trainer.log_every_n_steps),
+        Metrics(
+            log_every_n_steps=config.trainer.log_every_n_steps,
+            throughput=throughput_of(config, responses=round(training.num_responses / len(training))),
+        ),
         StopWhereNotFinite(skips_steps=config.precision.params == "fp16"),
     ]
     if needs.mismatched:
@@ -130,6 +135,9 @@ def hooks_of(
     hooks.append(RecordStart(record))
     if config.trainer.enable_progress_bar:
         hooks.append(ShowProgress())
+    if config.trainer.profile_steps is not None:
+        first, last = config.trainer.profile_steps
+        hooks.append(ProfileSteps(first, last))
     return hooks
 
 

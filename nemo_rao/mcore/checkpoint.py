@@ -8,6 +8,7 @@ format that any parallelism reads; what a run keeps besides is of plain types.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy, load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
@@ -56,13 +58,25 @@ def sharded_model(chunks: Sequence[Any], *, prefix: str = "", keep: Filter | Non
     return state
 
 
-def save(folder: Path, chunks: Sequence[Any], optimizer: Any, state: Mapping[str, Any], *, keep: Filter | None) -> None:
+def save(
+    folder: Path,
+    chunks: Sequence[Any],
+    optimizer: Any,
+    state: Mapping[str, Any],
+    *,
+    keep: Filter | None,
+    in_background: bool = False,
+) -> Any:
     """Write model and optimizer. A collective over all ranks.
 
     Args:
         folder: to be made; nobody reads it before this returns on every rank.
         state: of plain types, the same on every rank.
         keep: see :func:`sharded_model`.
+        in_background: nothing is written yet.
+
+    Returns:
+        ``None``; or Megatron's request for the rest, to be scheduled (:class:`BackgroundWriter`).
     """
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,10 +88,42 @@ def save(folder: Path, chunks: Sequence[Any], optimizer: Any, state: Mapping[str
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     content |= {STATE: dict(state)}
-    dist_checkpointing.save(content, str(folder), strategy, content_metadata=dict(_LAYOUT))
-    if torch.distributed.get_rank() == 0:
-        write_common(folder)
-    torch.distributed.barrier()
+    how: dict[str, Any] = {"async_sharded_save": in_background, "content_metadata": dict(_LAYOUT)}
+    if in_background and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        how["async_strategy"] = "mcore"  # the default is another package's
+    request = dist_checkpointing.save(content, str(folder), strategy, **how)
+
+    def finish() -> None:
+        if torch.distributed.get_rank() == 0:
+            write_common(folder)
+        torch.distributed.barrier()
+
+    if request is None:
+        finish()
+    else:
+        request.add_finalize_fn(finish)
+    return request
+
+
+class BackgroundWriter:
+    """Checkpoints that a process beside each rank writes, after the rank has copied them to host memory."""
+
+    def __init__(self) -> None:
+        self._calls = AsyncCallsQueue()
+
+    def schedule(self, request: Any, finish: Callable[[], None]) -> None:
+        """Start to write what :func:`save` has prepared. A collective of all ranks, as all methods.
+
+        Args:
+            finish: called on every rank once all of them have written their part.
+        """
+        request.add_finalize_fn(finish)
+        self._calls.schedule_async_request(request)
+
+    def finish_written(self, *, wait: bool) -> None:
+        """Finish the checkpoints that all ranks have written; ``wait``: all of them."""
+        if self._calls.get_num_unfinalized_calls():
+            self._calls.maybe_finalize_async_calls(blocking=wait)
 
 
 def write_common(folder: Path) -> None:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
 import queue
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -202,6 +204,29 @@ _WITHOUT_FUSIONS = {
 }
 
 
+class _WrittenPart:
+    """What is reported of a rank's part of a checkpoint, by the rank or by its fork that writes in the background."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (open in both, until both are gone)
+
+    def put(self, written: Any) -> None:
+        pickle.dump(written, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """What was put.
+
+        Raises:
+            queue.Empty: nothing was.
+        """
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except EOFError:
+            raise queue.Empty from None
+
+
 def _patch_megatron() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as megatron_random
@@ -218,11 +243,10 @@ def _patch_megatron() -> None:
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
 
-    # Checkpoints are written by the rank itself here. The default, a queue served by a process that is spawned for
-    # each rank, imports the entry point anew, which costs seconds, and outlives a rank that is killed.
-    results: queue.Queue = queue.Queue()
+    # The default, a queue served by a process that is spawned for each rank, imports the entry point anew, which costs
+    # seconds, and outlives a rank that is killed.
     name = "get_write_results_queue"  # before megatron-core 0.19 with an underscore
-    setattr(filesystem_async, name if hasattr(filesystem_async, name) else f"_{name}", lambda *_: results)
+    setattr(filesystem_async, name if hasattr(filesystem_async, name) else f"_{name}", lambda *_: _WrittenPart())
 
     # A router asks whether it is there, but only an import that fails here would have said that it is not.
     vars(moe_utils).setdefault("te_general_gemm", None)

@@ -38,11 +38,31 @@ class Flops:
         return self.forward + self.mismatched
 
 
-def flops(setting: Setting) -> Flops:
-    network, tokens = setting.network, setting.step_tokens
+@dataclass(frozen=True)
+class Work:
+    """What a step computes, over all ranks.
+
+    Attributes:
+        tokens: of all micro-batches.
+        pairs: of a query and a key: the square of each row's tokens, as if attention were not causal.
+    """
+
+    tokens: int
+    pairs: int
+
+
+def flops(setting: Setting, work: Work | None = None) -> Flops:
+    """FLOPs of a step.
+
+    Args:
+        work: of the step; ``None``: rows of the planned length, with their padding.
+    """
+    if work is None:
+        work = Work(setting.step_tokens, setting.length * setting.step_tokens)
+    network, tokens = setting.network, work.tokens
     layers = network.layers * _linear(setting) * tokens
     adapters = _adapters(setting) * tokens
-    attention = network.layers * 4 * setting.length * network.query * tokens
+    attention = network.layers * 4 * network.query * work.pairs
     output = 0 if setting.scores else 2 * network.hidden * network.vocabulary(setting.tensor) * tokens
     forward = layers + adapters + attention + output
     trained = 2 if setting.lora is None else 1  # products of a backward pass: of the inputs alone where frozen

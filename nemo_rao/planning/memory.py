@@ -85,7 +85,7 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
     return StageMemory(
         weights=states.weights,
         gradients=states.gradients,
-        optimizer=states.optimizer,
+        optimizer=int(states.optimizer * (1 - setting.optimizer_in_host)),
         in_flight=in_flight,
         activations=-(-in_flight * kept // setting.virtual),
         log_probs=log_prob_bytes(setting) if stage == setting.pipeline - 1 else 0,

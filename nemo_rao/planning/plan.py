@@ -63,6 +63,11 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"online.sampler={config.online.sampler} is planned as sampling by the training model.")
     if setting.rollouts is not None and config.data.validation_path is not None:
         print("data.validation_path: validations by sampling are not planned.")
+    if config.model.cpu_offloading_num_layers is not None:
+        print(
+            "model.cpu_offloading_num_layers: activations that wait in host memory are planned as if they stayed on\n"
+            "the GPU."
+        )
     if config.data.prefix_sharing:
         print(
             "data.prefix_sharing=true: what is saved by computing a prompt once is not planned; give\n"
@@ -188,6 +193,7 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         use_distributed_optimizer=keys.optim.use_distributed_optimizer,
         overlap_grad_reduce=keys.optim.overlap_grad_reduce,
         overlap_param_gather=keys.optim.overlap_param_gather,
+        optimizer_in_host=keys.optim.cpu_offload_fraction,
         recompute_granularity=keys.recompute_granularity,
         recompute_method=(keys.recompute_method or "uniform") if full else "uniform",
         recompute_num_layers=(keys.recompute_num_layers or 1) if full else 1,

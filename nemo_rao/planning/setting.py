@@ -98,6 +98,7 @@ class Setting:
         grad_reduce_in_fp32: gradients are kept in fp32.
         overlap_grad_reduce, overlap_param_gather: gradients are reduced during the backward pass, weights gathered
             during the forward pass.
+        optimizer_in_host: fraction of the optimizer's state that is held in host memory.
         lora: adapters alone are trained; ``None``: every weight.
         lora_offered: those that advice may propose.
         workspace_bytes: of the log-probabilities' blocks.
@@ -133,6 +134,7 @@ class Setting:
     use_distributed_optimizer: bool
     overlap_grad_reduce: bool
     overlap_param_gather: bool
+    optimizer_in_host: float
     recompute_granularity: str | None
     recompute_method: str
     recompute_num_layers: int

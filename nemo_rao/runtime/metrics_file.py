@@ -1,7 +1,8 @@
 """``metrics.jsonl``: one line of JSON for each step, and for each validation, written by rank 0 as it happens.
 
 Each line has ``step``, the optimizer steps done; a training line has ``loss`` and the objective's metrics,
-``grad_norm``, ``lr`` and ``tokens_per_second``; a validation line has the same metrics as ``val/<name>``.
+``grad_norm``, ``lr`` and ``tokens_per_second``, on GPUs also ``perf/mfu`` and ``perf/tflops_per_gpu``; a validation
+line has the objective's metrics as ``val/<name>``.
 """
 
 from __future__ import annotations

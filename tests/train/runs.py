@@ -39,7 +39,10 @@ NO_CHECKPOINTS = (
 )
 
 
-NOT_OF_THE_STEP = ("seconds/update", "tokens_per_second", "data/token_efficiency", "data/tokens_shared")
+NOT_OF_THE_STEP = (
+    *("seconds/update", "tokens_per_second", "data/token_efficiency", "data/tokens_shared"),
+    *("perf/mfu", "perf/tflops_per_gpu"),
+)
 
 
 def parallel(tensor: int, pipeline: int, data: int) -> tuple[str, ...]:
@@ -120,12 +123,15 @@ def in_fork(function: Callable[..., Any], *args: Any) -> None:
 def start_fork(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """The same, without waiting: the process, and the connection on which a traceback arrives."""
     import_once()
+    import torch
+
     # Once, rather than in each fork.
     import nemo_rao.config.compose
     import nemo_rao.training.checks
     import nemo_rao.training.train  # noqa: F401
 
-    context = multiprocessing.get_context("fork")
+    # As the launcher of ranks does: CUDA, once initialized, does not survive a fork.
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(function, args, sender))
     process.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .runs import TINY, run_training
+from .runs import TINY, run_training, same, stored
 
 
 def overrides(folder: Path, data: Sequence[str], start: Path, *extra: str, **keep: object) -> list[str]:
@@ -84,6 +85,31 @@ def test_a_metric_that_the_data_does_not_give_stops_the_run_at_the_first_checkpo
     with pytest.raises(AssertionError, match=r"monitor=data/reward_chosen: this run's data gives no such metric"):
         run_training("gpt_rao", given)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_checkpoints_written_in_the_background_are_those_written_at_once(
+    data: tuple[str, ...], start: Path, tmp_path: Path
+) -> None:
+    """The same directories, with the same tensors, on two ranks; and a profile of two steps is written beside them."""
+    found = {}
+    for in_background in ("false", "true"):
+        folder = tmp_path / in_background
+        extra = ("trainer.devices=2", "trainer.profile_steps=[2,3]")
+        keep = {"save_top_k": 1, "every_n_train_steps": 2, "async_save": in_background}
+        run_training("gpt_rao", overrides(folder, data, start, *extra, "trainer.max_steps=4", **keep))
+        # Continued, from what was written in the background.
+        run_training("gpt_rao", overrides(folder, data, start, *extra, "trainer.max_steps=5", **keep))
+        found[in_background] = (
+            kept(folder),
+            {name: stored(folder / "run" / "checkpoints" / name) for name in kept(folder)},
+        )
+        (trace,) = (folder / "run" / "profile").iterdir()
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        assert trace.name == "trace_steps_2_to_3.json.gz"
+        assert {"aten::mm", "step 2", "step 3"} <= {event.get("name") for event in events}
+    (names, tensors), (in_background_names, in_background_tensors) = found.values()
+    assert names == in_background_names == {"step=4", "step=5-last"}
+    assert all(same(tensors[name], in_background_tensors[name]) for name in names)
 
 
 def test_links_to_a_checkpoint_that_was_being_removed_go_with_it(tmp_path: Path) -> None:

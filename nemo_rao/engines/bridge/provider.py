@@ -16,7 +16,12 @@ from nemo_rao.config.architecture import architecture_fields
 from nemo_rao.config.experts import check_experts
 from nemo_rao.config.families import FAMILIES
 from nemo_rao.config.lora_targets import KEY, adapted, check_targets, fused, linear_layers, lora_targets
-from nemo_rao.config.megatron_fields import messages_between_stages, parallel_fields, recompute_fields
+from nemo_rao.config.megatron_fields import (
+    messages_between_stages,
+    offload_fields,
+    parallel_fields,
+    recompute_fields,
+)
 from nemo_rao.config.precision_checks import fp8_simulation
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.engines.bridge.families import in_bridges_terms, parts_of
@@ -46,7 +51,8 @@ def provider(config: RunConfig) -> Any:
     sizes = {name: value for name, value in given.items() if name in fields}
     if isinstance(named := sizes.get("activation_func"), str):
         sizes["activation_func"] = activation(named)
-    made = kind(**{**sizes, **_split(config), **recompute_fields(config), "seq_length": keys.seq_length})
+    memory = {**recompute_fields(config), **offload_fields(config)}
+    made = kind(**{**sizes, **_split(config), **memory, "seq_length": keys.seq_length})
     parts = NO_PARTS if transformer_engine_is_used() else parts_of(made, f"model.family={family}")
     finish_config(made, fp8_simulation=fp8_simulation(config.precision), parts=parts)
     return made

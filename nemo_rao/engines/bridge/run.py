@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,12 @@ class Run:
         """
         parts, state = self._parts, self._parts.state
         rates = self._name_groups()
+        self._writer = checkpoint.BackgroundWriter()
         keeping = KeepCheckpoints(
-            self._folder / "checkpoints", self._config.exp_manager.checkpoint_callback_params, self._save
+            self._folder / "checkpoints",
+            self._config.exp_manager.checkpoint_callback_params,
+            self._save,
+            self._writer.finish_written,
         )
         self._hooks = hooks
         self._references = [hook for hook in hooks if isinstance(hook, ReferencePass)]
@@ -180,13 +184,20 @@ class Run:
         for hook in self._references:
             hook.state = stored["reference"]
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Path, finish: Callable[[], None]) -> None:
         content = {
             "step": self._session.step,
             "kept": self._keeping.state,
             "reference": {name: value for hook in self._references for name, value in hook.state.items()},
         }
-        checkpoint.save(folder / "weights", self._parts.model, self._parts.optimizer, content, keep=self._stored)
+        request = checkpoint.save(
+            folder / "weights",
+            self._parts.model,
+            self._parts.optimizer,
+            content,
+            keep=self._stored,
+            in_background=self._config.exp_manager.checkpoint_callback_params.async_save,
+        )
         for hook in self._hooks:
             hook.save(self._session, folder)
         if self._session.is_first_rank:
@@ -194,3 +205,7 @@ class Run:
                 assert self._start_from is not None
                 record_base(folder, self._start_from)
             self._tokenizer.save_pretrained(folder / "context" / "tokenizer")
+        if request is None:
+            finish()
+        else:
+            self._writer.schedule(request, finish)

@@ -25,6 +25,7 @@ from nemo_rao.config.megatron_fields import (
     ddp_fields,
     fp8_fields,
     messages_between_stages,
+    offload_fields,
     optimizer_fields,
     parallel_fields,
     recompute_fields,
@@ -51,7 +52,12 @@ def model_config(config: RunConfig) -> GPTConfig:
         UserError: NeMo has no such network, or no such field.
     """
     keys = config.model
-    more = {**recompute_fields(config), **messages_between_stages(config), "seq_length": keys.seq_length}
+    more = {
+        **recompute_fields(config),
+        **offload_fields(config),
+        **messages_between_stages(config),
+        "seq_length": keys.seq_length,
+    }
     more = {name: value for name, value in more.items() if name not in keys.arch.extra}
     if keys.config_class is None:
         made = config_of_family(keys.family, architecture_fields(config), **more)
@@ -158,7 +164,7 @@ def strategy(config: RunConfig) -> AlignmentStrategy:
         # The reshardable format lets a run resume under another TP, PP or DP, and is the only one that takes
         # torch's own Adam, which runs where apex and Transformer Engine are absent.
         ckpt_optim_fully_reshardable=True,
-        ckpt_async_save=False,
+        ckpt_async_save=config.exp_manager.checkpoint_callback_params.async_save,
         # NeMo's printer lets rank 0 take part in a collective alone, which hangs the next one over gloo.
         replace_progress_bar=False,
     )

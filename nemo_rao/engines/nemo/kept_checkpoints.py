@@ -66,9 +66,15 @@ class StepCheckpoint(ModelCheckpoint):
         self._written.add(_name(linkpath))
         super()._link_checkpoint(trainer, filepath, linkpath, *args, **kwargs)
 
-    def _remove_checkpoint(self, trainer: Any, filepath: str, *args: Any, **kwargs: Any) -> None:
-        super()._remove_checkpoint(trainer, filepath, *args, **kwargs)
-        self._written.discard(_name(filepath))
+    def _remove_checkpoint(self, trainer: Any, filepath: str, override_async: bool = False) -> None:
+        if self.async_save and override_async:  # NeMo removes it on a thread, and takes away the mark of that first
+            if trainer.is_global_zero:
+                remove_checkpoints(Path(self.dirpath), [_name(filepath)])
+            torch.distributed.barrier()
+        else:  # where the one that replaces it is still being written, NeMo comes back to it
+            super()._remove_checkpoint(trainer, filepath)
+        if override_async or not self.async_save:
+            self._written.discard(_name(filepath))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "written": sorted(self._written), "save_top_k": self.save_top_k}
@@ -101,10 +107,12 @@ class StepCheckpoint(ModelCheckpoint):
         return names | {link.readlink().name for link in links if link.is_symlink()}
 
     def save_last_now(self, trainer: Any) -> None:
-        """Write the newest checkpoint, unless it is there or not wanted."""
+        """Write the newest checkpoint, unless it is there or not wanted; all are complete when this returns."""
         # NeMo decides by the validation interval of Lightning's own loop, which is not used.
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.async_save:
+            trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.save_last_now(trainer)
