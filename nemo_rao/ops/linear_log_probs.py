@@ -40,13 +40,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_rao.ops.blocks import Blocks, add_product
+from nemo_rao.ops.logit_blocks import logit_blocks_for
 from nemo_rao.ops.vocabulary import (
     Columns,
     Positions,
     columns_of_rank,
     empty_statistics,
     over_all_ranks,
-    owned,
     selected,
 )
 from nemo_rao.ops.workspace import CPU_WORKSPACE_BYTES, CUDA_WORKSPACE_BYTES
@@ -138,13 +138,16 @@ class _LinearLogProbs(torch.autograd.Function):
         """``local_targets`` ``[N]`` count from this rank's first column; ``positions`` index them in ``shape``."""
         whole = _all_gather(hidden, columns.group) if gathered else hidden
         blocks = Blocks(whole, weight, u, b, positions, columns.num, workspace_bytes)
+        compute = logit_blocks_for(hidden.device, blocks.dtype)
         local_n3 = empty_statistics(len(local_targets), hidden, blocks.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for slab in blocks.slabs():
                 weight_cf = blocks.weight_of(slab)
                 for rows in blocks.chunks():
                     logits_nc = blocks.logits(blocks.features_of(rows), weight_cf)
-                    _add_to_statistics(local_n3[rows], logits_nc, local_targets[rows] - slab.start)
+                    compute.add_to_statistics(
+                        local_n3[rows], logits_nc, local_targets[rows], first_column=slab.start
+                    )
         largest, total, target_logits = over_all_ranks(local_n3, columns.group)
 
         of_tokens = (local_targets, largest, total, *positions)
@@ -200,16 +203,6 @@ class _LinearLogProbs(torch.autograd.Function):
         return hidden_grad, weight_grad, u_grad, sums[-1][0] if needs_b else None, *[None] * 7
 
 
-def _add_to_statistics(statistics_n3: Tensor, logits_nc: Tensor, targets: Tensor) -> None:
-    """Take further columns into statistics in place; overwrites the logits. ``targets`` count from the first column."""
-    largest = torch.maximum(statistics_n3[:, 0], logits_nc.amax(-1))
-    column, is_here = owned(targets, logits_nc.shape[1])
-    statistics_n3[:, 2] += torch.where(is_here, logits_nc.gather(1, column[:, None])[:, 0], 0)
-    statistics_n3[:, 1] *= (statistics_n3[:, 0] - largest).exp_()
-    statistics_n3[:, 1] += logits_nc.sub_(largest[:, None]).exp_().sum(-1)
-    statistics_n3[:, 0] = largest
-
-
 def _add_gradients(
     features_grad: Tensor,
     sums: Sequence[tuple[Tensor, slice]],
@@ -228,7 +221,7 @@ def _add_gradients(
         sums: weights' gradients ``[V/TP, part of F]``, and the features that each of them multiplies.
         local_targets, largest, total, upstream: ``[N]``.
     """
-    scale = -upstream / total
+    compute = logit_blocks_for(features_grad.device, total.dtype)
     wide_sums = [blocks.like_a_slab(weight_sum) for weight_sum, _ in sums]
     for slab in blocks.slabs():
         weight_cf = blocks.weight_of(slab)
@@ -238,11 +231,17 @@ def _add_gradients(
         ]
         for rows in blocks.chunks():
             features_nf = blocks.features_of(rows)
-            # exp(z - M) - S [j = y], which the scale makes g ([j = y] - exp(z - M) / S).
-            grad_nc = blocks.logits(features_nf, weight_cf).sub_(largest[rows, None]).exp_()
-            column, is_here = owned(local_targets[rows] - slab.start, len(weight_cf))
-            grad_nc.scatter_add_(1, column[:, None], torch.where(is_here, -total[rows], 0)[:, None])
-            grad_nc = blocks.scaled(grad_nc, scale[rows])
+            logits_nc = blocks.logits(features_nf, weight_cf)
+            grad_nc = blocks.factor_like(logits_nc)
+            compute.gradient(
+                logits_nc,
+                local_targets[rows],
+                largest_n=largest[rows],
+                total_n=total[rows],
+                upstream_n=upstream[rows],
+                out_nc=grad_nc,
+                first_column=slab.start,
+            )
             if features_grad.shape[1] > 0:
                 add_product(features_grad[rows], grad_nc, weight_cf[:, wanted])
             for slab_sum, (_, features) in zip(slab_sums, sums, strict=True):
