@@ -48,7 +48,13 @@ def provider(config: RunConfig) -> Any:
         sizes["activation_func"] = activation(named)
     made = kind(**{**sizes, **_split(config), **recompute_fields(config), "seq_length": keys.seq_length})
     parts = NO_PARTS if transformer_engine_is_used() else parts_of(made, f"model.family={family}")
-    finish_config(made, fp8_simulation=fp8_simulation(config.precision), parts=parts)
+    finish_config(
+        made,
+        fp8_simulation=fp8_simulation(config.precision),
+        parts=parts,
+        shared_prompts=config.data.prefix_sharing,
+        packed=config.data.packing,
+    )
     return made
 
 
