@@ -48,7 +48,7 @@ class Block:
     scale: float = 3.0
     first_column: int = 1000
 
-    def make(self) -> dict[str, Any]:
+    def make(self, device: str = "cpu") -> dict[str, torch.Tensor]:
         """Logits as they lie in memory, targets (some outside the block), statistics so far, upstream gradient."""
         generator = torch.Generator().manual_seed(3)
         stride = self.row_stride or self.num_columns
@@ -62,7 +62,12 @@ class Block:
         statistics = torch.randn(self.num_rows, 3, generator=generator).abs_()
         statistics[:1] = torch.tensor([torch.finfo(torch.float32).min, 0, 0])  # over no column
         upstream = torch.randn(self.num_rows, generator=generator)
-        return {"logits": logits, "targets": targets, "statistics": statistics, "upstream": upstream}
+        return {
+            "logits": memory.to(device)[:, : self.num_columns],
+            "targets": targets.to(device),
+            "statistics": statistics.to(device),
+            "upstream": upstream.to(device),
+        }
 
 
 BLOCKS = {
@@ -79,19 +84,19 @@ BLOCKS = {
 }
 
 
-def of_block(block: Block, compute: LogitBlocks) -> dict[str, torch.Tensor]:
+def of_block(block: Block, compute: LogitBlocks, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Statistics after the block, and its gradient under these."""
-    inputs = block.make()
-    dtype = inputs["logits"].dtype if compute.reads_16_bits else torch.float32
+    inputs = block.make(device)
+    dtype = block.logits_dtype if compute.reads_16_bits else torch.float32
+    statistics = inputs["statistics"]
 
     def logits() -> torch.Tensor:
-        """Anew, as PyTorch's way overwrites it."""
-        return inputs["logits"].to(dtype) if inputs["logits"].dtype != dtype else inputs["logits"].clone()
+        """Anew, as PyTorch's way overwrites it; with the rows as far apart."""
+        return block.make(device)["logits"] if dtype == block.logits_dtype else inputs["logits"].to(dtype)
 
-    statistics = inputs["statistics"]
     compute.add_to_statistics(statistics, logits(), inputs["targets"], first_column=block.first_column)
     # Behind the columns, memory that must stay as it is.
-    memory = torch.full((len(statistics), block.num_columns + 3), 7.0, dtype=block.out_dtype)
+    memory = torch.full((len(statistics), block.num_columns + 3), 7.0, dtype=block.out_dtype, device=device)
     compute.gradient(
         logits(),
         inputs["targets"],
@@ -102,4 +107,18 @@ def of_block(block: Block, compute: LogitBlocks) -> dict[str, torch.Tensor]:
         first_column=block.first_column,
     )
     assert bool((memory[:, block.num_columns :] == 7).all())
-    return {"statistics": statistics, "gradient": memory[:, : block.num_columns].float()}
+    return {"statistics": statistics.cpu(), "gradient": memory[:, : block.num_columns].float().cpu()}
+
+
+def expected_of(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[n, 3]`` statistics, and the gradient, by their definitions in float64."""
+    inputs = block.make()
+    logits, (largest, total, target_logit) = inputs["logits"].double(), inputs["statistics"].double().unbind(-1)
+    column = inputs["targets"] - block.first_column
+    of_target = torch.arange(block.num_columns) == column[:, None]
+    new_largest = torch.maximum(largest, logits.amax(-1))
+    total = total * (largest - new_largest).exp() + (logits - new_largest[:, None]).exp().sum(-1)
+    target_logit = target_logit + logits.masked_fill(~of_target, 0).sum(-1)
+    softmax = (logits - new_largest[:, None]).exp() / total[:, None]
+    gradient = inputs["upstream"].double()[:, None] * (of_target.double() - softmax)
+    return torch.stack([new_largest, total, target_logit], -1), gradient

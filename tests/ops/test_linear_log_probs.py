@@ -312,30 +312,6 @@ def test_16_bit_factors_as_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> 
             assert relative_error(grad.double(), expected[name]) < 2 * TOLERANCES[case.dtype], name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    case = Case(dtype=dtype, shape=(64, 5), hidden_size=64, vocab_size=990, padded_size=1024, rank=8, masked=True)
-    parts, targets, upstream, mask = case.make()
-    assert mask is not None
-    inputs = {name: part.cuda().requires_grad_() for name, part in parts.items()}
-    for workspace_bytes in (100_000, None):
-        logps = linear_vocab_parallel_log_probs(
-            inputs["hidden"],
-            inputs["weight"],
-            targets.cuda(),
-            vocab_size=case.vocab_size,
-            mask=mask.cuda(),
-            low_rank=(inputs["u"], inputs["b"]),
-            workspace_bytes=workspace_bytes,
-        )
-        grads = torch.autograd.grad(logps, list(inputs.values()), upstream.to(logps))
-        expected_logps, expected = dense(case)
-        assert relative_error(logps.cpu().double(), expected_logps) < max(1e-5, TOLERANCES[dtype])
-        for name, grad in zip(inputs, grads, strict=True):
-            assert relative_error(grad.cpu().double(), expected[name]) < max(1e-5, 2 * TOLERANCES[dtype])
-
-
 def test_results_under_autocast_are_those_without() -> None:
     case = Case(dtype=torch.float32)
     expected_logps, expected = single(case)

@@ -17,6 +17,7 @@ from nemo_rao.ops.logit_blocks import PYTORCH, SWITCH, logit_blocks_for
 
 from . import test_linear_log_probs as linear
 from . import test_vocab_parallel as vocab
+from .blocks_of_logits import BLOCKS, LINEAR_CASES, VOCAB_CASES, expected_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,23 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(file, weights_only=False)
 
 
-def expected_of(block: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[n, 3]`` statistics, and the gradient, by their definitions in float64."""
-    inputs = block.make()
-    logits, (largest, total, target_logit) = inputs["logits"].double(), inputs["statistics"].double().unbind(-1)
-    column = inputs["targets"] - block.first_column
-    of_target = torch.arange(block.num_columns) == column[:, None]
-    new_largest = torch.maximum(largest, logits.amax(-1))
-    total = total * (largest - new_largest).exp() + (logits - new_largest[:, None]).exp().sum(-1)
-    target_logit = target_logit + logits.masked_fill(~of_target, 0).sum(-1)
-    softmax = (logits - new_largest[:, None]).exp() / total[:, None]
-    gradient = inputs["upstream"].double()[:, None] * (of_target.double() - softmax)
-    return torch.stack([new_largest, total, target_logit], -1), gradient
-
-
 def test_each_block_is_that_of_float64_and_of_the_reference(results: dict[str, Any]) -> None:
-    from .blocks_of_logits import BLOCKS
-
     assert results["blocks"].keys() == BLOCKS.keys()
     for name, block in BLOCKS.items():
         statistics, gradient = expected_of(block)
@@ -65,8 +50,6 @@ def test_each_block_is_that_of_float64_and_of_the_reference(results: dict[str, A
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_log_probs_from_hidden_states_are_those_of_float64(results: dict[str, Any], size: int) -> None:
-    from .blocks_of_logits import LINEAR_CASES
-
     ranks = results[f"linear, TP {size}"]
     for name, case in LINEAR_CASES.items():
         logps, gradients = linear.dense(case)
@@ -85,8 +68,6 @@ def test_log_probs_from_hidden_states_are_those_of_float64(results: dict[str, An
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_log_probs_from_logits_are_those_of_float64(results: dict[str, Any], size: int) -> None:
-    from .blocks_of_logits import VOCAB_CASES
-
     ranks = results[f"vocab, TP {size}"]
     for name, case in VOCAB_CASES.items():
         logps, expected = vocab.dense(case)
