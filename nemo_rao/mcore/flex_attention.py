@@ -44,14 +44,14 @@ class FlexSegmentAttention(SegmentAttention):
     def __init__(self, config: TransformerConfig, *arguments: Any, **keywords: Any) -> None:
         super().__init__(config, *arguments, **keywords)
         _check(config)
-        self.flex = _compiled() if torch.cuda.is_available() else flex_attention
 
     def _attend_to_table(self, query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
         """``[T, B, heads * D]``: all sequences as one, since no segment sees another sequence."""
         length, num_sequences = query.shape[:2]
         earlier = None if self._window is None else self._window[0]
         mask = _MASKS.of(table, length * num_sequences, earlier)
-        attended = self.flex(
+        flex: Callable[..., Tensor] = _compiled() if query.is_cuda else flex_attention
+        attended = flex(
             *(_as_one(part) for part in (query, key, value)),
             block_mask=mask,
             scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1),

@@ -8,9 +8,9 @@ sees two ranges, of its own segment and of the prompt that this one continues:
 A window only moves the first tokens of both. Padding sees itself alone: a softmax over nothing would be undefined.
 
 The mask of blocks says which blocks of 128 x 128 tokens are skipped, computed whole, or computed with the function
-above. PyTorch's ``create_block_mask`` evaluates that for every pair of tokens. Here it follows from pieces, the parts of
-segments that lie in one block of queries: their first and last token bound what all others see. That takes
-``(S + L/128) L/128`` numbers, and neither a loop over segments nor a wait for the device.
+above. PyTorch's ``create_block_mask`` evaluates that function for every pair of tokens. Here the blocks follow from
+pieces, the parts of segments that lie in one block of queries: the first and last token of a piece bound what the
+others see. That takes ``(S + L/128) L/128`` numbers, without a loop over segments or a synchronization.
 
 Legend: ``S`` segments, ``L`` tokens, ``N = ceil(L / 128)`` blocks, ``P = S + N`` pieces, of which some are empty.
 """

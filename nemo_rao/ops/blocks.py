@@ -29,7 +29,6 @@ from torch import Tensor
 from nemo_rao.ops.vocabulary import Positions, chunks
 from nemo_rao.ops.workspace import CUDA_TILE, block_sizes
 
-
 _ALIGNED = 16  # elements: 32 bytes in 16-bit types
 
 
@@ -63,10 +62,10 @@ class Blocks:
             workspace_bytes,
             self.dtype.itemsize,
             self.read_dtype.itemsize,
-            multiple=CUDA_TILE if hidden.is_cuda else 1,
+            multiple=tile_of(hidden),
         )
         num_rows, width = self.sizes
-        self.alignment = _ALIGNED if hidden.is_cuda else 1
+        self.alignment = min(_ALIGNED, tile_of(hidden))
         num_logits = num_rows * self._row_stride(width)
         self.logits_memory = hidden.new_empty(num_logits, dtype=self.dtype)
         self.factor_memory = self.logits_memory
@@ -115,7 +114,7 @@ class Blocks:
         return torch.mm(features_nf, weight_cf.T, out_dtype=self.dtype, out=logits_nc)
 
     def factor_like(self, logits_nc: Tensor) -> Tensor:
-        """``[n, c]``, until the next call: memory for a factor of the products to come; the logits' own if of one type."""
+        """``[n, c]`` memory for a factor of the products to come, until the next call; of one type, the logits' own."""
         return self._block(self.factor_memory, *logits_nc.shape)
 
     def _block(self, memory: Tensor, num_rows: int, width: int) -> Tensor:
@@ -134,6 +133,11 @@ def read_dtype_of(hidden: Tensor) -> torch.dtype:
     if hidden.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
         return hidden.dtype
     return torch.float32
+
+
+def tile_of(hidden: Tensor) -> int:
+    """Tokens and columns that blocks are multiples of (this module's docstring)."""
+    return CUDA_TILE if hidden.is_cuda else 1
 
 
 def _side_by_side(parts: list[Tensor], memory: Tensor) -> Tensor:

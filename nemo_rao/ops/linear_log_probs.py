@@ -145,9 +145,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 weight_cf = blocks.weight_of(slab)
                 for rows in blocks.chunks():
                     logits_nc = blocks.logits(blocks.features_of(rows), weight_cf)
-                    compute.add_to_statistics(
-                        local_n3[rows], logits_nc, local_targets[rows], first_column=slab.start
-                    )
+                    compute.add_to_statistics(local_n3[rows], logits_nc, local_targets[rows], first_column=slab.start)
         largest, total, target_logits = over_all_ranks(local_n3, columns.group)
 
         of_tokens = (local_targets, largest, total, *positions)

@@ -58,8 +58,10 @@ def block_sizes(
         return max(1, (workspace_bytes - size * side) // (size * cell + side))
 
     width = min(max(1, num_columns), other(max(1, min(square, num_tokens))))
-    num_rows = min(max(1, num_tokens), other(width))
-    return _evenly(num_tokens, num_rows, multiple), _evenly(num_columns, width, multiple)
+    num_rows = _evenly(num_tokens, min(max(1, num_tokens), other(width)), multiple)
+    # What even parts of the tokens leave is the columns': sums over the vocabulary are then added to less often.
+    width = min(max(1, num_columns), other(num_rows))
+    return num_rows, _evenly(num_columns, width, multiple)
 
 
 def _evenly(length: int, size: int, multiple: int) -> int:

@@ -73,7 +73,9 @@ def test_rows_beyond_2_to_the_31_elements_are_reached() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_log_probs_from_hidden_states_are_those_of_float64(implementation: str, dtype: torch.dtype) -> None:
-    case = linear.Case(dtype=dtype, shape=(64, 5), hidden_size=64, vocab_size=990, padded_size=1024, rank=8, masked=True)
+    case = linear.Case(
+        dtype=dtype, shape=(64, 5), hidden_size=64, vocab_size=990, padded_size=1024, rank=8, masked=True
+    )
     parts, targets, upstream, mask = case.make()
     assert mask is not None
     inputs = {name: part.cuda().requires_grad_() for name, part in parts.items()}
@@ -205,9 +207,7 @@ def test_besides_gradients_nothing_but_the_workspace_is_held() -> None:
         hidden.grad = weight.grad = None
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        logps = linear_vocab_parallel_log_probs(
-            hidden, weight, targets, vocab_size=vocab_size, workspace_bytes=budget
-        )
+        logps = linear_vocab_parallel_log_probs(hidden, weight, targets, vocab_size=vocab_size, workspace_bytes=budget)
         forward = torch.cuda.max_memory_allocated() - before
         logps.sum().backward()
         both = torch.cuda.max_memory_allocated() - before

@@ -118,7 +118,9 @@ def test_recomputed_activations_have_the_same_gradients() -> None:
     table, length, _ = tables()["long 1"]
     inputs = inputs_of(length, 1, torch.bfloat16)
     plain = passes(attend, inputs, table.to(GPU), torch.bfloat16)
-    again = passes(lambda *given: tensor_parallel.checkpoint(attend, False, *given), inputs, table.to(GPU), torch.bfloat16)
+    again = passes(
+        lambda *given: tensor_parallel.checkpoint(attend, False, *given), inputs, table.to(GPU), torch.bfloat16
+    )
     for one, wanted in zip(again, plain, strict=True):
         torch.testing.assert_close(one, wanted)
 
@@ -263,9 +265,7 @@ def test_a_model_with_shared_prompts_equals_transformer_engines_own_attention(
 
 def test_fp8_stays_transformer_engines() -> None:
     """Its linear layers quantize, with scales of their own; the attention computes in bf16."""
-    model = build(
-        shared_prompts=True, packed=True, fp8="hybrid", fp8_recipe="delayed", fp8_amax_history_len=4
-    )
+    model = build(shared_prompts=True, packed=True, fp8="hybrid", fp8_recipe="delayed", fp8_amax_history_len=4)
     batch = micro_batch(shared_prompts=True, packed=True)
     in_bf16, _ = log_probs_and_gradients(build(shared_prompts=True, packed=True), batch)
     in_fp8, gradients = log_probs_and_gradients(model, batch)

@@ -296,7 +296,9 @@ def _mm_into_another_type(
 
 
 def test_16_bit_factors_as_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in blocks that are whole tiles, whose rows are further apart where the vocabulary ends."""
     monkeypatch.setattr(blocks, "read_dtype_of", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(blocks, "tile_of", lambda hidden: 32)
     monkeypatch.setattr(torch, "mm", _mm_into_another_type)
     for case in (
         Case(dtype=torch.bfloat16, shape=(9, 5), hidden_size=64, vocab_size=230, padded_size=240, rank=8, masked=True),
@@ -344,6 +346,19 @@ def test_blocks_fill_the_budget_and_no_more() -> None:
 def test_sizes_of_blocks_are_even() -> None:
     rows, _ = block_sizes(1030, 10**6, 64, 2**23, 4, 4)
     assert 1030 % rows == 0 or 1030 % rows > rows / 2
+
+
+@pytest.mark.parametrize("num_tokens", [700, 8192, 32_768, 32_000])
+def test_blocks_are_whole_tiles_within_the_budget(num_tokens: int) -> None:
+    """Of Llama 3's head; the last of a row may be smaller."""
+    for num_columns in (128_256, 32_064, 300):
+        rows, width = block_sizes(num_tokens, num_columns, 4096, 2**29, 4, 2, multiple=256)
+        assert rows == num_tokens or rows % 256 == 0
+        assert width == num_columns or width % 256 == 0
+        taken = rows * width * 6 + (rows + width) * 4096 * 10
+        assert taken <= 2**29
+        assert taken > 2**28 or (rows, width) == (num_tokens, num_columns)
+    assert block_sizes(10**5, 10**5, 64, 100_000, 4, 2, multiple=256)[0] < 256, "a small budget comes first"
 
 
 def peak_bytes(function: Callable[[], Any]) -> tuple[int, Any]:
