@@ -50,8 +50,7 @@ class FlexSegmentAttention(SegmentAttention):
         length, num_sequences = query.shape[:2]
         earlier = None if self._window is None else self._window[0]
         mask = _MASKS.of(table, length * num_sequences, earlier)
-        flex: Callable[..., Tensor] = _compiled() if query.is_cuda else flex_attention
-        attended = flex(
+        attended = _flex_attention(query.device.type)(
             *(_as_one(part) for part in (query, key, value)),
             block_mask=mask,
             scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1),
@@ -66,8 +65,10 @@ def _as_one(part: Tensor) -> Tensor:
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    """One kernel for all lengths. Never FlexAttention's uncompiled form, which holds all weights."""
+def _flex_attention(device_type: str) -> Callable[..., Tensor]:
+    """On a GPU, one compiled kernel for all lengths. The uncompiled form, for tests on a CPU, holds all weights."""
+    if device_type != "cuda":
+        return flex_attention
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 

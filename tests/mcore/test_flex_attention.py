@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from torch import Tensor
 from nemo_rao.batch import MicroBatch
 from nemo_rao.mcore.segment_masks import BLOCK, block_mask, seen_by
 
+from ..login_node import write_packages
 from ..megatron_ranks import import_once, run_ranks
 from . import tiny
 
@@ -191,6 +196,36 @@ def test_layers_share_a_mask_and_another_table_never_has_it() -> None:
 
 
 # -------------------------------------------------------------------------------------------- layer spec
+
+
+OF_MEGATRON = """
+from megatron.core.models.gpt import gpt_layer_specs
+from nemo_rao.mcore.flex_attention import layer_spec_with_flex_attention
+
+spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+made = layer_spec_with_flex_attention(None, spec=spec)
+for one in (spec, made):
+    attention = one.submodules.self_attention.submodules
+    print(attention.linear_qkv.__name__, attention.core_attention.__name__)
+"""
+
+
+def test_megatrons_own_spec_with_transformer_engine_is_understood(tmp_path: Path) -> None:
+    """That of the installed megatron-core, over a package whose names can be imported and not used."""
+    write_packages(tmp_path)
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", OF_MEGATRON],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-3:-1] == [
+        "TELayerNormColumnParallelLinear TEDotProductAttention",
+        "TELayerNormColumnParallelLinear FlexSegmentAttention",
+    ]
 
 
 class TEDotProductAttention:
