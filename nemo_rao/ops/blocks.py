@@ -21,7 +21,7 @@ What a product of 16-bit tensors reads follows from what the device has:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -74,29 +74,40 @@ class Blocks:
         self.features_memory = hidden.new_empty(num_rows, self.num_features, dtype=self.read_dtype)
         self.features_held: slice | None = None
         self.reads_in_place = b is None and weight.dtype == self.read_dtype
+        self.slab_held: slice | None = None
+        self.tokens_first = tile_of(hidden) > 1 and self.reads_in_place
         self.weight_memory = hidden.new_empty(
             0 if self.reads_in_place else width, self.num_features, dtype=self.read_dtype
         )
 
-    def slabs(self) -> Iterator[slice]:
-        """Of columns; none if there is no token to compute."""
-        return chunks(self.num_columns if self.num_tokens > 0 else 0, self.sizes[1])
+    def pairs(self, *, sums: Sequence[SlabSum] = ()) -> Iterator[tuple[slice, slice]]:
+        """Slabs of columns with chunks of tokens, each pair once; none if there is no token to compute.
 
-    def chunks(self) -> Iterator[slice]:
-        """Of tokens."""
-        return chunks(self.num_tokens, self.sizes[0])
+        With the vocabulary outside, a slab's copy and its part of ``sums`` serve all tokens. On a GPU that needs
+        neither, chunks of tokens are outside: their features, which lie apart, are then gathered once.
+        """
+        num_rows, width = self.sizes
+        if self.tokens_first and not any(one.is_wide for one in sums):
+            for rows in chunks(self.num_tokens, num_rows):
+                yield from ((slab, rows) for slab in chunks(self.num_columns, width))
+            return
+        for slab in chunks(self.num_columns, width):
+            yield from ((slab, rows) for rows in chunks(self.num_tokens, num_rows))
 
     def weight_of(self, slab: slice) -> Tensor:
-        """``[c, F]``, until the next call."""
+        """``[c, F]``, until the next call. That of the same slab again is not read again."""
         if self.reads_in_place:
             return self.weights[0][slab]
-        return _side_by_side([part[slab] for part in self.weights], self.weight_memory)
+        if slab != self.slab_held:
+            _side_by_side([part[slab] for part in self.weights], self.weight_memory)
+            self.slab_held = slab
+        return self.weight_memory[: slab.stop - slab.start]
 
-    def like_a_slab(self, weight_sum: Tensor) -> Tensor | None:
-        """Memory ``[c, ...]`` to add up a slab of a ``[V/TP, ...]`` sum in; ``None`` where none is needed."""
-        if weight_sum.dtype == self.dtype:
-            return None
-        return weight_sum.new_empty(self.sizes[1], *weight_sum.shape[1:], dtype=self.dtype)
+    def sum_of_slabs(self, weight_sum: Tensor) -> SlabSum:
+        """``weight_sum`` ``[V/TP, ...]``, to be added to a slab at a time."""
+        is_wide = weight_sum.dtype != self.dtype
+        shape = (self.sizes[1] if is_wide else 0, *weight_sum.shape[1:])
+        return SlabSum(weight_sum, weight_sum.new_empty(shape, dtype=self.dtype), is_wide)
 
     def features_of(self, rows: slice) -> Tensor:
         """``[n, F]``, until the next call. Those of the same rows again are not read again."""
@@ -123,6 +134,35 @@ class Blocks:
 
     def _row_stride(self, width: int) -> int:
         return -(-width // self.alignment) * self.alignment
+
+
+class SlabSum:
+    """A weight's gradient, added up in float32 (float64) whatever type it has.
+
+    Attributes:
+        is_wide: a slab is added up in memory of its own, and rounded once when the next one begins.
+    """
+
+    def __init__(self, weight_sum: Tensor, memory: Tensor, is_wide: bool) -> None:
+        self.weight_sum, self.memory, self.is_wide = weight_sum, memory, is_wide
+        self.held: slice | None = None
+
+    def of(self, slab: slice) -> Tensor:
+        """``[c, ...]``, to be added to in place, until the next call."""
+        if not self.is_wide:
+            return self.weight_sum[slab]
+        part = self.memory[: slab.stop - slab.start]
+        if slab != self.held:
+            self.finish()
+            part.copy_(self.weight_sum[slab])
+            self.held = slab
+        return part
+
+    def finish(self) -> None:
+        """Round the last slab. To be called once, at the end."""
+        if self.held is not None:
+            self.weight_sum[self.held].copy_(self.memory[: self.held.stop - self.held.start])
+            self.held = None
 
 
 def read_dtype_of(hidden: Tensor) -> torch.dtype:

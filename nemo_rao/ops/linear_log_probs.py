@@ -9,15 +9,15 @@ g the gradient that comes in:
     log p(y) = (z_y - M) - log S,    S = sum_j exp(z_j - M)
     dz_j     = g ([j = y] - exp(z_j - M) / S),    dx = W^T dz,    dW = sum over tokens of dz x^T
 
-Blocks. Both passes walk the vocabulary in slabs of c columns, and inside each slab the tokens in chunks of n, so that
-only ``[n, c]`` logits are held. Forward keeps M and S as it goes (M may grow: S is scaled down with it). Backward
-computes the logits anew, one product more than with saved ones. With the vocabulary outside, each slab's dW is finished
-in one go, and the weight is read once; dx of all tokens is what accumulates. n and c follow from a budget in bytes
-(:func:`nemo_rao.ops.workspace.block_sizes`), which holds whatever T and V are. Besides, a token takes a few dozen
-bytes, and 4 F more for its dx in backward.
+Blocks. Both passes walk the vocabulary in slabs of c columns and the tokens in chunks of n, so that only ``[n, c]``
+logits are held; :meth:`nemo_rao.ops.blocks.Blocks.pairs` says in which order. Forward keeps M and S as it goes (M may
+grow: S is scaled down with it). Backward computes the logits anew, one product more than with saved ones. n and c
+follow from a budget in bytes (:func:`nemo_rao.ops.workspace.block_sizes`), which holds whatever T and V are. Besides, a
+token takes a few dozen bytes, and 4 F more for its dx in backward. What happens to a block of logits between the
+products is :mod:`nemo_rao.ops.logit_blocks`: on a GPU, Triton kernels that read it once.
 
 Precision. Logits, statistics, dx and dW are float32 (float64 where hidden is) and summed over blocks without being
-rounded to 16 bits in between; what 16-bit products read is told in :mod:`nemo_rao.ops.blocks`.
+rounded to 16 bits in between; :mod:`nemo_rao.ops.blocks` describes what 16-bit products read.
 
 Communication over the tensor-parallel ranks: one all-gather of ``[N, 3]`` in forward; in backward one all-reduce of dx
 ``[N, F]``, of the tokens that were asked for alone, in float32, so that it is rounded once and not on each rank. With
@@ -26,7 +26,7 @@ is reduce-scattered.
 
 Considered instead: Megatron's fused cross entropy, which still needs the logits; Liger's fused linear cross entropy,
 which computes gradients in forward, before it is known what the loss asks of each token; Apple's cut cross-entropy,
-which needs Triton. Neither of the last two adds to Megatron's ``main_grad``.
+whose products are Triton's own, not cuBLAS's. Neither of the last two adds to Megatron's ``main_grad``.
 """
 
 from __future__ import annotations
@@ -141,11 +141,9 @@ class _LinearLogProbs(torch.autograd.Function):
         compute = logit_blocks_for(hidden.device, blocks.dtype)
         local_n3 = empty_statistics(len(local_targets), hidden, blocks.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for slab in blocks.slabs():
-                weight_cf = blocks.weight_of(slab)
-                for rows in blocks.chunks():
-                    logits_nc = blocks.logits(blocks.features_of(rows), weight_cf)
-                    compute.add_to_statistics(local_n3[rows], logits_nc, local_targets[rows], first_column=slab.start)
+            for slab, rows in blocks.pairs():
+                logits_nc = blocks.logits(blocks.features_of(rows), blocks.weight_of(slab))
+                compute.add_to_statistics(local_n3[rows], logits_nc, local_targets[rows], first_column=slab.start)
         largest, total, target_logits = over_all_ranks(local_n3, columns.group)
 
         of_tokens = (local_targets, largest, total, *positions)
@@ -220,33 +218,26 @@ def _add_gradients(
         local_targets, largest, total, upstream: ``[N]``.
     """
     compute = logit_blocks_for(features_grad.device, total.dtype)
-    wide_sums = [blocks.like_a_slab(weight_sum) for weight_sum, _ in sums]
-    for slab in blocks.slabs():
-        weight_cf = blocks.weight_of(slab)
-        slab_sums = [
-            weight_sum[slab] if wide is None else wide[: len(weight_cf)].copy_(weight_sum[slab])
-            for wide, (weight_sum, _) in zip(wide_sums, sums, strict=True)
-        ]
-        for rows in blocks.chunks():
-            features_nf = blocks.features_of(rows)
-            logits_nc = blocks.logits(features_nf, weight_cf)
-            grad_nc = blocks.factor_like(logits_nc)
-            compute.gradient(
-                logits_nc,
-                local_targets[rows],
-                largest_n=largest[rows],
-                total_n=total[rows],
-                upstream_n=upstream[rows],
-                out_nc=grad_nc,
-                first_column=slab.start,
-            )
-            if features_grad.shape[1] > 0:
-                add_product(features_grad[rows], grad_nc, weight_cf[:, wanted])
-            for slab_sum, (_, features) in zip(slab_sums, sums, strict=True):
-                add_product(slab_sum, grad_nc.T, features_nf[:, features])
-        for slab_sum, (weight_sum, _) in zip(slab_sums, sums, strict=True):
-            if slab_sum.dtype != weight_sum.dtype:
-                weight_sum[slab].copy_(slab_sum)
+    slab_sums = [blocks.sum_of_slabs(weight_sum) for weight_sum, _ in sums]
+    for slab, rows in blocks.pairs(sums=slab_sums):
+        features_nf, weight_cf = blocks.features_of(rows), blocks.weight_of(slab)
+        logits_nc = blocks.logits(features_nf, weight_cf)
+        grad_nc = blocks.factor_like(logits_nc)
+        compute.gradient(
+            logits_nc,
+            local_targets[rows],
+            largest_n=largest[rows],
+            total_n=total[rows],
+            upstream_n=upstream[rows],
+            out_nc=grad_nc,
+            first_column=slab.start,
+        )
+        if features_grad.shape[1] > 0:
+            add_product(features_grad[rows], grad_nc, weight_cf[:, wanted])
+        for slab_sum, (_, features) in zip(slab_sums, sums, strict=True):
+            add_product(slab_sum.of(slab), grad_nc.T, features_nf[:, features])
+    for slab_sum in slab_sums:
+        slab_sum.finish()
 
 
 def _put(part: Tensor, positions: Positions, into: Tensor) -> Tensor:

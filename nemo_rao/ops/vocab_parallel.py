@@ -9,9 +9,10 @@ Per token, with x the logits, t the target and M the largest logit of all ranks:
 
 M is taken off before anything is added up, so that logits far from zero lose no precision.
 
-Memory: logits at Llama 3's vocabulary take 0.25 MiB a token in bf16 and 0.5 MiB in fp32, so fp32 copies are made one
-chunk of tokens at a time. Backward computes them anew from the saved logits and 8 bytes a token (M, S), and writes
-the gradient chunk by chunk. At no time does a second copy of the logits exist, but for that gradient.
+Memory: logits at Llama 3's vocabulary take 0.25 MiB a token in bf16 and 0.5 MiB in fp32, so copies are made one chunk
+of tokens at a time: in fp32, or in the logits' own type for a GPU's kernels, which widen them as they read
+(:mod:`nemo_rao.ops.logit_blocks`). Backward computes them anew from the saved logits and 8 bytes a token (M, S), and
+writes the gradient chunk by chunk. At no time does a second copy of the logits exist, but for that gradient.
 
 Communication: one all-gather of ``[N, 3]`` in forward (each rank's maximum, sum and target logit), none in backward.
 

@@ -314,6 +314,34 @@ def test_16_bit_factors_as_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> 
             assert relative_error(grad.double(), expected[name]) < 2 * TOLERANCES[case.dtype], name
 
 
+def test_features_are_gathered_once_in_each_pass_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weight's gradient in Megatron's float32 sum, whose slabs are added to where they are."""
+    gathered: list[int] = []
+    side_by_side = blocks._side_by_side
+
+    def counted(parts: list[torch.Tensor], memory: torch.Tensor) -> torch.Tensor:
+        gathered.append(len(parts[0]))
+        return side_by_side(parts, memory)
+
+    monkeypatch.setattr(blocks, "read_dtype_of", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(blocks, "tile_of", lambda hidden: 16)
+    monkeypatch.setattr(blocks, "_side_by_side", counted)
+    monkeypatch.setattr(torch, "mm", _mm_into_another_type)
+    case = Case(dtype=torch.bfloat16, shape=(45,), hidden_size=64, vocab_size=230, padded_size=240)
+    parts, targets, upstream, _ = case.make()
+    hidden, weight = parts["hidden"].requires_grad_(), torch.nn.Parameter(parts["weight"])
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+    logps = linear_vocab_parallel_log_probs(hidden, weight, targets, vocab_size=230, workspace_bytes=40_000)
+    assert len(gathered) > 1 and sum(gathered) == 45
+    logps.backward(upstream.float())
+    assert sum(gathered) == 2 * 45
+    expected_logps, expected = dense(case)
+    assert hidden.grad is not None
+    assert relative_error(logps.detach(), expected_logps) < 1e-5
+    assert relative_error(hidden.grad.double(), expected["hidden"]) < 2 * TOLERANCES[torch.bfloat16]
+    assert relative_error(weight.main_grad.double(), expected["weight"]) < 2 * TOLERANCES[torch.bfloat16]
+
+
 def test_results_under_autocast_are_those_without() -> None:
     case = Case(dtype=torch.float32)
     expected_logps, expected = single(case)
