@@ -37,6 +37,9 @@ from nemo_rao.mcore.segment_masks import block_mask
 
 KEY = "data.prefix_sharing=true"
 
+# Short sequences without a gradient would get a kernel for decoding, and round otherwise than in training.
+_KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
+
 
 class FlexSegmentAttention(SegmentAttention):
     """:class:`SegmentAttention` with FlexAttention for tables of segments. No dropout, no softmax offset, no CP."""
@@ -55,6 +58,7 @@ class FlexSegmentAttention(SegmentAttention):
             block_mask=mask,
             scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1),
             enable_gqa=query.shape[2] != key.shape[2],
+            kernel_options=_KERNEL_OPTIONS,
         )
         return attended[0].transpose(0, 1).reshape(num_sequences, length, -1).transpose(0, 1).contiguous()
 
