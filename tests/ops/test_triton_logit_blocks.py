@@ -79,6 +79,42 @@ def test_log_probs_from_logits_are_those_of_float64(results: dict[str, Any], siz
         assert not gradient[..., case.vocab_size :].any(), "padding has none"
 
 
+@pytest.mark.parametrize("logits", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["statistics", "gradient"])
+def test_kernels_compile_for_hopper_and_move_16_bytes_at_a_time(
+    name: str, logits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: down to machine code, of aligned rows, without registers spilled to local memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from nemo_rao.ops import triton_logit_blocks as kernels
+
+    kernel, columns = {
+        "statistics": (kernels._statistics_kernel, kernels.STATISTICS_COLUMNS),
+        "gradient": (kernels._gradient_kernel, kernels.GRADIENT_COLUMNS),
+    }[name]
+    of_16_bits = "bf16" if logits == "fp32" else logits
+    pointers = {"logits": f"*{logits}", "out": f"*{of_16_bits}", "targets": "*i64"}
+    pointers |= dict.fromkeys(("statistics", "largest", "total", "upstream"), "*fp32")
+    signature = {one: pointers.get(one, "i32") for one in kernel.arg_names} | {"COLUMNS": "constexpr"}
+    unaligned = {"COLUMNS", "largest_stride", "total_stride", "upstream_stride"}
+    aligned = [number for number, one in enumerate(kernel.arg_names) if one not in unaligned]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index("COLUMNS"),): columns},
+        attrs={(number,): [["tt.divisibility", 16]] for number in aligned},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.NUM_WARPS})
+    code = made.asm["ptx"]
+    assert made.asm["cubin"] and ".local" not in code
+    assert "ld.global.v4.b32" in code
+    assert ("st.global.v4.b32" in code) == (name == "gradient")
+
+
 def test_kernels_are_for_float32_on_a_gpu_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
     monkeypatch.delenv(SWITCH, raising=False)
