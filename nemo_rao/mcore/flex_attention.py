@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
@@ -70,10 +71,17 @@ def _as_one(part: Tensor) -> Tensor:
 
 @functools.cache
 def _flex_attention(device_type: str) -> Callable[..., Tensor]:
-    """On a GPU, one compiled kernel for all lengths. The uncompiled form, for tests on a CPU, holds all weights."""
+    """Compiled on a GPU. The uncompiled form, for tests on a CPU, holds all weights.
+
+    PyTorch compiles for the first length that it meets, and for all lengths once it meets another; that with and
+    without gradients, and of short sequences. To ask for all lengths from the start (``dynamic=True``) would also make
+    the scale and the blocks' size variables of the kernel.
+    """
     if device_type != "cuda":
         return flex_attention
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    dynamo = importlib.import_module("torch._dynamo")
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 32)  # beyond it, the whole run would fail
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 class _Masks:
