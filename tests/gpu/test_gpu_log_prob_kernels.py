@@ -12,12 +12,13 @@ import torch
 from nemo_rao.ops.linear_log_probs import linear_vocab_parallel_log_probs
 from nemo_rao.ops.logit_blocks import PYTORCH, SWITCH, logit_blocks_for
 from nemo_rao.ops.vocab_parallel import vocab_parallel_log_probs
+from nemo_rao.runtime.gpus import has_gpu
 
 from ..ops import test_linear_log_probs as linear
 from ..ops import test_vocab_parallel as vocab
 from ..ops.blocks_of_logits import BLOCKS, Block, expected_of, of_block
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs a GPU")]
 GPU = "cuda"
 TRITON = pytest.importorskip("nemo_rao.ops.triton_logit_blocks").TRITON
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}

@@ -1,7 +1,7 @@
 """Shared prompts on a GPU: compiled FlexAttention against SegmentAttention, and inside Transformer Engine's layers.
 
-The oracle is SegmentAttention in float32, on the same inputs. FlexAttention runs in bf16 alone, as each type is compiled
-by itself. Tolerances: 2^-6 of the largest entry, for outputs and gradients, as weights and outputs are rounded to 8
+The oracle is SegmentAttention in float32, on the same inputs. FlexAttention runs in bf16 alone: each type is
+compiled by itself. Tolerances: 2^-6 of the largest entry, for outputs and gradients, as weights and outputs are rounded to 8
 bits. Of whole models in bf16, whose layers round everywhere: 0.01 nats a token, and 5 % of a gradient's norm.
 """
 
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, Sample
+from nemo_rao.runtime.gpus import has_gpu
 
 from ..mcore import tiny
 from ..mcore.test_flex_attention import LAYOUTS, batch_of, long_table, table_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs a GPU")]
 GPU = "cuda"
 HEADS, GROUPS, HEAD_SIZE = 4, 2, 64
 
