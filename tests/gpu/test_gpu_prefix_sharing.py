@@ -1,7 +1,7 @@
 """Shared prompts on a GPU: compiled FlexAttention against SegmentAttention, and inside Transformer Engine's layers.
 
-The oracle is SegmentAttention in float32, on the same inputs. FlexAttention runs in bf16 alone: each type is
-compiled by itself. Tolerances: 2^-6 of the largest entry, for outputs and gradients, as weights and outputs are rounded to 8
+The oracle is SegmentAttention in float32, on the same inputs. FlexAttention runs in bf16 alone: each type is compiled
+by itself. Tolerances: 2^-6 of the largest entry, for outputs and gradients, as weights and outputs are rounded to 8
 bits. Of whole models in bf16, whose layers round everywhere: 0.01 nats a token, and 5 % of a gradient's norm.
 """
 
