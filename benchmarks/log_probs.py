@@ -3,26 +3,37 @@
     python -m benchmarks.log_probs                                   # a few minutes on two cores
     python -m benchmarks.log_probs --tokens 4096 --hidden 4096 --vocab 32000 128256 --dtype bfloat16 float32 --tp 1 2
 
-Every variant computes log p(target) ``[T]`` from hidden states ``[T, H]`` and the output weight ``[V/TP, H]``, of one
-type, and from ones the gradients of both:
+On a GPU the default is Llama 3's head, T 8192 and 32,768. Every variant computes log p(target) ``[T]`` from hidden
+states ``[T, H]`` and the output weight ``[V/TP, H]``, of one type, and from ones the gradients of both:
 
-- dense: ``log_softmax`` of all logits in float32, and ``gather``; on one rank alone.
+- dense: ``log_softmax`` of all logits in float32, and ``gather``; on one rank alone, where they fit.
 - megatron: megatron-core's column-parallel projection and ``vocab_parallel_cross_entropy``.
 - through_logits: the same projection, and ours of ``nemo_rao.ops.vocab_parallel``.
 - fused: ours of ``nemo_rao.ops.linear_log_probs``.
+- fused_pytorch: the same without Triton kernels; on a GPU alone.
+- liger, cut_cross_entropy: theirs, where they are installed; on one GPU alone. Neither adds to ``main_grad``.
 
-Time: all variants in turn in one process, on the same inputs. Memory: each variant in a process of its own; what is
-held at most in forward and backward on top of the inputs and of the two gradients that come out.
+Time: all variants in turn in one process, on the same inputs. Memory: each variant in a process of its own on a CPU,
+where libraries hold some, too; what is held at most in forward and backward on top of the inputs and of the two
+gradients that come out.
+
+Each row also times the three bare matrix products that every variant needs, into 16 bits: the logits, and the
+gradients of hidden states and weight. ``rate_over_products`` is the FLOP/s of a variant over theirs, three products
+counted for both. A variant that keeps no logits computes them twice, so 0.75 is its upper bound;
+``rate_over_products_done`` counts the four products that it does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
+import os
 import statistics
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,8 +43,11 @@ from torch import Tensor
 from benchmarks.measure import PeakMemory, clock, device, on_ranks, paired_ratio, times_in_turn
 from benchmarks.results import parser, write_result
 
-VARIANTS = ("dense", "megatron", "through_logits", "fused")
+VARIANTS = ("dense", "megatron", "through_logits", "fused", "fused_pytorch", "liger", "cut_cross_entropy")
 BASELINE, OURS = "megatron", "fused"
+PACKAGES = {"liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
+# Liger's computes gradients in forward, and so the logits once.
+NUM_PRODUCTS = {"fused": 4, "fused_pytorch": 4, "cut_cross_entropy": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +73,11 @@ class Size:
         """Of one rank's logits in 16 bits, the unit of all figures of memory."""
         return self.tokens * self.vocab // self.tp * 2
 
+    @property
+    def product_flops(self) -> float:
+        """Of one matrix product on one rank."""
+        return 2.0 * self.tokens * self.hidden * self.vocab / self.tp
+
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states and targets, the same on each rank, and this rank's rows of the weight."""
         generator = torch.Generator(device()).manual_seed(0)
@@ -79,8 +98,16 @@ class Size:
 
 
 def log_probs(variant: str, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """``[T]`` log p(target), by one of :data:`VARIANTS`."""
-    if variant == "fused":
+    """``[T]`` log p(target), by one of :data:`VARIANTS`; of Liger's, which has none, the sum ``[]``."""
+    if variant == "liger":
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum")
+    if variant == "cut_cross_entropy":
+        from cut_cross_entropy import linear_cross_entropy
+
+        return -linear_cross_entropy(hidden, weight, targets, reduction="none")
+    if variant in ("fused", "fused_pytorch"):
         from nemo_rao.ops.linear_log_probs import linear_vocab_parallel_log_probs
 
         return linear_vocab_parallel_log_probs(hidden, weight, targets, vocab_size=vocab_size, group=dist.group.WORLD)
@@ -96,6 +123,46 @@ def log_probs(variant: str, hidden: Tensor, weight: Tensor, targets: Tensor, voc
 
     # As GPTModel.compute_language_model_loss calls it, on logits [T, R, V/TP] of the compute type.
     return -vocab_parallel_cross_entropy(logits[:, None], targets[:, None])[:, 0]
+
+
+def variants_of(size: Size) -> list[str]:
+    """Those that can be measured here."""
+    gpu, one = torch.cuda.is_available(), size.tp == 1
+    possible = dict.fromkeys(VARIANTS, True)
+    possible["fused_pytorch"] = gpu
+    for name, package in PACKAGES.items():
+        possible[name] = gpu and one and importlib.util.find_spec(package) is not None
+    # Logits, log-softmax and the gradients of both in float32, and two copies in 16 bits.
+    fits = not gpu or 10 * size.logits_bytes < torch.cuda.get_device_properties(0).total_memory
+    possible["dense"] = one and fits
+    return [name for name, can in possible.items() if can]
+
+
+@contextlib.contextmanager
+def switched(variant: str) -> Iterator[None]:
+    """Triton kernels off for the variant that is without them."""
+    from nemo_rao.ops.logit_blocks import SWITCH
+
+    before = os.environ.get(SWITCH)
+    if variant == "fused_pytorch":
+        os.environ[SWITCH] = "0"
+    try:
+        yield
+    finally:
+        if variant == "fused_pytorch":
+            os.environ.pop(SWITCH) if before is None else os.environ.update({SWITCH: before})
+
+
+def products(hidden: Tensor, weight: Tensor) -> Mapping[str, float]:
+    """Seconds of the bare products: logits forward; gradients of hidden states and of the weight backward."""
+    with torch.no_grad():
+        start = clock()
+        logits = hidden @ weight.T
+        middle = clock()
+        _ = logits @ weight
+        _ = logits.T @ hidden
+        end = clock()
+    return {"forward": middle - start, "backward": end - middle, "forward_and_backward": end - start}
 
 
 def _project(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -117,7 +184,8 @@ def _enter_megatron(size: Size) -> None:
         warnings.simplefilter("ignore")  # about Transformer Engine and apex, which are not used here
         from megatron.core import parallel_state
 
-        parallel_state.initialize_model_parallel(size.tp)
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(size.tp)
 
 
 # -------------------------------------------------------------------------------------------- measuring
@@ -129,7 +197,7 @@ def measure_memory(variant: str, size: Size) -> dict[str, int]:
         _enter_megatron(size)
     for each in (size.warm_up, size):
         hidden, weight, targets = each.inputs()
-        with PeakMemory() as peak:
+        with switched(variant), PeakMemory() as peak:
             logps = log_probs(variant, hidden, weight, targets, each.vocab)
             forward = peak.so_far()
             logps.sum().backward()
@@ -138,65 +206,96 @@ def measure_memory(variant: str, size: Size) -> dict[str, int]:
 
 
 def measure_times(variants: list[str], size: Size, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Seconds of each variant in each round. Inside a rank."""
+    """Seconds of each variant, and of the bare ``products``, in each round. Inside a rank."""
     _enter_megatron(size)
     hidden, weight, targets = size.inputs()
 
     def run(variant: str) -> Mapping[str, float]:
         hidden.grad = weight.grad = None
         dist.barrier()
-        start = clock()
-        logps = log_probs(variant, hidden, weight, targets, size.vocab)
-        middle = clock()
-        logps.sum().backward()
-        end = clock()
+        with switched(variant):
+            start = clock()
+            logps = log_probs(variant, hidden, weight, targets, size.vocab)
+            middle = clock()
+            logps.sum().backward()
+            end = clock()
         return {"forward": middle - start, "backward": end - middle, "forward_and_backward": end - start}
 
     work: dict[str, Callable[[], Mapping[str, float]]] = {name: functools.partial(run, name) for name in variants}
-    return times_in_turn(work, repeats=repeats)
+    return times_in_turn({**work, "products": functools.partial(products, hidden, weight)}, repeats=repeats)
+
+
+def measure_both(
+    variants: list[str], size: Size, repeats: int
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, dict[str, int]]]:
+    """Times and memory in one process: on a GPU, what the allocator gave out is a variant's alone. Inside a rank."""
+    times = measure_times(variants, size, repeats)
+    return times, {name: measure_memory(name, size) for name in variants}
 
 
 def measure(size: Size, *, repeats: int, threads: int) -> dict[str, Any]:
-    """One row: seconds, ratios to :data:`BASELINE`'s, bytes, ratios to the logits'."""
-    variants = [name for name in VARIANTS if size.tp == 1 or name != "dense"]
+    """One row: seconds, ratios to :data:`BASELINE`'s and to the products', bytes, ratios to the logits'."""
+    variants = variants_of(size)
     on = functools.partial(on_ranks, num_ranks=size.tp, threads=threads)
-    rounds = on(measure_times, (variants, size, repeats))
-    row: dict[str, Any] = {**dataclasses.asdict(size), "logits_bytes": size.logits_bytes, "variants": {}}
+    if torch.cuda.is_available():
+        rounds, memories = on(measure_both, (variants, size, repeats))
+    else:
+        rounds = on(measure_times, (variants, size, repeats))
+        memories = {name: on(measure_memory, (name, size)) for name in variants}
+    of_products = [seconds["forward_and_backward"] for seconds in rounds["products"]]
+    row: dict[str, Any] = {
+        **dataclasses.asdict(size),
+        "logits_bytes": size.logits_bytes,
+        "products": {
+            "seconds": _seconds(rounds["products"]),
+            "tflops": 3 * size.product_flops / min(of_products) / 1e12,
+        },
+        "variants": {},
+    }
     for name in variants:
-        memory = on(measure_memory, (name, size))
-        phases = {phase: [seconds[phase] for seconds in rounds[name]] for phase in rounds[name][0]}
+        both = [seconds["forward_and_backward"] for seconds in rounds[name]]
         baseline = [seconds["forward_and_backward"] for seconds in rounds[BASELINE]]
+        rate = paired_ratio(of_products, both)
         row["variants"][name] = {
-            "seconds": {
-                phase: {"min": min(seconds), "median": statistics.median(seconds)} for phase, seconds in phases.items()
-            },
-            f"time_over_{BASELINE}": paired_ratio(phases["forward_and_backward"], baseline),
-            "peak_bytes": memory,
-            "peak_over_logits": {phase: peak / size.logits_bytes for phase, peak in memory.items()},
+            "seconds": _seconds(rounds[name]),
+            f"time_over_{BASELINE}": paired_ratio(both, baseline),
+            "tflops": 3 * size.product_flops / min(both) / 1e12,
+            "rate_over_products": rate,
+            "rate_over_products_done": {key: value * NUM_PRODUCTS.get(name, 3) / 3 for key, value in rate.items()},
+            "peak_bytes": memories[name],
+            "peak_over_logits": {phase: peak / size.logits_bytes for phase, peak in memories[name].items()},
         }
     return row
 
 
+def _seconds(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    by_phase = {phase: [seconds[phase] for seconds in rounds] for phase in rounds[0]}
+    return {phase: {"min": min(seconds), "median": statistics.median(seconds)} for phase, seconds in by_phase.items()}
+
+
 def print_header() -> None:
-    print(f"{'T':>6} {'H':>5} {'V':>7} {'TP':>2} {'dtype':>8}  {'variant':<14}", end=" ")
-    print(f"{'seconds':>8} {'x ' + BASELINE:>10} {'MiB':>8} {'x logits':>8}", flush=True)
+    print(f"{'T':>6} {'H':>5} {'V':>7} {'TP':>2} {'dtype':>8}  {'variant':<17}", end=" ")
+    print(f"{'seconds':>8} {'x ' + BASELINE:>10} {'rate/products':>13} {'MiB':>8} {'x logits':>8}", flush=True)
 
 
 def print_row(row: Mapping[str, Any]) -> None:
     for name, figures in row["variants"].items():
         both = "forward_and_backward"
         print(f"{row['tokens']:>6} {row['hidden']:>5} {row['vocab']:>7} {row['tp']:>2} {row['dtype']:>8}", end="  ")
-        print(f"{name:<14} {figures['seconds'][both]['min']:>8.3f}", end=" ")
+        print(f"{name:<17} {figures['seconds'][both]['min']:>8.3f}", end=" ")
         print(f"{figures[f'time_over_{BASELINE}']['median']:>10.2f}", end=" ")
+        print(f"{figures['rate_over_products']['median']:>13.2f}", end=" ")
         print(f"{figures['peak_bytes'][both] / 2**20:>8.0f} {figures['peak_over_logits'][both]:>8.2f}", flush=True)
 
 
 def main() -> None:
     command = parser(__doc__, repeats=3)
-    command.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="T")
-    command.add_argument("--hidden", type=int, nargs="+", default=[512], help="H")
+    gpu = torch.cuda.is_available()
+    tokens, hidden, tp = ([8192, 32_768], [4096], [1]) if gpu else ([256, 1024], [512], [1, 2])
+    command.add_argument("--tokens", type=int, nargs="+", default=tokens, help="T")
+    command.add_argument("--hidden", type=int, nargs="+", default=hidden, help="H")
     command.add_argument("--vocab", type=int, nargs="+", default=[128_256], help="V")
-    command.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="tensor-parallel ranks")
+    command.add_argument("--tp", type=int, nargs="+", default=tp, help="tensor-parallel ranks")
     command.add_argument("--dtype", nargs="+", default=["bfloat16"], help="of hidden states and weight")
     arguments = command.parse_args()
 
@@ -206,7 +305,7 @@ def main() -> None:
     for values in itertools.product(*(getattr(arguments, key) for key in keys)):
         rows.append(measure(Size(*values), repeats=arguments.repeats, threads=arguments.threads))
         print_row(rows[-1])
-    write_result("log_probs", arguments, {"rows": rows})
+        write_result("log_probs", arguments, {"rows": rows})  # at once: a later size may be cut off
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ _REFERENCE = Counterpart(
 _BETA = Counterpart("beta", note="is a key of the objective: model.<objective>.beta, such as model.dpo.beta")
 _OBJECTIVE = Counterpart("the objective", ("model.objective",), "or a recipe, --config-name gpt_<objective>")
 _ATTENTION = Counterpart(
-    "the attention kernel", note="is chosen by Megatron: Transformer Engine's on GPUs, PyTorch's without it"
+    "the attention kernel",
+    note="is chosen by Megatron: Transformer Engine's on GPUs, PyTorch's without it or with `data.prefix_sharing=true`",
 )
 _PPO_KL = Counterpart("the weight of PPO's KL to the reference", ("model.ppo.kl_coef",))
 _ZERO = Counterpart(

@@ -44,23 +44,34 @@ def test_without_the_package_it_is_never_used(monkeypatch: pytest.MonkeyPatch, a
 
 
 @pytest.mark.parametrize(
-    ("override", "refused"),
+    ("overrides", "refused"),
     [
-        ("data.prefix_sharing=true", "data.prefix_sharing=true: Transformer Engine's attention"),
-        ("precision=fp8_simulation", "precision.fp8_simulation=true: Transformer Engine is installed"),
+        (
+            ("data.prefix_sharing=true", "model.arch.attention_dropout=0.1"),
+            "data.prefix_sharing=true with model.arch.attention_dropout=0.1: not supported with Transformer Engine",
+        ),
+        (
+            ("data.prefix_sharing=true", "model.context_parallel_size=2", "trainer.devices=2"),
+            "data.prefix_sharing=true with model.context_parallel_size=2: not supported with Transformer Engine",
+        ),
+        (
+            ("precision=bf16_mixed", "precision.fp8=hybrid", "precision.fp8_simulation=true"),
+            "precision.fp8_simulation=true: Transformer Engine is installed",
+        ),
+        (("data.prefix_sharing=true", "data.packing=true"), None),
     ],
 )
 def test_recipes_are_refused_for_it_on_gpus_alone(
-    installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, refused: str
+    installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], refused: str | None
 ) -> None:
     (tmp_path / "prefs.jsonl").write_text("{}\n")
-    overrides = [override, f"data.train_path={tmp_path}/prefs.jsonl", f"data.tokenizer={tmp_path}"]
-    overrides += [f"exp_manager.exp_dir={tmp_path}/runs"]
-    if override.startswith("precision"):
-        overrides[0:1] = ["precision=bf16_mixed", "precision.fp8=hybrid", "precision.fp8_simulation=true"]
-    config = compose("gpt_rao", overrides)
+    of_run = [f"data.train_path={tmp_path}/prefs.jsonl", f"data.tokenizer={tmp_path}"]
+    config = compose("gpt_rao", [*overrides, *of_run, f"exp_manager.exp_dir={tmp_path}/runs"])
     monkeypatch.setattr(gpus, "has_gpu", lambda: False)
     check_run(config)
     monkeypatch.setattr(gpus, "has_gpu", lambda: True)
+    if refused is None:
+        check_run(config)
+        return
     with pytest.raises(UserError, match=refused):
         check_run(config)

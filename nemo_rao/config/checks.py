@@ -253,15 +253,22 @@ def _check_recompute(config: RunConfig) -> None:
 
 
 def _check_layout(config: RunConfig) -> None:
-    if config.data.prefix_sharing and transformer_engine_is_used(config.trainer.accelerator):
+    if not transformer_engine_is_used(config.trainer.accelerator):
+        return
+    size, dropout = config.model.context_parallel_size, config.model.arch.attention_dropout
+    if config.data.prefix_sharing and size > 1:
         raise UserError(
-            "data.prefix_sharing=true: Transformer Engine's attention cannot share a prompt between responses; set it "
-            "to false (data.packing=true packs rows there)"
+            f"data.prefix_sharing=true with model.context_parallel_size={size}: not supported with Transformer Engine; "
+            "set one of them to its default"
         )
-    split = config.data.packing and config.model.context_parallel_size > 1
-    if split and transformer_engine_is_used(config.trainer.accelerator):
+    if config.data.prefix_sharing and dropout:
         raise UserError(
-            f"data.packing=true with model.context_parallel_size={config.model.context_parallel_size}: Transformer "
+            f"data.prefix_sharing=true with model.arch.attention_dropout={dropout}: not supported with Transformer "
+            "Engine; set one of them to its default"
+        )
+    if config.data.packing and size > 1:
+        raise UserError(
+            f"data.packing=true with model.context_parallel_size={size}: Transformer "
             "Engine splits each packed row by itself, which is not supported yet; set one of them to its default"
         )
 

@@ -195,7 +195,8 @@ class DataConfig:
     )
     prefix_sharing: bool = key(
         False,
-        "compute a prompt once for all its responses; not with Transformer Engine, whose attention does not support it",
+        "compute a prompt once for all its responses; with Transformer Engine its attention is replaced by PyTorch's "
+        "FlexAttention, and context parallelism is refused",
     )
 
 

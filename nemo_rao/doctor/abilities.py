@@ -135,9 +135,8 @@ def _with_transformer_engine(facts: Facts) -> Iterator[Ability]:
         reason = f"Transformer Engine {engine.error}, apex {_apex_error(facts)}"
         yield Ability("fused optimizer", False, f"{reason}; torch's own Adam runs instead")
     if engine.installed and facts.gpus:
-        yield Ability(
-            "prefix sharing", False, "not with Transformer Engine's attention; data.packing=true packs rows there"
-        )
+        why = "by PyTorch's FlexAttention" if engine.works else f"Transformer Engine {engine.error}"
+        yield Ability("prefix sharing", engine.works, why)
     else:
         yield Ability("prefix sharing", True, unused)
     missing = no_gpu(facts) or (None if engine.works else f"Transformer Engine {engine.error}")

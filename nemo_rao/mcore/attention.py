@@ -5,7 +5,8 @@ attended to by itself, so that neither other rows nor padding cost anything. It 
 place of Megatron's attention mask, which its layers pass on untouched, and which activation recomputation keeps.
 
     without Transformer Engine    :class:`SegmentAttention`, by PyTorch's scaled dot product attention
-    with it                       rows in its THD format (``PackedSeqParams``); a shared prompt has no such form
+    with it, rows                 its own attention, in its THD format (``PackedSeqParams``)
+    with it, shared prompts       PyTorch's FlexAttention in its layers (:mod:`nemo_rao.mcore.flex_attention`)
 
 Rotary embeddings are those of the positions within the row.
 """
@@ -92,6 +93,7 @@ def _attends_to_segments(model: Any) -> bool:
 def _thd(batch: MicroBatch) -> PackedSeqParams:
     """Rows behind each other, padding the last of them, as Transformer Engine takes them."""
     assert batch.segments is not None and batch.tokens.shape[0] == 1, "THD is one sequence"
+    assert batch.num_tokens == batch.num_row_tokens, "THD has no shared prompts"
     lengths = batch.segments[:, 0]
     ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = batch.longest_segment
@@ -166,7 +168,7 @@ class SegmentAttention(DotProductAttention):
             return super().forward(query, key, value, attention_mask, *arguments, **keywords)
         if attention_mask is None:
             return self._attend_to_rows(query, whole_sequences(key), whole_sequences(value))
-        return self._attend_to_segments(query, whole_sequences(key), whole_sequences(value), attention_mask.tolist())
+        return self._attend_to_table(query, whole_sequences(key), whole_sequences(value), attention_mask)
 
     def _attend_to_rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[T/CP, B, heads * D]``; keys and values are of all T tokens.
@@ -180,10 +182,9 @@ class SegmentAttention(DotProductAttention):
         attended = [self._attend(own, key[:end], value[:end]) for own, (_, end) in zip(queries, chunks, strict=True)]
         return torch.cat(attended).flatten(2)
 
-    def _attend_to_segments(
-        self, query: Tensor, key: Tensor, value: Tensor, table: list[tuple[int, int, int]]
-    ) -> Tensor:
+    def _attend_to_table(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> Tensor:
         """``[T/CP, B, heads * D]``; keys and values are of all T tokens."""
+        table: list[tuple[int, int, int]] = segments.tolist()
         length, num_sequences = query.shape[:2]
         sizes = [size for size, _, _ in table]
         pieces = list(_pieces_of_rank(sizes, num_sequences, len(key)))

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from nemo_rao.errors import UserError
+from nemo_rao.mcore.flex_attention import share_prompts
 from nemo_rao.mcore.fp8_simulation import Fp8Simulation, keep_scales_up_to_date, layer_spec_with_simulated_fp8
 from nemo_rao.mcore.heads import add_score_head, add_value_head
 from nemo_rao.mcore.layer_spec import NO_PARTS, Parts, layer_spec_without_te
@@ -20,17 +21,23 @@ from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 
 def finish_config(
-    config: TransformerConfig, *, fp8_simulation: Mapping[str, Any] | None, parts: Parts = NO_PARTS
+    config: TransformerConfig,
+    *,
+    fp8_simulation: Mapping[str, Any] | None,
+    parts: Parts = NO_PARTS,
+    shared_prompts: bool = False,
+    packed: bool = False,
 ) -> None:
-    """Set a model config's loss scaling and, where Transformer Engine is not used, its layer spec.
+    """Set a model config's loss scaling and, where Transformer Engine's would not do, its layer spec.
 
     Args:
         config: of an engine, with a ``transformer_layer_spec`` that it calls to build the model.
         fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: nothing is rounded.
         parts: what the family's layers have that ``config`` does not say, where Transformer Engine is not used.
+        shared_prompts, packed: the layout of micro-batches, see :func:`nemo_rao.data.collate.collate`.
 
     Raises:
-        UserError: the simulation has no such layers.
+        UserError: the simulation has no such layers, or Transformer Engine's cannot share prompts.
     """
     configure_loss_scaling(config)
     if fp8_simulation is not None:
@@ -44,6 +51,8 @@ def finish_config(
         config.transformer_layer_spec = (
             layer_spec_without_te if plain else functools.partial(layer_spec_without_te, parts=parts)
         )
+    elif shared_prompts:
+        share_prompts(config, packed=packed)
 
 
 def finish_chunk(

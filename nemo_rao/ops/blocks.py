@@ -10,7 +10,8 @@ Types. Results are float32 (float64 where hidden is), summed over blocks without
 What a product of 16-bit tensors reads follows from what the device has:
 
 - CUDA: tensor cores, 16-bit factors into float32 results. The logits' gradient is rounded to 16 bits once, as a
-  factor.
+  factor. Blocks are whole tiles of the products, and their rows begin at aligned addresses, without which cuBLAS falls
+  back to slower kernels.
 - CPU: PyTorch has no product of 16-bit factors with a float32 result there; 16-bit results, rounded before they are
   added up, would lose what summing in float32 is for. Factors are widened block by block instead, and the logits'
   gradient is not rounded at all. Without AMX or AVX512-BF16 this is the fast way, too: on AVX512 alone, float32
@@ -19,13 +20,16 @@ What a product of 16-bit tensors reads follows from what the device has:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from nemo_rao.ops.vocabulary import Positions, chunks
-from nemo_rao.ops.workspace import block_sizes
+from nemo_rao.ops.workspace import CUDA_TILE, block_sizes
+
+_ALIGNED = 16  # elements: 32 bytes in 16-bit types
 
 
 class Blocks:
@@ -58,55 +62,107 @@ class Blocks:
             workspace_bytes,
             self.dtype.itemsize,
             self.read_dtype.itemsize,
+            multiple=tile_of(hidden),
         )
         num_rows, width = self.sizes
-        self.logits_memory = hidden.new_empty(num_rows * width, dtype=self.dtype)
-        self.scaled_memory = self.logits_memory
+        self.alignment = min(_ALIGNED, tile_of(hidden))
+        num_logits = num_rows * self._row_stride(width)
+        self.logits_memory = hidden.new_empty(num_logits, dtype=self.dtype)
+        self.factor_memory = self.logits_memory
         if self.read_dtype != self.dtype:
-            self.scaled_memory = hidden.new_empty(num_rows * width, dtype=self.read_dtype)
+            self.factor_memory = hidden.new_empty(num_logits, dtype=self.read_dtype)
         self.features_memory = hidden.new_empty(num_rows, self.num_features, dtype=self.read_dtype)
+        self.features_held: slice | None = None
         self.reads_in_place = b is None and weight.dtype == self.read_dtype
+        self.slab_held: slice | None = None
+        self.tokens_first = tile_of(hidden) > 1 and self.reads_in_place
         self.weight_memory = hidden.new_empty(
             0 if self.reads_in_place else width, self.num_features, dtype=self.read_dtype
         )
 
-    def slabs(self) -> Iterator[slice]:
-        """Of columns; none if there is no token to compute."""
-        return chunks(self.num_columns if self.num_tokens > 0 else 0, self.sizes[1])
+    def pairs(self, *, sums: Sequence[SlabSum] = ()) -> Iterator[tuple[slice, slice]]:
+        """Slabs of columns with chunks of tokens, each pair once; none if there is no token to compute.
 
-    def chunks(self) -> Iterator[slice]:
-        """Of tokens."""
-        return chunks(self.num_tokens, self.sizes[0])
+        With the vocabulary outside, a slab's copy and its part of ``sums`` serve all tokens. On a GPU that needs
+        neither, chunks of tokens are outside: their features, which lie apart, are then gathered once.
+        """
+        num_rows, width = self.sizes
+        if self.tokens_first and not any(one.is_wide for one in sums):
+            for rows in chunks(self.num_tokens, num_rows):
+                yield from ((slab, rows) for slab in chunks(self.num_columns, width))
+            return
+        for slab in chunks(self.num_columns, width):
+            yield from ((slab, rows) for rows in chunks(self.num_tokens, num_rows))
 
     def weight_of(self, slab: slice) -> Tensor:
-        """``[c, F]``, until the next call."""
+        """``[c, F]``, until the next call. That of the same slab again is not read again."""
         if self.reads_in_place:
             return self.weights[0][slab]
-        return _side_by_side([part[slab] for part in self.weights], self.weight_memory)
+        if slab != self.slab_held:
+            _side_by_side([part[slab] for part in self.weights], self.weight_memory)
+            self.slab_held = slab
+        return self.weight_memory[: slab.stop - slab.start]
 
-    def like_a_slab(self, weight_sum: Tensor) -> Tensor | None:
-        """Memory ``[c, ...]`` to add up a slab of a ``[V/TP, ...]`` sum in; ``None`` where none is needed."""
-        if weight_sum.dtype == self.dtype:
-            return None
-        return weight_sum.new_empty(self.sizes[1], *weight_sum.shape[1:], dtype=self.dtype)
+    def sum_of_slabs(self, weight_sum: Tensor) -> SlabSum:
+        """``weight_sum`` ``[V/TP, ...]``, to be added to a slab at a time."""
+        is_wide = weight_sum.dtype != self.dtype
+        shape = (self.sizes[1] if is_wide else 0, *weight_sum.shape[1:])
+        return SlabSum(weight_sum, weight_sum.new_empty(shape, dtype=self.dtype), is_wide)
 
     def features_of(self, rows: slice) -> Tensor:
-        """``[n, F]``, until the next call."""
-        here = tuple(index[rows] for index in self.positions)
-        return _side_by_side([part[here] for part in self.features], self.features_memory)
+        """``[n, F]``, until the next call. Those of the same rows again are not read again."""
+        if rows != self.features_held:
+            here = tuple(index[rows] for index in self.positions)
+            _side_by_side([part[here] for part in self.features], self.features_memory)
+            self.features_held = rows
+        return self.features_memory[: rows.stop - rows.start]
 
     def logits(self, features_nf: Tensor, weight_cf: Tensor) -> Tensor:
         """``[n, c]``, until the next call; the caller may overwrite it."""
-        num_rows, width = len(features_nf), len(weight_cf)
-        logits_nc = self.logits_memory[: num_rows * width].view(num_rows, width)
+        logits_nc = self._block(self.logits_memory, len(features_nf), len(weight_cf))
         if features_nf.dtype == self.dtype:
             return torch.mm(features_nf, weight_cf.T, out=logits_nc)
         return torch.mm(features_nf, weight_cf.T, out_dtype=self.dtype, out=logits_nc)
 
-    def scaled(self, rows_nc: Tensor, scale_n: Tensor) -> Tensor:
-        """``[n, c]`` ``scale * rows`` as a factor of the products to come, until the next call."""
-        out = self.scaled_memory[: rows_nc.numel()].view_as(rows_nc)
-        return torch.mul(rows_nc, scale_n[:, None], out=out)
+    def factor_like(self, logits_nc: Tensor) -> Tensor:
+        """``[n, c]`` memory for a factor of the products to come, until the next call; of one type, the logits' own."""
+        return self._block(self.factor_memory, *logits_nc.shape)
+
+    def _block(self, memory: Tensor, num_rows: int, width: int) -> Tensor:
+        stride = self._row_stride(width)
+        return memory[: num_rows * stride].view(num_rows, stride)[:, :width]
+
+    def _row_stride(self, width: int) -> int:
+        return -(-width // self.alignment) * self.alignment
+
+
+class SlabSum:
+    """A weight's gradient, added up in float32 (float64) whatever type it has.
+
+    Attributes:
+        is_wide: a slab is added up in memory of its own, and rounded once when the next one begins.
+    """
+
+    def __init__(self, weight_sum: Tensor, memory: Tensor, is_wide: bool) -> None:
+        self.weight_sum, self.memory, self.is_wide = weight_sum, memory, is_wide
+        self.held: slice | None = None
+
+    def of(self, slab: slice) -> Tensor:
+        """``[c, ...]``, to be added to in place, until the next call."""
+        if not self.is_wide:
+            return self.weight_sum[slab]
+        part = self.memory[: slab.stop - slab.start]
+        if slab != self.held:
+            self.finish()
+            part.copy_(self.weight_sum[slab])
+            self.held = slab
+        return part
+
+    def finish(self) -> None:
+        """Round the last slab. To be called once, at the end."""
+        if self.held is not None:
+            self.weight_sum[self.held].copy_(self.memory[: self.held.stop - self.held.start])
+            self.held = None
 
 
 def read_dtype_of(hidden: Tensor) -> torch.dtype:
@@ -117,6 +173,11 @@ def read_dtype_of(hidden: Tensor) -> torch.dtype:
     if hidden.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
         return hidden.dtype
     return torch.float32
+
+
+def tile_of(hidden: Tensor) -> int:
+    """Tokens and columns that blocks are multiples of (this module's docstring)."""
+    return CUDA_TILE if hidden.is_cuda else 1
 
 
 def _side_by_side(parts: list[Tensor], memory: Tensor) -> Tensor:
@@ -132,5 +193,21 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += left @ right``, in the total's type."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+    elif _adds_in_place(left.dtype, total.dtype, total.device):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += torch.mm(left, right, out_dtype=total.dtype)
+
+
+@functools.cache
+def _adds_in_place(factors: torch.dtype, total: torch.dtype, device: torch.device) -> bool:
+    """Whether cuBLAS may add a product of 16-bit factors to a float32 sum, which saves three passes over the sum.
+
+    PyTorch 2.8 has the operator, and refuses a sum that is not of the factors' type.
+    """
+    sums, ones = torch.zeros(16, 16, dtype=total, device=device), torch.ones(16, 16, dtype=factors, device=device)
+    try:
+        torch.addmm(sums, ones, ones, out_dtype=total, out=sums)
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -9,15 +9,15 @@ g the gradient that comes in:
     log p(y) = (z_y - M) - log S,    S = sum_j exp(z_j - M)
     dz_j     = g ([j = y] - exp(z_j - M) / S),    dx = W^T dz,    dW = sum over tokens of dz x^T
 
-Blocks. Both passes walk the vocabulary in slabs of c columns, and inside each slab the tokens in chunks of n, so that
-only ``[n, c]`` logits are held. Forward keeps M and S as it goes (M may grow: S is scaled down with it). Backward
-computes the logits anew, one product more than with saved ones. With the vocabulary outside, each slab's dW is finished
-in one go, and the weight is read once; dx of all tokens is what accumulates. n and c follow from a budget in bytes
-(:func:`nemo_rao.ops.workspace.block_sizes`), which holds whatever T and V are. Besides, a token takes a few dozen
-bytes, and 4 F more for its dx in backward.
+Blocks. Both passes walk the vocabulary in slabs of c columns and the tokens in chunks of n, so that only ``[n, c]``
+logits are held; :meth:`nemo_rao.ops.blocks.Blocks.pairs` says in which order. Forward keeps M and S as it goes (M may
+grow: S is scaled down with it). Backward computes the logits anew, one product more than with saved ones. n and c
+follow from a budget in bytes (:func:`nemo_rao.ops.workspace.block_sizes`), which holds whatever T and V are. Besides, a
+token takes a few dozen bytes, and 4 F more for its dx in backward. What happens to a block of logits between the
+products is :mod:`nemo_rao.ops.logit_blocks`: on a GPU, Triton kernels that read it once.
 
 Precision. Logits, statistics, dx and dW are float32 (float64 where hidden is) and summed over blocks without being
-rounded to 16 bits in between; what 16-bit products read is told in :mod:`nemo_rao.ops.blocks`.
+rounded to 16 bits in between; :mod:`nemo_rao.ops.blocks` describes what 16-bit products read.
 
 Communication over the tensor-parallel ranks: one all-gather of ``[N, 3]`` in forward; in backward one all-reduce of dx
 ``[N, F]``, of the tokens that were asked for alone, in float32, so that it is rounded once and not on each rank. With
@@ -26,7 +26,7 @@ is reduce-scattered.
 
 Considered instead: Megatron's fused cross entropy, which still needs the logits; Liger's fused linear cross entropy,
 which computes gradients in forward, before it is known what the loss asks of each token; Apple's cut cross-entropy,
-which needs Triton. Neither of the last two adds to Megatron's ``main_grad``.
+whose products are Triton's own, not cuBLAS's. Neither of the last two adds to Megatron's ``main_grad``.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_rao.ops.blocks import Blocks, add_product
+from nemo_rao.ops.logit_blocks import logit_blocks_for
 from nemo_rao.ops.vocabulary import (
     Columns,
     Positions,
     columns_of_rank,
     empty_statistics,
     over_all_ranks,
-    owned,
     selected,
 )
 from nemo_rao.ops.workspace import CPU_WORKSPACE_BYTES, CUDA_WORKSPACE_BYTES
@@ -138,13 +138,12 @@ class _LinearLogProbs(torch.autograd.Function):
         """``local_targets`` ``[N]`` count from this rank's first column; ``positions`` index them in ``shape``."""
         whole = _all_gather(hidden, columns.group) if gathered else hidden
         blocks = Blocks(whole, weight, u, b, positions, columns.num, workspace_bytes)
+        compute = logit_blocks_for(hidden.device, blocks.dtype)
         local_n3 = empty_statistics(len(local_targets), hidden, blocks.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for slab in blocks.slabs():
-                weight_cf = blocks.weight_of(slab)
-                for rows in blocks.chunks():
-                    logits_nc = blocks.logits(blocks.features_of(rows), weight_cf)
-                    _add_to_statistics(local_n3[rows], logits_nc, local_targets[rows] - slab.start)
+            for slab, rows in blocks.pairs():
+                logits_nc = blocks.logits(blocks.features_of(rows), blocks.weight_of(slab))
+                compute.add_to_statistics(local_n3[rows], logits_nc, local_targets[rows], first_column=slab.start)
         largest, total, target_logits = over_all_ranks(local_n3, columns.group)
 
         of_tokens = (local_targets, largest, total, *positions)
@@ -200,16 +199,6 @@ class _LinearLogProbs(torch.autograd.Function):
         return hidden_grad, weight_grad, u_grad, sums[-1][0] if needs_b else None, *[None] * 7
 
 
-def _add_to_statistics(statistics_n3: Tensor, logits_nc: Tensor, targets: Tensor) -> None:
-    """Take further columns into statistics in place; overwrites the logits. ``targets`` count from the first column."""
-    largest = torch.maximum(statistics_n3[:, 0], logits_nc.amax(-1))
-    column, is_here = owned(targets, logits_nc.shape[1])
-    statistics_n3[:, 2] += torch.where(is_here, logits_nc.gather(1, column[:, None])[:, 0], 0)
-    statistics_n3[:, 1] *= (statistics_n3[:, 0] - largest).exp_()
-    statistics_n3[:, 1] += logits_nc.sub_(largest[:, None]).exp_().sum(-1)
-    statistics_n3[:, 0] = largest
-
-
 def _add_gradients(
     features_grad: Tensor,
     sums: Sequence[tuple[Tensor, slice]],
@@ -228,28 +217,27 @@ def _add_gradients(
         sums: weights' gradients ``[V/TP, part of F]``, and the features that each of them multiplies.
         local_targets, largest, total, upstream: ``[N]``.
     """
-    scale = -upstream / total
-    wide_sums = [blocks.like_a_slab(weight_sum) for weight_sum, _ in sums]
-    for slab in blocks.slabs():
-        weight_cf = blocks.weight_of(slab)
-        slab_sums = [
-            weight_sum[slab] if wide is None else wide[: len(weight_cf)].copy_(weight_sum[slab])
-            for wide, (weight_sum, _) in zip(wide_sums, sums, strict=True)
-        ]
-        for rows in blocks.chunks():
-            features_nf = blocks.features_of(rows)
-            # exp(z - M) - S [j = y], which the scale makes g ([j = y] - exp(z - M) / S).
-            grad_nc = blocks.logits(features_nf, weight_cf).sub_(largest[rows, None]).exp_()
-            column, is_here = owned(local_targets[rows] - slab.start, len(weight_cf))
-            grad_nc.scatter_add_(1, column[:, None], torch.where(is_here, -total[rows], 0)[:, None])
-            grad_nc = blocks.scaled(grad_nc, scale[rows])
-            if features_grad.shape[1] > 0:
-                add_product(features_grad[rows], grad_nc, weight_cf[:, wanted])
-            for slab_sum, (_, features) in zip(slab_sums, sums, strict=True):
-                add_product(slab_sum, grad_nc.T, features_nf[:, features])
-        for slab_sum, (weight_sum, _) in zip(slab_sums, sums, strict=True):
-            if slab_sum.dtype != weight_sum.dtype:
-                weight_sum[slab].copy_(slab_sum)
+    compute = logit_blocks_for(features_grad.device, total.dtype)
+    slab_sums = [blocks.sum_of_slabs(weight_sum) for weight_sum, _ in sums]
+    for slab, rows in blocks.pairs(sums=slab_sums):
+        features_nf, weight_cf = blocks.features_of(rows), blocks.weight_of(slab)
+        logits_nc = blocks.logits(features_nf, weight_cf)
+        grad_nc = blocks.factor_like(logits_nc)
+        compute.gradient(
+            logits_nc,
+            local_targets[rows],
+            largest_n=largest[rows],
+            total_n=total[rows],
+            upstream_n=upstream[rows],
+            out_nc=grad_nc,
+            first_column=slab.start,
+        )
+        if features_grad.shape[1] > 0:
+            add_product(features_grad[rows], grad_nc, weight_cf[:, wanted])
+        for slab_sum, (_, features) in zip(slab_sums, sums, strict=True):
+            add_product(slab_sum.of(slab), grad_nc.T, features_nf[:, features])
+    for slab_sum in slab_sums:
+        slab_sum.finish()
 
 
 def _put(part: Tensor, positions: Positions, into: Tensor) -> Tensor:

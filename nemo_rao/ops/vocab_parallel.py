@@ -9,9 +9,10 @@ Per token, with x the logits, t the target and M the largest logit of all ranks:
 
 M is taken off before anything is added up, so that logits far from zero lose no precision.
 
-Memory: logits at Llama 3's vocabulary take 0.25 MiB a token in bf16 and 0.5 MiB in fp32, so fp32 copies are made one
-chunk of tokens at a time. Backward computes them anew from the saved logits and 8 bytes a token (M, S), and writes
-the gradient chunk by chunk. At no time does a second copy of the logits exist, but for that gradient.
+Memory: logits at Llama 3's vocabulary take 0.25 MiB a token in bf16 and 0.5 MiB in fp32, so copies are made one chunk
+of tokens at a time: in fp32, or in the logits' own type for a GPU's kernels, which widen them as they read
+(:mod:`nemo_rao.ops.logit_blocks`). Backward computes them anew from the saved logits and 8 bytes a token (M, S), and
+writes the gradient chunk by chunk. At no time does a second copy of the logits exist, but for that gradient.
 
 Communication: one all-gather of ``[N, 3]`` in forward (each rank's maximum, sum and target logit), none in backward.
 
@@ -28,13 +29,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemo_rao.ops.logit_blocks import logit_blocks_for
 from nemo_rao.ops.vocabulary import (
     Positions,
     chunks,
     columns_of_rank,
     empty_statistics,
     over_all_ranks,
-    owned,
     selected,
 )
 from nemo_rao.ops.workspace import CHUNK_BYTES
@@ -102,16 +103,12 @@ class _LogProbs(torch.autograd.Function):
         columns = logits[..., :num_columns]
         rows_per_chunk = _rows_per_chunk(num_columns, dtype, chunk_bytes)
 
+        compute = logit_blocks_for(logits.device, dtype)
         local = empty_statistics(local_targets.shape[0], logits, dtype)
         if num_columns > 0:
             for rows in chunks(local_targets.shape[0], rows_per_chunk):
-                chunk_nv = _read(columns, positions, rows, dtype)
-                largest = chunk_nv.amax(-1).clamp_(min=torch.finfo(dtype).min)
-                column, is_here = owned(local_targets[rows], num_columns)
-                target_logits = chunk_nv.gather(1, column[:, None])[:, 0]
-                local[rows, 0] = largest
-                local[rows, 1] = chunk_nv.sub_(largest[:, None]).exp_().sum(-1)
-                local[rows, 2] = torch.where(is_here, target_logits, 0)
+                chunk_nv = _read(columns, positions, rows, logits.dtype if compute.reads_16_bits else dtype)
+                compute.add_to_statistics(local[rows], chunk_nv, local_targets[rows])
 
         largest, total, target_logits = over_all_ranks(local, group)
         trained = slice(num_trained)
@@ -128,15 +125,20 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, local_targets, largest, total, *positions = ctx.saved_tensors
         logits_grad = torch.zeros_like(logits)
+        compute = logit_blocks_for(logits.device, largest.dtype)
         if ctx.num_columns > 0:
             columns, columns_grad = logits[..., : ctx.num_columns], logits_grad[..., : ctx.num_columns]
             for rows in chunks(local_targets.shape[0], ctx.rows_per_chunk):
                 here = tuple(index[rows] for index in positions)
-                upstream = grad[here]
-                chunk_nv = _read(columns, positions, rows, largest.dtype)
-                chunk_nv.sub_(largest[rows, None]).exp_().mul_((-upstream / total[rows])[:, None])
-                column, is_here = owned(local_targets[rows], ctx.num_columns)
-                chunk_nv.scatter_add_(1, column[:, None], torch.where(is_here, upstream, 0)[:, None])
+                chunk_nv = _read(columns, positions, rows, logits.dtype if compute.reads_16_bits else largest.dtype)
+                compute.gradient(
+                    chunk_nv,
+                    local_targets[rows],
+                    largest_n=largest[rows],
+                    total_n=total[rows],
+                    upstream_n=grad[here],
+                    out_nc=chunk_nv,
+                )
                 columns_grad[here] = chunk_nv.to(logits.dtype)
         return logits_grad, *[None] * 6
 
@@ -146,5 +148,5 @@ def _rows_per_chunk(num_columns: int, dtype: torch.dtype, chunk_bytes: int) -> i
 
 
 def _read(columns: Tensor, positions: tuple[Tensor, ...] | list[Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
-    """``[n, v]``: the logits of some positions, always a copy, which the caller may overwrite."""
-    return columns[tuple(index[rows] for index in positions)].to(dtype)
+    """``[n, v]``: the logits of some positions, always a copy, which the caller may overwrite. Contiguous."""
+    return columns[tuple(index[rows] for index in positions)].to(dtype).contiguous()

@@ -60,12 +60,6 @@ def selected(
     return positions, chosen
 
 
-def owned(targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """``([n], [n])``: the target's column among ``num_columns``, any where it has none; whether it has one."""
-    is_here = (targets >= 0) & (targets < num_columns)
-    return torch.where(is_here, targets, 0), is_here
-
-
 def empty_statistics(num_tokens: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """``[N, 3]``: of each token the largest logit, the sum of exp(x - largest), the target's logit, over no column."""
     statistics = like.new_zeros(num_tokens, 3, dtype=dtype)

@@ -16,6 +16,9 @@ CPU_WORKSPACE_BYTES = 24 * 2**20
 CUDA_WORKSPACE_BYTES = 512 * 2**20
 """The same on a GPU, where products should be large."""
 
+CUDA_TILE = 256
+"""Blocks on a GPU are multiples of so many tokens and columns: the larger side of the tiles that cuBLAS computes."""
+
 
 def cell_and_side(num_features: int, itemsize: int, read_itemsize: int) -> tuple[int, int]:
     """Bytes of a block for each of its ``n c`` logits, and for each of its ``n + c`` tokens and columns.
@@ -32,13 +35,21 @@ def cell_and_side(num_features: int, itemsize: int, read_itemsize: int) -> tuple
 
 
 def block_sizes(
-    num_tokens: int, num_columns: int, num_features: int, workspace_bytes: int, itemsize: int, read_itemsize: int
+    num_tokens: int,
+    num_columns: int,
+    num_features: int,
+    workspace_bytes: int,
+    itemsize: int,
+    read_itemsize: int,
+    *,
+    multiple: int = 1,
 ) -> tuple[int, int]:
     """Tokens n and columns c of a block, at least one each: as near to a square as the budget and their numbers allow.
 
     Args:
         workspace_bytes: of a block.
         itemsize, read_itemsize: see :func:`cell_and_side`.
+        multiple: of both sizes, where there are several blocks and the budget allows so many.
     """
     cell, side = cell_and_side(num_features, itemsize, read_itemsize)
     square = int((math.sqrt(side**2 + cell * workspace_bytes) - side) / cell)  # cell n^2 + 2 side n = workspace
@@ -47,10 +58,17 @@ def block_sizes(
         return max(1, (workspace_bytes - size * side) // (size * cell + side))
 
     width = min(max(1, num_columns), other(max(1, min(square, num_tokens))))
-    num_rows = min(max(1, num_tokens), other(width))
-    return _evenly(num_tokens, num_rows), _evenly(num_columns, width)
+    num_rows = _evenly(num_tokens, min(max(1, num_tokens), other(width)), multiple)
+    # What even parts of the tokens leave is the columns': sums over the vocabulary are then added to less often.
+    width = min(max(1, num_columns), other(num_rows))
+    return num_rows, _evenly(num_columns, width, multiple)
 
 
-def _evenly(length: int, size: int) -> int:
+def _evenly(length: int, size: int, multiple: int) -> int:
     """The size of as many parts as parts of ``size`` would be, all of them about as large."""
-    return max(1, math.ceil(length / math.ceil(length / size))) if length > 0 else 1
+    if length <= size:
+        return max(1, length)
+    if size < multiple:
+        multiple = 1
+    size -= size % multiple
+    return math.ceil(length / math.ceil(length / size) / multiple) * multiple

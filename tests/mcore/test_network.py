@@ -115,6 +115,7 @@ def test_how_the_work_is_divided_does_not(config: Any, name: str) -> None:
 
 def test_layers_are_the_same_with_and_without_transformer_engine(config: Any) -> None:
     """A machine without it gets another spec, and reads the numbers that one with it has computed."""
+    from nemo_rao.mcore.flex_attention import layer_spec_with_flex_attention
     from nemo_rao.mcore.fp8_simulation import layer_spec_with_simulated_fp8
     from nemo_rao.mcore.layer_spec import layer_spec_without_te
     from nemo_rao.mcore.network import network_fingerprint
@@ -122,7 +123,8 @@ def test_layers_are_the_same_with_and_without_transformer_engine(config: Any) ->
     of_engine = importlib.import_module(SPECS[ENGINE]).transformer_engine_layer_spec
     simulated = functools.partial(layer_spec_with_simulated_fp8, simulation=object())
     found = set()
-    for spec in (of_engine, layer_spec_without_te, simulated):
+    sharing = functools.partial(layer_spec_with_flex_attention, spec=of_engine)
+    for spec in (of_engine, layer_spec_without_te, simulated, sharing):
         other = copy.copy(config)
         other.transformer_layer_spec = spec
         found.add(network_fingerprint(other))

@@ -296,7 +296,9 @@ def _mm_into_another_type(
 
 
 def test_16_bit_factors_as_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in blocks that are whole tiles, whose rows are further apart where the vocabulary ends."""
     monkeypatch.setattr(blocks, "read_dtype_of", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(blocks, "tile_of", lambda hidden: 32)
     monkeypatch.setattr(torch, "mm", _mm_into_another_type)
     for case in (
         Case(dtype=torch.bfloat16, shape=(9, 5), hidden_size=64, vocab_size=230, padded_size=240, rank=8, masked=True),
@@ -312,28 +314,32 @@ def test_16_bit_factors_as_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> 
             assert relative_error(grad.double(), expected[name]) < 2 * TOLERANCES[case.dtype], name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    case = Case(dtype=dtype, shape=(64, 5), hidden_size=64, vocab_size=990, padded_size=1024, rank=8, masked=True)
-    parts, targets, upstream, mask = case.make()
-    assert mask is not None
-    inputs = {name: part.cuda().requires_grad_() for name, part in parts.items()}
-    for workspace_bytes in (100_000, None):
-        logps = linear_vocab_parallel_log_probs(
-            inputs["hidden"],
-            inputs["weight"],
-            targets.cuda(),
-            vocab_size=case.vocab_size,
-            mask=mask.cuda(),
-            low_rank=(inputs["u"], inputs["b"]),
-            workspace_bytes=workspace_bytes,
-        )
-        grads = torch.autograd.grad(logps, list(inputs.values()), upstream.to(logps))
-        expected_logps, expected = dense(case)
-        assert relative_error(logps.cpu().double(), expected_logps) < max(1e-5, TOLERANCES[dtype])
-        for name, grad in zip(inputs, grads, strict=True):
-            assert relative_error(grad.cpu().double(), expected[name]) < max(1e-5, 2 * TOLERANCES[dtype])
+def test_features_are_gathered_once_in_each_pass_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weight's gradient in Megatron's float32 sum, whose slabs are added to where they are."""
+    gathered: list[int] = []
+    side_by_side = blocks._side_by_side
+
+    def counted(parts: list[torch.Tensor], memory: torch.Tensor) -> torch.Tensor:
+        gathered.append(len(parts[0]))
+        return side_by_side(parts, memory)
+
+    monkeypatch.setattr(blocks, "read_dtype_of", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(blocks, "tile_of", lambda hidden: 16)
+    monkeypatch.setattr(blocks, "_side_by_side", counted)
+    monkeypatch.setattr(torch, "mm", _mm_into_another_type)
+    case = Case(dtype=torch.bfloat16, shape=(45,), hidden_size=64, vocab_size=230, padded_size=240)
+    parts, targets, upstream, _ = case.make()
+    hidden, weight = parts["hidden"].requires_grad_(), torch.nn.Parameter(parts["weight"])
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+    logps = linear_vocab_parallel_log_probs(hidden, weight, targets, vocab_size=230, workspace_bytes=40_000)
+    assert len(gathered) > 1 and sum(gathered) == 45
+    logps.backward(upstream.float())
+    assert sum(gathered) == 2 * 45
+    expected_logps, expected = dense(case)
+    assert hidden.grad is not None
+    assert relative_error(logps.detach(), expected_logps) < 1e-5
+    assert relative_error(hidden.grad.double(), expected["hidden"]) < 2 * TOLERANCES[torch.bfloat16]
+    assert relative_error(weight.main_grad.double(), expected["weight"]) < 2 * TOLERANCES[torch.bfloat16]
 
 
 def test_results_under_autocast_are_those_without() -> None:
@@ -368,6 +374,19 @@ def test_blocks_fill_the_budget_and_no_more() -> None:
 def test_sizes_of_blocks_are_even() -> None:
     rows, _ = block_sizes(1030, 10**6, 64, 2**23, 4, 4)
     assert 1030 % rows == 0 or 1030 % rows > rows / 2
+
+
+@pytest.mark.parametrize("num_tokens", [700, 8192, 32_768, 32_000])
+def test_blocks_are_whole_tiles_within_the_budget(num_tokens: int) -> None:
+    """Of Llama 3's head; the last of a row may be smaller."""
+    for num_columns in (128_256, 32_064, 300):
+        rows, width = block_sizes(num_tokens, num_columns, 4096, 2**29, 4, 2, multiple=256)
+        assert rows == num_tokens or rows % 256 == 0
+        assert width == num_columns or width % 256 == 0
+        taken = rows * width * 6 + (rows + width) * 4096 * 10
+        assert taken <= 2**29
+        assert taken > 2**28 or (rows, width) == (num_tokens, num_columns)
+    assert block_sizes(10**5, 10**5, 64, 100_000, 4, 2, multiple=256)[0] < 256, "a small budget comes first"
 
 
 def peak_bytes(function: Callable[[], Any]) -> tuple[int, Any]:

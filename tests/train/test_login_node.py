@@ -22,7 +22,7 @@ def test_a_run_takes_the_cpu_and_no_kernel_of_packages_that_can_be_imported(
     data: tuple[str, ...], tmp_path: Path
 ) -> None:
     write_packages(tmp_path / "packages")
-    layout = ("data.packing=true", "data.prefix_sharing=true")  # with Transformer Engine's attention this is refused
+    layout = ("data.packing=true", "data.prefix_sharing=true")  # with Transformer Engine's layers, FlexAttention's
     run = ("exp_manager.name=run", f"exp_manager.exp_dir={tmp_path}", "trainer.max_steps=2")
     shown = ("trainer.enable_progress_bar=true",)
     command = [sys.executable, "-W", "ignore", "-m", "tests.login_node", "train", "--config-name", "gpt_rao"]

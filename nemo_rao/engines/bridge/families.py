@@ -18,7 +18,12 @@ from nemo_rao.mcore.layer_spec import Parts
 
 _USUAL = (GPTModelProvider, MistralModelProvider)
 # Our layers, by the names by which Bridge recognizes how a module's weights are split over tensor-parallel ranks.
-_SPLIT = {"SegmentAttention": "column", "RowParallelLinearLayerNorm": "row", "Norm": "replicated"}
+_SPLIT = {
+    "SegmentAttention": "column",
+    "FlexSegmentAttention": "column",
+    "RowParallelLinearLayerNorm": "row",
+    "Norm": "replicated",
+}
 
 
 def register_families() -> None:

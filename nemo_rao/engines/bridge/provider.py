@@ -54,7 +54,13 @@ def provider(config: RunConfig) -> Any:
     memory = {**recompute_fields(config), **offload_fields(config)}
     made = kind(**{**sizes, **_split(config), **memory, "seq_length": keys.seq_length})
     parts = NO_PARTS if transformer_engine_is_used() else parts_of(made, f"model.family={family}")
-    finish_config(made, fp8_simulation=fp8_simulation(config.precision), parts=parts)
+    finish_config(
+        made,
+        fp8_simulation=fp8_simulation(config.precision),
+        parts=parts,
+        shared_prompts=config.data.prefix_sharing,
+        packed=config.data.packing,
+    )
     return made
 
 

@@ -140,6 +140,8 @@ def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignm
         fused_log_probs=config.model.fused_log_probs,
         head_seed=config.trainer.seed,
         fp8_simulation=fp8_simulation(config.precision),
+        shared_prompts=config.data.prefix_sharing,
+        packed=config.data.packing,
     )
 
 

@@ -44,6 +44,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         head_seed: decides a new score head's start. An argument, as NeMo makes the further chunks of an interleaved
             pipeline from the first one's arguments.
         fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: nothing is rounded.
+        shared_prompts, packed: the layout of micro-batches, see :func:`nemo_rao.data.collate.collate`.
 
     Attributes:
         loss: the objective over a micro-batch.
@@ -64,8 +65,10 @@ class MegatronGPTAlignmentModel(GPTModel):
         fused_log_probs: bool = True,
         head_seed: int = 0,
         fp8_simulation: Mapping[str, Any] | None = None,
+        shared_prompts: bool = False,
+        packed: bool = False,
     ) -> None:
-        finish_config(config, fp8_simulation=fp8_simulation)
+        finish_config(config, fp8_simulation=fp8_simulation, shared_prompts=shared_prompts, packed=packed)
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
         described = registry.get(objective)
         if not isinstance(objective_config, described.config_type):

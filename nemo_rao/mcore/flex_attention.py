@@ -1,0 +1,203 @@
+"""Shared prompts with Transformer Engine's layers: PyTorch's FlexAttention in the place of their core attention alone.
+
+Linear layers, norms, their fusions and FP8 stay Transformer Engine's. The core attention, which is computed in 16 bits,
+is one compiled kernel each way that skips what the table of segments rules out (:mod:`nemo_rao.mcore.segment_masks`).
+The mask is made once a micro-batch, by its first layer. :class:`~nemo_rao.mcore.attention.SegmentAttention` stays the
+way on a CPU, where FlexAttention has no backward pass, and what this is tested against.
+
+Considered instead: two calls of a variable-length kernel (FlashAttention, cuDNN), of all responses to their prompt
+without a causal mask and of each segment to itself, merged by their log-sum-exp. Each call is faster than FlexAttention
+is on Hopper. But the merge is further passes over ``[T, heads, D]`` in float32 each way; its backward pass needs those
+of the kernels with a log-sum-exp from outside, which are private functions of either package; prompts have to be copied
+next to each other, as they lie between responses; and a window that reaches from a response back into its prompt
+depends on the query, which a call without a causal mask cannot say. FlexAttention needs PyTorch alone.
+
+Not run on a GPU yet. What is tested without one: the mask for every layout, the forward pass, and the layer spec.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import importlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from nemo_rao.errors import UserError
+from nemo_rao.mcore.attention import SegmentAttention
+from nemo_rao.mcore.segment_masks import block_mask
+
+KEY = "data.prefix_sharing=true"
+
+# Short sequences without a gradient would get a kernel for decoding, and round otherwise than in training.
+_KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
+
+
+class FlexSegmentAttention(SegmentAttention):
+    """:class:`SegmentAttention` with FlexAttention for tables of segments. No dropout, no softmax offset, no CP."""
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(config, *arguments, **keywords)
+        _check(config)
+
+    def _attend_to_table(self, query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+        """``[T, B, heads * D]``: all sequences as one, since no segment sees another sequence."""
+        length, num_sequences = query.shape[:2]
+        earlier = None if self._window is None else self._window[0]
+        mask = _MASKS.of(table, length * num_sequences, earlier)
+        attended = _flex_attention(query.device.type)(
+            *(_as_one(part) for part in (query, key, value)),
+            block_mask=mask,
+            scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1),
+            enable_gqa=query.shape[2] != key.shape[2],
+            kernel_options=_KERNEL_OPTIONS,
+        )
+        return attended[0].transpose(0, 1).reshape(num_sequences, length, -1).transpose(0, 1).contiguous()
+
+
+def _as_one(part: Tensor) -> Tensor:
+    """``[T, B, heads, D]`` -> ``[1, heads, B T, D]``; a view for one sequence."""
+    return part.transpose(0, 1).flatten(0, 1).transpose(0, 1)[None]
+
+
+@functools.cache
+def _flex_attention(device_type: str) -> Callable[..., Tensor]:
+    """Compiled on a GPU. The uncompiled form, for tests on a CPU, holds all weights.
+
+    PyTorch compiles for the first length that it meets, and for all lengths once it meets another; that with and
+    without gradients, and of short sequences. To ask for all lengths from the start (``dynamic=True``) would also make
+    the scale and the blocks' size variables of the kernel.
+    """
+    if device_type != "cuda":
+        return flex_attention
+    dynamo = importlib.import_module("torch._dynamo")
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 32)  # beyond it, the whole run would fail
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+class _Masks:
+    """Masks of the last few micro-batches, which all layers share, also when activations are recomputed.
+
+    Recomputation brings the table back as another tensor in the same memory. An entry keeps its table, so that the
+    memory cannot be another table's.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._held: OrderedDict[tuple[Any, ...], tuple[Tensor, BlockMask]] = OrderedDict()
+
+    def of(self, table: Tensor, num_tokens: int, window: int | None) -> BlockMask:
+        key = (table.device, table.data_ptr(), table.shape, num_tokens, window)
+        if key not in self._held:
+            self._held[key] = table, block_mask(table, num_tokens, window=window)
+            if len(self._held) > self._size:
+                self._held.popitem(last=False)
+        return self._held[key][1]
+
+
+_MASKS = _Masks(32)  # micro-batches in flight through a pipeline, with and without a window
+
+
+# ------------------------------------------------------------------------------------------------ layer spec
+
+
+def share_prompts(config: TransformerConfig, *, packed: bool) -> None:
+    """Have a model built with :class:`FlexSegmentAttention` in the place of Transformer Engine's attention.
+
+    Args:
+        config: of an engine, with a ``transformer_layer_spec``.
+        packed: micro-batches are one sequence. Otherwise rotary angles differ between sequences, which Transformer
+            Engine's fused kernel cannot apply.
+
+    Raises:
+        UserError: the model's attention is one that FlexAttention does not replace.
+    """
+    _check(config)
+    spec = config.transformer_layer_spec  # type: ignore[attr-defined]
+    config.transformer_layer_spec = functools.partial(layer_spec_with_flex_attention, spec=spec)  # type: ignore[attr-defined]
+    if not packed:
+        config.apply_rope_fusion = False
+
+
+def layer_spec_with_flex_attention(config: TransformerConfig, vp_stage: int | None = None, *, spec: Any) -> Any:
+    """An engine's layer spec with :class:`FlexSegmentAttention` as its core attention.
+
+    Args:
+        spec: the engine's, or the function that makes it.
+    """
+    if callable(spec) and not isinstance(spec, ModuleSpec):
+        takes_stage = "vp_stage" in inspect.signature(spec).parameters
+        spec = spec(config, vp_stage=vp_stage) if takes_stage else spec(config)
+    replaced, found = _replaced(spec)
+    if not found:
+        raise UserError(f"{KEY}: this model's layers have no attention that can share prompts; set it to false")
+    return replaced
+
+
+def _replaced(part: Any) -> tuple[Any, bool]:
+    """A copy of a part of a spec with another core attention, and whether there is one in it."""
+    if isinstance(part, (list, tuple)):
+        each = [_replaced(one) for one in part]
+        return type(part)(one for one, _ in each), any(found for _, found in each)
+    if isinstance(part, functools.partial):
+        keywords, found = _replaced_fields(part.keywords)
+        return (functools.partial(part.func, *part.args, **keywords), True) if found else (part, False)
+    if not dataclasses.is_dataclass(part) or isinstance(part, type):
+        return part, False
+    names = [field.name for field in dataclasses.fields(part)]
+    values, found = _replaced_fields({name: getattr(part, name) for name in names})
+    if not found:
+        return part, False
+    made = copy.copy(part)
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made, True
+
+
+def _replaced_fields(fields: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    values, any_found = {}, False
+    for name, value in fields.items():
+        if name == "core_attention":
+            values[name], found = _flex_for(value), True
+        else:
+            values[name], found = _replaced(value)
+        any_found |= found
+    return values, any_found
+
+
+def _flex_for(core: Any) -> type[FlexSegmentAttention]:
+    kind = core.module if isinstance(core, ModuleSpec) else core
+    if kind is FlexSegmentAttention:  # a config that was finished before
+        return FlexSegmentAttention
+    name = kind.__name__ if isinstance(kind, type) else str(kind)
+    if name != "TEDotProductAttention":
+        raise UserError(f"{KEY}: this model's attention, {name}, cannot share prompts; set it to false")
+    return FlexSegmentAttention
+
+
+# Field of Megatron's config -> (values that FlexAttention has here, what another one asks for). A release may lack it.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "context_parallel_size": ((1,), "context parallelism"),
+    "attention_dropout": ((0, 0.0), "attention dropout"),
+    "multi_latent_attention": ((False,), "multi-latent attention"),
+    "softmax_type": (("vanilla",), "an offset of the softmax"),
+    "attn_logit_softcapping": ((None, 0, 0.0), "a soft cap of attention's logits"),
+}
+
+
+def _check(config: TransformerConfig) -> None:
+    fields = vars(config)
+    for name, (values, meaning) in _REFUSED.items():
+        if fields.get(name, values[0]) not in values:
+            raise UserError(
+                f"{KEY}: not with {meaning} ({name}={fields[name]}) in Transformer Engine's layers; set it to false"
+            )

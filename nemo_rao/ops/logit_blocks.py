@@ -1,0 +1,124 @@
+"""What is computed from a block of logits: softmax statistics in forward, the logits' gradient in backward.
+
+Shape legend: ``n`` tokens and ``c`` vocabulary columns of one block. Per token, with z its logits, y its target, M the
+largest logit of all ranks and g the gradient that comes in:
+
+    S = sum_j exp(z_j - M),    dz_j = g ([j = y] - exp(z_j - M) / S)
+
+Two implementations with the same signatures. :data:`PYTORCH` is the reference and runs everywhere; each of its calls
+reads the block about five times. The Triton kernels (:mod:`nemo_rao.ops.triton_logit_blocks`) read it once, and are
+chosen for CUDA tensors where Triton can be imported. ``NEMO_RAO_TRITON=0`` turns them off.
+
+M and S stay separate numbers. Their log-sum-exp, as one float32, would lose the digits of S where M is large.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+SWITCH = "NEMO_RAO_TRITON"
+"""Environment variable; ``0`` keeps the Triton kernels from being used."""
+
+
+class AddToStatistics(Protocol):
+    """Take further columns into softmax statistics, in place."""
+
+    def __call__(self, statistics_n3: Tensor, logits_nc: Tensor, targets_n: Tensor, *, first_column: int = 0) -> None:
+        """
+        Args:
+            statistics_n3: float32 or float64; see :func:`nemo_rao.ops.vocabulary.empty_statistics`. Contiguous.
+            logits_nc: columns are adjacent in memory, rows may be further apart. May be overwritten.
+            targets_n: int64, on the same scale as ``first_column``; any value for a token of another rank.
+            first_column: number of the block's first column.
+        """
+
+
+class Gradient(Protocol):
+    """Compute the logits' gradient."""
+
+    def __call__(
+        self,
+        logits_nc: Tensor,
+        targets_n: Tensor,
+        *,
+        largest_n: Tensor,
+        total_n: Tensor,
+        upstream_n: Tensor,
+        out_nc: Tensor,
+        first_column: int = 0,
+    ) -> None:
+        """
+        Args:
+            logits_nc, targets_n, first_column: see :class:`AddToStatistics`.
+            largest_n, total_n, upstream_n: M, S, g, of the statistics' type; may be strided.
+            out_nc: where the gradient is written, rounded once to its type. May be the logits' memory.
+        """
+
+
+class LogitBlocks(NamedTuple):
+    """An implementation.
+
+    Attributes:
+        reads_16_bits: logits may be 16-bit numbers; otherwise they have the statistics' type.
+    """
+
+    name: str
+    add_to_statistics: AddToStatistics
+    gradient: Gradient
+    reads_16_bits: bool
+
+
+def logit_blocks_for(device: torch.device, dtype: torch.dtype) -> LogitBlocks:
+    """The fastest implementation for statistics of type ``dtype`` on ``device``."""
+    if device.type == "cuda" and dtype == torch.float32 and os.environ.get(SWITCH) != "0":
+        return _triton() or PYTORCH
+    return PYTORCH
+
+
+@functools.cache
+def _triton() -> LogitBlocks | None:
+    try:
+        from nemo_rao.ops.triton_logit_blocks import TRITON
+    except ImportError:  # it comes with PyTorch's CUDA builds on Linux only
+        return None
+    return TRITON
+
+
+def owned(targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    """``([n], [n])``: the target's column among ``num_columns``, any where it has none; whether it has one."""
+    is_here = (targets >= 0) & (targets < num_columns)
+    return torch.where(is_here, targets, 0), is_here
+
+
+def _add_to_statistics(statistics_n3: Tensor, logits_nc: Tensor, targets_n: Tensor, *, first_column: int = 0) -> None:
+    largest = torch.maximum(statistics_n3[:, 0], logits_nc.amax(-1))
+    column, is_here = owned(targets_n - first_column, logits_nc.shape[1])
+    statistics_n3[:, 2] += torch.where(is_here, logits_nc.gather(1, column[:, None])[:, 0], 0)
+    statistics_n3[:, 1] *= (statistics_n3[:, 0] - largest).exp_()
+    statistics_n3[:, 1] += logits_nc.sub_(largest[:, None]).exp_().sum(-1)
+    statistics_n3[:, 0] = largest
+
+
+def _gradient(
+    logits_nc: Tensor,
+    targets_n: Tensor,
+    *,
+    largest_n: Tensor,
+    total_n: Tensor,
+    upstream_n: Tensor,
+    out_nc: Tensor,
+    first_column: int = 0,
+) -> None:
+    # exp(z - M) - S [j = y], which the scale makes g ([j = y] - exp(z - M) / S).
+    logits_nc.sub_(largest_n[:, None]).exp_()
+    column, is_here = owned(targets_n - first_column, logits_nc.shape[1])
+    logits_nc.scatter_add_(1, column[:, None], torch.where(is_here, -total_n, 0)[:, None])
+    torch.mul(logits_nc, (-upstream_n / total_n)[:, None], out=out_nc)
+
+
+PYTORCH = LogitBlocks("pytorch", _add_to_statistics, _gradient, reads_16_bits=False)
