@@ -1,4 +1,4 @@
-"""A second model that trains: its steps against Hugging Face's model and torch's AdamW, also where other ranks go on."""
+"""A second model that trains: its steps against torch's AdamW on Hugging Face's, also where other ranks go on."""
 
 from __future__ import annotations
 
