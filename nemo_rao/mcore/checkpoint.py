@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import load_tensors_metadata
@@ -22,6 +23,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_save_shar
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from packaging.version import Version
 
 from nemo_rao.mcore import torch_adam
 from nemo_rao.mcore.forward import unwrapped
@@ -30,9 +32,11 @@ from nemo_rao.mcore.heads import heads
 PREFIX = "module."  # of NeMo's names
 STATE = "nemo_rao"
 COMMON = "common.pt"
-# How the optimizer's state is laid out: for any parallelism, and the only way that torch's own Adam has.
+# How the optimizer's state is laid out: for any parallelism, and the only way that torch's own Adam has. Before
+# megatron-core 0.15 that of the model's own space is the one for any parallelism.
+_SINCE_0_15 = Version(megatron.core.__version__) >= Version("0.15")
 _LAYOUT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_sharding_type": "fully_reshardable" if _SINCE_0_15 else "fully_sharded_model_space",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,

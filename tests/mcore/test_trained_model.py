@@ -1,4 +1,4 @@
-"""A second model that trains: its steps against those of Hugging Face's model under torch's AdamW, on any ranks."""
+"""A second model that trains: its steps against torch's AdamW on Hugging Face's, also where other ranks go on."""
 
 from __future__ import annotations
 
