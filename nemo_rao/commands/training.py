@@ -187,6 +187,12 @@ def study_parser() -> Parser:
     parser.add_argument(
         "--gpu", metavar="NAME", help="with --dry-run: plan the time of runs for this GPU: a100, h100, h200 or b200"
     )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="a key of all recipes, or of the study, such as seeds=[1,2] or arms.sft.start=/checkpoints/llama3_8b",
+    )
     return parser
 
 

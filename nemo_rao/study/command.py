@@ -29,7 +29,7 @@ def main(arguments: argparse.Namespace, planning: argparse.Namespace | None) -> 
     """
     if (launcher := started_externally()) is not None:
         raise UserError(f"{launcher} started several ranks, and a study starts its own on one node; run it without")
-    made = plan(load_study(arguments.study), arguments.out)
+    made = plan(load_study(arguments.study, arguments.overrides), arguments.out)
     check(made)
     check_steps(made)
     if arguments.dry_run:
@@ -55,7 +55,7 @@ def list_steps(made: Plan, planning: argparse.Namespace | None) -> None:
 
     for step in made.steps:
         if isinstance(step, PlannedData):
-            print(f"data {step.name}: {step.path}{' (there already)' if step.path.exists() else ''}")
+            print(f"files {step.name}: {step.path}{' (there already)' if step.path.exists() else ''}")
     with told_of(str(made.study.path)):
         runs = expected(made, planning)
     table = Table(title=f"{made.study.name}: {len(runs)} runs in {made.folder}", title_justify="left")
@@ -74,7 +74,9 @@ def list_steps(made: Plan, planning: argparse.Namespace | None) -> None:
     if sources:
         print(f"known: {known / 3600:.2f} hours, {' and '.join(sorted(sources))}")
     if unknown:
-        print(f"unknown for {unknown} runs: no run of their arm has logged a step yet (--gpu NAME plans them for a GPU)")
+        print(
+            f"unknown for {unknown} runs: no run of their arm has logged a step yet (--gpu NAME plans them for a GPU)"
+        )
     if policies := policies_of(made):
         print(f"{len(policies)} policies to sample or evaluate, whose time is not estimated")
 

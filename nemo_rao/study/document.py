@@ -94,8 +94,14 @@ def markdown(document: Document) -> str:
             case Text(text, is_warning):
                 parts.append(f"**{text}**" if is_warning else text)
             case Table():
-                ruled = [block.header, [*["---"] * block.num_labels, *["---:"] * (len(block.header) - block.num_labels)]]
-                lines = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in (*ruled, *block.rows)]
+                ruled = [
+                    block.header,
+                    [*["---"] * block.num_labels, *["---:"] * (len(block.header) - block.num_labels)],
+                ]
+                lines = [
+                    " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row)
+                    for row in (*ruled, *block.rows)
+                ]
                 parts.append("\n".join(f"| {line} |" for line in lines))
             case Figure(name, _, caption):
                 parts.append(f"![{caption}]({FIGURES}/{name}.svg)\n\n{caption}")
@@ -126,7 +132,7 @@ def _html_of(block: Block) -> Iterator[str]:
             yield f"<h{level}>{escape(text)}</h{level}>"
         case Text(text, is_warning):
             for part in text.split("\n\n"):
-                yield f'<p{" class=warning" if is_warning else ""}>{escape(part)}</p>'
+                yield f"<p{' class=warning' if is_warning else ''}>{escape(part)}</p>"
         case Table():
             table = "".join(_table(block))
             yield f"<details><summary>{escape(block.folded)}</summary>{table}</details>" if block.folded else table
@@ -178,7 +184,7 @@ th.number { white-space: normal; }
 figure { margin: 1rem 0; background: #fff; border: 1px solid #dfe2e6; border-radius: 8px; padding: .8rem; }
 figure svg { display: block; max-width: 100%; height: auto; }
 figcaption { color: #5d6672; font-size: .88rem; margin-top: .4rem; }
-pre { background: #fff; border: 1px solid #dfe2e6; border-radius: 8px; padding: .7rem .8rem; font: 13px/1.5 ui-monospace,
-  SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: #fff; border: 1px solid #dfe2e6; border-radius: 8px; padding: .7rem .8rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 details { margin: .7rem 0; } summary { cursor: pointer; color: #2f5fb3; }
 """

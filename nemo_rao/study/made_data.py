@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from nemo_rao.errors import UserError
@@ -14,9 +16,9 @@ from nemo_rao.scoring.rule import find_function
 from nemo_rao.scoring.run import Job
 from nemo_rao.study.plan import PlannedData
 from nemo_rao.study.policies import score_rows
-from nemo_rao.study.study_file import Made
+from nemo_rao.study.study_file import Made, Scored
 
-RECORD = "made.json"  # in a directory that a function has filled; absent while it is being filled
+RECORD = "made.json"
 
 
 def check_data(data: PlannedData, *, ready: bool) -> None:
@@ -28,7 +30,7 @@ def check_data(data: PlannedData, *, ready: bool) -> None:
     Raises:
         UserError: names the key.
     """
-    where, spec = f"data.{data.name}", data.spec
+    where, spec = f"files.{data.name}", data.spec
     if isinstance(spec, Made):
         try:
             function = find_function(spec.function)
@@ -38,18 +40,16 @@ def check_data(data: PlannedData, *, ready: bool) -> None:
             inspect.signature(function).bind(data.path, **spec.arguments)
         except TypeError as error:
             raise UserError(f"{where}.arguments: {spec.function} does not take them ({error})") from None
-        if data.path.exists() and not _record(data.path).is_file() and any(data.path.iterdir()):
-            return  # interrupted: it is made anew
-        if _record(data.path).is_file() and json.loads(_record(data.path).read_text()) != _made_from(spec):
-            raise UserError(
-                f"{where}: {data.path} was made with another function or other arguments; give another --out, or "
-                "remove that directory"
-            )
     elif ready:
         try:
             expand_paths(spec.input)
         except UserError as error:
             raise UserError(f"{where}.input: {error}") from None
+    record = _record(data)
+    if record.is_file() and json.loads(record.read_text()) != _made_from(spec):
+        raise UserError(
+            f"{where}: {data.path} was made from other keys; give another --out, or remove it and {record.name}"
+        )
 
 
 def make_data(data: PlannedData) -> bool:
@@ -58,35 +58,27 @@ def make_data(data: PlannedData) -> bool:
     Raises:
         UserError, RankFailure: it cannot be made.
     """
-    spec = data.spec
-    if isinstance(spec, Made):
-        if _record(data.path).is_file():
-            return False
-        shutil.rmtree(data.path, ignore_errors=True)
-        data.path.mkdir(parents=True)
-        find_function(spec.function)(data.path, **spec.arguments)
-        write_atomically(_record(data.path), json.dumps(_made_from(spec), indent=2) + "\n")
-        return True
-    if data.path.exists():
+    spec, record = data.spec, _record(data)
+    if record.is_file() and data.path.exists():
         return False
-    score_rows(
-        Job(
-            spec.input,
-            data.path,
-            spec.scorer,
-            weight=spec.weight,
-            standardize=spec.standardize,
-            shift=spec.shift,
-            scale=spec.scale,
-        )
-    )
+    if isinstance(spec, Made):
+        shutil.rmtree(data.path, ignore_errors=True)  # what an interruption has left
+        data.path.mkdir(parents=True)
+        function: Callable[..., object] = find_function(spec.function)
+        function(data.path, **spec.arguments)
+    elif not data.path.exists():
+        names = ("weight", "standardize", "shift", "scale")
+        score_rows(Job(spec.input, data.path, spec.scorer, **{name: vars(spec)[name] for name in names}))
+    write_atomically(record, json.dumps(_made_from(spec), indent=2) + "\n")
     return True
 
 
-def _record(path: Path) -> Path:
-    return path / RECORD
+def _record(data: PlannedData) -> Path:
+    """What the data was made from; absent while it is being made."""
+    is_directory = isinstance(data.spec, Made)
+    return data.path / RECORD if is_directory else data.path.with_name(f"{data.path.name}.{RECORD}")
 
 
-def _made_from(spec: Made) -> dict[str, object]:
-    found: dict[str, object] = json.loads(json.dumps({"function": spec.function, "arguments": spec.arguments}))
+def _made_from(spec: Made | Scored) -> dict[str, object]:
+    found: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(spec)))
     return found

@@ -113,8 +113,8 @@ class Plan:
         return _filled(text, {name: self._path(name) for name in _names(text, self.study, where, of_seed=False)})
 
     def _path(self, name: str) -> str:
-        if name in self.study.data:
-            return next(str(step.path) for step in self.steps if step.name == name)
+        if name in self.study.files:
+            return next(str(step.path) for step in self.steps if isinstance(step, PlannedData) and step.name == name)
         return str(run_dir(self.runs_of(name)[0].config))
 
 
@@ -154,6 +154,12 @@ def check(made: Plan) -> None:
         for run in made.runs:
             with told_of(f"arms.{run.arm}"):
                 absent = {name for name in run.needs if not present[name]}
+                start = run.config.model.restore_from_path
+                if start is not None and run.start is None and not Path(start).expanduser().is_dir():
+                    raise UserError(
+                        f"start: {start} is neither an arm nor the directory of a "
+                        f"checkpoint; set arms.{run.arm}.start to one{did_you_mean(start, made.study.arms)}"
+                    )
                 check_run(run.config, start_exists=not absent, data_exists=not absent & made_data)
                 check_settings(run.config, another="--out")
 
@@ -186,23 +192,25 @@ def key_value(config: RunConfig, over: str, where: str) -> float | str:
 def _steps(study: Study, folder: Path) -> Iterator[StudyRun | PlannedData]:
     """Runs seed by seed, so that every arm has some result early; what they need before them."""
     needs = {name: _needs_of_arm(study, name) for name in study.arms}
-    needs |= {name: _needs_of_data(study, name) for name in study.data}
+    needs |= {name: _needs_of_data(study, name) for name in study.files}
     try:
-        order = [name for name in graphlib.TopologicalSorter(needs).static_order()]
+        order = list(graphlib.TopologicalSorter(needs).static_order())
     except graphlib.CycleError as error:
         raise UserError(f"arms: {' -> '.join(error.args[1])} need each other; remove one reference") from None
     paths = {
         name: folder / "data" / (name if isinstance(spec, Made) else f"{name}.jsonl")
-        for name, spec in study.data.items()
+        for name, spec in study.files.items()
     }
     composed: dict[tuple[str, tuple[str, ...]], RunConfig] = {}
     for number, seed in enumerate(study.keys.seeds):
         for name in order:
-            shared = name in study.data or study.arms[name].once
+            shared = name in study.files or study.arms[name].once
             if number and shared:
                 continue
-            if name in study.data:
-                spec = _resolved(study.data[name], {need: _place(study, folder, paths, need, None) for need in needs[name]})
+            if name in study.files:
+                spec = _resolved(
+                    study.files[name], {need: _place(study, folder, paths, need, None) for need in needs[name]}
+                )
                 yield PlannedData(name, spec, paths[name], tuple(_run_name(study, need, None) for need in needs[name]))
             else:
                 yield _run(study, folder, paths, name, seed, needs[name], composed)
@@ -210,7 +218,7 @@ def _steps(study: Study, folder: Path) -> Iterator[StudyRun | PlannedData]:
 
 def _needs_of_arm(study: Study, name: str) -> list[str]:
     arm = study.arms[name]
-    found = [arm.start] if arm.start in study.arms or arm.start in study.data else []
+    found = [arm.start] if arm.start is not None and arm.start in study.arms else []
     for key, value in arm.set.items():
         found += _names(value, study, f"arms.{name}.set.{key}")
     for key, value in study.keys.common.items():
@@ -229,7 +237,7 @@ def _needs_of_arm(study: Study, name: str) -> list[str]:
 
 
 def _needs_of_data(study: Study, name: str) -> list[str]:
-    return _names(dataclasses.asdict(study.data[name]), study, f"data.{name}", of_seed=False)
+    return _names(dataclasses.asdict(study.files[name]), study, f"files.{name}", of_seed=False)
 
 
 def _names(value: Any, study: Study, where: str, *, of_seed: bool = True) -> list[str]:
@@ -241,10 +249,10 @@ def _names(value: Any, study: Study, where: str, *, of_seed: bool = True) -> lis
     found = []
     for text in _texts(value):
         for name in _REFERENCE.findall(text):
-            known = [*study.arms, *study.data]
+            known = [*study.arms, *study.files]
             if name not in known:
                 raise UserError(
-                    f"{where}: {{{name}}} is neither an arm nor data of this study{did_you_mean(name, known)}; there "
+                    f"{where}: {{{name}}} is neither an arm nor files of this study{did_you_mean(name, known)}; there "
                     f"are {', '.join(known)}"
                 )
             if not of_seed and name in study.arms and not study.arms[name].once:
@@ -279,7 +287,7 @@ def _resolved(spec: Made | Scored, paths: Mapping[str, str]) -> Made | Scored:
 
 def _run_name(study: Study, name: str, seed: int | None) -> str:
     """Of an arm's run; data keeps its name."""
-    is_shared = name in study.data or study.arms[name].once
+    is_shared = name in study.files or study.arms[name].once
     return name if is_shared else f"{name}-seed{seed}"
 
 
@@ -325,7 +333,12 @@ def _run(
             check_keys_are_read(own_keys, composed[identity])
     config = copy.deepcopy(composed[identity])
     run_name = _run_name(study, name, seed)
-    of_study = {"exp_manager.exp_dir": str(folder), "exp_manager.name": run_name, "trainer.seed": seed, "data.seed": seed}
+    of_study = {
+        "exp_manager.exp_dir": str(folder),
+        "exp_manager.name": run_name,
+        "trainer.seed": seed,
+        "data.seed": seed,
+    }
     config.exp_manager.exp_dir, config.exp_manager.name = str(folder), run_name
     config.trainer.seed = config.data.seed = seed
     if config.online.num_generations is not None:
@@ -339,7 +352,7 @@ def _run(
         recipe=arm.recipe,
         overrides=(*texts, *(_text(key, value) for key, value in of_study.items())),
         needs=tuple(_run_name(study, need, seed) for need in needs),
-        start=_run_name(study, arm.start, seed) if arm.start in study.arms else None,
+        start=_run_name(study, arm.start, seed) if arm.start is not None and arm.start in study.arms else None,
     )
 
 

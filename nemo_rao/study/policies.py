@@ -254,7 +254,11 @@ def _work(policy: Policy, samples: Samples | None, prompts: str, scorer: str, ta
     work["recipe"] = _digest(recipe) if recipe.is_file() else None
     if samples is not None:
         chosen = {name: value for name, value in asdict(samples).items() if name not in ("against", "batch_size")}
-        work["samples"] = {**chosen, "prompts": [_digest(Path(path)) for path in expand_paths(prompts)], "scorer": scorer}
+        work["samples"] = {
+            **chosen,
+            "prompts": [_digest(Path(path)) for path in expand_paths(prompts)],
+            "scorer": scorer,
+        }
         work["samples"]["rules"] = [
             _digest(Path(sys.modules[find_function(path).__module__].__file__ or ""))
             for path in rules_among([scorer]).values()

@@ -212,7 +212,9 @@ def _relations(results: Mapping[str, Any]) -> Iterator[Block]:
 
 def _curves(made: Plan, results: Mapping[str, Any]) -> Iterator[Block]:
     records = {
-        run.name: read_metrics(run_dir(run.config) / "metrics.jsonl") for arm in made.compared for run in made.runs_of(arm)
+        run.name: read_metrics(run_dir(run.config) / "metrics.jsonl")
+        for arm in made.compared
+        for run in made.runs_of(arm)
     }
     there = logged(records.values())
     wanted = {name: (name, "") for name in made.study.keys.curves} or {
@@ -263,7 +265,9 @@ def _runs(results: Mapping[str, Any]) -> Iterator[Block]:
 
 def _commands(made: Plan, results: Mapping[str, Any]) -> Iterator[Block]:
     yield Heading("Commands")
-    yield Code(shlex.join(["nemo-rao", "study", str(made.study.path), "--out", str(made.folder)]))
+    yield Code(
+        shlex.join(["nemo-rao", "study", str(made.study.path), "--out", str(made.folder), *made.study.overrides])
+    )
     yield Text("The runs, one by one:")
     yield Code(
         "\n".join(shlex.join(run["command"]) for run in results["runs"]), folded=f"{len(results['runs'])} commands"

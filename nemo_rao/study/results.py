@@ -40,6 +40,12 @@ def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     measures = measures_of(made, records)
     runs = [_run(run, outcomes, measures, records[run.name]) for run in made.runs]
     _add_tasks(made, outcomes, runs)
+    # Policies that were not sampled because their run failed, which is said of the run.
+    follows = [
+        step
+        for step, policy in policies_of(made).items()
+        if policy.name in outcomes and outcomes[policy.name].state == "failed"
+    ]
     return {
         "study": study.name,
         "title": study.keys.title or study.name,
@@ -54,7 +60,7 @@ def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         "summaries": _summaries(made, runs),
         "relations": _relations(made, runs),
         "wins": _wins(made, outcomes),
-        "failed": {name: one.reason for name, one in outcomes.items() if one.state == "failed"},
+        "failed": {name: one.reason for name, one in outcomes.items() if one.state == "failed" and name not in follows},
     }
 
 

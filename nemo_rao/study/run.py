@@ -108,7 +108,9 @@ def policies_of(made: Plan) -> dict[str, Policy]:
     against = [] if study.samples is None else study.samples.against
     for name in against:
         if name == "start":
-            found += [policy for arm in made.compared for run in made.runs_of(arm) for policy in [start_policy(made, run)]]
+            found += [
+                policy for arm in made.compared for run in made.runs_of(arm) for policy in [start_policy(made, run)]
+            ]
         elif name in study.arms:
             found += [Policy(run.name, run_dir(run.config)) for run in made.runs_of(name)]
     return {f"policy {policy.name}": policy for policy in found}

@@ -158,9 +158,7 @@ def _samples(folder: Path) -> Iterator[Block]:
 def _settings(config: RunConfig) -> Iterator[Block]:
     unread = tuple(f"model.{name}." for name in registry.OBJECTIVES if name != config.model.objective)
     usual = flat_keys(dataclasses.asdict(RunConfig()))
-    own = {
-        key: value for key, value in flat_keys(dataclasses.asdict(config)).items() if not key.startswith(unread)
-    }
+    own = {key: value for key, value in flat_keys(dataclasses.asdict(config)).items() if not key.startswith(unread)}
     chosen = {key: value for key, value in own.items() if usual.get(key) != value}
     yield Heading("Settings")
     yield _keys(chosen, None)

@@ -62,9 +62,7 @@ def mean(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Estimate
     return Estimate(float(known.mean()), student(n - 1, level) * error, n)
 
 
-def paired_difference(
-    of: dict[int, float], against: dict[int, float], level: float = LEVEL
-) -> Estimate:
+def paired_difference(of: dict[int, float], against: dict[int, float], level: float = LEVEL) -> Estimate:
     """Mean of ``of - against`` over the seeds that both have.
 
     Args:
@@ -137,7 +135,8 @@ def wins(
             outcomes.append(outcome[known])
             differences.append(longer[known])
     if not outcomes:
-        return Wins(*[math.nan] * 4, Estimate(math.nan, math.nan, 0), math.nan, 0, 0)
+        nan = math.nan
+        return Wins(nan, nan, nan, nan, Estimate(nan, nan, 0), nan, 0, 0)
     all_outcomes = np.concatenate(outcomes)
     # Each prompt counts once, however many of its samples have a score.
     weights = np.concatenate([np.full(len(one), 1 / len(one)) for one in outcomes]) / len(outcomes)

@@ -1,23 +1,23 @@
 """A study as its YAML file describes it: arms, seeds, data to make, and what is measured.
 
     title, about           what the report says of it
-    extends: FILE          another study file beside this one, whose keys this one's replace, mapping by mapping
+    extends: [FILE, ...]   studies beside this file, or of the package; later ones, and this one, replace their keys
     common: {key: value}   overrides of every arm, keys of recipes or groups such as model
     seeds: [1, 2, 3]       each arm is trained once with each
     baseline: NAME         the arm that differences are taken against
-    data: {NAME: ...}      files that the study makes before it trains       (:class:`Made`, :class:`Scored`)
+    files: {NAME: ...}     what the study makes before it trains             (:class:`Made`, :class:`Scored`)
     arms: {NAME: ...}      what is trained                                   (:class:`Arm`)
     measures, curves, relations, samples, tasks                              what the report shows
 
-``{NAME}`` in a value stands for the path of that data, or for the directory of that arm's run with the same seed.
-Arms and data are made in the order that these references ask for.
+``{NAME}`` in a value stands for the path of those files, or for the directory of that arm's run with the same seed.
+Arms and files are made in the order that these references ask for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.keys import check, key
 
 STUDIES = "study"  # directory of the package's own, beside its recipes
+_DIRECTORIES = ("data", "samples", "tasks", "exported", "logs", "figures", "reference", "tokenised")
 Section = TypeVar("Section")
 
 
@@ -124,7 +125,7 @@ class StudyFile:
     seeds: list[int] = key([1, 2, 3], "seeds; each arm is trained once with each", low=0)
     baseline: str | None = key(None, "arm that differences are taken against")
     curves: list[str] = key([], "metrics drawn over steps; empty: those that are usual and there")
-    data: dict[str, Any] = key({}, "data to make")
+    files: dict[str, Any] = key({}, "files to make")
     arms: dict[str, Any] = key({}, "what is trained")
     measures: dict[str, Any] = key({}, "columns of the table; empty: held-out loss and accuracy, log-probabilities")
     relations: dict[str, Any] = key({}, "regressions over runs")
@@ -139,32 +140,38 @@ class Study:
     Attributes:
         path: of the file.
         keys: of its top level, as given.
+        overrides: of the command line, which ``keys`` hold already.
     """
 
     path: Path
     name: str
     keys: StudyFile
-    data: Mapping[str, Made | Scored]
+    files: Mapping[str, Made | Scored]
     arms: Mapping[str, Arm]
     measures: Mapping[str, Measure]
     relations: Mapping[str, Relation]
     samples: Samples | None
     tasks: Tasks | None
+    overrides: tuple[str, ...] = ()
 
 
-def load_study(given: str) -> Study:
+def load_study(given: str, overrides: Sequence[str] = ()) -> Study:
     """Reads and checks a study file, as far as it alone can tell.
 
     Args:
         given: a file, or the name of one of the package's studies.
+        overrides: ``key=value``: a key of the study, such as ``seeds=[1,2]`` or ``arms.sft.start=runs/sft``, or a key
+            of recipes, which is put into ``common``.
 
     Raises:
         UserError: names the file and the key.
     """
     path = _find(given)
     values = _merged(path, [])
+    for text in overrides:
+        _override(values, text)
     try:
-        return _study(path, values)
+        return dataclasses.replace(_study(path, values), overrides=tuple(overrides))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -178,7 +185,7 @@ def _find(given: str) -> Path:
     if path.is_file():
         return path
     own = package_recipes() / STUDIES
-    shipped = sorted(file.stem for file in own.glob("*.yaml"))
+    shipped = sorted(file.stem for file in own.glob("[!_]*.yaml"))  # _NAME: to be extended
     if path.stem in shipped and path.parent == Path("."):
         return own / f"{path.stem}.yaml"
     raise UserError(f"study {given}: no such file{did_you_mean(path.stem, shipped)}; studies are {', '.join(shipped)}")
@@ -193,13 +200,15 @@ def _study(path: Path, values: Mapping[str, Any]) -> Study:
     if len(set(keys.seeds)) < len(keys.seeds):
         raise UserError(f"seeds: {keys.seeds} has a seed twice, which would count one run as two; give each once")
     arms = {name: _section(Arm, value, f"arms.{name}") for name, value in keys.arms.items()}
-    data = {name: _data(name, value) for name, value in keys.data.items()}
-    if both := sorted(arms.keys() & data.keys()):
-        raise UserError(f"data.{both[0]}: an arm has the same name; rename one of them")
-    for name in [*arms, *data]:
+    files = {name: _file(name, value) for name, value in keys.files.items()}
+    if both := sorted(arms.keys() & files.keys()):
+        raise UserError(f"files.{both[0]}: an arm has the same name; rename one of them")
+    for name in [*arms, *files]:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
             raise UserError(f"{name!r}: becomes a directory; use letters, digits, '_' and '-'")
     for name, arm in arms.items():
+        if arm.once and name in _DIRECTORIES:
+            raise UserError(f"arms.{name}: the study has a directory of this name itself; rename the arm")
         if not arm.recipe:
             raise UserError(f"arms.{name}.recipe: is missing; name a recipe, such as gpt_rao")
     compared = [name for name, arm in arms.items() if not arm.once]
@@ -226,7 +235,7 @@ def _study(path: Path, values: Mapping[str, Any]) -> Study:
     tasks = None if keys.tasks is None else _section(Tasks, keys.tasks, "tasks")
     if tasks is not None and not tasks.names:
         raise UserError("tasks.names: is empty; name tasks of lm-evaluation-harness, or leave tasks out")
-    return Study(path, path.stem, keys, data, arms, measures, relations, samples, tasks)
+    return Study(path, path.stem, keys, files, arms, measures, relations, samples, tasks)
 
 
 def _section(kind: type[Section], values: Any, where: str) -> Section:
@@ -243,11 +252,12 @@ def _section(kind: type[Section], values: Any, where: str) -> Section:
     return made
 
 
-def _data(name: str, value: Any) -> Made | Scored:
-    where = f"data.{name}"
-    kind = Made if isinstance(value, dict) and "function" in value else Scored
-    made: Made | Scored = _section(kind, value, where)
-    if isinstance(made, Scored) and not (made.input and made.scorer):
+def _file(name: str, value: Any) -> Made | Scored:
+    where = f"files.{name}"
+    if isinstance(value, dict) and "function" in value:
+        return _section(Made, value, where)
+    made = _section(Scored, value, where)
+    if not (made.input and made.scorer):
         raise UserError(f"{where}: needs input and scorer, or function")
     return made
 
@@ -304,6 +314,32 @@ def _check_samples(samples: Samples, keys: StudyFile, compared: list[str], arms:
         raise UserError(f"samples.against: start, but arms.{without[0]}.start is not set; set it, or leave start out")
 
 
+def _override(values: dict[str, Any], text: str) -> None:
+    """Sets one key of a study, or of ``common``."""
+    name, equals, given = text.partition("=")
+    if not name or not equals:
+        raise UserError(f"{text!r} is not an override; write key=value, such as seeds=[1,2]")
+    try:
+        value = yaml.safe_load(given)
+    except yaml.YAMLError:  # {NAME}/file
+        value = given
+    if isinstance(value, dict) and None in value.values():  # {NAME}
+        value = given
+    parts = name.split(".")
+    if parts[0] not in {field.name for field in dataclasses.fields(StudyFile)}:
+        parts = ["common", name]
+    elif parts[0] == "common":
+        parts = ["common", ".".join(parts[1:])]
+    elif parts[0] == "arms" and parts[2:3] == ["set"]:
+        parts = [*parts[:3], ".".join(parts[3:])]
+    inside = values
+    for part in parts[:-1]:
+        if not isinstance(inside.setdefault(part, {}), dict):
+            raise UserError(f"{text}: {part} has no keys of its own")
+        inside = inside[part]
+    inside[parts[-1]] = value
+
+
 # ---------------------------------------------------------------------------------------------------------------- YAML
 
 
@@ -323,7 +359,7 @@ class _Loader(yaml.SafeLoader):
 def _read(path: Path) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, _Loader)  # noqa: S506  # a SafeLoader
+            values = yaml.load(file, _Loader)  # derived of SafeLoader
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -336,17 +372,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merged(path: Path, above: list[Path]) -> dict[str, Any]:
-    """The values of a file over those of the file that it extends."""
+    """The values of a file over those of the files that it extends, of which later ones win."""
     values = _read(path)
-    extends = values.pop("extends", None)
-    if extends is None:
-        return values
-    other = path.parent / str(extends)
-    if other.resolve() in [one.resolve() for one in (*above, path)]:
-        raise UserError(f"{path}: extends: {extends} leads back to this file")
-    if not other.is_file():
-        raise UserError(f"{path}: extends: {other}: no such file")
-    return _over(_merged(other, [*above, path]), values)
+    below: dict[str, Any] = {}
+    extends = values.pop("extends", None) or []
+    for name in [extends] if isinstance(extends, str) else extends:
+        places = [folder / name for folder in (path.parent, package_recipes() / STUDIES)]
+        places += [place.with_name(f"{place.name}.yaml") for place in places]
+        other = next((place for place in places if place.is_file()), None)
+        if other is None:
+            raise UserError(f"{path}: extends: {name}: no such file beside this one or in conf/{STUDIES}")
+        if other.resolve() in [one.resolve() for one in (*above, path)]:
+            raise UserError(f"{path}: extends: {name} leads back to this file")
+        below = _over(below, _merged(other, [*above, path]))
+    return _over(below, values)
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
