@@ -185,6 +185,6 @@ figure { margin: 1rem 0; background: #fff; border: 1px solid #dfe2e6; border-rad
 figure svg { display: block; max-width: 100%; height: auto; }
 figcaption { color: #5d6672; font-size: .88rem; margin-top: .4rem; }
 pre { background: #fff; border: 1px solid #dfe2e6; border-radius: 8px; padding: .7rem .8rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+  overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 details { margin: .7rem 0; } summary { cursor: pointer; color: #2f5fb3; }
 """

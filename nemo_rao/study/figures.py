@@ -18,6 +18,7 @@ import numpy as np
 from nemo_rao.study.statistics import Estimate
 
 Series = tuple[Sequence[float], Sequence[float]]  # steps, values
+_BLUE = "#1f5fa8"
 _WIDTH = 11.0  # inches of a figure; a page shows it 1,100 pixels wide
 _STYLE = {
     "svg.fonttype": "path",
@@ -97,27 +98,33 @@ def curves(panels: Sequence[Panel], name: str, *, shares_legend: bool = True) ->
         return save()
 
 
-def intervals(bars: Sequence[Bar], *, title: str, unit: str, name: str, mark: float | None = None) -> str:
-    """A row for each estimate: its interval, and a dot for each seed.
+def intervals(groups: Mapping[str, Sequence[Bar]], name: str, *, mark: float | None = None) -> str:
+    """A panel for each group, three in a row, with the same rows: an estimate's interval, and a dot for each seed.
 
     Args:
+        groups: title -> its bars, of the same labels everywhere.
         mark: a value to compare with, drawn as a line.
     """
-    with _figure(name, (_WIDTH * 0.75, 0.9 + 0.42 * len(bars))) as (figure, save):
-        axis = figure.subplots()
-        for row, bar in enumerate(bars):
-            height = len(bars) - 1 - row
-            axis.scatter(bar.points, [height + 0.14] * len(bar.points), s=14, color="0.55", zorder=2, linewidths=0)
-            if not math.isnan(bar.estimate.value):
-                error = None if math.isnan(bar.estimate.half_width) else bar.estimate.half_width
-                axis.errorbar(bar.estimate.value, height, xerr=error, fmt="o", color="#1f5fa8", capsize=4, zorder=3)
-        if mark is not None:
-            axis.axvline(mark, color="0.35", linewidth=1, linestyle="--")
-        axis.set_yticks(range(len(bars)), [bar.label for bar in reversed(bars)])
-        axis.set_ylim(-0.6, len(bars) - 0.4)
-        axis.grid(axis="y", visible=False)
-        axis.set_title(title)
-        axis.set_xlabel(unit)
+    columns = min(3, len(groups))
+    rows, num_bars = math.ceil(len(groups) / columns), max(len(bars) for bars in groups.values())
+    width = _WIDTH * (1 if columns > 1 else 0.7)
+    with _figure(name, (width, rows * (0.85 + 0.36 * num_bars))) as (figure, save):
+        axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+        for axis, (title, bars) in zip(axes, groups.items(), strict=False):
+            for row, bar in enumerate(bars):
+                height = len(bars) - 1 - row
+                axis.scatter(bar.points, [height + 0.2] * len(bar.points), s=12, color="0.5", zorder=2, linewidths=0)
+                if not math.isnan(bar.estimate.value):
+                    error = None if math.isnan(bar.estimate.half_width) else bar.estimate.half_width
+                    axis.errorbar(bar.estimate.value, height, xerr=error, fmt="o", color=_BLUE, capsize=4, zorder=3)
+            if mark is not None:
+                axis.axvline(mark, color="0.35", linewidth=1, linestyle="--")
+            axis.set_yticks(range(len(bars)), [bar.label for bar in reversed(bars)])
+            axis.set_ylim(-0.6, len(bars) - 0.4)
+            axis.grid(axis="y", visible=False)
+            axis.set_title(title)
+        for axis in list(figure.axes)[len(groups) :]:
+            axis.set_visible(False)
         return save()
 
 
@@ -180,6 +187,7 @@ def _figure(name: str, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
 
     with pyplot.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = pyplot.figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
 
         def save() -> str:
             text = io.StringIO()

@@ -118,8 +118,9 @@ def _results(results: Mapping[str, Any]) -> Iterator[Block]:
         yield Table(["arm", *summaries, "pairs"], rows)
         if any("*" in cell for row in rows for cell in row):
             yield Text("* The interval does not contain 0. No correction is made for the number of comparisons.")
-    for number, (measure, of) in enumerate(summaries.items()):
-        bars = [
+    groups = {}
+    for measure, of in summaries.items():
+        groups[measure] = [
             Bar(
                 arm["label"],
                 _estimate(of[name]["mean"]),
@@ -127,9 +128,7 @@ def _results(results: Mapping[str, Any]) -> Iterator[Block]:
             )
             for name, arm in compared.items()
         ]
-        if any(not math.isnan(bar.estimate.value) for bar in bars):
-            svg = intervals(bars, title=measure, unit="", name=f"measure-{number + 1}")
-            yield Figure(f"measure-{number + 1}", svg, f"{measure}: mean and 95 % interval; a grey dot is a seed.")
+    yield Figure("measures", intervals(groups, "measures"), "Means with 95 % intervals; a grey dot is a seed.")
 
 
 def _arrow(results: Mapping[str, Any], name: str) -> str:
@@ -147,9 +146,18 @@ def _value(run: Mapping[str, Any], measure: str) -> float:
 
 
 def _wins(results: Mapping[str, Any]) -> Iterator[Block]:
+    if not results["wins"]:
+        return
+    yield Heading("Win rates")
+    yield Text(
+        "Every sample of a prompt is compared with every one of the other policy's samples of it, by the scorer's "
+        "scores. A tie counts one half. Length-controlled: the rate that a logistic regression predicts for answers of "
+        "equal length (AlpacaEval 2, without its term for an instruction's difficulty)."
+        + (" With one seed the interval is over prompts." if len(results["seeds"]) == 1 else "")
+    )
     for against, of_arms in results["wins"].items():
         label = results["arms"].get(against, {}).get("label", "its start" if against == "start" else against)
-        yield Heading(f"Win rate against {label}")
+        yield Heading(f"Against {label}", 3)
         rows, bars = [], []
         for name, found in of_arms.items():
             arm = results["arms"][name]["label"]
@@ -162,17 +170,11 @@ def _wins(results: Mapping[str, Any]) -> Iterator[Block]:
             rate = _estimate(found["rate"])
             points = [100 * one["rate"] for one in found["seeds"]]
             bars.append(Bar(arm, Estimate(100 * rate.value, 100 * rate.half_width, rate.n), points))
-        header = ["arm", "win rate, %", "length-controlled, %", "wins", "ties", "losses", "prompts", "seeds"]
+        header = ["arm", "win rate, %", "length-controlled, %", "wins, %", "ties, %", "losses, %", "prompts", "seeds"]
         yield Table(header, rows)
-        yield Text(
-            "Every sample of a prompt is compared with every one of the other policy's samples of it, by the scorer's "
-            "scores. A tie counts one half. Length-controlled: the rate that a logistic regression predicts for "
-            "answers of equal length (AlpacaEval 2, without its term for an instruction's difficulty). With one seed "
-            "the interval is over prompts."
-        )
         if bars:
             name = f"wins-{against}"
-            svg = intervals(bars, title=f"Win rate against {label}", unit="%", name=name, mark=50)
+            svg = intervals({f"win rate against {label}, %": bars}, name, mark=50)
             yield Figure(name, svg, f"Win rate against {label}, ties by half, with 95 % intervals; 50 % is a draw.")
 
 

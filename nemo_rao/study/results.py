@@ -65,11 +65,16 @@ def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
 
 
 def measures_of(made: Plan, records: Mapping[str, Records]) -> Mapping[str, Measure]:
-    """Those of the study file, or the usual ones that any run has logged."""
+    """Those of the study file, or the usual ones that any run has logged.
+
+    Losses of different objectives cannot be compared, so that they are then not among the usual ones.
+    """
     if made.study.measures:
         return made.study.measures
+    objectives = {made.runs_of(arm)[0].config.model.objective for arm in made.compared}
+    incomparable = {"val/loss"} if len(objectives) > 1 else set()
     there = logged(records[run.name] for arm in made.compared for run in made.runs_of(arm))
-    return {name: one for name, one in USUAL_MEASURES.items() if set(coefficients(one)) <= there}
+    return {name: one for name, one in USUAL_MEASURES.items() if set(coefficients(one)) <= there - incomparable}
 
 
 def version() -> str:

@@ -63,7 +63,6 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("entropy", "nats per token", (("rollout/entropy", "training"), ("val/entropy", "held-out"))),
     ("length of samples", "tokens", (("rollout/length", "training"), ("val/length", "held-out"))),
     ("gradient norm", "before clipping", (("grad_norm", "gradient norm"),)),
-    ("learning rate", "", (("lr", "learning rate"),)),
 )
 
 

@@ -100,7 +100,7 @@ def test_a_study_that_is_killed_and_run_again_trains_nothing_twice_and_reports_t
     }
     last = [json.loads(line) for line in (out / "rao-seed2/metrics.jsonl").read_text().splitlines()][-1]
     of_run = next(run for run in found["runs"] if run["name"] == "rao-seed2")
-    assert of_run["measures"]["held-out loss"] == last["val/loss"]
+    assert of_run["measures"]["held-out accuracy"] == last["val/rewards/accuracies"]
     for against in ("dpo", "start"):
         wins = found["wins"][against]["rao"]
         assert [one["seed"] for one in wins["seeds"]] == [1, 2]
