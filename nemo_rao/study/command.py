@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from nemo_rao.config.gpu_models import GPUS
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.runtime.launch import started_externally
@@ -29,6 +30,8 @@ def main(arguments: argparse.Namespace, planning: argparse.Namespace | None) -> 
     """
     if (launcher := started_externally()) is not None:
         raise UserError(f"{launcher} started several ranks, and a study starts its own on one node; run it without")
+    if planning is not None and planning.gpu not in GPUS:
+        raise UserError(f"--gpu {planning.gpu}: there are {', '.join(GPUS)}")
     made = plan(load_study(arguments.study, arguments.overrides), arguments.out)
     check(made)
     check_steps(made)

@@ -54,7 +54,7 @@ def expected(made: Plan, planning: argparse.Namespace | None) -> list[Expected]:
             seconds_per_step, source = statistics.median(known), "measured in this study"
         folder = run_dir(run.config)
         record, checkpoint = read_run(folder), last_checkpoint(folder)
-        steps = record.get("max_steps", steps) if record.get("max_steps") else steps
+        steps = record.get("max_steps") if steps is None else steps
         if "finished_at" in record and steps is not None and record["finished_at"] >= steps:
             found.append(Expected(run, "finished", 0, 0.0, ""))
             continue
@@ -88,5 +88,8 @@ def _planned(run: StudyRun, planning: argparse.Namespace | None) -> tuple[int | 
         return None, None
     if planning is None:
         return length.steps, None
-    setting = setting_of(run.config)
+    try:
+        setting = setting_of(run.config)
+    except UserError:  # a tokenizer that is still to be made, a network that is not planned
+        return length.steps, None
     return length.steps, run_time(length, setting, machine_of(planning, setting)).total / length.steps

@@ -349,6 +349,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<
+                continue
             name = self.construct_object(key_node, deep=True)
             if name in seen:
                 raise UserError(f"line {key_node.start_mark.line + 1}: {name} is given twice; rename or remove one")

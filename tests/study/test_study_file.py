@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nemo_rao.checkpoint.run_records import write_run
 from nemo_rao.cli import main
+from nemo_rao.commands.training import plan_parser
 from nemo_rao.config.compose import package_recipes
+from nemo_rao.config.derived import run_dir
+from nemo_rao.study.estimate import expected
 from nemo_rao.study.plan import Plan, PlannedData, plan
 from nemo_rao.study.study_file import load_study
 
@@ -186,3 +191,19 @@ def test_a_dry_run_lists_runs_and_writes_nothing(
     assert all(f"{run} " in said for run in ("sft", "rm", "dpo-seed3", "rao-seed5"))
     assert "files made: runs/study/mine/data/made" in said and "unknown for 6 runs" in said
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_what_is_left_is_estimated_from_measured_steps_and_else_planned(planned: Callable[..., Plan]) -> None:
+    made = planned(overrides=("model=llama3_8b", "precision=bf16_mixed"))
+    folder = run_dir(made.run_of("dpo", 3).config)
+    (folder / "checkpoints/step=1/weights").mkdir(parents=True)
+    lines = [{"step": step, "seconds/update": 2.0, "seconds/reward": 1.0 * step} for step in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_run(run_dir(made.run_of("sft", 3).config), start_from=None, max_steps=4, finished_at=4, engine="nemo")
+
+    found = {one.run.name: one for one in expected(made, plan_parser().parse_intermixed_args(["--gpu", "h100"]))}
+    assert (found["sft"].state, found["sft"].seconds) == ("finished", 0)
+    assert (found["dpo-seed3"].state, found["dpo-seed3"].steps, found["dpo-seed3"].seconds) == ("to continue", 3, 12.0)
+    assert (found["dpo-seed5"].steps, found["dpo-seed5"].seconds) == (4, 16.0), "of another seed"
+    assert found["rm"].source == "planned" and found["rm"].seconds is not None and found["rm"].seconds > 0
+    assert {one.run.name: one.seconds for one in expected(made, None)}["rm"] is None
