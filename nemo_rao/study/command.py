@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_rao.config.gpu_models import GPUS
 from nemo_rao.errors import UserError
-from nemo_rao.runtime.files import write_atomically
+from nemo_rao.runtime.files import one_at_a_time, write_atomically
 from nemo_rao.runtime.launch import started_externally
 from nemo_rao.study.plan import Plan, PlannedData, check, plan
 from nemo_rao.study.run import check_steps, policies_of, run_steps
@@ -38,11 +38,12 @@ def main(arguments: argparse.Namespace, planning: argparse.Namespace | None) -> 
     if arguments.dry_run:
         list_steps(made, planning)
         return 0
-    outcomes = run_steps(made)
     from nemo_rao.study.report import MARKDOWN, PAGE, write_report
     from nemo_rao.study.results import collect
 
-    write_report(made, collect(made, outcomes))
+    with one_at_a_time(made.folder / "study", lambda: print("waiting for another process with this study")):
+        outcomes = run_steps(made)
+        write_report(made, collect(made, outcomes))
     failed = [name for name, one in outcomes.items() if one.state == "failed"]
     if failed:
         print(f"\n{len(failed)} of {len(outcomes)} steps failed; the same command tries them again")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -22,7 +23,10 @@ from typing import Any
 
 from nemo_rao.checkpoint.find import resolve_checkpoint
 from nemo_rao.checkpoint.run_records import RECIPE
+from nemo_rao.config.derived import objective_config
+from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.errors import RankFailure, UserError
+from nemo_rao.objectives import registry
 from nemo_rao.rows.reading import read_rows
 from nemo_rao.rows.sources import expand_paths
 from nemo_rao.runtime.files import write_atomically
@@ -34,6 +38,7 @@ from nemo_rao.study.study_file import Samples, Tasks
 from nemo_rao.training.several_runs import in_child
 
 SAMPLES, TASKS, EXPORTED, LOGS = "samples", "tasks", "exported", "logs"
+_IMPLICIT = "implicit_reward"  # column of samples
 _VERSION = 1  # changed when the same study would leave other files
 
 
@@ -127,7 +132,8 @@ def examine(
         raw = folder / SAMPLES / f"{policy.name}.jsonl"
         if not raw.exists():
             in_child(_logged, log, _generate, model, prompts, raw, samples, name=f"samples of {policy.name}")
-        in_child(_logged, log, _score, raw, scored, scorer, name=f"scores of {policy.name}")
+        model_of_ratio = policy.checkpoint if samples.log_ratio and beta_of(policy) is not None else None
+        in_child(_logged, log, _score, raw, scored, scorer, model_of_ratio, name=f"scores of {policy.name}")
     if tasks is not None:
         out = folder / TASKS / policy.name
         in_child(_logged, log, _evaluate, model, out, tasks, name=f"tasks of {policy.name}")
@@ -162,6 +168,25 @@ def compare(one: Judged, other: Judged) -> Wins:
         [one.lengths[prompt] for prompt in prompts],
         [other.lengths[prompt] for prompt in prompts],
     )
+
+
+def beta_of(policy: Policy) -> float | None:
+    """Implicit reward per nat of log-ratio; ``None`` where the policy's objective has no reference or no beta."""
+    recipe = policy.checkpoint / RECIPE
+    if not recipe.is_file():
+        return None
+    config = load_recipe(recipe)
+    keys = objective_config(config)
+    beta = vars(keys).get("beta")
+    return beta if beta and registry.get(config.model.objective).needs_of(keys).reference else None
+
+
+def log_ratio(folder: Path, policy: Policy) -> float:
+    """Mean of log pi(y) - log pi_ref(y) over a policy's own samples, nats; NaN where it was not computed."""
+    beta, found = beta_of(policy), []
+    for line in _scored_file(folder, policy).read_text(encoding="utf-8").splitlines():
+        found += [one[_IMPLICIT] for one in json.loads(line)["responses"] if one.get(_IMPLICIT) is not None]
+    return sum(found) / len(found) / beta if found and beta is not None else math.nan
 
 
 def task_metrics(folder: Path, policy: Policy) -> dict[str, float]:
@@ -211,8 +236,13 @@ def score_rows(job: Job) -> None:
         raise RankFailure(str(failure)) from None
 
 
-def _score(raw: Path, output: Path, scorer: str) -> None:
-    score_rows(Job(str(raw), output, [scorer]))
+def _score(raw: Path, output: Path, scorer: str, model_of_ratio: Path | None) -> None:
+    """Scores samples; the implicit reward of ``model_of_ratio`` becomes a column with no part in their reward."""
+    if model_of_ratio is None:
+        score_rows(Job(str(raw), output, [scorer]))
+    else:
+        specs = [scorer, f"{_IMPLICIT}=model:{model_of_ratio}"]
+        score_rows(Job(str(raw), output, specs, weight=[f"{_IMPLICIT}=0"]))
 
 
 def _evaluate(model: Path, out: Path, tasks: Tasks) -> None:

@@ -24,7 +24,7 @@ from nemo_rao.objectives import registry
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.study.measures import USUAL_MEASURES, Records, coefficients, logged, value_of
 from nemo_rao.study.plan import Plan, StudyRun, key_value
-from nemo_rao.study.policies import Judged, Policy, compare, read_judged, task_metrics
+from nemo_rao.study.policies import Judged, Policy, compare, log_ratio, read_judged, task_metrics
 from nemo_rao.study.run import Outcome, policies_of, start_policy
 from nemo_rao.study.statistics import Estimate, mean, paired_difference, slope
 from nemo_rao.study.study_file import Measure, label_of
@@ -39,7 +39,7 @@ def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     records = {run.name: read_metrics(run_dir(run.config) / "metrics.jsonl") for run in made.runs}
     measures = measures_of(made, records)
     runs = [_run(run, outcomes, measures, records[run.name]) for run in made.runs]
-    _add_tasks(made, outcomes, runs)
+    _add_findings(made, outcomes, runs)
     # Policies that were not sampled because their run failed, which is said of the run.
     follows = [
         step
@@ -118,12 +118,17 @@ def _run(
     }
 
 
-def _add_tasks(made: Plan, outcomes: Mapping[str, Outcome], runs: Sequence[dict[str, Any]]) -> None:
-    """Puts what tasks of lm-evaluation-harness have found among each run's measures."""
-    of_run = {run["name"]: run for run in runs}
+def _add_findings(made: Plan, outcomes: Mapping[str, Outcome], runs: Sequence[dict[str, Any]]) -> None:
+    """Puts what was found with a run's policy among its measures: tasks of lm-evaluation-harness, the log-ratio."""
+    of_run, samples = {run["name"]: run for run in runs}, made.study.samples
     for step, policy in policies_of(made).items():
-        if made.study.tasks is not None and outcomes[step].state == "finished" and policy.name in of_run:
-            of_run[policy.name]["measures"] |= task_metrics(made.folder, policy)
+        if outcomes[step].state == "failed" or policy.name not in of_run:
+            continue
+        measures = of_run[policy.name]["measures"]
+        if samples is not None and samples.log_ratio:
+            measures["log-ratio of samples (KL), nats"] = log_ratio(made.folder, policy)
+        if made.study.tasks is not None:
+            measures |= task_metrics(made.folder, policy)
 
 
 def _arm(made: Plan, name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ last checkpoint. The reference pass over the start's log-probabilities is shared
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,9 @@ def _outcome(function: object, *args: object, **named: object) -> Outcome:
 
 
 def _failed(error: UserError | RankFailure) -> Outcome:
-    """The error in one line: of a traceback, its last one."""
+    """The error in one line: of a traceback, its last one; the whole is printed."""
+    if isinstance(error, RankFailure):
+        print(error, file=sys.stderr, flush=True)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[0] if isinstance(error, UserError) else lines[-1]
     return Outcome("failed", line if len(line) <= MAX_REASON else f"{line[: MAX_REASON - 1]}…")

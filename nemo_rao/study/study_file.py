@@ -99,6 +99,11 @@ class Samples:
     seed: int = key(1234, "of sampling; the same for every policy", low=0)
     engine: str = key("auto", "what generates", choices=("auto", "transformers", "vllm"))
     resamples: int = key(3, "how often an unreadable response is sampled again", low=0)
+    log_ratio: bool = key(
+        False,
+        "also compute the mean log-ratio of a policy's samples to its reference, an estimate of the KL divergence, for "
+        "objectives with a reference and a beta",
+    )
 
 
 @dataclass

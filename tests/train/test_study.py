@@ -41,6 +41,7 @@ samples:
   against: [baseline, start]
   num_responses: 2
   max_new_tokens: 8
+  log_ratio: true
 """
 RUNS = ("sft", "dpo-seed1", "rao-seed1", "dpo-seed2", "rao-seed2")
 
@@ -101,6 +102,7 @@ def test_a_study_that_is_killed_and_run_again_trains_nothing_twice_and_reports_t
     last = [json.loads(line) for line in (out / "rao-seed2/metrics.jsonl").read_text().splitlines()][-1]
     of_run = next(run for run in found["runs"] if run["name"] == "rao-seed2")
     assert of_run["measures"]["held-out accuracy"] == last["val/rewards/accuracies"]
+    assert abs(of_run["measures"]["log-ratio of samples (KL), nats"]) > 1e-6
     for against in ("dpo", "start"):
         wins = found["wins"][against]["rao"]
         assert [one["seed"] for one in wins["seeds"]] == [1, 2]
