@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace, planning: argparse.Namespace | None) -> 
         write_report(made, collect(made, outcomes))
     failed = [name for name, one in outcomes.items() if one.state == "failed"]
     if failed:
-        print(f"\n{len(failed)} of {len(outcomes)} steps failed; the same command tries them again")
+        print(f"\n{len(failed)} of {len(outcomes)} steps failed, {failed[0]} first; the same command tries them again")
     print(f"\nreport: {made.folder / PAGE}, {made.folder / MARKDOWN}")
     return 1 if failed else 0
 

@@ -81,7 +81,8 @@ def test_a_study_that_is_killed_and_run_again_trains_nothing_twice_and_reports_t
 
     in_fork(study, command, 1)
     assert {run: (out / run / "run.json").stat().st_mtime_ns for run in before} == before
-    assert len(list((out / "reference").iterdir())) == 1, "one reference pass for all"
+    # Of training and held-out data, each as pairs (DPO) and with all responses (RAO), whatever the seed.
+    assert len(list((out / "reference").iterdir())) == 4
     said = capfd.readouterr()
     assert said.out.count("finished before") == 3
     assert "too_large-seed1 failed: " in said.out and "Traceback" not in said.err
