@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import parser, write_result
+from nemo_rao.study.statistics import mean
 
 GENERATIONS = 8
 TRUTH = "nemo_rao.demo.synthetic:ground_truth_reward"
-# Student's t for a two-sided interval of 95 %, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 COMMON = (
     "model=demo_llama",
@@ -162,11 +160,9 @@ def train(recipe: str, folder: Path, name: str, overrides: Sequence[str]) -> Non
 
 
 def rise(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Mean over seeds of the rise in reward, and half of its 95 % interval."""
-    rises = [one["after"]["reward"] - one["before"]["reward"] for one in runs]
-    if len(rises) == 1:
-        return rises[0], math.inf
-    return statistics.fmean(rises), STUDENT[len(rises) - 1] * statistics.stdev(rises) / math.sqrt(len(rises))
+    """Mean over seeds of the rise in reward, and half of its 95 % interval, infinite for one seed."""
+    found = mean([one["after"]["reward"] - one["before"]["reward"] for one in runs])
+    return found.value, math.inf if math.isnan(found.half_width) else found.half_width
 
 
 def shown(one: Mapping[str, Any]) -> str:

@@ -51,6 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "scoring",
     },
     "show": FOUNDATION | {"config", "data", "objectives", "rows", "training"},
+    "study": FOUNDATION
+    | {"checkpoint", "config", "generation", "hugging_face", "objectives", "planning", "rows", "scoring", "training"},
     "recipes": {"config", "errors", "training"},
     "cluster": FOUNDATION | {"checkpoint", "config", "training"},
     "doctor": FOUNDATION
@@ -69,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime",
         "scoring",
         "show",
+        "study",
         "training",
     },
     "cli": {"errors", "other_names", "commands", "runtime"},

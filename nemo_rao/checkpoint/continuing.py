@@ -81,7 +81,7 @@ def settings_changes(before: RunConfig, now: RunConfig) -> list[Change]:
     blocks = {f"model.{name}." for name in registry.OBJECTIVES} - {
         f"model.{config.model.objective}." for config in (before, now)
     }
-    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    old, new = flat_keys(dataclasses.asdict(before)), flat_keys(dataclasses.asdict(now))
     if any(old.get(key) != new.get(key) for key in {*old, *new} if key.startswith(_NETWORK)):
         old, new = _with_network(old, before), _with_network(new, now)
     missing = object()
@@ -108,7 +108,7 @@ def _with_network(keys: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     family = family_of(config)
     kind = {"model.config_class": config.model.config_class} if family is None else {"model.family": family}
     others = {key: value for key, value in keys.items() if not key.startswith(_NETWORK)}
-    return {**others, **kind, **_flat({name: _plain(value) for name, value in described.items()})}
+    return {**others, **kind, **flat_keys({name: _plain(value) for name, value in described.items()})}
 
 
 def _plain(value: Any) -> Any:
@@ -261,12 +261,12 @@ _SPLITS = (
 )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested groups of keys -> dotted keys."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         nested = isinstance(value, Mapping) and value
-        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        found |= flat_keys(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return found
 
 

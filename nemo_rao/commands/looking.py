@@ -1,4 +1,4 @@
-"""Inspection of data before training."""
+"""Inspection: of data before training, of a run afterwards."""
 
 from __future__ import annotations
 
@@ -55,4 +55,28 @@ def show(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
-COMMANDS = (Command("show", "show data as it will be trained on", show_parser, show),)
+def report_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao report",
+        description="Write a page about one run: settings, data, metrics, curves and samples, as HTML and Markdown. "
+        "For several runs with several seeds, see nemo-rao study.",
+        epilog="example: nemo-rao report runs/gpt_rao",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="directory of a run, finished or not")
+    parser.add_argument(
+        "--output", metavar="PAGE.html", help="page to write, with a .md beside it (default: RUN/report.html)"
+    )
+    return parser
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from nemo_rao.study.command import report_run
+
+    return report_run(arguments)
+
+
+COMMANDS = (
+    Command("show", "show data as it will be trained on", show_parser, show),
+    Command("report", "write a page about a run", report_parser, report),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nemo_rao.commands.parser import Command, Parser, add_recipe
+from nemo_rao.errors import UserError
 
 
 def train_parser() -> Parser:
@@ -167,6 +168,43 @@ def plan(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def study_parser() -> Parser:
+    parser = Parser(
+        prog="nemo-rao study",
+        description="Train several recipes with several seeds as a YAML file describes, sample and judge what was "
+        "trained, and write a report with intervals. The same command continues a study that was interrupted. Exit "
+        "code 1: a step failed, and the others are in the report.",
+        epilog="example: nemo-rao study my_study.yaml --dry-run",
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", metavar="STUDY", help="a YAML file, or the name of a study in conf/study")
+    parser.add_argument(
+        "--out", metavar="DIR", help="directory of runs and report (default: the file's out, or runs/study/NAME)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, list the runs and what is left of them, and exit"
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="with --dry-run: plan the time of runs for this GPU: a100, h100, h200 or b200"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="a key of all recipes, or of the study, such as seeds=[1,2] or arms.sft.start=/checkpoints/llama3_8b",
+    )
+    return parser
+
+
+def study(arguments: argparse.Namespace) -> int:
+    from nemo_rao.study.command import main as run
+
+    if arguments.gpu is not None and not arguments.dry_run:
+        raise UserError(f"--gpu {arguments.gpu}: plans the runs that --dry-run lists; add that, or leave it out")
+    planning = None if arguments.gpu is None else plan_parser().parse_intermixed_args(["--gpu", arguments.gpu])
+    return run(arguments, planning)
+
+
 def launch_parser() -> Parser:
     parser = Parser(
         prog="nemo-rao launch",
@@ -256,6 +294,7 @@ def demo(arguments: argparse.Namespace) -> int:
 COMMANDS = (
     Command("train", "train a model from a recipe", train_parser, train),
     Command("plan", "estimate memory, communication and time of a run", plan_parser, plan),
+    Command("study", "compare recipes over several seeds, with a report", study_parser, study),
     Command("launch", "train a model on a cluster, as a SLURM job", launch_parser, launch),
     Command("status", "report jobs, last step and metrics of runs", status_parser, status),
     Command("demo", "fine-tune and align a small model on this machine", demo_parser, demo),

@@ -24,8 +24,11 @@ from nemo_rao.rows.reading import expand_paths
 from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 
-def check_config(config: RunConfig) -> None:
+def check_config(config: RunConfig, *, data_exists: bool = True) -> None:
     """Checks everything that the config alone, and the data files it names, can tell.
+
+    Args:
+        data_exists: ``False``: files of data are not looked for.
 
     Raises:
         UserError: the first rule that does not hold.
@@ -39,7 +42,8 @@ def check_config(config: RunConfig) -> None:
     _check_peft(config)
     check_online(config)
     check_monitor(config)
-    check_sources(config)
+    if data_exists:
+        check_sources(config)
     _check_results(config)
 
 

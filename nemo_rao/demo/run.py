@@ -82,14 +82,20 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def make_data(folder: Path) -> None:
+def make_data(
+    folder: Path,
+    *,
+    num_prompts: int = NUM_PROMPTS,
+    num_held_out: int = NUM_HELD_OUT,
+    num_responses: int = NUM_RESPONSES,
+) -> None:
     """Preferences and tokenizer, made once: the same every time."""
     if (folder / "tokenizer" / "tokenizer.json").exists():
         return
-    print(f"making {NUM_PROMPTS} prompts with {NUM_RESPONSES} responses each in {folder}", flush=True)
-    write_preferences(folder / "train.jsonl", NUM_PROMPTS, NUM_RESPONSES)
+    print(f"making {num_prompts} prompts with {num_responses} responses each in {folder}", flush=True)
+    write_preferences(folder / "train.jsonl", num_prompts, num_responses)
     # A seed of their own: the settings above were chosen while looking at the held-out prompts of seed 0.
-    write_preferences(folder / "held_out.jsonl", NUM_HELD_OUT, NUM_RESPONSES, seed=1, split="held_out")
+    write_preferences(folder / "held_out.jsonl", num_held_out, num_responses, seed=1, split="held_out")
     train_tokenizer(texts_of_rows(read_rows(str(folder / "train.jsonl"))), folder / "tokenizer", 320)
 
 

@@ -165,7 +165,7 @@ def make_scorers(specs: Sequence[str], kinds: Mapping[str, Kind], place: Place) 
     made: dict[str, Scorer] = {}
     try:
         for spec in specs:
-            name, kind, argument = _parse(spec, kinds)
+            name, kind, argument = parse_spec(spec, kinds)
             if name in made:
                 raise UserError(f"--scorer {spec}: a second column {name!r}; name them, such as r_1={kind}:{argument}")
             try:
@@ -179,7 +179,7 @@ def make_scorers(specs: Sequence[str], kinds: Mapping[str, Kind], place: Place) 
     return made
 
 
-def _parse(spec: str, kinds: Mapping[str, Kind]) -> tuple[str, str, str]:
+def parse_spec(spec: str, kinds: Mapping[str, Kind]) -> tuple[str, str, str]:
     """(column name, kind, argument) of one text."""
     match = re.fullmatch(r"(?:([^=:/]*)=)?([^:=]*)(?::(.*))?", spec, re.DOTALL)
     given, kind, argument = match.group(1, 2, 3) if match else (None, "", None)

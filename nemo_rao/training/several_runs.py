@@ -92,30 +92,53 @@ def train_runs(runs: Sequence[PlannedRun]) -> Iterator[State]:
         UserError: the data or a checkpoint does not fit: the first such run stops all.
         RankFailure: under SLURM or torchrun, a run failed. Elsewhere it is told, and the next run starts.
     """
-    from nemo_rao.engines.engine import engine_of
     from nemo_rao.runtime.console import quiet_third_parties, say
     from nemo_rao.runtime.launch import started_externally
-    from nemo_rao.training.devices import check_ranks_started, select_device
 
     quiet_third_parties()
     finished = in_child(finished_runs, runs, name="the check of finished runs")
     if len(finished) < len(runs):
-        for run in runs:
-            check_ranks_started(run.config)
-            select_device(run.config)
-        engine_of(runs[0].config).load()
+        load_engine([run.config for run in runs])
     for number, run in enumerate(runs, start=1):
         state: State = "finished"
         say(f"\n[{number}/{len(runs)}] {run.name}{': finished before' if run.name in finished else ''}")
         if run.name not in finished:
             try:
-                in_child(_train, run.config, number, name=f"run {run.name}")
+                train_one(run, number)
             except RankFailure as error:
                 if started_externally():
                     raise
                 report(RankFailure(f"{run.name}: {error}"))
                 state = "failed"
         yield state
+
+
+def load_engine(configs: Sequence[RunConfig]) -> None:
+    """Imports what runs are trained with, once for the forks that train them; all of them on one engine.
+
+    Raises:
+        UserError: the engine is not installed, or a device or ranks are missing.
+    """
+    from nemo_rao.engines.engine import engine_of
+    from nemo_rao.training.devices import check_ranks_started, select_device
+
+    for config in configs:
+        check_ranks_started(config)
+        select_device(config)
+    engine_of(configs[0]).load()
+
+
+def train_one(run: PlannedRun, number: int = 0) -> None:
+    """Trains a checked run in a child, or what of it is left to train.
+
+    Args:
+        number: of the run, by which ranks that are started from outside meet at a port of its own.
+
+    Raises:
+        UserError: the data or a checkpoint does not fit.
+        RankFailure: the run failed.
+    """
+    in_child(_train, run.config, number, name=f"run {run.name}")
 
 
 def finished_runs(

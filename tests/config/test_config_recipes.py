@@ -12,12 +12,12 @@ from nemo_rao.config.typed_config import known_keys
 from nemo_rao.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-# Without search/: what those files hold are several values of a key (test_config_sweeps.py); without cluster/: they are
-# no part of a recipe (tests/slurm).
+# Without search/: what those files hold are several values of a key (test_config_sweeps.py); without cluster/ and
+# study/: they are no part of a recipe (tests/slurm, tests/study).
 GROUP_FILES = [
     (file.parent.name, file.stem)
     for file in sorted(CONF.glob("*/*.yaml"))
-    if file.parent.name not in ("search", "cluster")
+    if file.parent.name not in ("search", "cluster", "study")
 ]
 FREE = "model.arch.extra."  # a key in which further ones stand
 

@@ -1,0 +1,186 @@
+"""The report of one run: settings, data, curves with explicit beside fitted reward, samples if there are any."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_rao.checkpoint.continuing import flat_keys
+from nemo_rao.checkpoint.run_records import CHANGES, RECIPE, read_data_record, read_run
+from nemo_rao.config.recipe_text import shown as shown_key
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.typed_config import load_recipe
+from nemo_rao.errors import UserError
+from nemo_rao.objectives import registry
+from nemo_rao.runtime.metrics_file import read_metrics
+from nemo_rao.study.document import Block, Code, Document, Figure, Heading, Table, Text
+from nemo_rao.study.figures import Panel, curves
+from nemo_rao.study.measures import Records, logged, series
+from nemo_rao.study.report import shown
+
+SAMPLES = "samples.jsonl"
+MAX_SAMPLES = 4  # prompts of the last rollout that is kept
+MAX_CHARACTERS = 2000  # of a sample
+
+# Panels: title, unit, and metrics with their labels; a panel without any logged metric is left out. Held-out metrics
+# are drawn dashed.
+_PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    ("loss", "", (("loss", "training"), ("val/loss", "held-out"))),
+    (
+        "explicit and fitted reward",
+        "reward",
+        (
+            ("data/reward_chosen", "explicit, chosen"),
+            ("rao/r_hat_chosen", "fitted, chosen"),
+            ("data/reward_rejected", "explicit, rejected"),
+            ("rao/r_hat_rejected", "fitted, rejected"),
+        ),
+    ),
+    (
+        "held-out explicit and fitted reward",
+        "reward",
+        (
+            ("val/data/reward_chosen", "explicit, chosen"),
+            ("val/rao/r_hat_chosen", "fitted, chosen"),
+            ("val/data/reward_rejected", "explicit, rejected"),
+            ("val/rao/r_hat_rejected", "fitted, rejected"),
+        ),
+    ),
+    ("implicit reward", "β · log-ratio", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+    ("log-probability of responses", "nats", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
+    (
+        "held-out log-probability",
+        "nats",
+        (("val/logps/chosen", "chosen"), ("val/logps/rejected", "rejected")),
+    ),
+    ("accuracy", "share of pairs", (("rewards/accuracies", "training"), ("val/rewards/accuracies", "held-out"))),
+    ("target error", "|explicit − fitted|", (("rao/target_error", "training"), ("val/rao/target_error", "held-out"))),
+    ("reward of samples", "", (("rollout/reward", "training"), ("val/reward", "held-out"))),
+    ("log-ratio of samples (KL)", "nats", (("rollout/kl", "training"), ("val/kl", "held-out"))),
+    ("entropy", "nats per token", (("rollout/entropy", "training"), ("val/entropy", "held-out"))),
+    ("length of samples", "tokens", (("rollout/length", "training"), ("val/length", "held-out"))),
+    ("gradient norm", "before clipping", (("grad_norm", "gradient norm"),)),
+)
+
+
+def run_document(folder: Path) -> Document:
+    """The report of the run in ``folder``.
+
+    Raises:
+        UserError: it is not the directory of a run.
+    """
+    if not (folder / RECIPE).is_file():
+        raise UserError(f"{folder}: has no {RECIPE}, so is not the directory of a run; give one, such as runs/gpt_rao")
+    config, records = load_recipe(folder / RECIPE), read_metrics(folder / "metrics.jsonl")
+    blocks = [*_setup(folder, config), *_data(folder), *_metrics(records), *_curves(records)]
+    blocks += [*_samples(folder), *_settings(config), *_changes(folder)]
+    return Document(f"Run {config.exp_manager.name}", blocks)
+
+
+def _setup(folder: Path, config: RunConfig) -> Iterator[Block]:
+    record = read_run(folder)
+    planned, finished = record.get("max_steps"), record.get("finished_at")
+    state = f"finished after {finished} steps" if finished is not None else "not finished"
+    start = record.get("start_from") or f"random weights (trainer.seed={config.trainer.seed})"
+    yield Text(
+        f"Objective {config.model.objective}, {state} of {planned} planned, started from {start}, on the engine "
+        f"{record.get('engine', 'that is not recorded')}."
+    )
+
+
+def _data(folder: Path) -> Iterator[Block]:
+    if not (record := read_data_record(folder)):
+        return
+    yield Heading("Data")
+    rows = [[name, f"{of['num_prompts']:,}", of.get("report", "")] for name, of in record.items()]
+    yield Table(["data set", "prompts", "what was kept and dropped"], rows, num_labels=3)
+
+
+def _metrics(records: Records) -> Iterator[Block]:
+    """First and last value of everything that was evaluated on held-out data; of training, where there is none."""
+    names = sorted(name for name in logged([records]) if name.startswith("val/"))
+    names = names or sorted(name for name in logged([records]) if name not in ("step", "lr"))
+    if not names:
+        yield Text("No step has been logged yet.")
+        return
+    rows = []
+    for name in names:
+        steps, values = series(records, name)
+        rows.append([name, shown(values[0]), shown(values[-1]), shown(values[-1] - values[0]), f"{steps[-1]:g}"])
+    yield Heading("Metrics")
+    yield Table(["metric", "first", "last", "change", "at step"], rows)
+
+
+def _curves(records: Records) -> Iterator[Block]:
+    panels = []
+    for title, unit, metrics in _PANELS:
+        lines = {label: [found] for name, label in metrics if (found := series(records, name))[0]}
+        if lines:
+            dashed = frozenset(label for label in lines if label.startswith(("held-out", "explicit")))
+            panels.append(Panel(title, unit, lines, dashed))
+    if panels:
+        yield Heading("Curves")
+        for panel in range(0, len(panels), 3):
+            name = f"curves-{panel // 3 + 1}"
+            group = panels[panel : panel + 3]
+            yield Figure(name, curves(group, name, shares_legend=False), ", ".join(one.title for one in group))
+
+
+def _samples(folder: Path) -> Iterator[Block]:
+    """Of the last step that kept some."""
+    if not (folder / SAMPLES).is_file():
+        return
+    records = [json.loads(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").splitlines() if line]
+    if not records:
+        return
+    last = records[-1]["step"]
+    yield Heading(f"Samples of step {last}")
+    for record in [record for record in records if record["step"] == last][:MAX_SAMPLES]:
+        prompt = record["prompt"]
+        text = prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+        yield Code(_cut(text))
+        rows = [
+            [
+                shown(response["reward"]),
+                shown(response.get("advantage")),
+                f"{response['tokens']:,}{' (cut)' if response['truncated'] else ''}",
+                _cut(response["content"]),
+            ]
+            for response in record["responses"]
+        ]
+        yield Table(["reward", "advantage", "tokens", "response"], rows, num_labels=4)
+
+
+def _settings(config: RunConfig) -> Iterator[Block]:
+    unread = tuple(f"model.{name}." for name in registry.OBJECTIVES if name != config.model.objective)
+    usual = flat_keys(dataclasses.asdict(RunConfig()))
+    own = {key: value for key, value in flat_keys(dataclasses.asdict(config)).items() if not key.startswith(unread)}
+    chosen = {key: value for key, value in own.items() if usual.get(key) != value}
+    yield Heading("Settings")
+    yield _keys(chosen, None)
+    others = {key: value for key, value in own.items() if key not in chosen}
+    yield _keys(others, f"{len(others)} keys with their defaults")
+
+
+def _keys(values: Mapping[str, Any], folded: str | None) -> Table:
+    rows = [[key, shown_key(value)] for key, value in values.items()]
+    return Table(["key", "value"], rows, num_labels=2, folded=folded)
+
+
+def _changes(folder: Path) -> Iterator[Block]:
+    if not (folder / CHANGES).is_file():
+        return
+    yield Heading("Changes between starts")
+    rows = [
+        [str(line["step"]), change["key"], str(change["old"]), str(change["new"])]
+        for line in map(json.loads, (folder / CHANGES).read_text().splitlines())
+        for change in line["changes"]
+    ]
+    yield Table(["from step", "key", "before", "after"], rows, num_labels=4)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} … ({len(text):,} characters)"

@@ -1,0 +1,209 @@
+"""Study files: what they become, and what is refused before anything is imported or written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_rao.checkpoint.run_records import write_run
+from nemo_rao.cli import main
+from nemo_rao.commands.training import plan_parser
+from nemo_rao.config.compose import package_recipes
+from nemo_rao.config.derived import run_dir
+from nemo_rao.study.estimate import expected
+from nemo_rao.study.plan import Plan, PlannedData, plan
+from nemo_rao.study.study_file import load_study
+
+from ..readme.blocks import ROOT, blocks
+
+SHIPPED = sorted(path.stem for path in (package_recipes() / "study").glob("[!_]*.yaml"))
+
+STUDY = """
+seeds: [3, 5]
+baseline: dpo
+files:
+  made: {function: "nemo_rao.demo.run:make_data"}
+  rewarded: {input: "{made}/train.jsonl", scorer: ["r=model:{rm}"]}
+common:
+  model: demo_llama
+  data.train_path: "{made}/train.jsonl"
+  data.tokenizer: "{made}/tokenizer"
+  trainer.max_steps: 4
+arms:
+  sft: {recipe: gpt_sft, once: true}
+  rm: {recipe: gpt_rm, start: sft, once: true}
+  dpo: {recipe: gpt_dpo, start: sft, set: {model.dpo.beta: 0.2}}
+  rao: {recipe: gpt_rao, start: dpo, label: RAO, set: {data.train_path: "{rewarded}", model.optim.lr: 1e-5}}
+"""
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Callable[..., Plan]:
+    """Plans ``STUDY`` with some text replaced, or another text."""
+
+    def make(*replaced: str, text: str = STUDY, overrides: tuple[str, ...] = ()) -> Plan:
+        for old, new in zip(replaced[::2], replaced[1::2], strict=True):
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return plan(load_study(str(path), overrides), str(tmp_path / "out"))
+
+    return make
+
+
+def test_runs_and_files_stand_behind_what_they_need(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    made = planned()
+    assert [step.name for step in made.steps] == [
+        *("made", "sft", "rm", "dpo-seed3", "rewarded", "rao-seed3"),
+        *("dpo-seed5", "rao-seed5"),
+    ]
+    rao = made.run_of("rao", 5)
+    assert set(rao.needs) == {"dpo-seed5", "made", "rewarded"}
+    assert rao.config.model.restore_from_path == str(tmp_path / "out/dpo-seed5"), "of the same seed"
+    assert rao.config.data.train_path == str(tmp_path / "out/data/rewarded.jsonl"), "over the common value"
+    assert rao.config.data.tokenizer == str(tmp_path / "out/data/made/tokenizer")
+    assert (rao.config.trainer.seed, rao.config.data.seed, rao.config.model.optim.lr) == (5, 5, 1e-5)
+    assert made.run_of("sft", 5).config.trainer.seed == 3, "trained once, with the first seed"
+    rewarded = next(step for step in made.steps if step.name == "rewarded")
+    assert isinstance(rewarded, PlannedData)
+    assert vars(rewarded.spec)["scorer"] == [f"r=model:{tmp_path / 'out/rm'}"]
+
+
+def test_the_command_of_a_run_composes_to_the_run_itself(planned: Callable[..., Plan]) -> None:
+    from nemo_rao.config.compose import compose
+
+    for run in planned().runs:
+        assert compose(run.recipe, run.overrides) == run.config
+
+
+def test_keys_of_the_command_line_replace_those_of_the_file(planned: Callable[..., Plan]) -> None:
+    overrides = ("seeds=[7]", "trainer.max_steps=9", "arms.dpo.set.model.dpo.beta=0.5", "arms.sft.start=/checkpoints/x")
+    made = planned(overrides=overrides)
+    dpo = made.run_of("dpo", 7).config
+    assert (dpo.trainer.max_steps, vars(dpo.model)["dpo"].beta) == (9, 0.5)
+    assert made.run_of("sft", 7).config.model.restore_from_path == "/checkpoints/x"
+
+
+def test_a_study_extends_others_mapping_by_mapping(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text(STUDY)
+    made = planned(
+        text="extends: below\nseeds: [1]\narms: {dpo: {set: {model.dpo.beta: 0.7}}, rm: null, rao: null}\n"
+        "files: {rewarded: null}\n"
+    )
+    assert [step.name for step in made.steps] == ["made", "sft", "dpo-seed1"]
+    dpo = made.run_of("dpo", 1).config
+    assert (vars(dpo.model)["dpo"].beta, dpo.trainer.max_steps) == (0.7, 4)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_study_of_the_package_can_be_planned(name: str, tmp_path: Path) -> None:
+    study = load_study(name, ["seeds=[1]"])
+    made = plan(study, str(tmp_path))
+    assert len(made.runs) >= len(made.compared) * len(study.keys.seeds)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_study_in_the_documentation_can_be_planned(planned: Callable[..., Plan]) -> None:
+    [example, *_] = blocks(ROOT / "docs" / "studies.md", "yaml")
+    assert [run.name for run in planned(text=example).runs][:3] == ["sft", "dpo-seed1", "rao-seed1"]
+
+
+def test_each_study_of_the_package_has_both_sizes() -> None:
+    large = {name for name in SHIPPED if not name.endswith("_toy")}
+    assert large == {name.removesuffix("_toy") for name in SHIPPED if name.endswith("_toy")}
+    assert large >= {"rao_likelihood", "rao_z0_beta", "rao_table1", "rao_table2", "rpo_ground_truth"}
+
+
+REFUSED = [
+    (("recipe: gpt_rao", "recipe: gpt_roa"), "arms.rao: no recipe named 'gpt_roa', did you mean gpt_rao"),
+    (("start: dpo", "start: dop"), "arms.rao: start: dop is neither an arm nor"),
+    (("baseline: dpo", "baseline: ipo"), "baseline: ipo is not an arm that is compared"),
+    (("[3, 5]", "[3, 3]"), "seeds: [3, 3] has a seed twice"),
+    (("[3, 5]", "[]"), "seeds: is empty"),
+    (("  rm: {", "  dpo: {"), "line 15: dpo is given twice"),
+    (("baseline:", "basline:"), "basline: unknown key; did you mean baseline?"),
+    (("label: RAO", "lable: RAO"), "arms.rao.lable: unknown key; did you mean label?"),
+    (('"{rewarded}"', '"{reward}"'), "arms.rao.set.data.train_path: {reward} is neither an arm nor files"),
+    (("model.dpo.beta: 0.2", "model.rao.beta: 0.2"), "model.objective=dpo does not read model.rao.beta"),
+    (("trainer.max_steps: 4", "model.ipo.beta: 4"), "common.model.ipo.beta: no arm reads it"),
+    (("trainer.max_steps: 4", "trainer.seed: 4"), "common.trainer.seed: is set by the study; give seeds"),
+    (
+        ("model.dpo.beta: 0.2", "trainer.max_step: 2"),
+        "arms.dpo: unknown key trainer.max_step; did you mean trainer.max_steps?",
+    ),
+    (("start: sft, once: true", "start: dpo, once: true"), "arms.rm: is trained once, but needs dpo"),
+    (("gpt_sft, once: true", "gpt_sft, start: rm, once: true"), "need each other"),
+    (
+        (
+            '{recipe: gpt_rao, start: dpo, label: RAO, set: {data.train_path: "{rewarded}", model.optim.lr: 1e-5}}',
+            "{recipe: gpt_dpo, start: sft, set: {model.dpo.beta: 0.2}}",
+        ),
+        "arms.rao: is the same run as arms.dpo",
+    ),
+    (("make_data", "make_date"), "files.made.function: module nemo_rao.demo.run"),
+    (('make_data"}', 'make_data", arguments: {prompts: 2}}'), "files.made.arguments:"),
+    (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:nemo_rao.demo.synthetic:truth}\nseeds:"), "samples.scorer:"),
+    (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:math:sqrt}\nseeds:"), "samples.prompts: p.jsonl"),
+    (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:math:sqrt, against: [ipo]}\nseeds:"), "samples.against: ipo"),
+    (("seeds:", "relations: {a: {measure: loss, over: x}}\nseeds:"), "relations.a.measure: 'loss' is not one of"),
+    (
+        ("seeds:", "measures: {loss: val/loss}\nrelations: {a: {measure: loss, over: model.lr}}\nseeds:"),
+        "model.lr: no such",
+    ),
+    (("seeds:", "measures: {loss: {metric: {val/loss: much}}}\nseeds:"), "measures.loss: must be a metric"),
+]
+
+
+@pytest.mark.parametrize(("replaced", "said"), REFUSED, ids=[said[:50] for _, said in REFUSED])
+def test_a_mistake_is_reported_in_one_line_that_names_file_and_key(
+    replaced: tuple[str, str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert replaced[0] in STUDY
+    Path("mine.yaml").write_text(STUDY.replace(*replaced))
+    assert main(["study", "mine.yaml", "--out", "out"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("error: mine.yaml")
+    assert said in line
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"], "nothing is written"
+
+
+def test_a_study_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "rao_likelyhood"]) == 2
+    assert "no such file; did you mean rao_likelihood" in capsys.readouterr().err
+
+
+def test_a_dry_run_lists_runs_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(STUDY)
+    assert main(["study", "mine.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{run} " in said for run in ("sft", "rm", "dpo-seed3", "rao-seed5"))
+    assert "files made: runs/study/mine/data/made" in said and "unknown for 6 runs" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_what_is_left_is_estimated_from_measured_steps_and_else_planned(planned: Callable[..., Plan]) -> None:
+    made = planned(overrides=("model=llama3_8b", "precision=bf16_mixed"))
+    folder = run_dir(made.run_of("dpo", 3).config)
+    (folder / "checkpoints/step=1/weights").mkdir(parents=True)
+    lines = [{"step": step, "seconds/update": 2.0, "seconds/reward": 1.0 * step} for step in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_run(run_dir(made.run_of("sft", 3).config), start_from=None, max_steps=4, finished_at=4, engine="nemo")
+
+    found = {one.run.name: one for one in expected(made, plan_parser().parse_intermixed_args(["--gpu", "h100"]))}
+    assert (found["sft"].state, found["sft"].seconds) == ("finished", 0)
+    assert (found["dpo-seed3"].state, found["dpo-seed3"].steps, found["dpo-seed3"].seconds) == ("to continue", 3, 12.0)
+    assert (found["dpo-seed5"].steps, found["dpo-seed5"].seconds) == (4, 16.0), "of another seed"
+    assert found["rm"].source == "planned" and found["rm"].seconds is not None and found["rm"].seconds > 0
+    assert {one.run.name: one.seconds for one in expected(made, None)}["rm"] is None
