@@ -149,17 +149,20 @@ def run_part(part: Part, folder: Path, *, about: Mapping[str, Any], dry_run: boo
     write()
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        code = _run(command, output, limit)
-        report["seconds"] = round(time.monotonic() - start, 1)
-        output.seek(0)
-        report["output"] = output.read()[-TAIL:]
-    report["status"] = "timed out" if code is None else "ok" if code == 0 else "failed"
-    report["exit_code"] = code
-    if partial.exists():
-        with contextlib.suppress(ValueError, xml.etree.ElementTree.ParseError):  # stopped while it was written
-            report["figures"] = part.read(partial)
-        partial.unlink()
-    write()
+        report["status"] = "stopped"  # by a signal
+        try:
+            code = _run(command, output, limit)
+            report["status"] = "timed out" if code is None else "ok" if code == 0 else "failed"
+            report["exit_code"] = code
+        finally:
+            report["seconds"] = round(time.monotonic() - start, 1)
+            output.seek(0)
+            report["output"] = output.read()[-TAIL:]
+            if partial.exists():
+                with contextlib.suppress(ValueError, xml.etree.ElementTree.ParseError):  # stopped while it was written
+                    report["figures"] = part.read(partial)
+                partial.unlink()
+            write()
     return report
 
 
@@ -209,6 +212,7 @@ def main(given: Sequence[str] | None = None) -> int:
         command.error("this machine has no CUDA device; --dry-run runs everything on the CPU at toy size")
     folder = arguments.output or _default_folder(dry_run=arguments.dry_run)
     folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the part's processes, too
     about = {
         **environment(GPU_PACKAGES),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -89,7 +89,10 @@ class OptimizerConfig:
     overlap_grad_reduce: bool = key(False, "reduce gradients during the backward pass; for GPUs")
     overlap_param_gather: bool = key(False, "gather updated weights during the forward pass; for GPUs")
     cpu_offload_fraction: float = key(
-        0.0, "fraction of the optimizer's state that is held and updated in host memory; for GPUs", low=0, high=1
+        0.0,
+        "fraction of the optimizer's state that is held and updated in host memory. Needs Transformer Engine",
+        low=0,
+        high=1,
     )
     sched: ScheduleConfig = section(ScheduleConfig, "learning rate over the run")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nemo_rao.config.architecture import architecture_fields
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
-from nemo_rao.runtime.gpus import has_gpu, transformer_engine_is_used
+from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 
 def check_offloading(config: RunConfig) -> None:
@@ -48,8 +48,9 @@ def _check_optimizer(config: RunConfig) -> None:
     given = f"model.optim.cpu_offload_fraction={keys.cpu_offload_fraction:g}"
     if keys.cpu_offload_fraction == 0:
         return
-    accelerator = config.trainer.accelerator
-    if accelerator == "cpu" or (accelerator == "auto" and not has_gpu()):
-        raise UserError(f"{given}: on a CPU all of the optimizer's state is in host memory; set it to 0")
+    if not transformer_engine_is_used(config.trainer.accelerator):
+        raise UserError(
+            f"{given}: Megatron moves the optimizer to host memory with Transformer Engine on a GPU alone; set it to 0"
+        )
     if not keys.use_distributed_optimizer:
         raise UserError(f"{given} needs model.optim.use_distributed_optimizer=true")

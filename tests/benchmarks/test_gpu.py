@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -51,6 +53,28 @@ def test_a_part_is_stopped_at_its_limit_with_all_that_it_has_started(tmp_path: P
     alive.unlink()
     time.sleep(0.3)
     assert not alive.exists(), "what it has started goes on"
+
+
+def test_a_command_that_is_stopped_keeps_what_its_part_has_measured(tmp_path: Path) -> None:
+    part = "import time; " + WRITE + "; print('measured', flush=True); time.sleep(60)"
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import gpu\n"
+        "gpu.has_gpu = lambda: True\n"
+        f"gpu.PARTS = (gpu.Part('steps', 30, ('-c', {part!r}, '{{output}}')),)\n"
+        "sys.exit(gpu.main(['--parts', 'steps', '--output', sys.argv[1]]))"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=gpu.REPOSITORY, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "steps.partial").exists():
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    command.terminate()
+    assert command.wait(timeout=30) == 128 + signal.SIGTERM
+    report = json.loads((tmp_path / "steps.json").read_text())
+    assert (report["status"], report["figures"]) == ("stopped", {"runs": 1})
 
 
 def test_a_part_says_what_is_missing(tmp_path: Path) -> None:

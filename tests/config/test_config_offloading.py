@@ -36,7 +36,6 @@ def refusal(files: Sequence[str], *overrides: str) -> str:
 def test_on_a_cpu_nothing_is_moved_to_host_memory(
     key: str, accelerator: str, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offloading, "has_gpu", lambda: False)
     monkeypatch.setattr(offloading, "transformer_engine_is_used", lambda accelerator: False)
     message = refusal(files, key, f"trainer.accelerator={accelerator}")
     assert message.startswith(key) and "; set it to" in message

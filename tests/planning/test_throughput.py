@@ -6,11 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from nemo_rao.batch import Sample
 from nemo_rao.config.compose import compose
 from nemo_rao.config.gpu_models import GPUS, gpu_of_device
 from nemo_rao.data.collate import collate
+from nemo_rao.loop.throughput import Throughput, throughput_of
 from nemo_rao.planning.compute import Work, flops
 from nemo_rao.planning.plan import setting_of
 from nemo_rao.planning.setting import Setting
@@ -44,6 +46,25 @@ def test_a_micro_batch_counts_its_pairs_of_queries_and_keys(packed: bool) -> Non
     shared = collate([sample], [0], pad_token_id=0, packed=packed, pad_multiple=16, shared_prompts=True)
     assert (rows.num_tokens, rows.num_attention_pairs) == (15, 8 * 8 + 7 * 7)
     assert (shared.num_tokens, shared.num_attention_pairs) == (11, 4 * 4 + 4 * (4 + 4) + 3 * (4 + 3))
+
+
+def test_a_step_reports_its_share_of_all_gpus_peak(setting: Setting) -> None:
+    assert setting.ranks == 8
+    work = Work(tokens=100_000, pairs=10**8)
+    expected = flops(setting, work).model / (2.0 * 8 * 1e12)
+    found = Throughput(setting, 989.4).metrics(work, seconds=2.0)
+    assert found == {"perf/tflops_per_gpu": pytest.approx(expected), "perf/mfu": pytest.approx(expected / 989.4)}
+    assert Throughput(setting, None).metrics(work, seconds=2.0) == {"perf/tflops_per_gpu": pytest.approx(expected)}
+
+
+def test_the_peak_is_that_of_the_run_s_gpu_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose("gpt_rao_llama3_8b", ["precision=bf16_mixed"])
+    assert throughput_of(config, responses=2) is None, "on a CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        found = throughput_of(config, responses=2)
+        assert found is not None and found.peak_tflops == peak
 
 
 @pytest.mark.parametrize(
