@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,22 @@ def study(command: list[str], code: int) -> None:
     assert main(command) == code
 
 
+def killed_study(command: list[str], run: str, last: int) -> None:
+    """The same, but killed with the process of that run in the step after ``last``."""
+    from nemo_rao.loop.metrics import Metrics
+
+    counted, of_study = Metrics.micro_batch, os.getpid()
+
+    def killing(self: Metrics, session: Any, batch: Any, *, embeds_tokens: bool) -> None:
+        if session.folder.name == run and session.step == last:
+            os.kill(of_study, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        counted(self, session, batch, embeds_tokens=embeds_tokens)
+
+    Metrics.micro_batch = killing  # type: ignore[method-assign]
+    main(command)
+
+
 def contents(folder: Path) -> dict[str, Any]:
     return {name: (folder / name).read_text() for name in ("report.md", "report.html", "results.json")}
 
@@ -69,14 +84,10 @@ def test_a_study_that_is_killed_and_run_again_trains_nothing_twice_and_reports_t
     out = tmp_path / "out"
     command = ["study", str(tmp_path / "small.yaml"), "--out", str(out)]
 
-    process, _ = start_fork(study, command, 1)
-    deadline = time.monotonic() + 400
-    while not list((out / "dpo-seed2").glob("checkpoints/step=2*")) and process.is_alive():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    process, _ = start_fork(killed_study, command, "dpo-seed2", 3)
     process.join()
-    assert not (out / "report.md").exists()
+    assert process.exitcode == -signal.SIGKILL
+    assert list((out / "dpo-seed2/checkpoints").glob("step=2*")) and not (out / "report.md").exists()
     before = {run: (out / run / "run.json").stat().st_mtime_ns for run in RUNS[:3]}
 
     in_fork(study, command, 1)
