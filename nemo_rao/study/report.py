@@ -219,7 +219,7 @@ def _curves(made: Plan, results: Mapping[str, Any]) -> Iterator[Block]:
         for run in made.runs_of(arm)
     }
     there = logged(records.values())
-    wanted = {name: (name, "") for name in made.study.keys.curves} or {
+    wanted = {name: _titled(name) for name in made.study.keys.curves} or {
         f"val/{name}" if f"val/{name}" in there else name: title for name, title in USUAL_CURVES.items()
     }
     panels = []
@@ -236,6 +236,13 @@ def _curves(made: Plan, results: Mapping[str, Any]) -> Iterator[Block]:
     if panels:
         yield Heading("Curves")
         yield Figure("curves", curves(panels, "curves"), "Means over seeds; a band spans the seeds, lowest to highest.")
+
+
+def _titled(metric: str) -> tuple[str, str]:
+    """Title and unit of a metric that the study names."""
+    title, unit = USUAL_CURVES.get(metric) or USUAL_CURVES.get(metric.removeprefix("val/"), (metric, ""))
+    is_held_out = metric.startswith("val/") and title != metric and not title.startswith("held-out")
+    return f"held-out {title}" if is_held_out else title, unit
 
 
 def _settings(results: Mapping[str, Any]) -> Iterator[Block]:
