@@ -13,16 +13,8 @@ from nemo_rao.objectives import registry
 _KEYS = "exp_manager.checkpoint_callback_params"
 _VALIDATION = "val/"
 # What nemo_rao.engines.nemo.step_metrics reports of a training step besides the objective's metrics.
-_OF_STEPS = (
-    "grad_norm",
-    "lr",
-    "seconds/update",
-    "tokens_per_second",
-    "data/token_efficiency",
-    "data/tokens_shared",
-    "perf/mfu",
-    "perf/tflops_per_gpu",
-)
+# Not perf/mfu and the like: only some GPUs have them.
+_OF_STEPS = ("grad_norm", "lr", "seconds/update", "tokens_per_second", "data/token_efficiency", "data/tokens_shared")
 
 # What nemo_rao.rollout.metrics shows of samples, with whatever needs.
 _OF_SAMPLES = ("reward", "reward_std", "reward_p10", "reward_p50", "reward_p90", "unscored", "entropy", "length", "cut")

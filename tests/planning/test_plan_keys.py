@@ -194,6 +194,7 @@ CANNOT: dict[str, tuple[str, str]] = {
     "online.log_samples_every": ("a few rows", "7"),
     "online.log_samples": ("a few rows", "7"),
     "online.vllm_python": ("what vLLM takes is not planned", "python"),
+    "online.vllm_importance_cap": ("scales the tokens' losses", "2.0"),
     "online.vllm_gpus": ("what vLLM takes is not planned", "[1]"),
     "online.vllm_memory": ("what vLLM takes is not planned", "0.5"),
 }
