@@ -9,23 +9,22 @@ each table changes one thing:
     N     tokens of a response
     ranks tensor- and pipeline-parallel ranks, all with one thread, against one rank with one
 
-Runs of a table take turns (:mod:`benchmarks.sessions`). Phases are those that a run logs as ``seconds/<phase>``; the
-update is what is left of the step.
+Runs of a table take turns (:mod:`benchmarks.sessions`). Phases are those that a run logs as ``seconds/<phase>``.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.inputs import ModelSizes, train_on_made_up_text, write_uniform_rows
 from benchmarks.results import parser, summary, write_result
-from benchmarks.sessions import Session, Turn, in_child, in_turn, prepare_server
+from benchmarks.sessions import Session, in_child, in_turn, prepare_server
 from benchmarks.training import ENDLESS, run_ours
+from nemo_rao.runtime.metrics_file import read_metrics
 
 SIZES = ModelSizes()
 BATCH, PROMPT, BASE = 8, 64, {"K": 4, "N": 64, "tp": 1, "pp": 1}
@@ -87,11 +86,11 @@ def length_of(prompt: str, response: str) -> float:
 
 def measure(table: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of a table, printed as well."""
-    settings = [{**BASE, **changed} for changed in TABLES[table]]
+    settings = {f"{table}-{number}": {**BASE, **changed} for number, changed in enumerate(TABLES[table])}
     threads = 1 if table == "ranks" else arguments.threads
-    sessions = {str(number): start(one, threads, folder) for number, one in enumerate(settings)}
+    sessions = {name: start(name, one, threads, folder) for name, one in settings.items()}
     rounds = in_turn(sessions, repeats=arguments.repeats)
-    rows = [row_of(one, rounds[str(number)]) for number, one in enumerate(settings)]
+    rows = [row_of(one, rounds[name], folder / "runs" / name) for name, one in settings.items()]
     print(f"\n{table}\n" + " ".join(f"{key:>5}" for key in BASE), " ".join(f"{name:>10}" for name in PHASES), "tokens")
     for row in rows:
         of_phases = " ".join(f"{row['seconds'][phase]['min']:>10.3f}" for phase in PHASES)
@@ -99,7 +98,7 @@ def measure(table: str, folder: Path, arguments: argparse.Namespace) -> list[dic
     return rows
 
 
-def start(one: Mapping[str, int], threads: int, folder: Path) -> Session:
+def start(name: str, one: Mapping[str, int], threads: int, folder: Path) -> Session:
     overrides = [
         *ENDLESS,
         *common(folder),
@@ -112,35 +111,27 @@ def start(one: Mapping[str, int], threads: int, folder: Path) -> Session:
         f"online.max_new_tokens={one['N']}",
         f"online.rows_at_once={BATCH * one['K']}",
         f"online.reward=[rule:benchmarks.rollouts:{length_of.__name__}]",
-        f"exp_manager.name=run-{time.monotonic_ns()}",
+        f"exp_manager.name={name}",
     ]
-    return Session(run_ours, ("gpt_rloo", overrides, None, (phases,)), steps=1, forked=True)
+    return Session(run_ours, ("gpt_rloo", overrides, None, ()), steps=1, forked=True)
 
 
-def row_of(one: Mapping[str, int], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    # A round's notes are those of its own step.
-    of_rounds = [of_round["notes"] for of_round in rounds]
-    seconds = {name: [notes[f"seconds/{name}"] for notes in of_rounds] for name in PHASES[:-1]}
-    totals = [of_round["seconds"] for of_round in rounds]
-    seconds["update"] = [total - sum(parts) for total, *parts in zip(totals, *seconds.values(), strict=True)]
+def row_of(one: Mapping[str, int], rounds: Sequence[Mapping[str, Any]], run: Path) -> dict[str, Any]:
+    """A row of the table. Each round is a step of the run; those that count are its last ones."""
+    steps: dict[float, dict[str, float]] = {}
+    for record in read_metrics(run / "metrics.jsonl"):
+        steps.setdefault(record["step"], {}).update(record)
+    counted = [steps[number] for number in sorted(steps)][-len(rounds) :]
+    seconds = {name: [step[f"seconds/{name}"] for step in counted] for name in PHASES}
+    for of_round, *parts in zip(rounds, *seconds.values(), strict=True):
+        assert sum(parts) <= of_round["seconds"], "phases are parts of the step"
     return {
         **one,
-        "seconds": {name: summary(values) for name, values in seconds.items()} | {"step": summary(totals)},
-        "length": sum(notes["rollout/length"] for notes in of_rounds) / len(of_rounds),
+        "seconds": {name: summary(values) for name, values in seconds.items()}
+        | {"step": summary([of_round["seconds"] for of_round in rounds])},
+        "length": sum(step["rollout/length"] for step in counted) / len(counted),
         "peak_bytes": max(of_round["peak_bytes"] for of_round in rounds),
     }
-
-
-def phases(turn: Turn) -> Any:
-    """A hook that notes the phases of each step."""
-    from nemo_rao.loop.session import Hook
-
-    class Phases(Hook):
-        def after_step(self, session: Any) -> None:
-            shown = ("seconds/", "rollout/length")
-            turn.notes.update({name: value for name, value in session.reported().items() if name.startswith(shown)})
-
-    return Phases()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def run_ours(
         turn.notes["reference_seconds"] = seconds
 
     def with_turns(hooks: list[Any]) -> list[Any]:
-        return [*reference_timed(hooks, note), taking_turns(turn), *(make(turn) for make in further)]
+        # The turn comes first: whatever else happens before a step is a part of it.
+        return [taking_turns(turn), *reference_timed(hooks, note), *(make(turn) for make in further)]
 
     train(config, hooks=with_turns)
 
