@@ -12,6 +12,7 @@ import torch
 from nemo_rao.ops.linear_log_probs import linear_vocab_parallel_log_probs
 from nemo_rao.ops.logit_blocks import PYTORCH, SWITCH, Tokens, logit_blocks_for
 from nemo_rao.ops.vocab_parallel import vocab_parallel_log_probs
+from nemo_rao.ops.vocabulary import empty_statistics
 from nemo_rao.runtime.gpus import has_gpu
 
 from ..ops import test_linear_log_probs as linear
@@ -56,8 +57,7 @@ def test_rows_beyond_2_to_the_31_elements_are_reached() -> None:
     generator = torch.Generator(GPU).manual_seed(0)
     memory[tail].normal_(generator=generator)
     targets = torch.arange(num_rows, device=GPU) % stride
-    statistics = torch.zeros(num_rows, 3, device=GPU)
-    statistics[:, 0] = torch.finfo(torch.float32).min
+    statistics = empty_statistics(num_rows, memory, torch.float32)
     TRITON.add_to_statistics(statistics, memory, targets)
     alone = memory[tail].clone()
     wanted = alone.double().logsumexp(-1)
