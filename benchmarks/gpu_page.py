@@ -1,4 +1,4 @@
-"""docs/gpu.md, from the results of `make gpu`; a test compares the two.
+"""docs/gpu.md, generated from the results of `make gpu`; a test compares the two.
 
 python -m benchmarks.gpu_page > docs/gpu.md      # what `make gpu-page` does
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import FOLDER
+from benchmarks.gpu_parts import PARTS, RESULTS
+from benchmarks.markdown import markdown_table
 
-RESULTS = FOLDER / "gpu"
-PARTS = ("doctor", "tests", "log_probs", "steps", "fp8", "prefix_sharing")
 GIB = 2**30
 
 _Reports = Mapping[str, Mapping[str, Any]]
@@ -27,16 +26,6 @@ BEFORE = """\
 minutes on an H100. The most important parts come first, each has a time limit, and each writes its result when it ends:
 `--parts steps,fp8` selects some of them, `--dry-run` runs all of them on a CPU at toy size. `make gpu-page` generates
 this page from the results in `benchmarks/results/gpu/`; no figure is entered by hand.
-
-| part | shows |
-| --- | --- |
-| `doctor` | the installation, as `nemo-rao doctor` reports it |
-| `tests` | `pytest -m gpu`: Transformer Engine's layers against PyTorch's and transformers', bf16 and FP8 against \
-fp32, resumption, checkpoints that move between CPU and GPU, sampling, no synchronization with the host within a step |
-| `log_probs` | time and memory of the output layer's log-probabilities at Llama 3's head |
-| `steps` | RAO and SFT steps in bf16: MFU, and peak memory against `nemo-rao plan` |
-| `fp8` | RAO steps in each FP8 recipe against bf16 |
-| `prefix_sharing` | RAO steps with shared prompts against packed rows |
 """
 
 NOTHING = """\
@@ -58,13 +47,13 @@ dense bf16 peak. *Planned*: the planner's peak memory of the same rows.
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be reached.
+    """A goal of the project.
 
     Attributes:
-        text: the goal.
-        value: the measurement -> its figure; ``None``: not measured.
-        low, high: between which it is to lie.
-        form: of the figure.
+        text: its description.
+        value: returns the figure that is compared, ``None`` if it was not measured.
+        low, high: bounds of the figure, ``None`` for none.
+        form: format of the figure.
     """
 
     text: str
@@ -77,20 +66,11 @@ class Goal:
         value = self.value(reports)
         if value is None:
             return [self.text, "not measured", ""]
-        limit = next(
-            (
-                bound
-                for bound, is_missed in (
-                    (self.low, value < (self.low or value)),
-                    (self.high, value > (self.high or value)),
-                )
-                if bound is not None and is_missed
-            ),
-            None,
-        )
-        reached = (
-            "yes" if limit is None else f"**no**, {abs(value / limit - 1):.0%} {'below' if value < limit else 'above'}"
-        )
+        reached = "yes"
+        if self.low is not None and value < self.low:
+            reached = f"**no**, {1 - value / self.low:.0%} below"
+        elif self.high is not None and value > self.high:
+            reached = f"**no**, {value / self.high - 1:.0%} above"
         return [self.text, format(value, self.form), reached]
 
 
@@ -105,19 +85,24 @@ def _seconds(figures: Mapping[str, Any]) -> float:
 
 
 def _faster(reports: _Reports, part: str, baseline: str, names: Iterable[str]) -> float | None:
-    """How many times as fast as the baseline the fastest of some runs is."""
+    """The fastest of some runs: how many times as fast as the baseline it is."""
     runs = _runs(reports, part)
     found = [_seconds(runs[baseline]) / _seconds(runs[name]) for name in names if name in runs and baseline in runs]
     return max(found, default=None)
 
 
-def _mfu(reports: _Reports) -> float | None:
-    return _runs(reports, "steps").get("rao, bf16", {}).get("mfu")  # type: ignore[no-any-return]
+def _of_rao(name: str) -> Callable[[_Reports], float | None]:
+    """A figure of the RAO steps in bf16."""
+
+    def value(reports: _Reports) -> float | None:
+        figure: float | None = _runs(reports, "steps").get("rao, bf16", {}).get(name)
+        return figure
+
+    return value
 
 
 def _over_sft(reports: _Reports) -> float | None:
-    ratio = _faster(reports, "steps", "rao, bf16", ["sft, bf16"])
-    return ratio
+    return _faster(reports, "steps", "rao, bf16", ["sft, bf16"])
 
 
 def _fp8(reports: _Reports) -> float | None:
@@ -128,10 +113,6 @@ def _shared(reports: _Reports) -> float | None:
     return _faster(reports, "prefix_sharing", "packed", ["packed, shared prompts"])
 
 
-def _memory(reports: _Reports) -> float | None:
-    return _runs(reports, "steps").get("rao, bf16", {}).get("peak_over_planned")  # type: ignore[no-any-return]
-
-
 def _log_prob_rate(reports: _Reports) -> float | None:
     """The lowest over all sizes."""
     rows = reports.get("log_probs", {}).get("figures", {}).get("rows", [])
@@ -140,7 +121,7 @@ def _log_prob_rate(reports: _Reports) -> float | None:
 
 
 GOALS = (
-    Goal("MFU of an RAO step in bf16: at least 45 %", _mfu, low=0.45, form=".1%"),
+    Goal("MFU of an RAO step in bf16: at least 45 %", _of_rao("mfu"), low=0.45, form=".1%"),
     Goal("RAO steps in FP8, the fastest recipe: at least 1.3 times as fast as in bf16", _fp8, low=1.3),
     Goal(
         "time of an RAO step over that of an SFT step on the same rows: at most 1.03", _over_sft, high=1.03, form=".3f"
@@ -150,7 +131,7 @@ GOALS = (
         _shared,
         low=1.8,
     ),
-    Goal("peak memory over the planner's: 0.9 to 1.1", _memory, low=0.9, high=1.1),
+    Goal("peak memory over the planner's: 0.9 to 1.1", _of_rao("peak_over_planned"), low=0.9, high=1.1),
     Goal(
         "log-probabilities: rate of the matrix products that they do over that of bare ones: at least 0.75",
         _log_prob_rate,
@@ -160,23 +141,26 @@ GOALS = (
 
 
 def page(folder: Path = RESULTS) -> str:
-    """The page, of the results in a directory."""
-    reports = {name: json.loads(path.read_text()) for name in PARTS if (path := folder / f"{name}.json").exists()}
-    parts = [BEFORE]
+    """The page for the results in a directory."""
+    paths = {part.name: folder / f"{part.name}.json" for part in PARTS}
+    reports = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    parts = [BEFORE, _parts()]
     if not reports:
         parts.append(NOTHING)
     elif any(report["dry_run"] for report in reports.values()):
         parts.append(DRY)
     if reports:
         parts.append(_where(reports))
-    parts.append("## Goals\n\n" + _table(["on one H100", "measured", "reached"], [goal.row(reports) for goal in GOALS]))
+    parts.append(
+        "## Goals\n\n" + markdown_table(["on one H100", "measured", "reached"], [goal.row(reports) for goal in GOALS])
+    )
     parts += _sections(reports)
     return "\n".join(part.strip() + "\n" for part in parts)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _parts() -> str:
+    lines = ["| part | shows |", "| --- | --- |", *(f"| `{part.name}` | {part.shows} |" for part in PARTS)]
+    return "\n".join(lines)
 
 
 def _where(reports: _Reports) -> str:
@@ -194,7 +178,7 @@ def _where(reports: _Reports) -> str:
     versions = dict(next(iter(reports.values()))["versions"])
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     header = ["part", "device", "commit", "date", "status", "seconds"]
-    return f"## Where\n\n{_table(header, rows)}\n\nVersions: {listed}."
+    return f"## Where\n\n{markdown_table(header, rows)}\n\nVersions: {listed}."
 
 
 def _sections(reports: _Reports) -> Iterator[str]:
@@ -215,7 +199,7 @@ def _tests(figures: Mapping[str, Any]) -> str:
         for name, test in figures["tests"].items()
         if test["outcome"] != "passed"
     ]
-    table = f"\n\n{_table(['test', 'outcome', 'why'], failed)}" if failed else ""
+    table = f"\n\n{markdown_table(['test', 'outcome', 'why'], failed)}" if failed else ""
     return f"## Tests\n\n{counts}.{table}"
 
 
@@ -241,7 +225,7 @@ def _steps(title: str, figures: Mapping[str, Any]) -> str:
     scale = figures["scale"]
     tokens = scale["row"] * 2 if title != "Shared prompts" else scale["shared_prompt"] + 4 * scale["shared_response"]
     notes = STEP_NOTES.format(layers=figures["layers"], tokens=f"up to {tokens:,}", batch=scale["batch"])
-    return f"## {title}\n\n{notes}\n{_table(header, rows)}"
+    return f"## {title}\n\n{notes}\n{markdown_table(header, rows)}"
 
 
 def _log_probs(figures: Mapping[str, Any]) -> str:
@@ -262,7 +246,7 @@ def _log_probs(figures: Mapping[str, Any]) -> str:
         "*Rate over products*: of the three matrix products that every variant needs, over that of bare ones. A "
         "variant that keeps no logits does a fourth, and can reach 0.75.\n\n"
     )
-    return f"## Log-probabilities\n\n{note}" + _table(header, rows)
+    return f"## Log-probabilities\n\n{note}" + markdown_table(header, rows)
 
 
 if __name__ == "__main__":

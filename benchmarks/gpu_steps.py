@@ -1,12 +1,12 @@
-"""Optimizer steps of Llama 3 8B's width and head on one GPU: seconds, FLOPs, and peak memory beside the planner's.
+"""Optimizer steps of a model of Llama 3 8B's width and head on one GPU: time, FLOP/s, and peak memory against the plan.
 
     python -m benchmarks.gpu_steps steps             # RAO and SFT over the same rows, packed, in bf16
     python -m benchmarks.gpu_steps fp8               # RAO in bf16 and in each FP8 recipe of this GPU
     python -m benchmarks.gpu_steps prefix_sharing    # packed rows, and packed rows with shared prompts
-    python -m benchmarks.gpu_steps steps --dry-run   # a toy on the CPU, which shows that the command works
+    python -m benchmarks.gpu_steps steps --dry-run   # a toy model on the CPU, to test the command
 
-The model has as many layers as the planner lets fit, and random weights. Runs are processes of their own that import at
-the same time and then have the GPU one after the other; the result is written after each of them.
+The model has random weights and as many layers as fit by the planner's estimate. Each run is a separate process; all
+import at the same time and then use the GPU one after the other. The result is written after each run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import tempfile
 import time
 import traceback
@@ -36,21 +37,21 @@ from nemo_rao.runtime.files import write_atomically
 from nemo_rao.runtime.gpus import has_gpu, transformer_engine_is_used
 
 GIB = 2**30
-RESERVE = 6 * GIB  # of the GPU's free memory: what the planner does not count, and contexts of the runs that wait
-LARGER_BY = 1.05  # than planned, that a run's peak may be
-FEWER_LAYERS = 0.75  # where it was larger still
+RESERVE = 6 * GIB  # of the GPU's free memory, for what the planner does not count and the waiting runs' CUDA contexts
+LARGER_BY = 1.05  # a run's peak may be larger than planned by this factor
+FEWER_LAYERS = 0.75  # fraction of the layers that is tried after running out of memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What is run.
+    """Sizes of the runs.
 
     Attributes:
-        sizes: of the model; of its layers, the most.
-        row, prompt: tokens of a row of ``steps`` and ``fp8``, and of its prompt; two rows are a packed sequence.
-        shared_prompt, shared_response: tokens, of ``prefix_sharing``, four responses each.
+        sizes: of the model; its number of layers is an upper limit.
+        row, prompt: ``steps`` and ``fp8``: tokens of a row and of its prompt; two rows are a packed sequence.
+        shared_prompt, shared_response: ``prefix_sharing``: tokens of a prompt and of each of its four responses.
         batch: prompts of a step.
-        warm_up, measured: steps.
+        warm_up, measured: number of steps.
     """
 
     sizes: ModelSizes
@@ -72,11 +73,11 @@ class Run:
     """One run of a group.
 
     Attributes:
-        name: in the result.
-        recipe: of conf/.
-        rows: which of the files it reads.
-        responses: K.
-        overrides: beyond those of all runs.
+        name: its name in the result.
+        recipe: a file of conf/.
+        rows: stem of the data file.
+        responses: responses of a prompt.
+        overrides: besides those that all runs have.
     """
 
     name: str
@@ -91,42 +92,39 @@ PACKED = ("data.packing=true",)
 RAO = Run("rao, bf16", "gpt_rao", "pairs", 2, (*PACKED, *BF16))
 
 
-def runs_of(group: str, scale: Scale) -> list[Run]:
-    """The runs of a group, what the others are compared with first."""
-    if group == "steps":
-        # The same rows, each a prompt with one response; two of them are a micro-batch.
-        batch = (f"model.global_batch_size={2 * scale.batch}", "model.micro_batch_size=2")
-        return [RAO, Run("sft, bf16", "gpt_sft", "singles", 1, (*PACKED, *BF16, *batch))]
-    if group == "fp8":
-        made = [RAO]
-        for recipe in _fp8_recipes():
-            simulated = () if transformer_engine_is_used() else ("precision.fp8_simulation=true",)
-            made.append(
-                dataclasses.replace(RAO, name=f"rao, fp8 {recipe}", overrides=(*PACKED, *_fp8(recipe), *simulated))
-            )
-        return made
-    assert group == "prefix_sharing", group
-    length = -(-(scale.shared_prompt + 4 * scale.shared_response) // 64) * 64
-    shared = Run("packed", "gpt_rao", "shared", 4, (*PACKED, *BF16, f"model.seq_length={length}"))
-    together = dataclasses.replace(
-        shared, name="packed, shared prompts", overrides=(*shared.overrides, "data.prefix_sharing=true")
-    )
-    return [shared, together]
+def _steps(scale: Scale) -> list[Run]:
+    # The same rows, each a prompt with one response; two of them are a micro-batch.
+    batch = (f"model.global_batch_size={2 * scale.batch}", "model.micro_batch_size=2")
+    return [RAO, Run("sft, bf16", "gpt_sft", "singles", 1, (*PACKED, *BF16, *batch))]
 
 
-GROUPS = ("steps", "fp8", "prefix_sharing")
-
-
-def _fp8_recipes() -> list[str]:
-    """Those that this GPU has; on a CPU, those that are simulated of a Hopper."""
+def _fp8(scale: Scale) -> list[Run]:
     import torch
 
+    # On a CPU, the recipes of a Hopper are simulated.
     capability = torch.cuda.get_device_capability() if has_gpu() else (9, 0)
-    return [name for name, recipe in FP8_RECIPES.items() if recipe.runs_on(capability)]
+    simulated = () if transformer_engine_is_used() else ("precision.fp8_simulation=true",)
+    recipes = [name for name, recipe in FP8_RECIPES.items() if recipe.runs_on(capability)]
+    return [
+        RAO,
+        *(
+            Run(f"rao, fp8 {name}", "gpt_rao", "pairs", 2, (*PACKED, f"precision=fp8_{name}", *simulated))
+            for name in recipes
+        ),
+    ]
 
 
-def _fp8(recipe: str) -> tuple[str, ...]:
-    return (f"precision=fp8_{recipe}",)
+def _prefix_sharing(scale: Scale) -> list[Run]:
+    length = -(-(scale.shared_prompt + 4 * scale.shared_response) // 64) * 64
+    overrides = (*PACKED, *BF16, f"model.seq_length={length}")
+    return [
+        Run("packed", "gpt_rao", "shared", 4, overrides),
+        Run("packed, shared prompts", "gpt_rao", "shared", 4, (*overrides, "data.prefix_sharing=true")),
+    ]
+
+
+# Group -> its runs, the baseline first.
+GROUPS = {"steps": _steps, "fp8": _fp8, "prefix_sharing": _prefix_sharing}
 
 
 def overrides_of(run: Run, scale: Scale, layers: int, folder: Path) -> list[str]:
@@ -148,7 +146,7 @@ def overrides_of(run: Run, scale: Scale, layers: int, folder: Path) -> list[str]
 
 
 def write_inputs(folder: Path, scale: Scale, group: str) -> None:
-    """The tokenizer and the files of rows, of twice as many prompts as a step has."""
+    """Write the tokenizer and the data files, with twice as many prompts as a step has."""
     tokenizer = folder / "tokenizer"
     train_on_made_up_text(tokenizer, min(4096, scale.sizes.vocab))
     number = 2 * scale.batch
@@ -170,7 +168,7 @@ def setting_of_run(run: Run, scale: Scale, layers: int, folder: Path, tokens_per
 
 
 def layers_that_fit(run: Run, scale: Scale, folder: Path) -> int:
-    """The most layers with which the planner lets the run fit into this GPU's memory, at least one."""
+    """The most layers with which the run fits into this GPU's memory by the planner's estimate, at least one."""
     if not has_gpu():
         return scale.sizes.layers
     import torch
@@ -183,8 +181,8 @@ def layers_that_fit(run: Run, scale: Scale, folder: Path) -> int:
 # ---------------------------------------------------------------------------------------- in a run's process
 
 
-def run_when_told(turn: Turn) -> None:
-    """Import, wait, and train as told; a failure is one line for the session, and a traceback here."""
+def run_when_begun(turn: Turn) -> None:
+    """Import, wait for the session to begin, and train; a failure is printed and reported to the session."""
     import importlib
 
     from nemo_rao.config.engine_choice import installed_engine
@@ -200,7 +198,7 @@ def run_when_told(turn: Turn) -> None:
 
 
 def counting_work(turn: Turn) -> Any:
-    """A hook that notes what each step computed, and its metrics."""
+    """A hook that notes each step's work and metrics."""
     from nemo_rao.loop.session import Hook
 
     class CountWork(Hook):
@@ -224,13 +222,13 @@ def counting_work(turn: Turn) -> Any:
 
 
 def measure(group: str, scale: Scale, folder: Path) -> Iterator[dict[str, Any]]:
-    """The figures so far, once more after each run."""
+    """Yield the figures so far after each run."""
     write_inputs(folder, scale, group)
-    runs = runs_of(group, scale)
+    runs = GROUPS[group](scale)
     found: dict[str, Any] = {"layers": layers_that_fit(runs[0], scale, folder), "runs": {}}
     options: dict[str, Any] = {"steps": 1, "forked": not has_gpu(), "held": True}
-    sessions = {run.name: Session(run_when_told, (), **options) for run in runs}
-    spare = Session(run_when_told, (), **options) if has_gpu() else None  # for a first run that does not fit
+    sessions = {run.name: Session(run_when_begun, (), **options) for run in runs}
+    spare = Session(run_when_begun, (), **options) if has_gpu() else None  # for a first run that is out of memory
     try:
         for number, run in enumerate(runs):
             figures = measure_run(sessions[run.name], run, scale, found["layers"], folder)
@@ -247,7 +245,7 @@ def measure(group: str, scale: Scale, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def measure_run(session: Session, run: Run, scale: Scale, layers: int, folder: Path) -> dict[str, Any]:
-    """Seconds of each step that counts, and what follows from them; or ``{"failed": ...}``."""
+    """The figures of a run, or ``{"failed": ...}``."""
     try:
         session.begin((run.recipe, overrides_of(run, scale, layers, folder)))
         rounds = [session.round() for _ in range(scale.warm_up + scale.measured)]
@@ -263,7 +261,7 @@ def figures_of(
 ) -> dict[str, Any]:
     counted = rounds[scale.warm_up :]
     seconds, notes = [one["seconds"] for one in counted], dict(rounds[-1]["notes"])
-    middle = sorted(seconds)[len(seconds) // 2]
+    middle = statistics.median(seconds)
     batch = scale.batch * (2 if run.rows == "singles" else 1)
     tokens_per_row = -(-notes["row_tokens"] // (batch * run.responses))
     setting = setting_of_run(run, scale, layers, folder, tokens_per_row)
@@ -285,7 +283,7 @@ def figures_of(
 
 
 def peak_tflops(setting: Setting) -> float | None:
-    """Of this GPU, in the format of the weights; ``None``: not known, or a CPU."""
+    """Dense peak of this GPU in the weights' format; ``None`` on a CPU, or if it is not known."""
     import torch
 
     gpu = gpu_of_device(torch.cuda.get_device_name()) if has_gpu() else None
@@ -303,8 +301,8 @@ def shown(figures: Mapping[str, Any]) -> str:
 def main() -> int:
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("group", choices=GROUPS)
-    command.add_argument("--dry-run", action="store_true", help="a toy on the CPU")
-    command.add_argument("--output", type=Path, help="JSON file; the default is not to write one")
+    command.add_argument("--dry-run", action="store_true", help="a toy model on the CPU")
+    command.add_argument("--output", type=Path, help="JSON file; none by default")
     arguments = command.parse_args()
     scale = DRY if arguments.dry_run else ON_GPU
     prepare_server()

@@ -38,7 +38,7 @@ class ModelSizes:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What makes a recipe's model this one."""
+        """Overrides that give a recipe's model these sizes."""
         return (
             f"model.arch.num_layers={self.layers}",
             f"model.arch.hidden_size={self.hidden}",
@@ -80,10 +80,11 @@ def write_uniform_rows(
     """A file in which every prompt with any of its responses has about ``length`` tokens, never more.
 
     Args:
-        prompt: tokens of the prompt alone; ``None``: an eighth.
+        prompt: tokens of the prompt; ``None`` for an eighth of ``length``.
     """
-    of_prompt = length // 8 if prompt is None else prompt
     from transformers import AutoTokenizer
+
+    of_prompt = length // 8 if prompt is None else prompt
 
     generator, encode = random.Random(0), AutoTokenizer.from_pretrained(tokenizer)
     words = _words(generator)

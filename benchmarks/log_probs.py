@@ -3,21 +3,20 @@
     python -m benchmarks.log_probs                                   # a few minutes on two cores
     python -m benchmarks.log_probs --tokens 4096 --hidden 4096 --vocab 32000 128256 --dtype bfloat16 float32 --tp 1 2
 
-On a GPU the default is Llama 3's head, T 8192 and 32,768. Every variant computes log p(target) ``[T]`` from hidden
-states ``[T, H]`` and the output weight ``[V/TP, H]``, of one type, and from ones the gradients of both:
+On a GPU the default is Llama 3's head with T = 8192 and 32,768. Every variant computes log p(target) ``[T]`` from
+hidden states ``[T, H]`` and the output weight ``[V/TP, H]``, of one type, and from ones the gradients of both:
 
-- dense: ``log_softmax`` of all logits in float32, and ``gather``; on one rank alone, where they fit.
+- dense: ``log_softmax`` of all logits in float32, and ``gather``; on one rank only, and if they fit.
 - megatron: megatron-core's column-parallel projection and ``vocab_parallel_cross_entropy``.
 - through_logits: the same projection, and ours of ``nemo_rao.ops.vocab_parallel``.
 - fused: ours of ``nemo_rao.ops.linear_log_probs``.
-- fused_pytorch: the same without Triton kernels; on a GPU alone.
-- liger, cut_cross_entropy: theirs, where they are installed; on one GPU alone. Neither adds to ``main_grad``.
+- fused_pytorch: the same without Triton kernels; on a GPU only.
+- liger, cut_cross_entropy: those packages, if installed; on one GPU only. Neither adds to ``main_grad``.
 
-Time: all variants in turn in one process, on the same inputs. Memory: each variant in a process of its own on a CPU,
-where libraries hold some, too; what is held at most in forward and backward on top of the inputs and of the two
-gradients that come out.
+Time: all variants in turn in one process, on the same inputs. Memory: the peak in forward and backward, beyond inputs
+and the two resulting gradients; on a CPU, where libraries hold memory, too, each variant in a separate process.
 
-Each row also times the three bare matrix products that every variant needs, into 16 bits: the logits, and the
+Each row also times the three bare matrix products that every variant needs, with 16-bit results: the logits, and the
 gradients of hidden states and weight. ``rate_over_products`` is the FLOP/s of a variant over theirs, three products
 counted for both. A variant that keeps no logits computes them twice, so 0.75 is its upper bound;
 ``rate_over_products_done`` counts the four products that it does.
@@ -46,7 +45,7 @@ from benchmarks.results import parser, write_result
 VARIANTS = ("dense", "megatron", "through_logits", "fused", "fused_pytorch", "liger", "cut_cross_entropy")
 BASELINE, OURS = "megatron", "fused"
 PACKAGES = {"liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
-# Liger's computes gradients in forward, and so the logits once.
+# Matrix products of variants that do not keep the logits; Liger's computes gradients in forward, and so logits once.
 NUM_PRODUCTS = {"fused": 4, "fused_pytorch": 4, "cut_cross_entropy": 4}
 
 
@@ -98,7 +97,7 @@ class Size:
 
 
 def log_probs(variant: str, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """``[T]`` log p(target), by one of :data:`VARIANTS`; of Liger's, which has none, the sum ``[]``."""
+    """``[T]`` log p(target), by one of :data:`VARIANTS`; by Liger's, which returns no single ones, their sum ``[]``."""
     if variant == "liger":
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -126,7 +125,7 @@ def log_probs(variant: str, hidden: Tensor, weight: Tensor, targets: Tensor, voc
 
 
 def variants_of(size: Size) -> list[str]:
-    """Those that can be measured here."""
+    """The variants that can be measured on this machine."""
     gpu, one = torch.cuda.is_available(), size.tp == 1
     possible = dict.fromkeys(VARIANTS, True)
     possible["fused_pytorch"] = gpu
@@ -140,7 +139,7 @@ def variants_of(size: Size) -> list[str]:
 
 @contextlib.contextmanager
 def switched(variant: str) -> Iterator[None]:
-    """Triton kernels off for the variant that is without them."""
+    """Turns the Triton kernels off for the variant without them."""
     from nemo_rao.ops.logit_blocks import SWITCH
 
     before = os.environ.get(SWITCH)
@@ -228,16 +227,16 @@ def measure_times(variants: list[str], size: Size, repeats: int) -> dict[str, li
 def measure_both(
     variants: list[str], size: Size, repeats: int
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, dict[str, int]]]:
-    """Times and memory in one process: on a GPU, what the allocator gave out is a variant's alone. Inside a rank."""
+    """Times and memory in one process, for GPUs, whose allocator counts each variant's memory. Inside a rank."""
     times = measure_times(variants, size, repeats)
     return times, {name: measure_memory(name, size) for name in variants}
 
 
-def measure(size: Size, *, repeats: int, threads: int) -> dict[str, Any]:
+def measure(size: Size, *, repeats: int, threads: int, one_process: bool) -> dict[str, Any]:
     """One row: seconds, ratios to :data:`BASELINE`'s and to the products', bytes, ratios to the logits'."""
     variants = variants_of(size)
     on = functools.partial(on_ranks, num_ranks=size.tp, threads=threads)
-    if torch.cuda.is_available():
+    if one_process:
         rounds, memories = on(measure_both, (variants, size, repeats))
     else:
         rounds = on(measure_times, (variants, size, repeats))
@@ -297,15 +296,19 @@ def main() -> None:
     command.add_argument("--vocab", type=int, nargs="+", default=[128_256], help="V")
     command.add_argument("--tp", type=int, nargs="+", default=tp, help="tensor-parallel ranks")
     command.add_argument("--dtype", nargs="+", default=["bfloat16"], help="of hidden states and weight")
+    command.add_argument(
+        "--one-process", action="store_true", default=gpu, help="measure memory in the process of the times, as on GPUs"
+    )
     arguments = command.parse_args()
 
     rows = []
     print_header()
     keys = ("tokens", "hidden", "vocab", "tp", "dtype")
+    options = {name: getattr(arguments, name) for name in ("repeats", "threads", "one_process")}
     for values in itertools.product(*(getattr(arguments, key) for key in keys)):
-        rows.append(measure(Size(*values), repeats=arguments.repeats, threads=arguments.threads))
+        rows.append(measure(Size(*values), **options))
         print_row(rows[-1])
-        write_result("log_probs", arguments, {"rows": rows})  # at once: a later size may be cut off
+        write_result("log_probs", arguments, {"rows": rows})  # after each size, as a later one may not end
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import markdown_table
+
 RESULTS = Path(__file__).parent / "results"
 _Report = Mapping[str, Any]
 
@@ -90,11 +92,6 @@ def _on_gpu(report: _Report) -> bool:
     return "NVIDIA" in report["device"]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _where(reports: Mapping[str, _Report]) -> str:
     def versions(report: _Report) -> str:
         return ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -109,7 +106,7 @@ def _where(reports: Mapping[str, _Report]) -> str:
         ]
         for name, report in reports.items()
     ]
-    return "## Where\n\n" + _table(["result", "device", "date", "commit", "versions"], rows)
+    return "## Where\n\n" + markdown_table(["result", "device", "date", "commit", "versions"], rows)
 
 
 # ------------------------------------------------------------------------------------------------- steps
@@ -148,7 +145,7 @@ def _goals(reports: Mapping[str, _Report]) -> str:
         ". A goal is *reached* if all three figures meet it, and *just* reached if the margin is smaller than that "
         "error."
     )
-    return f"## Goals\n\n{note}\n\n{_table(header, rows)}\n\n{_log_prob_goals(reports)}"
+    return f"## Goals\n\n{note}\n\n{markdown_table(header, rows)}\n\n{_log_prob_goals(reports)}"
 
 
 def _reached(ratios: Iterable[float], limit: float, error: float) -> str:
@@ -176,7 +173,7 @@ def _log_prob_goals(reports: Mapping[str, _Report]) -> str:
         "16-bit logits, in at most 1.2 times the time of Megatron's cross-entropy, including the projection."
     )
     header = ["T × H × V", "memory over logits", "time over Megatron's", "of minima", "reached"]
-    return f"{goal}\n\n{_table(header, rows)}" if rows else ""
+    return f"{goal}\n\n{markdown_table(header, rows)}" if rows else ""
 
 
 def _ratio(ratio: Mapping[str, float]) -> list[str]:
@@ -213,9 +210,9 @@ def _step(name: str, report: _Report, *, notes: bool) -> str:
             f"{arguments['layers']} layers, {arguments['hidden']} channels and {arguments['vocab']} tokens; "
             f"{len(next(iter(report['variants'].values()))['seconds'])} rounds.\n",
             *([STEP_NOTES] if notes else []),
-            _table(header, rows),
+            markdown_table(header, rows),
             "",
-            _table(["times compared", "ratio", "of minima", "of CPU"], ratios),
+            markdown_table(["times compared", "ratio", "of minima", "of CPU"], ratios),
         ]
     )
 
@@ -236,14 +233,14 @@ def _profile(report: _Report) -> str:
     micro_batches = report["arguments"]["micro_batches"]
     return "\n".join(
         [
-            _table(["share of the step", *layouts], shares),
+            markdown_table(["share of the step", *layouts], shares),
             "",
             "Calls of PyTorch from Python in a step: "
             + ", ".join(f"{layout['torch_calls']} ({name})" for name, layout in layouts.items())
             + ".\n",
             f"Operations that make the host wait for the device in a step of {micro_batches} micro-batches (no cost on "
             "a CPU; on a GPU each drains the queue). Lines are those of the measured commit:\n",
-            _table(["operator", "layout", "calls", "line"], waits),
+            markdown_table(["operator", "layout", "calls", "line"], waits),
         ]
     )
 
@@ -267,7 +264,7 @@ def _log_probs(report: _Report) -> str:
     header = ["T × H × V", "variant", "seconds", "over Megatron's", "memory", "over 16-bit logits"]
     return (
         "## Log-probabilities\n\n`python -m benchmarks.log_probs`: forward and backward from hidden states and the "
-        "output weight.\n\n" + _table(header, rows)
+        "output weight.\n\n" + markdown_table(header, rows)
     )
 
 
@@ -302,7 +299,7 @@ def _rollouts(report: _Report) -> str:
             for row in rows
         ]
         head = f"{table}, {names[table]}" if table != "ranks" else table
-        parts.append(_table([head, *phases, "rollout over the first", "tokens"], cells))
+        parts.append(markdown_table([head, *phases, "rollout over the first", "tokens"], cells))
     text = ", ".join(f"{name} = {value}" for name, value in base.items())
     return (
         "## Rollouts\n\n`python -m benchmarks.rollouts`: seconds of a step of `gpt_rloo` by phase, changing one "
@@ -326,7 +323,7 @@ def _growth(table: str, name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     header = [name if table == "ranks" else f"{table}, {name}", "seconds", "over the first", "memory of a rank"]
-    return _table(header, cells)
+    return markdown_table(header, cells)
 
 
 def _bubble(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -344,7 +341,7 @@ def _bubble(rows: Sequence[Mapping[str, Any]]) -> str:
         "**The pipeline bubble**, PP 2: the fraction of the schedule in which a stage is idle, from the stages' "
         "measured busy times. *Formula*: (p − 1) / (m + p − 1), which assumes equal stages. *Of these stages*: the "
         "same schedule simulated with the times of each stage and no communication.\n\n"
-        + _table(["micro-batches m", "measured", "least", "formula", "of these stages"], cells)
+        + markdown_table(["micro-batches m", "measured", "least", "formula", "of these stages"], cells)
     )
 
 
@@ -357,7 +354,7 @@ def _start_up(report: _Report) -> str:
         f"fastest of {report['arguments']['repeats']} runs. *Again*: another run from the same weights on the same "
         f"data, {report['arguments']['prompts']} prompts, which finds {found} cached. With few runs on "
         "busy cores, parts that do the same work in both columns differ by noise only, and so may the totals.\n\n"
-        + _table(["part", "first", "again"], rows)
+        + markdown_table(["part", "first", "again"], rows)
     )
 
 

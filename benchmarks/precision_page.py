@@ -6,9 +6,10 @@ The text here does not depend on the figures; every number in a table is read fr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.markdown import markdown_table
 from benchmarks.precision import ENDS_IN_BF16, UNCALIBRATED
 from benchmarks.results import FOLDER
 
@@ -126,11 +127,6 @@ def page() -> str:
     return "\n".join(part.strip() + "\n" for part in parts)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _number(value: float | None) -> str:
     if value is None:
         return ""
@@ -167,12 +163,12 @@ def _measured(report: _Figures) -> str:
             "bf16. Log-probabilities of tokens and responses at W0, in nats; log-ratios log π_W1 − log π_W0, W0's from "
             "the run's own reference pass, in nats; RAO's loss at W1, relative; its gradient at W1, relative distance "
             "and cosine. *ends in bf16*: the first and last layer.\n",
-            _table(["format", *(title for title, _ in names), "cosine"], rows),
+            markdown_table(["format", *(title for title, _ in names), "cosine"], rows),
             "",
             "What a policy that has learned nothing differs from its reference by, in nats, rms over responses. "
             "*As it is*: with the scales that it has once it has seen the first two steps' batches. *Beside*: with "
             "other rows in its micro-batch. To compare with: the log-ratio that RAO has made of it at W1.\n",
-            _table(["format", "as it is", "beside", "log-ratio at W1"], start),
+            markdown_table(["format", "as it is", "beside", "log-ratio at W1"], start),
         ]
     )
 
@@ -220,7 +216,7 @@ def _runs(report: _Figures) -> str:
     return (
         f"**{report['arguments']['steps']} steps of RAO in each format**, from W0, on the same batches, no prompt "
         "twice: held-out prompts at the end.\n\n"
-        + _table(["format", "loss", "target error", "margin", "steps left out"], rows)
+        + markdown_table(["format", "loss", "target error", "margin", "steps left out"], rows)
     )
 
 

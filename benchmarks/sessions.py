@@ -37,12 +37,12 @@ class Turn:
         self._memory.__enter__()
 
     def hold(self) -> Any:
-        """Wait, before anything is measured, for :meth:`Session.begin`; what it was given."""
+        """Wait for :meth:`Session.begin`, before anything is measured, and return its argument."""
         self._connection.send({})
         return self._connection.recv()
 
     def fail(self, why: str) -> None:
-        """The run is over, and :class:`RunFailed` is what its session raises."""
+        """Report that the run has failed: the session raises :class:`RunFailed`."""
         self._connection.send({"failed": why})
 
     def peak_bytes(self) -> int:
@@ -68,7 +68,7 @@ class Turn:
 
 
 class RunFailed(RuntimeError):
-    """A run has ended where it was to take steps."""
+    """A run has ended before its session was stopped."""
 
 
 class Session:
@@ -78,8 +78,8 @@ class Session:
         function: called there with a :class:`Turn` and ``args``; trains, calling ``Turn.between_steps``.
         steps: of a round.
         forked: from a server that has imported Megatron once; else a fresh interpreter.
-        held: the function calls :meth:`Turn.hold` first, and is not waited for: several import at the same time, and
-            are begun (:meth:`begin`) one after the other.
+        held: the function calls :meth:`Turn.hold` first, and the constructor does not wait for it: several sessions
+            import at the same time, and are begun (:meth:`begin`) one after the other.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Session:
             self.started = self._receive()
 
     def begin(self, given: Any) -> dict[str, Any]:
-        """Let a run that is held go on to its first step; ``given``: what its :meth:`Turn.hold` returns."""
+        """Let a held run continue to its first step; ``given`` is returned by its :meth:`Turn.hold`."""
         self._receive()
         self._connection.send(given)
         self.started = self._receive()

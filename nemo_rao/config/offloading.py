@@ -1,4 +1,4 @@
-"""Checks of what is moved to host memory: activations, and the optimizer's state."""
+"""Checks of offloading to host memory: of activations and of the optimizer's state."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 
 def check_offloading(config: RunConfig) -> None:
-    """Refuses what the run's device or Megatron does not have.
+    """Check that the run's device and Megatron support the offloading that is asked for.
 
     Raises:
-        UserError: names the key.
+        UserError: they do not; names the key.
     """
     _check_activations(config)
     _check_optimizer(config)
@@ -27,19 +27,19 @@ def _check_activations(config: RunConfig) -> None:
     layers = architecture_fields(config).get("num_layers")
     if not transformer_engine_is_used(config.trainer.accelerator):
         raise UserError(
-            f"{given}: Transformer Engine's layers on a GPU alone can move activations to host memory; set it to null"
+            f"{given}: only Transformer Engine's layers on GPUs can offload activations to host memory; set it to null"
         )
     if layers is not None and number >= layers:
         raise UserError(f"{given}: must be below the number of layers, {layers}")
     if keys.pipeline_model_parallel_size > 1:
         raise UserError(
-            f"{given}: Megatron does not move activations of a pipeline's stages "
+            f"{given}: Megatron does not offload activations with pipeline parallelism "
             f"(model.pipeline_model_parallel_size={keys.pipeline_model_parallel_size}); set it to null"
         )
     if keys.recompute_granularity is not None:
         raise UserError(
-            f"{given} and model.recompute_granularity={keys.recompute_granularity}: activations are either moved or "
-            "recomputed; set one of them to null"
+            f"{given} and model.recompute_granularity={keys.recompute_granularity}: activations are either offloaded "
+            "or recomputed; set one of the two to null"
         )
 
 
@@ -50,7 +50,7 @@ def _check_optimizer(config: RunConfig) -> None:
         return
     if not transformer_engine_is_used(config.trainer.accelerator):
         raise UserError(
-            f"{given}: Megatron moves the optimizer to host memory with Transformer Engine on a GPU alone; set it to 0"
+            f"{given}: Megatron offloads the optimizer's state only on GPUs with Transformer Engine; set it to 0"
         )
     if not keys.use_distributed_optimizer:
         raise UserError(f"{given} needs model.optim.use_distributed_optimizer=true")

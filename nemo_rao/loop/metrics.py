@@ -18,7 +18,7 @@ from nemo_rao.mcore.loss import means, reduce_statistics
 from nemo_rao.planning.compute import Work
 from nemo_rao.runtime.metrics_file import truncate_metrics
 
-_PAIRS = "pairs of queries and keys"  # a sum without a count, which is no metric
+_PAIRS = "pairs of queries and keys"  # reduced with the metrics, but not logged
 
 
 class Metrics(Hook):
@@ -39,7 +39,7 @@ class Metrics(Hook):
 
     Args:
         log_every_n_steps: steps from one line of the loggers to the next; ``metrics.jsonl`` has every step.
-        throughput: of the run; ``None``: FLOPs are not reported.
+        throughput: of the run; ``None``: FLOP/s and MFU are not logged.
     """
 
     def __init__(self, *, log_every_n_steps: int, throughput: Throughput | None = None) -> None:
@@ -61,8 +61,8 @@ class Metrics(Hook):
     def micro_batch(self, session: Session, batch: MicroBatch, *, embeds_tokens: bool) -> None:
         # Counted once: by the chunk that embeds the tokens, on one of the ranks that have them.
         if embeds_tokens and parallel_state.get_tensor_and_context_parallel_rank() == 0:
-            num_places = batch.tokens.numel() * parallel_state.get_context_parallel_world_size()
-            self._counts += (batch.num_row_tokens, batch.num_tokens, num_places, batch.num_attention_pairs)
+            num_positions = batch.tokens.numel() * parallel_state.get_context_parallel_world_size()
+            self._counts += (batch.num_row_tokens, batch.num_tokens, num_positions, batch.num_attention_pairs)
 
     def after_step(self, session: Session) -> None:
         of_rows, computed, with_padding, pairs = self._counts.tolist()

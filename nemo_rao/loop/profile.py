@@ -1,10 +1,10 @@
-"""A profile of some steps: PyTorch's trace, a snapshot of the GPU's memory, and ranges for NVIDIA's Nsight Systems.
+"""Profiles of training steps: PyTorch's trace, a snapshot of the GPU's memory, ranges for NVIDIA's Nsight Systems.
 
     run folder/profile/trace_steps_10_to_12.json.gz      for ui.perfetto.dev or chrome://tracing
     run folder/profile/memory_steps_10_to_12.pickle      for pytorch.org/memory_viz, on a GPU
 
-Under ``nsys profile --capture-range=cudaProfilerApi`` no trace is made: Nsight Systems records the same steps instead,
-and the two cannot read the GPU's counters at once.
+Under ``nsys profile --capture-range=cudaProfilerApi``, Nsight Systems records these steps instead of PyTorch's trace:
+the two profilers cannot read the GPU's counters at the same time.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from nemo_rao.loop.session import Hook, Session
 from nemo_rao.runtime.console import say
 
 FOLDER = "profile"  # in the run folder
-_NSIGHT = "NSYS_PROFILING_SESSION_ID"  # set by nsys in what it starts
-_MEMORY_EVENTS = 200_000  # allocations that a snapshot remembers at most
+_NSIGHT = "NSYS_PROFILING_SESSION_ID"  # environment variable that nsys sets for its child processes
+_MEMORY_EVENTS = 200_000  # most allocations in a snapshot
 
 
 class ProfileSteps(Hook):
-    """Profiles steps on the first rank. The last of the hooks, so that no other hook's ``before_step`` is included.
+    """Profiles steps on the first rank. To be the last hook, so that no other hook's ``before_step`` is included.
 
     Args:
-        first, last: steps, counted from 1 as in ``metrics.jsonl``. A run that begins or ends between them has a profile
-            of those that it took.
+        first, last: steps, counted from 1 as in ``metrics.jsonl``, both included. A run that starts or ends between
+            them profiles those that it takes.
     """
 
     def __init__(self, first: int, last: int) -> None:
@@ -46,7 +46,7 @@ class ProfileSteps(Hook):
         if self._is_running:
             self._micro_batches = 0
             torch.cuda.nvtx.range_push(f"step {number}")
-            self._step = record_function(f"step {number}")  # the same in PyTorch's trace
+            self._step = record_function(f"step {number}")  # the range of PyTorch's trace
             self._step.__enter__()
 
     def micro_batch(self, session: Session, batch: MicroBatch, *, embeds_tokens: bool) -> None:

@@ -1,4 +1,4 @@
-"""Model FLOPs of a step and the share of the GPUs' peak that they are: the planner's formula, the step's own tokens."""
+"""Model FLOP/s and MFU of a training step: the planner's formula for the tokens that the step computed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from nemo_rao.planning.setting import Setting
 
 @dataclass(frozen=True)
 class Throughput:
-    """Turns what a step computed and its seconds into metrics.
+    """Computes throughput metrics from a step's work and seconds.
 
     Attributes:
-        setting: the run as the planner sees it.
-        peak_tflops: of one GPU in the format of the weights, so that FP8 is measured by bf16's peak; ``None``: not
-            known.
+        setting: the run as the planner describes it.
+        peak_tflops: dense peak of one GPU in the weights' format (for FP8 that of bf16); ``None`` if not known.
     """
 
     setting: Setting
     peak_tflops: float | None
 
     def metrics(self, work: Work, seconds: float) -> dict[str, float]:
-        """``perf/tflops_per_gpu`` and, where the peak is known, ``perf/mfu`` (from 0 to 1).
+        """``perf/tflops_per_gpu`` and, if the peak is known, ``perf/mfu`` (from 0 to 1).
 
-        Counted are model FLOPs (:mod:`nemo_rao.planning.compute`) of the tokens that were computed: neither padding nor
-        a shared prompt's repetitions, nor what recomputation adds.
+        These count model FLOPs (:mod:`nemo_rao.planning.compute`) of the tokens that were computed, without padding,
+        repetitions of a shared prompt, and recomputation.
+
+        Args:
+            work: of the step, over all ranks.
+            seconds: of the step.
         """
         tflops = flops(self.setting, work).model / (seconds * self.setting.ranks * 1e12)
         of_peak = {} if self.peak_tflops is None else {"perf/mfu": tflops / self.peak_tflops}
@@ -39,16 +42,16 @@ class Throughput:
 
 
 def throughput_of(config: RunConfig, *, responses: int) -> Throughput | None:
-    """For a run on GPUs; ``None`` on a CPU, and where the planner does not know the network.
+    """The throughput of a run on GPUs; ``None`` on a CPU, and for networks that the planner does not support.
 
     Args:
-        responses: of each prompt of the training data, on average.
+        responses: average number of responses of a prompt in the training data.
     """
     if not torch.cuda.is_available():
         return None
     try:
         setting = setting_of(config, responses=responses)
-    except UserError:  # what a plan would refuse, such as families whose layers are not planned
+    except UserError:  # as nemo-rao plan reports it, such as for families of models that it does not support
         return None
     gpu = gpu_of_device(torch.cuda.get_device_name())
     return Throughput(setting, None if gpu is None else gpu.peak_tflops(setting.param_bytes))

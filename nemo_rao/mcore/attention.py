@@ -5,8 +5,8 @@ attended to by itself, so that neither other rows nor padding cost anything. It 
 place of Megatron's attention mask, which its layers pass on untouched, and which activation recomputation keeps.
 
     without Transformer Engine    :class:`SegmentAttention`, by PyTorch's scaled dot product attention
-    with it, rows                 its own attention, in its THD format (``PackedSeqParams``)
-    with it, shared prompts       PyTorch's FlexAttention in its layers (:mod:`nemo_rao.mcore.flex_attention`)
+    with it, rows                 its own attention, in THD format (``PackedSeqParams``)
+    with it, shared prompts       PyTorch's FlexAttention within its layers (:mod:`nemo_rao.mcore.flex_attention`)
 
 Rotary embeddings are those of the positions within the row.
 """

@@ -1,18 +1,20 @@
-"""Shared prompts with Transformer Engine's layers: PyTorch's FlexAttention in the place of their core attention alone.
+"""Shared prompts with Transformer Engine's layers: PyTorch's FlexAttention replaces their core attention.
 
-Linear layers, norms, their fusions and FP8 stay Transformer Engine's. The core attention, which is computed in 16 bits,
-is one compiled kernel each way that skips what the table of segments rules out (:mod:`nemo_rao.mcore.segment_masks`).
-The mask is made once a micro-batch, by its first layer. :class:`~nemo_rao.mcore.attention.SegmentAttention` stays the
-way on a CPU, where FlexAttention has no backward pass, and what this is tested against.
+Linear layers, norms, their fusions and FP8 remain Transformer Engine's. The core attention, which is computed in 16
+bits, is one compiled kernel each for forward and backward, which skips the blocks that the table of segments rules out
+(:mod:`nemo_rao.mcore.segment_masks`). The first layer of a micro-batch makes the mask for all of them.
+:class:`~nemo_rao.mcore.attention.SegmentAttention` is used on CPUs, where FlexAttention has no backward pass, and is
+the reference in tests.
 
-Considered instead: two calls of a variable-length kernel (FlashAttention, cuDNN), of all responses to their prompt
-without a causal mask and of each segment to itself, merged by their log-sum-exp. Each call is faster than FlexAttention
-is on Hopper. But the merge is further passes over ``[T, heads, D]`` in float32 each way; its backward pass needs those
-of the kernels with a log-sum-exp from outside, which are private functions of either package; prompts have to be copied
-next to each other, as they lie between responses; and a window that reaches from a response back into its prompt
-depends on the query, which a call without a causal mask cannot say. FlexAttention needs PyTorch alone.
+Considered instead: two calls of a variable-length kernel (FlashAttention, cuDNN), one from all responses to their
+prompts without a causal mask and one from each segment to itself, merged by their log-sum-exp. On Hopper each call is
+faster than FlexAttention. But merging takes further passes over ``[T, heads, D]`` in float32 in both directions;
+backward needs the kernels' own backward functions with a log-sum-exp from outside, which are private in both packages;
+prompts would have to be copied next to each other, as responses lie between them; and a window that reaches from a
+response back into its prompt depends on the query, which a call without a causal mask cannot express. FlexAttention
+needs nothing but PyTorch.
 
-Not run on a GPU yet. What is tested without one: the mask for every layout, the forward pass, and the layer spec.
+Not run on a GPU yet. Tested without one: the mask for every layout, the forward pass, and the layer spec.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -38,19 +39,23 @@ from nemo_rao.mcore.segment_masks import block_mask
 
 KEY = "data.prefix_sharing=true"
 
-# Short sequences without a gradient would get a kernel for decoding, and round otherwise than in training.
+# Short sequences without a gradient would get the kernel for decoding, which rounds differently.
 _KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 class FlexSegmentAttention(SegmentAttention):
-    """:class:`SegmentAttention` with FlexAttention for tables of segments. No dropout, no softmax offset, no CP."""
+    """:class:`SegmentAttention` with FlexAttention for tables of segments.
+
+    Raises:
+        UserError: the config asks for something that FlexAttention does not have here, such as dropout.
+    """
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **keywords: Any) -> None:
         super().__init__(config, *arguments, **keywords)
         _check(config)
 
     def _attend_to_table(self, query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
-        """``[T, B, heads * D]``: all sequences as one, since no segment sees another sequence."""
+        """``[T, B, heads * D]``, computed as one sequence: no segment sees another sequence."""
         length, num_sequences = query.shape[:2]
         earlier = None if self._window is None else self._window[0]
         mask = _MASKS.of(table, length * num_sequences, earlier)
@@ -71,59 +76,60 @@ def _as_one(part: Tensor) -> Tensor:
 
 @functools.cache
 def _flex_attention(device_type: str) -> Callable[..., Tensor]:
-    """Compiled on a GPU. The uncompiled form, for tests on a CPU, holds all weights.
+    """FlexAttention, compiled on a GPU. The uncompiled form, for tests on a CPU, holds all attention weights.
 
-    PyTorch compiles for the first length that it meets, and for all lengths once it meets another; that with and
-    without gradients, and of short sequences. To ask for all lengths from the start (``dynamic=True``) would also make
-    the scale and the blocks' size variables of the kernel.
+    PyTorch compiles for the first length that it meets, and for all lengths when it meets a second one; separately with
+    and without gradients, and for short sequences. ``dynamic=True`` would compile for all lengths at once, but would
+    also turn the scale and the block size into variables of the kernel.
     """
     if device_type != "cuda":
         return flex_attention
     dynamo = importlib.import_module("torch._dynamo")
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 32)  # beyond it, the whole run would fail
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 32)  # beyond it, fullgraph=True raises
     return torch.compile(flex_attention, fullgraph=True)
 
 
 class _Masks:
-    """Masks of the last few micro-batches, which all layers share, also when activations are recomputed.
+    """Masks of the last ``size`` tables, which all layers share, also when activations are recomputed.
 
-    Recomputation brings the table back as another tensor in the same memory. An entry keeps its table, so that the
-    memory cannot be another table's.
+    Recomputation passes the table as another tensor in the same memory. An entry keeps its table alive, so that this
+    memory cannot be given to another table.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._held: OrderedDict[tuple[Any, ...], tuple[Tensor, BlockMask]] = OrderedDict()
+        self._held: dict[tuple[Any, ...], tuple[Tensor, BlockMask]] = {}  # the oldest first
 
     def of(self, table: Tensor, num_tokens: int, window: int | None) -> BlockMask:
         key = (table.device, table.data_ptr(), table.shape, num_tokens, window)
         if key not in self._held:
             self._held[key] = table, block_mask(table, num_tokens, window=window)
             if len(self._held) > self._size:
-                self._held.popitem(last=False)
+                del self._held[next(iter(self._held))]
         return self._held[key][1]
 
 
-_MASKS = _Masks(32)  # micro-batches in flight through a pipeline, with and without a window
+_MASKS = _Masks(32)  # enough for a pipeline's micro-batches in flight, with and without a window
 
 
 # ------------------------------------------------------------------------------------------------ layer spec
 
 
 def share_prompts(config: TransformerConfig, *, packed: bool) -> None:
-    """Have a model built with :class:`FlexSegmentAttention` in the place of Transformer Engine's attention.
+    """Replace Transformer Engine's core attention by :class:`FlexSegmentAttention` in a model's layer spec.
 
     Args:
-        config: of an engine, with a ``transformer_layer_spec``.
+        config: of an engine, with a ``transformer_layer_spec``. Changed in place.
         packed: micro-batches are one sequence. Otherwise rotary angles differ between sequences, which Transformer
             Engine's fused kernel cannot apply.
 
     Raises:
-        UserError: the model's attention is one that FlexAttention does not replace.
+        UserError: the config asks for something that FlexAttention does not have here. A spec whose attention cannot be
+            replaced is reported when the model is built.
     """
     _check(config)
-    spec = config.transformer_layer_spec  # type: ignore[attr-defined]
-    config.transformer_layer_spec = functools.partial(layer_spec_with_flex_attention, spec=spec)  # type: ignore[attr-defined]
+    spec = config.transformer_layer_spec
+    config.transformer_layer_spec = functools.partial(layer_spec_with_flex_attention, spec=spec)
     if not packed:
         config.apply_rope_fusion = False
 
@@ -132,7 +138,10 @@ def layer_spec_with_flex_attention(config: TransformerConfig, vp_stage: int | No
     """An engine's layer spec with :class:`FlexSegmentAttention` as its core attention.
 
     Args:
-        spec: the engine's, or the function that makes it.
+        spec: the engine's layer spec, or the function that makes it.
+
+    Raises:
+        UserError: the layers have no attention, or one that FlexAttention does not replace.
     """
     if callable(spec) and not isinstance(spec, ModuleSpec):
         takes_stage = "vp_stage" in inspect.signature(spec).parameters
@@ -144,7 +153,7 @@ def layer_spec_with_flex_attention(config: TransformerConfig, vp_stage: int | No
 
 
 def _replaced(part: Any) -> tuple[Any, bool]:
-    """A copy of a part of a spec with another core attention, and whether there is one in it."""
+    """A copy of a part of a spec with its core attention replaced, and whether it has one."""
     if isinstance(part, (list, tuple)):
         each = [_replaced(one) for one in part]
         return type(part)(one for one, _ in each), any(found for _, found in each)
@@ -176,7 +185,7 @@ def _replaced_fields(fields: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
 def _flex_for(core: Any) -> type[FlexSegmentAttention]:
     kind = core.module if isinstance(core, ModuleSpec) else core
-    if kind is FlexSegmentAttention:  # a config that was finished before
+    if kind is FlexSegmentAttention:  # the config was finished before
         return FlexSegmentAttention
     name = kind.__name__ if isinstance(kind, type) else str(kind)
     if name != "TEDotProductAttention":
@@ -184,13 +193,13 @@ def _flex_for(core: Any) -> type[FlexSegmentAttention]:
     return FlexSegmentAttention
 
 
-# Field of Megatron's config -> (values that FlexAttention has here, what another one asks for). A release may lack it.
+# Field of Megatron's config -> (values that are possible, meaning of the others). Some releases lack some fields.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "context_parallel_size": ((1,), "context parallelism"),
     "attention_dropout": ((0, 0.0), "attention dropout"),
     "multi_latent_attention": ((False,), "multi-latent attention"),
-    "softmax_type": (("vanilla",), "an offset of the softmax"),
-    "attn_logit_softcapping": ((None, 0, 0.0), "a soft cap of attention's logits"),
+    "softmax_type": (("vanilla",), "a softmax offset"),
+    "attn_logit_softcapping": ((None, 0, 0.0), "attention logit soft-capping"),
 }
 
 

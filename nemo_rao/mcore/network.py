@@ -78,8 +78,8 @@ _PRECISION = """
 """
 NO_EFFECT = frozenset(" ".join((_LAYOUT, _TRAINING, _DROPOUT, _WEIGHTS, _MEMORY, _KERNELS, _PRECISION)).split())
 
-# Kernels around another spec, which it is given as ``spec``.
-_AROUND = "nemo_rao.mcore.flex_attention.layer_spec_with_flex_attention"
+# Gives the layers of another spec, its argument ``spec``, a different attention kernel.
+_KERNEL_ONLY = "nemo_rao.mcore.flex_attention.layer_spec_with_flex_attention"
 
 # Forms of one and the same layers, with and without Transformer Engine. A class with layers of another kind names a
 # spec of its own.
@@ -144,7 +144,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, map(_plain, value)))
     if isinstance(value, functools.partial):
-        if _plain(value.func) == _AROUND:
+        if _plain(value.func) == _KERNEL_ONLY:
             return _plain(value.keywords["spec"])
         if _plain(value.func) == "the usual layers":
             return "the usual layers"  # its arguments are kernels and number formats

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_rao.ops.blocks import Blocks, add_product
-from nemo_rao.ops.logit_blocks import logit_blocks_for
+from nemo_rao.ops.logit_blocks import Tokens, logit_blocks_for
 from nemo_rao.ops.vocabulary import (
     Columns,
     Positions,
@@ -174,11 +174,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 features_grad,
                 sums,
                 Blocks(whole, weight, u, b, positions, ctx.columns.num, ctx.workspace_bytes),
+                Tokens(local_targets, largest, total, grad[positions]),
                 wanted=wanted,
-                local_targets=local_targets,
-                largest=largest,
-                total=total,
-                upstream=grad[positions],
             )
 
         hidden_part, u_part = features_grad.tensor_split([size - wanted.start], dim=1)
@@ -203,35 +200,23 @@ def _add_gradients(
     features_grad: Tensor,
     sums: Sequence[tuple[Tensor, slice]],
     blocks: Blocks,
+    tokens: Tokens,
     *,
     wanted: slice,
-    local_targets: Tensor,
-    largest: Tensor,
-    total: Tensor,
-    upstream: Tensor,
 ) -> None:
-    """Add all tokens' gradients up, in place.
+    """Add up the gradients of all N tokens, in place.
 
     Args:
         features_grad: of the ``wanted`` features, ``[N, wanted]``.
         sums: weights' gradients ``[V/TP, part of F]``, and the features that each of them multiplies.
-        local_targets, largest, total, upstream: ``[N]``.
     """
-    compute = logit_blocks_for(features_grad.device, total.dtype)
+    compute = logit_blocks_for(features_grad.device, tokens.total.dtype)
     slab_sums = [blocks.sum_of_slabs(weight_sum) for weight_sum, _ in sums]
     for slab, rows in blocks.pairs(sums=slab_sums):
         features_nf, weight_cf = blocks.features_of(rows), blocks.weight_of(slab)
         logits_nc = blocks.logits(features_nf, weight_cf)
         grad_nc = blocks.factor_like(logits_nc)
-        compute.gradient(
-            logits_nc,
-            local_targets[rows],
-            largest_n=largest[rows],
-            total_n=total[rows],
-            upstream_n=upstream[rows],
-            out_nc=grad_nc,
-            first_column=slab.start,
-        )
+        compute.gradient(logits_nc, tokens.of(rows), out_nc=grad_nc, first_column=slab.start)
         if features_grad.shape[1] > 0:
             add_product(features_grad[rows], grad_nc, weight_cf[:, wanted])
         for slab_sum, (_, features) in zip(slab_sums, sums, strict=True):

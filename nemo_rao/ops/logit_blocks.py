@@ -1,15 +1,15 @@
-"""What is computed from a block of logits: softmax statistics in forward, the logits' gradient in backward.
+"""Softmax statistics of a block of logits, for the forward pass, and the logits' gradient, for the backward pass.
 
 Shape legend: ``n`` tokens and ``c`` vocabulary columns of one block. Per token, with z its logits, y its target, M the
-largest logit of all ranks and g the gradient that comes in:
+largest logit of all ranks and g the upstream gradient:
 
     S = sum_j exp(z_j - M),    dz_j = g ([j = y] - exp(z_j - M) / S)
 
-Two implementations with the same signatures. :data:`PYTORCH` is the reference and runs everywhere; each of its calls
-reads the block about five times. The Triton kernels (:mod:`nemo_rao.ops.triton_logit_blocks`) read it once, and are
-chosen for CUDA tensors where Triton can be imported. ``NEMO_RAO_TRITON=0`` turns them off.
+There are two implementations. :data:`PYTORCH` is the reference and runs on every device; each of its calls reads the
+block about five times. The Triton kernels (:mod:`nemo_rao.ops.triton_logit_blocks`) read it once, and are used for CUDA
+tensors if Triton can be imported. ``NEMO_RAO_TRITON=0`` turns them off.
 
-M and S stay separate numbers. Their log-sum-exp, as one float32, would lose the digits of S where M is large.
+M and S are kept apart: their log-sum-exp as one float32 would lose the digits of S if M is large.
 """
 
 from __future__ import annotations
@@ -22,7 +22,25 @@ import torch
 from torch import Tensor
 
 SWITCH = "NEMO_RAO_TRITON"
-"""Environment variable; ``0`` keeps the Triton kernels from being used."""
+"""Environment variable; ``0`` turns the Triton kernels off."""
+
+
+class Tokens(NamedTuple):
+    """What the gradient of tokens' logits follows from besides the logits.
+
+    Attributes:
+        targets: ``[n]`` int64, on the same scale as ``first_column``; any value for a token of another rank.
+        largest, total, upstream: ``[n]`` M, S and g, of the statistics' type; may be strided.
+    """
+
+    targets: Tensor
+    largest: Tensor
+    total: Tensor
+    upstream: Tensor
+
+    def of(self, rows: slice) -> Tokens:
+        """Those of some tokens."""
+        return Tokens(*(values[rows] for values in self))
 
 
 class AddToStatistics(Protocol):
@@ -33,7 +51,7 @@ class AddToStatistics(Protocol):
         Args:
             statistics_n3: float32 or float64; see :func:`nemo_rao.ops.vocabulary.empty_statistics`. Contiguous.
             logits_nc: columns are adjacent in memory, rows may be further apart. May be overwritten.
-            targets_n: int64, on the same scale as ``first_column``; any value for a token of another rank.
+            targets_n: see :class:`Tokens`.
             first_column: number of the block's first column.
         """
 
@@ -41,22 +59,11 @@ class AddToStatistics(Protocol):
 class Gradient(Protocol):
     """Compute the logits' gradient."""
 
-    def __call__(
-        self,
-        logits_nc: Tensor,
-        targets_n: Tensor,
-        *,
-        largest_n: Tensor,
-        total_n: Tensor,
-        upstream_n: Tensor,
-        out_nc: Tensor,
-        first_column: int = 0,
-    ) -> None:
+    def __call__(self, logits_nc: Tensor, tokens: Tokens, *, out_nc: Tensor, first_column: int = 0) -> None:
         """
         Args:
-            logits_nc, targets_n, first_column: see :class:`AddToStatistics`.
-            largest_n, total_n, upstream_n: M, S, g, of the statistics' type; may be strided.
-            out_nc: where the gradient is written, rounded once to its type. May be the logits' memory.
+            logits_nc, first_column: see :class:`AddToStatistics`.
+            out_nc: the gradient, rounded once to its type. May be the logits' memory.
         """
 
 
@@ -84,41 +91,33 @@ def logit_blocks_for(device: torch.device, dtype: torch.dtype) -> LogitBlocks:
 def _triton() -> LogitBlocks | None:
     try:
         from nemo_rao.ops.triton_logit_blocks import TRITON
-    except ImportError:  # it comes with PyTorch's CUDA builds on Linux only
+    except ImportError:  # Triton comes with PyTorch's CUDA builds on Linux only
         return None
     return TRITON
 
 
-def owned(targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """``([n], [n])``: the target's column among ``num_columns``, any where it has none; whether it has one."""
-    is_here = (targets >= 0) & (targets < num_columns)
-    return torch.where(is_here, targets, 0), is_here
+def _target_columns(targets_n: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    """``([n], [n])``: each target's column among ``num_columns``, 0 if it is not one of them; whether it is."""
+    is_here = (targets_n >= 0) & (targets_n < num_columns)
+    return torch.where(is_here, targets_n, 0), is_here
 
 
 def _add_to_statistics(statistics_n3: Tensor, logits_nc: Tensor, targets_n: Tensor, *, first_column: int = 0) -> None:
     largest = torch.maximum(statistics_n3[:, 0], logits_nc.amax(-1))
-    column, is_here = owned(targets_n - first_column, logits_nc.shape[1])
+    column, is_here = _target_columns(targets_n - first_column, logits_nc.shape[1])
     statistics_n3[:, 2] += torch.where(is_here, logits_nc.gather(1, column[:, None])[:, 0], 0)
     statistics_n3[:, 1] *= (statistics_n3[:, 0] - largest).exp_()
     statistics_n3[:, 1] += logits_nc.sub_(largest[:, None]).exp_().sum(-1)
     statistics_n3[:, 0] = largest
 
 
-def _gradient(
-    logits_nc: Tensor,
-    targets_n: Tensor,
-    *,
-    largest_n: Tensor,
-    total_n: Tensor,
-    upstream_n: Tensor,
-    out_nc: Tensor,
-    first_column: int = 0,
-) -> None:
+def _gradient(logits_nc: Tensor, tokens: Tokens, *, out_nc: Tensor, first_column: int = 0) -> None:
+    targets, largest, total, upstream = tokens
     # exp(z - M) - S [j = y], which the scale makes g ([j = y] - exp(z - M) / S).
-    logits_nc.sub_(largest_n[:, None]).exp_()
-    column, is_here = owned(targets_n - first_column, logits_nc.shape[1])
-    logits_nc.scatter_add_(1, column[:, None], torch.where(is_here, -total_n, 0)[:, None])
-    torch.mul(logits_nc, (-upstream_n / total_n)[:, None], out=out_nc)
+    logits_nc.sub_(largest[:, None]).exp_()
+    column, is_here = _target_columns(targets - first_column, logits_nc.shape[1])
+    logits_nc.scatter_add_(1, column[:, None], torch.where(is_here, -total, 0)[:, None])
+    torch.mul(logits_nc, (-upstream / total)[:, None], out=out_nc)
 
 
 PYTORCH = LogitBlocks("pytorch", _add_to_statistics, _gradient, reads_16_bits=False)

@@ -1,18 +1,18 @@
 """The operations of :mod:`nemo_rao.ops.logit_blocks` as Triton kernels, which read each block of logits once.
 
-Imported where it is used only, as Triton comes with PyTorch's CUDA builds alone. Matrix products stay cuBLAS's.
+Imported on first use only, as Triton comes with PyTorch's CUDA builds. Matrix products remain cuBLAS's.
 
-Both kernels are bound by memory: at 4 bytes a logit they compute one exponential, a fraction of what the special
-function units manage in that time. So the configurations are fixed, and nothing is tuned at run time:
+Both kernels are memory-bound: they compute one exponential for each logit of 4 bytes, a fraction of what the special
+function units do in that time. The configurations are therefore fixed, without autotuning:
 
-- statistics: one program a row. 8 warps hold 4096 logits, 16 to a thread, which are four 16-byte loads in flight; a
-  block of ``linear_log_probs`` has thousands of rows, which fill the device.
-- gradient: one program for each 2048 columns of a row, 8 warps, 8 logits to a thread.
+- statistics: one program a row. 8 warps hold 4096 logits, 16 per thread, so four 16-byte loads are in flight; a block
+  of ``linear_log_probs`` has thousands of rows, which fill the device.
+- gradient: one program for each 2048 columns of a row, 8 warps, 8 logits per thread.
 
-Rows should begin at multiples of 16 elements (:class:`nemo_rao.ops.blocks.Blocks` sees to it): Triton then loads 16
-bytes at a time. Offsets of rows are 64-bit, as ``n c`` may exceed 2^31. The host is not synchronized and nothing is
-allocated, so the kernels can be captured in a CUDA graph after their first call. Results are reproducible: every sum
-has one order.
+Rows should begin at multiples of 16 elements, as those of :class:`nemo_rao.ops.blocks.Blocks` do: Triton then loads 16
+bytes at a time. Row offsets are 64-bit, as ``n c`` may exceed 2^31. The kernels neither synchronize with the host nor
+allocate memory, so they can be captured in a CUDA graph after their first call. Results are deterministic: every sum
+has a fixed order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemo_rao.ops.logit_blocks import LogitBlocks
+from nemo_rao.ops.logit_blocks import LogitBlocks, Tokens
 
 STATISTICS_COLUMNS, GRADIENT_COLUMNS, NUM_WARPS = 4096, 2048, 8
 
@@ -110,20 +110,12 @@ def _add_to_statistics(statistics_n3: Tensor, logits_nc: Tensor, targets_n: Tens
         )
 
 
-def _gradient(
-    logits_nc: Tensor,
-    targets_n: Tensor,
-    *,
-    largest_n: Tensor,
-    total_n: Tensor,
-    upstream_n: Tensor,
-    out_nc: Tensor,
-    first_column: int = 0,
-) -> None:
+def _gradient(logits_nc: Tensor, tokens: Tokens, *, out_nc: Tensor, first_column: int = 0) -> None:
     num_rows, num_columns = logits_nc.shape
     if num_rows == 0 or num_columns == 0:
         return
-    assert largest_n.dtype == total_n.dtype == upstream_n.dtype == torch.float32 and targets_n.is_contiguous()
+    targets, largest, total, upstream = tokens
+    assert largest.dtype == total.dtype == upstream.dtype == torch.float32 and targets.is_contiguous()
     assert num_columns == 1 or (logits_nc.stride(1) == out_nc.stride(1) == 1), (logits_nc.stride(), out_nc.stride())
     with _on_device_of(logits_nc):
         _gradient_kernel[(num_rows, triton.cdiv(num_columns, GRADIENT_COLUMNS))](
@@ -131,22 +123,22 @@ def _gradient(
             out_nc.stride(0),
             logits_nc,
             logits_nc.stride(0),
-            targets_n,
+            targets,
             first_column,
             num_columns,
-            largest_n,
-            largest_n.stride(0),
-            total_n,
-            total_n.stride(0),
-            upstream_n,
-            upstream_n.stride(0),
+            largest,
+            largest.stride(0),
+            total,
+            total.stride(0),
+            upstream,
+            upstream.stride(0),
             COLUMNS=GRADIENT_COLUMNS,
             num_warps=NUM_WARPS,
         )
 
 
 def _on_device_of(tensor: Tensor) -> Any:
-    """Triton launches on the current device, whatever its arguments' is. A tensor on the CPU is the interpreter's."""
+    """Make a tensor's device the current one, on which Triton launches. CPU tensors are for Triton's interpreter."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_rao.ops.logit_blocks import logit_blocks_for
+from nemo_rao.ops.logit_blocks import Tokens, logit_blocks_for
 from nemo_rao.ops.vocabulary import (
     Positions,
     chunks,
@@ -124,22 +124,15 @@ class _LogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, local_targets, largest, total, *positions = ctx.saved_tensors
+        tokens = Tokens(local_targets, largest, total, grad[tuple(positions)])
         logits_grad = torch.zeros_like(logits)
-        compute = logit_blocks_for(logits.device, largest.dtype)
+        compute = logit_blocks_for(logits.device, total.dtype)
         if ctx.num_columns > 0:
             columns, columns_grad = logits[..., : ctx.num_columns], logits_grad[..., : ctx.num_columns]
             for rows in chunks(local_targets.shape[0], ctx.rows_per_chunk):
-                here = tuple(index[rows] for index in positions)
-                chunk_nv = _read(columns, positions, rows, logits.dtype if compute.reads_16_bits else largest.dtype)
-                compute.gradient(
-                    chunk_nv,
-                    local_targets[rows],
-                    largest_n=largest[rows],
-                    total_n=total[rows],
-                    upstream_n=grad[here],
-                    out_nc=chunk_nv,
-                )
-                columns_grad[here] = chunk_nv.to(logits.dtype)
+                chunk_nv = _read(columns, positions, rows, logits.dtype if compute.reads_16_bits else total.dtype)
+                compute.gradient(chunk_nv, tokens.of(rows), out_nc=chunk_nv)
+                columns_grad[tuple(index[rows] for index in positions)] = chunk_nv.to(logits.dtype)
         return logits_grad, *[None] * 6
 
 

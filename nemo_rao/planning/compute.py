@@ -43,8 +43,8 @@ class Work:
     """What a step computes, over all ranks.
 
     Attributes:
-        tokens: of all micro-batches.
-        pairs: of a query and a key: the square of each row's tokens, as if attention were not causal.
+        tokens: tokens of all micro-batches.
+        pairs: pairs of a query and a key: the sum of the rows' squared lengths, as if attention were not causal.
     """
 
     tokens: int
@@ -55,7 +55,7 @@ def flops(setting: Setting, work: Work | None = None) -> Flops:
     """FLOPs of a step.
 
     Args:
-        work: of the step; ``None``: rows of the planned length, with their padding.
+        work: what the step computes; ``None``: rows of the planned length, including padding.
     """
     if work is None:
         work = Work(setting.step_tokens, setting.length * setting.step_tokens)

@@ -42,7 +42,8 @@ class StageMemory:
         critic: of the critic's step: its micro-batches and, with GPUs, its states, which wait in host memory otherwise;
             0 where there is none.
         critic_states: its weights, gradients and optimizer states on a CPU, held throughout.
-        host: of a rank's reference weights and critic in host memory, where the run samples; no part of the total.
+        host: of host memory: offloaded optimizer states and, where the run samples, a rank's reference weights and
+            critic; not part of the total.
     """
 
     weights: int
@@ -82,10 +83,11 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
     critic = None if setting.critic is None else stage_memory(setting.critic, stage)
     of_critic = 0 if critic is None else critic.weights + critic.gradients + critic.optimizer
     with_gpus = setting.transformer_engine
+    optimizer_in_host = int(states.optimizer * setting.optimizer_in_host)
     return StageMemory(
         weights=states.weights,
         gradients=states.gradients,
-        optimizer=int(states.optimizer * (1 - setting.optimizer_in_host)),
+        optimizer=states.optimizer - optimizer_in_host,
         in_flight=in_flight,
         activations=-(-in_flight * kept // setting.virtual),
         log_probs=log_prob_bytes(setting) if stage == setting.pipeline - 1 else 0,
@@ -94,7 +96,7 @@ def stage_memory(setting: Setting, stage: int) -> StageMemory:
         sampling=0 if setting.rollouts is None else sampling_bytes(setting, stage),
         critic=0 if critic is None else critic.passing + (of_critic if with_gpus else 0),
         critic_states=0 if with_gpus else of_critic,
-        host=0 if setting.rollouts is None else host_bytes(setting, stage),
+        host=optimizer_in_host + (0 if setting.rollouts is None else host_bytes(setting, stage)),
         process=0 if with_gpus else PROCESS_BYTES,
     )
 

@@ -65,8 +65,8 @@ def main(arguments: argparse.Namespace) -> int:
         print("data.validation_path: validations by sampling are not planned.")
     if config.model.cpu_offloading_num_layers is not None:
         print(
-            "model.cpu_offloading_num_layers: activations that wait in host memory are planned as if they stayed on\n"
-            "the GPU."
+            "model.cpu_offloading_num_layers: activations that are offloaded to host memory are planned as if they\n"
+            "stayed on the GPU."
         )
     if config.data.prefix_sharing:
         print(
@@ -231,7 +231,11 @@ def _rollouts(keys: OnlineConfig, needs: Needs) -> Rollouts | None:
 
 
 def _critic_network(config: RunConfig, policy: Network) -> Network:
-    """Of the run that the critic starts from, or of the policy."""
+    """The network of the run that the critic starts from, else the policy's.
+
+    Raises:
+        UserError: the run's directory has no recipe.
+    """
     run = objective_config(config).critic_path
     if run is None:
         return policy

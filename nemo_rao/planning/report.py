@@ -43,7 +43,7 @@ def record(
     """
     sent, work, time = communication(setting), flops(setting), step_time(setting, machine)
     stages = [
-        {**dataclasses.asdict(stage), "total": stage.total, **dataclasses.asdict(stage_states(setting, number))}
+        {**dataclasses.asdict(stage_states(setting, number)), **dataclasses.asdict(stage), "total": stage.total}
         for number, stage in enumerate(memory(setting))
     ]
     return {
@@ -195,12 +195,14 @@ def _memory(setting: Setting) -> Iterator[str]:
         yield "  ** the reference pass takes more than the rows from activations on; the larger counts"
     if any(stage.host for stage in stages):
         of_node = max(stage.host for stage in stages) * setting.devices / GIB
-        waiting = [
-            *(["reference weights"] if setting.reference and setting.lora is None else []),
-            *(["critic"] if setting.critic is not None and setting.transformer_engine else []),
-        ]
-        verb = "wait" if waiting[0].endswith("s") or len(waiting) > 1 else "waits"
-        yield f"  {' and '.join(waiting)} {verb} in host memory: {of_node:.2f} on a node, at most"
+        samples = setting.rollouts is not None
+        in_host = {
+            "optimizer states": setting.optimizer_in_host > 0,
+            "reference weights": samples and setting.reference and setting.lora is None,
+            "critic": samples and setting.critic is not None and setting.transformer_engine,
+        }
+        names = ", ".join(name for name, is_there in in_host.items() if is_there)
+        yield f"  host memory of a node: at most {of_node:.2f} ({names})"
     logits = whole_logits(setting) / GIB
     if not setting.scores:
         held = "are held, and their gradient:" if setting.holds_logits else "are never held, and would take"

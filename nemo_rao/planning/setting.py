@@ -108,7 +108,7 @@ class Setting:
         reference_in_a_row: micro-batches of that pass between two writes, after which the pipeline is filled anew.
         mismatched: each step has a forward pass over one more response of each prompt.
         rollouts: what the run samples; ``None``: it trains on responses that lie there.
-        critic_network: sizes of a critic that is a model of its own; ``None``: there is none.
+        critic_network: sizes of a critic that is a separate model; ``None``: there is none.
         transformer_engine: its fused layers run, as on GPUs; else PyTorch's own, as on a CPU.
     """
 
@@ -178,7 +178,7 @@ class Setting:
 
     @property
     def critic(self) -> Setting | None:
-        """The critic, trained as the policy is, with a value head in the place of its output layer."""
+        """The critic, trained as the policy is, with a value head instead of an output layer."""
         if self.critic_network is None:
             return None
         return replace(

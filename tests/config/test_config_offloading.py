@@ -46,7 +46,7 @@ def test_on_a_cpu_nothing_is_moved_to_host_memory(
     [
         (("model.cpu_offloading_num_layers=4",), ("num_layers=4", "below the number of layers, 4")),
         ((LAYERS, "model.pipeline_model_parallel_size=2", "trainer.devices=2"), ("pipeline_model_parallel_size=2",)),
-        ((LAYERS, "model.recompute_granularity=selective"), ("recompute_granularity=selective", "one of them")),
+        ((LAYERS, "model.recompute_granularity=selective"), ("recompute_granularity=selective", "one of the two")),
         ((OPTIMIZER, "model.optim.use_distributed_optimizer=false"), ("use_distributed_optimizer=true",)),
     ],
 )

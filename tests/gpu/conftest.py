@@ -1,4 +1,4 @@
-"""Data, a start, and runs on the CPU that tests of a GPU compare with."""
+"""Data, starting weights, and runs on the CPU with which GPU tests compare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from ..train.runs import make_data
 from .on_device import SMALL, RunsOnTheCpu
 
-# Files whose tests fork this process. They come first: others may initialize CUDA in it.
+# Files whose tests fork this process. They run first: other tests may initialize CUDA in it.
 FORKING = ("test_gpu_model.py", "test_gpu_runs.py")
 
 STEPS = 5
@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...], cpu: RunsOnTheCpu) -> Path:
-    """The run of two fine-tuning steps on the CPU that the others start from."""
+    """A run of two fine-tuning steps on the CPU, from which the others start."""
     folder = tmp_path_factory.mktemp("start")
     named = (f"exp_manager.exp_dir={folder}", "exp_manager.name=sft", "trainer.max_steps=2", "model.optim.lr=1e-3")
     cpu.start("gpt_sft", [*data, *named])()

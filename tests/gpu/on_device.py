@@ -1,6 +1,6 @@
-"""Where tests of a GPU run: each in a process of its own on the GPU, or in a dry run on the CPU; CPU runs beside them.
+"""Runs functions and trainings of GPU tests in separate processes, on the GPU or, in a dry run, on the CPU.
 
-The test process itself never initializes CUDA, so that its forks can.
+The test process itself does not initialize CUDA, so that its forks can.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ WITH_TE = transformer_engine_is_used()
 NO_TE = "Transformer Engine is not used here"
 DEVICE = ("trainer.accelerator=gpu",) if ON_GPU else ("trainer.accelerator=cpu",)
 ON_CPU = ("trainer.accelerator=cpu", "precision=fp32")
-CPU_SECONDS = 120.0  # that a run on the CPU may take, its process's imports included
+CPU_SECONDS = 120.0  # time limit of a run on the CPU, including imports
 
-# A Llama whose sizes suit every FP8 recipe, and heads that fused attention takes.
+# A Llama whose sizes suit every FP8 recipe, with heads that fused attention supports.
 SMALL = (
     *("model.arch.num_layers=3", "model.arch.hidden_size=256", "model.arch.ffn_hidden_size=512"),
     *(
@@ -41,7 +41,7 @@ SMALL = (
 
 
 def result_of(function: Callable[..., Any], *args: Any) -> Any:
-    """What ``function(*args)`` returns in a process of its own; tensors are to be on the CPU."""
+    """What ``function(*args)`` returns in a separate process; its tensors must be on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result"
         in_fork(_store, function, args, path)
@@ -53,7 +53,7 @@ def _store(function: Callable[..., Any], args: Sequence[Any], path: Path) -> Non
 
 
 def train(recipe: str, overrides: Sequence[str]) -> str:
-    """Train on the device, in a process of its own; what the run has printed."""
+    """Train on the device, in a separate process; returns what the run has printed."""
     return str(result_of(_printed, recipe, tuple(overrides)))
 
 
@@ -64,7 +64,7 @@ def _printed(recipe: str, overrides: Sequence[str]) -> str:
 
 
 def enter_megatron() -> Any:
-    """Process groups of one rank, in a process of :func:`result_of`; the device that its tensors are on."""
+    """Initialize process groups of one rank, in a process of :func:`result_of`; returns the device."""
     import torch
 
     from nemo_rao.runtime.launch import _free_port, _rank_environment
@@ -80,13 +80,13 @@ def enter_megatron() -> Any:
 
 
 class RunsOnTheCpu:
-    """``nemo-rao train`` on the CPU, one run after the other, while tests use the GPU."""
+    """Runs ``nemo-rao train`` on the CPU, one run after the other, while tests use the GPU."""
 
     def __init__(self) -> None:
         self._connection: Any = None
 
     def start(self, recipe: str, overrides: Sequence[str]) -> Callable[[], None]:
-        """Begin a run after those before it; what is returned waits for it, and raises what it raised."""
+        """Start a run after the previous ones. The function returned waits for it, and fails if the run has."""
         given = (recipe, (*overrides, *ON_CPU))
         if not ON_GPU:
             run_training(*given)
@@ -97,7 +97,7 @@ class RunsOnTheCpu:
         return self._wait
 
     def _wait(self) -> None:
-        assert self._connection.poll(CPU_SECONDS), "a run on the CPU does not end"
+        assert self._connection.poll(CPU_SECONDS), "timeout of a run on the CPU"
         failure = self._connection.recv()
         assert failure is None, failure
 
@@ -108,7 +108,7 @@ class RunsOnTheCpu:
 
 
 def _start_server() -> tuple[Any, Any]:
-    """A fresh interpreter that sees no GPU."""
+    """A fresh interpreter without visible GPUs: the connection to it, and the process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=False)
@@ -135,8 +135,8 @@ def _serve(connection: Any) -> None:
 
 
 @contextlib.contextmanager
-def no_synchronization_counted() -> Iterator[list[str]]:
-    """A list that gets a line for each operation in the block by which the host waits for the GPU."""
+def synchronizations() -> Iterator[list[str]]:
+    """A list that gets a line for each operation in the block at which the host waits for the GPU."""
     import torch
 
     found: list[str] = []

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nemo_rao.ops.linear_log_probs import linear_vocab_parallel_log_probs
-from nemo_rao.ops.logit_blocks import PYTORCH, SWITCH, logit_blocks_for
+from nemo_rao.ops.logit_blocks import PYTORCH, SWITCH, Tokens, logit_blocks_for
 from nemo_rao.ops.vocab_parallel import vocab_parallel_log_probs
+from nemo_rao.ops.vocabulary import empty_statistics
 from nemo_rao.runtime.gpus import has_gpu
 
 from ..ops import test_linear_log_probs as linear
@@ -56,8 +57,7 @@ def test_rows_beyond_2_to_the_31_elements_are_reached() -> None:
     generator = torch.Generator(GPU).manual_seed(0)
     memory[tail].normal_(generator=generator)
     targets = torch.arange(num_rows, device=GPU) % stride
-    statistics = torch.zeros(num_rows, 3, device=GPU)
-    statistics[:, 0] = torch.finfo(torch.float32).min
+    statistics = empty_statistics(num_rows, memory, torch.float32)
     TRITON.add_to_statistics(statistics, memory, targets)
     alone = memory[tail].clone()
     wanted = alone.double().logsumexp(-1)
@@ -65,9 +65,7 @@ def test_rows_beyond_2_to_the_31_elements_are_reached() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     softmax = alone.double().softmax(-1)
     upstream = torch.ones(num_rows, device=GPU)
-    TRITON.gradient(
-        memory, targets, largest_n=statistics[:, 0], total_n=statistics[:, 1], upstream_n=upstream, out_nc=memory
-    )
+    TRITON.gradient(memory, Tokens(targets, statistics[:, 0], statistics[:, 1], upstream), out_nc=memory)
     expected = torch.nn.functional.one_hot(targets[tail], stride).double() - softmax
     assert linear.relative_error(memory[tail].double(), expected) <= 2**-8
 
@@ -168,10 +166,7 @@ def test_kernels_can_be_captured_in_a_cuda_graph() -> None:
         TRITON.add_to_statistics(statistics, inputs["logits"], inputs["targets"], first_column=block.first_column)
         TRITON.gradient(
             inputs["logits"],
-            inputs["targets"],
-            largest_n=statistics[:, 0],
-            total_n=statistics[:, 1],
-            upstream_n=inputs["upstream"],
+            Tokens(inputs["targets"], statistics[:, 0], statistics[:, 1], inputs["upstream"]),
             out_nc=out,
             first_column=block.first_column,
         )

@@ -1,7 +1,7 @@
-"""One model on a GPU: Transformer Engine's layers, PyTorch's and transformers' agree; packing, log-probs, sampling.
+"""One model on a GPU: Transformer Engine's, PyTorch's and transformers' layers agree; packing, log-probs, sampling.
 
 Tolerances are relative errors of whole tensors (norm of the difference over the norm), and those of log-probabilities
-in nats. bf16 has 8 bits: a product's result is off by 2^-9 = 0.2 %, and by a few times that after some layers.
+in nats. bf16 has 8 bits: the error of a product is 2^-9 = 0.2 %, and a few times that after some layers.
 """
 
 from __future__ import annotations
@@ -98,23 +98,20 @@ def _error(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def expected() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return result_of(_logits_and_gradients, "transformers", "fp32")  # type: ignore[no-any-return]
+    found: tuple[torch.Tensor, dict[str, torch.Tensor]] = result_of(_logits_and_gradients, "transformers", "fp32")
+    return found
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["local", pytest.param("Transformer Engine", marks=needs_te)])
 def test_logits_and_gradients_are_those_of_transformers(kind: str, dtype: str, expected: Any) -> None:
     logits, gradients = result_of(_logits_and_gradients, kind, dtype)
-    rows = slice(0, tiny_vocab())
+    rows = slice(0, SIZES["VOCAB"])
     errors = {
         name: _error(gradient[: len(expected[1][name])], expected[1][name]) for name, gradient in gradients.items()
     }
     assert _error(logits[..., rows], expected[0][..., rows]) < LOGITS[dtype]
     assert {name: error for name, error in errors.items() if not error < GRADIENTS[dtype]} == {}
-
-
-def tiny_vocab() -> int:
-    return SIZES["VOCAB"]
 
 
 def _row_sums(kind: str, dtype: str) -> dict[str, torch.Tensor]:
@@ -164,7 +161,7 @@ def _head_errors() -> dict[str, float]:
         assert weight.grad_added_to_main_grad
         weight.grad = None
     exact = [one.detach().double().requires_grad_() for one in (hidden, weight)]
-    (exact_logps,) = [(exact[0] @ exact[1][:vocab_size].T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]]
+    exact_logps = (exact[0] @ exact[1][:vocab_size].T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     exact_logps.backward(upstream.double())
     assert exact[0].grad is not None and exact[1].grad is not None and hidden.grad is not None
     return {
@@ -212,7 +209,8 @@ def _sampled(kind: str, dtype: str) -> list[Any]:
 def _logps_of_row(source: Any, prompt: list[int], response: list[int]) -> list[float]:
     row = torch.tensor([*prompt, *response])
     logps = source(row[None]).logits[0, :-1].log_softmax(-1).gather(-1, row[1:, None])[:, 0]
-    return logps[len(prompt) - 1 :].tolist()  # type: ignore[no-any-return]
+    of_response: list[float] = logps[len(prompt) - 1 :].tolist()
+    return of_response
 
 
 def test_sampling_with_a_cache_of_keys_and_values_has_the_log_probabilities_of_whole_rows() -> None:

@@ -12,18 +12,14 @@ import pytest
 
 from nemo_rao.config.gpu_models import FP8_RECIPES
 
-from ..train.runs import _train, die_after_step, in_fork, last_stored, steps
+from ..train.runs import NO_CHECKPOINTS, _train, die_after_step, in_fork, last_stored, steps
 from .conftest import COMPARED, STEPS
-from .on_device import DEVICE, NO_TE, ON_GPU, WITH_TE, RunsOnTheCpu, no_synchronization_counted, result_of, train
+from .on_device import DEVICE, NO_TE, ON_GPU, WITH_TE, RunsOnTheCpu, result_of, synchronizations, train
 
 pytestmark = pytest.mark.gpu
 
 BF16 = (*DEVICE, "precision=bf16_mixed")
 FIRST_STEP = "log-ratios to the reference are 0 but for rounding"
-NO_CHECKPOINTS = (
-    "exp_manager.checkpoint_callback_params.save_top_k=0",
-    "exp_manager.checkpoint_callback_params.save_last=false",
-)
 ALL_CHECKPOINTS = (
     "exp_manager.checkpoint_callback_params.every_n_train_steps=3",
     "exp_manager.checkpoint_callback_params.save_top_k=-1",
@@ -147,7 +143,7 @@ def _waits(recipe: str, overrides: Sequence[str], step: int) -> list[str]:
     class Count(Hook):
         def before_step(self, session: Any) -> None:
             if session.step == step:
-                self.counting = no_synchronization_counted()
+                self.counting = synchronizations()
                 self.found = self.counting.__enter__()
 
         def after_step(self, session: Any) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from nemo_rao.ops.logit_blocks import LogitBlocks
+from nemo_rao.ops.logit_blocks import LogitBlocks, Tokens
 
 from . import test_linear_log_probs, test_vocab_parallel
 
@@ -98,10 +98,7 @@ def of_block(block: Block, compute: LogitBlocks, device: str = "cpu") -> dict[st
     memory = torch.full((len(statistics), block.num_columns + 3), 7.0, dtype=block.out_dtype, device=device)
     compute.gradient(
         logits(),
-        inputs["targets"],
-        largest_n=statistics[:, 0],
-        total_n=statistics[:, 1],
-        upstream_n=inputs["upstream"],
+        Tokens(inputs["targets"], statistics[:, 0], statistics[:, 1], inputs["upstream"]),
         out_nc=memory[:, : block.num_columns],
         first_column=block.first_column,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -360,32 +362,50 @@ def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
 # ------------------------------------------------------------------------------------------------- memory
 
 
-def test_blocks_fill_the_budget_and_no_more() -> None:
-    for read_dtype, cell, side in ((torch.float32, 4, 8), (torch.bfloat16, 6, 10)):
-        for num_tokens, num_columns, num_features in ((1000, 128_256, 512), (100_000, 16_032, 4096), (50, 300, 64)):
-            for budget in (2**20, 2**25, 2**29):
-                rows, width = block_sizes(num_tokens, num_columns, num_features, budget, 4, read_dtype.itemsize)
-                taken = rows * width * cell + (rows + width) * num_features * side
-                assert 1 <= rows <= num_tokens and 1 <= width <= num_columns
-                assert taken <= budget
-                assert taken > budget / 2 or (rows, width) == (num_tokens, num_columns)
+def checked_block(
+    num_tokens: int, num_columns: int, num_features: int, budget: int, read_itemsize: int, *, multiple: int = 1
+) -> tuple[int, int]:
+    """The size of a block that fits into the budget: chunks of tokens and slabs of columns are even and as few as can
+    be. Of numbers of 4 bytes."""
+    cell, side = {4: (4, 8), 2: (6, 10)}[read_itemsize]  # bytes a logit, and a feature of a token or of a column
+
+    def fits(rows: int, width: int) -> bool:
+        return rows * width * cell + (rows + width) * num_features * side <= budget
+
+    def even(length: int, parts: int) -> int:
+        return min(length, math.ceil(math.ceil(length / parts) / multiple) * multiple)
+
+    rows, width = block_sizes(num_tokens, num_columns, num_features, budget, 4, read_itemsize, multiple=multiple)
+    assert fits(rows, width)
+    num_chunks, num_slabs = math.ceil(num_tokens / rows), math.ceil(num_columns / width)
+    assert (rows, width) == (even(num_tokens, num_chunks), even(num_columns, num_slabs))
+    # Tokens come first: as many as fit beside the columns of a square block.
+    square = bisect.bisect(range(1, budget), False, key=lambda size: not fits(size, size))
+    beside = bisect.bisect(range(1, budget), False, key=lambda size: not fits(min(square, num_tokens), size))
+    assert num_chunks == 1 or not fits(even(num_tokens, num_chunks - 1), min(beside, num_columns))
+    assert num_slabs == 1 or not fits(rows, even(num_columns, num_slabs - 1))
+    return rows, width
 
 
-def test_sizes_of_blocks_are_even() -> None:
-    rows, _ = block_sizes(1030, 10**6, 64, 2**23, 4, 4)
-    assert 1030 % rows == 0 or 1030 % rows > rows / 2
+@pytest.mark.parametrize("read_itemsize", [4, 2])
+@pytest.mark.parametrize("budget", [2**20, 2**25, 2**29])
+def test_blocks_fill_the_budget_evenly(read_itemsize: int, budget: int) -> None:
+    for num_tokens, num_columns, num_features in (
+        (1000, 128_256, 512),
+        (1030, 10**6, 64),
+        (100_000, 16_032, 4096),
+        (50, 300, 64),
+    ):
+        checked_block(num_tokens, num_columns, num_features, budget, read_itemsize)
 
 
 @pytest.mark.parametrize("num_tokens", [700, 8192, 32_768, 32_000])
 def test_blocks_are_whole_tiles_within_the_budget(num_tokens: int) -> None:
     """Of Llama 3's head; the last of a row may be smaller."""
     for num_columns in (128_256, 32_064, 300):
-        rows, width = block_sizes(num_tokens, num_columns, 4096, 2**29, 4, 2, multiple=256)
+        rows, width = checked_block(num_tokens, num_columns, 4096, 2**29, 2, multiple=256)
         assert rows == num_tokens or rows % 256 == 0
         assert width == num_columns or width % 256 == 0
-        taken = rows * width * 6 + (rows + width) * 4096 * 10
-        assert taken <= 2**29
-        assert taken > 2**28 or (rows, width) == (num_tokens, num_columns)
     assert block_sizes(10**5, 10**5, 64, 100_000, 4, 2, multiple=256)[0] < 256, "a small budget comes first"
 
 

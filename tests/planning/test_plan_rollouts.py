@@ -11,6 +11,7 @@ from nemo_rao.planning.machine import Machine
 from nemo_rao.planning.memory import stage_memory
 from nemo_rao.planning.parameters import model_parameters
 from nemo_rao.planning.plan import setting_of
+from nemo_rao.planning.report import record, table
 from nemo_rao.planning.rollouts import cache_bytes, rollout_time, sampling_bytes
 from nemo_rao.planning.setting import Setting
 from nemo_rao.planning.step_time import forward_seconds, step_time
@@ -49,6 +50,19 @@ def test_reference_weights_wait_in_host_memory_but_for_adapters(alone: Setting) 
     assert stage_memory(dataclasses.replace(alone, reference=False), 0).host == 0
     lora = setting_of(compose("gpt_rloo_llama3_8b", ["model.peft.scheme=lora"]))
     assert stage_memory(lora, 0).host == 0 < lora.rollouts.passes  # type: ignore[union-attr]
+
+
+def test_offloaded_optimizer_states_are_in_host_memory_beside_reference_weights(alone: Setting) -> None:
+    offloaded = dataclasses.replace(alone, optimizer_in_host=0.25)
+    before, after = stage_memory(alone, 0), stage_memory(offloaded, 0)
+    assert after.host - before.host == before.optimizer - after.optimizer == before.optimizer // 4 > 0
+    [stage] = record("a run", offloaded, MACHINE, [], None)["memory_bytes"]
+    assert (stage["optimizer"], stage["host"], stage["total"]) == (after.optimizer, after.host, after.total)
+    shown = f"host memory of a node: at most {after.host / 2**30:.2f} (optimizer states, reference weights)"
+    assert shown in table("a run", offloaded, MACHINE, [], None)
+    training = dataclasses.replace(offloaded, rollouts=None)
+    shown = f"host memory of a node: at most {before.optimizer / 4 / 2**30:.2f} (optimizer states)"
+    assert shown in table("a run", training, MACHINE, [], None)
 
 
 def test_prompts_are_read_once_and_tokens_take_products_or_reads(alone: Setting) -> None:

@@ -114,6 +114,9 @@ def test_five_steps_are_those_of_one_rank(
     expected = train(recipe, "one rank", PLAIN, data, deep_start)
     got = train(recipe, layout, switches, data, deep_start)
     assert len(expected) == len(got) == 5
+    # The policy starts as the reference, and the steps move it.
+    assert expected[0]["rewards/margins"] == pytest.approx(0, abs=ROUNDING["rewards/"])
+    assert abs(expected[-1]["rewards/margins"]) > 100 * ROUNDING["rewards/"]
     for want, have in zip(expected, got, strict=True):
         assert want.keys() == have.keys()
         assert {"loss", "grad_norm", "logps/chosen", "rewards/margins"} <= want.keys()
@@ -122,9 +125,3 @@ def test_five_steps_are_those_of_one_rank(
                 continue  # the policy is the reference: which of two equal rewards is greater is rounding
             rounding = next((error for prefix, error in ROUNDING.items() if name.startswith(prefix)), 0.0)
             assert have[name] == pytest.approx(value, rel=TOLERANCE, abs=rounding), (want["step"], name)
-
-
-@pytest.mark.parametrize("recipe", ["gpt_rao", "gpt_dpo"])
-def test_five_steps_change_the_loss(recipe: str, data: tuple[str, ...], deep_start: Path) -> None:
-    losses = [step["loss"] for step in train(recipe, "one rank", PLAIN, data, deep_start)]
-    assert max(losses) > 1.01 * min(losses)
