@@ -189,8 +189,8 @@ def test_adapters_are_sampled_with_and_the_reference_is_without_them_also_after_
 
 def _die(where: str, recipe: str, overrides: list[str]) -> None:
     """Trains until rank 0 is killed: while it samples, before a rollout is scored, or at the end of a step."""
-    from nemo_rao.loop import rollouts
     from nemo_rao.loop.metrics import Metrics
+    from nemo_rao.loop.rollout_parts import RolloutParts
     from nemo_rao.rollout import sampler
 
     from .runs import _train
@@ -209,7 +209,7 @@ def _die(where: str, recipe: str, overrides: list[str]) -> None:
     if where == "sampling":
         sampler.sample = kill_at(2, sampler.sample)
     elif where == "scoring":
-        rollouts.MakeRollouts.rewarded = kill_at(2, rollouts.MakeRollouts.rewarded)  # type: ignore[method-assign]
+        RolloutParts.rewarded = kill_at(2, RolloutParts.rewarded)  # type: ignore[method-assign]
     elif where == "the third step":
         Metrics.after_step = kill_at(3, Metrics.after_step)  # type: ignore[method-assign]
     elif where == "the step behind a rollout":
