@@ -19,7 +19,7 @@ from nemo_rao.loop.first_rank import from_first_rank
 from nemo_rao.loop.online_data import OnlineData
 from nemo_rao.loop.rollout_files import RolloutFiles
 from nemo_rao.loop.rollout_parts import RolloutParts
-from nemo_rao.loop.samples_file import write_samples
+from nemo_rao.loop.samples_file import drop_samples_after, write_samples
 from nemo_rao.loop.session import Hook, Session, log
 from nemo_rao.objectives.base import Needs, SampledTokens
 from nemo_rao.rollout.metrics import importance, metrics
@@ -70,6 +70,7 @@ class MakeRollouts(Hook):
         if session.is_first_rank:  # what the remaining steps compute again
             self._files.remove_unfinished()
             self._files.remove(lambda one: one > number or session.step == 0)
+            drop_samples_after(session.folder, session.step)
         torch.distributed.barrier()
         self._parts.load_reward_models()
 
@@ -99,7 +100,11 @@ class MakeRollouts(Hook):
         if not data.rollout_of(first)[1]:
             return
         log(session, self._metrics)
-        is_shown = first % self._keys.log_samples_every == 0 or session.step == session.max_steps
+        # Some step on this rollout is a multiple of log_samples_every, or the run's last one.
+        is_shown = (
+            -first % self._keys.log_samples_every < data.steps_per_rollout
+            or first + data.steps_per_rollout >= session.max_steps
+        )
         if session.is_first_rank and is_shown:
             write_samples(
                 session.folder,

@@ -236,6 +236,9 @@ def test_a_run_that_was_killed_goes_on_bitwise(
     if where in ("scoring", "a later step on it"):
         assert (rollout(folder, 1)["tokens"] == rollout(undisturbed, 1)["tokens"]).all()
     assert steps(folder) == steps(undisturbed)
+    samples = (folder / "samples.jsonl").read_text()
+    assert samples == (undisturbed / "samples.jsonl").read_text(), "none is missing or written twice"
+    assert {json.loads(line)["step"] for line in samples.splitlines()} == {1, 5}
     for number in (0, 1):
         one, same = rollout(folder, number), rollout(undisturbed, number)
         assert one.keys() == same.keys()
@@ -270,9 +273,10 @@ def test_a_run_whose_scorer_fails_is_saved_and_goes_on_bitwise(
 
 COMPUTED = {"rewards", "scores/early_letters", "rewards_so_far", "reference", "reference_logps", "old_logps"}
 
-# Two rollouts of four steps, and a checkpoint in the midst of each.
+# Two rollouts of four steps, and a checkpoint in the midst of each. Each rollout has a step that keeps samples.
 KILLED = (
     "trainer.max_steps=8",
+    "online.log_samples_every=5",
     *SEVERAL_STEPS,
     *parallel(1, 2, 1),
     "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
