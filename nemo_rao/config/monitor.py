@@ -12,8 +12,8 @@ from nemo_rao.objectives import registry
 
 _KEYS = "exp_manager.checkpoint_callback_params"
 _VALIDATION = "val/"
-# What nemo_rao.loop.metrics reports of a training step besides the objective's metrics. Not perf/mfu and the like, which
-# only some GPUs have.
+# What nemo_rao.loop.metrics reports of a training step besides the objective's metrics. Not perf/mfu and the like: only
+# some GPUs have them.
 _OF_STEPS = ("grad_norm", "lr", "seconds/update", "tokens_per_second", "data/token_efficiency", "data/tokens_shared")
 
 # What nemo_rao.loop.critic reports besides the metrics of the critic's objective.
