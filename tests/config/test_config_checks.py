@@ -169,7 +169,7 @@ def test_metrics_of_samples_and_of_a_critic_may_rank_checkpoints_where_every_ste
     files: list[str],
 ) -> None:
     validated = (f"data.validation_path={files[0].partition('=')[2]}", "online.reward=[rule:a:b,rule:a:c]")
-    own = ("model.ppo.critic=model", "model.restore_from_path=/checkpoints/base")
+    own = ("model.ppo.critic=model", "model.restore_from_path=/checkpoints/base", "online.epochs=1")
     config = compose("gpt_ppo", [*files, *validated, *own])
     keep = config.exp_manager.checkpoint_callback_params
     of_critic = ("ppo/value_loss", "ppo/critic_grad_norm", "seconds/critic")
