@@ -64,7 +64,5 @@ class OnlineConfig:
     )
     scoring_attempts: int = key(3, "attempts to call a scorer before the run stops", low=1)
     validation_generations: int = key(1, "responses sampled to each prompt of data.validation_path", low=1)
-    log_samples_every: int = key(
-        10, "steps from one entry of samples.jsonl to the next; an entry is of a whole rollout", low=1
-    )
-    log_samples: int = key(4, "prompts of an entry", low=0)
+    log_samples_every: int = key(10, "steps between entries of samples.jsonl, each of its step's rollout", low=1)
+    log_samples: int = key(4, "prompts in an entry", low=0)
