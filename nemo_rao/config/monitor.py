@@ -24,7 +24,7 @@ _SCORES = "scores/"
 
 
 def validation_intervals(config: RunConfig) -> set[int]:
-    """Optimizer steps between validations: as asked for, and where a checkpoint is ranked by one."""
+    """Optimizer steps between validations: the recipe's, and those between checkpoints that are ranked by one."""
     keys = config.exp_manager.checkpoint_callback_params
     ranked = keys.monitor is not None and keys.monitor.startswith(_VALIDATION) and keys.save_top_k != 0
     return {config.trainer.val_check_interval, *([keys.every_n_train_steps] if ranked else [])}
@@ -60,7 +60,7 @@ def check_monitor(config: RunConfig) -> None:
 
 
 def _reported(config: RunConfig) -> set[str] | None:
-    """Names of all metrics of a run; ``None`` where only the data can tell."""
+    """Names of all metrics of a run; ``None`` if that depends on the data."""
     objective = registry.get(config.model.objective)
     try:
         rewards = RewardSummary(mean=0.5, low=0.0, high=1.0, all_labels=True, all_ranked=True)

@@ -104,7 +104,7 @@ class Prepared:
         finished_at: steps of a run that has ended and is not to be made longer; its model is not checked.
         resume_from: this run's last checkpoint, or ``None`` at its start.
         start_from: a checkpoint whose weights the run starts with, or ``None``.
-        online: of a run that samples its own responses, what is sampled and rewarded; ``train`` is its prompts.
+        online: of a run that samples its own responses, what is sampled and rewarded; ``train`` has its prompts.
     """
 
     train: PreferenceData

@@ -235,4 +235,4 @@ def _save_where_it_stopped(session: Session) -> str:
     if session.step and (found is None or step_of(found) < session.step):
         session.save()
         found = from_first_rank(lambda: last_checkpoint(session.folder))
-    return "The same command starts anew" if found is None else f"The same command goes on from {found}"
+    return f"The same command {'starts anew' if found is None else f'continues from {found}'}"

@@ -1,4 +1,4 @@
-"""Linear heads beside the vocabulary's: numbers per row, from the last hidden state, on the last pipeline stage.
+"""Linear heads besides the output layer: numbers per row, from the last hidden state, on the last pipeline stage.
 
     value_head    V(x) of dro, at the position that predicts the response's first token: all of the prompt and nothing
                   of the response. **Choice** It reads a detached state: the value loss trains the head alone, and the
@@ -49,7 +49,7 @@ class LinearHead(nn.Module):
         position: where they are read: at the end of the prompt, at that of the response, or wherever a token of the
             response is predicted.
         detached: nothing of the gradient passes into the model.
-        bias: beside the weight.
+        bias: it has a bias.
         alone: it replaces the output layer.
 
     Attributes:

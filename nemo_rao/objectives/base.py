@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-# Heads beside the vocabulary's (:mod:`nemo_rao.mcore.heads`): their names in models and in checkpoints.
+# Heads besides the output layer (:mod:`nemo_rao.mcore.heads`): their names in models and in checkpoints.
 VALUE_HEAD, SCORE_HEAD = "value_head", "score_head"
 
 

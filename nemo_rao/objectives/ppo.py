@@ -51,7 +51,9 @@ _LEAST_VARIANCE = 1e-8
 class PPOConfig(ObjectiveConfig):
     block = "ppo"
 
-    kl_coef: float = key(0.05, "reward per nat of a token's log-ratio to the reference; 0: none is asked", low=0)
+    kl_coef: float = key(
+        0.05, "reward per nat of a token's log-ratio to the reference; 0: no reference is needed", low=0
+    )
     gamma: float = key(1.0, "discount of a token's reward at the token before it", low=0, high=1)
     gae_lambda: float = key(0.95, "0: advantages trust the values; 1: the sampled rewards alone", low=0, high=1)
     clip: float = key(0.2, "the ratio counts no further from 1 than this", low=0, high=1)

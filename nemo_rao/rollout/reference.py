@@ -54,7 +54,7 @@ def reference_weights(
     """Of the policy before its first step.
 
     Args:
-        chunks: this rank's model chunks, with the weights that this start of the run goes on with.
+        chunks: this rank's model chunks, with the weights that this start of the run continues from.
         adapters: only they are trained.
         resumed: the run has taken steps.
         load_start: gives the chunks the weights that the run started with; a collective of all ranks.

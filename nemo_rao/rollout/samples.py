@@ -108,7 +108,7 @@ def load(path: Path) -> Rollout | None:
 
 
 class RolloutData:
-    """The rollout at hand, as a data set of S samples: what :class:`nemo_rao.loop.data.AlignmentData` lays out.
+    """The current rollout, as a data set of S samples for :class:`nemo_rao.loop.data.AlignmentData`.
 
     Args:
         prompts: the prompts of the run, as samples without responses.
@@ -116,7 +116,7 @@ class RolloutData:
         num_responses: K.
 
     Attributes:
-        rollout: the one at hand.
+        rollout: the current one; ``None`` until something has been sampled.
         advantages: further numbers of all its tokens, by their names in :class:`nemo_rao.batch.Tokens`.
     """
 

@@ -40,7 +40,7 @@ AWAY = "SCORER_IS_AWAY"
 
 
 def letters_unless_away(prompt: str, response: str) -> float:
-    """The same, but that from the second rollout on it fails for as long as a file lies there."""
+    """The same, but that from the second rollout on it fails as long as a file exists."""
     SCORED.append(response)
     away = Path(os.environ[AWAY])
     if away.exists() and len(SCORED) > (1 if away.read_text() else 48):  # the first call is before the run
@@ -175,7 +175,7 @@ def test_adapters_are_sampled_with_and_the_reference_is_without_them_also_after_
     with pytest.raises(AssertionError, match="was killed by SIGKILL"):
         in_fork(_die, "the third step", recipe, _overrides(killed, common, *LORA, *more))
     run_training(recipe, _overrides(killed, common, *LORA, *more))
-    if recipe == "gpt_ppo":  # its head is trained beside the adapters, and stored with them
+    if recipe == "gpt_ppo":  # its head is trained in addition to the adapters, and stored with them
         assert abs(rollout(whole, 3)["values"]).max() > 0.01
     assert steps(killed) == steps(whole)
     for number in (2, 3):
@@ -259,7 +259,7 @@ def test_a_run_whose_scorer_fails_is_saved_and_goes_on_bitwise(
         with pytest.raises(AssertionError, match=r"RankFailure: online.reward: early_letters failed") as said:
             run_training("gpt_grpo", keys)
         assert "failed 1 times" in str(said.value) and "nobody is there" in str(said.value)
-        assert f"The same command goes on from {folder}/checkpoints/step=4-last" in str(said.value)
+        assert f"The same command continues from {folder}/checkpoints/step=4-last" in str(said.value)
         assert [one.name for one in (folder / "checkpoints").iterdir()] == ["step=4-last"]
         with_samples_alone = rollout(folder, 1).keys()
         assert with_samples_alone == rollout(undisturbed, 1).keys() - COMPUTED
