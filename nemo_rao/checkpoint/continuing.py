@@ -59,15 +59,20 @@ KEEPS_NUMBERS = (
     *("data.cache", "data.strict", "data.train_path", "data.validation_path", "data.tokenizer", "reference."),
     *("data.columns", "data.ignore_fields", "data.bad_rows", "data.max_bad_rows"),
     # How samples are computed and shown; not what they are.
-    *("online.rows_at_once", "online.scoring_attempts", "online.log_samples", "online.vllm_"),
+    *("online.rows_at_once", "online.scoring_attempts", "online.log_samples"),
+    *("online.vllm_python", "online.vllm_gpus", "online.vllm_memory"),
     START,
 )
-# Keys without which a checkpoint cannot be loaded as it was saved.
+# Keys with which a run cannot continue if they change: mostly those that a checkpoint cannot be loaded without.
 NEEDS_NEW_RUN = (
     *("model.family", "model.config_class", "model.arch.", "model.peft.scheme", "model.peft.lora.dim"),
     *("model.peft.lora.target_modules", "model.optim.use_distributed_optimizer", "model.optim.name"),
     *("precision.params", "precision.fp8", "model.ppo.critic_path"),
+    *("online.mini_batches", "online.epochs"),  # which give rollouts their numbers, by which the run finds its own
 )
+# Keys of samples and of their rewards, with which a rollout was made that the run may still train on.
+_OF_SAMPLES = "online."
+_NOT_OF_SAMPLES = "online.vllm_importance_cap"
 _NO_SIZES = (
     *("model.arch.attention_dropout", "model.arch.hidden_dropout", "model.arch.rotary_base"),
     "model.arch.rope_scaling.",
@@ -250,7 +255,15 @@ def describe(changes: list[Change]) -> list[str]:
         note = " (numbers agree to rounding, not bit for bit)"
     else:
         note = ""
-    return [f"changed since the last start: {listed}{note}"]
+    lines = [f"changed since the last start: {listed}{note}"]
+    if any(
+        change.key.startswith(_OF_SAMPLES) and not change.keeps_numbers and change.key != _NOT_OF_SAMPLES
+        for change in changes
+    ):
+        lines.append(
+            "a rollout that has been sampled keeps its samples and rewards; the next one is made with the change"
+        )
+    return lines
 
 
 # Of the keys that keep the numbers, those that reorder sums.

@@ -12,16 +12,19 @@ from nemo_rao.objectives import registry
 
 _KEYS = "exp_manager.checkpoint_callback_params"
 _VALIDATION = "val/"
-# What nemo_rao.engines.nemo.step_metrics reports of a training step besides the objective's metrics.
-# Not perf/mfu and the like: only some GPUs have them.
+# What nemo_rao.loop.metrics reports of a training step besides the objective's metrics. Not perf/mfu and the like: only
+# some GPUs have them.
 _OF_STEPS = ("grad_norm", "lr", "seconds/update", "tokens_per_second", "data/token_efficiency", "data/tokens_shared")
 
-# What nemo_rao.rollout.metrics shows of samples, with whatever needs.
+# What nemo_rao.loop.critic reports besides the metrics of the critic's objective.
+_OF_CRITIC = ("ppo/critic_grad_norm", "ppo/critic_lr", "seconds/critic")
+# What nemo_rao.rollout.metrics reports of the samples of any run, and what it names after the scorers.
 _OF_SAMPLES = ("reward", "reward_std", "reward_p10", "reward_p50", "reward_p90", "unscored", "entropy", "length", "cut")
+_SCORES = "scores/"
 
 
 def validation_intervals(config: RunConfig) -> set[int]:
-    """Optimizer steps between validations: as asked for, and where a checkpoint is ranked by one."""
+    """Optimizer steps between validations: the recipe's, and those between checkpoints that are ranked by one."""
     keys = config.exp_manager.checkpoint_callback_params
     ranked = keys.monitor is not None and keys.monitor.startswith(_VALIDATION) and keys.save_top_k != 0
     return {config.trainer.val_check_interval, *([keys.every_n_train_steps] if ranked else [])}
@@ -45,6 +48,8 @@ def check_monitor(config: RunConfig) -> None:
             f"{_KEYS}.monitor={keys.monitor} needs validation data; set data.validation_path, or another metric, such "
             "as loss"
         )
+    if keys.monitor.startswith(_VALIDATION + _SCORES) and len(config.online.reward) > 1:
+        return  # the scorers' names are known once they are made
     reported = _reported(config)
     if reported is not None and keys.monitor not in reported:
         hint = did_you_mean(keys.monitor, reported) or f"; choose one of {', '.join(sorted(reported))}"
@@ -55,20 +60,28 @@ def check_monitor(config: RunConfig) -> None:
 
 
 def _reported(config: RunConfig) -> set[str] | None:
-    """Names of all metrics of a run; ``None`` where only the data can tell."""
+    """Names of all metrics of a run; ``None`` if that depends on the data."""
     objective = registry.get(config.model.objective)
     try:
         rewards = RewardSummary(mean=0.5, low=0.0, high=1.0, all_labels=True, all_ranked=True)
         keys = objective.resolve(objective_config(config), rewards)
     except UserError:
         return None  # its keys go with other data than this
+    needs = objective.needs_of(keys)
     # An objective's metrics have the same names for every batch.
-    of_objective = {"loss", *objective.loss(_any_batch(max(2, objective.needs_of(keys).min_responses)), keys).metrics}
+    batch = _any_batch(max(2, needs.min_responses))
+    of_objective = {"loss", *objective.loss(batch, keys).metrics}
+    of_steps = {*of_objective, *_OF_STEPS}
+    if needs.critic:
+        assert objective.critic is not None
+        of_steps |= {*objective.critic.loss(batch, keys).metrics, *_OF_CRITIC}
     of_validation = of_objective
     if config.online.num_generations is not None:
-        of_validation = {*_OF_SAMPLES, *(["kl"] if objective.needs_of(keys).reference else [])}
+        of_validation = {*_OF_SAMPLES, *(["kl"] if needs.reference else [])}
+        if config.online.mini_batches * config.online.epochs == 1:  # each step has a rollout
+            of_steps |= {f"rollout/{name}" for name in of_validation}
     validated = {_VALIDATION + name for name in of_validation} if config.data.validation_path is not None else set()
-    return {*of_objective, *_OF_STEPS, *validated}
+    return {*of_steps, *validated}
 
 
 def _any_batch(num_responses: int) -> ObjectiveBatch:

@@ -1,4 +1,4 @@
-"""What runs that sample their own responses ask of their other keys, found before anything heavy is imported."""
+"""Checks of the keys of ``online`` with those that they depend on, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WEIGHING_TOKENS = ("ppo", "grpo")
 
 
 def check_online(config: RunConfig) -> None:
-    """Checks the keys of ``online`` with those that they touch.
+    """Check the keys of ``online`` with those that they depend on.
 
     Raises:
         UserError: the first rule that does not hold.
@@ -104,7 +104,7 @@ def _refuse_without_samples(config: RunConfig) -> None:
 
 
 def _refuse_without_effect(config: RunConfig) -> None:
-    """Keys that go with another one's value."""
+    """Keys that have an effect only with some value of another key."""
     keys = config.online
     missing = {
         "vllm_": "online.sampler=vllm" if keys.sampler != "vllm" else None,
@@ -118,7 +118,7 @@ def _refuse_without_effect(config: RunConfig) -> None:
 
 
 def _refuse_keys_of_files(config: RunConfig) -> None:
-    """Those that say what to do with responses in files, or with the one pass over them before training."""
+    """Keys about responses in files, or about the reference pass before training."""
     for name, value in _changed(config.data):
         if name in _NOT_OF_PROMPTS:
             raise UserError(f"data.{name}={value}: {_NOT_OF_PROMPTS[name]}; leave it out")

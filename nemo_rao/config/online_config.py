@@ -1,4 +1,4 @@
-"""The keys of ``online``: what a run samples from the policy that it trains, and what the samples are worth."""
+"""The keys of ``online``: what a run samples from the policy that it trains, and how the samples are rewarded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from nemo_rao.keys import key
 class OnlineConfig:
     num_generations: int | None = key(
         None,
-        "K: responses sampled to each prompt from the policy in training, which are what it trains on; null: the run "
-        "trains on the data's own responses",
+        "K: responses sampled to each prompt from the policy in training, on which it trains; null: the run trains on "
+        "the responses in the data",
         low=1,
     )
     max_new_tokens: int = key(256, "tokens of a sampled response, its end token included", low=1)
@@ -21,10 +21,10 @@ class OnlineConfig:
     top_p: float = key(
         1.0, "sample from the fewest most probable tokens that hold this much probability", low=0, high=1
     )
-    seed: int = key(1234, "of the samples", low=0)
+    seed: int = key(1234, "seed of the samples", low=0)
     sampler: str = key(
         "megatron",
-        "what samples; megatron: the training model, in place; vllm: vLLM in a process of its own, which is given the "
+        "megatron: the training model samples, in place; vllm: vLLM samples, in a separate process that gets the "
         "weights before each rollout",
         choices=("megatron", "vllm"),
     )
@@ -39,30 +39,30 @@ class OnlineConfig:
     )
     vllm_importance_cap: float | None = key(
         None,
-        "weigh each token of a sample by π/μ, at most this much (2 is usual): the policy in training against what vLLM "
-        "sampled from, in ppo and grpo; null: they count as its own",
+        "with sampler=vllm, ppo and grpo weight each token by π/μ, at most this (2 is usual): probability under the "
+        "training model over that under vLLM; null: no weights",
         low=0,
         exclusive=True,
     )
     reward: list[str] = key(
         [],
         "what scores samples, as in nemo-rao score: [NAME=]KIND:ARGUMENT, such as rule:module:function, "
-        "judge:judge.yaml or model:RUN_FOLDER of a reward model; of several, the weighted sum",
+        "judge:judge.yaml or model:RUN_FOLDER of a reward model; with several, the reward is the weighted sum",
     )
-    reward_weights: dict[str, float] = key({}, "of scorers by name; of those not named, 1")
+    reward_weights: dict[str, float] = key({}, "weights of scorers by name; others have 1")
     cut_responses: str = key(
         "score",
-        "samples that end at max_new_tokens; score: like others; penalty: their reward is cut_reward; drop: they have "
-        "none, and no part in the loss",
+        "samples truncated at max_new_tokens; score: scored like others; penalty: their reward is cut_reward; drop: "
+        "they have no reward and are left out of the loss",
         choices=("score", "penalty", "drop"),
     )
-    cut_reward: float = key(0.0, "reward of a sample that was cut, with cut_responses=penalty")
+    cut_reward: float = key(0.0, "reward of a truncated sample, with cut_responses=penalty")
     mini_batches: int = key(1, "global batches that one rollout fills: optimizer steps in each pass over it", low=1)
     epochs: int = key(1, "passes over each rollout; from the second on its prompts are in a new order", low=1)
     rows_at_once: int = key(
-        64, "responses that a rank decodes together, rounded to whole prompts; with sampler=vllm, all in all", low=1
+        64, "responses that a rank decodes together, rounded to whole prompts; with sampler=vllm, over all ranks", low=1
     )
-    scoring_attempts: int = key(3, "times a scorer is asked before the run stops", low=1)
+    scoring_attempts: int = key(3, "attempts to call a scorer before the run stops", low=1)
     validation_generations: int = key(1, "responses sampled to each prompt of data.validation_path", low=1)
-    log_samples_every: int = key(10, "steps from one entry of samples.jsonl to the next", low=1)
-    log_samples: int = key(4, "prompts of such an entry", low=0)
+    log_samples_every: int = key(10, "steps between entries of samples.jsonl, each of its step's rollout", low=1)
+    log_samples: int = key(4, "prompts in an entry", low=0)

@@ -64,15 +64,15 @@ class Engine(Protocol):
         """
 
     def second_model(self, config: RunConfig, needs: Needs, *, is_trained: bool) -> list[Any]:
-        """This rank's chunks of another model inside a run, split over the run's own process groups.
+        """Build this rank's chunks of a second model inside a run, over the run's process groups.
 
-        They are not wrapped for training; their weights are to be read. A collective over no ranks.
+        The chunks are not wrapped for training, and the caller reads their weights. Not a collective.
 
         Args:
-            config: the other model's recipe, with the run's parallel sizes.
-            needs: of what it is used for, which decides its head.
-            is_trained: where not, initial weights are left out, and with them the marks by which Megatron knows which
-                weights are split over ranks when it adds up a gradient's norm.
+            config: the second model's recipe, with the run's parallel sizes.
+            needs: of the objective that it is used for, which decide its head.
+            is_trained: the run trains it. If not, its weights are not initialized, which is also what marks them as
+                sharded or replicated for Megatron's gradient norm.
         """
 
 

@@ -1,7 +1,7 @@
-"""A critic that is a model beside the policy: values of each rollout, and a step of its own with each of the policy's.
+"""A critic that is a separate model: it computes each rollout's values, and takes a step with each of the policy's.
 
-Its step comes before the policy's, on the same micro-batches. Both are in the checkpoint that follows, which is either
-whole or not there: a critic never goes on with a policy of another step.
+Its step comes before the policy's, on the same micro-batches. A checkpoint counts as finished only when it has both, so
+a run never continues with a critic and a policy of different steps.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from nemo_rao.rollout.samples import Rollout
 
 
 class TrainCritic(Hook):
-    """Comes after :class:`nemo_rao.loop.rollouts.MakeRollouts`, which asks it for values.
+    """Comes after :class:`nemo_rao.loop.rollouts.MakeRollouts`, which calls :meth:`values`.
 
-    It logs, of each step:
+    Logged at each step, with the metrics of the objective that trains it
+    (:func:`nemo_rao.objectives.ppo.ppo_value_loss`):
 
-        ppo/critic_grad_norm    before clipping
-        ppo/critic_lr           its learning rate
-        seconds/critic          time of its step
+        ppo/critic_grad_norm    gradient norm before clipping; not where fp16 has left out the step
+        ppo/critic_lr           learning rate
+        seconds/critic          time of its step, which ``seconds/update`` does not include
 
-    and the metrics of the objective that trains it (:func:`nemo_rao.objectives.ppo.ppo_value_loss`).
+    Args:
+        task: builds it, on every rank.
     """
 
     def __init__(self, task: CriticTask) -> None:
@@ -52,7 +54,12 @@ class TrainCritic(Hook):
         self._loss = ObjectiveLoss(critic, session.loss.config, vocab_size=session.loss.vocab_size)
 
     def values(self, rollout: Rollout, data: AlignmentData, micro_batch_size: int) -> np.ndarray:
-        """float32, of each token of the rollout, which ``data`` holds. A collective over all ranks."""
+        """The value of each token of the rollout, which ``data`` holds: float32, as ``rollout.tokens``. A collective
+        over all ranks.
+
+        Args:
+            micro_batch_size: slots.
+        """
         with self._model.on_device():
             return rollout_values(self._model.chunks, rollout, data.micro_batch, micro_batch_size=micro_batch_size)
 

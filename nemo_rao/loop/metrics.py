@@ -26,7 +26,7 @@ class Metrics(Hook):
 
     Beside the objective's own:
 
-        seconds/update           from the first micro-batch to the end of the optimizer's step
+        seconds/update           from the first micro-batch to the end of the optimizer's step, of the policy alone
         tokens_per_second        of the batch's rows, prompt and response, whatever the layout, in that time; over all
                                  ranks
         data/token_efficiency    tokens that were computed, over those with padding

@@ -1,4 +1,4 @@
-"""The prompts of a run that samples its responses: which of them a rollout has, and which of it a step takes."""
+"""The order of a run that samples: the prompts of each rollout, and the slots of the rollout for each step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nemo_rao.rollout.samples import RolloutData
 
 
 class OnlineData(TrainingData):
-    """The order in which a run takes its prompts. A global batch's numbers are slots of the rollout at hand.
+    """The order in which a run takes its prompts. A global batch consists of slots of the current rollout.
 
     Args:
-        train: of a :class:`nemo_rao.rollout.samples.RolloutData`, which holds the rollout at hand.
+        train: of a :class:`nemo_rao.rollout.samples.RolloutData`, which holds the current rollout.
         micro_batch_size, global_batch_size: prompts.
         seed: of the order; ``None`` keeps the file's order.
         num_prompts: of the whole run.
@@ -41,7 +41,7 @@ class OnlineData(TrainingData):
 
     @property
     def rollout_data(self) -> RolloutData:
-        """The rollout at hand, as data."""
+        """The current rollout, as data."""
         data = self.train.data
         assert isinstance(data, RolloutData), "made of one"
         return data

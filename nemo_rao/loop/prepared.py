@@ -1,4 +1,4 @@
-"""What is worked out of a run before any rank of it exists."""
+"""What is prepared for a run before its ranks are started."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class TextScorers(Protocol):
         """By scorer, ``[S, K]`` float64 scores of S rows with K responses; NaN where it gives none.
 
         Raises:
-            RankFailure: it cannot go on.
+            RankFailure: a scorer has failed.
         """
 
     def notes(self) -> list[str]:
         """Lines to be reported at the end of the run."""
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Release what the scorers hold."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class TokenScorer:
 
 @dataclass(frozen=True)
 class CriticTask:
-    """A critic that is a model of its own, on the run's own ranks.
+    """A critic that is a separate model, on the run's own ranks.
 
     Attributes:
-        build: this rank's part; a collective of all ranks, inside the run. ``build(True)`` leaves out the weights that
-            it starts with: a checkpoint brings its own.
+        build: returns this rank's part; a collective of all ranks, inside the run. ``build(True)`` does not read the
+            weights that it starts from: a checkpoint brings its own.
         rate: its highest learning rate.
         schedule: of its learning rate.
-        resume_from: what :meth:`TrainedModel.save` has written; ``None`` at the run's start.
+        resume_from: the directory that :meth:`TrainedModel.save` has written; ``None`` at the run's start.
     """
 
     build: Callable[[bool], TrainedModel]
@@ -77,8 +77,8 @@ class OnlineTask:
         token_scorers: they read the samples' tokens.
         weights: of scorers' scores in the reward, by name; 1 for the others.
         validation_prompts: those of the validation data, likewise.
-        vllm: what samples; ``None``: the training model.
-        critic: ``None``: the objective has none that is a model.
+        vllm: the policy as vLLM loads it; ``None``: the training model samples.
+        critic: ``None`` unless the objective has one that is a separate model.
     """
 
     prompts: Sequence[Row]
@@ -104,7 +104,7 @@ class Prepared:
         finished_at: steps of a run that has ended and is not to be made longer; its model is not checked.
         resume_from: this run's last checkpoint, or ``None`` at its start.
         start_from: a checkpoint whose weights the run starts with, or ``None``.
-        online: of a run that samples its own responses, what is sampled and rewarded; ``train`` is its prompts.
+        online: of a run that samples its own responses, what is sampled and rewarded; ``train`` has its prompts.
     """
 
     train: PreferenceData

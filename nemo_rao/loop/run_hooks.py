@@ -22,6 +22,7 @@ from nemo_rao.loop.online_data import OnlineData
 from nemo_rao.loop.prepared import OnlineTask, Prepared
 from nemo_rao.loop.profile import ProfileSteps
 from nemo_rao.loop.reference import ReferencePass
+from nemo_rao.loop.rollout_parts import RolloutParts
 from nemo_rao.loop.rollouts import MakeRollouts
 from nemo_rao.loop.sampled_validation import ValidateSamples
 from nemo_rao.loop.session import Hook
@@ -145,24 +146,24 @@ def _sampling_hooks(
     config: RunConfig, needs: Needs, data_sets: Mapping[str, AlignmentData], prepared: Prepared, task: OnlineTask
 ) -> Iterator[Hook]:
     tokenizer = load_tokenizer(config.data.tokenizer or "")
+    text = SampleText(tokenizer, task.prompts)
     critic = None if task.critic is None else TrainCritic(task.critic)
-    rollouts = MakeRollouts(
+    parts = RolloutParts(
         config.online,
         task,
-        tokenizer=tokenizer,
+        end_tokens=text.end_tokens,
         adapters=config.model.peft.scheme != "none",
         needs=needs,
         start=None if prepared.start_from is None else weights_of(prepared.start_from),
-        critic=critic,
     )
-    yield rollouts
+    yield MakeRollouts(config.online, parts, text, needs=needs, sampled_by_vllm=task.vllm is not None, critic=critic)
     if critic is not None:
         yield critic
     if "validation" in data_sets:
         yield ValidateSamples(
             data_sets["validation"],
             SampleText(tokenizer, task.validation_prompts),
-            rollouts,
+            parts,
             needs,
             intervals=validation_intervals(config),
             micro_batch_size=config.model.micro_batch_size,

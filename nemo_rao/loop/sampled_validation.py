@@ -1,4 +1,4 @@
-"""What responses the policy gives to prompts that it does not train on, and their rewards."""
+"""Validation by samples: responses to prompts that the policy does not train on, and their rewards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from nemo_rao.loop.data import AlignmentData
-from nemo_rao.loop.rollouts import MakeRollouts
+from nemo_rao.loop.rollout_parts import RolloutParts
 from nemo_rao.loop.session import Session, log
 from nemo_rao.loop.validation import EvaluatesAtIntervals
 from nemo_rao.objectives.base import Needs
@@ -16,20 +16,20 @@ from nemo_rao.rollout.metrics import metrics
 from nemo_rao.rollout.samples import RolloutData
 from nemo_rao.rollout.text import SampleText
 
-# In the place of a rollout's number: draws are the same in each validation, and no rollout's.
+# The rollout number that the draws depend on: the same in every validation, and that of no rollout.
 _DRAWS = 2**32 - 1
 
 
 class ValidateSamples(EvaluatesAtIntervals):
     """Samples responses to every validation prompt: before the first step, at intervals, and at the end.
 
-    What :mod:`nemo_rao.rollout.metrics` shows of them is reported as ``val/<metric>``. Behind :class:`MakeRollouts`,
-    which it samples and scores with.
+    The metrics of :mod:`nemo_rao.rollout.metrics` are reported as ``val/<metric>``. Comes after
+    :class:`nemo_rao.loop.rollouts.MakeRollouts`, which loads the reward models and keeps the reference.
 
     Args:
         data: of a :class:`nemo_rao.rollout.samples.RolloutData` with a slot for each prompt.
         text: of these prompts.
-        rollouts: of the run.
+        parts: samples and scores.
         needs: of the objective.
         intervals: see :class:`nemo_rao.loop.validation.EvaluatesAtIntervals`.
         micro_batch_size: prompts.
@@ -39,7 +39,7 @@ class ValidateSamples(EvaluatesAtIntervals):
         self,
         data: AlignmentData,
         text: SampleText,
-        rollouts: MakeRollouts,
+        parts: RolloutParts,
         needs: Needs,
         *,
         intervals: Collection[int],
@@ -48,7 +48,7 @@ class ValidateSamples(EvaluatesAtIntervals):
         super().__init__(intervals)
         self._data = data
         self._text = text
-        self._rollouts = rollouts
+        self._parts = parts
         self._needs = needs
         self._micro_batch_size = micro_batch_size
 
@@ -59,10 +59,10 @@ class ValidateSamples(EvaluatesAtIntervals):
     def evaluate(self, session: Session) -> None:
         held = self._data.data
         assert isinstance(held, RolloutData), "made of one"
-        held.rollout = self._rollouts.sampled(session, held, np.arange(len(held)), _DRAWS)
-        scored = self._rollouts.rewarded(self._data, self._text, self._micro_batch_size)
+        held.rollout = self._parts.sampled(session, held, np.arange(len(held)), _DRAWS)
+        scored = self._parts.rewarded(self._data, self._text, self._micro_batch_size)
         reference = None
         if self._needs.reference:
-            reference = self._rollouts.reference_log_probs(session, self._data, self._micro_batch_size).sums
+            reference = self._parts.reference_log_probs(session, self._data, self._micro_batch_size).sums
         found = metrics(replace(scored, reference=reference))
         log(session, {f"val/{name.removeprefix('rollout/')}": value for name, value in found.items()})

@@ -1,4 +1,4 @@
-"""``samples.jsonl``: some of a run's samples, for people to read."""
+"""``samples.jsonl``: some of a run's samples, to be read by people."""
 
 from __future__ import annotations
 
@@ -14,8 +14,18 @@ from nemo_rao.mcore.loss import objective_batch
 from nemo_rao.objectives.base import Objective
 from nemo_rao.rollout.samples import Rollout, RolloutData
 from nemo_rao.rollout.text import SampleText
+from nemo_rao.runtime.files import write_atomically
 
 SAMPLES = "samples.jsonl"
+
+
+def drop_samples_after(folder: Path, last_step: int) -> None:
+    """Drop the entries of steps after ``last_step``, which are computed again, and a line that a kill cut short."""
+    path = folder / SAMPLES
+    if path.exists():
+        # Not splitlines(): samples may hold characters that it takes for the end of a line.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        write_atomically(path, (line + "\n" for line in lines if json.loads(line)["step"] <= last_step))
 
 
 def write_samples(
@@ -28,14 +38,19 @@ def write_samples(
     objective: Objective,
     config: Any,
 ) -> None:
-    """Appends the first prompts of the rollout at hand, with their responses and what each is worth.
+    """Append the first prompts of the current rollout, with their responses.
 
-    A response has its ``reward``, the ``scores`` that this is made of, and the ``advantage`` that the step's loss has
-    given it, where the objective has one; ``null`` stands for a missing score.
+    Each response has its ``reward``, the ``scores`` that the reward is the weighted sum of (``null`` if missing), and,
+    if the objective has one, its ``advantage`` at the log-probabilities of the policy that sampled it.
 
     Args:
+        folder: of the run.
+        step: optimizer steps done.
         data: of a :class:`nemo_rao.rollout.samples.RolloutData`, scored.
-        config: of the objective, resolved.
+        text: of its prompts.
+        num_prompts: entries to write, at most.
+        objective: of the run.
+        config: its keys, resolved with the rewards of this rollout.
     """
     held = data.data
     assert isinstance(held, RolloutData) and held.rollout is not None and held.rollout.rewards is not None
@@ -72,7 +87,7 @@ def _numbers(values: np.ndarray) -> list[list[float | None]]:
 def _advantages(
     data: AlignmentData, slots: range, rollout: Rollout, objective: Objective, config: Any
 ) -> np.ndarray | None:
-    """``[slots, K]``, those of the first step on the rollout."""
+    """``[slots, K]``, under the policy that sampled; ``None`` for objectives without advantages."""
     if objective.response_advantages is None:
         return None
     batch = data.micro_batch(slots)
@@ -83,7 +98,7 @@ def _advantages(
 
 
 def _of_tokens(rollout: Rollout, slots: range) -> torch.Tensor:
-    """``[R, longest]`` float32, log-probabilities of the slots' response tokens; 0 behind a response's last one."""
+    """``[R, longest]`` float32, nats: log-probabilities of the slots' response tokens; 0 after a response's end."""
     logps = rollout.logps if rollout.old_logps is None else rollout.old_logps
     of_rows = [torch.from_numpy(one) for slot in slots for one in rollout.of_tokens(logps, slot)]
     return torch.nn.utils.rnn.pad_sequence(of_rows, batch_first=True)

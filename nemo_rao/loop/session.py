@@ -99,7 +99,10 @@ class Hook:
         """After the optimizer's step, before a checkpoint of it is written."""
 
     def save(self, session: Session, folder: Path) -> None:
-        """Write what the hook keeps into the folder of a checkpoint that is being written."""
+        """Write the hook's part of a checkpoint into its folder, before the checkpoint counts as finished.
+
+        It is on disk when this returns on every rank, also where the model is written in the background.
+        """
 
     def end(self, session: Session) -> None:
         """After the last step of this start, before its checkpoint is written."""

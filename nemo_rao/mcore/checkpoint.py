@@ -110,7 +110,7 @@ def save(
 
 
 class BackgroundWriter:
-    """Checkpoints that a process beside each rank writes, after the rank has copied them to host memory."""
+    """Writes checkpoints in the background: a process for each rank, after the rank has copied them to host memory."""
 
     def __init__(self) -> None:
         self._calls = AsyncCallsQueue()

@@ -1,19 +1,18 @@
-"""Linear heads beside the vocabulary's: numbers per row, from the last hidden state, on the last pipeline stage.
+"""Linear heads besides the output layer: numbers per row, from the last hidden state, on the last pipeline stage.
 
     value_head    V(x) of dro, at the position that predicts the response's first token: all of the prompt and nothing
                   of the response. **Choice** It reads a detached state: the value loss trains the head alone, and the
                   policy's weights follow the policy loss alone. Of ppo, V(x, y_<t) at every position that predicts a
-                  token of the response, detached unless ``model.ppo.critic`` says otherwise. That of a critic stands in
-                  the place of the output layer, as a score head does, and trains the whole model.
+                  token of the response, detached unless ``model.ppo.critic`` says otherwise. The value head of a critic
+                  replaces the output layer, as a score head does, and trains the whole model.
     score_head    a reward model's scores, at the response's end token: all of prompt and response. It trains the
-                  whole model, stands in the place of the output layer, and has no bias, as the sequence classifiers of
+                  whole model, replaces the output layer, and has no bias, as the sequence classifiers of
                   `transformers` have none.
 
-A run whose start has a head of this kind and size keeps it; a critic that starts from a reward model with one score has
-its score head as value head, with a bias of 0. A new value head starts at 0, a new score head at random
-numbers of the run's seed. Both read the state after the final norm. Every tensor-parallel
-rank holds all of a head, since it is a few rows; it counts once in gradient norms and checkpoints. It is no weight of
-the policy: fingerprints leave it out.
+A run whose start has a head of this kind and size keeps it. A critic that starts from a reward model with one score
+takes the score head as its value head, with a bias of 0. A new value head starts at 0, a new score head at random
+numbers of the run's seed. Both read the state after the final norm. Every tensor-parallel rank holds the whole head,
+which has only a few rows; it counts once in gradient norms and checkpoints. Fingerprints of the policy leave it out.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ class LinearHead(nn.Module):
         position: where they are read: at the end of the prompt, at that of the response, or wherever a token of the
             response is predicted.
         detached: nothing of the gradient passes into the model.
-        bias: beside the weight.
-        alone: it stands in the place of the output layer.
+        bias: it has a bias.
+        alone: it replaces the output layer.
 
     Attributes:
         name: in the model.
         alone: as above.
-        stored: the name of the head in the checkpoint that is being read; ``None``: it has none, and this one keeps the
-            values that it has.
+        stored: the name of the head in the checkpoint that is being read; ``None``: it has none, and this head keeps
+            its values.
     """
 
     def __init__(
@@ -90,16 +89,16 @@ class LinearHead(nn.Module):
         self._hidden = inputs[0].detach() if self._detached else inputs[0]
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """``[R, outputs]`` or ``[R, longest, outputs]`` fp32, of the forward pass just run on ``batch``; 0 behind a
+        """``[R, outputs]`` or ``[R, longest, outputs]`` fp32, of the forward pass just run on ``batch``; 0 after a
         response's last token.
 
         The same on all tensor- and context-parallel ranks.
         """
         assert self._hidden is not None, "no forward pass was run"
         hidden, self._hidden = self._hidden, None
-        places = {"prompt": batch.boundary, "response": batch.end, "tokens": batch.response_places}[self._position]
-        present = places >= 0  # a token, and not on another context-parallel rank
-        sequences, at = places.clamp(min=0) // batch.tokens.shape[1], places.clamp(min=0) % batch.tokens.shape[1]
+        positions = {"prompt": batch.boundary, "response": batch.end, "tokens": batch.response_places}[self._position]
+        present = positions >= 0  # a token, and not on another context-parallel rank
+        sequences, at = positions.clamp(min=0) // batch.tokens.shape[1], positions.clamp(min=0) % batch.tokens.shape[1]
         weight, bias = self.weight, self.bias
         if self._sequence_parallel:
             length, rank = hidden.shape[0], parallel_state.get_tensor_model_parallel_rank()
@@ -134,7 +133,11 @@ class LinearHead(nn.Module):
         return found
 
     def look_for(self, checkpoint: Mapping[str, Sequence[int]]) -> None:
-        """Set ``stored`` by the shapes of a checkpoint's tensors, whose names may have a prefix."""
+        """Find the head in a checkpoint and set ``stored``.
+
+        Args:
+            checkpoint: shapes of its tensors, by names that may have a prefix.
+        """
         names = (self.name, SCORE_HEAD) if self.alone else (self.name,)
         self.stored = next((name for name in names if is_stored(name, self.weight.shape, checkpoint)), None)
 

@@ -1,8 +1,7 @@
-"""Tensors whose memory is on the device only while they are used, and waits in host memory otherwise.
+"""Tensors that are on the device only while they are used, and in host memory otherwise.
 
-The tensors themselves stay: parameters, views of a buffer and an optimizer's state find their values below them when
-they are back. What gives its memory back is the storage that they share, as megatron-core (since 0.17) does it with its
-own buffers.
+The tensor objects stay the same: only the storage below them is freed and allocated again, so parameters, views of a
+buffer and optimizer state keep their identity. megatron-core (since 0.17) does the same with its own buffers.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ class HostMemory:
     """Moves tensors between their device and host memory. They start on the device.
 
     Args:
-        tensors: which ones, asked at each move away: an optimizer makes its state in its first step.
-        kept: their values count; where not, as with buffers of gradients, there is memory below them on the device,
-            and nothing waits in host memory.
+        tensors: returns them; called at each move to the host, as an optimizer creates its state in its first step.
+        kept: their values are kept; if not, as for gradient buffers, nothing is copied and values are undefined on
+            return.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], *, kept: bool = True) -> None:
@@ -31,10 +30,10 @@ class HostMemory:
 
     @contextlib.contextmanager
     def on_device(self, *, changed: bool) -> Iterator[None]:
-        """The tensors are usable inside the block, and away behind it.
+        """The tensors are on the device inside the block, and off it afterwards.
 
         Args:
-            changed: values change inside; where not, the copy in host memory still serves.
+            changed: their values change inside; if not, the copy in host memory stays valid and is not written again.
         """
         self.bring()
         try:
@@ -62,7 +61,7 @@ class HostMemory:
         self._waiting, self._is_away = found, True
 
     def bring(self) -> None:
-        """Take memory on the device, and copy the values to it."""
+        """Allocate device memory and copy the values to it."""
         assert self._is_away, "on the device already"
         for storage, size, copy in self._waiting.values():
             storage.resize_(size)
@@ -76,11 +75,11 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 def on_gpu(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Those on a GPU: where there is none, the device's memory is the host's, and nothing has to wait."""
+    """The tensors that are on a GPU. Without one, device memory is host memory and nothing needs to move."""
     return (tensor for tensor in tensors if tensor.is_cuda)
 
 
 def on_host(parameter: Tensor) -> Tensor:
-    """A copy in host memory, page-locked where the tensor is a GPU's."""
+    """A copy in host memory, page-locked if the tensor is on a GPU."""
     kept = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
     return kept.copy_(parameter.detach())

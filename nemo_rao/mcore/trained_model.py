@@ -1,8 +1,8 @@
-"""A second model that a run trains on the policy's ranks: its optimizer, its step, its part of a checkpoint.
+"""A second model that a run trains on the policy's ranks: its optimizer, its steps, its part of a checkpoint.
 
-All of it is megatron-core's: its distributed data parallel, schedules, optimizers and checkpoints. Weights, optimizer
-state and buffers of gradients are on the device while they are used; where there is a GPU, the first two wait in host
-memory otherwise.
+Built from megatron-core's distributed data parallel, schedules, optimizers and checkpoints. With GPUs, weights,
+optimizer state and gradient buffers are on the device only while they are used; weights and optimizer state are in
+host memory otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemo_rao.mcore import checkpoint, torch_adam
 from nemo_rao.mcore.forward import forward_backward
 from nemo_rao.mcore.host_memory import HostMemory, on_gpu
 
-# Communication is not overlapped with computing: what is gathered late must not be moved before.
+# Communication is not overlapped with computation: weights must be gathered before they are moved to the host.
 _NOT_OVERLAPPED = {"overlap_grad_reduce": False, "overlap_param_gather": False}
 
 
@@ -33,10 +33,10 @@ class TrainedModel:
     Args:
         chunks: with their weights, on the device, not wrapped for training.
         gradients: fields of megatron-core's ``DistributedDataParallelConfig``.
-        optimizer: of its ``OptimizerConfig``.
+        optimizer: fields of its ``OptimizerConfig``.
 
     Attributes:
-        chunks: as Megatron's schedules take them; to be used inside :meth:`on_device` alone.
+        chunks: as Megatron's schedules take them; use them inside :meth:`on_device` only.
     """
 
     def __init__(self, chunks: Sequence[Any], *, gradients: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class TrainedModel:
             config.grad_scale_func = self._optimizer.scale_loss
         for part in checkpoint.optimizer_parts(self._optimizer):
             if torch_adam.is_torch_adam(part):
-                torch_adam.allocate_state(part.optimizer)  # a checkpoint has it even if fp16 has left out all steps
+                torch_adam.allocate_state(part.optimizer)  # checkpoints have it, even if fp16 skips all steps
         for group in self._optimizer.param_groups:
             group["weight_decay"] = optimizer["weight_decay"] * group.get("wd_mult", 1.0)
             if "max_lr" in group:
@@ -64,7 +64,7 @@ class TrainedModel:
             part.send_away()
 
     def on_device(self) -> contextlib.AbstractContextManager[None]:
-        """The weights are inside the block, for forward passes alone."""
+        """The weights are on the device inside the block, for forward passes."""
         return self._weights.on_device(changed=False)
 
     @contextlib.contextmanager
@@ -87,13 +87,13 @@ class TrainedModel:
         """Take an optimizer step. A collective over all ranks, which have equally many micro-batches.
 
         Args:
-            micro_batches: slots of each of this rank's.
+            micro_batches: the slots of each of this rank's micro-batches.
             make_micro_batch: slots -> micro-batch.
             loss: of the last stage's output, see :func:`nemo_rao.mcore.loss.for_schedule`.
             rate: learning rate.
 
         Returns:
-            the gradient's norm before clipping; ``None``: in fp16 it was not finite, and the step is left out.
+            the gradient norm before clipping; ``None``: in fp16 it was not finite, and the step was skipped.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -104,7 +104,7 @@ class TrainedModel:
             self._optimizer.zero_grad()
             forward_backward(self.chunks, micro_batches, make_micro_batch=make_micro_batch, loss=loss)
             _, norm, _ = self._optimizer.step()
-            self._optimizer.zero_grad()  # also gives back what the optimizer has made of them
+            self._optimizer.zero_grad()  # also frees the optimizer's fp32 copies
         return None if norm is None else float(norm)
 
     def save(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-# Heads beside the vocabulary's (:mod:`nemo_rao.mcore.heads`): their names in models and in checkpoints.
+# Heads besides the output layer (:mod:`nemo_rao.mcore.heads`): their names in models and in checkpoints.
 VALUE_HEAD, SCORE_HEAD = "value_head", "score_head"
 
 
@@ -56,10 +56,9 @@ class Needs:
         prompt_logps: log-probabilities of prompts; 0 for an objective that does not declare it.
         prompt_gradient: they carry a gradient.
         tokens: the log-probability of every token of a response.
-        samples: of the policy itself, drawn while it trains: it is no objective of data that lies there.
-        critic: of every token, the value that a critic gives it: a model beside the policy, which
-            :attr:`Objective.critic` trains.
-        values_alone: it is that of a critic: the value head stands in the place of the output layer.
+        samples: samples of the policy itself, drawn while it trains; the objective cannot be used with stored data.
+        critic: of every token, the value by a critic: a separate model, which :attr:`Objective.critic` trains.
+        values_alone: this is the objective of a critic, whose value head replaces the output layer.
     """
 
     reference: bool = False
@@ -107,13 +106,13 @@ def no_mean_target(config: Any, rewards: RewardSummary) -> MeanTarget | None:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """A whole rollout of N responses, before the first step on it. Numbers of tokens stand response by response.
+    """A whole rollout of N responses, before the first step on it. Arrays over tokens are concatenated by response.
 
     Attributes:
-        lengths: ``[N]`` int64 tokens; of each there is at least one.
-        rewards: ``[N]`` float64, NaN where there is none.
-        old: float32, log-probability of each token under the policy that sampled, nats.
-        reference: the same under the reference policy; ``None`` where it is not declared.
+        lengths: ``[N]`` int64 tokens, each at least 1.
+        rewards: ``[N]`` float64, NaN if missing.
+        old: float32, nats, log-probability of each token under the policy that sampled.
+        reference: the same under the reference policy; ``None`` unless the objective declares it.
         values: float32, V(x, y_<t) of the value head or the critic.
     """
 
@@ -126,7 +125,7 @@ class SampledTokens:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What an objective makes of a rollout, once for all steps on it.
+    """What an objective computes from a rollout, once for all steps on it.
 
     Attributes:
         advantages, returns: float32, of each token; 0 for responses without a reward.
@@ -157,13 +156,12 @@ class Objective:
         mean_target: ``(resolved config, rewards of the training data) -> MeanTarget``, for objectives whose loss
             compares log-ratios with rewards as such, rather than with differences or ranks of them; ``None`` where
             there is nothing to compare.
-        advantages: ``(rollout, config) -> Advantages``, for objectives that weigh a response's tokens by all that was
-            sampled with it. Pure, and computed of whole rollouts: the same however a batch is split. It is given values
-            and the log-probabilities that the objective declares.
-        response_advantages: ``(batch, config) -> [P, K]``, by how much the loss wants each response more probable than
-            its alternatives, for people to read; ``None`` for objectives without such a number. Log-probabilities of
-            prompts are not in the batch.
-        critic: the objective of the critic, with the same keys, for objectives that may have one (``Needs.critic``).
+        advantages: ``(rollout, config) -> Advantages``, for objectives whose token advantages depend on the whole
+            rollout; ``None`` for others. Pure, and independent of how batches are split.
+        response_advantages: ``(batch, config) -> [P, K]``, each response's advantage, for display; ``None`` for
+            objectives without one. The batch has no log-probabilities of prompts.
+        critic: the objective that trains the critic, with the same keys, for objectives that may have one
+            (``Needs.critic``).
     """
 
     name: str

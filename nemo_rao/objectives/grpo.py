@@ -43,7 +43,7 @@ _LEAST_DEVIATION = 1e-6
 class GRPOConfig(ObjectiveConfig):
     block = "grpo"
 
-    beta: float = key(0.0, "weight of the KL to the reference; 0: no reference is asked", low=0)
+    beta: float = key(0.0, "weight of the KL to the reference; 0: no reference is needed", low=0)
     kl_in: str = key("loss", "where the KL is", choices=("loss", "reward"))
     kl: str = key("k3", "its estimator at one token", choices=("k1", "k2", "k3"))
     scale: str = key("std", "what a group's advantages are divided by", choices=("std", "none"))

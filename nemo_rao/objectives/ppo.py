@@ -3,29 +3,29 @@
 Before the first step on a rollout, from the policy that sampled (old), the reference and the values at that time:
 
     r_t   = -kl_coef (log pi_old(y_t) - log pi_ref(y_t)), at the last token + the response's reward
-    d_t   = r_t + gamma V_old,t+1 - V_old,t,   V_old behind the last token = 0
+    d_t   = r_t + gamma V_old,t+1 - V_old,t,   V_old after the last token = 0
     A_t   = sum over l >= 0 of (gamma gae_lambda)^l d_t+l                       (Schulman et al. 2016, arXiv 1506.02438)
     R_t   = A_t + V_old,t
     A_t  <- (A_t - mean A) / sqrt(var A + 1e-8), over all tokens of the rollout
 
-V_t = V(x, y_<t) is read where y_t is predicted. In each step:
+V_t = V(x, y_<t) is computed at the position that predicts y_t. In each step:
 
     w_t   = pi(y_t) / pi_old(y_t)
     L_t   = -min(w_t A_t, clip(w_t, 1 - clip, 1 + clip) A_t)
             + value_weight 1/2 max((V_t - R_t)^2, (clip(V_t, V_old,t - value_clip, V_old,t + value_clip) - R_t)^2)
 
-With ``online.vllm_importance_cap``, the first part of L_t is multiplied by min(pi_old(y_t) / mu(y_t), cap), where mu is
-the distribution that the sampler drew from. The mean over all tokens of the *global* batch. Responses without a reward
-have no part in any of it.
+The loss is the mean of L_t over all tokens of the *global* batch. Responses without a reward are left out of
+everything. With ``online.vllm_importance_cap``, the policy's part of L_t, not the critic's, is multiplied by
+min(pi_old(y_t) / mu(y_t), cap), where mu is the distribution that the sampler drew from.
 
 **Choice** Mean and variance are those of the *whole rollout*, in float64, the variance divided by the number of tokens
-less 1. Implementations that whiten what a rank or a micro-batch holds depend on how the batch is split.
-**Choice** A response that was cut is over: no value is put behind its last token. ``online.cut_responses`` decides what
-it is worth.
-**Choice** By default the critic is a linear head on the policy's last hidden states, so that no second model is held.
-It reads detached states: its loss is far larger than the policy's until it has learned the level of the rewards, and
-would pull the policy's weights along. With ``critic: model`` it is a second model, whose loss is the value part without
-its weight: an optimizer of its own makes a weight redundant.
+less 1. Implementations that whiten per rank or per micro-batch depend on how the batch is split.
+**Choice** A truncated response has ended: its last token is not followed by a value. ``online.cut_responses`` decides
+its reward.
+**Choice** By default the critic is a linear head on the policy's last hidden states, which needs no second model. The
+states are detached: until the head has learned the level of the rewards, its loss is far larger than the policy's and
+would dominate the gradient of the policy's weights. With ``critic: model`` it is a separate model, trained on the value
+part without ``value_weight``, which would be redundant with its own optimizer's learning rate.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ _LEAST_VARIANCE = 1e-8
 class PPOConfig(ObjectiveConfig):
     block = "ppo"
 
-    kl_coef: float = key(0.05, "reward per nat of a token's log-ratio to the reference; 0: none is asked", low=0)
+    kl_coef: float = key(
+        0.05, "reward per nat of a token's log-ratio to the reference; 0: no reference is needed", low=0
+    )
     gamma: float = key(1.0, "discount of a token's reward at the token before it", low=0, high=1)
     gae_lambda: float = key(0.95, "0: advantages trust the values; 1: the sampled rewards alone", low=0, high=1)
     clip: float = key(0.2, "the ratio counts no further from 1 than this", low=0, high=1)
@@ -87,10 +89,10 @@ class PPOConfig(ObjectiveConfig):
 
 
 def ppo_advantages(sampled: SampledTokens, config: PPOConfig) -> Advantages:
-    """Whitened advantages and returns of a rollout, in float64 until they are handed on.
+    """Compute whitened advantages and returns of a rollout, in float64; they are returned as float32.
 
-    ``ppo/explained_variance``: 1 - var(R - V_old) / var(R), over tokens; 1 for values that know all returns, 0 for
-    values that are the same everywhere. ``ppo/return``: mean of R. Neither where no response has a reward.
+    ``ppo/explained_variance``: 1 - var(R - V_old) / var(R), over tokens; 1 for values equal to the returns, 0 for
+    constant values. ``ppo/return``: mean of R. Both are missing if no response has a reward.
     """
     num_responses, lengths = len(sampled.lengths), sampled.lengths
     # Responses side by side, ``[N, longest]``, so that one pass from the back is over all of them.
@@ -111,7 +113,7 @@ def ppo_advantages(sampled: SampledTokens, config: PPOConfig) -> Advantages:
     advantages = np.zeros(mask.shape)
     following, next_value = np.zeros(num_responses), np.zeros(num_responses)
     for t in reversed(range(mask.shape[1])):
-        # Behind a response's end all of it is 0.
+        # After a response's end everything is 0.
         delta = rewards[:, t] + config.gamma * next_value - values[:, t]
         following = delta + config.gamma * config.gae_lambda * following
         advantages[:, t], next_value = following, values[:, t]
@@ -131,7 +133,7 @@ def ppo_advantages(sampled: SampledTokens, config: PPOConfig) -> Advantages:
 
 
 def ppo_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
-    """Loss and metrics of P prompts with up to K responses. The value part is the critic's where it is a model.
+    """Loss and metrics of P prompts with up to K responses. Without the value part if the critic is a separate model.
 
     Means over tokens, beside those of :func:`ppo_value_loss`:
 
@@ -166,7 +168,7 @@ def ppo_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
 
 
 def ppo_value_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
-    """Loss and metrics of a critic that is a model of its own.
+    """Loss and metrics of a critic that is a separate model.
 
     Means over tokens:
 

@@ -10,9 +10,9 @@ expectation of the gradient is that of -E[r] + beta KL(pi || pi_ref).
 At eta 1 the gradient of :mod:`rpo <nemo_rao.objectives.rpo>`'s ``sqloo`` on the same samples is beta K^2 / (K - 1)
 times this one: its sum over responses is not divided by K.
 
-**Choice** The paper has logp in the place of the last rho. The two differ by a constant, and rho, which is small, loses
-nothing to rounding.
-**Choice** rho is that of the policy at hand. On fresh samples it is the one that sampled; where a rollout serves
+**Choice** The paper has logp instead of the last rho. The two differ by a constant, and rho, which is small, has less
+rounding error.
+**Choice** rho is that of the current policy. On fresh samples this is the policy that sampled; if a rollout serves
 several steps (``online.mini_batches``, ``online.epochs``), no importance ratio corrects for its age.
 """
 
@@ -44,7 +44,7 @@ class RLOOConfig(ObjectiveConfig):
 
 
 def rloo_loss(batch: ObjectiveBatch, config: RLOOConfig) -> LossOutput:
-    """Loss and metrics of P prompts with up to K responses; a prompt with one has no part.
+    """Loss and metrics of P prompts with up to K responses; a prompt with one is left out.
 
     ``rloo/advantage``: mean over a prompt's responses of \\|A\\|, then over prompts.
     """
@@ -58,7 +58,7 @@ def rloo_loss(batch: ObjectiveBatch, config: RLOOConfig) -> LossOutput:
 
 
 def rloo_advantages(batch: ObjectiveBatch, config: RLOOConfig) -> Tensor:
-    """A, ``[P, K]``, without gradient; 0 for responses that have no part."""
+    """A, ``[P, K]``, without gradient; 0 for responses that are left out."""
     valid = _compared(batch)
     counts = valid.sum(-1, keepdim=True).to(batch.response_logps.dtype)
     shaped = torch.where(valid, batch.rewards, 0) - config.beta * response_log_ratio(batch).detach()

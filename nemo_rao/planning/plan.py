@@ -225,7 +225,7 @@ def _rollouts(keys: OnlineConfig, needs: Needs) -> Rollouts | None:
         mini_batches=keys.mini_batches,
         epochs=keys.epochs,
         nucleus=keys.top_p < 1,
-        # As nemo_rao.loop.rollouts makes them.
+        # As nemo_rao.loop.rollouts computes them.
         passes=int(needs.reference) + int(keys.sampler == "vllm" or wants_old),
     )
 

@@ -39,15 +39,15 @@ def rollout_log_probs(
     of_tokens: bool,
     of_values: bool = False,
 ) -> LogProbs:
-    """A collective over all ranks, which all have the result.
+    """Compute log-probabilities, and values if wanted. A collective over all ranks, which all have the result.
 
     Args:
         chunks: this rank's model chunks; left in the mode they came in.
         make_micro_batch: slots of the rollout -> micro-batch.
         micro_batch_size: slots.
         vocab_size: V without padding.
-        of_tokens: the log-probability of each token is wanted; those of prompts are 0 then.
-        of_values: so is its value, with ``of_tokens``.
+        of_tokens: also return the log-probability of each token; the sums of prompts are 0 then.
+        of_values: also return each token's value; requires ``of_tokens``.
     """
 
     def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def rollout_values(
     *,
     micro_batch_size: int,
 ) -> np.ndarray:
-    """float32, a critic's value of each token, laid out as ``rollout.tokens``. A collective over all ranks.
+    """Compute a critic's value of each token, float32, laid out as ``rollout.tokens``. A collective over all ranks.
 
     Args:
         chunks: this rank's of the critic.

@@ -1,15 +1,15 @@
-"""What a rollout shows of the policy that sampled it.
+"""Metrics of a rollout.
 
 rollout/reward, _std, _p10, _p50, _p90    mean, deviation and quantiles of the rewards of samples that have one
-rollout/scores/<name>                     mean of one scorer's scores, unweighted, where several make up the reward
+rollout/scores/<name>                     mean of one scorer's scores, unweighted, if there are several scorers
 rollout/unscored                          share of samples without a reward
 rollout/kl                                log pi(y) - log pi_ref(y), nats per response, with a reference
 rollout/entropy                           -log pi(y_t), nats per token: the policy's entropy as its samples show it
 rollout/length                            tokens per response
 rollout/cut                               share of responses that ended at their limit
 rollout/sampler_logps_mean_diff, _max_    |log mu(y_t) - log pi(y_t)|, nats: mu by the sampler, pi by a pass of the
-                                          training model over whole rows, where there was such a pass
-rollout/importance, rollout/importance_capped    mean weight of tokens; share of those at the cap
+                                          training model over whole rows, if there was one
+rollout/importance, rollout/importance_capped    mean importance weight of tokens; share of tokens at the cap
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from nemo_rao.rollout.samples import Rollout
 
 
 def importance(rollout: Rollout, cap: float) -> np.ndarray:
-    """Truncated importance weights min(pi(y_t) / mu(y_t), cap), float32, of each token: mu sampled, pi is the policy in
-    training (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training")."""
+    """Compute truncated importance weights min(pi(y_t) / mu(y_t), cap), float32, of each token: mu is the sampler's
+    distribution, pi that of the training model with the same weights (Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training")."""
     assert rollout.old_logps is not None, "the training model's log-probabilities are computed wherever vLLM samples"
     ratio = np.exp(rollout.old_logps.astype(np.float64) - rollout.logps)
     return np.minimum(ratio, cap).astype(np.float32)
 
 
 def metrics(rollout: Rollout, importance_cap: float | None = None) -> dict[str, float]:
-    """All of them, of a rollout that is scored."""
+    """All metrics of a scored rollout; those of rewards are missing if no sample has one.
+
+    Args:
+        importance_cap: of the importance weights; ``None``: tokens are not weighted.
+    """
     assert rollout.rewards is not None, "scored"
     logps = rollout.response_logps()
     known = rollout.rewards[~np.isnan(rollout.rewards)]

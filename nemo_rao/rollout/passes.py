@@ -1,4 +1,4 @@
-"""A forward pass over all rows of a rollout, whose reports every rank has."""
+"""A forward pass over all rows of a rollout, whose results are gathered on every rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rollout_reports(
     micro_batch_size: int,
     report: Callable[[ModelOutput, MicroBatch], dict[str, Tensor]],
 ) -> list[dict[str, np.ndarray]]:
-    """A collective over all ranks, which all have the result.
+    """Run a forward pass over a rollout. A collective over all ranks, which all have the result.
 
     Args:
         chunks: this rank's model chunks; left in the mode they came in.

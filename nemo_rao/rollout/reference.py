@@ -1,7 +1,7 @@
-"""The reference policy's weights, in host memory while the policy trains, and in its place while they are asked.
+"""The reference policy's weights: in host memory while the policy trains, swapped with it for a forward pass.
 
-One model is on the device. What training changes is kept a second time, sharded as the model is: all weights, or with
-adapters these alone. A swap moves each tensor by itself, so that nothing of the model is held twice on the device.
+There is one model on the device. Only what training changes has a second copy, sharded as the model: all weights, or
+the adapters alone. Weights are swapped one tensor at a time, so the device never holds a second model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ReferenceWeights:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the reference weights inside the block, and bit for bit its own behind it."""
+        """The model has the reference weights inside the block, and its own, bit for bit, after it."""
         self.swap()
         try:
             yield
@@ -34,14 +34,14 @@ class ReferenceWeights:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """The model's weights and those that are kept change places."""
+        """Exchange the model's weights with the kept ones."""
         for _, parameter, kept in self._kept:
             own = parameter.detach().clone()
             parameter.copy_(kept, non_blocking=True)
             kept.copy_(own)
 
     def without_adapters(self) -> ReferenceWeights:
-        """The same, but that adapters add nothing, as at their start."""
+        """Zero the kept adapters' output projections, so that they add nothing."""
         for name, _, kept in self._kept:
             if name.endswith(".linear_out.weight"):
                 kept.zero_()
@@ -54,7 +54,7 @@ def reference_weights(
     """Of the policy before its first step.
 
     Args:
-        chunks: this rank's model chunks, with the weights that this start of the run goes on with.
+        chunks: this rank's model chunks, with the weights that this start of the run continues from.
         adapters: only they are trained.
         resumed: the run has taken steps.
         load_start: gives the chunks the weights that the run started with; a collective of all ranks.

@@ -1,6 +1,6 @@
-"""A trained reward model beside the policy, on the same ranks: it reads the sampled tokens themselves.
+"""A trained reward model on the policy's ranks, which scores the sampled tokens.
 
-Its weights wait in host memory, split as the policy's are, and are on the device for the pass alone.
+With GPUs, its weights are in host memory, sharded as the policy's, and on the device only during the pass.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RewardModel:
     def scores(
         self, rollout: Rollout, make_micro_batch: Callable[[Sequence[int]], MicroBatch], *, micro_batch_size: int
     ) -> np.ndarray:
-        """``[S, K]`` float64, the head's number (of several, the first) of each response. A collective over all ranks.
+        """``[S, K]`` float64, each response's score, the first if the head has several. A collective over all ranks.
 
         Args:
             make_micro_batch: slots of the rollout -> micro-batch.

@@ -32,13 +32,14 @@ class Rollout:
         logps: float32, nats, of each token under the policy that sampled it.
         lengths: ``[S, K]`` int64 tokens.
         is_cut: ``[S, K]`` bool: it ended at its limit, without an end token.
-        rewards: ``[S, K]`` float64, NaN where there is none; ``None``: not scored yet.
-        scores: by scorer, ``[S, K]`` float64: what the rewards are made of; NaN where it gives none.
+        rewards: ``[S, K]`` float64, NaN if missing; ``None``: not scored yet.
+        scores: by scorer, ``[S, K]`` float64, NaN if missing; the rewards are their weighted sum.
         reference: ``[S * K, 2]`` float32, the reference policy's sums (prompt without t0, response; nats); ``None``:
             not computed yet.
         old_logps, reference_logps: float32, as ``logps``, of the policy that sampled and of the reference, by passes
             over whole rows; ``None``: not computed.
-        values: float32, of each token, the value head's before the first step on the rollout; ``None`` likewise.
+        values: float32, of each token, by the value head or the critic before the first step on the rollout; ``None``
+            likewise.
         rewards_so_far: ``[2]`` float64, sum and number of the rewards of this and all earlier rollouts.
     """
 
@@ -73,8 +74,8 @@ class Rollout:
         return self.of_tokens(self.tokens, slot)
 
     def response_logps(self) -> np.ndarray:
-        """``[S, K]`` float64, each response's log-probability under the policy that sampled it, in nats: by a pass over
-        whole rows where there was one."""
+        """``[S, K]`` float64, nats: each response's log-probability under the policy that sampled it, from the pass
+        over whole rows if there was one, else from sampling."""
         logps = self.logps if self.old_logps is None else self.old_logps
         starts = np.cumsum(self.lengths.flatten()) - self.lengths.flatten()
         return np.add.reduceat(logps.astype(np.float64), starts).reshape(self.lengths.shape)
@@ -95,7 +96,7 @@ class Rollout:
 
 
 def load(path: Path) -> Rollout | None:
-    """What :meth:`Rollout.save` has written; ``None`` where there is nothing, or of another version."""
+    """Read what :meth:`Rollout.save` has written; ``None`` if there is no file, or one of another format."""
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as stored:
@@ -107,7 +108,7 @@ def load(path: Path) -> Rollout | None:
 
 
 class RolloutData:
-    """The rollout at hand, as a data set of S samples: what :class:`nemo_rao.loop.data.AlignmentData` lays out.
+    """The current rollout, as a data set of S samples for :class:`nemo_rao.loop.data.AlignmentData`.
 
     Args:
         prompts: the prompts of the run, as samples without responses.
@@ -115,7 +116,7 @@ class RolloutData:
         num_responses: K.
 
     Attributes:
-        rollout: the one at hand.
+        rollout: the current one; ``None`` until something has been sampled.
         advantages: further numbers of all its tokens, by their names in :class:`nemo_rao.batch.Tokens`.
     """
 

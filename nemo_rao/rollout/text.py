@@ -13,7 +13,7 @@ from nemo_rao.rollout.samples import RolloutData
 
 
 class SampleText:
-    """Turns the rollout at hand into rows of text.
+    """Decodes the current rollout into rows of text.
 
     Args:
         tokenizer: of Hugging Face.

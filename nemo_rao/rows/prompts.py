@@ -43,7 +43,7 @@ class Prompt:
 
     @property
     def carried(self) -> Mapping[str, Any]:
-        """The fields that stand beside its samples too: all of a row that is a prompt alone, none of others."""
+        """The fields that are also written with samples: ``fields`` of a row without responses, else none."""
         return {} if self.has_responses else self.fields
 
     def as_row(self) -> Row:

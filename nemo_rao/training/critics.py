@@ -1,7 +1,7 @@
-"""``model.ppo.critic=model``: a critic beside the policy, with an optimizer of its own.
+"""``model.ppo.critic=model``: a critic that is a separate model, with its own optimizer.
 
-It starts from the last checkpoint of a run, such as a reward model's, or from the policy's own start. See
-:mod:`nemo_rao.training.second_models` for what it has in common with the policy.
+It starts from the last checkpoint of a run, such as a reward model's, or from the policy's start. See
+:mod:`nemo_rao.training.second_models` for what it shares with the policy.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from nemo_rao.checkpoint.layout import CRITIC
 from nemo_rao.config.derived import objective_config
 from nemo_rao.config.megatron_fields import ddp_fields, optimizer_fields, optimizer_precision_fields
 from nemo_rao.config.model_config import PeftConfig
-from nemo_rao.config.run_config import DataConfig, RunConfig
+from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
 from nemo_rao.loop.prepared import CriticTask
 from nemo_rao.objectives import registry
+from nemo_rao.objectives.base import Needs
 from nemo_rao.training.loading import LoadedData
 from nemo_rao.training.model_checks import check_model
 from nemo_rao.training.second_models import beside, check_tokens, chunks_of
-from nemo_rao.training.trained_run import trained_run
+from nemo_rao.training.trained_run import TrainedRun, trained_run
 
 if TYPE_CHECKING:
     from nemo_rao.mcore.trained_model import TrainedModel
@@ -38,29 +39,29 @@ class Critic:
     """A critic before it is built.
 
     Attributes:
-        run: the folder that the user named; ``None``: it has the policy's start and network.
-        data: how that run made tokens of text.
-        config: its recipe: of the run its network, and all else of the policy.
-        checkpoint: what it starts from; ``None``: the policy's start.
+        config: its recipe: the network of the run that it starts from, everything else from the policy's.
+        needs: of the objective that trains it, which decide its head.
+        trained: the run that it starts from; ``None``: it has the policy's start and network.
+        run: that run's directory, as the user named it.
     """
 
-    run: str | None
-    data: DataConfig
     config: RunConfig
-    checkpoint: Path | None
+    needs: Needs
+    trained: TrainedRun | None = None
+    run: str | None = None
 
     def check_tokens(self, policy: RunConfig, loaded: LoadedData) -> None:
-        """Checks that the run was trained on the tokens that the policy samples.
+        """Check that the run it starts from was trained with the policy's tokenizer and chat template.
 
         Raises:
-            UserError: on those of another tokenizer or chat template.
+            UserError: it was trained with others.
         """
-        if self.run is not None:
+        if self.trained is not None:
             with self._named():
-                check_tokens(self.data, policy, loaded, what="critic's run")
+                check_tokens(self.trained.config.data, policy, loaded, what="critic's run")
 
     def check_model(self, num_tokens: int, resume_from: Path | None) -> None:
-        """Checks network and checkpoints; imports the engine.
+        """Check network and checkpoints; imports the engine.
 
         Args:
             resume_from: this run's last checkpoint.
@@ -68,25 +69,26 @@ class Critic:
         Raises:
             UserError: they do not fit each other, the tokenizer or the ranks.
         """
-        if self.run is not None:
+        if self.trained is not None:
             with self._named():
-                check_model(self.config, num_tokens, self.checkpoint, None)
+                check_model(self.config, num_tokens, self.trained.checkpoint, None)
         if resume_from is not None and not (resume_from / CRITIC).is_dir():
             raise UserError(
-                f"{resume_from} holds no critic, which model.ppo.critic=model goes on from; restore {CRITIC}/, or give "
-                "another exp_manager.name"
+                f"{resume_from}: has no critic, and model.ppo.critic=model continues from one; restore {CRITIC}/, or "
+                "give another exp_manager.name"
             )
 
     def task(self, start_from: Path | None, resume_from: Path | None) -> CriticTask:
-        """What the ranks make of it.
+        """Return what the ranks need to build and train it.
 
         Args:
             start_from: the policy's start.
             resume_from: this run's last checkpoint.
         """
         optim = self.config.model.optim
+        start = start_from if self.trained is None else self.trained.checkpoint
         return CriticTask(
-            functools.partial(_built, self.config, self.checkpoint or start_from),
+            functools.partial(_built, self.config, self.needs, start),
             optim.lr,
             optim.sched,
             None if resume_from is None else resume_from / CRITIC,
@@ -101,16 +103,17 @@ class Critic:
 
 
 def critic_of(policy: RunConfig) -> Critic | None:
-    """The critic of a run, where its objective has one that is a model.
+    """The critic of a run; ``None`` unless its objective has one that is a separate model.
 
     Raises:
         UserError: there is nothing that it could start from, or that cannot be split as the policy is.
     """
-    keys = objective_config(policy)
-    if not registry.get(policy.model.objective).needs_of(keys).critic:
+    objective, keys = registry.get(policy.model.objective), objective_config(policy)
+    if not objective.needs_of(keys).critic:
         return None
+    assert objective.critic is not None, "an objective that needs one has it"
     optim = policy.model.optim if keys.value_lr is None else replace(policy.model.optim, lr=keys.value_lr)
-    run = keys.critic_path
+    run, trained = keys.critic_path, None
     if run is None:
         if policy.model.restore_from_path is None:
             raise UserError(
@@ -131,23 +134,17 @@ def critic_of(policy: RunConfig) -> Critic | None:
         recompute_method=policy.model.recompute_method,
         recompute_num_layers=policy.model.recompute_num_layers,
     )
-    made = replace(config, model=model)
-    if run is None:
-        return Critic(None, policy.data, made, None)
-    return Critic(run, trained.config.data, made, trained.checkpoint)
+    return Critic(replace(config, model=model), objective.critic.needs_of(keys), trained, run)
 
 
-def _built(config: RunConfig, start: Path | None, resumed: bool) -> TrainedModel:
+def _built(config: RunConfig, needs: Needs, start: Path | None, resumed: bool) -> TrainedModel:
     """This rank's part, with the weights of ``start`` unless the run is resumed. A collective of all ranks."""
     import torch
 
     from nemo_rao.mcore.trained_model import TrainedModel
 
-    objective = registry.get("ppo").critic
-    assert objective is not None, "ppo has one"
-    assert not callable(objective.needs), "whatever the keys"
     assert resumed or start is not None, "checked before the run"
-    chunks = chunks_of(config, objective.needs, None if resumed else start, is_trained=True)
+    chunks = chunks_of(config, needs, None if resumed else start, is_trained=True)
     formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return TrainedModel(
         chunks,

@@ -22,17 +22,17 @@ from nemo_rao.scoring.run import KINDS
 from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, Scorer, ScoringFailure, make_scorers
 from nemo_rao.training.reward_models import RewardModelOfRun, reward_model_of
 
-# Kinds that look at the text of one response, and compute in this process or elsewhere.
+# Kinds that score the text of a single response.
 TEXT: Mapping[str, Kind] = {name: KINDS[name] for name in ("rule", "judge")}
-_PROBE = "The answer is 42."  # what rules are asked about before the run
-_PAUSE_SECONDS = 2.0  # before a scorer that has failed is asked again; twice as long each further time
+_PROBE = "The answer is 42."  # the response that rules are called with before the run
+_PAUSE_SECONDS = 2.0  # before a scorer that has failed is called again; doubled each further time
 
 
 def scorers_of(config: RunConfig) -> tuple[TextScorersOfRun, dict[str, RewardModelOfRun]]:
-    """What scores the samples of a run: scorers of their text, and by name reward models that read their tokens.
+    """The scorers of a run's samples: those of their text, and by name the reward models, which read their tokens.
 
     Raises:
-        UserError: nothing does, or a scorer cannot be made.
+        UserError: there are none, a scorer cannot be made, or a weight does not fit the scorers.
     """
     keys, folder = config.online, run_dir(config)
     if not keys.reward:
@@ -40,7 +40,7 @@ def scorers_of(config: RunConfig) -> tuple[TextScorersOfRun, dict[str, RewardMod
             "online.reward is empty, and the samples have no other reward; give [NAME=]KIND:ARGUMENT, such as "
             "online.reward=[rule:my_rules:exact_match]"
         )
-    # No scorer of rows: it scores on the ranks of the run.
+    # Not a scorer of text: it scores on the ranks of the run.
     model = Kind(lambda run, _: cast(Scorer, reward_model_of(run, config)), lambda run: Path(run).name, "RUN_FOLDER")
     made = _make(keys.reward, {**TEXT, "model": model}, folder)
     models: dict[str, RewardModelOfRun] = {}
@@ -67,7 +67,7 @@ def _make(specs: Sequence[str], kinds: Mapping[str, Kind], folder: Path) -> dict
 
 
 def check_rules(config: RunConfig, prompts: Sequence[Row]) -> None:
-    """Calls each rule once, in a process of its own: threads that it starts would be missing in the ranks' forks.
+    """Call each rule once, in a separate process: threads that it starts would be missing in the ranks' forks.
 
     Args:
         prompts: of the run's data.
@@ -96,12 +96,12 @@ def _call(rules: Sequence[str], folder: Path, asked: InputRow) -> None:
 
 
 class TextScorersOfRun:
-    """Scorers that read text. They are made where they are first asked.
+    """Scorers that read text. They are made in the process that first calls them.
 
     Args:
         specs: ``[NAME=]KIND:ARGUMENT`` each.
-        attempts: how often a scorer is asked before the run ends.
-        folder: where scorers keep what they keep.
+        attempts: calls of a scorer that fail before the run ends.
+        folder: of the run, for files of scorers.
     """
 
     def __init__(self, specs: Sequence[str], *, attempts: int, folder: Path) -> None:
@@ -112,10 +112,10 @@ class TextScorersOfRun:
         self._counts: Counter[tuple[str, str]] = Counter()  # (scorer, what it has counted)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
-        """By scorer, ``[S, K]`` float64 scores of S rows with K responses; NaN where it gives none.
+        """By scorer, ``[S, K]`` float64 scores of S rows with K responses; NaN if missing.
 
         Raises:
-            RankFailure: a scorer has failed as often as it is asked.
+            RankFailure: a scorer has failed ``attempts`` times.
         """
         if self._scorers is None:
             self._scorers = _make(self._specs, TEXT, self._folder)
@@ -128,11 +128,11 @@ class TextScorersOfRun:
         return found
 
     def notes(self) -> list[str]:
-        """What the scorers have counted."""
+        """Counts that the scorers report, one a line."""
         return [f"{name}: {count} {what}" for (name, what), count in self._counts.items()]
 
     def close(self) -> None:
-        """Closes the scorers, where there are any."""
+        """Close the scorers that were made."""
         for scorer in (self._scorers or {}).values():
             scorer.close()
         self._scorers = None

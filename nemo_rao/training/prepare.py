@@ -15,8 +15,9 @@ from nemo_rao.checkpoint.starting import needs_start, start_of
 from nemo_rao.config.derived import objective_config, run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.mismatched import mismatched
-from nemo_rao.loop.prepared import CriticTask, OnlineTask, Prepared, VllmModel
+from nemo_rao.loop.prepared import CriticTask, OnlineTask, Prepared
 from nemo_rao.objectives import registry
+from nemo_rao.rollout.vllm_model import VllmModel
 from nemo_rao.training.critics import critic_of
 from nemo_rao.training.loading import LoadedData, drawn, drawn_prompts, load_data
 from nemo_rao.training.model_checks import check_model

@@ -1,8 +1,8 @@
-"""A model beside the policy, from the run that trained it: a reward model, or a critic to be.
+"""A second model on the policy's ranks, from the run that trained it: a reward model, or the start of a critic.
 
-It reads the sampled tokens, never their text tokenised again, so that tokenizer and chat template have to be the
-policy's. Its network is its own; it is split over ranks as the policy is. All that does not fit is found before a model
-is built.
+It reads the sampled tokens, which are not decoded and tokenised again, so tokenizer and chat template must be the
+policy's. Its network may differ; it is split over ranks as the policy is. Whatever does not fit is reported before a
+model is built.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ def beside(trained: TrainedRun, run: str, policy: RunConfig, **keys: Any) -> Run
     """The recipe of a run's model, split as the policy is.
 
     Args:
-        run: the folder that the user named, for messages.
-        policy: the recipe of the run that it is beside.
-        keys: further groups of keys that it has.
+        trained: the run.
+        run: its directory, as the user named it, for messages.
+        policy: the policy's recipe.
+        keys: further groups of keys to replace.
 
     Raises:
-        UserError: it cannot be split so, or has seen no rows as long as the policy's.
+        UserError: it cannot be split so, was trained in 8-bit formats, or on shorter rows than the policy's.
     """
     config, of_policy = trained.config, policy.model
     if config.precision.fp8 is not None:
@@ -76,13 +77,13 @@ def beside(trained: TrainedRun, run: str, policy: RunConfig, **keys: Any) -> Run
 
 
 def chunks_of(config: RunConfig, needs: Needs, checkpoint: Path | None, *, is_trained: bool = False) -> Sequence[Any]:
-    """This rank's chunks of such a model. A collective of all ranks.
+    """Build this rank's chunks of such a model. A collective of all ranks.
 
     Args:
         config: see :func:`beside`.
-        needs: of what it is used for.
-        checkpoint: whose weights they have; ``None``: they are to be read.
-        is_trained: by this run.
+        needs: of the objective that it is used for, which decide its head.
+        checkpoint: the weights to read; ``None``: the caller reads them.
+        is_trained: this run trains it.
     """
     from nemo_rao.mcore.checkpoint import load_weights
     from nemo_rao.mcore.seeds import random_numbers_kept
@@ -95,15 +96,16 @@ def chunks_of(config: RunConfig, needs: Needs, checkpoint: Path | None, *, is_tr
 
 
 def check_tokens(own: DataConfig, policy: RunConfig, loaded: LoadedData, *, what: str) -> None:
-    """Checks that a model was trained on the tokens that the policy samples.
+    """Check that a model was trained with the policy's tokenizer and chat template.
 
     Args:
-        own: how its own training made tokens of text.
+        own: ``data`` of the model's recipe.
+        policy: the policy's recipe.
         loaded: the run's prompts.
-        what: it is, for messages.
+        what: the name of such a model, for messages.
 
     Raises:
-        UserError: on those of another tokenizer or chat template.
+        UserError: it was trained with others.
     """
     _check_tokenizer(own, policy.data, f"train the {what} with this run's tokenizer and chat template")
     _check_prompts(own, loaded, f"train the {what} with this run's tokenizer")
@@ -119,7 +121,7 @@ def _check_tokenizer(own: DataConfig, policy: DataConfig, remedy: str) -> None:
             f"{len(vocabulary)} tokens are absent there or have other ids; {remedy}"
         )
     for name in ("chat_template", "template_arguments"):
-        if (given := getattr(own, name)) != (value := getattr(policy, name)):
+        if (given := vars(own)[name]) != (value := vars(policy)[name]):
             raise UserError(f"was trained with data.{name}={given}, and this run has {value}; {remedy}")
     if own.chat_template != "never" and there.chat_template != here.chat_template:
         raise UserError(f"the chat template of its tokenizer {own.tokenizer} is another one; {remedy}")
@@ -128,7 +130,7 @@ def _check_tokenizer(own: DataConfig, policy: DataConfig, remedy: str) -> None:
 
 
 def _check_prompts(own: DataConfig, loaded: LoadedData, remedy: str) -> None:
-    """The first prompts are the same tokens to both: rules by which text is cut are no part of a vocabulary."""
+    """Compare the tokens of the first prompts: a vocabulary does not determine how text is split."""
     rendering = Rendering(cast(ChatTemplate, own.chat_template), own.template_arguments)
     rows: Sequence[Row] = loaded.prompts[:_COMPARED]
     for number, sample in enumerate(rendering.encoder(load_tokenizer(own.tokenizer or "")).encode_many(rows)):

@@ -19,12 +19,12 @@ from nemo_rao.objectives.base import SCORE_HEAD, Needs
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What scores responses.
+    """A run whose last checkpoint is used by another run or a command.
 
     Attributes:
         config: its recipe.
-        objective_config: of its objective; of a reward model, with the number of scores that its head has.
-        checkpoint: its last.
+        objective_config: the keys of its objective; of a reward model, with the number of scores that its head has.
+        checkpoint: its last one.
     """
 
     config: RunConfig

@@ -165,6 +165,23 @@ def test_any_metric_of_an_objective_may_rank_checkpoints_and_no_other(files: lis
                 check_monitor(config)
 
 
+def test_metrics_of_samples_and_of_a_critic_may_rank_checkpoints_where_every_step_reports_them(
+    files: list[str],
+) -> None:
+    validated = (f"data.validation_path={files[0].partition('=')[2]}", "online.reward=[rule:a:b,rule:a:c]")
+    own = ("model.ppo.critic=model", "model.restore_from_path=/checkpoints/base", "online.epochs=1")
+    config = compose("gpt_ppo", [*files, *validated, *own])
+    keep = config.exp_manager.checkpoint_callback_params
+    of_critic = ("ppo/value_loss", "ppo/critic_grad_norm", "seconds/critic")
+    for keep.monitor in (*of_critic, "rollout/reward", "rollout/kl", "val/reward", "val/kl", "val/scores/b"):
+        check_monitor(config)
+    config.online.mini_batches = 2
+    config.online.reward = ["rule:a:b"]
+    for keep.monitor in ("rollout/reward", "val/ppo/value_loss", "val/scores/b"):
+        with pytest.raises(UserError, match="reports no such metric"):
+            check_monitor(config)
+
+
 def test_overrides_that_the_objective_does_not_read_are_refused() -> None:
     config = composed("model.dpo.beta=0.3")
     with pytest.raises(UserError, match=r"model.dpo.beta=0.3: model.objective=rao does not read model.dpo.beta"):

@@ -82,6 +82,15 @@ OTHER: dict[str, str] = {
     "exp_manager.checkpoint_callback_params.async_save": "true",
     "model.cpu_offloading_num_layers": "1",
     "model.optim.cpu_offload_fraction": "0.5",
+    "online.reward": "[rule:a:b]",
+    "online.reward_weights": "{b: 2.0}",
+    "online.temperature": "0.5",
+    "online.vllm_importance_cap": "2",
+    "online.mini_batches": "2",
+    "online.epochs": "2",
+    "online.rows_at_once": "8",
+    "online.scoring_attempts": "1",
+    "online.log_samples_every": "5",
     "exp_manager.checkpoint_callback_params.save_top_k": "0",
     "exp_manager.create_wandb_logger": "true",
     "reference.cache_dir": "elsewhere",
@@ -326,6 +335,16 @@ def test_changes_that_are_applied_are_described_and_recorded(tmp_path: Path) -> 
     (line,) = (run / run_records.CHANGES).read_text().splitlines()
     record = json.loads(line)
     assert record["step"] == 2 and {"key": "trainer.max_steps", "old": 4, "new": 8} in record["changes"]
+
+
+def test_a_change_of_samples_or_rewards_is_said_to_leave_the_rollout_that_the_run_has(tmp_path: Path) -> None:
+    begin(tmp_path)
+    anyway = "exp_manager.resume_with_changes=true"
+    for override in ("online.temperature=0.5", "online.reward=[rule:a:b]", "online.reward_weights={b: 2.0}"):
+        _, said = describe(check_settings(config(tmp_path, override, anyway)))
+        assert "has been sampled keeps its samples and rewards" in said
+    for override in ("online.vllm_importance_cap=2", "online.rows_at_once=8"):
+        assert len(describe(check_settings(config(tmp_path, override, anyway)))) == 1
 
 
 @pytest.mark.parametrize(("began_on", "asked"), [("nemo", "bridge"), ("bridge", "nemo")])

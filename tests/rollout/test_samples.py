@@ -71,6 +71,9 @@ def test_a_file_holds_all_of_it(rollout: Rollout, tmp_path: Path) -> None:
         else:
             np.testing.assert_array_equal(getattr(found, name), value)
     assert [path.name for path in (tmp_path / "some").iterdir()] == ["0.npz"]
+    replace(rollout, scores={}).save(tmp_path / "earlier.npz")  # as releases wrote it that kept no scores
+    found = load(tmp_path / "earlier.npz")
+    assert found is not None and found.scores == {} and "rollout/reward" in metrics(found)
 
 
 def test_micro_batches_are_those_of_the_same_samples_in_a_file(rollout: Rollout) -> None:

@@ -40,7 +40,7 @@ AWAY = "SCORER_IS_AWAY"
 
 
 def letters_unless_away(prompt: str, response: str) -> float:
-    """The same, but that from the second rollout on it fails for as long as a file lies there."""
+    """The same, but that from the second rollout on it fails as long as a file exists."""
     SCORED.append(response)
     away = Path(os.environ[AWAY])
     if away.exists() and len(SCORED) > (1 if away.read_text() else 48):  # the first call is before the run
@@ -175,7 +175,7 @@ def test_adapters_are_sampled_with_and_the_reference_is_without_them_also_after_
     with pytest.raises(AssertionError, match="was killed by SIGKILL"):
         in_fork(_die, "the third step", recipe, _overrides(killed, common, *LORA, *more))
     run_training(recipe, _overrides(killed, common, *LORA, *more))
-    if recipe == "gpt_ppo":  # its head is trained beside the adapters, and stored with them
+    if recipe == "gpt_ppo":  # its head is trained in addition to the adapters, and stored with them
         assert abs(rollout(whole, 3)["values"]).max() > 0.01
     assert steps(killed) == steps(whole)
     for number in (2, 3):
@@ -189,8 +189,8 @@ def test_adapters_are_sampled_with_and_the_reference_is_without_them_also_after_
 
 def _die(where: str, recipe: str, overrides: list[str]) -> None:
     """Trains until rank 0 is killed: while it samples, before a rollout is scored, or at the end of a step."""
-    from nemo_rao.loop import rollouts
     from nemo_rao.loop.metrics import Metrics
+    from nemo_rao.loop.rollout_parts import RolloutParts
     from nemo_rao.rollout import sampler
 
     from .runs import _train
@@ -209,7 +209,7 @@ def _die(where: str, recipe: str, overrides: list[str]) -> None:
     if where == "sampling":
         sampler.sample = kill_at(2, sampler.sample)
     elif where == "scoring":
-        rollouts.MakeRollouts.rewarded = kill_at(2, rollouts.MakeRollouts.rewarded)  # type: ignore[method-assign]
+        RolloutParts.rewarded = kill_at(2, RolloutParts.rewarded)  # type: ignore[method-assign]
     elif where == "the third step":
         Metrics.after_step = kill_at(3, Metrics.after_step)  # type: ignore[method-assign]
     elif where == "the step behind a rollout":
@@ -236,6 +236,9 @@ def test_a_run_that_was_killed_goes_on_bitwise(
     if where in ("scoring", "a later step on it"):
         assert (rollout(folder, 1)["tokens"] == rollout(undisturbed, 1)["tokens"]).all()
     assert steps(folder) == steps(undisturbed)
+    samples = (folder / "samples.jsonl").read_text()
+    assert samples == (undisturbed / "samples.jsonl").read_text(), "none is missing or written twice"
+    assert {json.loads(line)["step"] for line in samples.splitlines()} == {1, 5}
     for number in (0, 1):
         one, same = rollout(folder, number), rollout(undisturbed, number)
         assert one.keys() == same.keys()
@@ -256,7 +259,7 @@ def test_a_run_whose_scorer_fails_is_saved_and_goes_on_bitwise(
         with pytest.raises(AssertionError, match=r"RankFailure: online.reward: early_letters failed") as said:
             run_training("gpt_grpo", keys)
         assert "failed 1 times" in str(said.value) and "nobody is there" in str(said.value)
-        assert f"The same command goes on from {folder}/checkpoints/step=4-last" in str(said.value)
+        assert f"The same command continues from {folder}/checkpoints/step=4-last" in str(said.value)
         assert [one.name for one in (folder / "checkpoints").iterdir()] == ["step=4-last"]
         with_samples_alone = rollout(folder, 1).keys()
         assert with_samples_alone == rollout(undisturbed, 1).keys() - COMPUTED
@@ -270,9 +273,10 @@ def test_a_run_whose_scorer_fails_is_saved_and_goes_on_bitwise(
 
 COMPUTED = {"rewards", "scores/early_letters", "rewards_so_far", "reference", "reference_logps", "old_logps"}
 
-# Two rollouts of four steps, and a checkpoint in the midst of each.
+# Two rollouts of four steps, and a checkpoint in the midst of each. Each rollout has a step that keeps samples.
 KILLED = (
     "trainer.max_steps=8",
+    "online.log_samples_every=5",
     *SEVERAL_STEPS,
     *parallel(1, 2, 1),
     "exp_manager.checkpoint_callback_params.every_n_train_steps=2",

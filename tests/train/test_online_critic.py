@@ -12,6 +12,7 @@ import pytest
 
 from nemo_rao.errors import UserError
 
+from .changed_runs import changed_run
 from .runs import (
     FOUR_LAYERS,
     TINY,
@@ -104,7 +105,9 @@ def test_the_same_on_any_ranks_and_where_a_run_goes_on_with_others(
     common: tuple[str, ...], alone: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "split"
-    first = (*parallel(2, 2, 1), "model.sequence_parallel=true", "trainer.max_steps=4")
+    # The policy's part of its checkpoints is written in the background.
+    in_background = "exp_manager.checkpoint_callback_params.async_save=true"
+    first = (*parallel(2, 2, 1), "model.sequence_parallel=true", "trainer.max_steps=4", in_background)
     run_training("gpt_ppo", _overrides(folder, common, *first))
     run_training("gpt_ppo", _overrides(folder, common, *parallel(1, 1, 2), "trainer.max_steps=6"))
     for number in (0, 1):
@@ -177,23 +180,11 @@ def test_one_line_reports_what_does_not_fit_before_the_engine_is_imported(
     said: str,
 ) -> None:
     from nemo_rao.config.compose import compose
-    from nemo_rao.demo.tokenizer_training import train_tokenizer
     from nemo_rao.engines.engine import engine_of
     from nemo_rao.training.checks import check_run
     from nemo_rao.training.prepare import prepare
 
-    run = tmp_path / "rm"
-    run.mkdir()
-    (run / "checkpoints").symlink_to(reward_model / "checkpoints")
-    text = (reward_model / "recipe.yaml").read_text()
-    if "/tokenizer " in recipe:
-        train_tokenizer(["other texts of other words"] * 9, tmp_path / "other", 300)
-        own = next(key for key in common if key.startswith("data.tokenizer=")).partition("=")[2]
-        recipe = {f"tokenizer: {own} ": f"tokenizer: {tmp_path}/other "}
-    for old, new in recipe.items():
-        assert old in text
-        text = text.replace(old, new)
-    (run / "recipe.yaml").write_text(text)
+    run = changed_run(reward_model, tmp_path, recipe)
     keys = [*common, f"model.ppo.critic_path={run}", f"exp_manager.exp_dir={tmp_path}", *overrides]
     with pytest.raises(UserError, match=said) as refused:
         config = compose("gpt_ppo", keys)

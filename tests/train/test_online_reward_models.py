@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from nemo_rao.errors import UserError
 
+from .changed_runs import changed_run
 from .runs import FOUR_LAYERS, TINY, make_data, parallel, run_training, score, steps
 from .test_online import early_letters, logged, rollout
 
@@ -165,31 +165,10 @@ def test_one_line_reports_what_does_not_fit_before_the_engine_is_imported(
     said: str,
 ) -> None:
     from nemo_rao.config.compose import compose
-    from nemo_rao.demo.tokenizer_training import train_tokenizer
     from nemo_rao.engines.engine import engine_of
     from nemo_rao.training.prepare import prepare
 
-    run = tmp_path / "rm"
-    run.mkdir()
-    (run / "checkpoints").symlink_to(reward_model / "checkpoints")
-    text = (reward_model / "recipe.yaml").read_text()
-    for old, new in recipe.items():
-        assert old in text
-        text = text.replace(old, new)
-    own = Path(data[1].partition("=")[2])
-    (run / "recipe.yaml").write_text(text.replace(f"tokenizer: {own.parent}/", f"tokenizer: {tmp_path}/"))
-    shutil.copytree(own, tmp_path / "tokenizer")
-    train_tokenizer(["other texts of other words"] * 9, tmp_path / "other", 300)
-    for name in ("lower", "chat"):
-        shutil.copytree(own, tmp_path / name)
-    tokenizer = json.loads((own / "tokenizer.json").read_text())
-    tokenizer["normalizer"] = {"type": "Lowercase"}
-    (tmp_path / "lower" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = json.loads((own / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(settings))
-    for file in (tmp_path / "chat").glob("*.jinja"):
-        file.unlink()
+    run = changed_run(reward_model, tmp_path, recipe)
     keys = [f"online.reward=[model:{run}]", f"model.restore_from_path={reward_model}"]
     config = compose("gpt_rloo", [*FOUR_LAYERS, *data, *ONLINE, *keys, *overrides, f"exp_manager.exp_dir={tmp_path}"])
     monkeypatch.setattr(engine_of(config), "load", lambda: pytest.fail("the engine was imported"))

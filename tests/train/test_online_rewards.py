@@ -1,4 +1,4 @@
-"""What samples are worth: scorers' sums, what has no reward, and scorers that fail. Without an engine."""
+"""Rewards of samples: scores by name, missing scores, and scorers that fail. Without an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chunks of a model beside a run's own, in a rank that has its process groups: Bridge's, without its training loop."""
+"""Chunks of a second model in a rank of a run, over the run's process groups: built by Bridge's provider alone."""
 
 from __future__ import annotations
 

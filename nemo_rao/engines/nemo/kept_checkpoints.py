@@ -67,11 +67,11 @@ class StepCheckpoint(ModelCheckpoint):
         super()._link_checkpoint(trainer, filepath, linkpath, *args, **kwargs)
 
     def _remove_checkpoint(self, trainer: Any, filepath: str, override_async: bool = False) -> None:
-        if self.async_save and override_async:  # NeMo removes it on a thread, and takes away the mark of that first
+        if self.async_save and override_async:  # NeMo would remove it on a thread, and before that its unfinished mark
             if trainer.is_global_zero:
                 remove_checkpoints(Path(self.dirpath), [_name(filepath)])
             torch.distributed.barrier()
-        else:  # where the one that replaces it is still being written, NeMo comes back to it
+        else:  # while the one that replaces it is being written, NeMo only takes note, and calls this again
             super()._remove_checkpoint(trainer, filepath)
         if override_async or not self.async_save:
             self._written.discard(_name(filepath))

@@ -1,4 +1,4 @@
-"""Chunks of a model beside a run's own, in a rank that has its process groups: NeMo's, without a trainer."""
+"""Chunks of a second model in a rank of a run, over the run's process groups: built by NeMo without a trainer."""
 
 from __future__ import annotations
 

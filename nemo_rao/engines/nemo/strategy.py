@@ -31,8 +31,8 @@ class AlignmentStrategy(nl.MegatronStrategy):
     Attributes:
         seed: of the initial weights, to be set before the run is started: NeMo takes the same one for every run. No
             argument, as NeMo stores those with every checkpoint.
-        save_beside: called with the folder of each checkpoint once model and optimizer are written, and before it is
-            marked as finished; likewise set before the run, if at all.
+        save_beside: called with the folder of each checkpoint after model and optimizer, which may still be written in
+            the background, and before the checkpoint counts as finished; set before the run, if at all.
         of_recipe: for each optimizer, the hyperparameters of its groups of parameters as the recipe has them; a
             checkpoint brings its own.
 
