@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, errors_at
 from nemo_rao.rows.reading import expand_paths
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.scoring.rule import find_function
 from nemo_rao.scoring.run import Job
-from nemo_rao.study.plan import PlannedData
+from nemo_rao.study.planned import PlannedData
 from nemo_rao.study.policies import score_rows
-from nemo_rao.study.study_file import Made, Scored
+from nemo_rao.study.schema import Made, Scored
 
 RECORD = "made.json"
 
@@ -32,19 +32,15 @@ def check_data(data: PlannedData, *, ready: bool) -> None:
     """
     where, spec = f"files.{data.name}", data.spec
     if isinstance(spec, Made):
-        try:
+        with errors_at(f"{where}.function"):
             function = find_function(spec.function)
-        except UserError as error:
-            raise UserError(f"{where}.function: {error}") from None
         try:
             inspect.signature(function).bind(data.path, **spec.arguments)
         except TypeError as error:
             raise UserError(f"{where}.arguments: {spec.function} does not take them ({error})") from None
     elif ready:
-        try:
+        with errors_at(f"{where}.input"):
             expand_paths(spec.input)
-        except UserError as error:
-            raise UserError(f"{where}.input: {error}") from None
     record = _record(data)
     if record.is_file() and json.loads(record.read_text()) != _made_from(spec):
         raise UserError(

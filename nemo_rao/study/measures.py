@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from nemo_rao.study.study_file import Measure
+from nemo_rao.study.schema import Measure
 
 Records = Sequence[Mapping[str, float]]
 

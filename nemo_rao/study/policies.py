@@ -25,7 +25,7 @@ from nemo_rao.checkpoint.find import resolve_checkpoint
 from nemo_rao.checkpoint.run_records import RECIPE
 from nemo_rao.config.derived import objective_config
 from nemo_rao.config.typed_config import load_recipe
-from nemo_rao.errors import RankFailure, UserError
+from nemo_rao.errors import RankFailure, errors_at
 from nemo_rao.objectives import registry
 from nemo_rao.rows.reading import read_rows
 from nemo_rao.rows.sources import expand_paths
@@ -33,8 +33,8 @@ from nemo_rao.runtime.files import write_atomically
 from nemo_rao.scoring.rule import find_function, rules_among
 from nemo_rao.scoring.run import KINDS, Job
 from nemo_rao.scoring.scorer import Kind, ScoringFailure, parse_spec
+from nemo_rao.study.schema import Samples, Tasks
 from nemo_rao.study.statistics import Wins, wins
-from nemo_rao.study.study_file import Samples, Tasks
 from nemo_rao.training.several_runs import in_child
 
 SAMPLES, TASKS, EXPORTED, LOGS = "samples", "tasks", "exported", "logs"
@@ -78,17 +78,13 @@ def check_samples(samples: Samples, prompts: str, scorer: str, *, ready: bool) -
     Raises:
         UserError: names the key.
     """
-    try:
+    with errors_at("samples.scorer"):
         parse_spec(scorer, {**KINDS, "model": Kind(_never, lambda path: Path(path).name, "RUN_FOLDER")})
         for path in rules_among([scorer]).values():
             find_function(path)
-    except UserError as error:
-        raise UserError(f"samples.scorer: {error}") from None
     if ready:
-        try:
+        with errors_at("samples.prompts"):
             expand_paths(prompts)
-        except UserError as error:
-            raise UserError(f"samples.prompts: {error}") from None
 
 
 def check_tasks(tasks: Tasks) -> None:

@@ -15,7 +15,7 @@ from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.study.document import Block, Code, Document, Figure, Heading, Table, Text, html, write_markdown
 from nemo_rao.study.figures import Bar, Panel, curves, intervals, regression
 from nemo_rao.study.measures import USUAL_CURVES, logged, series
-from nemo_rao.study.plan import Plan
+from nemo_rao.study.planned import Plan
 from nemo_rao.study.statistics import Estimate
 
 RESULTS, MARKDOWN, PAGE = "results.json", "report.md", "report.html"

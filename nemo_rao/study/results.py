@@ -23,11 +23,12 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.objectives import registry
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.study.measures import USUAL_MEASURES, Records, coefficients, logged, value_of
-from nemo_rao.study.plan import Plan, StudyRun, key_value
+from nemo_rao.study.planned import Plan, StudyRun
 from nemo_rao.study.policies import Judged, Policy, compare, log_ratio, read_judged, task_metrics
+from nemo_rao.study.recipe_keys import key_value
 from nemo_rao.study.run import Outcome, policies_of, start_policy
+from nemo_rao.study.schema import Measure, label_of
 from nemo_rao.study.statistics import Estimate, mean, paired_difference, slope
-from nemo_rao.study.study_file import Measure, label_of
 
 # Keys of a recipe that tell runs of a study apart without being settings of their arm.
 _OF_THE_RUN = ("exp_manager.", "trainer.seed", "data.seed", "online.seed", "model.restore_from_path")

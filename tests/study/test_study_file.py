@@ -14,7 +14,8 @@ from nemo_rao.commands.training import plan_parser
 from nemo_rao.config.compose import package_recipes
 from nemo_rao.config.derived import run_dir
 from nemo_rao.study.estimate import expected
-from nemo_rao.study.plan import Plan, PlannedData, plan
+from nemo_rao.study.plan import plan
+from nemo_rao.study.planned import Plan, PlannedData
 from nemo_rao.study.study_file import load_study
 
 from ..readme.blocks import ROOT, blocks

@@ -10,7 +10,8 @@ import pytest
 from nemo_rao.checkpoint.run_records import write_run
 from nemo_rao.config.derived import run_dir
 from nemo_rao.study.document import Code, Document, Figure, Heading, Table, Text, html, markdown
-from nemo_rao.study.plan import Plan, plan
+from nemo_rao.study.plan import plan
+from nemo_rao.study.planned import Plan
 from nemo_rao.study.report import shown, with_interval, write_report
 from nemo_rao.study.results import collect
 from nemo_rao.study.run import Outcome
