@@ -24,7 +24,8 @@ from nemo_rao.objectives import registry
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.study.measures import USUAL_MEASURES, Records, coefficients, logged, value_of
 from nemo_rao.study.planned import Plan, StudyRun
-from nemo_rao.study.policies import Judged, Policy, compare, log_ratio, read_judged, task_metrics
+from nemo_rao.study.policies import Policy
+from nemo_rao.study.policy_results import Judged, compare, log_ratio, read_judged, task_metrics
 from nemo_rao.study.recipe_keys import key_value
 from nemo_rao.study.run import Outcome, policies_of, start_policy
 from nemo_rao.study.schema import Measure, label_of
@@ -56,7 +57,10 @@ def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         "baseline": study.keys.baseline,
         "arms": {name: _arm(made, name) for name in study.arms},
         "settings": differing_settings(made),
-        "measures": {name: {"of": one.of, "better": one.better} for name, one in measures.items()},
+        "measures": {
+            name: {"metrics": sorted(coefficients(one)), "of": one.of, "better": one.better}
+            for name, one in measures.items()
+        },
         "runs": runs,
         "summaries": _summaries(made, runs),
         "relations": _relations(made, runs),
@@ -179,10 +183,11 @@ def _relations(made: Plan, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = {}
     configs = {run.name: run.config for run in made.runs}
     for name, relation in made.study.relations.items():
-        points = []
+        points, num_runs = [], 0
         for run in runs:
             if run["arm"] not in (relation.arms or made.compared):
                 continue
+            num_runs += 1
             x = key_value(configs[run["name"]], relation.over, f"relations.{name}.over")
             y = run["measures"][relation.measure]
             if isinstance(x, float) and not math.isnan(y):
@@ -190,6 +195,7 @@ def _relations(made: Plan, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found[name] = {
             **dataclasses.asdict(relation),
             "points": points,
+            "num_runs": num_runs,
             "slope": _estimate(slope([point["x"] for point in points], [point["y"] for point in points])),
         }
     return found
@@ -239,7 +245,8 @@ def _over_seeds(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {"seeds": []}
     rate = mean([one["rate"] for one in of_seeds])
     if rate.n == 1:
-        rate = Estimate(rate.value, of_seeds[0]["interval"]["half_width"], 1)
+        of_prompts = next(one["interval"] for one in of_seeds if not math.isnan(one["rate"]))
+        rate = Estimate(rate.value, of_prompts["half_width"], 1)
     shares = {name: mean([one[name] for one in of_seeds]).value for name in ("win", "tie", "loss")}
     controlled = mean([one["length_controlled"] for one in of_seeds])
     prompts = min(one["num_prompts"] for one in of_seeds)

@@ -118,12 +118,16 @@ def policies_of(made: Plan) -> dict[str, Policy]:
 
 
 def start_policy(made: Plan, run: StudyRun) -> Policy:
-    """What a run starts from."""
+    """What a compared run starts from."""
     if run.start is not None:
         return Policy(run.start, run_dir(next(one for one in made.runs if one.name == run.start).config))
+    outside = [made.runs_of(arm)[0] for arm in made.compared]  # checkpoints that are not runs of this study
+    checkpoints = {one.arm: one.config.model.restore_from_path for one in outside if one.start is None}
     start = run.config.model.restore_from_path
     assert start is not None, "samples.against: start is refused for arms without one"
-    return Policy("start", Path(start).expanduser())
+    first_arm = next(arm for arm, checkpoint in checkpoints.items() if checkpoint == start)
+    name = "start" if len(set(checkpoints.values())) == 1 else f"start@{first_arm}"
+    return Policy(name, Path(start).expanduser())
 
 
 def _examine_all(made: Plan, outcomes: Mapping[str, Outcome], *, is_loaded: bool) -> dict[str, Outcome]:

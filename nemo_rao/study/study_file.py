@@ -179,6 +179,9 @@ def _check_samples(samples: Samples, keys: StudyFile, compared: list[str], arms:
             f"samples.temperature=0: gives the same response {samples.num_responses} times; raise it, or set "
             "samples.num_responses=1"
         )
+    for name in ("start", "baseline"):
+        if name in arms and (name == "start" or keys.baseline != "baseline"):
+            raise UserError(f"arms.{name}: has another meaning in samples.against; rename the arm")
     for name in samples.against:
         if name == "baseline" and keys.baseline is None:
             raise UserError("samples.against: baseline, but none is set; set baseline, or name an arm or start")
