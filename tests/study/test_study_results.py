@@ -10,9 +10,10 @@ import pytest
 from nemo_rao.checkpoint.run_records import write_run
 from nemo_rao.config.derived import run_dir
 from nemo_rao.study.document import Code, Document, Figure, Heading, Table, Text, html, markdown
+from nemo_rao.study.formatting import shown, with_interval
 from nemo_rao.study.plan import plan
 from nemo_rao.study.planned import Plan
-from nemo_rao.study.report import shown, with_interval, write_report
+from nemo_rao.study.report import write_report
 from nemo_rao.study.results import collect
 from nemo_rao.study.run import Outcome
 from nemo_rao.study.study_file import load_study
