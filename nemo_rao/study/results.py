@@ -231,7 +231,7 @@ def _wins(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, An
                 if one is not None and two is not None:
                     result = compare(one, two)
                     of_seeds.append({"seed": run.seed, **dataclasses.asdict(result)})
-            found[title][arm] = _over_seeds(of_seeds)
+            found[title][arm] = over_seeds(of_seeds)
     return found
 
 
@@ -239,8 +239,12 @@ def _policy(run: StudyRun) -> Policy:
     return Policy(run.name, run_dir(run.config))
 
 
-def _over_seeds(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds; of a single seed the interval is that over prompts."""
+def over_seeds(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Win rates over seeds; the interval of a single seed is that over prompts.
+
+    Args:
+        of_seeds: :class:`nemo_rao.study.statistics.Wins` as mappings, each with its ``seed``.
+    """
     if not of_seeds:
         return {"seeds": []}
     rate = mean([one["rate"] for one in of_seeds])
