@@ -1,8 +1,9 @@
 """The errors that speak to users, and how entry points tell them. Everything else that raises is a mistake of ours."""
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -10,6 +11,15 @@ class UserError(ValueError):
 
     Entry points print the line and exit with code 2, before anything heavy starts.
     """
+
+
+@contextlib.contextmanager
+def errors_at(where: str) -> Iterator[None]:
+    """Prefixes a :class:`UserError` with the file, key or run it is about, if there is one."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -34,10 +34,9 @@ from nemo_rao.config.derived import run_dir
 from nemo_rao.config.precision_checks import check_named_gpu
 from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, errors_at
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.training.checks import check_run
-from nemo_rao.training.several_runs import told_of
 from nemo_rao.training.sweep import Sweep, plan
 
 
@@ -55,7 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.dependency is not None:
             raise UserError(f"--dependency {arguments.dependency}: jobs alone have one; name a cluster, cluster=NAME")
         for label, run in runs:
-            with told_of(label):
+            with errors_at(label):
                 check_size(cluster, run)
                 check_run(run)
         return 0 if arguments.dry_run else _run_here(sweep, config)
@@ -83,7 +82,7 @@ def _submit(
     after, awaited = _dependency(arguments.dependency)
     folders = []
     for label, config in runs:
-        with told_of(label):
+        with errors_at(label):
             check_size(cluster, config)
             folders.append(check_paths(cluster, config, mounted, working_dir, awaited))
             check_resume(config, folders[-1].outside)

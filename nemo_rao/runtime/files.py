@@ -9,12 +9,13 @@ import contextlib
 import errno
 import fcntl
 import gzip
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nemo_rao.errors import UserError
 
@@ -39,6 +40,22 @@ def write_atomically(path: Path, text: str | Iterable[str]) -> None:
     with written_atomically(path) as (file,):
         for piece in [text] if isinstance(text, str) else text:
             file.write(piece.encode())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file with a JSON object per line, without a last line that a kill cut short; empty if absent.
+
+    Lines end at newlines alone: ``str.splitlines`` would also split at U+2028 and others inside a JSON string.
+    """
+    records = []
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+    return records
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from nemo_rao.runtime.files import write_atomically
+from nemo_rao.runtime.files import read_json_lines, write_atomically
 
 
 def append_metrics(path: Path, record: Mapping[str, float]) -> None:
@@ -22,14 +22,7 @@ def append_metrics(path: Path, record: Mapping[str, float]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines, without a last one that a kill cut short."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+    return read_json_lines(path)
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:

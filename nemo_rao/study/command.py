@@ -7,13 +7,15 @@ import math
 from pathlib import Path
 
 from nemo_rao.config.gpu_models import GPUS
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, errors_at
 from nemo_rao.runtime.files import one_at_a_time, write_atomically
 from nemo_rao.runtime.launch import started_externally
-from nemo_rao.study.plan import Plan, PlannedData, check, plan
+from nemo_rao.study.plan import plan
+from nemo_rao.study.plan_checks import check
+from nemo_rao.study.planned import Plan, PlannedData
 from nemo_rao.study.run import check_steps, policies_of, run_steps
 from nemo_rao.study.study_file import load_study
-from nemo_rao.training.several_runs import print_table, told_of
+from nemo_rao.training.several_runs import print_table
 
 
 def main(arguments: argparse.Namespace, planning: argparse.Namespace | None) -> int:
@@ -60,7 +62,7 @@ def list_steps(made: Plan, planning: argparse.Namespace | None) -> None:
     for step in made.steps:
         if isinstance(step, PlannedData):
             print(f"files {step.name}: {step.path}{' (there already)' if step.path.exists() else ''}")
-    with told_of(str(made.study.path)):
+    with errors_at(str(made.study.path)):
         runs = expected(made, planning)
     table = Table(title=f"{made.study.name}: {len(runs)} runs in {made.folder}", title_justify="left")
     for name in ("run", "recipe", "needs", "state"):

@@ -106,7 +106,8 @@ def markdown(document: Document) -> str:
             case Figure(name, _, caption):
                 parts.append(f"![{caption}]({FIGURES}/{name}.svg)\n\n{caption}")
             case Code(text):
-                fence = "````" if "```" in text else "```"
+                longest = max(map(len, re.findall("`+", text)), default=0)
+                fence = "`" * max(3, longest + 1)
                 parts.append(f"{fence}\n{text}\n{fence}")
     return "\n\n".join(parts) + "\n"
 

@@ -14,7 +14,7 @@ from nemo_rao.planning.plan import machine_of, setting_of
 from nemo_rao.planning.plan_data import run_length, size_of
 from nemo_rao.planning.whole_run import run_time
 from nemo_rao.runtime.metrics_file import read_metrics
-from nemo_rao.study.plan import Plan, StudyRun
+from nemo_rao.study.planned import Plan, StudyRun
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ _BLUE = "#1f5fa8"
 _WIDTH = 11.0  # inches of a figure; a page shows it 1,100 pixels wide
 _STYLE = {
     "svg.fonttype": "path",
+    "text.parse_math": False,  # "$" in a label is a dollar
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.grid": True,
@@ -114,7 +115,7 @@ def intervals(groups: Mapping[str, Sequence[Bar]], name: str, *, mark: float | N
             for row, bar in enumerate(bars):
                 height = len(bars) - 1 - row
                 axis.scatter(bar.points, [height + 0.2] * len(bar.points), s=12, color="0.5", zorder=2, linewidths=0)
-                if not math.isnan(bar.estimate.value):
+                if math.isfinite(bar.estimate.value):
                     error = None if math.isnan(bar.estimate.half_width) else bar.estimate.half_width
                     axis.errorbar(bar.estimate.value, height, xerr=error, fmt="o", color=_BLUE, capsize=4, zorder=3)
             if mark is not None:

@@ -8,77 +8,95 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, errors_at
 from nemo_rao.rows.reading import expand_paths
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.scoring.rule import find_function
 from nemo_rao.scoring.run import Job
-from nemo_rao.study.plan import PlannedData
-from nemo_rao.study.policies import score_rows
-from nemo_rao.study.study_file import Made, Scored
+from nemo_rao.study import fingerprints
+from nemo_rao.study.planned import PlannedData
+from nemo_rao.study.policy_steps import score_rows
+from nemo_rao.study.schema import Made, Scored
 
 RECORD = "made.json"
 
 
 def check_data(data: PlannedData, *, ready: bool) -> None:
-    """Checks what is known before anything that the data needs is there.
+    """Checks what can be checked before the steps that the data needs.
 
     Args:
-        ready: whether all of it is there.
+        ready: whether it needs none.
 
     Raises:
         UserError: names the key.
     """
     where, spec = f"files.{data.name}", data.spec
     if isinstance(spec, Made):
-        try:
+        with errors_at(f"{where}.function"):
             function = find_function(spec.function)
-        except UserError as error:
-            raise UserError(f"{where}.function: {error}") from None
         try:
             inspect.signature(function).bind(data.path, **spec.arguments)
         except TypeError as error:
             raise UserError(f"{where}.arguments: {spec.function} does not take them ({error})") from None
     elif ready:
-        try:
+        with errors_at(f"{where}.input"):
             expand_paths(spec.input)
-        except UserError as error:
-            raise UserError(f"{where}.input: {error}") from None
-    record = _record(data)
-    if record.is_file() and json.loads(record.read_text()) != _made_from(spec):
-        raise UserError(
-            f"{where}: {data.path} was made from other keys; give another --out, or remove it and {record.name}"
-        )
+    record = _record_file(data)
+    if record.is_file() and json.loads(record.read_text())["keys"] != _keys(spec):
+        raise UserError(_made_differently(data, "from other keys"))
 
 
 def make_data(data: PlannedData) -> bool:
     """Makes the data; returns whether there was anything to do.
 
     Raises:
-        UserError, RankFailure: it cannot be made.
+        UserError: it cannot be made, or it exists and its input or scorers have changed since.
+        RankFailure: a scorer failed.
     """
-    spec, record = data.spec, _record(data)
+    spec, record = data.spec, _record_file(data)
+    made_from = {"keys": _keys(spec), "contents": _contents(spec)}
     if record.is_file() and data.path.exists():
+        if json.loads(record.read_text()) != made_from:
+            raise UserError(_made_differently(data, "before its input or a scorer changed"))
         return False
     if isinstance(spec, Made):
-        shutil.rmtree(data.path, ignore_errors=True)  # what an interruption has left
+        shutil.rmtree(data.path, ignore_errors=True)  # left by an interruption
         data.path.mkdir(parents=True)
         function: Callable[..., object] = find_function(spec.function)
         function(data.path, **spec.arguments)
     elif not data.path.exists():
         names = ("weight", "standardize", "shift", "scale")
         score_rows(Job(spec.input, data.path, spec.scorer, **{name: vars(spec)[name] for name in names}))
-    write_atomically(record, json.dumps(_made_from(spec), indent=2) + "\n")
+    write_atomically(record, json.dumps(made_from, indent=2) + "\n")
     return True
 
 
-def _record(data: PlannedData) -> Path:
-    """What the data was made from; absent while it is being made."""
+def _record_file(data: PlannedData) -> Path:
+    """What the data was made from; absent until it is complete."""
     is_directory = isinstance(data.spec, Made)
     return data.path / RECORD if is_directory else data.path.with_name(f"{data.path.name}.{RECORD}")
 
 
-def _made_from(spec: Made | Scored) -> dict[str, object]:
-    found: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(spec)))
+def _keys(spec: Made | Scored) -> dict[str, Any]:
+    """The keys, of JSON types."""
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(spec)))
     return found
+
+
+def _contents(spec: Made | Scored) -> dict[str, Any]:
+    """What the keys name: rows and scorers. The code of a function is not compared."""
+    if isinstance(spec, Made):
+        return {}
+    found: dict[str, Any] = {
+        "input": fingerprints.of_rows(spec.input),
+        "scorer": [fingerprints.of_scorer(text) for text in spec.scorer],
+    }
+    as_read: dict[str, Any] = json.loads(json.dumps(found))
+    return as_read
+
+
+def _made_differently(data: PlannedData, how: str) -> str:
+    record = _record_file(data)
+    return f"files.{data.name}: {data.path} was made {how}; give another --out, or remove it and {record.name}"

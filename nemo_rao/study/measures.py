@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from nemo_rao.study.study_file import Measure
+from nemo_rao.study.schema import Measure
 
 Records = Sequence[Mapping[str, float]]
 
-# Of a study that names none: those that any of its runs has logged.
+# For a study that names no measures: those of which any run has logged the metrics.
 USUAL_MEASURES: Mapping[str, Measure] = {
     "held-out loss": Measure("val/loss"),
     "held-out accuracy": Measure("val/rewards/accuracies", better="higher"),
@@ -23,7 +23,7 @@ USUAL_MEASURES: Mapping[str, Measure] = {
     "reward of samples": Measure("val/reward", better="higher"),
     "log-ratio of samples (KL)": Measure("val/kl", better="lower"),
 }
-# Drawn over steps, title and unit, where any run has logged them. The held-out metric is drawn where there is one.
+# Metric -> title and unit of its curve, drawn if any run has logged it; the held-out metric ``val/...`` is preferred.
 USUAL_CURVES: Mapping[str, tuple[str, str]] = {
     "val/loss": ("held-out loss", ""),
     "val/rewards/accuracies": ("held-out accuracy", "share of pairs"),
@@ -43,7 +43,7 @@ def coefficients(measure: Measure) -> Mapping[str, float]:
 
 
 def value_of(measure: Measure, records: Records) -> float:
-    """The measure of a run; NaN where it has not logged one of the metrics.
+    """The measure of a run; NaN if it has not logged one of the metrics, or, for a change, logged it once.
 
     Args:
         records: the lines of its ``metrics.jsonl``.
@@ -51,7 +51,7 @@ def value_of(measure: Measure, records: Records) -> float:
     total = 0.0
     for name, coefficient in coefficients(measure).items():
         _, values = series(records, name)
-        if not values:
+        if len(values) < (2 if measure.of == "change" else 1):
             return math.nan
         total += coefficient * (values[-1] - values[0] if measure.of == "change" else values[-1])
     return total

@@ -14,8 +14,9 @@ from nemo_rao.runtime.files import write_atomically
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.study.document import Block, Code, Document, Figure, Heading, Table, Text, html, write_markdown
 from nemo_rao.study.figures import Bar, Panel, curves, intervals, regression
+from nemo_rao.study.formatting import percent, shown, with_interval
 from nemo_rao.study.measures import USUAL_CURVES, logged, series
-from nemo_rao.study.plan import Plan
+from nemo_rao.study.planned import Plan
 from nemo_rao.study.statistics import Estimate
 
 RESULTS, MARKDOWN, PAGE = "results.json", "report.md", "report.html"
@@ -32,31 +33,6 @@ def write_report(made: Plan, results: Mapping[str, Any]) -> None:
 def study_document(made: Plan, results: Mapping[str, Any]) -> Document:
     """The report, in the order: what was asked, what failed, results, win rates, relations, curves, settings, runs."""
     return Document(str(results["title"]), list(_blocks(made, results)))
-
-
-def shown(value: float | None) -> str:
-    """A number to four significant digits; empty where there is none."""
-    if value is None or math.isnan(value):
-        return ""
-    if value == 0:
-        return "0"
-    digits = max(0, 3 - math.floor(math.log10(abs(value)))) if abs(value) < 1e6 else 0
-    return f"{value:,.{digits}f}" if 1e-4 <= abs(value) < 1e9 else f"{value:.3e}"
-
-
-def with_interval(found: Mapping[str, Any]) -> str:
-    """``0.7123 ± 0.0140``, rounded alike."""
-    value, half_width = found["value"], found["half_width"]
-    if value is None or math.isnan(value):
-        return ""
-    if math.isnan(half_width):
-        return shown(value)
-    if half_width == 0:
-        return f"{shown(value)} ± 0"
-    digits = min(8, max(0, 1 - math.floor(math.log10(half_width))))
-    if abs(value) < 1e-4 and value != 0 and digits > 6:
-        return f"{value:.2e} ± {half_width:.1e}"
-    return f"{value:,.{digits}f} ± {half_width:,.{digits}f}"
 
 
 def _blocks(made: Plan, results: Mapping[str, Any]) -> Iterator[Block]:
@@ -103,9 +79,10 @@ def _results(results: Mapping[str, Any]) -> Iterator[Block]:
         name: sum(run["arm"] == name and run["state"] == "finished" for run in results["runs"]) for name in compared
     }
     rows = [
-        [arm["label"], *(with_interval(of[name]["mean"]) for of in summaries.values()), str(finished[name])]
+        [arm["label"], *(_of_seeds(of[name]["mean"], finished[name]) for of in summaries.values()), str(finished[name])]
         for name, arm in compared.items()
     ]
+    yield from _absent_measures(results)
     yield Table(["arm", *(f"{name}{_arrow(results, name)}" for name in summaries), "seeds"], rows)
     if baseline is not None and len(compared) > 1:
         rows = []
@@ -113,11 +90,13 @@ def _results(results: Mapping[str, Any]) -> Iterator[Block]:
             if name != baseline:
                 differences = [of[name]["difference"] for of in summaries.values()]
                 pairs = max(one["n"] for one in differences)
-                rows.append([arm["label"], *(_difference(one) for one in differences), str(pairs)])
+                rows.append([arm["label"], *(_difference(one, pairs) for one in differences), str(pairs)])
         yield Heading(f"Difference from {results['arms'][baseline]['label']}, paired by seed", 3)
         yield Table(["arm", *summaries, "pairs"], rows)
         if any("*" in cell for row in rows for cell in row):
             yield Text("* The interval does not contain 0. No correction is made for the number of comparisons.")
+        if any(cell.partition(" (")[0].endswith("± 0") for row in rows for cell in row):
+            yield Text("± 0: equal in all seeds, without a spread to judge the difference by; never marked with *.")
     groups = {}
     for measure, of in summaries.items():
         groups[measure] = [
@@ -136,9 +115,28 @@ def _arrow(results: Mapping[str, Any], name: str) -> str:
     return {"higher": " ↑", "lower": " ↓"}.get(better, "")
 
 
-def _difference(found: Mapping[str, Any]) -> str:
-    clear = not math.isnan(found["half_width"]) and abs(found["value"]) > found["half_width"]
-    return f"{with_interval(found)}{' *' if clear else ''}"
+def _absent_measures(results: Mapping[str, Any]) -> Iterator[Block]:
+    """Names measures without any value, whose columns are empty."""
+    compared = [run for run in results["runs"] if not results["arms"][run["arm"]]["once"]]
+    if all(run["state"] == "failed" for run in compared):
+        return
+    for name, measure in results["measures"].items():
+        if not any(one["mean"]["n"] for one in results["summaries"][name].values()):
+            needed = ", ".join(measure["metrics"]) + (" at two steps" if measure["of"] == "change" else "")
+            yield Text(
+                f"{name}: no finished run has logged {needed}; see metrics.jsonl for its metrics.", is_warning=True
+            )
+
+
+def _of_seeds(found: Mapping[str, Any], expected: int) -> str:
+    """An estimate; of fewer than ``expected`` seeds, with their number."""
+    missing = f" ({found['n']} of {expected})" if 0 < found["n"] < expected else ""
+    return f"{with_interval(found)}{missing}"
+
+
+def _difference(found: Mapping[str, Any], pairs: int) -> str:
+    is_clear = 0 < found["half_width"] < abs(found["value"])  # false for NaN
+    return f"{_of_seeds(found, pairs)}{' *' if is_clear else ''}"
 
 
 def _value(run: Mapping[str, Any], measure: str) -> float:
@@ -152,8 +150,8 @@ def _wins(results: Mapping[str, Any]) -> Iterator[Block]:
     yield Text(
         "Every sample of a prompt is compared with every one of the other policy's samples of it, by the scorer's "
         "scores. A tie counts one half. Length-controlled: the rate that a logistic regression predicts for answers of "
-        "equal length (AlpacaEval 2, without its term for an instruction's difficulty)."
-        + (" With one seed the interval is over prompts." if len(results["seeds"]) == 1 else "")
+        "equal length (AlpacaEval 2, without its term for an instruction's difficulty). If only one seed is compared, "
+        "the interval is over prompts."
     )
     for against, of_arms in results["wins"].items():
         label = results["arms"].get(against, {}).get("label", "its start" if against == "start" else against)
@@ -164,9 +162,12 @@ def _wins(results: Mapping[str, Any]) -> Iterator[Block]:
             if not found["seeds"]:
                 rows.append([arm, "failed", *[""] * 6])
                 continue
+            if found["rate"]["n"] == 0:
+                rows.append([arm, "no prompt has scores of both", *[""] * 6])
+                continue
             shares = [f"{100 * found[share]:.1f}" for share in ("win", "tie", "loss")]
-            rates = [_percent(found["rate"]), _percent(found["length_controlled"])]
-            rows.append([arm, *rates, *shares, f"{found['num_prompts']:,}", str(len(found["seeds"]))])
+            rates = [percent(found["rate"]), percent(found["length_controlled"])]
+            rows.append([arm, *rates, *shares, f"{found['num_prompts']:,}", str(found["rate"]["n"])])
             rate = _estimate(found["rate"])
             points = [100 * one["rate"] for one in found["seeds"]]
             bars.append(Bar(arm, Estimate(100 * rate.value, 100 * rate.half_width, rate.n), points))
@@ -176,10 +177,6 @@ def _wins(results: Mapping[str, Any]) -> Iterator[Block]:
             name = f"wins-{against}"
             svg = intervals({f"win rate against {label}, %": bars}, name, mark=50)
             yield Figure(name, svg, f"Win rate against {label}, ties by half, with 95 % intervals; 50 % is a draw.")
-
-
-def _percent(found: Mapping[str, Any]) -> str:
-    return with_interval({"value": 100 * found["value"], "half_width": 100 * found["half_width"]})
 
 
 def _relations(results: Mapping[str, Any]) -> Iterator[Block]:
@@ -193,7 +190,9 @@ def _relations(results: Mapping[str, Any]) -> Iterator[Block]:
         if expected is not None and not math.isnan(found["slope"]["half_width"]):
             inside = "yes" if abs(found["slope"]["value"] - expected) <= found["slope"]["half_width"] else "no"
         slope = with_interval(found["slope"])
-        rows.append([name, found["measure"], found["over"], slope, shown(expected), inside, str(found["slope"]["n"])])
+        used = len(found["points"])
+        runs = str(used) if used == found["num_runs"] else f"{used} of {found['num_runs']}"
+        rows.append([name, found["measure"], found["over"], slope, shown(expected), inside, runs])
         if len(found["points"]) > 1:
             points: dict[str, list[tuple[float, float]]] = {}
             for point in found["points"]:
@@ -209,6 +208,10 @@ def _relations(results: Mapping[str, Any]) -> Iterator[Block]:
             figures.append(Figure(f"relation-{number}", svg, f"{name}: {found['measure']} over {found['over']}."))
     header = ["relation", "measure", "over", "slope", "expected", "expected is inside", "runs"]
     yield Table(header, rows, num_labels=3)
+    if any(len(found["points"]) < found["num_runs"] for found in results["relations"].values()):
+        yield Text(
+            "Runs are left out if they failed, did not log the measure, or have a key that is not a number (auto)."
+        )
     yield from figures
 
 
@@ -222,7 +225,7 @@ def _curves(made: Plan, results: Mapping[str, Any]) -> Iterator[Block]:
     wanted = {name: _titled(name) for name in made.study.keys.curves} or {
         f"val/{name}" if f"val/{name}" in there else name: title for name, title in USUAL_CURVES.items()
     }
-    panels = []
+    panels = {}
     for metric, (title, unit) in wanted.items():
         lines = {
             results["arms"][arm]["label"]: [
@@ -232,10 +235,20 @@ def _curves(made: Plan, results: Mapping[str, Any]) -> Iterator[Block]:
         }
         lines = {label: of_seeds for label, of_seeds in lines.items() if of_seeds}
         if lines:
-            panels.append(Panel(title, unit, lines))
-    if panels:
+            panels[metric] = Panel(title, unit, lines)
+    absent = [name for name in made.study.keys.curves if name not in panels]
+    if panels or absent:
         yield Heading("Curves")
-        yield Figure("curves", curves(panels, "curves"), "Means over seeds; a band spans the seeds, lowest to highest.")
+    if absent:
+        yield Text(
+            f"No compared run has logged {', '.join(absent)}; see metrics.jsonl for its metrics.", is_warning=True
+        )
+    if panels:
+        yield Figure(
+            "curves",
+            curves(list(panels.values()), "curves"),
+            "Means over seeds; a band spans the seeds, lowest to highest.",
+        )
 
 
 def _titled(metric: str) -> tuple[str, str]:

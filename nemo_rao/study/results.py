@@ -23,11 +23,13 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.objectives import registry
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.study.measures import USUAL_MEASURES, Records, coefficients, logged, value_of
-from nemo_rao.study.plan import Plan, StudyRun, key_value
-from nemo_rao.study.policies import Judged, Policy, compare, log_ratio, read_judged, task_metrics
+from nemo_rao.study.planned import Plan, StudyRun
+from nemo_rao.study.policies import Policy
+from nemo_rao.study.policy_results import Judged, compare, log_ratio, read_judged, task_metrics
+from nemo_rao.study.recipe_keys import key_value
 from nemo_rao.study.run import Outcome, policies_of, start_policy
+from nemo_rao.study.schema import Measure, label_of
 from nemo_rao.study.statistics import Estimate, mean, paired_difference, slope
-from nemo_rao.study.study_file import Measure, label_of
 
 # Keys of a recipe that tell runs of a study apart without being settings of their arm.
 _OF_THE_RUN = ("exp_manager.", "trainer.seed", "data.seed", "online.seed", "model.restore_from_path")
@@ -55,7 +57,10 @@ def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         "baseline": study.keys.baseline,
         "arms": {name: _arm(made, name) for name in study.arms},
         "settings": differing_settings(made),
-        "measures": {name: {"of": one.of, "better": one.better} for name, one in measures.items()},
+        "measures": {
+            name: {"metrics": sorted(coefficients(one)), "of": one.of, "better": one.better}
+            for name, one in measures.items()
+        },
         "runs": runs,
         "summaries": _summaries(made, runs),
         "relations": _relations(made, runs),
@@ -178,10 +183,11 @@ def _relations(made: Plan, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = {}
     configs = {run.name: run.config for run in made.runs}
     for name, relation in made.study.relations.items():
-        points = []
+        points, num_runs = [], 0
         for run in runs:
             if run["arm"] not in (relation.arms or made.compared):
                 continue
+            num_runs += 1
             x = key_value(configs[run["name"]], relation.over, f"relations.{name}.over")
             y = run["measures"][relation.measure]
             if isinstance(x, float) and not math.isnan(y):
@@ -189,6 +195,7 @@ def _relations(made: Plan, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found[name] = {
             **dataclasses.asdict(relation),
             "points": points,
+            "num_runs": num_runs,
             "slope": _estimate(slope([point["x"] for point in points], [point["y"] for point in points])),
         }
     return found
@@ -224,7 +231,7 @@ def _wins(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, An
                 if one is not None and two is not None:
                     result = compare(one, two)
                     of_seeds.append({"seed": run.seed, **dataclasses.asdict(result)})
-            found[title][arm] = _over_seeds(of_seeds)
+            found[title][arm] = over_seeds(of_seeds)
     return found
 
 
@@ -232,13 +239,18 @@ def _policy(run: StudyRun) -> Policy:
     return Policy(run.name, run_dir(run.config))
 
 
-def _over_seeds(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds; of a single seed the interval is that over prompts."""
+def over_seeds(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Win rates over seeds; the interval of a single seed is that over prompts.
+
+    Args:
+        of_seeds: :class:`nemo_rao.study.statistics.Wins` as mappings, each with its ``seed``.
+    """
     if not of_seeds:
         return {"seeds": []}
     rate = mean([one["rate"] for one in of_seeds])
     if rate.n == 1:
-        rate = Estimate(rate.value, of_seeds[0]["interval"]["half_width"], 1)
+        of_prompts = next(one["interval"] for one in of_seeds if not math.isnan(one["rate"]))
+        rate = Estimate(rate.value, of_prompts["half_width"], 1)
     shares = {name: mean([one[name] for one in of_seeds]).value for name in ("win", "tie", "loss")}
     controlled = mean([one["length_controlled"] for one in of_seeds])
     prompts = min(one["num_prompts"] for one in of_seeds)

@@ -9,17 +9,17 @@ last checkpoint. The reference pass over the start's log-probabilities is shared
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_rao.config.derived import run_dir
-from nemo_rao.errors import RankFailure, UserError
+from nemo_rao.errors import RankFailure, UserError, errors_at
 from nemo_rao.study.made_data import check_data, make_data
-from nemo_rao.study.plan import Plan, PlannedData, StudyRun
+from nemo_rao.study.planned import Plan, PlannedData, StudyRun
 from nemo_rao.study.policies import Policy, check_samples, check_tasks, examine, is_examined
 from nemo_rao.training.checks import check_run
-from nemo_rao.training.several_runs import finished_runs, in_child, load_engine, told_of, train_one
+from nemo_rao.training.several_runs import finished_runs, in_child, load_engine, train_one
 
 MAX_REASON = 300  # characters
 
@@ -44,7 +44,7 @@ def check_steps(made: Plan) -> None:
         UserError: the first mistake, with the study file and the key.
     """
     study = made.study
-    with told_of(str(study.path)):
+    with errors_at(str(study.path)):
         for step in made.steps:
             if isinstance(step, PlannedData):
                 check_data(step, ready=not step.needs)
@@ -67,7 +67,7 @@ def run_steps(made: Plan) -> dict[str, Outcome]:
 
     quiet_third_parties()
     there = [run for run in made.runs if (run_dir(run.config) / "run.json").exists()]
-    with told_of(str(made.study.path)):
+    with errors_at(str(made.study.path)):
         finished = in_child(finished_runs, there, name="the check of finished runs") if there else set()
     is_loaded = False
     outcomes: dict[str, Outcome] = {}
@@ -118,12 +118,16 @@ def policies_of(made: Plan) -> dict[str, Policy]:
 
 
 def start_policy(made: Plan, run: StudyRun) -> Policy:
-    """What a run starts from."""
+    """What a compared run starts from."""
     if run.start is not None:
         return Policy(run.start, run_dir(next(one for one in made.runs if one.name == run.start).config))
+    outside = [made.runs_of(arm)[0] for arm in made.compared]  # checkpoints that are not runs of this study
+    checkpoints = {one.arm: one.config.model.restore_from_path for one in outside if one.start is None}
     start = run.config.model.restore_from_path
     assert start is not None, "samples.against: start is refused for arms without one"
-    return Policy("start", Path(start).expanduser())
+    first_arm = next(arm for arm, checkpoint in checkpoints.items() if checkpoint == start)
+    name = "start" if len(set(checkpoints.values())) == 1 else f"start@{first_arm}"
+    return Policy(name, Path(start).expanduser())
 
 
 def _examine_all(made: Plan, outcomes: Mapping[str, Outcome], *, is_loaded: bool) -> dict[str, Outcome]:
@@ -153,9 +157,9 @@ def _resolved_samples(made: Plan) -> tuple[str, str]:
     return made.resolved(samples.prompts, "samples.prompts"), made.resolved(samples.scorer, "samples.scorer")
 
 
-def _outcome(function: object, *args: object, **named: object) -> Outcome:
+def _outcome(function: Callable[..., object], *args: object, **named: object) -> Outcome:
     try:
-        function(*args, **named)  # type: ignore[operator]
+        function(*args, **named)
     except (UserError, RankFailure) as error:
         return _failed(error)
     return Outcome("finished")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
+from nemo_rao.runtime.files import read_json_lines
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.study.document import Block, Code, Document, Figure, Heading, Table, Text
 from nemo_rao.study.figures import Panel, curves
+from nemo_rao.study.formatting import shown
 from nemo_rao.study.measures import Records, logged, series
-from nemo_rao.study.report import shown
 
 SAMPLES = "samples.jsonl"
 MAX_SAMPLES = 4  # prompts of the last rollout that is kept
@@ -109,7 +109,8 @@ def _metrics(records: Records) -> Iterator[Block]:
     rows = []
     for name in names:
         steps, values = series(records, name)
-        rows.append([name, shown(values[0]), shown(values[-1]), shown(values[-1] - values[0]), f"{steps[-1]:g}"])
+        change = shown(values[-1] - values[0]) if len(values) > 1 else ""
+        rows.append([name, shown(values[0]), shown(values[-1]), change, f"{steps[-1]:g}"])
     yield Heading("Metrics")
     yield Table(["metric", "first", "last", "change", "at step"], rows)
 
@@ -131,10 +132,7 @@ def _curves(records: Records) -> Iterator[Block]:
 
 def _samples(folder: Path) -> Iterator[Block]:
     """Of the last step that kept some."""
-    if not (folder / SAMPLES).is_file():
-        return
-    records = [json.loads(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").splitlines() if line]
-    if not records:
+    if not (records := read_json_lines(folder / SAMPLES)):
         return
     last = records[-1]["step"]
     yield Heading(f"Samples of step {last}")
@@ -171,12 +169,12 @@ def _keys(values: Mapping[str, Any], folded: str | None) -> Table:
 
 
 def _changes(folder: Path) -> Iterator[Block]:
-    if not (folder / CHANGES).is_file():
+    if not (lines := read_json_lines(folder / CHANGES)):
         return
     yield Heading("Changes between starts")
     rows = [
         [str(line["step"]), change["key"], str(change["old"]), str(change["new"])]
-        for line in map(json.loads, (folder / CHANGES).read_text().splitlines())
+        for line in lines
         for change in line["changes"]
     ]
     yield Table(["from step", "key", "before", "after"], rows, num_labels=4)

@@ -6,7 +6,7 @@ Pure functions of arrays. Intervals are two-sided, of 95 % unless stated, by Stu
     paired difference    the same of the differences between runs of the same seed
     slope                ordinary least squares, t with n - 2 degrees of freedom
 
-One value has no interval: its half-width is NaN, which pages show as an empty cell rather than as certainty.
+A single value has no interval: its half-width is NaN, and reports show the value alone.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Estimate:
     """A mean, or a slope, with its interval.
 
     Attributes:
-        value: the estimate; NaN without any value.
-        half_width: of its interval; NaN where there are too few values for one.
-        n: values that it was made of.
+        value: the estimate; NaN if n is 0.
+        half_width: of its interval; NaN with too few values for one, 0 if all values are equal.
+        n: number of values.
     """
 
     value: float
@@ -52,12 +52,14 @@ def student(degrees: int, level: float = LEVEL) -> float:
 
 
 def mean(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Estimate:
-    """Mean of ``[n]`` values; those that are NaN have no part in it."""
+    """Mean of ``[n]`` values; NaN is ignored."""
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
     n = len(known)
     if n == 0:
         return Estimate(math.nan, math.nan, 0)
+    if n > 1 and np.ptp(known) == 0:  # exactly: the mean of three 0.1 is not 0.1
+        return Estimate(float(known[0]), 0.0, n)
     error = float(stats.sem(known)) if n > 1 else math.nan
     return Estimate(float(known.mean()), student(n - 1, level) * error, n)
 
@@ -172,7 +174,7 @@ def length_controlled_rate(
     weights = np.full(len(outcomes), 1 / len(outcomes)) if weights is None else weights / weights.sum()
     rate = float(weights @ outcomes)
     spread = float(np.sqrt(weights @ (difference - weights @ difference) ** 2))
-    if spread == 0 or rate in (0.0, 1.0):  # length tells nothing, or there is nothing left to explain
+    if spread == 0 or rate in (0.0, 1.0):  # equal lengths, or nothing to explain
         return rate
     longer = np.tanh(difference / spread)
 

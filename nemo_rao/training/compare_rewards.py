@@ -42,7 +42,7 @@ from nemo_rao.config.checks import check_keys_are_read
 from nemo_rao.config.compose import compose
 from nemo_rao.config.derived import objective_config, run_dir
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, errors_at
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.training.several_runs import (
     PlannedRun,
@@ -51,7 +51,6 @@ from nemo_rao.training.several_runs import (
     finished_runs,
     in_child,
     print_table,
-    told_of,
     train_runs,
     write_results,
 )
@@ -182,7 +181,7 @@ def plan(asked: Asked) -> Comparison:
                 f"model.restore_from_path={starts[method.start]}",
                 f"data.num_prompts={size or 'null'}",
             )
-            with told_of(f"--{method.objective}" if own else ""):
+            with errors_at(f"--{method.objective}" if own else ""):
                 config = compose(method.recipe, [*asked.overrides, *own, *set_here], asked.config_dir)
                 check_keys_are_read(own, config)
             runs.append(PlannedRun(name, name, config))
@@ -278,7 +277,7 @@ def _check_data(runs: Sequence[PlannedRun]) -> None:
     loaded: dict[str, LoadedData] = {}
     finished = finished_runs(runs, loaded, another="--out")
     for run in sorted(runs, key=lambda run: run.name not in finished):
-        with told_of(run.name):
+        with errors_at(run.name):
             if run.name in finished:
                 fingerprint = _data_record(run.config)["validation"]["fingerprint"]
             else:

@@ -32,7 +32,7 @@ from nemo_rao.checkpoint.continuing import check_settings
 from nemo_rao.checkpoint.run_records import has_results
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.errors import RankFailure, UserError, report
+from nemo_rao.errors import RankFailure, UserError, errors_at, report
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.training.checks import check_run
@@ -61,15 +61,6 @@ class PlannedRun:
     config: RunConfig
 
 
-@contextlib.contextmanager
-def told_of(place: str) -> Iterator[None]:
-    """Puts ``place``, where there is one, before what a :class:`UserError` says."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{place}: {error}" if place else str(error)) from None
-
-
 def check_runs(runs: Sequence[PlannedRun], *, another: str = "exp_manager.name") -> None:
     """Checks every run before any starts: its recipe, and what has changed since it was begun. Nothing is written.
 
@@ -80,7 +71,7 @@ def check_runs(runs: Sequence[PlannedRun], *, another: str = "exp_manager.name")
         UserError: the first mistake, with the label of its run.
     """
     for run in runs:
-        with told_of(run.label):
+        with errors_at(run.label):
             check_run(run.config)
             check_settings(run.config, another=another)
 
@@ -167,7 +158,7 @@ def finished_runs(
     for run in runs:
         if not has_results(run_dir(run.config)):
             continue
-        with told_of(run.name), contextlib.redirect_stdout(io.StringIO()):
+        with errors_at(run.name), contextlib.redirect_stdout(io.StringIO()):
             identity = data_identity(run.config)
             if identity not in loaded:
                 loaded[identity] = load_data(run.config)

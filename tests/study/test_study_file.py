@@ -13,8 +13,13 @@ from nemo_rao.cli import main
 from nemo_rao.commands.training import plan_parser
 from nemo_rao.config.compose import package_recipes
 from nemo_rao.config.derived import run_dir
+from nemo_rao.errors import UserError
 from nemo_rao.study.estimate import expected
-from nemo_rao.study.plan import Plan, PlannedData, plan
+from nemo_rao.study.made_data import make_data
+from nemo_rao.study.plan import plan
+from nemo_rao.study.planned import Plan, PlannedData
+from nemo_rao.study.run import policies_of
+from nemo_rao.study.schema import Scored
 from nemo_rao.study.study_file import load_study
 
 from ..readme.blocks import ROOT, blocks
@@ -135,6 +140,8 @@ REFUSED = [
         ("model.dpo.beta: 0.2", "trainer.max_step: 2"),
         "arms.dpo: unknown key trainer.max_step; did you mean trainer.max_steps?",
     ),
+    (("label: RAO", "label: dpo"), "arms.rao: is labelled 'dpo' in the report, as arms.dpo"),
+    (("seeds:", "extends: 3\nseeds:"), "extends: must be the name of a study, or a list"),
     (("start: sft, once: true", "start: dpo, once: true"), "arms.rm: is trained once, but needs dpo"),
     (("gpt_sft, once: true", "gpt_sft, start: rm, once: true"), "need each other"),
     (
@@ -147,6 +154,7 @@ REFUSED = [
     (("make_data", "make_date"), "files.made.function: module nemo_rao.demo.run"),
     (('make_data"}', 'make_data", arguments: {prompts: 2}}'), "files.made.arguments:"),
     (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:nemo_rao.demo.synthetic:truth}\nseeds:"), "samples.scorer:"),
+    (("seeds:", "samples: {prompts: p.jsonl, scorer: judge:none.yaml}\nseeds:"), "samples.scorer: none.yaml"),
     (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:math:sqrt}\nseeds:"), "samples.prompts: p.jsonl"),
     (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:math:sqrt, against: [ipo]}\nseeds:"), "samples.against: ipo"),
     (("seeds:", "relations: {a: {measure: loss, over: x}}\nseeds:"), "relations.a.measure: 'loss' is not one of"),
@@ -174,6 +182,41 @@ def test_a_mistake_is_reported_in_one_line_that_names_file_and_key(
     assert line.count("\n") == 1 and line.startswith("error: mine.yaml")
     assert said in line
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"], "nothing is written"
+
+
+def test_each_start_outside_the_study_is_a_policy(planned: Callable[..., Plan]) -> None:
+    """Wins over the start are over each arm's own; a start that all share is sampled once."""
+    text = """
+common: {model: demo_llama, data.train_path: train.jsonl, data.tokenizer: tokenizer}
+arms: {dpo: {recipe: gpt_dpo, start: /a}, rao: {recipe: gpt_rao, start: /b}, ipo: {recipe: gpt_ipo, start: /b}}
+samples: {prompts: p.jsonl, scorer: rule:math:sqrt, against: [start]}
+seeds: [1]
+"""
+    found = {name: str(one.checkpoint) for name, one in policies_of(planned(text=text)).items() if "start" in name}
+    assert found == {"policy start@dpo": "/a", "policy start@rao": "/b"}
+    shared = {name for name in policies_of(planned("start: /a", "start: /b", text=text)) if "start" in name}
+    assert shared == {"policy start"}
+
+
+def test_rows_whose_input_or_scorer_has_changed_are_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows, rule = tmp_path / "rows.jsonl", tmp_path / "rule_of_length.py"
+    row = {"prompt": "p", "responses": [{"content": "a"}, {"content": "bb"}]}
+    rows.write_text(json.dumps(row) + "\n")
+    rule.write_text("def score(prompt, response):\n    return float(len(response))\n")
+    spec = Scored(input=str(rows), scorer=["rule:rule_of_length:score"])
+    data = PlannedData("longer", spec, tmp_path / "data/longer.jsonl", ())
+    assert make_data(data) and not make_data(data)
+    made = data.path.read_text()
+    rows.write_text(json.dumps(row | {"prompt": "q"}) + "\n")
+    with pytest.raises(UserError, match="files.longer: .* was made before its input or a scorer changed"):
+        make_data(data)
+    rows.write_text(json.dumps(row) + "\n")
+    rule.write_text("def score(prompt, response):\n    return -float(len(response))\n")
+    with pytest.raises(UserError, match="was made before its input or a scorer changed"):
+        make_data(data)
+    assert data.path.read_text() == made
 
 
 def test_a_study_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,10 +11,15 @@ import pytest
 from nemo_rao.checkpoint.run_records import write_run
 from nemo_rao.config.derived import run_dir
 from nemo_rao.study.document import Code, Document, Figure, Heading, Table, Text, html, markdown
-from nemo_rao.study.plan import Plan, plan
-from nemo_rao.study.report import shown, with_interval, write_report
-from nemo_rao.study.results import collect
+from nemo_rao.study.formatting import shown, with_interval
+from nemo_rao.study.plan import plan
+from nemo_rao.study.planned import Plan
+from nemo_rao.study.policies import Policy
+from nemo_rao.study.policy_results import task_metrics
+from nemo_rao.study.report import write_report
+from nemo_rao.study.results import collect, over_seeds
 from nemo_rao.study.run import Outcome
+from nemo_rao.study.statistics import wins
 from nemo_rao.study.study_file import load_study
 
 STUDY = """
@@ -24,10 +30,13 @@ common: {model: demo_llama, data.train_path: train.jsonl, data.tokenizer: tokeni
 arms:
   low: {recipe: gpt_rao, set: {model.rao.log_z0: 0}}
   high: {recipe: gpt_rao, set: {model.rao.log_z0: 10}}
-  lost: {recipe: gpt_rao, set: {model.rao.log_z0: auto}}
+  lost: {recipe: gpt_rao, label: "lost $^$", set: {model.rao.log_z0: auto}}
 measures:
   mean: {metric: {val/rewards/chosen: 0.5, val/rewards/rejected: 0.5}}
   chosen: {metric: val/logps/chosen, of: change}
+  not in seed 1: val/sometimes
+  logged once: {metric: val/once, of: change}
+curves: [val/logps/chosen, val/lgps/chosen]
 relations:
   shift: {measure: mean, over: model.rao.log_z0, expected: -0.1}
 """
@@ -42,17 +51,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     planned = plan(load_study(str(folder / "by_hand.yaml")), str(folder / "out"))
     for run in planned.runs:
         if run.arm in MEANS:
-            write_metrics(run_dir(run.config), MEANS[run.arm][run.seed])
+            sometimes = {} if run.seed == 1 else {"val/sometimes": {"low": 5.0, "high": 7.0}[run.arm]}
+            write_metrics(run_dir(run.config), MEANS[run.arm][run.seed], {"val/once": 1.0, **sometimes})
     return planned
 
 
-def write_metrics(folder: Path, mean: float) -> None:
+def write_metrics(folder: Path, mean: float, last: dict[str, float]) -> None:
     """Held-out rewards ``mean`` ± 1 at the last step, chosen log-probabilities that fall from -20 to -22."""
     folder.mkdir(parents=True)
     lines = [
         {"step": 0, "val/rewards/chosen": 0.0, "val/rewards/rejected": 0.0, "val/logps/chosen": -20.0},
         {"step": 5, "loss": 0.3, "logps/chosen": -21.0},
-        {"step": 5, "val/rewards/chosen": mean + 1, "val/rewards/rejected": mean - 1, "val/logps/chosen": -22.0},
+        {"step": 5, "val/rewards/chosen": mean + 1, "val/rewards/rejected": mean - 1, "val/logps/chosen": -22.0} | last,
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_run(folder, start_from=None, max_steps=5, finished_at=5, engine="nemo")
@@ -78,6 +88,32 @@ def test_differences_are_paired_by_seed_and_means_are_over_seeds(made: Plan) -> 
     assert found["relations"]["shift"]["slope"]["n"] == 6
 
 
+def test_a_single_seed_among_failed_ones_has_the_interval_over_its_prompts() -> None:
+    """The first of two seeds has no prompt with scores of both policies."""
+    of_prompts = wins([[1.0], [1.0], [0.0]], [[0.0], [0.0], [1.0]], [[1.0]] * 3, [[1.0]] * 3)
+    without = wins([], [], [], [])
+    found = over_seeds([{"seed": n, **dataclasses.asdict(one)} for n, one in enumerate([without, of_prompts])])
+    assert (found["rate"]["value"], found["rate"]["n"]) == (pytest.approx(2 / 3), 1)
+    assert found["rate"]["half_width"] == pytest.approx(4.302653 / 3, rel=1e-5)
+
+
+def test_metrics_of_tasks_keep_every_filter(tmp_path: Path) -> None:
+    (tmp_path / "tasks/rao-seed1").mkdir(parents=True)
+    metrics = {
+        "exact_match,strict-match": 0.2,
+        "exact_match,flexible-extract": 0.3,
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.1,
+        "alias": "gsm8k",
+    }
+    (tmp_path / "tasks/rao-seed1/results.json").write_text(json.dumps({"tasks": {"gsm8k": {"metrics": metrics}}}))
+    assert task_metrics(tmp_path, Policy("rao-seed1", tmp_path)) == {
+        "gsm8k exact_match (strict-match)": 0.2,
+        "gsm8k exact_match (flexible-extract)": 0.3,
+        "gsm8k acc": 0.5,
+    }
+
+
 def test_settings_are_those_that_differ(made: Plan) -> None:
     settings = collect(made, outcomes(made))["settings"]
     assert settings == {arm: {"model.rao.log_z0": z} for arm, z in (("low", "0.0"), ("high", "10.0"), ("lost", "auto"))}
@@ -88,7 +124,11 @@ def test_the_report_shows_failures_and_is_the_same_each_time(made: Plan) -> None
     names = ("report.md", "report.html", "results.json")
     first = {name: (made.folder / name).read_text() for name in names}
     assert "| lost-seed2 | loss was not finite at step 3 |" in first["report.md"]
-    assert "| high | -1.00 ± 0.25 * | 0 ± 0 | 3 |" in first["report.md"]
+    assert "| high | -1.00 ± 0.25 * | 0 ± 0 | 2.000 ± 0 (2 of 3) |  | 3 |" in first["report.md"], "equal: no star"
+    assert "| low | 10 ± 25 | -2.000 ± 0 | 5.000 ± 0 (2 of 3) |  | 3 |" in first["report.md"]
+    assert "**logged once: no finished run has logged val/once at two steps; " in first["report.md"]
+    assert "**No compared run has logged val/lgps/chosen; " in first["report.md"]
+    assert "| yes | 6 of 9 |" in first["report.md"], "runs without a number are counted"
     assert "NaN" not in first["results.json"]
     for name in ("measures", "relation-1", "curves"):
         assert (made.folder / "figures" / f"{name}.svg").read_text().startswith("<svg")
@@ -122,3 +162,5 @@ def test_a_page_escapes_all_text_and_loads_nothing() -> None:
     assert "<img" not in page and page.count("&lt;img") >= 8
     assert "<svg></svg>" in page and "default-src 'none'" in page
     assert "| a\\|b |" in markdown(Document("t", [Table(["x"], [["a|b"]])]))
+    code = markdown(Document("t", [Code("a ```` b")]))
+    assert code == "# t\n\n`````\na ```` b\n`````\n"

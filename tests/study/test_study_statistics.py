@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from nemo_rao.study.statistics import length_controlled_rate, mean, paired_difference, slope, student, wins
+from nemo_rao.study.statistics import Estimate, length_controlled_rate, mean, paired_difference, slope, student, wins
 
 
 def test_students_quantiles_are_those_of_the_tables() -> None:
@@ -20,6 +20,7 @@ def test_a_mean_has_students_interval() -> None:
     found = mean([1.0, 2.0, 3.0, math.nan])  # s = 1
     assert (found.value, found.n) == (2.0, 3)
     assert found.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert mean([0.1] * 3) == Estimate(0.1, 0.0, 3), "equal values have no spread, to the last bit"
     assert mean([5.0]).value == 5.0 and math.isnan(mean([5.0]).half_width)
     assert math.isnan(mean([]).value)
 
