@@ -201,8 +201,8 @@ def _memory(setting: Setting) -> Iterator[str]:
             "reference weights": samples and setting.reference and setting.lora is None,
             "critic": samples and setting.critic is not None and setting.transformer_engine,
         }
-        names = ", ".join(name for name, is_there in in_host.items() if is_there)
-        yield f"  host memory of a node: at most {of_node:.2f} ({names})"
+        held = ", ".join(name for name, is_there in in_host.items() if is_there)
+        yield f"  host memory of a node: at most {of_node:.2f} ({held})"
     logits = whole_logits(setting) / GIB
     if not setting.scores:
         held = "are held, and their gradient:" if setting.holds_logits else "are never held, and would take"

@@ -67,8 +67,8 @@ def sampling_bytes(setting: Setting, stage: int) -> int:
 
 
 def host_bytes(setting: Setting, stage: int) -> int:
-    """Host memory of a rank: the reference weights, unless adapters are switched off instead, and with GPUs the critic's
-    weights and optimizer states."""
+    """Host memory of a rank: the reference weights, unless adapters are switched off instead, and on GPUs the critic's
+    weights and optimizer state."""
     reference = stage_states(setting, stage).weights if setting.reference and setting.lora is None else 0
     if setting.critic is None or not setting.transformer_engine:
         return reference

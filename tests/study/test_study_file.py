@@ -210,7 +210,7 @@ def test_rows_whose_input_or_scorer_has_changed_are_not_reused(tmp_path: Path, m
     assert make_data(data) and not make_data(data)
     made = data.path.read_text()
     rows.write_text(json.dumps(row | {"prompt": "q"}) + "\n")
-    with pytest.raises(UserError, match="files.longer: .* was made before its input or a scorer changed"):
+    with pytest.raises(UserError, match=r"files\.longer: .* was made before its input or a scorer changed"):
         make_data(data)
     rows.write_text(json.dumps(row) + "\n")
     rule.write_text("def score(prompt, response):\n    return -float(len(response))\n")
