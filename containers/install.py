@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         here = ", ".join(f"{name} {before[name]}" for name, _, _ in ENGINES.values() if name in before)
         return tell(
             f"megatron-core {before['megatron-core']} works with none of the engines here ({here}); use a container "
-            "that containers/README.md lists",
+            "that docs/guides/containers.md lists",
             2,
         )
     if not given.dry_run and pip("--no-deps", given.source):

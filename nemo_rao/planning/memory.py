@@ -23,7 +23,8 @@ from nemo_rao.planning.setting import Setting
 UNCERTAINTY = 0.1  # of activations and what comes with them; tests/planning/test_plan_activations.py
 
 PROCESS_BYTES = 3 * 2**28
-"""Bytes of a rank's process on a CPU without tensors: PyTorch, Megatron and NeMo, imported (docs/planning.md)."""
+"""Bytes of a rank's process on a CPU without tensors, once PyTorch, Megatron and NeMo are imported
+(docs/guides/planning.md)."""
 
 
 @dataclass(frozen=True)

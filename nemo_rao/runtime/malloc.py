@@ -3,7 +3,7 @@
 glibc maps blocks above a threshold by themselves and returns them to the system when they are freed. It raises the
 threshold up to 32 MiB as such blocks are freed, after which a micro-batch's activations come from the heap. There the
 temporaries that a layer frees between two saved tensors leave holes, too small for the next, longer micro-batch: with
-SmolLM2-135M they took 4 GiB beside 12 GiB of tensors (docs/planning.md).
+SmolLM2-135M they took 4 GiB beside 12 GiB of tensors (docs/guides/planning.md).
 
 Mapped blocks cost a page fault for every page each time. PyTorch can ask for pages of 2 MiB, which makes them fewer.
 """

@@ -115,18 +115,23 @@ def _metrics(records: Records) -> Iterator[Block]:
     yield Table(["metric", "first", "last", "change", "at step"], rows)
 
 
-def _curves(records: Records) -> Iterator[Block]:
-    panels = []
+def panels(records: Records) -> list[Panel]:
+    """The curves of what was logged."""
+    found = []
     for title, unit, metrics in _PANELS:
-        lines = {label: [found] for name, label in metrics if (found := series(records, name))[0]}
+        lines = {label: [line] for name, label in metrics if (line := series(records, name))[0]}
         if lines:
             dashed = frozenset(label for label in lines if label.startswith(("held-out", "explicit")))
-            panels.append(Panel(title, unit, lines, dashed))
-    if panels:
+            found.append(Panel(title, unit, lines, dashed))
+    return found
+
+
+def _curves(records: Records) -> Iterator[Block]:
+    if found := panels(records):
         yield Heading("Curves")
-        for panel in range(0, len(panels), 3):
+        for panel in range(0, len(found), 3):
             name = f"curves-{panel // 3 + 1}"
-            group = panels[panel : panel + 3]
+            group = found[panel : panel + 3]
             yield Figure(name, curves(group, name, shares_legend=False), ", ".join(one.title for one in group))
 
 

@@ -1,4 +1,4 @@
-"""What may change when a run continues: docs/continuing.md's table is what the rule gives."""
+"""What may change when a run continues: docs/guides/continuing.md's table is what the rule gives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_atomically
 from tests.engines import ENGINE, NEMO, needs_nemo
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/continuing.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/guides/continuing.md"
 BEGUN = (
     *("trainer.max_steps=4", "model.restore_from_path=base", "model.peft.scheme=lora", "data.validation_path=v.jsonl"),
     *("model.optim.lr=5e-7", "model.rao.beta=0.1", "model.micro_batch_size=1", "trainer.max_epochs=1"),

@@ -79,8 +79,3 @@ def test_other_names_on_the_command_line(
 def test_objectives_of_other_tools(name: str, said: str) -> None:
     with pytest.raises(UserError, match=rf"model\.objective={name}: no such objective; {said}"):
         registry.get(name)
-
-
-def test_the_page_is_the_table() -> None:
-    page = (ROOT / "docs" / "coming_from_other_tools.md").read_text()
-    assert page == other_names.page(), "python -m nemo_rao.other_names > docs/coming_from_other_tools.md"

@@ -152,7 +152,7 @@ def test_the_image_holds_all_that_its_build_copies_and_what_it_starts() -> None:
 
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_the_page_tells_of_each_container_what_is_pinned(name: str) -> None:
-    page = (ROOT / "containers/README.md").read_text().splitlines()
+    page = (ROOT / "docs/guides/containers.md").read_text().splitlines()
     head = next(line for line in page if f"`nemo:{name}`" in line)
     column = [cell.strip() for cell in head.split("|")].index(f"`nemo:{name}`")
     rows = {

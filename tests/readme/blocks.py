@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -28,8 +28,8 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def procedure(first_line: str) -> str:
-    """The one block of README.md that begins with this line."""
-    [found] = [block for block in blocks(PAGES[0]) if block.startswith(first_line + "\n")]
+    """The one block of all pages that begins with this line."""
+    [found] = [block for page in PAGES for block in blocks(page) if block.startswith(first_line + "\n")]
     return found
 
 

@@ -20,7 +20,7 @@ FOUND = [(page.relative_to(ROOT).as_posix(), words) for page in PAGES for words 
 
 @pytest.fixture(scope="module")
 def own_recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What stands for the folders that a reader has: an imported model, and the recipe that the README writes down."""
+    """What stands for the folders that a reader has: an imported model, and the recipes that pages write down."""
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "model").mkdir()
     (folder / "model" / "imported.yaml").write_text(IMPORTED)

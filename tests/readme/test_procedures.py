@@ -1,8 +1,8 @@
-"""The README's two procedures, taken from its text, run at toy size.
+"""The two procedures of docs/start/whole_procedure.md, taken from its text, run at toy size.
 
 The text is given to bash unchanged but for ``/models/`` and ``/data/``, which are folders of the test. ``nemo-rao`` is
 a shim on the PATH that hands each command to this process, whose forks run it (NeMo is imported once), with the
-arguments of ``SHORTER`` appended. So a key, path or option that is wrong in the README fails here.
+arguments of ``SHORTER`` appended. So a key, path or option that is wrong in the page fails here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHORTER: dict[str, tuple[str, ...]] = {
 
 
 def run_procedure(text: str, folder: Path) -> list[list[str]]:
-    """Runs a block of the README in ``folder``; returns the commands that it gave, which all succeed."""
+    """Runs a block of the page in ``folder``; returns the commands that it gave, which all succeed."""
     import_once()
     (folder / "bin").mkdir()
     address = str(folder / "s")

@@ -86,7 +86,7 @@ def test_both_objectives_of_a_model_are_split_alike(model_name: str) -> None:
 
 
 def row(model_name: str) -> str:
-    """Of docs/recipes.md."""
+    """Of docs/guides/recipes.md."""
     setting = setting_of(recipe(f"gpt_rao_{model_name}"))
     sizes = (setting.tensor, setting.pipeline, setting.virtual, setting.context, setting.expert, setting.data)
     told = [f"`{model_name}`", setting.ranks, *sizes, setting.length, f"{peak(setting) / GIB:.0f}"]
@@ -94,7 +94,7 @@ def row(model_name: str) -> str:
 
 
 def test_the_page_of_recipes_tells_these_layouts() -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text()
+    page = (ROOT / "docs" / "guides" / "recipes.md").read_text()
     assert [line for line in page.splitlines() if line.startswith("| `")] == [row(name) for name in MODELS]
 
 

@@ -102,7 +102,7 @@ def test_the_example_and_the_page_name_every_key() -> None:
     keys = [field.name for field in dataclasses.fields(ClusterConfig)]
     example = (ROOT / "conf/cluster/slurm.yaml").read_text()
     assert list(yaml.safe_load(example)) == keys
-    page = (ROOT / "docs/cluster.md").read_text()
+    page = (ROOT / "docs/guides/clusters.md").read_text()
     rows = {
         cells[1].strip(" `"): cells[2].strip(" `")
         for cells in (line.split("|") for line in page.splitlines() if "|" in line)

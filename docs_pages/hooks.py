@@ -1,0 +1,32 @@
+"""Hook of MkDocs (mkdocs.yml): draws the formulas of a page, ``$...$`` and ``$$...$$``, as SVG.
+
+KaTeX and MathJax are usual, and loaded from a network when a page is read, or copied into the site with a megabyte of
+fonts. MathML needs neither, but without a mathematical font on the reader's machine brackets and sums are drawn badly.
+ziamath draws TeX with its own font when the site is built: a reader needs no network, script or font.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+import ziamath
+
+_INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+_DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
+_SIZE = 17.0  # pixels; text is 16
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """The page's HTML with its formulas drawn."""
+    content = _INLINE.sub(lambda found: _drawn(found[1], "span"), content)
+    return _DISPLAY.sub(lambda found: _drawn(found[1], "div"), content)
+
+
+def _drawn(tex: str, element: str) -> str:
+    """A formula as SVG in the text's colour, on the text's baseline, with its TeX for readers who hear the page."""
+    tex = html.unescape(tex).strip()
+    formula = ziamath.Latex(tex, size=_SIZE, inline=element == "span", color="currentColor")
+    drawing = formula.svg().replace("<svg ", f'<svg role="img" aria-label="{html.escape(tex)}" ', 1)
+    return f'<{element} class="formula" style="--baseline: {formula.getyofst():.2f}px">{drawing}</{element}>'
