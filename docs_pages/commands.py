@@ -12,8 +12,8 @@ _BEFORE = """\
 # Commands
 
 `nemo-rao COMMAND --help` prints the same. Exit codes: 0 done; 1 a rank failed, a loss was not finite, or scoring
-failed; 2 invalid input, reported in one line with nothing written; 130 interrupted. This page is generated from the parsers by
-`python -m docs_pages`.
+failed; 2 invalid input, reported in one line with nothing written; 130 interrupted. This page is generated from the
+parsers by `python -m docs_pages`.
 """
 
 

@@ -111,7 +111,7 @@ def _section(objective: Objective, note: Note | None) -> Iterator[str]:
     yield f"- **Needs**: {_needs(objective.needs_of(objective.config_type()))}"
     yield f"- **Source**: {objective.source}"
     yield f"- **Checked against**: {objective.checked}\n"
-    yield f"| `model.{objective.name}.` | default | allowed | meaning |\n|---|---|---|---|"
+    yield "| key | default | allowed | meaning |\n|---|---|---|---|"
     for field in dataclasses.fields(objective.config_type):
         spec = field.metadata["key"]
         cells = (f"`{field.name}`", f"`{shown(field.default)}`", limits(spec).strip(" []"), spec.comment)
