@@ -27,6 +27,12 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return found
 
 
+def inline_code(page: Path) -> list[str]:
+    """The code spans of a page's prose and tables."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", prose.replace("\\|", "|"))
+
+
 def procedure(first_line: str) -> str:
     """The one block of all pages that begins with this line."""
     [found] = [block for page in PAGES for block in blocks(page) if block.startswith(first_line + "\n")]

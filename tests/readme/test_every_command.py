@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 from nemo_rao.cli import COMMANDS
 from nemo_rao.config.checks import check_sizes
 from nemo_rao.config.compose import compose, compose_grid
+from nemo_rao.config.run_config import RunConfig
+from nemo_rao.config.typed_config import require_known
 
-from .blocks import PAGES, ROOT, blocks, commands
+from .blocks import PAGES, ROOT, blocks, commands, inline_code
 
 IMPORTED = "# @package _global_\nmodel: {family: llama, arch: {num_layers: 8}}\ndata: {tokenizer: tokenizer}\n"
 FOUND = [(page.relative_to(ROOT).as_posix(), words) for page in PAGES for words in commands(page)]
@@ -59,3 +63,28 @@ def test_commands_are_found_in_the_blocks() -> None:
     lines = re.compile(r"^(?:[^#\n]*&& )?(?:nemo-rao|\$run) ", re.MULTILINE)
     assert len(FOUND) == sum(len(lines.findall(block)) for page in PAGES for block in blocks(page))
     assert len(FOUND) >= 30 and {words[0] for _, words in FOUND} >= {"train", "plan", "launch", "score", "generate"}
+
+
+def test_keys_commands_targets_and_modules_in_the_text_exist() -> None:
+    """Those in code spans; keys of other tools have pages of their own."""
+    sections = "|".join(field.name for field in dataclasses.fields(RunConfig))
+    targets = set(re.findall(r"^([a-z-]+)[ a-z%-]*:", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    seen = 0
+    for page in PAGES:
+        of_others = page.name in ("moving.md", "other_names.md")
+        for code in inline_code(page):
+            first, *words = code.split()
+            if (found := re.fullmatch(rf"((?:{sections})\.[a-z0-9_.]+[a-z0-9_])(=.*)?", first)) and not of_others:
+                if not first.endswith((".json", ".yaml", ".safetensors")):  # files
+                    require_known(found[1])
+            elif first == "nemo-rao" and words and words[0].islower():
+                options = {name for action in COMMANDS[words[0]].parser()._actions for name in action.option_strings}
+                assert [word for word in words[1:] if word.startswith("--") and word not in options] == [], code
+            elif first == "make" and words and "=" not in words[0]:
+                assert words[0] in targets, code
+            elif (first, words[:1]) == ("python", ["-m"]):
+                assert find_spec(words[1]), code
+            else:
+                continue
+            seen += 1
+    assert seen > 300
