@@ -10,10 +10,12 @@ import pytest
 import yaml
 
 from docs_pages import moving, objectives, pages
+from nemo_rao.batch import RewardSummary
 from nemo_rao.cli import main
+from nemo_rao.config.monitor import _OF_STEPS, _any_batch
 from nemo_rao.config.typed_config import types_of_keys
 from nemo_rao.objectives.registry import OBJECTIVES
-from tests.readme.blocks import PAGES, ROOT
+from tests.readme.blocks import PAGES, ROOT, inline_code
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -73,6 +75,18 @@ def test_every_objective_has_a_section_with_its_formula_and_keys(capsys: pytest.
         rows = [line.split("`")[1] for line in sections[name].splitlines() if line.startswith("| `")]
         assert rows == [field.name for field in dataclasses.fields(objective.config_type)]
         assert objective.formula in printed
+
+
+def test_every_metric_of_an_objective_is_listed() -> None:
+    listed = set(inline_code(pages.DOCS / "reference" / "metrics.md"))
+    for objective in OBJECTIVES.values():
+        rewards = RewardSummary(mean=0.5, low=0.0, high=1.0, all_labels=True, all_ranked=True)
+        config = objective.resolve(objective.config_type(), rewards)
+        metrics = objective.loss(_any_batch(2), config).metrics
+        if objective.critic is not None:
+            metrics = {**metrics, **objective.critic.loss(_any_batch(2), config).metrics}
+        assert metrics.keys() <= listed, objective.name
+    assert set(_OF_STEPS) <= listed
 
 
 def test_keys_of_other_tools_lead_to_keys_that_exist() -> None:
