@@ -17,15 +17,17 @@ NOTES: dict[str, Note] = {
         "[The three numbers of a run](../concepts/three_numbers.md).",
     ),
     "dpo": Note(
-        r"""-(1-\varepsilon)\log\sigma(\beta\Delta) - \varepsilon\log\sigma(-\beta\Delta);\qquad
-\mathtt{robust}:\ \frac{-(1-\varepsilon)\log\sigma(\beta\Delta) +
+        r"""-(1-\varepsilon)\log\sigma(\beta\Delta) - \varepsilon\log\sigma(-\beta\Delta)
+
+\mathrm{robust}:\ \frac{-(1-\varepsilon)\log\sigma(\beta\Delta) +
 \varepsilon\log\sigma(-\beta\Delta)}{1-2\varepsilon}""",
         "The standard for chosen and rejected responses without scores. With `label_smoothing` it is cDPO; `robust` "
         "corrects the bias that wrong labels cause.",
     ),
     "ipo": Note(
-        r"""\Bigl(\Delta - \frac{1}{2\beta}\Bigr)^2;\qquad
-\mathtt{length\_normalized}:\ \Delta = \frac{\rho(w)}{|w|} - \frac{\rho(l)}{|l|}""",
+        r"""\Bigl(\Delta - \frac{1}{2\beta}\Bigr)^2
+
+\mathrm{length\_normalized}:\ \Delta = \frac{\rho(w)}{|w|} - \frac{\rho(l)}{|l|}""",
         "Use it if pairs are nearly certain and DPO overfits them: the margin has a finite target. To compare with TRL "
         "or published results, set `length_normalized=true`.",
     ),
@@ -79,9 +81,11 @@ p = \exp\frac{\log\pi(y)}{|y|}""",
         "RPO.",
     ),
     "rpo": Note(
-        r"""a_k = \beta\rho(y_k),\quad b_k = \eta r_k;\qquad
-\mathtt{bwd}:\ \operatorname{KL}\bigl(\operatorname{softmax}(b)\,\|\,\operatorname{softmax}(a)\bigr),\quad
-\mathtt{sqloo}:\ \tfrac12\sum_k\Bigl(d_k - \frac{1}{K-1}\sum_{j\ne k} d_j\Bigr)^2,\ d = a - b""",
+        r"""a_k = \beta\rho(y_k),\quad b_k = \eta r_k
+
+\mathrm{bwd}:\ \operatorname{KL}\bigl(\operatorname{softmax}(b)\,\|\,\operatorname{softmax}(a)\bigr)
+
+\mathrm{sqloo}:\ \tfrac12\sum_k\Bigl(d_k - \frac{1}{K-1}\sum_{j\ne k} d_j\Bigr)^2,\ d = a - b""",
         "Use it if only differences of scores within a prompt mean something. A family: `fwd` exchanges the arguments "
         "of `bwd`, and `sq` is `sqloo` for two responses. DPO, IPO and SimPO are special cases, by configuration.",
     ),

@@ -84,7 +84,7 @@ class Note:
     """What the page in docs/ has on an objective beside what the code states.
 
     Attributes:
-        tex: the formula; display mathematics.
+        tex: formulas in display mathematics, with an empty line between them.
         when: advice on when to use it.
     """
 
@@ -105,9 +105,11 @@ def page(notes: Mapping[str, Note] | None = None) -> str:
 
 def _section(objective: Objective, note: Note | None) -> Iterator[str]:
     yield f"## {objective.name}\n"
-    yield f"$$\n{note.tex.strip()}\n$$\n" if note else f"    {objective.formula}\n"
     if note:
+        yield from (f"$$\n{tex.strip()}\n$$\n" for tex in note.tex.split("\n\n"))
         yield f"{note.when}\n"
+    else:
+        yield f"    {objective.formula}\n"
     yield f"- **Needs**: {_needs(objective.needs_of(objective.config_type()))}"
     yield f"- **Source**: {objective.source}"
     yield f"- **Checked against**: {objective.checked}\n"
