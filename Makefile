@@ -86,9 +86,9 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install install-vllm demo test test-matrix test-releases test-vllm test-readme test-slurm lint format
-.PHONY: bench bench-page
-.PHONY: precision precision-page gpu gpu-page gpu-dry-run docs docs-pages docs-serve constraints clean distclean
+.PHONY: install install-vllm demo test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
+.PHONY: precision precision-page gpu gpu-page gpu-dry-run constraints clean distclean
+.PHONY: docs docs-pages docs-serve test-readme
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
