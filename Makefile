@@ -88,7 +88,6 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-chec
 
 .PHONY: install install-vllm demo test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
 .PHONY: precision precision-page gpu gpu-page gpu-dry-run constraints clean distclean
-.PHONY: docs docs-pages docs-serve test-readme
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -190,6 +189,7 @@ endif
 test-vllm: install install-vllm
 	$(BIN)/python -m pytest --vllm $(abspath $(VLLM_VENV))/bin/python tests/vllm $(PYTEST_ARGS)
 
+.PHONY: test-readme
 test-readme:
 	rm -rf build/readme
 	python3 -m tests.readme.type_readme build/readme $(README_ARGS)
@@ -225,6 +225,8 @@ gpu-dry-run: install
 
 gpu-page:
 	$(GPU_PYTHON) -m benchmarks.gpu_page > docs/gpu.md.new && mv docs/gpu.md.new docs/gpu.md
+
+.PHONY: docs docs-pages docs-serve
 
 # The pages that describe the code are made with the engine's environment, the site with one that has MkDocs alone.
 docs: install $(DOCS_VENV)/.installed

@@ -66,7 +66,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_every_objective_has_a_section_with_its_formula_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert objectives.NOTES.keys() == OBJECTIVES.keys()
+    assert objectives.NOTES.keys() == OBJECTIVES.keys(), "docs_pages/objectives.py: each objective has a note"
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", objectives.page(), re.MULTILINE | re.DOTALL))
     assert main(["objectives"]) == 0
     printed = capsys.readouterr().out
