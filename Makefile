@@ -10,6 +10,7 @@
 #   make lint      ruff, mypy, shellcheck and hadolint alone;  make format  applies ruff's fixes
 #   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
 #   make precision   install, then the accuracy of number formats; make precision-page  docs/precision.md from it
+#   make papers-page   docs/papers.md from the studies that `python -m benchmarks.papers keep` has kept
 #   make gpu       everything that needs a GPU, on one: tests, MFU, FP8; make gpu-page  docs/gpu.md from its results
 #   make gpu-dry-run   the same on the CPU, at toy size
 #   make constraints   resolves both pinned sets anew
@@ -81,7 +82,7 @@ PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
 .PHONY: install install-vllm demo test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
-.PHONY: precision precision-page gpu gpu-page gpu-dry-run constraints clean distclean
+.PHONY: precision precision-page papers-page gpu gpu-page gpu-dry-run constraints clean distclean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -212,6 +213,9 @@ gpu:
 
 gpu-dry-run: install
 	$(BIN)/python -m benchmarks.gpu --dry-run $(GPU_ARGS)
+
+papers-page: install
+	$(BIN)/python -m benchmarks.papers > docs/papers.md.new && mv docs/papers.md.new docs/papers.md
 
 gpu-page:
 	$(GPU_PYTHON) -m benchmarks.gpu_page > docs/gpu.md.new && mv docs/gpu.md.new docs/gpu.md
