@@ -349,7 +349,13 @@ def check_sources(config: RunConfig) -> None:
         raise UserError("data.tokenizer is not set; add data.tokenizer= the folder or name of a Hugging Face tokenizer")
     folder = os.path.expanduser(data.tokenizer)
     if (folder.startswith((".", "/")) or folder.count("/") > 1) and not os.path.isdir(folder):
-        raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; give a folder or name of a tokenizer")
+        remedy = made_by(folder) or "give a folder or name of a tokenizer"
+        raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; {remedy}")
+
+
+def made_by(path: str) -> str | None:
+    """What to do about a directory that does not exist, if a target of the Makefile creates it."""
+    return "run make smollm2 in this directory" if "smollm2-135m-instruct" in Path(path).parts else None
 
 
 def _check_results(config: RunConfig) -> None:
