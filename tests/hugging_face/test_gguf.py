@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from nemo_rao.config.compose import compose
 from nemo_rao.config.engine_choice import NEMO
 from nemo_rao.hugging_face import gguf as ours
+from nemo_rao.hugging_face.importer import _recipe
+from nemo_rao.hugging_face.network import model_keys
 from nemo_rao.hugging_face.source import find_source
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -102,7 +105,7 @@ def test_the_converted_model_is_the_one_that_the_file_was_made_from(tmp_path: Pa
         torch.testing.assert_close(made(ids).logits, source(ids).logits)
     assert made.dtype == torch.float32
     assert (made.config.rms_norm_eps, made.config.tie_word_embeddings) == (1e-5, True)
-    assert find_source(str(folder), engine=NEMO, allow_pickle=False, ignored=()).family.architecture
+    assert_its_recipe_composes(folder, tmp_path / "recipes")
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (SPECIAL[1], SPECIAL[2], SPECIAL[2])
@@ -112,8 +115,19 @@ def test_the_converted_model_is_the_one_that_the_file_was_made_from(tmp_path: Pa
     assert ids[0] == tokenizer.convert_tokens_to_ids("n") and ids[-1] == 2, "nothing is prepended"
     assert tokenizer.decode(ids) == text
     assert tokenizer.chat_template == TEMPLATE and tokenizer.model_max_length == 128
-    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "made"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "made", "recipes"}
     assert not list(folder.glob("*.model")), "transformers 4 would copy the GGUF file"
+
+
+def assert_its_recipe_composes(folder: Path, recipes: Path) -> None:
+    """With the file of the group ``model`` that import-hf writes; all values are the family's usual ones."""
+    source = find_source(str(folder), engine=NEMO, allow_pickle=False, ignored=())
+    keys = model_keys(source.config, source.family)
+    assert keys["arch"]["extra"] == {}
+    (recipes / "model").mkdir(parents=True)
+    (recipes / "model" / "imported.yaml").write_text(_recipe(folder, keys, source.config, source.config.vocab_size))
+    arch = compose("gpt_rao", ["model=imported"], recipes).model.arch
+    assert (arch.num_layers, arch.num_query_groups, arch.rotary_base, arch.extra) == (LAYERS, GROUPS, 1e5, {})
 
 
 def test_files_that_cannot_be_converted_are_refused_in_one_line(
