@@ -355,7 +355,9 @@ def check_sources(config: RunConfig) -> None:
 
 def made_by(path: str) -> str | None:
     """What to do about a directory that does not exist, if a target of the Makefile creates it."""
-    return "run make smollm2 in this directory" if "smollm2-135m-instruct" in Path(path).parts else None
+    if "smollm2-135m-instruct" not in Path(path).parts:
+        return None
+    return "run make smollm2 in the repository, and this command from there"
 
 
 def _check_results(config: RunConfig) -> None:
