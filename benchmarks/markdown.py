@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are right-aligned."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, num_text: int = 1) -> str:
+    """A Markdown table; the first ``num_text`` columns are left-aligned, the others right-aligned."""
+    lines = [header, [*["---"] * num_text, *["---:"] * (len(header) - num_text)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

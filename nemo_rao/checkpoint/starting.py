@@ -28,6 +28,7 @@ from nemo_rao.config.architecture import (
     num_tokens,
     vocabulary,
 )
+from nemo_rao.config.checks import made_by
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import load_recipe
@@ -58,7 +59,8 @@ def check_start(config: RunConfig) -> None:
         return
     refuse_hugging_face(given, START)
     if not Path(given).expanduser().is_dir():
-        raise UserError(f"{START}={given}: no such folder; give the folder of a NeMo checkpoint")
+        remedy = made_by(given) or "give the folder of a NeMo checkpoint"
+        raise UserError(f"{START}={given}: no such folder; {remedy}")
     checkpoint = start_of(config)
     assert checkpoint is not None
     refuse_adapters(checkpoint, START)

@@ -349,7 +349,15 @@ def check_sources(config: RunConfig) -> None:
         raise UserError("data.tokenizer is not set; add data.tokenizer= the folder or name of a Hugging Face tokenizer")
     folder = os.path.expanduser(data.tokenizer)
     if (folder.startswith((".", "/")) or folder.count("/") > 1) and not os.path.isdir(folder):
-        raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; give a folder or name of a tokenizer")
+        remedy = made_by(folder) or "give a folder or name of a tokenizer"
+        raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; {remedy}")
+
+
+def made_by(path: str) -> str | None:
+    """What to do about a directory that does not exist, if a target of the Makefile creates it."""
+    if "smollm2-135m-instruct" not in Path(path).parts:
+        return None
+    return "run make smollm2 in the repository, and this command from there"
 
 
 def _check_results(config: RunConfig) -> None:

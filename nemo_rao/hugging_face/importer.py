@@ -115,7 +115,7 @@ def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens:
         f"  seq_length: {min(config.max_position_embeddings, _LONGEST)}",
         "  arch:",
         *(f"    {name}: {shown(value)}" for name, value in arch.items()),
-        "    extra:",
+        *(["    extra:"] if extra else []),  # an empty mapping would be null
         *(f"      {name}: {shown(value)}" for name, value in extra.items()),
         "data:",
         f"  tokenizer: {shown(str(destination / 'tokenizer'))}",

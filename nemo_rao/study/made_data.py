@@ -1,4 +1,4 @@
-"""Data that a study makes before it trains: a directory filled by a function, or rows with rewards from scorers."""
+"""Data that a study makes before it trains: rows split by prompt, rows with new rewards, or a function's directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from nemo_rao.scoring.run import Job
 from nemo_rao.study import fingerprints
 from nemo_rao.study.planned import PlannedData
 from nemo_rao.study.policy_steps import score_rows
-from nemo_rao.study.schema import Made, Scored
+from nemo_rao.study.schema import Files, Made, Scored, Split
+from nemo_rao.study.split_rows import split_rows
 
 RECORD = "made.json"
 
@@ -41,8 +42,9 @@ def check_data(data: PlannedData, *, ready: bool) -> None:
         except TypeError as error:
             raise UserError(f"{where}.arguments: {spec.function} does not take them ({error})") from None
     elif ready:
-        with errors_at(f"{where}.input"):
-            expand_paths(spec.input)
+        key, source = ("split", spec.split) if isinstance(spec, Split) else ("input", spec.input)
+        with errors_at(f"{where}.{key}"):
+            expand_paths(source)
     record = _record_file(data)
     if record.is_file() and json.loads(record.read_text())["keys"] != _keys(spec):
         raise UserError(_made_differently(data, "from other keys"))
@@ -61,11 +63,15 @@ def make_data(data: PlannedData) -> bool:
         if json.loads(record.read_text()) != made_from:
             raise UserError(_made_differently(data, "before its input or a scorer changed"))
         return False
-    if isinstance(spec, Made):
+    if not isinstance(spec, Scored):
         shutil.rmtree(data.path, ignore_errors=True)  # left by an interruption
         data.path.mkdir(parents=True)
+    if isinstance(spec, Made):
         function: Callable[..., object] = find_function(spec.function)
         function(data.path, **spec.arguments)
+    elif isinstance(spec, Split):
+        with errors_at(f"files.{data.name}.split"):
+            split_rows(spec.split, data.path, spec.held_out, spec.columns)
     elif not data.path.exists():
         names = ("weight", "standardize", "shift", "scale")
         score_rows(Job(spec.input, data.path, spec.scorer, **{name: vars(spec)[name] for name in names}))
@@ -75,20 +81,22 @@ def make_data(data: PlannedData) -> bool:
 
 def _record_file(data: PlannedData) -> Path:
     """What the data was made from; absent until it is complete."""
-    is_directory = isinstance(data.spec, Made)
-    return data.path / RECORD if is_directory else data.path.with_name(f"{data.path.name}.{RECORD}")
+    is_file = isinstance(data.spec, Scored)
+    return data.path.with_name(f"{data.path.name}.{RECORD}") if is_file else data.path / RECORD
 
 
-def _keys(spec: Made | Scored) -> dict[str, Any]:
+def _keys(spec: Files) -> dict[str, Any]:
     """The keys, of JSON types."""
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(spec)))
     return found
 
 
-def _contents(spec: Made | Scored) -> dict[str, Any]:
+def _contents(spec: Files) -> dict[str, Any]:
     """What the keys name: rows and scorers. The code of a function is not compared."""
     if isinstance(spec, Made):
         return {}
+    if isinstance(spec, Split):
+        return {"split": fingerprints.of_rows(spec.split)}
     found: dict[str, Any] = {
         "input": fingerprints.of_rows(spec.input),
         "scorer": [fingerprints.of_scorer(text) for text in spec.scorer],

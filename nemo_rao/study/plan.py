@@ -21,7 +21,7 @@ from nemo_rao.study.plan_checks import check_common, check_relations, check_runs
 from nemo_rao.study.planned import Layout, Plan, PlannedData, StudyRun
 from nemo_rao.study.recipe_keys import override_text
 from nemo_rao.study.references import references, resolved
-from nemo_rao.study.schema import Made, Scored, Study
+from nemo_rao.study.schema import Files, Study
 
 Composed = dict[tuple[str, tuple[str, ...]], RunConfig]  # recipe and overrides -> config, without seed and names
 
@@ -94,7 +94,7 @@ def _needs_of_data(study: Study, name: str) -> list[str]:
 
 
 def _data(layout: Layout, name: str, needs: Sequence[str]) -> PlannedData:
-    spec: Made | Scored = layout.study.files[name]
+    spec: Files = layout.study.files[name]
     paths = {need: str(layout.path(need, None)) for need in needs}
     spec = type(spec)(**resolved(dataclasses.asdict(spec), paths))
     return PlannedData(name, spec, layout.path(name, None), tuple(layout.step_name(need, None) for need in needs))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_rao.checkpoint.continuing import check_settings
 from nemo_rao.checkpoint.run_records import has_results
-from nemo_rao.config.checks import check_keys_are_read
+from nemo_rao.config.checks import check_keys_are_read, made_by
 from nemo_rao.config.derived import run_dir
 from nemo_rao.errors import UserError, did_you_mean, errors_at
 from nemo_rao.study.planned import Plan, PlannedData, StudyRun
@@ -86,10 +86,8 @@ def check(made: Plan) -> None:
                 absent = {name for name in run.needs if not present[name]}
                 start = run.config.model.restore_from_path
                 if start is not None and run.start is None and not Path(start).expanduser().is_dir():
-                    raise UserError(
-                        f"start: {start} is neither an arm nor the directory of a "
-                        f"checkpoint; set arms.{run.arm}.start to one{did_you_mean(start, made.study.arms)}"
-                    )
+                    remedy = made_by(start) or f"set arms.{run.arm}.start to one{did_you_mean(start, made.study.arms)}"
+                    raise UserError(f"start: {start} is neither an arm nor the directory of a checkpoint; {remedy}")
                 check_run(run.config, start_exists=not absent, data_exists=not absent & data)
                 check_settings(run.config, another="--out")
 

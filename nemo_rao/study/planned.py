@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_rao.study.references import references, resolved
-from nemo_rao.study.schema import Made, Scored, Study
+from nemo_rao.study.schema import Files, Scored, Study
 from nemo_rao.training.several_runs import PlannedRun
 
 
@@ -37,12 +37,12 @@ class PlannedData:
     Attributes:
         name: its key in ``files``.
         spec: with references resolved.
-        path: a directory (:class:`Made`) or a file of rows (:class:`Scored`).
+        path: a file of rows (:class:`Scored`), or a directory.
         needs: see :class:`StudyRun`.
     """
 
     name: str
-    spec: Made | Scored
+    spec: Files
     path: Path
     needs: tuple[str, ...]
 
@@ -75,7 +75,7 @@ class Layout:
         spec = self.study.files.get(name)
         if spec is None:
             return self.folder / self.step_name(name, seed)
-        return self.folder / "data" / (name if isinstance(spec, Made) else f"{name}.jsonl")
+        return self.folder / "data" / (f"{name}.jsonl" if isinstance(spec, Scored) else name)
 
 
 @dataclass(frozen=True)

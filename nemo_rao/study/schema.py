@@ -5,7 +5,7 @@
     common: {key: value}   overrides of every arm, keys of recipes or groups such as model
     seeds: [1, 2, 3]       each arm is trained once with each
     baseline: NAME         the arm that differences are taken against
-    files: {NAME: ...}     data made before training                         (:class:`Made`, :class:`Scored`)
+    files: {NAME: ...}     data made before training            (:class:`Made`, :class:`Scored`, :class:`Split`)
     arms: {NAME: ...}      what is trained                                   (:class:`Arm`)
     measures, curves, relations, samples, tasks                              contents of the report
 
@@ -57,6 +57,18 @@ class Scored:
     standardize: str = key("none", "as --standardize", choices=("none", "global", "prompt"))
     shift: float = key(0.0, "as --shift")
     scale: float = key(1.0, "as --scale", low=0, exclusive=True)
+
+
+@dataclass
+class Split:
+    """A directory with train.jsonl and held_out.jsonl: the rows of one source, split by prompt."""
+
+    split: str = key("", "rows to split, in any form of data.train_path")
+    held_out: float = key(0.1, "fraction of prompts that are held out", low=0, high=1, exclusive=True)
+    columns: dict[str, Any] = key({}, "as data.columns")
+
+
+Files = Made | Scored | Split
 
 
 @dataclass
@@ -145,7 +157,7 @@ class Study:
     path: Path
     name: str
     keys: StudyFile
-    files: Mapping[str, Made | Scored]
+    files: Mapping[str, Files]
     arms: Mapping[str, Arm]
     measures: Mapping[str, Measure]
     relations: Mapping[str, Relation]

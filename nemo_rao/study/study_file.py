@@ -16,7 +16,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nemo_rao.config.compose import package_recipes
 from nemo_rao.errors import UserError, did_you_mean, errors_at
 from nemo_rao.keys import check
-from nemo_rao.study.schema import Arm, Made, Measure, Relation, Samples, Scored, Study, StudyFile, Tasks, label_of
+from nemo_rao.study.schema import (
+    Arm,
+    Files,
+    Made,
+    Measure,
+    Relation,
+    Samples,
+    Scored,
+    Split,
+    Study,
+    StudyFile,
+    Tasks,
+    label_of,
+)
 from nemo_rao.study.yaml_values import STUDIES, override, read_values
 
 if TYPE_CHECKING:
@@ -105,17 +118,19 @@ def _section(kind: type[Section], values: Any, where: str) -> Section:
     return made
 
 
-def _file(name: str, value: Any) -> Made | Scored:
+def _file(name: str, value: Any) -> Files:
     where = f"files.{name}"
     if isinstance(value, dict) and "function" in value:
         return _section(Made, value, where)
+    if isinstance(value, dict) and "split" in value:
+        return _section(Split, value, where)
     made = _section(Scored, value, where)
     if not (made.input and made.scorer):
-        raise UserError(f"{where}: needs input and scorer, or function")
+        raise UserError(f"{where}: needs input and scorer, or split, or function")
     return made
 
 
-def _check_names(arms: Mapping[str, Arm], files: Mapping[str, Made | Scored]) -> None:
+def _check_names(arms: Mapping[str, Arm], files: Mapping[str, Files]) -> None:
     if both := sorted(arms.keys() & files.keys()):
         raise UserError(f"files.{both[0]}: an arm has the same name; rename one of them")
     for name in [*arms, *files]:

@@ -74,7 +74,10 @@ def override(values: dict[str, Any], text: str) -> None:
         if not isinstance(inside.setdefault(part, {}), dict):
             raise UserError(f"{text}: {part} has no keys below it; set {part} itself")
         inside = inside[part]
-    inside[parts[-1]] = value
+    if value is None and isinstance(inside.get(parts[-1]), dict):
+        del inside[parts[-1]]  # as null in a file that extends another
+    else:
+        inside[parts[-1]] = value
 
 
 class _Loader(yaml.SafeLoader):

@@ -20,7 +20,7 @@ from nemo_rao.planning.memory import PROCESS_BYTES, memory, peak
 from nemo_rao.planning.plan import setting_of
 from nemo_rao.planning.setting import Setting
 
-LARGE = {path.stem for path in package_recipes().glob("model/*.yaml")} - {"tiny_llama", "demo_llama"}
+LARGE = {path.stem for path in package_recipes().glob("model/*.yaml")} - {"tiny_llama", "demo_llama", "smollm2_135m"}
 RECIPES = sorted(path.stem for path in package_recipes().glob("*.yaml") if path.stem.endswith(tuple(LARGE)))
 
 

@@ -23,6 +23,7 @@ FAMILIES = (".llama", ".qwen2", ".qwen3", ".mistral", ".gemma")
 CLASSES = {
     "tiny_llama": "LlamaConfig",
     "demo_llama": "LlamaConfig",
+    "smollm2_135m": "LlamaConfig",
     "eurollm_9b": "LlamaConfig",
     "llama3_8b": "Llama3Config8B",
     "llama3_70b": "Llama3Config70B",

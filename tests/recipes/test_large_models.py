@@ -60,8 +60,14 @@ def built(model: str) -> dict[Part, list[dict[str, Any]]]:
 
 
 def test_every_large_model_of_conf_is_here() -> None:
-    small = {"tiny_llama", "demo_llama"}
+    small = {"tiny_llama", "demo_llama", "smollm2_135m"}
     assert {path.stem for path in package_recipes().glob("model/*.yaml")} - small == set(MODELS)
+
+
+def test_smollm2_is_planned_as_published_and_fits_a_laptop() -> None:
+    setting = setting_of(compose("gpt_rao", ["model=smollm2_135m"]), responses=4)
+    assert model_parameters(setting) == 134_515_008
+    assert peak(setting) < 12 * GIB
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def test_the_study_in_the_documentation_can_be_planned(planned: Callable[..., Pl
 
 
 def test_each_study_of_the_package_has_both_sizes() -> None:
-    large = {name for name in SHIPPED if not name.endswith("_toy")}
+    large = {name for name in SHIPPED if not name.endswith(("_toy", "_smollm2"))}
+    assert {name.removesuffix("_smollm2") for name in SHIPPED if name.endswith("_smollm2")} < large
     assert large == {name.removesuffix("_toy") for name in SHIPPED if name.endswith("_toy")}
     assert large >= {"rao_likelihood", "rao_z0_beta", "rao_table1", "rao_table2", "rpo_ground_truth"}
 
@@ -151,6 +153,9 @@ REFUSED = [
         ),
         "arms.rao: is the same run as arms.dpo",
     ),
+    (('{function: "nemo_rao.demo.run:make_data"}', "{split: x.jsonl}"), "files.made.split: x.jsonl: no such file"),
+    (('{function: "nemo_rao.demo.run:make_data"}', "{split: a, held_out: 1}"), "files.made.held_out=1: must be < 1"),
+    (("start: dpo", "start: models/smollm2-135m-instruct"), "checkpoint; run make smollm2"),
     (("make_data", "make_date"), "files.made.function: module nemo_rao.demo.run"),
     (('make_data"}', 'make_data", arguments: {prompts: 2}}'), "files.made.arguments:"),
     (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:nemo_rao.demo.synthetic:truth}\nseeds:"), "samples.scorer:"),
@@ -217,6 +222,42 @@ def test_rows_whose_input_or_scorer_has_changed_are_not_reused(tmp_path: Path, m
     with pytest.raises(UserError, match="was made before its input or a scorer changed"):
         make_data(data)
     assert data.path.read_text() == made
+
+
+def test_rows_are_split_by_prompt_and_otherwise_unchanged(tmp_path: Path, planned: Callable[..., Plan]) -> None:
+    """Rows of one prompt stay together, in their order; another order of the prompts gives the same split."""
+    records = [
+        {"question": f"prompt {number % 10}", "response": f"answer {number}", "helpfulness": number, "note": "ü"}
+        for number in range(30)
+    ]
+    source = tmp_path / "rows.jsonl"
+    study = "files: {rows: {split: %s, held_out: 0.3, columns: {prompt: question}}}\narms: {rao: {recipe: gpt_rao}}\n"
+    found = []
+    for order in (records, records[::-1]):
+        source.write_text("".join(json.dumps(record) + "\n" for record in order))
+        data = next(step for step in planned(text=study % source).steps if isinstance(step, PlannedData))
+        assert make_data(data) and not make_data(data)
+        train, held_out = (
+            [json.loads(line) for line in (data.path / name).read_text().splitlines()]
+            for name in ("train.jsonl", "held_out.jsonl")
+        )
+        prompts = [{record["question"] for record in part} for part in (train, held_out)]
+        assert [len(part) for part in prompts] == [7, 3] and not prompts[0] & prompts[1]
+        assert [record for record in order if record["question"] in prompts[0]] == train
+        assert [record for record in order if record["question"] in prompts[1]] == held_out
+        found.append(prompts)
+        source.write_text(json.dumps(records[0]) + "\n")
+        with pytest.raises(UserError, match=r"files\.rows: .* was made before its input"):
+            make_data(data)
+        shutil.rmtree(data.path)
+    assert found[0] == found[1]
+    with pytest.raises(UserError, match=r"files\.rows\.split: .*rows.jsonl: has 1 prompts, .* give more rows"):
+        make_data(data)
+
+
+def test_null_on_the_command_line_removes_a_mapping(planned: Callable[..., Plan]) -> None:
+    made = planned(overrides=("arms.rm=null", "arms.rao=null", "files.rewarded=null"))
+    assert [step.name for step in made.steps] == ["made", "sft", "dpo-seed3", "dpo-seed5"]
 
 
 def test_a_study_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

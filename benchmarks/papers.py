@@ -1,0 +1,368 @@
+"""docs/papers.md: what the papers claim, beside what the studies in benchmarks/results/studies have measured.
+
+    nemo-rao study rao_likelihood_toy
+    python -m benchmarks.papers keep runs/study/rao_likelihood_toy     # its results and figures
+    python -m benchmarks.papers > docs/papers.md                       # what `make papers-page` does
+
+A claim holds if the 95 % interval over seeds lies on its side, and does not if the interval lies on the other side.
+Nothing is entered by hand; a test compares the page with the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markdown import markdown_table
+from benchmarks.results import FOLDER
+from nemo_rao.runtime.files import write_atomically
+from nemo_rao.study.formatting import percent, with_interval
+from nemo_rao.study.statistics import Estimate, paired_difference
+
+STUDIES = FOLDER / "studies"
+FIGURES = Path(__file__).resolve().parents[1] / "docs" / "images" / "studies"
+Results = Mapping[str, Any]
+
+HELD, NOT_HELD, UNDECIDED = "held", "did not hold", "undecided"
+RAO, RPO = "RAO", "RPO (arXiv 2502.00203)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim's number: an estimate, and the side of ``than`` on which the claim puts it.
+
+    Attributes:
+        what: of the number, with its unit.
+        side: "above", "below", "equal" (the interval contains ``than``) or "not below" (it reaches ``than``).
+    """
+
+    what: str
+    estimate: Estimate
+    side: str
+    than: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """:data:`HELD`, :data:`NOT_HELD` or :data:`UNDECIDED`."""
+        low, high = self.estimate.low, self.estimate.high
+        if math.isnan(low):
+            return UNDECIDED
+        if self.side == "equal":
+            return HELD if low <= self.than <= high else NOT_HELD
+        if self.side == "not below":
+            return HELD if high >= self.than else NOT_HELD
+        if low <= self.than <= high:
+            return UNDECIDED
+        return HELD if (low > self.than) == (self.side == "above") else NOT_HELD
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and which numbers of which study it is held against."""
+
+    paper: str
+    text: str
+    study: str
+    findings: Callable[[Results], Sequence[Finding]]
+
+
+def _mean(results: Results, measure: str, arm: str) -> Estimate:
+    return Estimate(**results["summaries"][measure][arm]["mean"])
+
+
+def _difference(results: Results, measure: str, arm: str, other: str) -> Estimate:
+    values: dict[str, dict[int, float]] = {arm: {}, other: {}}
+    for run in results["runs"]:
+        if run["arm"] in values:
+            value = run["measures"].get(measure)
+            values[run["arm"]][run["seed"]] = math.nan if value is None else value
+    return paired_difference(values[arm], values[other])
+
+
+def _slope(results: Results, relation: str) -> tuple[Estimate, float | None]:
+    found = results["relations"][relation]
+    return Estimate(**found["slope"]), found["expected"]
+
+
+def _rate(results: Results, arm: str, against: str) -> Estimate:
+    """Win rate, in percent."""
+    rate = results["wins"][against][arm]["rate"]
+    return Estimate(100 * rate["value"], 100 * rate["half_width"], rate["n"])
+
+
+def _likelihood(arm: str, side: str) -> Callable[[Results], Sequence[Finding]]:
+    def findings(results: Results) -> Sequence[Finding]:
+        return [
+            Finding("chosen, from start to end, nats", _mean(results, "chosen, change in nats", arm), side),
+        ]
+
+    return findings
+
+
+def _relation(name: str, what: str, side: str) -> Callable[[Results], Sequence[Finding]]:
+    def findings(results: Results) -> Sequence[Finding]:
+        estimate, expected = _slope(results, name)
+        return [Finding(what, estimate, side, expected if side == "equal" and expected is not None else 0.0)]
+
+    return findings
+
+
+def _reward_models(better: str, worse: str) -> Callable[[Results], Sequence[Finding]]:
+    def findings(results: Results) -> Sequence[Finding]:
+        found = []
+        for size in ("few", "all"):
+            pair = f"{better}_{size}", f"{worse}_{size}"
+            found.append(Finding(f"loss, difference, {size} pairs", _difference(results, "loss", *pair), "below"))
+            found.append(
+                Finding(f"accuracy, difference, {size} pairs", _difference(results, "accuracy", *pair), "above")
+            )
+        return found
+
+    return findings
+
+
+def _wins(against: str, arms: Mapping[str, str], side: str) -> Callable[[Results], Sequence[Finding]]:
+    """Win rates over ``against`` of those arms (label -> arm) that the study has."""
+
+    def findings(results: Results) -> Sequence[Finding]:
+        return [
+            Finding(f"{label}, win rate in %", _rate(results, arm, against), side, 50.0)
+            for label, arm in arms.items()
+            if arm in results["wins"][against]
+        ]
+
+    return findings
+
+
+BASELINES = {
+    "DPO": "dpo",
+    "IPO": "ipo",
+    "SimPO": "simpo",
+    "Cal-DPO": "cal_dpo",
+    "robust RPO": "robust_po",
+    "DRO": "dro",
+    "RLHF (PPO)": "ppo",
+}
+
+CLAIMS = (
+    Claim(
+        RAO, "Under DPO the log-probability of chosen responses falls.", "rao_likelihood", _likelihood("dpo", "below")
+    ),
+    Claim(RAO, "Under RAO it does not fall.", "rao_likelihood", _likelihood("rao", "not below")),
+    Claim(
+        RAO,
+        "log Z_0 moves the mean of implicit rewards, by -β for each nat.",
+        "rao_z0_beta",
+        _relation("mean over log_z0", "slope, per nat", "equal"),
+    ),
+    Claim(
+        RAO,
+        "log Z_0 leaves the gap between responses as it is.",
+        "rao_z0_beta",
+        _relation("gap over log_z0", "slope, per nat", "equal"),
+    ),
+    Claim(
+        RAO,
+        "β sets the gap: that of log-ratios grows with 1/β.",
+        "rao_z0_beta",
+        _relation("gap over 1/beta", "slope, nats", "above"),
+    ),
+    Claim(
+        RAO,
+        "β leaves the mean of implicit rewards as it is.",
+        "rao_z0_beta",
+        _relation("mean over beta", "slope", "equal"),
+    ),
+    Claim(
+        RAO,
+        "A reward model that starts from SFT beats one that starts from the base model.",
+        "rao_table1",
+        _reward_models("rm_sft", "rm_base"),
+    ),
+    Claim(
+        RAO,
+        "A reward model from the base model beats DPO's implicit reward.",
+        "rao_table1",
+        _reward_models("rm_base", "dpo"),
+    ),
+    Claim(RAO, "RAO's samples win over those of each baseline.", "rao_table2", _wins("rao", BASELINES, "below")),
+    Claim(
+        RPO,
+        "Explicit rewards beat a constant one (implicit, as in DPO).",
+        "rpo_ground_truth",
+        _wins("bwd", {"constant reward": "constant"}, "below"),
+    ),
+    Claim(
+        RPO,
+        "More responses to a prompt are better.",
+        "rpo_ground_truth",
+        lambda results: [
+            *_wins("bwd", {"K 2 against K 4": "k_2"}, "below")(results),
+            *_wins("bwd", {"K 8 against K 4": "k_8"}, "above")(results),
+        ],
+    ),
+    Claim(
+        RPO,
+        "The better the reward model, the better the policy.",
+        "rpo_ground_truth",
+        _wins(
+            "bwd",
+            {
+                "reward model of few pairs, against the ground truth": "learned_few",
+                "of noisy pairs": "learned_noisy",
+                "of all pairs": "learned_many",
+            },
+            "below",
+        ),
+    ),
+    Claim(
+        RPO,
+        "Training on the policy's own samples beats training on given ones.",
+        "rpo_ground_truth",
+        _wins("bwd", {"online against offline": "online"}, "above"),
+    ),
+)
+UNTESTED = (
+    (
+        RAO,
+        "Reasoning does not fall.",
+        "the toy model knows captions alone; `rao_table2` has the tasks for a real model",
+    ),
+)
+
+
+def keep(folder: Path) -> Path:
+    """Copies a study's results, without the commands of its runs, and its figures.
+
+    Raises:
+        SystemExit: the study has no results.
+    """
+    source = folder / "results.json"
+    if not source.is_file():
+        raise SystemExit(f"{source}: no such file; run the study first")
+    results = json.loads(source.read_text())
+    for run in results["runs"]:
+        del run["command"]
+    for of_arms in results["wins"].values():
+        for of_arm in of_arms.values():
+            of_arm.pop("seeds", None)
+    path = STUDIES / f"{results['study']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(results, indent=1) + "\n")
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for figure in sorted((folder / "figures").glob("*.svg")):
+        shutil.copyfile(figure, FIGURES / f"{results['study']}-{figure.name}")
+    return path
+
+
+def read_studies() -> dict[str, Results]:
+    """Name -> results of the studies that were kept."""
+    found = {}
+    for path in sorted(STUDIES.glob("*.json")):
+        found[path.stem] = _with_nan(json.loads(path.read_text()))
+    return found
+
+
+def _with_nan(value: Any) -> Any:
+    """``null`` as NaN among the numbers of estimates."""
+    if isinstance(value, dict):
+        is_estimate = "half_width" in value
+        return {k: math.nan if v is None and is_estimate else _with_nan(v) for k, v in value.items()}
+    return [_with_nan(one) for one in value] if isinstance(value, list) else value
+
+
+BEFORE = """\
+# The papers' claims
+
+What the RAO and RPO papers claim, and what the project's own studies find, on models and data that fit two CPU cores.
+A claim *held* if the 95 % interval over seeds lies on its side, *did not hold* if it lies on the other side, and is
+*undecided* otherwise. Nothing is corrected for the number of claims. The page is generated from
+`benchmarks/results/studies` by `make papers-page`.
+
+"""
+
+
+def page(studies: Mapping[str, Results] | None = None) -> str:
+    """The page in Markdown."""
+    studies = read_studies() if studies is None else studies
+    return BEFORE + "\n".join(_blocks(studies)).rstrip() + "\n"
+
+
+def _blocks(studies: Mapping[str, Results]) -> Iterator[str]:
+    rows = []
+    for claim in CLAIMS:
+        for name, results in _studies_of(claim.study, studies):
+            findings = claim.findings(results)
+            verdicts = [one.verdict for one in findings]
+            summary = (
+                verdicts[0]
+                if len(set(verdicts)) == 1
+                else ", ".join(
+                    f"{verdicts.count(kind)} {kind}" for kind in (HELD, NOT_HELD, UNDECIDED) if kind in verdicts
+                )
+            )
+            numbers = "<br>".join(
+                f"{one.what}: {with_interval(vars(one.estimate))}"
+                + (f" (expected {one.than:g})" if one.side == "equal" else "")
+                for one in findings
+            )
+            rows.append([claim.paper, claim.text, f"[{name}](#{name})", numbers, f"**{summary}**"])
+        if not _studies_of(claim.study, studies):
+            rows.append([claim.paper, claim.text, f"`{claim.study}`", "", "not run"])
+    rows += [[paper, text, "", why, "not tested here"] for paper, text, why in UNTESTED]
+    header = ["paper", "claim", "study", "measured, mean ± half of the interval", "verdict"]
+    yield markdown_table(header, rows, num_text=len(header))
+    for name, results in studies.items():
+        yield ""
+        yield from _study(name, results)
+
+
+def _studies_of(name: str, studies: Mapping[str, Results]) -> list[tuple[str, Results]]:
+    return [(found, results) for found, results in studies.items() if found.rpartition("_")[0] == name]
+
+
+def _study(name: str, results: Results) -> Iterator[str]:
+    yield f"## {name}\n"
+    seeds = len(results["seeds"])
+    failed = f" {len(results['failed'])} steps failed." if results["failed"] else ""
+    yield f"{results['title']}. {results['about']} {seeds} seeds, {results['version']}.{failed}\n"
+    yield f"```\nnemo-rao study {name}\n```\n"
+    arms = {arm: of["label"] for arm, of in results["arms"].items() if not of["once"]}
+    against = list(results["wins"])
+    rows = []
+    for arm, label in arms.items():
+        means = [with_interval(of[arm]["mean"]) for of in results["summaries"].values()]
+        wins = [
+            percent(results["wins"][other][arm]["rate"]) if arm in results["wins"][other] else "" for other in against
+        ]
+        rows.append([label, *means, *wins])
+    labels = [results["arms"][other]["label"] if other in results["arms"] else other for other in against]
+    yield markdown_table(["arm", *results["summaries"], *(f"win rate over {label}, %" for label in labels)], rows)
+    for figure in sorted(FIGURES.glob(f"{name}-*.svg")):
+        kind = figure.stem.removeprefix(f"{name}-")
+        yield f"\n![{name}: {kind}](images/studies/{figure.name})"
+
+
+def main() -> int:
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = command.add_subparsers(dest="part")
+    keeping = parts.add_parser("keep", help="copy results and figures of studies")
+    keeping.add_argument("folders", nargs="+", type=Path, help="directories of studies")
+    arguments = command.parse_args()
+    if arguments.part == "keep":
+        for folder in arguments.folders:
+            print(keep(folder))
+        return 0
+    sys.stdout.write(page())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

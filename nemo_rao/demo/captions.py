@@ -1,0 +1,283 @@
+"""A made-up world for studies: short captions on request, of graded quality, by a computable judge.
+
+    Write 9 words, calm, about the sea: gull, wave. Not salt.
+    ->  the quiet gull and a still wave under the tide
+
+A request asks for a number of words, a mood, a topic and two of its nouns, and excludes a third. There are 184,320
+requests, whose parts all recur: a small model that has seen a few thousand generalizes to the others. A caption is a
+chain of noun phrases. Many captions fulfil a request, and most fulfil it in part.
+
+Captions come from writers of varying skill (:func:`caption`), a different one for each. Their quality has a mean near
+0.6 and a standard deviation of 0.17; the best of sixteen captions has 0.9.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from nemo_rao.errors import UserError
+from nemo_rao.runtime.files import write_atomically
+
+Split = Literal["train", "held_out"]
+
+NUM_WORDS = (5, 12)  # of a caption, both included
+TOPICS: Mapping[str, tuple[str, ...]] = {
+    "sea": ("wave", "gull", "salt", "tide", "shell", "sail", "reef", "foam", "crab", "pier"),
+    "farm": ("barn", "hay", "cow", "plough", "fence", "goat", "wheat", "hen", "field", "cart"),
+    "kitchen": ("pan", "oven", "soup", "knife", "bread", "spoon", "stove", "plate", "flour", "jar"),
+    "city": ("street", "tram", "tower", "crowd", "bridge", "square", "lamp", "shop", "roof", "sign"),
+    "forest": ("moss", "fern", "owl", "oak", "path", "deer", "pine", "leaf", "root", "stream"),
+    "sky": ("cloud", "star", "moon", "kite", "hawk", "rain", "comet", "wind", "dawn", "storm"),
+    "concert": ("drum", "flute", "song", "stage", "choir", "harp", "string", "chord", "horn", "tune"),
+    "workshop": ("saw", "nail", "bench", "glue", "wood", "drill", "rope", "wheel", "tool", "paint"),
+}
+MOODS: Mapping[str, tuple[str, ...]] = {
+    "calm": ("quiet", "still", "soft", "slow", "gentle", "mild"),
+    "bright": ("golden", "clear", "warm", "shiny", "vivid", "light"),
+    "dark": ("grey", "cold", "bleak", "heavy", "lost", "grim"),
+    "wild": ("loud", "sharp", "fast", "rough", "fierce", "torn"),
+}
+ARTICLES = ("a", "the")
+LINKS = ("and", "near", "under", "with")
+
+_NOUNS = {noun: topic for topic, nouns in TOPICS.items() for noun in nouns}
+_ADJECTIVES = {adjective: mood for mood, adjectives in MOODS.items() for adjective in adjectives}
+# What each kind of word may be followed by.
+_FOLLOWING = {
+    "article": {"adjective", "noun"},
+    "adjective": {"adjective", "noun"},
+    "noun": {"link", "end"},
+    "link": {"article", "adjective", "noun"},
+    "other": set[str](),
+}
+# Shares of quality. A caption that uses the excluded noun keeps EXCLUDED_FACTOR of it.
+WEIGHTS: Mapping[str, float] = {
+    "mentions": 0.25,
+    "topic": 0.2,
+    "mood": 0.2,
+    "length": 0.15,
+    "variety": 0.1,
+    "grammar": 0.1,
+}
+EXCLUDED_FACTOR = 0.7
+
+_REQUEST = re.compile(r"Write (\d+) words, (\w+), about the (\w+): (\w+), (\w+)\. Not (\w+)\.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a prompt asks for.
+
+    Attributes:
+        words: length of the caption.
+        mood, topic: keys of :data:`MOODS` and :data:`TOPICS`.
+        nouns: to be mentioned, two of the topic.
+        excluded: a third one of the topic.
+    """
+
+    words: int
+    mood: str
+    topic: str
+    nouns: tuple[str, str]
+    excluded: str
+
+    def __str__(self) -> str:
+        nouns = ", ".join(self.nouns)
+        return f"Write {self.words} words, {self.mood}, about the {self.topic}: {nouns}. Not {self.excluded}."
+
+
+def parse(prompt: str | Sequence[Mapping[str, Any]]) -> Request:
+    """The request of a prompt, which is text or messages of which the last is the request.
+
+    Raises:
+        UserError: it is no request of this world.
+    """
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    found = _REQUEST.fullmatch(text.strip())
+    if found is None or found[2] not in MOODS or found[3] not in TOPICS or int(found[1]) < 1:
+        raise UserError(
+            f"prompt {text[:80]!r} is no request for a caption; it must be like "
+            "'Write 9 words, calm, about the sea: gull, wave. Not salt.'"
+        )
+    return Request(int(found[1]), found[2], found[3], (found[4], found[5]), found[6])
+
+
+def quality(prompt: str | Sequence[Mapping[str, Any]], response: str) -> float:
+    """The judge: how far a caption fulfils its request, in [0, 1].
+
+    The mean, weighted by :data:`WEIGHTS`, of
+
+        mentions    share of the two nouns that it has
+        topic       share of its nouns that belong to the topic
+        mood        share of its adjectives that belong to the mood
+        length      1 - |words - asked for| / asked for, at least 0
+        variety     share of its nouns and adjectives that are not repeated
+        grammar     share of words that may follow the one before, the end counting as one, which follows a noun
+
+    times :data:`EXCLUDED_FACTOR` if it has the excluded noun. Shares of nothing are 0.
+
+    Raises:
+        UserError: see :func:`parse`.
+    """
+    request, words = parse(prompt), response.split()
+    nouns = [word for word in words if word in _NOUNS]
+    adjectives = [word for word in words if word in _ADJECTIVES]
+    kinds = [_kind(word) for word in words]
+    shares = {
+        "mentions": _share(noun in nouns for noun in request.nouns),
+        "topic": _share(_NOUNS[noun] == request.topic for noun in nouns),
+        "mood": _share(_ADJECTIVES[adjective] == request.mood for adjective in adjectives),
+        "length": max(0.0, 1 - abs(len(words) - request.words) / request.words),
+        "variety": len({*nouns, *adjectives}) / max(1, len(nouns) + len(adjectives)),
+        "grammar": _share(after in _FOLLOWING[before] for before, after in pairwise([*kinds, "end"])),
+    }
+    found = sum(WEIGHTS[name] * share for name, share in shares.items())
+    return found * (EXCLUDED_FACTOR if request.excluded in nouns else 1)
+
+
+def caption(request: Request, generator: random.Random) -> str:
+    """A caption by a writer whose skill in each respect is drawn first, from a distribution with mean 1/2."""
+    mentions, topic, mood, counting, varying = (generator.betavariate(1.2, 1.2) for _ in range(5))
+    length = request.words
+    if generator.random() > counting:
+        length = max(2, length + generator.choice((-4, -3, -2, -1, 1, 2, 3, 4)))
+    words: list[str] = []
+    asked_for = generator.sample(request.nouns, 2)
+    while len(words) < length:
+        if words:
+            words.append(generator.choice(LINKS))
+        if generator.random() < 0.6:
+            words.append(generator.choice(ARTICLES))
+        if generator.random() < 0.6:
+            of_mood = MOODS[request.mood] if generator.random() < mood else [*_ADJECTIVES]
+            words.append(_choose(of_mood, words, varying, generator))
+        if asked_for and generator.random() < mentions:
+            words.append(asked_for.pop())
+        else:
+            of_topic = TOPICS[request.topic] if generator.random() < topic else [*_NOUNS]
+            words.append(_choose(of_topic, words, varying, generator))
+    return " ".join(words[:length])
+
+
+def requests(seed: int, split: Split) -> Iterator[tuple[Request, random.Random]]:
+    """Requests without end, none twice, each with what its captions are to be drawn with.
+
+    Args:
+        seed: another one gives other requests.
+        split: no request of ``train`` is ever one of ``held_out``, whatever the seeds.
+    """
+    generator = random.Random(f"captions {seed} {split}")
+    seen: set[str] = set()
+    while True:
+        topic = generator.choice([*TOPICS])
+        first, second, excluded = generator.sample(TOPICS[topic], 3)
+        request = Request(generator.randint(*NUM_WORDS), generator.choice([*MOODS]), topic, (first, second), excluded)
+        text = str(request)
+        if text not in seen and _is_held_out(text) == (split == "held_out"):
+            seen.add(text)
+            yield request, random.Random(f"captions {seed} {text}")
+
+
+def preferences(
+    num_prompts: int, num_responses: int, seed: int = 0, split: Split = "train", noise: float = 0.0
+) -> Iterator[dict[str, Any]]:
+    """Canonical records. The same arguments give the same records.
+
+    Args:
+        num_prompts: records, up to 100,000, or 20,000 of ``held_out``.
+        num_responses: of each prompt, 1 to 16, all different.
+        seed, split: see :func:`requests`.
+        noise: standard deviation of a normal error of the rewards, which noise of 0 leaves as they are.
+
+    Raises:
+        UserError: an argument is outside its range.
+    """
+    if split not in get_args(Split):
+        raise UserError(f"split is {split!r}; allowed are {', '.join(get_args(Split))}")
+    largest = 100_000 if split == "train" else 20_000
+    for name, value, low, high in (("num_prompts", num_prompts, 1, largest), ("num_responses", num_responses, 1, 16)):
+        if not low <= value <= high:
+            raise UserError(f"{name} is {value}; allowed are {low} to {high}")
+    if not 0 <= noise < float("inf"):
+        raise UserError(f"noise is {noise}; it must not be negative")
+    for (request, generator), _ in zip(requests(seed, split), range(num_prompts), strict=False):
+        prompt = str(request)
+        captions: dict[str, None] = {}
+        while len(captions) < num_responses:
+            captions.setdefault(caption(request, generator))
+        errors = random.Random(f"noise {prompt}")
+        yield {
+            "prompt": prompt,
+            "responses": [
+                {"content": text, "reward": round(quality(prompt, text) + errors.gauss(0, noise), 6)}
+                for text in captions
+            ],
+        }
+
+
+def write_preferences(path: str | os.PathLike[str], *args: Any, **named: Any) -> None:
+    """Writes :func:`preferences` as JSON Lines, atomically."""
+    write_atomically(Path(path), (json.dumps(row) + "\n" for row in preferences(*args, **named)))
+
+
+def make_data(
+    folder: Path,
+    *,
+    num_prompts: int = 2000,
+    num_responses: int = 4,
+    num_examples: int = 12_000,
+    num_held_out: int = 400,
+    noise: float = 0.3,
+) -> None:
+    """The data of studies, made once: the same every time.
+
+    examples.jsonl      one caption of each of ``num_examples`` other prompts, for supervised fine-tuning
+    train.jsonl         ``num_responses`` captions of each of ``num_prompts`` prompts, rewarded by :func:`quality`
+    train_noisy.jsonl   the same with errors of the rewards
+    held_out.jsonl      4 captions of each of ``num_held_out`` prompts that occur in no other file
+    tokenizer           of these texts
+    """
+    from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
+    from nemo_rao.rows.reading import read_rows
+
+    if (folder / "tokenizer" / "tokenizer.json").exists():
+        return
+    write_preferences(folder / "train.jsonl", num_prompts, num_responses)
+    write_preferences(folder / "train_noisy.jsonl", num_prompts, num_responses, noise=noise)
+    write_preferences(folder / "examples.jsonl", num_examples, 1, seed=1)
+    write_preferences(folder / "held_out.jsonl", num_held_out, 4, split="held_out")
+    train_tokenizer(texts_of_rows(read_rows(str(folder / "train.jsonl"))), folder / "tokenizer", 768)
+
+
+def _is_held_out(text: str) -> bool:
+    """One request in eight, by its text alone."""
+    return hashlib.sha256(text.encode()).digest()[0] % 8 == 0
+
+
+def _choose(words: Sequence[str], used: Sequence[str], varying: float, generator: random.Random) -> str:
+    """One of ``words``; with probability ``varying`` one that is not used yet, as long as there is one."""
+    new = [word for word in words if word not in used]
+    return generator.choice(new if new and generator.random() < varying else words)
+
+
+def _kind(word: str) -> str:
+    if word in _NOUNS:
+        return "noun"
+    if word in _ADJECTIVES:
+        return "adjective"
+    return "article" if word in ARTICLES else "link" if word in LINKS else "other"
+
+
+def _share(held: Iterator[bool] | Sequence[bool]) -> float:
+    """Of those that are true; 0 of none."""
+    values = list(held)
+    return sum(values) / max(1, len(values))

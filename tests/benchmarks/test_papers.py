@@ -1,0 +1,117 @@
+"""docs/papers.md: claims are judged by intervals, refer to what the shipped studies have, and match the results."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import papers
+from benchmarks.papers import CLAIMS, HELD, NOT_HELD, UNDECIDED, Finding, keep, page, read_studies
+from nemo_rao.config.compose import package_recipes
+from nemo_rao.study.plan import plan
+from nemo_rao.study.planned import Plan
+from nemo_rao.study.statistics import Estimate, mean
+from nemo_rao.study.study_file import load_study
+
+NAN = float("nan")
+
+
+@functools.cache
+def planned(name: str) -> Plan:
+    return plan(load_study(name), "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("value", "half_width", "side", "than", "verdict"),
+    [
+        (-2.0, 0.5, "below", 0, HELD),
+        (2.0, 0.5, "below", 0, NOT_HELD),
+        (-2.0, 2.5, "below", 0, UNDECIDED),
+        (60.0, 5.0, "above", 50, HELD),
+        (40.0, 5.0, "above", 50, NOT_HELD),
+        (54.0, 5.0, "above", 50, UNDECIDED),
+        (-0.1, 0.2, "not below", 0, HELD),
+        (0.3, 0.2, "not below", 0, HELD),
+        (-0.3, 0.2, "not below", 0, NOT_HELD),
+        (-0.28, 0.05, "equal", -0.3, HELD),
+        (-0.2, 0.05, "equal", -0.3, NOT_HELD),
+        (1.0, NAN, "above", 0, UNDECIDED),
+    ],
+)
+def test_a_claim_holds_if_the_interval_is_on_its_side(value, half_width, side, than, verdict):
+    assert Finding("x", Estimate(value, half_width, 5), side, than).verdict == verdict
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.text)
+def test_a_claim_refers_to_measures_relations_and_arms_of_its_study(claim):
+    """Judged on results whose values are made up, of the arms that the study plans."""
+    made = planned(claim.study + "_toy")
+    study = made.study
+    values = {arm: [0.1 * number, 0.2 * number, 0.25 * number] for number, arm in enumerate(made.compared, start=1)}
+    results = {
+        "runs": [
+            {"arm": arm, "seed": seed, "measures": dict.fromkeys(study.measures, value)}
+            for arm, of in values.items()
+            for seed, value in enumerate(of)
+        ],
+        "summaries": {name: {arm: {"mean": vars(mean(of))} for arm, of in values.items()} for name in study.measures},
+        "relations": {
+            name: {"slope": vars(mean([1.0, 2.0])), "expected": one.expected} for name, one in study.relations.items()
+        },
+        "wins": {
+            study.keys.baseline if against == "baseline" else against: {
+                arm: {"rate": vars(mean([0.4, 0.5]))} for arm in made.compared if arm != against
+            }
+            for against in (study.samples.against if study.samples else ())
+        },
+    }
+    findings = claim.findings(results)
+    assert findings and all(one.verdict in (HELD, NOT_HELD, UNDECIDED) for one in findings)
+
+
+def test_the_page_is_that_of_the_results():
+    assert (Path(__file__).parents[2] / "docs/papers.md").read_text() == page()
+
+
+def test_kept_results_are_of_shipped_studies():
+    shipped = {path.stem for path in (package_recipes() / "study").glob("*.yaml")}
+    assert read_studies().keys() <= shipped
+
+
+def test_results_are_kept_with_their_figures_and_without_commands(tmp_path, monkeypatch):
+    monkeypatch.setattr(papers, "STUDIES", tmp_path / "kept")
+    monkeypatch.setattr(papers, "FIGURES", tmp_path / "figures")
+    study = tmp_path / "study"
+    (study / "figures").mkdir(parents=True)
+    (study / "figures" / "wins-start.svg").write_text("<svg></svg>")
+    results = {
+        "study": "rao_likelihood_toy",
+        "title": "Title?",
+        "about": "About.",
+        "version": "nemo-rao 1, commit a",
+        "seeds": [1, 2],
+        "arms": {"dpo": {"label": "DPO", "once": False}, "rao": {"label": "RAO", "once": False}},
+        "summaries": {
+            "chosen, change in nats": {
+                "dpo": {"mean": {"value": -2.0, "half_width": 0.25, "n": 2}},
+                "rao": {"mean": {"value": None, "half_width": None, "n": 0}},
+            }
+        },
+        "runs": [{"arm": "dpo", "seed": 1, "measures": {}, "command": ["nemo-rao"]}],
+        "relations": {},
+        "wins": {"start": {"dpo": {"rate": {"value": 0.6, "half_width": 0.1, "n": 2}, "seeds": [{"seed": 1}]}}},
+        "failed": {"rao-seed1": "loss was not finite"},
+    }
+    (study / "results.json").write_text(json.dumps(results))
+    kept = json.loads(keep(study).read_text())
+    assert "command" not in kept["runs"][0] and "seeds" not in kept["wins"]["start"]["dpo"]
+    made = page(read_studies())
+    assert "| RAO | Under DPO the log-probability of chosen responses falls. |" in made
+    assert "chosen, from start to end, nats: -2.00 ± 0.25 | **held** |" in made
+    assert "chosen, from start to end, nats:  | **undecided** |" in made
+    assert "| DPO | -2.00 ± 0.25 | 60 ± 10 |" in made and "1 steps failed." in made
+    assert "images/studies/rao_likelihood_toy-wins-start.svg" in made
+    assert made.count("not run") == len(CLAIMS) - 2, "of studies that were not kept"
+    with pytest.raises(SystemExit, match="no such file; run the study first"):
+        keep(tmp_path / "absent")
