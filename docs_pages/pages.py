@@ -27,6 +27,7 @@ OF_RESULTS: Mapping[str, str] = {
     "families.md": "tests.bridge.families_page",
     "gpu.md": "benchmarks.gpu_page",
     "online_results.md": "benchmarks.online_page",
+    "papers.md": "benchmarks.papers",
     "performance.md": "benchmarks.page",
     "precision.md": "benchmarks.precision_page",
 }
