@@ -30,7 +30,7 @@ nemo-rao() {{
   case "$1 $*" in
     train*gpt_rao_llama3_8b*)
       command nemo-rao "$@" --config-dir llama model=imported {small} ;;
-    train*) command nemo-rao "$@" trainer.max_steps=5 ;;
+    train*) command nemo-rao "$@" trainer.max_steps=5 data.num_prompts=100 ;;
     launch*) command nemo-rao "$@" --dry-run model=imported {small} ;;
     *) command nemo-rao "$@" ;;
   esac
@@ -50,8 +50,11 @@ mkdir -p {folder}/data {folder}/models {folder}/checkpoints my_recipes/cluster m
 cp prefs.jsonl {folder}/data/prefs.jsonl
 python -c 'import sys
 from pathlib import Path
+from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
+from nemo_rao.rows.reading import read_rows
 from tests.hugging_face.models import make_model
-make_model("llama", Path("runs/demo/data/tokenizer"), Path(sys.argv[1]))' {folder}/models/Meta-Llama-3-8B-Instruct
+train_tokenizer(texts_of_rows(read_rows("prefs.jsonl")), Path("toy_tokenizer"), 300)
+make_model("llama", Path("toy_tokenizer"), Path(sys.argv[1]))' {folder}/models/Meta-Llama-3-8B-Instruct
 echo "partition: gpu" > my_recipes/cluster/my_cluster.yaml
 """
 BEFORE_LAUNCH = """
