@@ -261,7 +261,7 @@ class ObjectiveBatch:
             for an objective that declares no need of them.
         scores: ``[P, K, A]`` float32, a reward model's scores. Carries the gradient. ``None`` for an objective that
             declares no need of them; for one that does, log-probabilities are 0.
-        mismatched_log_ratio: ``[]`` float32, the mean over the *global* batch's prompts of rho(y') = log pi(y'|x) -
+        kl_estimate: ``[]`` float32, the mean over the *global* batch's prompts of rho(y') = log pi(y'|x) -
             log pi_ref(y'|x), y' being a response to another prompt. No gradient. ``None`` where not declared.
         tokens: of every response; ``None`` where not declared.
     """
@@ -279,7 +279,7 @@ class ObjectiveBatch:
     reference_rewards: Tensor | None = None
     values: Tensor | None = None
     scores: Tensor | None = None
-    mismatched_log_ratio: Tensor | None = None
+    kl_estimate: Tensor | None = None
     tokens: Tokens | None = None
 
 
