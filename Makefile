@@ -163,8 +163,8 @@ wheel-here:
 	$(install_rest_$(ENGINE))
 	set -e; unset PYTHONPATH; elsewhere=$$(mktemp -d); trap 'rm -rf "$$elsewhere"' EXIT; bin=$(abspath $(BIN)); \
 	  cd "$$elsewhere"; "$$bin/nemo-rao" --version; \
-	  "$$bin/nemo-rao" demo --out demo trainer.max_steps=2 trainer.devices=1 model.tensor_model_parallel_size=1 \
-	    model.pipeline_model_parallel_size=1; \
+	  "$$bin/nemo-rao" demo --out demo trainer.max_steps=2 model.optim.sched.warmup_steps=0 trainer.devices=1 \
+	    model.tensor_model_parallel_size=1 model.pipeline_model_parallel_size=1; \
 	  test -f demo/rao/run.json
 	@echo "dist/$$(ls dist): installed and run outside of this directory"
 

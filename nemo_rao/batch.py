@@ -145,10 +145,10 @@ class MicroBatch:
             of a shared prompt its own square, and of each response its tokens times those of prompt and response.
         prompt_index: ``[R]`` int64 in [0, P): the row's prompt.
         response_index: ``[R]`` int64 in [0, K): the row's place among its prompt's responses.
-        response_ids: ``[R]`` int64: the response's number in the whole data set, by which reference sums are found.
+        response_ids: ``[R]`` int64: the response's number in the data set, by which reference log-probs are found.
         rewards: ``[R]`` float32, NaN where unknown.
         ranked: ``[P]`` bool: the responses' order is a preference, best first.
-        reference: ``[R, 2]`` float32 reference sums (prompt without t0, response), nats; ``None`` where not wanted.
+        reference: ``[R, 2]`` float32 reference log-probs (prompt without t0, response), nats; ``None`` if not needed.
         num_prompts: P.
         max_responses: K.
         reward_ensemble: ``[R, M]`` float32, the rewards of M reward models; ``None`` without an ensemble.
@@ -261,7 +261,7 @@ class ObjectiveBatch:
             for an objective that declares no need of them.
         scores: ``[P, K, A]`` float32, a reward model's scores. Carries the gradient. ``None`` for an objective that
             declares no need of them; for one that does, log-probabilities are 0.
-        mismatched_log_ratio: ``[]`` float32, the mean over the *global* batch's prompts of rho(y') = log pi(y'|x) -
+        kl_estimate: ``[]`` float32, the mean over the *global* batch's prompts of rho(y') = log pi(y'|x) -
             log pi_ref(y'|x), y' being a response to another prompt. No gradient. ``None`` where not declared.
         tokens: of every response; ``None`` where not declared.
     """
@@ -279,7 +279,7 @@ class ObjectiveBatch:
     reference_rewards: Tensor | None = None
     values: Tensor | None = None
     scores: Tensor | None = None
-    mismatched_log_ratio: Tensor | None = None
+    kl_estimate: Tensor | None = None
     tokens: Tokens | None = None
 
 

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_rao.config.compose import package_recipes
 from nemo_rao.errors import UserError
 from nemo_rao.keys import check, key
+from nemo_rao.runtime.console import warn_once
 
 
 @dataclass
@@ -80,9 +81,7 @@ class ClusterConfig:
         "seconds before the time limit at which the run is asked to save; a step and a checkpoint must fit",
         low=1,
     )
-    max_lives: int = key(
-        100, "maximum starts of a job, including the first; then it ends instead of being requeued", low=1
-    )
+    max_restarts: int = key(100, "number of times that a job is requeued before it ends instead", low=0)
     hang_minutes: float = key(
         30.0,
         "minutes without a micro-batch, step or checkpoint on a rank, after which the job ends",
@@ -205,7 +204,7 @@ def _parse(text: str) -> dict[str, Any]:
 def _typed(values: Mapping[str, Any], *, where: str) -> ClusterConfig:
     known = {field.name: field for field in dataclasses.fields(ClusterConfig)}
     arguments = {}
-    for name, value in values.items():
+    for name, value in _renamed(values, where).items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
@@ -224,6 +223,16 @@ def _typed(values: Mapping[str, Any], *, where: str) -> ClusterConfig:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return config
+
+
+def _renamed(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Keys of 0.1 under their present names, with a warning."""
+    starts = values.get("max_lives")
+    if type(starts) is not int or starts < 1:
+        return values
+    warn_once(f"{where}: max_lives is deprecated; set max_restarts={starts - 1}, which does not count the first start")
+    others = {name: value for name, value in values.items() if name != "max_lives"}
+    return {"max_restarts": starts - 1, **others}
 
 
 # ------------------------------------------------------------------------------------------------ inside and outside

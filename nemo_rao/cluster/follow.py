@@ -98,4 +98,4 @@ def _state_of(record: JobRecord) -> JobState | None:
 
 
 def _differs(new: JobState, old: JobState) -> bool:
-    return (new.state, new.lives, new.reason) != (old.state, old.lives, old.reason)
+    return (new.state, new.attempts, new.reason) != (old.state, old.attempts, old.reason)

@@ -1,11 +1,11 @@
 """The text of a job's batch script, from a cluster's keys and the runs that the job trains.
 
-One start of a job (a *life*), until it ends or is requeued::
+One attempt of a job, until it ends or is requeued::
 
     srun, one task a GPU: nemo-rao train --config-dir RUN/slurm --config-name recipe-DIGEST
         |  USR1 before the time limit or at pre-emption -> to the tasks, which save and leave RUN/slurm/job-N/stopped
         v
-    stopped            scontrol requeue: the next life continues from the checkpoint
+    stopped            scontrol requeue: the next attempt continues from the checkpoint
     succeeded          the job is done
     failed             the record of the first rank that failed, then the end of the job with srun's code
 
@@ -90,7 +90,7 @@ def batch_script(cluster: ClusterConfig, job: Job) -> str:
         UserError: a directive that is not one, or that launch sets itself; a variable's name that is not one; a text
             with a line break.
     """
-    lines = ["#!/bin/bash", "# Made by nemo-rao launch. A job that was queued again runs it anew: one life of the run."]
+    lines = ["#!/bin/bash", "# Made by nemo-rao launch. A requeued job runs it again: one attempt."]
     lines += [directive(name, value) for name, value in _directives(cluster, job)]
     # What a user gives is not to be expanded; functions are called by traps.
     lines += [
@@ -114,8 +114,8 @@ def batch_script(cluster: ClusterConfig, job: Job) -> str:
     train = [job.python, "-m", "nemo_rao", "train"]
     lines += [f'start=({_words(srun)} "--output=$records/rank-%t.log")']
     lines += [f'train=({_words(train)} --config-dir "$run_inside/slurm" --config-name {job.recipe})', ""]
-    lines += [f"max_lives={cluster.max_lives}", f"requeues={'yes' if cluster.requeue else 'no'}"]
-    lines += [f"patience={max(1, cluster.save_seconds - LATE_SECONDS)} # seconds", _LIFE]
+    lines += [f"max_restarts={cluster.max_restarts}", f"requeues={'yes' if cluster.requeue else 'no'}"]
+    lines += [f"patience={max(1, cluster.save_seconds - LATE_SECONDS)} # seconds", _ATTEMPT]
     return "\n".join(lines)
 
 
@@ -127,7 +127,7 @@ job=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
   job=${SLURM_ARRAY_JOB_ID}_$element
 fi
-life=$((${SLURM_RESTART_COUNT:-0} + 1))
+restarts=${SLURM_RESTART_COUNT:-0}
 records=$run/slurm/job-$job
 records_inside=$run_inside/slurm/job-$job
 mkdir -p "$records"
@@ -136,7 +136,7 @@ rm -f "$records/stopped" "$records/failure"
 tell() {
   echo "[nemo-rao] $(date '+%F %T') $*"
 }
-tell "job $job, life $life, on $SLURM_JOB_NODELIST"
+tell "job $job, attempt $((restarts + 1)), on $SLURM_JOB_NODELIST"
 
 # Ranks meet at the first node; jobs that share it at different ports.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -145,7 +145,7 @@ export MASTER_ADDR MASTER_PORT
 """
 assert FAILURE in _PLACE and STOPPED in _PLACE
 
-_LIFE = """\
+_ATTEMPT = """\
 
 # Puts the job into the queue again, which ends this script. A job that is being cancelled stays so.
 requeue() {
@@ -155,8 +155,8 @@ requeue() {
     tell "not queued again (cluster.requeue=false); the same launch continues the run"
   elif [ "$state" != RUNNING ]; then
     tell "not queued again: the job is ${state:-gone}"
-  elif [ "$life" -ge "$max_lives" ]; then
-    tell "not queued again: this was life $life of at most $max_lives (cluster.max_lives)"
+  elif [ "$restarts" -ge "$max_restarts" ]; then
+    tell "not queued again: restarted $restarts times (cluster.max_restarts)"
   elif scontrol requeue "$job"; then
     tell "queued again"
     sleep 600 # until SLURM ends this script
@@ -168,8 +168,8 @@ requeue() {
 
 late() {
   sleep "$patience"
-  kill -0 $$ 2> /dev/null || exit # this life is over; not every cluster ends what it has left in the background
-  tell "the run has not saved in time (cluster.save_seconds): the next life continues from the last checkpoint"
+  kill -0 $$ 2> /dev/null || exit # this attempt is over; not every cluster ends what it has left in the background
+  tell "the run has not saved in time (cluster.save_seconds): the next attempt continues from the last checkpoint"
   requeue
 }
 
@@ -248,7 +248,7 @@ def _directives(cluster: ClusterConfig, job: Job) -> Iterable[tuple[str, str | N
     # To the batch script alone: it is the one that knows how to queue the job again.
     yield "signal", f"B:USR1@{cluster.save_seconds}"
     yield ("requeue" if cluster.requeue else "no-requeue"), None  # after the loss of a node, SLURM does it
-    yield "open-mode", "append"  # a later life does not erase what an earlier one said
+    yield "open-mode", "append"  # a later attempt does not erase what an earlier one has written
     yield "output", job.log
     yield "chdir", str(job.working_dir)
     if len(job.runs) > 1:

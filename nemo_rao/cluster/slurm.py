@@ -20,15 +20,15 @@ class JobState:
     Attributes:
         job: ``17``, or ``17_2``.
         state: SLURM's word, such as RUNNING.
-        lives: starts so far, the one under way included; 0 before the first.
+        attempts: starts so far, the present one included; 0 before the first.
         nodes: SLURM's list, such as ``node[1-2]``; empty while it has none.
-        elapsed, limit: of this life, as SLURM writes times.
+        elapsed, limit: of this attempt, as SLURM writes times.
         reason: why it waits, or ended.
     """
 
     job: str
     state: str
-    lives: int
+    attempts: int
     nodes: str
     elapsed: str
     limit: str
@@ -41,9 +41,9 @@ class JobState:
     def __str__(self) -> str:
         parts = [f"job {self.job}", self.state]
         if self.state == "PENDING":
-            parts += [f"({self.reason})"] + ([f"for life {self.lives + 1}"] if self.lives else [])
+            parts += [f"({self.reason})"] + ([f"for attempt {self.attempts + 1}"] if self.attempts else [])
             return " ".join(parts)
-        parts += [f"life {self.lives}"] if self.lives else []
+        parts += [f"attempt {self.attempts}"] if self.attempts else []
         parts += [f"on {self.nodes}"] if self.nodes else []
         if self.state == "RUNNING":
             parts += [f"for {self.elapsed} of {self.limit}"]
@@ -128,8 +128,8 @@ def _of_line(line: str) -> list[JobState]:
     if not state:
         return []
     started = state not in ("PENDING", "CONFIGURING") and value("NodeList") != ""
-    lives = restarts + 1 if started else restarts
-    return [JobState(job, state, lives, value("NodeList"), value("RunTime"), value("TimeLimit"), value("Reason"))]
+    attempts = restarts + 1 if started else restarts
+    return [JobState(job, state, attempts, value("NodeList"), value("RunTime"), value("TimeLimit"), value("Reason"))]
 
 
 def _said(text: str) -> str:

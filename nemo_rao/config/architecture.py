@@ -7,10 +7,8 @@ these, so it is asked; it is imported by its name then, and by nothing else here
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from nemo_rao.config.model_config import ArchitectureConfig
 from nemo_rao.config.recipe_text import shown
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
-from nemo_rao.runtime.console import is_first_rank
+from nemo_rao.runtime.console import warn_once
 
 
 def architecture_fields(config: RunConfig) -> dict[str, Any]:
@@ -86,13 +84,13 @@ def check_family(config: RunConfig) -> None:
 
 def warn_of_class(config: RunConfig) -> None:
     """Report a recipe's ``model.config_class`` once, with what to write instead."""
-    if config.model.config_class is None or not is_first_rank():
+    if config.model.config_class is None:
         return
     try:
         family, fields = _network(config)
     except UserError:
         return  # whatever uses the network says so
-    _warn(f"{network_key(config)} is deprecated; {_replacement(family, fields)}")
+    warn_once(f"{network_key(config)} is deprecated; {_replacement(family, fields)}")
 
 
 def _replacement(family: str | None, fields: Mapping[str, Any]) -> str:
@@ -105,11 +103,6 @@ def _replacement(family: str | None, fields: Mapping[str, Any]) -> str:
     arch = {name: own.pop(name) for name in keys if name in own}
     arch |= {"extra": own} if own else {}
     return f"write model.family={family} and model.arch={shown(arch)} instead"
-
-
-@functools.cache
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def num_tokens(tokenizer: str | None) -> int | None:

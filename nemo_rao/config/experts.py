@@ -1,7 +1,7 @@
 """Mixtures of experts: divisibility, and which of Megatron's options suit objectives of whole responses.
 
 A token's experts must depend on the token alone: then a response's log-probability is its own, whatever it is batched
-with, and the reference's sums of it hold for every step. Load-balancing losses are left out
+with, and the reference's log-probs with it hold for every step. Load-balancing losses are left out
 (:func:`nemo_rao.mcore.loss.configure_loss_scaling` says why).
 """
 

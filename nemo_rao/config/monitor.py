@@ -100,7 +100,7 @@ def _any_batch(num_responses: int) -> ObjectiveBatch:
         reference_rewards=torch.linspace(0, 1, num_responses)[None],
         values=zeros,
         scores=zeros[:, :, None],
-        mismatched_log_ratio=torch.zeros(()),
+        kl_estimate=torch.zeros(()),
         tokens=Tokens(
             mask=ones[:, :, None] > 0,
             **dict.fromkeys(

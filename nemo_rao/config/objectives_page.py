@@ -132,7 +132,7 @@ def _needs(needs: Needs) -> str:
         ("rewards, some may be null", needs.attributes),
         ("value head", needs.values is not None),
         ("score head", needs.scores > 0),
-        ("mismatched", needs.mismatched),
+        ("mismatched", needs.kl_estimate),
         ("its own samples", needs.samples),
     )
     return ", ".join(name for name, needed in named if needed) or "nothing but responses"

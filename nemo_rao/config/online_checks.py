@@ -43,7 +43,7 @@ def check_online(config: RunConfig) -> None:
             )
         _refuse_without_samples(config)
         return
-    if not (needs.rewards or needs.preference) or needs.scores or needs.attributes or needs.mismatched:
+    if not (needs.rewards or needs.preference) or needs.scores or needs.attributes or needs.kl_estimate:
         raise UserError(
             f"online.num_generations={number}: objective {objective.name} does not learn from rewards of samples; "
             "choose ppo, rloo, grpo, rpo or rao, or set it to null"

@@ -68,7 +68,7 @@ def collate(
         pad_multiple: tokens. T is a multiple of it, as tensor, sequence and context parallelism need.
         packed: all rows stand in one sequence.
         shared_prompts: a prompt's tokens stand there once for all its responses.
-        reference: ``[all responses, 2]`` reference sums in nats, indexed by response number, or None.
+        reference: ``[all responses, 2]`` reference log-probs in nats, indexed by response number, or None.
 
     Returns:
         a :class:`MicroBatch` on the CPU, R = the number of responses of all samples.

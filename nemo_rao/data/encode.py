@@ -99,7 +99,7 @@ class Encoder:
             the beginning token where the tokenizer adds one.
         template_arguments: passed to the chat template (``enable_thinking`` and the like). Llama's ``date_string``
             is pinned to the template's own default unless given: the day's date in every prompt would make each day's
-            tokens new, and reference sums useless the day after.
+            tokens new, and reference log-probs useless the day after.
         answers: ``template``: answers are rendered by the chat template. ``verbatim``: an answer's text follows the
             generation prompt unchanged, and the template's end of turn follows the answer. A block that the generation
             prompt opens (``<think>``) is not opened twice.

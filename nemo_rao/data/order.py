@@ -68,7 +68,7 @@ def rank_micro_batches(
 
 
 def every_sample_once(num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[list[int]]:
-    """One rank's micro-batches of a pass over all data in file order (reference sums, validation).
+    """One rank's micro-batches of a pass over all data in file order (reference log-probs, validation).
 
     Nothing is dropped or repeated: over the ranks each sample appears exactly once. So the last micro-batch may be
     smaller, and ranks may differ by one micro-batch (a rank has none where there are more ranks than micro-batches).

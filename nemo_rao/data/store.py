@@ -180,8 +180,8 @@ class PreferenceData:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of tokens and boundaries in their order. Reference sums depend on nothing else here, so new
-        rewards for the same responses leave it as it is."""
+        """SHA-256 (hex) of tokens and boundaries in their order. Reference log-probs depend on nothing else here, so
+        new rewards for the same responses leave it as it is."""
         if self._fingerprint is None:
             self._fingerprint = _fingerprint(self._arrays)
         return self._fingerprint
@@ -299,7 +299,7 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
 
 
 def _fingerprint(arrays: Arrays) -> str:
-    digest = hashlib.sha256(b"nemo_rao preference data 1\n")  # not FORMAT: reference sums are found by it
+    digest = hashlib.sha256(b"nemo_rao preference data 1\n")  # not FORMAT: reference log-probs are found by it
     digest.update(np.array([len(arrays.ranked), len(arrays.segment_ends)], dtype="<i8").tobytes())
     for values, kind in ((arrays.first_segment, "<i8"), (arrays.segment_ends, "<i8"), (arrays.tokens, "<i4")):
         digest.update(np.ascontiguousarray(values, dtype=kind).data)

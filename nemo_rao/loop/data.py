@@ -23,7 +23,7 @@ from nemo_rao.rollout.samples import RolloutData
 
 
 class AlignmentData:
-    """A data set with the reference sums that belong to it, cut into micro-batches.
+    """A data set with the reference log-probs that belong to it, cut into micro-batches.
 
     Attributes:
         reference: ``[responses, 2]`` float32 sums, set by the reference pass; ``None`` for objectives without one.

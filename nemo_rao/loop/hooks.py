@@ -54,7 +54,7 @@ class MismatchedPass(Hook):
     def before_step(self, session: Session) -> None:
         data, loss = session.data, session.loss
         assert data.train.mismatched is not None
-        loss.mismatched_log_ratio = mean_log_ratio(
+        loss.kl_estimate = mean_log_ratio(
             session.chunks,
             data.micro_batches_of_step(session.step),
             make_micro_batch=data.train.mismatched.micro_batch,

@@ -20,7 +20,7 @@ from nemo_rao.runtime.progress import Progress
 
 
 class ReferencePass(Hook):
-    """Before the first step, the reference policy's sums; on resume, the same sums from the cache.
+    """Before the first step, the reference policy's log-probs; on resume, the same sums from the cache.
 
     A checkpoint carries what the cache keys are made of (:attr:`state`), since the weights, and the scales of delayed
     scaling, that they were computed with are gone by then. The engine stores it and sets it before the run is resumed.
@@ -73,7 +73,7 @@ class ReferencePass(Hook):
             }
         for name, data_set in self._data_sets.items():
             data = data_set.data
-            assert not isinstance(data, RolloutData), "samples have no reference sums before they are drawn"
+            assert not isinstance(data, RolloutData), "samples have no reference log-probs before they are drawn"
             key = self._key(data.fingerprint())
             if resumed:
                 data_set.reference = load_reference(self._cache_dir, key, data.num_responses)

@@ -123,7 +123,7 @@ def hooks_of(
         ),
         StopWhereNotFinite(skips_steps=config.precision.params == "fp16"),
     ]
-    if needs.mismatched:
+    if needs.kl_estimate:
         hooks.append(MismatchedPass())
     if "validation" in data_sets and prepared.online is None:
         hooks.append(

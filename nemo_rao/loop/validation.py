@@ -74,6 +74,6 @@ class Validation(EvaluatesAtIntervals):
             objective=loss.objective,
             objective_config=loss.config,
             vocab_size=loss.vocab_size,
-            mismatched_log_ratio=log_ratio,
+            kl_estimate=log_ratio,
         )
         log(session, {f"val/{name}": value for name, value in values.items()})

@@ -55,7 +55,7 @@ class LocalLayers:
 
 
 @contextlib.contextmanager
-def segments_told(model: Any, batch: MicroBatch) -> Iterator[dict[str, Any]]:
+def segment_kwargs(model: Any, batch: MicroBatch) -> Iterator[dict[str, Any]]:
     """The arguments by which a Megatron GPT model chunk is told the micro-batch's segments, for one forward pass."""
     if batch.segments is None:
         yield {"attention_mask": None}

@@ -21,7 +21,7 @@ def evaluate(
     objective: Objective,
     objective_config: Any,
     vocab_size: int,
-    mismatched_log_ratio: Tensor | None = None,
+    kl_estimate: Tensor | None = None,
 ) -> dict[str, float]:
     """Mean loss and metrics of the current policy. A collective over all ranks.
 
@@ -30,7 +30,7 @@ def evaluate(
         micro_batches: prompt numbers of this data-parallel rank's micro-batches; ranks may have different numbers.
         make_micro_batch: prompt numbers -> micro-batch.
         vocab_size: V without padding.
-        mismatched_log_ratio: ``[]``, over the same data, for the objectives that need it.
+        kl_estimate: ``[]``, over the same data, for the objectives that need it.
 
     Returns:
         name -> mean over the data, the same on every rank.
@@ -43,7 +43,7 @@ def evaluate(
             objective,
             objective_config,
             vocab_size=vocab_size,
-            mismatched_log_ratio=mismatched_log_ratio,
+            kl_estimate=kl_estimate,
         )
         return for_schedule(loss)[2]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_rao.batch import MicroBatch, ModelOutput
 from nemo_rao.data.prefetch import Prefetcher
-from nemo_rao.mcore.attention import segments_told
+from nemo_rao.mcore.attention import segment_kwargs
 from nemo_rao.mcore.heads import SCORE_HEAD, VALUE_HEAD
 from nemo_rao.mcore.output_layer import output_layer_input, unfuse_adapted_output_layer
 from nemo_rao.mcore.quantisation import quantisation_kept
@@ -63,7 +63,7 @@ def forward_step(model: Any, batch: MicroBatch) -> Tensor | ModelOutput:
     """
     inner = unwrapped(model)
     unfuse_adapted_output_layer(inner)
-    with segments_told(inner, batch) as arguments:
+    with segment_kwargs(inner, batch) as arguments:
         output = model(input_ids=batch.tokens, position_ids=batch.position_ids, labels=None, **arguments)
     if not inner.post_process:
         return output

@@ -120,7 +120,7 @@ def objective_batch(
     *,
     values: Tensor | None = None,
     scores: Tensor | None = None,
-    mismatched_log_ratio: Tensor | None = None,
+    kl_estimate: Tensor | None = None,
     token_logps: Tensor | None = None,
     token_values: Tensor | None = None,
 ) -> ObjectiveBatch:
@@ -155,7 +155,7 @@ def objective_batch(
         reference_rewards=batch.reference_rewards,
         values=None if values is None else by_prompt(values),
         scores=None if scores is None else by_prompt(scores),
-        mismatched_log_ratio=mismatched_log_ratio,
+        kl_estimate=kl_estimate,
         tokens=tokens,
     )
 
@@ -167,13 +167,13 @@ def micro_batch_loss(
     config: Any,
     *,
     vocab_size: int,
-    mismatched_log_ratio: Tensor | None = None,
+    kl_estimate: Tensor | None = None,
     observe: Callable[[ObjectiveBatch], None] | None = None,
 ) -> LossOutput:
     """The objective's sums over one micro-batch, from the last pipeline stage's output.
 
     Args:
-        mismatched_log_ratio: ``[]``, of the global batch (:func:`nemo_rao.mcore.mismatched.mean_log_ratio`), for the
+        kl_estimate: ``[]``, of the global batch (:func:`nemo_rao.mcore.mismatched.mean_log_ratio`), for the
             objectives that need it.
         observe: called with what the objective sees.
     """
@@ -203,7 +203,7 @@ def micro_batch_loss(
         response_logps,
         values=output.values if needs.values == "prompt" else None,
         scores=output.scores,
-        mismatched_log_ratio=mismatched_log_ratio,
+        kl_estimate=kl_estimate,
         token_logps=token_logps,
         token_values=output.values if needs.values == "tokens" else None,
     )

@@ -33,7 +33,7 @@ def mean_log_ratio(
     Args:
         model: this rank's model chunks; left in the mode they came in.
         micro_batches: prompt numbers of this data-parallel rank's micro-batches; ranks may have different numbers.
-        make_micro_batch: prompt numbers -> micro-batch of mismatched rows, with their reference sums.
+        make_micro_batch: prompt numbers -> micro-batch of mismatched rows, with their reference log-probs.
         vocab_size: V without padding.
         log_ratios: collects the rows' own, in the first step.
 

@@ -24,8 +24,8 @@ class ObjectiveLoss:
 
     Attributes:
         needs: what the objective, under its keys, asks for.
-        mismatched_log_ratio: ``[]`` float32, nats, of the global batch at hand; set before each step where
-            ``needs.mismatched``.
+        kl_estimate: ``[]`` float32, nats, of the global batch at hand; set before each step where
+            ``needs.kl_estimate``.
         log_ratios: collects those of the first step (:mod:`nemo_rao.loop.first_step`).
         statistics: name -> ``[2]`` (sum, count) of each micro-batch since they were last taken; filled on the last
             pipeline stage.
@@ -36,7 +36,7 @@ class ObjectiveLoss:
         self.config = config
         self.vocab_size = vocab_size
         self.needs = objective.needs_of(config)
-        self.mismatched_log_ratio: Tensor | None = None
+        self.kl_estimate: Tensor | None = None
         self.log_ratios: LogRatios | None = None
         self.statistics: list[dict[str, Tensor]] = []
 
@@ -49,7 +49,7 @@ class ObjectiveLoss:
                 self.objective,
                 self.config,
                 vocab_size=self.vocab_size,
-                mismatched_log_ratio=self.mismatched_log_ratio,
+                kl_estimate=self.kl_estimate,
                 observe=None if self.log_ratios is None else self.log_ratios.add,
             )
         )

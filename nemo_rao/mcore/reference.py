@@ -73,7 +73,7 @@ def load_reference(cache_dir: Path, key: str, num_responses: int) -> np.ndarray 
 
 
 def compute_reference(model: Sequence[Any], *, vocab_size: int, **arguments: Any) -> np.ndarray:
-    """Compute, or read back, the reference sums of a data set. A collective over all ranks.
+    """Compute, or read back, the reference log-probs of a data set. A collective over all ranks.
 
     Args:
         model: this rank's model chunks, holding the reference weights; left in the mode they came in.

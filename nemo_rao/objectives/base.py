@@ -52,7 +52,7 @@ class Needs:
         values: of a value head: V(x) of each prompt, or V(x, y_<t) of each token of a response; with ``tokens``.
         value_gradient: the gradient of values reaches the model; where not, the head alone.
         scores: numbers of each response from the score head of a reward model; 0: it is no reward model.
-        mismatched: the mean log-ratio of mismatched prompts and responses, over the global batch.
+        kl_estimate: the mean log-ratio of mismatched prompts and responses, over the global batch.
         prompt_logps: log-probabilities of prompts; 0 for an objective that does not declare it.
         prompt_gradient: they carry a gradient.
         tokens: the log-probability of every token of a response.
@@ -71,7 +71,7 @@ class Needs:
     values: Literal["prompt", "tokens"] | None = None
     value_gradient: bool = False
     scores: int = 0
-    mismatched: bool = False
+    kl_estimate: bool = False
     prompt_logps: bool = False
     prompt_gradient: bool = False
     tokens: bool = False

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from nemo_rao.errors import UserError
 from nemo_rao.objectives.base import Objective
 from nemo_rao.objectives.dpo import DPO
-from nemo_rao.objectives.groups import AGRO, KIMI, NCA, QRPO, RPO_PARTITION
+from nemo_rao.objectives.groupwise import AGRO, KIMI, NCA, QRPO, RPO_PARTITION
 from nemo_rao.objectives.grpo import GRPO
 from nemo_rao.objectives.pairwise import CAL_DPO, DPO_SHIFT, DPOP, HINGE, IPO, R_DPO, SPPO
+from nemo_rao.objectives.pointwise import DRO, KTO
 from nemo_rao.objectives.ppo import PPO
 from nemo_rao.objectives.rao import RAO
 from nemo_rao.objectives.reference_free import ALPHAPO, ORPO, SIMPO, SLIC
@@ -19,7 +20,6 @@ from nemo_rao.objectives.rloo import RLOO
 from nemo_rao.objectives.robust_po import ROBUST_PO
 from nemo_rao.objectives.rpo import RPO
 from nemo_rao.objectives.sft import SFT
-from nemo_rao.objectives.single import DRO, KTO
 from nemo_rao.other_names import objective_hint
 
 

@@ -106,7 +106,7 @@ class _Passes:
 
 
 def _training(setting: Setting) -> _Passes:
-    mismatched = 1 / setting.responses if setting.mismatched else 0  # of one response of each prompt
+    mismatched = 1 / setting.responses if setting.kl_estimate else 0  # of one response of each prompt
     number = setting.num_micro_batches
     return _Passes(forward=number * (1 + mismatched), again=number, backward=number)
 

@@ -78,7 +78,7 @@ def flops(setting: Setting, work: Work | None = None) -> Flops:
     if setting.lora is not None:  # the embedding is frozen: nobody asks for the gradient of the first layer's input
         inputs, outputs = linear_widths(network)["linear_qkv"]
         model -= 2 * inputs * outputs * tokens
-    mismatched = forward // setting.responses if setting.mismatched else 0
+    mismatched = forward // setting.responses if setting.kl_estimate else 0
     return Flops(model + mismatched, model + mismatched + again, forward, mismatched)
 
 

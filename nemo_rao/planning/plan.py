@@ -206,7 +206,7 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
         reference=needs.reference,
         reference_micro_batch_size=config.reference.micro_batch_size,
         reference_in_a_row=config.reference.save_every,
-        mismatched=needs.mismatched,
+        kl_estimate=needs.kl_estimate,
         rollouts=_rollouts(config.online, needs),
         critic_network=_critic_network(config, network) if needs.critic else None,
         transformer_engine=config.trainer.accelerator != "cpu",

@@ -136,7 +136,7 @@ def _sampling(setting: Setting, *, responses: int, tokens: int) -> Setting:
         pad_to_multiple_of=1,
         part_multiple=1,
         packed=False,
-        mismatched=False,
+        kl_estimate=False,
     )
 
 

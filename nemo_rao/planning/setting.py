@@ -106,7 +106,7 @@ class Setting:
         reference: log-probabilities of the reference policy are computed, once; for samples, once a rollout.
         reference_micro_batch_size: prompts of that pass; ``None``: ``micro_batch_size``.
         reference_in_a_row: micro-batches of that pass between two writes, after which the pipeline is filled anew.
-        mismatched: each step has a forward pass over one more response of each prompt.
+        kl_estimate: each step has a forward pass over one more response of each prompt.
         rollouts: what the run samples; ``None``: it trains on responses that lie there.
         critic_network: sizes of a critic that is a separate model; ``None``: there is none.
         transformer_engine: its fused layers run, as on GPUs; else PyTorch's own, as on a CPU.
@@ -147,7 +147,7 @@ class Setting:
     reference: bool
     reference_micro_batch_size: int | None
     reference_in_a_row: int
-    mismatched: bool
+    kl_estimate: bool
     rollouts: Rollouts | None
     critic_network: Network | None
     transformer_engine: bool

@@ -103,7 +103,7 @@ def forward_seconds(
         setting,
         global_batch_size=rounds * at_once,
         responses=setting.responses if responses is None else responses,
-        mismatched=False,
+        kl_estimate=False,
     )
     compute = flops(passing).forward / (setting.ranks * machine.flops_per_second)
     messages = sum(_within_micro_batches(forward_communication(passing), passing, machine).values())

@@ -64,7 +64,7 @@ def num_validations(steps: int, interval: int) -> int:
 def run_time(length: RunLength, setting: Setting, machine: Machine) -> RunTime:
     validation: float | None = None
     if length.validation_prompts is not None:
-        once = _scoring(setting, machine, length.validation_prompts, mismatched=setting.mismatched)
+        once = _scoring(setting, machine, length.validation_prompts, mismatched=setting.kl_estimate)
         validation = length.validations * once
     rollouts = 0.0
     if setting.rollouts is not None:
@@ -83,7 +83,7 @@ def run_time(length: RunLength, setting: Setting, machine: Machine) -> RunTime:
 def reference_seconds(setting: Setting, machine: Machine, prompts: int) -> float:
     """Of the reference pass over so many prompts, and over their mismatched responses where the objective has them."""
     passing = setting.of_reference_pass()
-    return _scoring(passing, machine, prompts, mismatched=setting.mismatched, in_a_row=setting.reference_in_a_row)
+    return _scoring(passing, machine, prompts, mismatched=setting.kl_estimate, in_a_row=setting.reference_in_a_row)
 
 
 def _reference(length: RunLength, setting: Setting, machine: Machine) -> float | None:

@@ -34,8 +34,8 @@ class Rollout:
         is_cut: ``[S, K]`` bool: it ended at its limit, without an end token.
         rewards: ``[S, K]`` float64, NaN if missing; ``None``: not scored yet.
         scores: by scorer, ``[S, K]`` float64, NaN if missing; the rewards are their weighted sum.
-        reference: ``[S * K, 2]`` float32, the reference policy's sums (prompt without t0, response; nats); ``None``:
-            not computed yet.
+        reference: ``[S * K, 2]`` float32, the reference's log-probs (prompt without t0, response; nats); ``None``: not
+            computed yet.
         old_logps, reference_logps: float32, as ``logps``, of the policy that sampled and of the reference, by passes
             over whole rows; ``None``: not computed.
         values: float32, of each token, by the value head or the critic before the first step on the rollout; ``None``

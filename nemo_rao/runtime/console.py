@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -39,6 +41,13 @@ def say(line: str) -> None:
     """One line for the user, once for a run."""
     if is_first_rank():
         print(line, flush=True)
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """A warning on standard error, once for a run; not of Python's ``warnings``, which imports of engines silence."""
+    if is_first_rank():
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ MAKE_ROOM = "; make room and give the same command again"
 
 
 @contextlib.contextmanager
-def told(path: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
-    """Turns what the file system refuses into a line for the user, about ``path``."""
+def write_errors_at(path: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
+    """Report errors of the file system as a :class:`UserError` about ``path``."""
     try:
         yield
     except OSError as error:
@@ -69,7 +69,7 @@ def written_atomically(*paths: Path) -> Iterator[list[IO[bytes]]]:
     """
     # Drawn, not the process's number: processes on several nodes may write into one folder.
     temporary = [path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in paths]
-    with told(paths[-1]):
+    with write_errors_at(paths[-1]):
         try:
             for path in paths:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
         UserError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with told(path, ""):
+    with write_errors_at(path, ""):
         try:
             temporary.mkdir(parents=True)
             yield temporary

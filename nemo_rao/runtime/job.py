@@ -42,7 +42,7 @@ class StopRequest:
         asked: a signal has come.
         heard_at_steps: steps are under way, and the request is heard at the next one's end; before that, there is
             nothing to save that is not on the disk already, and the rank leaves at once.
-        stepped: a step of this life is done, so that every rank hears at steps. Before, a rank may have left at once
+        stepped: a step of this attempt is done, so that every rank hears at steps. Before, a rank may have left at once
             and others miss it within a step.
         stopped_at: the step at which all ranks have agreed to stop.
     """
@@ -55,7 +55,7 @@ class StopRequest:
     def hear(self, number: int = signal.SIGUSR1, frame: FrameType | None = None) -> None:
         self.asked = True
         if not self.heard_at_steps:
-            leave_stopped("stopped before the first step of this life")
+            leave_stopped("stopped before the first step of this attempt")
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -101,7 +101,7 @@ def supervised() -> Iterator[None]:
 def _leave_if_others_have() -> None:
     """Takes a failure within the first step for that of a rank that has left, where all were asked to stop.
 
-    Nothing is lost, and a failure of this rank's own comes back in the next life.
+    Nothing is lost, and a failure of this rank's own comes back in the next attempt.
     """
     if REQUEST.stepped:
         return
@@ -109,7 +109,7 @@ def _leave_if_others_have() -> None:
     while not REQUEST.asked and time.monotonic() < deadline:
         time.sleep(0.05)
     if REQUEST.asked:
-        leave_stopped("stopped within the first step of this life")
+        leave_stopped("stopped within the first step of this attempt")
 
 
 def note_failure(text: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.errors import UserError
-from nemo_rao.runtime.files import told
+from nemo_rao.runtime.files import write_errors_at
 
 SYNC_EVERY = 5.0  # seconds; a kill loses nothing that is written, a power cut what came after the last sync
 _KEPT = "; what was finished is kept: make room and give the same command again"
@@ -52,7 +52,7 @@ class PartFile:
     def __init__(self, path: Path, work: Mapping[str, Any]) -> None:
         self.path = path
         self.num_records = 0
-        with told(path, "; choose another output"):
+        with write_errors_at(path, "; choose another output"):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Not buffered: a buffer that could not be written would be tried again when the file is closed.
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
@@ -60,7 +60,7 @@ class PartFile:
             self._lock()
             header = _line({"part_of": work})
             self._end = self._read(header)
-            with told(path):
+            with write_errors_at(path):
                 self._file.truncate(self._end)
             if self._end == 0:
                 self._write(header)
@@ -108,7 +108,7 @@ class PartFile:
         self.close()
 
     def _write(self, line: bytes) -> None:
-        with told(self.path, _KEPT):
+        with write_errors_at(self.path, _KEPT):
             try:
                 rest = memoryview(line)
                 while rest:
@@ -120,7 +120,7 @@ class PartFile:
         self._end += len(line)
 
     def _sync(self) -> None:
-        with told(self.path, _KEPT):
+        with write_errors_at(self.path, _KEPT):
             os.fsync(self._file.fileno())
         self._synced_at, self._synced_end = time.monotonic(), self._end
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.rows.fields import LARGEST_REWARD
-from nemo_rao.runtime.files import told, written_atomically
+from nemo_rao.runtime.files import write_errors_at, written_atomically
 from nemo_rao.runtime.part_file import PartFile
 from nemo_rao.scoring.missing import WITHOUT, Missing
 from nemo_rao.scoring.notes import NOTES
@@ -138,7 +138,7 @@ def write_output(
     from nemo_rao.scoring.statistics import Collector
 
     statistics_path = output.with_name(f"{output.name}.stats.json")
-    with told(output):  # what statistics collect on the disk
+    with write_errors_at(output):  # what statistics collect on the disk
         with contextlib.closing(Collector(names, output.parent)) as before:
             for record in part.records():
                 before.add(_columns(record, names), bool(record.get("ranked")))

@@ -47,7 +47,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         critic.check_tokens(config, loaded)
     data, validation = drawn(config, loaded), loaded.validation
     others = {}
-    if needs.mismatched:
+    if needs.kl_estimate:
         sources = {"train": data} if validation is None else {"train": data, "validation": validation}
         for name, source in sources.items():
             others[name] = mismatched(source, seq_length=keys.seq_length, seed=config.data.seed)

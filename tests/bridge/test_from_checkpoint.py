@@ -1,4 +1,4 @@
-"""Runs from one checkpoint are NeMo's in every number format: their reference policy's sums, and their steps."""
+"""Runs from one checkpoint are NeMo's in every number format: their reference policy's log-probs, and their steps."""
 
 from __future__ import annotations
 

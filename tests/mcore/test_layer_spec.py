@@ -171,7 +171,7 @@ def in_thd(weights: dict[str, Tensor]) -> dict[str, Any]:
             output = forward_step(model, batch)
             found[name] = torch.stack(sequence_log_probs(output, batch, vocab_size=tiny.VOCAB), -1)
         attention._attends_to_segments = lambda model: False  # as of a model of Transformer Engine's layers
-        with attention.segments_told(model, batch) as arguments:
+        with attention.segment_kwargs(model, batch) as arguments:
             told.append(sorted(arguments))
     return {**found, "told": told}
 

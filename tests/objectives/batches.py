@@ -14,7 +14,7 @@ from nemo_rao.batch import ObjectiveBatch, RewardSummary, Tokens
 REWARDS = RewardSummary(mean=3.0, low=0.0, high=1.0, all_labels=True, all_ranked=True)
 
 GRADIENT_FIELDS = ("prompt_logps", "response_logps")
-GLOBAL_FIELDS = ("mismatched_log_ratio",)  # of the global batch, no prompt's own
+GLOBAL_FIELDS = ("kl_estimate",)  # of the global batch, no prompt's own
 
 
 def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ranked: bool = False) -> ObjectiveBatch:
@@ -39,7 +39,7 @@ def make_batch(seed: int = 0, num_responses: tuple[int, ...] = (2, 3, 1, 4), ran
         ranked=torch.full((num_prompts,), ranked),
         values=uniform(-1, 3)[:, :1].expand(-1, widest),
         scores=uniform(-2, 2)[:, :, None],
-        mismatched_log_ratio=uniform(0, 4)[0, 0] if num_prompts else torch.tensor(1.0, dtype=torch.float64),
+        kl_estimate=uniform(0, 4)[0, 0] if num_prompts else torch.tensor(1.0, dtype=torch.float64),
     )
     return masked(batch, 0.0)
 

@@ -58,7 +58,7 @@ def answers_of(batch: ObjectiveBatch) -> list[list[Answer]]:
                         if not math.isnan(reward)
                     ),
                     "value": cell(batch.values, entry.row, entry.column, absent=math.nan),
-                    "mismatched": cell(batch.mismatched_log_ratio, absent=math.nan),
+                    "mismatched": cell(batch.kl_estimate, absent=math.nan),
                 }
             )
             for entry in entries

@@ -195,7 +195,7 @@ def test_kto_equals_trls_whatever_says_which_responses_are_desirable(labels: str
     """z0 < 0 becomes 0 in both."""
     keys = {"beta": 0.2, "desirable_weight": 1.3, "undesirable_weight": 0.6}
     case = Case("kto", keys, trl.kto(z0=z0, **keys))
-    batch = dataclasses.replace(pairs(), mismatched_log_ratio=torch.tensor(z0, dtype=torch.float64))
+    batch = dataclasses.replace(pairs(), kl_estimate=torch.tensor(z0, dtype=torch.float64))
     if labels != "order":
         good, bad = {"rewards": (1.0, 0.0), "threshold": (7.5, 6.5)}[labels]
         batch.rewards[:] = torch.tensor([good, bad])

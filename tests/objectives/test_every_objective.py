@@ -128,8 +128,8 @@ def test_what_is_not_needed_may_be_missing(name: str) -> None:
         batch = dataclasses.replace(batch, reference_prompt_logps=None, reference_response_logps=None)
     if needs.values is None:
         batch = dataclasses.replace(batch, values=None)
-    if not needs.mismatched:
-        batch = dataclasses.replace(batch, mismatched_log_ratio=None)
+    if not needs.kl_estimate:
+        batch = dataclasses.replace(batch, kl_estimate=None)
     if not needs.rewards and not needs.attributes:
         batch = dataclasses.replace(batch, rewards=torch.full_like(batch.rewards, torch.nan))
     if needs.scores:

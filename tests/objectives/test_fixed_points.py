@@ -144,7 +144,7 @@ def test_the_gradient_is_zero_at_the_fixed_point_and_not_beside_it(rest: Rest, s
 @few
 @given(rho=st.floats(-100, 100), mismatched=st.floats(-20, 20))
 def test_kto_never_comes_to_rest(rho: float, mismatched: float) -> None:
-    batch = dataclasses.replace(batch_for("ranked", {}), mismatched_log_ratio=torch.tensor(mismatched).double())
+    batch = dataclasses.replace(batch_for("ranked", {}), kl_estimate=torch.tensor(mismatched).double())
     gradient = gradient_of("kto", {"beta": 0.1}, moved(batch, lambda answers: [rho] * len(answers)))
     first = torch.arange(4) == 0
     assert (gradient[batch.valid & first] < 0).all() and (gradient[batch.valid & ~first] > 0).all()

@@ -98,7 +98,7 @@ def extras(batch: ObjectiveBatch, seed: int) -> dict[str, Tensor]:
         "reward_ensemble": uniform(num_prompts, widest, 3).where(batch.valid[..., None], 0),
         "reference_rewards": reference_rewards,
         "values": uniform(num_prompts, widest).where(batch.valid, 0),
-        "mismatched_log_ratio": torch.tensor(1.25, dtype=torch.float64),
+        "kl_estimate": torch.tensor(1.25, dtype=torch.float64),
     }
 
 
@@ -109,7 +109,7 @@ def plain_extras(batch: ObjectiveBatch) -> dict[str, Tensor | None]:
         "reward_ensemble": None,
         "reference_rewards": None,
         "values": batch.rewards / 2,
-        "mismatched_log_ratio": fall,
+        "kl_estimate": fall,
     }
 
 

@@ -87,7 +87,7 @@ def test_hours_are_of_steps_the_reference_pass_and_validations(llama: RunConfig)
     free = dataclasses.replace(setting, reference=False)
     assert run_time(length, free, MACHINE).reference == 0
     # Of KTO one response of another prompt is scored beside the two: half as much again.
-    kto = dataclasses.replace(setting, mismatched=True)
+    kto = dataclasses.replace(setting, kl_estimate=True)
     assert run_time(length, kto, MACHINE).reference == pytest.approx(11 * 1.5 * once)
     unknown = run_time(dataclasses.replace(length, prompts=None, validation_prompts=None), setting, MACHINE)
     assert unknown.reference is None and unknown.validation is None and unknown.total == unknown.training

@@ -147,7 +147,7 @@ def test_a_pass_that_is_saved_often_fills_its_pipeline_often(setting: Setting) -
 
 
 def test_mismatched_responses_are_sent_and_computed_too(setting: Setting) -> None:
-    with_pass = dataclasses.replace(setting, mismatched=True)
+    with_pass = dataclasses.replace(setting, kl_estimate=True)
     # One response more for two, forward only.
     more = communication(with_pass).tensor - communication(setting).tensor
     assert more == pytest.approx(forward_communication(setting).tensor / 2, rel=1e-6)

@@ -116,13 +116,21 @@ def test_the_example_and_the_page_name_every_key() -> None:
     }
 
 
+def test_max_lives_counts_the_first_start_and_is_deprecated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old.yaml").write_text("max_lives: 7\n")
+    assert read_cluster([f"cluster={tmp_path}/old.yaml"], None)[1].max_restarts == 6
+    assert "old.yaml: max_lives is deprecated; set max_restarts=6" in capsys.readouterr().err
+    with pytest.raises(UserError, match="unknown key max_lives"):
+        read_cluster([f"cluster={tmp_path}/old.yaml", "cluster.max_lives=0"], None)
+
+
 def test_files_are_found_and_keys_set(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
-    (tmp_path / "cluster/mine.yaml").write_text("partition: 12\ntime: 4:00:00\nenvironment: {A: 1}\nmax_lives: 7\n")
+    (tmp_path / "cluster/mine.yaml").write_text("partition: 12\ntime: 4:00:00\nenvironment: {A: 1}\nmax_restarts: 7\n")
     given = ["cluster=mine", "cluster.nodes=3", "model.rao.beta=0.2", "cluster.directives={qos: a}", "cluster.time=2-0"]
     name, cluster, left = read_cluster(given, str(tmp_path))
     assert (name, left) == ("mine", ["model.rao.beta=0.2"])
-    assert (cluster.partition, cluster.nodes, cluster.max_lives, cluster.time) == ("12", 3, 7, "2-0")
+    assert (cluster.partition, cluster.nodes, cluster.max_restarts, cluster.time) == ("12", 3, 7, "2-0")
     assert (cluster.environment, cluster.directives) == ({"A": "1"}, {"qos": "a"})
     assert read_cluster([f"cluster={tmp_path}/cluster/mine.yaml"], None)[1].time == "4:00:00"
     assert read_cluster([], None)[1].scheduler == "local"

@@ -141,18 +141,18 @@ def test_a_run_survives_its_time_limit_and_pre_emption_with_the_numbers_of_an_un
 
     # Pre-emption: a job that takes both nodes, from a partition above.
     pid = run.held_at(stopped[0] + 3)
-    assert re.search(rf"job +{run.job} RUNNING life 2 on node\[1-2\]", status(lab, run.run))
+    assert re.search(rf"job +{run.job} RUNNING attempt 2 on node\[1-2\]", status(lab, run.run))
     both_nodes = ("-p", "urgent", "-N", "2", "--exclusive", "-o", "/dev/null")
     urgent = lab.call("sbatch", "--parsable", *both_nodes, "--wrap", "sleep 1").strip()
     run.until(lambda: "PreemptTime=None" not in run.state(), "pre-empted")
     os.kill(pid, signal.SIGCONT)
     run.until(lambda: run.log.count("queued again") == 2, "queued again")
-    run.until(lambda: "life 3" in run.log, "started a third time")
+    run.until(lambda: "attempt 3" in run.log, "started a third time")
     assert "JobState=COMPLETED" in lab.call("scontrol", "show", "job", urgent)
 
     assert run.end() == 0, run.said.read_text()
     assert run.log.count("queued again") == 2 and "finished" in run.log
-    in_order = [run.said.read_text().find(f"job {run.job} RUNNING life {life}") for life in (1, 2, 3)]
+    in_order = [run.said.read_text().find(f"job {run.job} RUNNING attempt {attempt}") for attempt in (1, 2, 3)]
     assert -1 not in in_order and in_order == sorted(in_order)
     told = status(lab, run.run)
     for part in (f"{run.job} COMPLETED", f"step        {NUM_STEPS} of {NUM_STEPS}", "loss ", f"step={NUM_STEPS}"):

@@ -87,8 +87,8 @@ class Submitted:
         path = self.run / f"slurm/job-{self.job}.log"
         return path.read_text() if path.exists() else ""
 
-    def noted(self, life: int, rank: int = 0) -> dict[str, Any]:
-        path = self.run / f"slurm/job-{self.job}/noted-{life - 1}-{rank}"
+    def noted(self, attempt: int, rank: int = 0) -> dict[str, Any]:
+        path = self.run / f"slurm/job-{self.job}/noted-{attempt - 1}-{rank}"
         until(path.exists, lambda: f"no {path}:\n{self.log()}")
         return json.loads(path.read_text())
 
@@ -174,14 +174,14 @@ def test_a_chain_waits_and_a_run_is_not_launched_twice(lab: Lab, data: tuple[str
 def test_a_job_told_to_stop_before_its_first_step_comes_back_as_often_as_it_may(
     lab: Lab, data: tuple[str, ...], tmp_path: Path
 ) -> None:
-    job = Submitted(lab, tmp_path, data, "cluster.environment={DO: wait, WHILE: '01'}", "cluster.max_lives=2")
+    job = Submitted(lab, tmp_path, data, "cluster.environment={DO: wait, WHILE: '01'}", "cluster.max_restarts=1")
     job.noted(1, 3)
     lab.call("scancel", "--batch", "--signal=USR1", job.job)
     job.noted(2, 3)
-    assert "stopped before the first step of this life" in job.log()
+    assert "stopped before the first step of this attempt" in job.log()
     lab.call("scancel", "--batch", "--signal=USR1", job.job)
     job.until_state("FAILED")
-    assert "not queued again: this was life 2 of at most 2 (cluster.max_lives)" in job.log()
+    assert "not queued again: restarted 1 times (cluster.max_restarts)" in job.log()
 
 
 def test_a_job_that_loses_a_node_comes_back(lab: Lab, data: tuple[str, ...], tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_job_that_loses_a_node_comes_back(lab: Lab, data: tuple[str, ...], tmp
     job.until_state("PENDING")
     lab.call("scontrol", "update", "nodename=node2", "state=resume", check=False)  # unless it has come back by itself
     job.until_state("COMPLETED")
-    assert "life 2" in job.log()
+    assert "attempt 2" in job.log()
 
 
 def test_ctrl_c_ends_the_following_and_not_the_job(lab: Lab, data: tuple[str, ...], tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_run_started_again_tokenises_nothing_and_takes_the_same_steps_bit_for_
     records = [(tmp_path / name / "data.json").read_text() for name in ("without", "first", "again")]
     assert len(set(records)) == 1
     assert len(list((tmp_path / "tokenised").iterdir())) == 1
-    assert len(list((tmp_path / "reference").iterdir())) == 2, "reference sums are found by the same fingerprints"
+    assert len(list((tmp_path / "reference").iterdir())) == 2, "reference log-probs are found by the same fingerprints"
 
 
 def train_without_tokeniser(given: Sequence[str]) -> None:

@@ -142,7 +142,7 @@ class Run:
         calls.close()
 
     def _micro_batches(self) -> Generator[MicroBatch, None, None]:
-        # A generator: nothing is made before the first one is asked for, when the reference sums are there.
+        # A generator: nothing is made before the first one is asked for, when the reference log-probs are there.
         with self._data.stream(self._step) as ahead:
             yield from ahead
 

@@ -21,7 +21,7 @@ class _Stream(IterableDataset):
         self._start_step = start_step
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        # A generator: nothing is made before the first one is asked for, when the reference sums are there.
+        # A generator: nothing is made before the first one is asked for, when the reference log-probs are there.
         with self._module.data.stream(self._start_step) as ahead:
             self._module.ahead = ahead
             yield from ahead

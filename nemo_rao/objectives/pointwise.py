@@ -103,12 +103,12 @@ def kto_loss(batch: ObjectiveBatch, config: KTOConfig) -> LossOutput:
         kto/z0                                     nats
         kto/reward_desirable, _undesirable         beta rho, means over prompts
     """
-    assert batch.mismatched_log_ratio is not None, "kto was given no mismatched log-ratio"
+    assert batch.kl_estimate is not None, "kto was given no estimate of the KL divergence"
     takes_part = batch.valid if config.threshold is None else rewarded(batch)
     if config.threshold is None:
         takes_part = takes_part & (batch.ranked[:, None] | rewarded(batch))
     good, log_ratio = desirable(batch, config), response_log_ratio(batch)
-    z0 = batch.mismatched_log_ratio.detach().clamp(min=0)
+    z0 = batch.kl_estimate.detach().clamp(min=0)
     towards = torch.where(good, log_ratio - z0, z0 - log_ratio)
     weights = config.desirable_weight * good.to(z0.dtype) + config.undesirable_weight * (~good).to(z0.dtype)
     losses = weights * torch.sigmoid(-config.beta * towards)
@@ -137,7 +137,7 @@ def require_labels(config: KTOConfig, rewards: RewardSummary) -> KTOConfig:
 def kto_needs(config: KTOConfig) -> Needs:
     """Rewards for a threshold, else labels."""
     return Needs(
-        reference=True, mismatched=True, preference=config.threshold is None, rewards=config.threshold is not None
+        reference=True, kl_estimate=True, preference=config.threshold is None, rewards=config.threshold is not None
     )
 
 
