@@ -71,7 +71,7 @@ compares rewards with `model.kto.threshold`. All other objectives depend only on
 | t0 | all prompts begin with the same token |
 | value head | a linear head on the last pipeline stage, with its own learning rate, saved with the model |
 | score head | a reward model's head, in place of the output layer |
-| mismatched | a forward pass before each step over the batch's prompts with responses to other prompts |
+| KL estimate | a forward pass before each step over the batch's prompts with responses to other prompts |
 | its own samples | an [online run](../guides/online.md) |
 
 If the model that a run starts from has a head of the same size, it is kept; otherwise a value head starts at 0 and a
@@ -132,7 +132,7 @@ def _needs(needs: Needs) -> str:
         ("rewards, some may be null", needs.attributes),
         ("value head", needs.values is not None),
         ("score head", needs.scores > 0),
-        ("mismatched", needs.kl_estimate),
+        ("KL estimate", needs.kl_estimate),
         ("its own samples", needs.samples),
     )
     return ", ".join(name for name, needed in named if needed) or "nothing but responses"
