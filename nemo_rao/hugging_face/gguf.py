@@ -137,6 +137,7 @@ def make_tokenizer(fields: Mapping[str, Any], file: Path) -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # a Llama's generate refuses token_type_ids
         model_max_length=fields[f"{fields['general.architecture']}.context_length"],
         **named,
     )
