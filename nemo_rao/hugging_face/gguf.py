@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,7 +57,6 @@ def convert(file: Path, dest: str) -> None:
             or the package ``gguf`` is missing.
     """
     on_cpu_alone()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers' bar, which has no other switch
     fields = read_fields(file)
     tokenizer = make_tokenizer(fields, file)
     folder = check_destination(dest, _BYTES_PER_BYTE * file.stat().st_size, "DEST")

@@ -23,7 +23,6 @@ LAYERS, HEADS, GROUPS = 2, 4, 2
 @pytest.fixture(autouse=True)
 def _leaves_this_process_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "on_cpu_alone", lambda: None)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
 def make_llama() -> Any:
