@@ -75,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
     for number, ((name, overrides), config) in enumerate(zip(recipes, configs, strict=True), start=1):
         print(f"\n[{number}/2] {_command(name, overrides)}\n", flush=True)
         check_run(config)
-        train(config)
+        train(config, in_children=True)
     print(flush=True)
     print_comparison(configs[1])
     print(f"\ncheckpoint, TensorBoard log and curves of both runs: {out / 'sft'}, {out / 'rao'}")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,7 +57,6 @@ def convert(file: Path, dest: str) -> None:
             or the package ``gguf`` is missing.
     """
     on_cpu_alone()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers' bar, which has no other switch
     fields = read_fields(file)
     tokenizer = make_tokenizer(fields, file)
     folder = check_destination(dest, _BYTES_PER_BYTE * file.stat().st_size, "DEST")
@@ -137,6 +135,7 @@ def make_tokenizer(fields: Mapping[str, Any], file: Path) -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # a Llama's generate refuses token_type_ids
         model_max_length=fields[f"{fields['general.architecture']}.context_length"],
         **named,
     )

@@ -36,12 +36,16 @@ def as_they_are(hooks: list[Hook]) -> list[Hook]:
     return hooks
 
 
-def train(config: RunConfig, *, hooks: Callable[[list[Hook]], list[Hook]] = as_they_are) -> None:
+def train(
+    config: RunConfig, *, hooks: Callable[[list[Hook]], list[Hook]] = as_they_are, in_children: bool = False
+) -> None:
     """Train as the recipe says; continue where an earlier run of this name stopped.
 
     Args:
         config: a composed and checked recipe (:func:`nemo_rao.training.checks.check_run`).
         hooks: what happens around the run's steps -> what is to happen; called on every rank.
+        in_children: a single rank, too, is a separate process, so that another run can follow in this one: Megatron
+            keeps batch sizes and process groups.
 
     Raises:
         UserError: the data, the model's sizes or a checkpoint do not fit; raised before a model is built.
@@ -76,6 +80,7 @@ def train(config: RunConfig, *, hooks: Callable[[list[Hook]], list[Hook]] = as_t
         (config, prepared, record, hooks),
         num_ranks=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
+        in_children=in_children,
     )
     if is_first_rank():
         say(f"checkpoint   {last_checkpoint(folder) or 'none kept'}")

@@ -23,7 +23,6 @@ LAYERS, HEADS, GROUPS = 2, 4, 2
 @pytest.fixture(autouse=True)
 def _leaves_this_process_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "on_cpu_alone", lambda: None)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
 def make_llama() -> Any:
@@ -111,6 +110,7 @@ def test_the_converted_model_is_the_one_that_the_file_was_made_from(tmp_path: Pa
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (SPECIAL[1], SPECIAL[2], SPECIAL[2])
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"], "digits are split off before spaces are joined"
     text = "naïve 東京\n\n  x  7 <|im_end|>"
+    assert set(tokenizer(text)) == {"input_ids", "attention_mask"}, "all that the model takes"
     ids = tokenizer(text).input_ids
     assert ids[0] == tokenizer.convert_tokens_to_ids("n") and ids[-1] == 2, "nothing is prepended"
     assert tokenizer.decode(ids) == text
