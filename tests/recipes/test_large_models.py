@@ -100,7 +100,7 @@ def row(model_name: str) -> str:
 
 
 def test_the_page_of_recipes_tells_these_layouts() -> None:
-    page = (ROOT / "docs" / "guides" / "recipes.md").read_text()
+    page = (ROOT / "docs" / "guides" / "recipes.md").read_text().partition("## Large models")[2]
     assert [line for line in page.splitlines() if line.startswith("| `")] == [row(name) for name in MODELS]
 
 
