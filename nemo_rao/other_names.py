@@ -234,10 +234,13 @@ KEYS: dict[str, Counterpart] = {
     "undesirable_weight": Counterpart("the weight of undesirable responses", ("model.kto.undesirable_weight",)),
     "center_rewards_coefficient": Counterpart("the weight that centres scores", ("model.rm.center",)),
     "reward_model": Counterpart(
-        "rewards of a model", note="are computed before training: nemo-rao score --scorer model:RUN"
+        "rewards of a model",
+        note="are computed before training, by nemo-rao score --scorer model:RUN; online, by online.reward=[model:RUN]",
     ),
     "reward_funcs": Counterpart(
-        "rewards of a function", note="are computed before training: nemo-rao score --scorer rule:MODULE:FUNCTION"
+        "rewards of a function",
+        note="are computed before training, by nemo-rao score --scorer rule:MODULE:FUNCTION; online, by "
+        "online.reward=[rule:MODULE:FUNCTION]",
     ),
     "num_workers": _WORKERS,
     "dataset_num_proc": _WORKERS,

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_rao.runtime.files import written_atomically
 from nemo_rao.runtime.metrics_file import read_metrics
 
-# Panels: title, unit, and the metrics in it with their labels; "mean" stands for the mean of the two before it.
-_Panels = tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...]
-_PANELS: _Panels = (
-    ("rewards (implicit)", "β · log-ratio", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+# Title, unit, and metrics with their labels; panels and lines that were not logged are left out.
+PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    ("loss", "", (("loss", "training"), ("val/loss", "held-out"))),
+    (
+        "explicit and fitted reward",
+        "reward",
+        (
+            ("data/reward_chosen", "explicit, chosen"),
+            ("rao/r_hat_chosen", "fitted, chosen"),
+            ("data/reward_rejected", "explicit, rejected"),
+            ("rao/r_hat_rejected", "fitted, rejected"),
+        ),
+    ),
+    (
+        "held-out explicit and fitted reward",
+        "reward",
+        (
+            ("val/data/reward_chosen", "explicit, chosen"),
+            ("val/rao/r_hat_chosen", "fitted, chosen"),
+            ("val/data/reward_rejected", "explicit, rejected"),
+            ("val/rao/r_hat_rejected", "fitted, rejected"),
+        ),
+    ),
+    ("implicit reward", "β · log-ratio", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     ("log-probability of responses", "nats", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
-    ("loss", "", (("loss", "training"), ("val/loss", "validation"))),
-    ("gradient norm", "", (("grad_norm", "before clipping"),)),
-)
-# Of runs that sample; the band around a metric is that of its _p10 and _p90.
-_PANELS_OF_SAMPLES: _Panels = (
-    ("reward of samples", "", (("rollout/reward", "training, 10 to 90 %"), ("val/reward", "validation"))),
-    ("log-ratio to the reference", "nats per response", (("rollout/kl", "training"), ("val/kl", "validation"))),
-    ("entropy", "nats per token", (("rollout/entropy", "training"), ("val/entropy", "validation"))),
-    ("response", "tokens", (("rollout/length", "training"), ("val/length", "validation"))),
-    ("gradient norm", "", (("grad_norm", "before clipping"),)),
+    (
+        "held-out log-probability",
+        "nats",
+        (("val/logps/chosen", "chosen"), ("val/logps/rejected", "rejected")),
+    ),
+    ("accuracy", "share of pairs", (("rewards/accuracies", "training"), ("val/rewards/accuracies", "held-out"))),
+    ("target error", "|explicit − fitted|", (("rao/target_error", "training"), ("val/rao/target_error", "held-out"))),
+    ("reward of samples", "", (("rollout/reward", "training"), ("val/reward", "held-out"))),
+    ("log-ratio of samples (KL)", "nats", (("rollout/kl", "training"), ("val/kl", "held-out"))),
+    ("entropy", "nats per token", (("rollout/entropy", "training"), ("val/entropy", "held-out"))),
+    ("length of samples", "tokens", (("rollout/length", "training"), ("val/length", "held-out"))),
+    ("gradient norm", "before clipping", (("grad_norm", "gradient norm"),)),
     (
         "time of a step",
         "seconds",
@@ -30,9 +54,19 @@ _PANELS_OF_SAMPLES: _Panels = (
     ),
 )
 
+_COLUMNS = 3
+
+
+def is_dashed(label: str) -> bool:
+    """Whether a line is drawn dashed: what is compared with, beside what is trained."""
+    return label.startswith(("held-out", "explicit"))
+
 
 def draw_curves(run_dir: Path) -> Path | None:
-    """Write ``curves.png`` into the run folder; ``None`` where nothing has been logged."""
+    """Write ``curves.png`` into the run folder; ``None`` if nothing has been logged.
+
+    The band around a line of samples spans 10 to 90 % of them.
+    """
     records = read_metrics(run_dir / "metrics.jsonl")
     if not any("loss" in record for record in records):
         return None
@@ -41,29 +75,21 @@ def draw_curves(run_dir: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = _PANELS_OF_SAMPLES if any("rollout/reward" in record for record in records) else _PANELS
-    columns = len(panels) // 2
-    figure, axes = pyplot.subplots(2, columns, figsize=(5 * columns, 6.5), layout="constrained")
-    for axis, (title, unit, lines) in zip(axes.flat, panels, strict=True):
-        series = [(label, _series(records, name)) for name, label in lines]
-        if title.startswith("rewards") and all(values for _, (_, values) in series):
-            (chosen_steps, chosen), (_, rejected) = series[0][1], series[1][1]
-            means = [(a + b) / 2 for a, b in zip(chosen, rejected, strict=False)]
-            series.append(("mean", (chosen_steps[: len(means)], means)))
-        for label, (steps, values) in series:
-            if values:
-                style = {"linestyle": "--", "color": "gray"} if label == "mean" else {}
-                axis.plot(steps, values, label=label, marker="o" if len(values) < 12 else None, markersize=3, **style)
-        for name, _ in lines:
-            (steps, low), (_, high) = _series(records, f"{name}_p10"), _series(records, f"{name}_p90")
-            if low and not name.startswith("val/"):
-                axis.fill_between(steps, low, high, alpha=0.15)
+    panels = [panel for panel in PANELS if any(_series(records, name)[0] for name, _ in panel[2])]
+    rows = math.ceil(len(panels) / _COLUMNS)
+    figure, axes = pyplot.subplots(
+        rows, _COLUMNS, figsize=(5 * _COLUMNS, 3.25 * rows), layout="constrained", squeeze=False
+    )
+    for axis, (title, unit, lines) in zip(axes.flat, panels, strict=False):
+        for name, label in lines:
+            _draw(axis, records, name, label)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend()
+        axis.legend()
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     figure.suptitle(run_dir.name)
     path = run_dir / "curves.png"
     with written_atomically(path) as (file,):
@@ -72,7 +98,18 @@ def draw_curves(run_dir: Path) -> Path | None:
     return path
 
 
+def _draw(axis: Any, records: Sequence[dict[str, float]], name: str, label: str) -> None:
+    steps, values = _series(records, name)
+    if not values:
+        return
+    style, marker = "--" if is_dashed(label) else "-", "o" if len(values) < 12 else None
+    (line,) = axis.plot(steps, values, style, label=label, marker=marker, markersize=3)
+    (steps, low), (_, high) = _series(records, f"{name}_p10"), _series(records, f"{name}_p90")
+    if low and not name.startswith("val/"):
+        axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+
+
 def _series(records: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, without its outliers' absence: steps that did not log it are left out."""
+    """Steps and values of one metric; steps that did not log it are left out."""
     found = [(record["step"], record[name]) for record in records if name in record]
     return [step for step, _ in found], [value for _, value in found]

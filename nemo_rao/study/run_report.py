@@ -14,6 +14,7 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
+from nemo_rao.runtime.curves import PANELS, is_dashed
 from nemo_rao.runtime.files import read_json_lines
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.study.document import Block, Code, Document, Figure, Heading, Table, Text
@@ -24,46 +25,6 @@ from nemo_rao.study.measures import Records, logged, series
 SAMPLES = "samples.jsonl"
 MAX_SAMPLES = 4  # prompts of the last rollout that is kept
 MAX_CHARACTERS = 2000  # of a sample
-
-# Panels: title, unit, and metrics with their labels; a panel without any logged metric is left out. Held-out metrics
-# are drawn dashed.
-_PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("loss", "", (("loss", "training"), ("val/loss", "held-out"))),
-    (
-        "explicit and fitted reward",
-        "reward",
-        (
-            ("data/reward_chosen", "explicit, chosen"),
-            ("rao/r_hat_chosen", "fitted, chosen"),
-            ("data/reward_rejected", "explicit, rejected"),
-            ("rao/r_hat_rejected", "fitted, rejected"),
-        ),
-    ),
-    (
-        "held-out explicit and fitted reward",
-        "reward",
-        (
-            ("val/data/reward_chosen", "explicit, chosen"),
-            ("val/rao/r_hat_chosen", "fitted, chosen"),
-            ("val/data/reward_rejected", "explicit, rejected"),
-            ("val/rao/r_hat_rejected", "fitted, rejected"),
-        ),
-    ),
-    ("implicit reward", "β · log-ratio", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
-    ("log-probability of responses", "nats", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
-    (
-        "held-out log-probability",
-        "nats",
-        (("val/logps/chosen", "chosen"), ("val/logps/rejected", "rejected")),
-    ),
-    ("accuracy", "share of pairs", (("rewards/accuracies", "training"), ("val/rewards/accuracies", "held-out"))),
-    ("target error", "|explicit − fitted|", (("rao/target_error", "training"), ("val/rao/target_error", "held-out"))),
-    ("reward of samples", "", (("rollout/reward", "training"), ("val/reward", "held-out"))),
-    ("log-ratio of samples (KL)", "nats", (("rollout/kl", "training"), ("val/kl", "held-out"))),
-    ("entropy", "nats per token", (("rollout/entropy", "training"), ("val/entropy", "held-out"))),
-    ("length of samples", "tokens", (("rollout/length", "training"), ("val/length", "held-out"))),
-    ("gradient norm", "before clipping", (("grad_norm", "gradient norm"),)),
-)
 
 
 def run_document(folder: Path) -> Document:
@@ -118,11 +79,10 @@ def _metrics(records: Records) -> Iterator[Block]:
 def panels(records: Records) -> list[Panel]:
     """The curves of what was logged."""
     found = []
-    for title, unit, metrics in _PANELS:
+    for title, unit, metrics in PANELS:
         lines = {label: [line] for name, label in metrics if (line := series(records, name))[0]}
         if lines:
-            dashed = frozenset(label for label in lines if label.startswith(("held-out", "explicit")))
-            found.append(Panel(title, unit, lines, dashed))
+            found.append(Panel(title, unit, lines, frozenset(filter(is_dashed, lines))))
     return found
 
 

@@ -114,7 +114,7 @@ def test_every_study_of_the_package_can_be_planned(name: str, tmp_path: Path) ->
 
 
 def test_the_study_in_the_documentation_can_be_planned(planned: Callable[..., Plan]) -> None:
-    [example, *_] = blocks(ROOT / "docs" / "studies.md", "yaml")
+    [example, *_] = blocks(ROOT / "docs" / "guides" / "studies.md", "yaml")
     assert [run.name for run in planned(text=example).runs][:3] == ["sft", "dpo-seed1", "rao-seed1"]
 
 
