@@ -332,7 +332,7 @@ def _study(name: str, results: Results) -> Iterator[str]:
     yield f"## {name}\n"
     seeds = len(results["seeds"])
     failed = f" {len(results['failed'])} steps failed." if results["failed"] else ""
-    yield f"{results['title']}. {results['about']} {seeds} seeds, {results['version']}.{failed}\n"
+    yield f"*{results['title']}* {results['about']} {seeds} seeds, {results['version']}.{failed}\n"
     yield f"```\nnemo-rao study {name}\n```\n"
     arms = {arm: of["label"] for arm, of in results["arms"].items() if not of["once"]}
     against = list(results["wins"])
