@@ -115,9 +115,9 @@ def read_cluster(overrides: Sequence[str], config_dir: str | None) -> tuple[str,
         else:
             left.append(text)
     path = _find(name, config_dir)
-    values = _read(path)
+    values = _renamed(_read(path), str(path))
     for text in own:
-        values |= _parse(text)
+        values |= _renamed(_parse(text), text)
     return name, _typed(values, where=str(path)), left
 
 
@@ -204,7 +204,7 @@ def _parse(text: str) -> dict[str, Any]:
 def _typed(values: Mapping[str, Any], *, where: str) -> ClusterConfig:
     known = {field.name: field for field in dataclasses.fields(ClusterConfig)}
     arguments = {}
-    for name, value in _renamed(values, where).items():
+    for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
@@ -225,11 +225,17 @@ def _typed(values: Mapping[str, Any], *, where: str) -> ClusterConfig:
     return config
 
 
-def _renamed(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Keys of 0.1 under their present names, with a warning."""
+def _renamed(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Keys of 0.1 under their present names, with a warning.
+
+    Raises:
+        UserError: a key is given under both names.
+    """
     starts = values.get("max_lives")
     if type(starts) is not int or starts < 1:
         return values
+    if "max_restarts" in values:
+        raise UserError(f"{where}: max_lives and max_restarts are both given; remove max_lives")
     warn_once(f"{where}: max_lives is deprecated; set max_restarts={starts - 1}, which does not count the first start")
     others = {name: value for name, value in values.items() if name != "max_lives"}
     return {"max_restarts": starts - 1, **others}

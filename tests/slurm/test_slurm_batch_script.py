@@ -120,6 +120,11 @@ def test_max_lives_counts_the_first_start_and_is_deprecated(tmp_path: Path, caps
     (tmp_path / "old.yaml").write_text("max_lives: 7\n")
     assert read_cluster([f"cluster={tmp_path}/old.yaml"], None)[1].max_restarts == 6
     assert "old.yaml: max_lives is deprecated; set max_restarts=6" in capsys.readouterr().err
+    # slurm.yaml sets the new key; what is given on the command line comes later.
+    assert read_cluster(["cluster=slurm", "cluster.max_lives=3"], None)[1].max_restarts == 2
+    (tmp_path / "both.yaml").write_text("max_lives: 7\nmax_restarts: 7\n")
+    with pytest.raises(UserError, match="max_lives and max_restarts are both given"):
+        read_cluster([f"cluster={tmp_path}/both.yaml"], None)
     with pytest.raises(UserError, match="unknown key max_lives"):
         read_cluster([f"cluster={tmp_path}/old.yaml", "cluster.max_lives=0"], None)
 
