@@ -7,18 +7,17 @@ A request asks for a number of words, a mood, a topic and two of its nouns, and 
 requests, whose parts all recur: a small model that has seen a few thousand generalizes to the others. A caption is a
 chain of noun phrases. Many captions fulfil a request, and most fulfil it in part.
 
-Captions come from writers of varying skill (:func:`caption`), a different one for each. Their quality has a mean near
-0.6 and a standard deviation of 0.17; the best of sixteen captions has 0.9.
+Captions come from writers of varying skill (:func:`caption`), a different one for each. Their quality has a mean of
+0.71 and a standard deviation of 0.18; the best of four has 0.88, of sixteen 0.97.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -196,7 +195,7 @@ def preferences(
         num_prompts: records, up to 100,000, or 20,000 of ``held_out``.
         num_responses: of each prompt, 1 to 16, all different.
         seed, split: see :func:`requests`.
-        noise: standard deviation of a normal error of the rewards, which noise of 0 leaves as they are.
+        noise: standard deviation of a normal error that is added to each reward.
 
     Raises:
         UserError: an argument is outside its range.
@@ -224,9 +223,9 @@ def preferences(
         }
 
 
-def write_preferences(path: str | os.PathLike[str], *args: Any, **named: Any) -> None:
-    """Writes :func:`preferences` as JSON Lines, atomically."""
-    write_atomically(Path(path), (json.dumps(row) + "\n" for row in preferences(*args, **named)))
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write records as JSON Lines, atomically."""
+    write_atomically(path, (json.dumps(row) + "\n" for row in rows))
 
 
 def make_data(
@@ -238,9 +237,9 @@ def make_data(
     num_held_out: int = 400,
     noise: float = 0.3,
 ) -> None:
-    """The data of studies, made once: the same every time.
+    """Write the data of studies. Equal arguments give equal files.
 
-    examples.jsonl      one caption of each of ``num_examples`` other prompts, for supervised fine-tuning
+    examples.jsonl      one caption of each of ``num_examples`` prompts of another seed, for fine-tuning
     train.jsonl         ``num_responses`` captions of each of ``num_prompts`` prompts, rewarded by :func:`quality`
     train_noisy.jsonl   the same with errors of the rewards
     held_out.jsonl      4 captions of each of ``num_held_out`` prompts that occur in no other file
@@ -249,12 +248,10 @@ def make_data(
     from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
     from nemo_rao.rows.reading import read_rows
 
-    if (folder / "tokenizer" / "tokenizer.json").exists():
-        return
-    write_preferences(folder / "train.jsonl", num_prompts, num_responses)
-    write_preferences(folder / "train_noisy.jsonl", num_prompts, num_responses, noise=noise)
-    write_preferences(folder / "examples.jsonl", num_examples, 1, seed=1)
-    write_preferences(folder / "held_out.jsonl", num_held_out, 4, split="held_out")
+    write_rows(folder / "train.jsonl", preferences(num_prompts, num_responses))
+    write_rows(folder / "train_noisy.jsonl", preferences(num_prompts, num_responses, noise=noise))
+    write_rows(folder / "examples.jsonl", preferences(num_examples, 1, seed=1))
+    write_rows(folder / "held_out.jsonl", preferences(num_held_out, 4, split="held_out"))
     train_tokenizer(texts_of_rows(read_rows(str(folder / "train.jsonl"))), folder / "tokenizer", 768)
 
 
@@ -277,7 +274,7 @@ def _kind(word: str) -> str:
     return "article" if word in ARTICLES else "link" if word in LINKS else "other"
 
 
-def _share(held: Iterator[bool] | Sequence[bool]) -> float:
-    """Of those that are true; 0 of none."""
+def _share(held: Iterable[bool]) -> float:
+    """The share that is true; 0 of none."""
     values = list(held)
     return sum(values) / max(1, len(values))
