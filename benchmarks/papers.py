@@ -4,8 +4,9 @@
     python -m benchmarks.papers keep runs/study/rao_likelihood_toy     # its results and figures
     python -m benchmarks.papers > docs/papers.md                       # what `make papers-page` does
 
-A claim holds if the 95 % interval over seeds lies on its side, and does not if the interval lies on the other side.
-Nothing is entered by hand; a test compares the page with the results.
+A claim holds if the 95 % interval over seeds lies on its side, and does not if the interval lies on the other side. A
+claim that a number has some value holds if the interval lies within a stated margin of it. Nothing is entered by hand;
+a test compares the page with the results.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ RAO, RPO = "RAO", "RPO (arXiv 2502.00203)"
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim's number: an estimate, and the side of ``than`` on which the claim puts it.
+    """A claim's number: an estimate, and where the claim puts it.
 
     Attributes:
         what: of the number, with its unit.
-        side: "above", "below", "equal" (the interval contains ``than``) or "not below" (it reaches ``than``).
+        side: "above" or "below" ``than``, or "equal" to it, by ``margin``.
     """
 
     what: str
     estimate: Estimate
     side: str
     than: float = 0.0
+    margin: float = 0.0
 
     @property
     def verdict(self) -> str:
@@ -54,13 +56,18 @@ class Finding:
         low, high = self.estimate.low, self.estimate.high
         if math.isnan(low):
             return UNDECIDED
-        if self.side == "equal":
-            return HELD if low <= self.than <= high else NOT_HELD
-        if self.side == "not below":
-            return HELD if high >= self.than else NOT_HELD
-        if low <= self.than <= high:
-            return UNDECIDED
-        return HELD if (low > self.than) == (self.side == "above") else NOT_HELD
+        least, most = {
+            "above": (self.than, math.inf),
+            "below": (-math.inf, self.than),
+            "equal": (self.than - self.margin, self.than + self.margin),
+        }[self.side]
+        if least <= low and high <= most:
+            return HELD
+        return NOT_HELD if high < least or low > most else UNDECIDED
+
+    def __str__(self) -> str:
+        expected = f" (claimed {self.than:g} ± {self.margin:g})" if self.side == "equal" else ""
+        return f"{self.what}: {with_interval(vars(self.estimate))}{expected}"
 
 
 @dataclass(frozen=True)
@@ -86,15 +93,19 @@ def _difference(results: Results, measure: str, arm: str, other: str) -> Estimat
     return paired_difference(values[arm], values[other])
 
 
-def _slope(results: Results, relation: str) -> tuple[Estimate, float | None]:
-    found = results["relations"][relation]
-    return Estimate(**found["slope"]), found["expected"]
-
-
 def _rate(results: Results, arm: str, against: str) -> Estimate:
-    """Win rate, in percent."""
-    rate = results["wins"][against][arm]["rate"]
+    """Win rate, in percent; NaN if no seed has one."""
+    rate = results["wins"][against].get(arm, {}).get("rate", {"value": math.nan, "half_width": math.nan, "n": 0})
     return Estimate(100 * rate["value"], 100 * rate["half_width"], rate["n"])
+
+
+def _rate_difference(results: Results, arm: str, other: str, against: str) -> Estimate:
+    """Of the win rates of two arms over a third, in points, paired by seed."""
+    rates = [
+        {one["seed"]: 100 * one["rate"] for one in results["wins"][against].get(name, {}).get("seeds", ())}
+        for name in (arm, other)
+    ]
+    return paired_difference(rates[0], rates[1])
 
 
 def _likelihood(arm: str, side: str) -> Callable[[Results], Sequence[Finding]]:
@@ -106,10 +117,13 @@ def _likelihood(arm: str, side: str) -> Callable[[Results], Sequence[Finding]]:
     return findings
 
 
-def _relation(name: str, what: str, side: str) -> Callable[[Results], Sequence[Finding]]:
+def _relation(name: str, what: str, side: str, margin: float = 0.0) -> Callable[[Results], Sequence[Finding]]:
+    """The slope of a relation of the study, and what the study expects of it if it is to be equal to that."""
+
     def findings(results: Results) -> Sequence[Finding]:
-        estimate, expected = _slope(results, name)
-        return [Finding(what, estimate, side, expected if side == "equal" and expected is not None else 0.0)]
+        found = results["relations"][name]
+        than = found["expected"] if side == "equal" else 0.0
+        return [Finding(what, Estimate(**found["slope"]), side, than, margin)]
 
     return findings
 
@@ -128,45 +142,61 @@ def _reward_models(better: str, worse: str) -> Callable[[Results], Sequence[Find
     return findings
 
 
-def _wins(against: str, arms: Mapping[str, str], side: str) -> Callable[[Results], Sequence[Finding]]:
-    """Win rates over ``against`` of those arms (label -> arm) that the study has."""
+def _wins(against: str, arms: Mapping[str, tuple[str, str]]) -> Callable[[Results], Sequence[Finding]]:
+    """Win rates over ``against``: label -> arm, and on which side of 50 % the claim puts it."""
 
     def findings(results: Results) -> Sequence[Finding]:
         return [
             Finding(f"{label}, win rate in %", _rate(results, arm, against), side, 50.0)
-            for label, arm in arms.items()
-            if arm in results["wins"][against]
+            for label, (arm, side) in arms.items()
         ]
 
     return findings
 
 
+def _quality_of_reward_models(results: Results) -> Sequence[Finding]:
+    """Each against the next better one, by win rates over the policy that was trained on the ground truth."""
+    truth = "bwd"
+    return [
+        *(
+            Finding(
+                f"{worse} less all pairs, win rate over ground truth, points",
+                _rate_difference(results, f"learned_{worse}", "learned_many", truth),
+                "below",
+            )
+            for worse in ("few", "noisy")
+        ),
+        Finding("all pairs over ground truth, win rate in %", _rate(results, "learned_many", truth), "below", 50.0),
+    ]
+
+
+# Label -> arm, and where its win rate over RAO is claimed to be.
 BASELINES = {
-    "DPO": "dpo",
-    "IPO": "ipo",
-    "SimPO": "simpo",
-    "Cal-DPO": "cal_dpo",
-    "robust RPO": "robust_po",
-    "DRO": "dro",
-    "RLHF (PPO)": "ppo",
+    "DPO": ("dpo", "below"),
+    "IPO": ("ipo", "below"),
+    "SimPO": ("simpo", "below"),
+    "Cal-DPO": ("cal_dpo", "below"),
+    "robust RPO": ("robust_po", "below"),
+    "DRO": ("dro", "below"),
+    "RLHF (PPO)": ("ppo", "below"),
 }
 
 CLAIMS = (
     Claim(
         RAO, "Under DPO the log-probability of chosen responses falls.", "rao_likelihood", _likelihood("dpo", "below")
     ),
-    Claim(RAO, "Under RAO it does not fall.", "rao_likelihood", _likelihood("rao", "not below")),
+    Claim(RAO, "Under RAO it does not fall.", "rao_likelihood", _likelihood("rao", "above")),
     Claim(
         RAO,
         "log Z_0 moves the mean of implicit rewards, by -β for each nat.",
         "rao_z0_beta",
-        _relation("mean over log_z0", "slope, per nat", "equal"),
+        _relation("mean over log_z0", "slope, per nat", "equal", margin=0.02),
     ),
     Claim(
         RAO,
         "log Z_0 leaves the gap between responses as it is.",
         "rao_z0_beta",
-        _relation("gap over log_z0", "slope, per nat", "equal"),
+        _relation("gap over log_z0", "slope, per nat", "equal", margin=0.02),
     ),
     Claim(
         RAO,
@@ -178,7 +208,7 @@ CLAIMS = (
         RAO,
         "β leaves the mean of implicit rewards as it is.",
         "rao_z0_beta",
-        _relation("mean over beta", "slope", "equal"),
+        _relation("mean over beta", "slope", "equal", margin=0.5),
     ),
     Claim(
         RAO,
@@ -192,41 +222,35 @@ CLAIMS = (
         "rao_table1",
         _reward_models("rm_base", "dpo"),
     ),
-    Claim(RAO, "RAO's samples win over those of each baseline.", "rao_table2", _wins("rao", BASELINES, "below")),
+    Claim(
+        RAO,
+        "RAO's samples win over those of each baseline.",
+        "rao_table2",
+        _wins("rao", BASELINES),
+    ),
     Claim(
         RPO,
         "Explicit rewards beat a constant one (implicit, as in DPO).",
         "rpo_ground_truth",
-        _wins("bwd", {"constant reward": "constant"}, "below"),
+        _wins("bwd", {"constant reward": ("constant", "below")}),
     ),
     Claim(
         RPO,
         "More responses to a prompt are better.",
         "rpo_ground_truth",
-        lambda results: [
-            *_wins("bwd", {"K 2 against K 4": "k_2"}, "below")(results),
-            *_wins("bwd", {"K 8 against K 4": "k_8"}, "above")(results),
-        ],
+        _wins("bwd", {"K 2 against K 4": ("k_2", "below"), "K 8 against K 4": ("k_8", "above")}),
     ),
     Claim(
         RPO,
         "The better the reward model, the better the policy.",
         "rpo_ground_truth",
-        _wins(
-            "bwd",
-            {
-                "reward model of few pairs, against the ground truth": "learned_few",
-                "of noisy pairs": "learned_noisy",
-                "of all pairs": "learned_many",
-            },
-            "below",
-        ),
+        _quality_of_reward_models,
     ),
     Claim(
         RPO,
         "Training on the policy's own samples beats training on given ones.",
         "rpo_ground_truth",
-        _wins("bwd", {"online against offline": "online"}, "above"),
+        _wins("bwd", {"online against offline": ("online", "above")}),
     ),
 )
 UNTESTED = (
@@ -239,7 +263,7 @@ UNTESTED = (
 
 
 def keep(folder: Path) -> Path:
-    """Copies a study's results, without the commands of its runs, and its figures.
+    """Copies a study's results, without the commands of its runs and details of each seed's wins, and its figures.
 
     Raises:
         SystemExit: the study has no results.
@@ -252,7 +276,7 @@ def keep(folder: Path) -> Path:
         del run["command"]
     for of_arms in results["wins"].values():
         for of_arm in of_arms.values():
-            of_arm.pop("seeds", None)
+            of_arm["seeds"] = [{"seed": one["seed"], "rate": one["rate"]} for one in of_arm["seeds"]]
     path = STUDIES / f"{results['study']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(results, indent=1) + "\n")
@@ -273,8 +297,8 @@ def read_studies() -> dict[str, Results]:
 def _with_nan(value: Any) -> Any:
     """``null`` as NaN among the numbers of estimates."""
     if isinstance(value, dict):
-        is_estimate = "half_width" in value
-        return {k: math.nan if v is None and is_estimate else _with_nan(v) for k, v in value.items()}
+        has_numbers = "half_width" in value or "rate" in value
+        return {k: math.nan if v is None and has_numbers else _with_nan(v) for k, v in value.items()}
     return [_with_nan(one) for one in value] if isinstance(value, list) else value
 
 
@@ -283,8 +307,8 @@ BEFORE = """\
 
 What the RAO and RPO papers claim, and what the project's own studies find, on models and data that fit two CPU cores.
 A claim *held* if the 95 % interval over seeds lies on its side, *did not hold* if it lies on the other side, and is
-*undecided* otherwise. Nothing is corrected for the number of claims. The page is generated from
-`benchmarks/results/studies` by `make papers-page`.
+*undecided* otherwise. For a claim of a value, its side is that value ± a margin, which is shown. Nothing is corrected
+for the number of claims. The page is generated from `benchmarks/results/studies` by `make papers-page`.
 
 """
 
@@ -308,11 +332,7 @@ def _blocks(studies: Mapping[str, Results]) -> Iterator[str]:
                     f"{verdicts.count(kind)} {kind}" for kind in (HELD, NOT_HELD, UNDECIDED) if kind in verdicts
                 )
             )
-            numbers = "<br>".join(
-                f"{one.what}: {with_interval(vars(one.estimate))}"
-                + (f" (expected {one.than:g})" if one.side == "equal" else "")
-                for one in findings
-            )
+            numbers = "<br>".join(map(str, findings))
             rows.append([claim.paper, claim.text, f"[{name}](#{name})", numbers, f"**{summary}**"])
         if not _studies_of(claim.study, studies):
             rows.append([claim.paper, claim.text, f"`{claim.study}`", "", "not run"])

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -23,24 +24,26 @@ def planned(name: str) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("value", "half_width", "side", "than", "verdict"),
+    ("value", "half_width", "side", "than", "margin", "verdict"),
     [
-        (-2.0, 0.5, "below", 0, HELD),
-        (2.0, 0.5, "below", 0, NOT_HELD),
-        (-2.0, 2.5, "below", 0, UNDECIDED),
-        (60.0, 5.0, "above", 50, HELD),
-        (40.0, 5.0, "above", 50, NOT_HELD),
-        (54.0, 5.0, "above", 50, UNDECIDED),
-        (-0.1, 0.2, "not below", 0, HELD),
-        (0.3, 0.2, "not below", 0, HELD),
-        (-0.3, 0.2, "not below", 0, NOT_HELD),
-        (-0.28, 0.05, "equal", -0.3, HELD),
-        (-0.2, 0.05, "equal", -0.3, NOT_HELD),
-        (1.0, NAN, "above", 0, UNDECIDED),
+        (-2.0, 0.5, "below", 0, 0, HELD),
+        (2.0, 0.5, "below", 0, 0, NOT_HELD),
+        (-2.0, 2.5, "below", 0, 0, UNDECIDED),
+        (60.0, 5.0, "above", 50, 0, HELD),
+        (40.0, 5.0, "above", 50, 0, NOT_HELD),
+        (54.0, 5.0, "above", 50, 0, UNDECIDED),
+        (0.0, 0.0, "above", 0, 0, HELD),
+        (-0.3, 0.2, "above", 0, 0, NOT_HELD),
+        (-0.28, 0.02, "equal", -0.3, 0.05, HELD),
+        (-0.28, 0.05, "equal", -0.3, 0.05, UNDECIDED),
+        (-0.1, 9.0, "equal", -0.3, 0.05, UNDECIDED),
+        (-0.2, 0.04, "equal", -0.3, 0.05, NOT_HELD),
+        (1.0, NAN, "above", 0, 0, UNDECIDED),
+        (NAN, NAN, "below", 0, 0, UNDECIDED),
     ],
 )
-def test_a_claim_holds_if_the_interval_is_on_its_side(value, half_width, side, than, verdict):
-    assert Finding("x", Estimate(value, half_width, 5), side, than).verdict == verdict
+def test_a_claim_holds_if_the_interval_is_on_its_side(value, half_width, side, than, margin, verdict):
+    assert Finding("x", Estimate(value, half_width, 5), side, than, margin).verdict == verdict
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.text)
@@ -61,13 +64,29 @@ def test_a_claim_refers_to_measures_relations_and_arms_of_its_study(claim):
         },
         "wins": {
             study.keys.baseline if against == "baseline" else against: {
-                arm: {"rate": vars(mean([0.4, 0.5]))} for arm in made.compared if arm != against
+                arm: {"rate": vars(mean(of)), "seeds": [{"seed": n, "rate": rate} for n, rate in enumerate(of)]}
+                for arm, of in values.items()
+                if arm != against
             }
             for against in (study.samples.against if study.samples else ())
         },
     }
     findings = claim.findings(results)
-    assert findings and all(one.verdict in (HELD, NOT_HELD, UNDECIDED) for one in findings)
+    assert findings and all(not math.isnan(one.estimate.value) for one in findings)
+
+
+def test_reward_models_are_compared_with_the_next_better_one():
+    """Win rates over the ground truth, of which a seed of the noisy one is missing."""
+    seeds = {"learned_few": {1: 0.2, 2: 0.3}, "learned_noisy": {1: 0.5}, "learned_many": {1: 0.4, 2: 0.45}}
+    wins = {
+        arm: {"rate": vars(mean([*of.values()])), "seeds": [{"seed": n, "rate": rate} for n, rate in of.items()]}
+        for arm, of in seeds.items()
+    }
+    [claim] = [one for one in CLAIMS if "better the reward model" in one.text]
+    few, noisy, every = claim.findings({"wins": {"bwd": wins}})
+    assert few.estimate.value == pytest.approx(-17.5) and few.estimate.n == 2
+    assert noisy.estimate.value == pytest.approx(10) and noisy.estimate.n == 1
+    assert every.estimate.value == pytest.approx(42.5) and every.than == 50
 
 
 def test_the_page_is_that_of_the_results():
@@ -100,12 +119,20 @@ def test_results_are_kept_with_their_figures_and_without_commands(tmp_path, monk
         },
         "runs": [{"arm": "dpo", "seed": 1, "measures": {}, "command": ["nemo-rao"]}],
         "relations": {},
-        "wins": {"start": {"dpo": {"rate": {"value": 0.6, "half_width": 0.1, "n": 2}, "seeds": [{"seed": 1}]}}},
+        "wins": {
+            "start": {
+                "dpo": {
+                    "rate": {"value": 0.6, "half_width": 0.1, "n": 2},
+                    "seeds": [{"seed": 1, "rate": 0.6, "win": 0.5}],
+                }
+            }
+        },
         "failed": {"rao-seed1": "loss was not finite"},
     }
     (study / "results.json").write_text(json.dumps(results))
     kept = json.loads(keep(study).read_text())
-    assert "command" not in kept["runs"][0] and "seeds" not in kept["wins"]["start"]["dpo"]
+    assert "command" not in kept["runs"][0]
+    assert kept["wins"]["start"]["dpo"]["seeds"] == [{"seed": 1, "rate": 0.6}]
     made = page(read_studies())
     assert "| RAO | Under DPO the log-probability of chosen responses falls. |" in made
     assert "chosen, from start to end, nats: -2.00 ± 0.25 | **held** |" in made
