@@ -130,14 +130,16 @@ def test_the_models_context_is_never_exceeded(model_folder: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("template", ["auto", "never"])
-def test_prompts_are_rendered_as_in_training(model_folder: Path, template) -> None:
+def test_prompts_are_rendered_as_in_training(
+    model_folder: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nemo_rao.batch import Response, Row
 
     policy = Policy(model_folder, settings(chat_template=template))
     question = Question("Sort: b a", "here", (0, 0, 0), 1.0)
     trained = policy.encoder.encode(Row("Sort: b a", (Response("a b"),), "here")).prompt
     asked = []
-    policy.engine.generate = lambda requests: asked.extend(requests) or []  # type: ignore[method-assign]
+    monkeypatch.setattr(policy.engine, "generate", lambda requests: asked.extend(requests) or [])
     with pytest.raises(StopIteration):
         policy.answer([question], 8)
     assert asked[0].tokens.tolist() == trained.tolist()

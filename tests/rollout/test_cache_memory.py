@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -29,8 +30,8 @@ def _held(layout: Layout, source: dict[str, Any]) -> list[int]:
             of_chunks = [context.key_value_memory_dict.values() for context in decoder._contexts]
             held.extend(sum(part.nbytes for memory in of for part in memory) for of in of_chunks)
 
-    decode._Decoder._keep = recorded  # type: ignore[method-assign]
-    _sampled(layout, source, fused=True, rows_at_once=100)
+    with mock.patch.object(decode._Decoder, "_keep", recorded):
+        _sampled(layout, source, fused=True, rows_at_once=100)
     return held
 
 

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from nemo_rao.objectives.registry import OBJECTIVES
 
@@ -107,7 +108,20 @@ def die_after_step(last: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         counted(self, session, batch, embeds_tokens=embeds_tokens)
 
-    Metrics.micro_batch = killing  # type: ignore[method-assign]
+    mock.patch.object(Metrics, "micro_batch", killing).start()
+
+
+def die_in_call(owner: Any, name: str, number: int) -> None:
+    """Lets rank 0 of this process's next run be killed as it calls ``owner.name`` for the ``number``-th time."""
+    function, calls = getattr(owner, name), []
+
+    def killing(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **keywords)
+
+    mock.patch.object(owner, name, killing).start()
 
 
 def in_fork(function: Callable[..., Any], *args: Any) -> None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -66,7 +67,7 @@ def train_without_tokeniser(given: Sequence[str]) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("tokenises")
 
-    Encoder.encode_many = fail  # type: ignore[method-assign, assignment]
+    mock.patch.object(Encoder, "encode_many", fail).start()
     _train("gpt_rao", given)
 
 
@@ -108,7 +109,7 @@ def train_and_watch(given: Sequence[str]) -> None:
             assert [thread.name for thread in threading.enumerate()].count("prefetch") == 1
 
     loss._gathered_names = gathered_names
-    AlignmentData.micro_batch = micro_batch  # type: ignore[method-assign]
+    mock.patch.object(AlignmentData, "micro_batch", micro_batch).start()
     _train("gpt_rao", given, hooks=lambda hooks: [*hooks, Watch()])
     assert len(expected) == 8 and used == expected
     assert {thread for thread, _ in made} == {"prefetch"}
@@ -130,7 +131,7 @@ def train_and_fail(given: Sequence[str]) -> None:
         return rows(self, step) if step < 1 else 1 / 0
 
     rows = TrainingData.micro_batches_of_step
-    TrainingData.micro_batches_of_step = a_mistake_of_ours  # type: ignore[method-assign]
+    mock.patch.object(TrainingData, "micro_batches_of_step", a_mistake_of_ours).start()
     try:
         _train("gpt_rao", given)
     except ZeroDivisionError as error:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from .runs import FOUR_LAYERS, in_fork, last_stored, make_data, parallel, run_training, same, start_checkpoint, steps
+from .runs import (
+    FOUR_LAYERS,
+    die_in_call,
+    in_fork,
+    last_stored,
+    make_data,
+    parallel,
+    run_training,
+    same,
+    start_checkpoint,
+    steps,
+)
 
 
 def early_letters(prompt: str, response: str) -> float:
@@ -195,27 +204,14 @@ def _die(where: str, recipe: str, overrides: list[str]) -> None:
 
     from .runs import _train
 
-    def kill_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
-        calls = []
-
-        def killing(*arguments: Any, **keywords: Any) -> Any:
-            calls.append(1)
-            if len(calls) == call and os.environ["RANK"] == "0":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **keywords)
-
-        return killing
-
-    if where == "sampling":
-        sampler.sample = kill_at(2, sampler.sample)
-    elif where == "scoring":
-        RolloutParts.rewarded = kill_at(2, RolloutParts.rewarded)  # type: ignore[method-assign]
-    elif where == "the third step":
-        Metrics.after_step = kill_at(3, Metrics.after_step)  # type: ignore[method-assign]
-    elif where == "the step behind a rollout":
-        Metrics.after_step = kill_at(5, Metrics.after_step)  # type: ignore[method-assign]
-    else:
-        Metrics.after_step = kill_at(7, Metrics.after_step)  # type: ignore[method-assign]
+    owner, name, number = {
+        "sampling": (sampler, "sample", 2),
+        "scoring": (RolloutParts, "rewarded", 2),
+        "the third step": (Metrics, "after_step", 3),
+        "the step behind a rollout": (Metrics, "after_step", 5),
+        "a later step on it": (Metrics, "after_step", 7),
+    }[where]
+    die_in_call(owner, name, number)
     _train(recipe, overrides)
 
 

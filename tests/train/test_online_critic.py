@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from .changed_runs import changed_run
 from .runs import (
     FOUR_LAYERS,
     TINY,
+    die_in_call,
     in_fork,
     last_stored,
     make_data,
@@ -141,15 +140,7 @@ def _die_at_the_second_checkpoint(keys: list[str]) -> None:
 
     from .runs import _train
 
-    saved = []
-
-    def save(self: TrainedModel, folder: Path) -> None:
-        saved.append(folder)
-        if len(saved) == 2 and os.environ["RANK"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(self, folder)
-
-    original, TrainedModel.save = TrainedModel.save, save  # type: ignore[method-assign]
+    die_in_call(TrainedModel, "save", 2)
     _train("gpt_ppo", keys)
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -61,7 +62,7 @@ def killed_study(command: list[str], run: str, last: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         counted(self, session, batch, embeds_tokens=embeds_tokens)
 
-    Metrics.micro_batch = killing  # type: ignore[method-assign]
+    mock.patch.object(Metrics, "micro_batch", killing).start()
     main(command)
 
 
