@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,9 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 sys.dont_write_bytecode = False
 # Asking whether there is a GPU is not to initialize CUDA: forks follow.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+# A shell's background job ignores SIGINT, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What engines are made of; megatron-core is not among them.
 ENGINE_PACKAGES = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "megatron.bridge")
