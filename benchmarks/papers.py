@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import shutil
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -365,6 +366,10 @@ def _study(name: str, results: Results) -> Iterator[str]:
         rows.append([label, *means, *wins])
     labels = [results["arms"][other]["label"] if other in results["arms"] else other for other in against]
     yield markdown_table(["arm", *results["summaries"], *(f"win rate over {label}, %" for label in labels)], rows)
+    widths = [100 * of["rate"]["half_width"] for rates in results["wins"].values() for of in rates.values()]
+    widths = [width for width in widths if not math.isnan(width)]
+    if widths:
+        yield f"\nThe median half of a win rate's interval is {statistics.median(widths):.1f} points."
     for figure in sorted(FIGURES.glob(f"{name}-*.svg")):
         kind = figure.stem.removeprefix(f"{name}-")
         yield f"\n![{name}: {kind}](images/studies/{figure.name})"
