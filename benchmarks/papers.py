@@ -369,7 +369,7 @@ def _study(name: str, results: Results) -> Iterator[str]:
     widths = [100 * of["rate"]["half_width"] for rates in results["wins"].values() for of in rates.values()]
     widths = [width for width in widths if not math.isnan(width)]
     if widths:
-        yield f"\nThe median half of a win rate's interval is {statistics.median(widths):.1f} points."
+        yield f"\nThe 95 % interval of a win rate is ± {statistics.median(widths):.1f} points (median)."
     for figure in sorted(FIGURES.glob(f"{name}-*.svg")):
         kind = figure.stem.removeprefix(f"{name}-")
         yield f"\n![{name}: {kind}](images/studies/{figure.name})"

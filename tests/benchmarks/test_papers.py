@@ -138,7 +138,7 @@ def test_results_are_kept_with_their_figures_and_without_commands(tmp_path, monk
     assert "chosen, from start to end, nats: -2.00 ± 0.25 | **held** |" in made
     assert "chosen, from start to end, nats:  | **undecided** |" in made
     assert "| DPO | -2.00 ± 0.25 | 60 ± 10 |" in made and "1 steps failed." in made
-    assert "The median half of a win rate's interval is 10.0 points." in made
+    assert "The 95 % interval of a win rate is ± 10.0 points (median)." in made
     assert "images/studies/rao_likelihood_toy-wins-start.svg" in made
     assert made.count("not run") == len(CLAIMS) - 2, "of studies that were not kept"
     with pytest.raises(SystemExit, match="no such file; run the study first"):
