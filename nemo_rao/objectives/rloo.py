@@ -79,6 +79,6 @@ RLOO = Objective(
     needs=Needs(reference=True, rewards=True, min_responses=2, samples=True),
     formula="−sg(A)·ρ, A = R − mean of the prompt's other R, R = r − βρ",
     source="Ahmadian et al. 2024 (RLOO), arXiv 2402.14740, Eq. 7",
-    checked="formula, gradient by hand; `rpo`'s `sqloo` up to a constant",
+    checked="formula, gradient by hand; TRL; `rpo`'s `sqloo` up to a constant",
     response_advantages=rloo_advantages,
 )

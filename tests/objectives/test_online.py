@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,55 @@ def test_the_gradient_is_that_of_sqloo_up_to_a_constant(beta: float, count: int)
     keys = {"distance": "sqloo", "beta": beta, "eta": 1.0, "sft_weight": 0.0}
     _, _, of_sqloo = loss_and_gradients(RPO, batch, RPO.make_config(keys))
     torch.testing.assert_close(of_sqloo, beta * count**2 / (count - 1) * gradient, **EXACT)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_rloo_is_trls(beta: float) -> None:
+    """Gradient alone: TRL's value is that of ratios, which are 1 on fresh samples, ours of log-ratios."""
+    batch = make_batch(2, (4,) * 3)
+    _, _, gradient = loss_and_gradients(RLOO, batch, RLOO.make_config({"beta": beta}))
+    logps = batch.response_logps.detach().clone().requires_grad_()
+    (of_trl,) = torch.autograd.grad(trls_rloo(batch, logps, beta), logps)
+    torch.testing.assert_close(gradient / len(batch.valid), of_trl, **EXACT)
+
+
+def trls_rloo(batch: ObjectiveBatch, logps: Tensor, beta: float) -> Tensor:
+    """The loss of TRL's ``RLOOTrainer``, of responses of one token, each better by its reward less its share of the KL
+    than the others of its prompt are on average. TRL computes these advantages while it samples: here by hand."""
+    pytest.importorskip("trl")
+    from trl.trainer.rloo_trainer import RLOOTrainer
+
+    from .trl_reference import in_float64, make_trainer
+
+    rewards = batch.rewards - beta * (logps.detach() - batch.reference_response_logps)
+    num = rewards.shape[1]
+    advantages = rewards - (rewards.sum(1, keepdim=True) - rewards) / (num - 1)
+    rows = logps.flatten()
+    trainer = make_trainer(
+        RLOOTrainer,
+        accelerator=one_process(),
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (rows[:, None], torch.zeros_like(rows)[:, None], None),
+    )
+    ids = torch.ones(len(rows), 1, dtype=torch.long)
+    inputs = {
+        "prompt_ids": ids,
+        "prompt_mask": ids,
+        "completion_ids": ids,
+        "completion_mask": ids,
+        "advantages": advantages.flatten(),
+        "old_logps": rows.detach(),
+    }
+    with in_float64():
+        return RLOOTrainer._compute_loss(trainer, trainer.model, inputs)  # type: ignore[no-any-return]
+
+
+def one_process() -> SimpleNamespace:
+    """An accelerator whose collectives have nobody else to ask."""
+    return SimpleNamespace(
+        num_processes=1, gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction: x
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- grpo
@@ -157,7 +207,6 @@ def test_what_stands_in_masked_entries_does_not_matter() -> None:
 def of_trl(batch: ObjectiveBatch, config: Any, loss_type: str) -> Tensor:
     """The loss of TRL's ``GRPOTrainer`` over the same responses with the same advantages, and its gradient's root."""
     from collections import defaultdict
-    from types import SimpleNamespace
 
     pytest.importorskip("trl")
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -176,9 +225,7 @@ def of_trl(batch: ObjectiveBatch, config: Any, loss_type: str) -> Tensor:
         advantages[p, chosen[p]] = (rewards - rewards.mean()) / scale
     trainer = make_trainer(
         GRPOTrainer,
-        accelerator=SimpleNamespace(
-            num_processes=1, gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction: x
-        ),
+        accelerator=one_process(),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
         loss_type=loss_type,
         beta=config.beta,

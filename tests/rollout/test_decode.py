@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from ..mcore import tiny
@@ -114,6 +115,40 @@ def test_tokens_are_those_that_the_numbers_choose(model: Any, alone: list[Any]) 
                 below = probabilities[len(request.prompt) - 1 + at].cumsum(-1)
                 assert below[token] - probabilities[len(request.prompt) - 1 + at, token] - 1e-6 <= numbers[at]
                 assert numbers[at] <= below[token] + 1e-6
+
+
+def _first_tokens(source: dict[str, Any], prompt: np.ndarray, count: int) -> list[int]:
+    """On one rank: the first token of ``count`` responses to one prompt."""
+    from nemo_rao.ops.sampling import uniforms
+    from nemo_rao.rollout.decode import Request, Sampling, sample
+
+    tiny.enter(Layout())
+    numbers = np.stack([uniforms(11, (7, 0, k), 1) for k in range(count)])
+    (found,) = sample(
+        [tiny.build(source, Layout())],
+        [Request(prompt, numbers)],
+        max_new_tokens=1,
+        end_tokens=[END],
+        sampling=Sampling(),
+        rows_at_once=count,
+        vocab_size=tiny.VOCAB,
+    )
+    return [int(one.tokens[0]) for one in found]
+
+
+def test_the_draws_of_a_token_follow_the_softmax(model: Any) -> None:
+    """Pearson's chi-squared over the vocabulary, of 20,000 responses with numbers of their own."""
+    prompt = requests()[2].prompt
+    (tokens,) = run_ranks(_first_tokens, (tiny.whole_tensors(model), prompt, 20_000), num_ranks=1)
+    with torch.no_grad():
+        probabilities = model(torch.tensor(prompt)[None]).logits[0, -1, : tiny.VOCAB].double().softmax(-1).numpy()
+    expected = 20_000 * probabilities / probabilities.sum()
+    assert expected.min() > 5
+    counts = np.bincount(tokens, minlength=tiny.VOCAB)
+    assert scipy.stats.chisquare(counts, expected).pvalue > 0.01
+    # The test would see a temperature that is 10 % too high.
+    flatter = probabilities ** (1 / 1.1)
+    assert scipy.stats.chisquare(counts, 20_000 * flatter / flatter.sum()).pvalue < 0.001
 
 
 def test_batches_and_the_fused_output_layer_change_nothing(model: Any, alone: list[Any]) -> None:
