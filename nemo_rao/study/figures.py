@@ -63,13 +63,14 @@ def curves(panels: Sequence[Panel], name: str, *, shares_legend: bool = True) ->
     """Panels, three in a row. A line is the mean over seeds, at steps that all have; its band spans the seeds.
 
     Args:
-        shares_legend: the panels have the same lines, which one legend below them names.
+        shares_legend: draw one legend below all panels, which have the same lines, instead of one below each panel.
     """
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
     shares_legend = shares_legend and len(labels) > 1
-    with _figure(name, (_WIDTH, 2.9 * rows + (0.5 if shares_legend else 0))) as (figure, save):
+    height = 2.9 * rows + (0.5 if shares_legend else 0.6 * rows if len(labels) > 1 else 0)
+    with _figure(name, (_WIDTH, height)) as (figure, save):
         colours = _colours(labels)
         axes = figure.subplots(rows, columns, squeeze=False).flat
         handles: dict[str, Any] = {}
@@ -91,7 +92,7 @@ def curves(panels: Sequence[Panel], name: str, *, shares_legend: bool = True) ->
             axis.set_xlabel("step")
             axis.set_ylabel(panel.unit)
             if not shares_legend and len(panel.lines) > 1 and axis.has_data():
-                axis.legend()
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)  # below: never covers a line
         for axis in list(figure.axes)[len(panels) :]:
             axis.set_visible(False)
         if shares_legend:
