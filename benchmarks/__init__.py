@@ -1,1 +1,1 @@
-"""Measurements of nemo_rao beside what it is compared with. Not part of the package; run from the repository's root."""
+"""Benchmarks of nemo_rao and of its baselines. Not part of the package; run from the repository's root."""

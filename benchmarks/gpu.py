@@ -5,8 +5,8 @@
     python -m benchmarks.gpu --dry-run       # all parts on the CPU, at toy size
     make gpu-page                            # docs/gpu.md from the results
 
-The parts run in the order of importance, each with a time limit. A part's result is one file, NAME.json, written when
-it starts and again when it ends; a part that is stopped keeps what it has measured so far. Exit code: 0 if all chosen
+The parts run in order of importance, each with a time limit. A part's result is one file, NAME.json, written when the
+part starts and again when it ends; a part that is stopped keeps its measurements so far. Exit code: 0 if all chosen
 parts have run and passed.
 """
 
@@ -37,7 +37,7 @@ from nemo_rao.runtime.gpus import has_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
-MINIMUM_SECONDS = 15.0  # below which no part is started
+MINIMUM_SECONDS = 15.0  # no part is started with less time left
 TAIL = 20_000  # characters of a part's output that are kept
 DRY_RUN_LIMIT = 600.0  # seconds of a part; a CPU may be busy
 
@@ -48,7 +48,7 @@ def run_part(part: Part, folder: Path, *, about: Mapping[str, Any], dry_run: boo
     Args:
         folder: of the results.
         about: fields of every result.
-        limit: seconds, after which the part is stopped.
+        limit: seconds after which the part is stopped.
     """
     result = folder / f"{part.name}.json"
     partial = folder / f"{part.name}.partial"
@@ -84,7 +84,7 @@ def run_part(part: Part, folder: Path, *, about: Mapping[str, Any], dry_run: boo
 
 
 def _run(command: Sequence[str], output: Any, limit: float) -> int | None:
-    """The command's exit code; ``None`` if it was stopped at its limit, with the processes that it had started."""
+    """The command's exit code; ``None`` if it and its child processes were stopped at the limit."""
     process = subprocess.Popen(
         command,
         stdout=output,
@@ -104,7 +104,7 @@ def _run(command: Sequence[str], output: Any, limit: float) -> int | None:
 def _end_group(process: subprocess.Popen[Any]) -> None:
     for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         if process.poll() is not None and number == signal.SIGTERM:
-            continue  # it has ended by itself: what it has left behind is killed at once
+            continue  # it has ended: remaining child processes are killed at once
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -134,7 +134,7 @@ def main(given: Sequence[str] | None = None) -> int:
         command.error("no CUDA device found; --dry-run runs everything on the CPU at toy size")
     folder = arguments.output or _default_folder(dry_run=arguments.dry_run)
     folder.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the part's processes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the part's processes
     about = {
         **environment(GPU_PACKAGES),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

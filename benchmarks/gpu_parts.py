@@ -44,7 +44,7 @@ class Part:
     Attributes:
         name: of the part and its result.
         shows: description, in Markdown.
-        limit: seconds, after which the part is stopped.
+        limit: seconds after which the part is stopped.
         command: arguments of Python; ``{output}`` stands for the file that the part writes.
         on_gpu, dry: further arguments on a GPU and in a dry run.
         read: reads the figures from that file.

@@ -77,7 +77,7 @@ class Run:
         recipe: a file of conf/.
         rows: stem of the data file.
         responses: responses of a prompt.
-        overrides: besides those that all runs have.
+        overrides: in addition to those of all runs.
     """
 
     name: str
@@ -168,7 +168,7 @@ def setting_of_run(run: Run, scale: Scale, layers: int, folder: Path, tokens_per
 
 
 def layers_that_fit(run: Run, scale: Scale, folder: Path) -> int:
-    """The most layers with which the run fits into this GPU's memory by the planner's estimate, at least one."""
+    """The largest number of layers that fits into this GPU's memory by the planner's estimate, at least one."""
     if not has_gpu():
         return scale.sizes.layers
     import torch
@@ -198,7 +198,7 @@ def run_when_begun(turn: Turn) -> None:
 
 
 def counting_work(turn: Turn) -> Any:
-    """A hook that notes each step's work and metrics."""
+    """A hook that records each step's work and metrics."""
     from nemo_rao.loop.session import Hook
 
     class CountWork(Hook):

@@ -1,8 +1,8 @@
-"""What every side of a comparison is given: rows of one file, one tokenizer, one model in Hugging Face's format.
+"""The common inputs of a comparison: one data file, one tokenizer, one model in Hugging Face's format.
 
-Lengths decide how much padding costs. Without ``--data`` the rows are made up, of made-up words, and as ragged as real
-ones: lengths of prompts and answers are log-normal, with the deviations that AlpacaEval's instructions and the answers
-of four models to them have (0.85 and 1.15 of the logarithm; means of 40 and 320 tokens, cut to a half so that a step
+Lengths decide how much padding costs. Without ``--data``, the rows consist of made-up words, with lengths that vary as
+in real data: lengths of prompts and answers are log-normal, with the deviations of AlpacaEval's instructions and the
+answers of four models to them (0.85 and 1.15 of the logarithm; means of 40 and 320 tokens, halved here so that a step
 takes seconds on two cores).
 """
 
@@ -27,7 +27,7 @@ _Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
-    """A Llama's. Weights are drawn at random."""
+    """Sizes of a Llama with random weights."""
 
     layers: int = 4
     hidden: int = 256
@@ -49,7 +49,7 @@ class ModelSizes:
 
 
 def made_up_rows(num_prompts: int, num_responses: int, seed: int) -> Iterator[_Record]:
-    """Prompts and answers of words that mean nothing, with rewards in [0, 1], all of a prompt's different."""
+    """Prompts and answers of meaningless words, with rewards in [0, 1] that differ within a prompt."""
     generator = random.Random(seed)
     words = _words(generator)
 
@@ -70,14 +70,14 @@ def _words(generator: random.Random) -> list[str]:
 
 
 def train_on_made_up_text(tokenizer: Path, vocab_size: int) -> None:
-    """A tokenizer of such words alone."""
+    """A tokenizer of these words."""
     train_tokenizer((record["responses"][0]["content"] for record in made_up_rows(500, 1, 0)), tokenizer, vocab_size)
 
 
 def write_uniform_rows(
     path: Path, tokenizer: Path, *, num_prompts: int, num_responses: int, length: int, prompt: int | None = None
 ) -> Path:
-    """A file in which every prompt with any of its responses has about ``length`` tokens, never more.
+    """A file in which each row, a prompt with one of its responses, has about ``length`` tokens, never more.
 
     Args:
         prompt: tokens of the prompt; ``None`` for an eighth of ``length``.
@@ -103,14 +103,14 @@ def write_uniform_rows(
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Folders and files of a benchmark, below one folder, and what is in them.
+    """Directories and files of a benchmark, below one directory.
 
     Attributes:
-        preferences: K -> canonical file; the same prompts, with K = 2 the best and the worst of their responses.
+        preferences: K -> canonical file of the same prompts; for K = 2, the best and the worst of their responses.
         single_rows: K -> the same rows, each a prompt with one response, in the same order.
-        pairs: the prompts of ``preferences[2]`` as TRL takes them.
-        tokenizer, source, imported: folders; ``source`` is the model in Hugging Face's format.
-        lengths: what the tokenizer makes of it, in tokens.
+        pairs: the prompts of ``preferences[2]`` in TRL's format.
+        tokenizer, source, imported: directories; ``source`` is the model in Hugging Face's format.
+        lengths: lengths of the tokenized rows and prompts.
     """
 
     folder: Path
@@ -134,10 +134,10 @@ def make_inputs(
     copies: int = 1,
     seed: int = 0,
 ) -> Inputs:
-    """Everything but ``imported``, which is made where Megatron is (:func:`benchmarks.training.import_model`).
+    """Create everything but ``imported``, which needs Megatron (:func:`benchmarks.training.import_model`).
 
     Args:
-        copies: how often the files of rows and pairs have the same ``num_prompts`` prompts, one copy after the other.
+        copies: number of times that the files of rows and pairs repeat the same ``num_prompts`` prompts.
     """
     most = max(2, *numbers_of_responses)
     source_rows = folder / "all.jsonl"
@@ -196,7 +196,7 @@ def _record(row: Row, num_responses: int) -> _Record:
 
 
 def _with_responses(record: _Record, number: int) -> _Record:
-    """The first so many; of two, the best first and the worst."""
+    """The first K responses; for K = 2, the best and the worst."""
     answers = record["responses"]
     if number == 2:
         ordered = sorted(answers, key=lambda answer: answer["reward"])

@@ -4,22 +4,23 @@
     python -m benchmarks.log_probs --tokens 4096 --hidden 4096 --vocab 32000 128256 --dtype bfloat16 float32 --tp 1 2
 
 On a GPU the default is Llama 3's head with T = 8192 and 32,768. Every variant computes log p(target) ``[T]`` from
-hidden states ``[T, H]`` and the output weight ``[V/TP, H]``, of one type, and from ones the gradients of both:
+hidden states ``[T, H]`` and the output weight ``[V/TP, H]``, of the same dtype, and the gradients of both for an
+upstream gradient of ones:
 
 - dense: ``log_softmax`` of all logits in float32, and ``gather``; on one rank only, and if they fit.
 - megatron: megatron-core's column-parallel projection and ``vocab_parallel_cross_entropy``.
-- through_logits: the same projection, and ours of ``nemo_rao.ops.vocab_parallel``.
-- fused: ours of ``nemo_rao.ops.linear_log_probs``.
+- through_logits: the same projection, and ``nemo_rao.ops.vocab_parallel``.
+- fused: ``nemo_rao.ops.linear_log_probs``.
 - fused_pytorch: the same without Triton kernels; on a GPU only.
 - liger, cut_cross_entropy: those packages, if installed; on one GPU only. Neither adds to ``main_grad``.
 
 Time: all variants in turn in one process, on the same inputs. Memory: the peak in forward and backward, beyond inputs
-and the two resulting gradients; on a CPU, where libraries hold memory, too, each variant in a separate process.
+and the two resulting gradients. On a CPU, each variant runs in a separate process, as libraries retain memory.
 
 Each row also times the three bare matrix products that every variant needs, with 16-bit results: the logits, and the
-gradients of hidden states and weight. ``rate_over_products`` is the FLOP/s of a variant over theirs, three products
-counted for both. A variant that keeps no logits computes them twice, so 0.75 is its upper bound;
-``rate_over_products_done`` counts the four products that it does.
+gradients of hidden states and weight. ``rate_over_products`` is the FLOP/s of a variant over theirs, counting three
+products for both. A variant that keeps no logits computes them twice, so 0.75 is its upper bound;
+``rate_over_products_done`` counts the four products that it computes.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ class Size:
 
     @property
     def logits_bytes(self) -> int:
-        """Of one rank's logits in 16 bits, the unit of all figures of memory."""
+        """Bytes of one rank's logits in 16 bits, the unit of all memory figures."""
         return self.tokens * self.vocab // self.tp * 2
 
     @property
     def product_flops(self) -> float:
-        """Of one matrix product on one rank."""
+        """FLOPs of one matrix product on one rank."""
         return 2.0 * self.tokens * self.hidden * self.vocab / self.tp
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +90,7 @@ class Size:
 
     @property
     def warm_up(self) -> Size:
-        """The same in small: loads libraries, so that their memory is not counted."""
+        """The same at a small size, which loads libraries whose memory must not be counted."""
         return dataclasses.replace(self, tokens=32, vocab=128 * self.tp)
 
 
@@ -97,7 +98,7 @@ class Size:
 
 
 def log_probs(variant: str, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """``[T]`` log p(target), by one of :data:`VARIANTS`; by Liger's, which returns no single ones, their sum ``[]``."""
+    """``[T]`` log p(target) by one of :data:`VARIANTS`; for Liger, which returns only the sum, ``[]``."""
     if variant == "liger":
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -139,7 +140,7 @@ def variants_of(size: Size) -> list[str]:
 
 @contextlib.contextmanager
 def switched(variant: str) -> Iterator[None]:
-    """Turns the Triton kernels off for the variant without them."""
+    """Disable the Triton kernels for the variant without them."""
     from nemo_rao.ops.logit_blocks import SWITCH
 
     before = os.environ.get(SWITCH)

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work in a process of its own, times of several in turn, and where they were measured."""
+"""Peak memory of a piece of work in a separate process, times of several in turn, and the machine they ran on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def device() -> torch.device:
 
 
 def synchronize() -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -42,7 +42,7 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those that are installed."""
+    """Versions of the installed packages."""
     found = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -60,13 +60,13 @@ def _processor() -> str:
 
 
 class PeakMemory:
-    """Bytes that a block of code held at most, on top of what was held before it.
+    """Peak memory of a block of code, in bytes above the memory in use before it.
 
-    On a GPU, what PyTorch's allocator gave out. On a CPU, the process's resident memory, libraries' own buffers
-    included; elsewhere than on Linux the process's high-water mark is not set back first.
+    On a GPU, memory given out by PyTorch's allocator. On a CPU, resident memory of the process, including buffers of
+    libraries; only on Linux is the process's high-water mark reset first.
 
     Attributes:
-        num_bytes: once the block is left.
+        num_bytes: set when the block is left.
     """
 
     num_bytes = 0
@@ -94,7 +94,7 @@ class PeakMemory:
 
 def _resident(field: str) -> int:
     status = Path("/proc/self/status")
-    if not status.exists():  # macOS: the process's peak alone, in bytes
+    if not status.exists():  # macOS: only the process's peak is available, in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     line = next(line for line in status.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
@@ -106,13 +106,13 @@ def _resident(field: str) -> int:
 def times_in_turn(
     work: Mapping[str, Callable[[], Mapping[str, float]]], *, repeats: int, warm_up: int = 1
 ) -> dict[str, list[dict[str, float]]]:
-    """Run each piece of work in turn, A B C A B C ..., so that a machine that slows down slows all of them.
+    """Run each piece of work in turn, A B C A B C ..., so that a slow phase of the machine affects all of them.
 
     Args:
-        work: name -> what runs once and returns seconds by phase.
+        work: name -> a function that runs once and returns seconds by phase.
 
     Returns:
-        name -> one entry for each of ``repeats`` rounds, those of warming up left out.
+        name -> one entry for each of ``repeats`` rounds, without warm-up rounds.
     """
     rounds = [{name: dict(run()) for name, run in work.items()} for _ in range(warm_up + repeats)]
     return {name: [seconds[name] for seconds in rounds[warm_up:]] for name in work}
@@ -134,10 +134,10 @@ def clock() -> float:
 
 
 def on_ranks(function: Callable[..., Any], arguments: Sequence[Any], *, num_ranks: int, threads: int) -> Any:
-    """``function(*arguments)`` on fresh processes that form the default process group; what rank 0 returns.
+    """Run ``function(*arguments)`` in new processes that form the default process group; return rank 0's result.
 
     Args:
-        threads: in all; each rank gets its share, at least one.
+        threads: total number; each rank gets its share, at least one.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, context.Pool(num_ranks) as pool:

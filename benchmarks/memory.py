@@ -1,9 +1,9 @@
-"""Peak memory of training steps beside what ``nemo-rao plan`` says, for a recipe, a model and data of your own.
+"""Peak memory of training steps compared with ``nemo-rao plan``, for your own recipe, model and data.
 
 python -m benchmarks.memory --config-dir IMPORTED --config-name gpt_rao model=imported data.train_path=FILE ...
 
-IMPORTED is what `nemo-rao import-hf` makes. Each layout of the batch runs in a process of its own, two steps of one
-rank. The plan is that of the largest micro-batch the run has seen: a plan does not know how long the rows are.
+IMPORTED is a directory written by `nemo-rao import-hf`. Each batch layout runs two steps on one rank in a separate
+process. The plan is computed for the largest micro-batch of the run, as planning does not know the lengths of rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYOUTS = {"rows": (), "packed": ("data.packing=true",), "shared": ("data.packin
 
 
 def run(recipe: str, config_dir: str | None, overrides: Sequence[str], threads: int, connection: Any) -> None:
-    """In a process of its own: trains, then sends the plan's figures, in bytes, beside the peak."""
+    """In a separate process: train, then send the peak and the plan's figures, in bytes."""
     import torch
 
     from nemo_rao.config.compose import compose
@@ -41,7 +41,7 @@ def run(recipe: str, config_dir: str | None, overrides: Sequence[str], threads: 
 
     largest = LargestMicroBatch()
     config = compose(recipe, [f"trainer.threads_per_rank={threads}", *overrides], config_dir)
-    if config.data.num_prompts is None:  # the reference pass need not see more than the steps
+    if config.data.num_prompts is None:  # the reference pass needs only the rows of the steps
         config.data.num_prompts = (config.trainer.max_steps or 1) * config.model.global_batch_size
     check_run(config)
     train(config, hooks=lambda hooks: [*hooks, largest])
@@ -65,7 +65,7 @@ def run(recipe: str, config_dir: str | None, overrides: Sequence[str], threads: 
 
 
 def measure(recipe: str, config_dir: str | None, overrides: Sequence[str], threads: int) -> dict[str, Any]:
-    context: Any = multiprocessing.get_context("spawn")  # a fork would count what this process has imported
+    context: Any = multiprocessing.get_context("spawn")  # a fork would count the memory of this process's imports
     ours, theirs = context.Pipe()
     process = context.Process(target=run, args=(recipe, config_dir, overrides, threads, theirs))
     process.start()
@@ -100,7 +100,7 @@ def main() -> None:
             f"{one['peak_bytes'] / GIB:>12.2f}{one['peak_over_planned']:>14.2f}",
             flush=True,
         )
-    # Paths are nobody's business.
+    # Paths are private.
     shown = {"config_dir": None, "overrides": [key for key in arguments.overrides if "/" not in key]}
     write_result("memory", arguments, {"layouts": found}, shown=shown)
 

@@ -1,13 +1,13 @@
-"""What each online recipe learns: the ground-truth reward of fresh samples on held-out prompts, before and after.
+"""Improvement of each online recipe: the ground-truth reward of samples on held-out prompts, before and after.
 
     python -m benchmarks.online
 
-The model of `nemo-rao demo` is fine-tuned as the demonstration does it, and trained on from there with each recipe and
-several seeds, on tensor- and pipeline-parallel ranks. Held-out prompts are sampled from before the first step and after
-the last (``val/reward``), with the same draws. Beside the recipes stands a control whose rewards are random numbers:
-what training by itself does to the ground-truth reward.
+The model of `nemo-rao demo` is fine-tuned as in the demo and then trained with each recipe and several seeds, on
+tensor- and pipeline-parallel ranks. Responses to held-out prompts are sampled before the first step and after the last
+(``val/reward``), with the same draws. A control with random rewards shows how training by itself changes the
+ground-truth reward.
 
-Runs that are finished are not repeated: the same command goes on with the others (``--folder``).
+The same command resumes: finished runs are not repeated (``--folder``).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ONLINE = (
     "model.optim.sched.warmup_steps=5",
 )
 LOOK = ("trainer.max_steps=1", "model.optim.lr=1e-12", "model.optim.sched.warmup_steps=0")
-# Each recipe's own keys, chosen by trial on another seed; steps of the optimizer are the same for all.
+# Keys of each recipe, chosen by trial on another seed; all recipes take the same number of optimizer steps.
 RECIPES: Mapping[str, Sequence[str]] = {
     "gpt_rloo": ("model.rloo.beta=0.01",),
     "gpt_grpo": ("model.grpo.beta=0.01",),
@@ -71,7 +71,7 @@ NOISE = random.Random(0)
 
 
 def random_reward(prompt: str | Sequence[Mapping[str, Any]], response: str) -> float:
-    """A number in [0, 1) that depends on nothing, not even on the text, of which a policy could learn a function."""
+    """A random number in [0, 1). It does not depend on the text, since a policy could learn a function of it."""
     return NOISE.random()
 
 
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def make_start(folder: Path) -> Path:
-    """The demonstration's data and its fine-tuned model."""
+    """The demo's data and its fine-tuned model."""
     from nemo_rao.demo.run import make_data
 
     make_data(folder / "data")
@@ -110,7 +110,7 @@ def run(folder: Path, start: Path, name: str, seed: int, steps: int) -> dict[str
     rule = f"benchmarks.online:{random_reward.__name__}" if is_control else TRUTH
     train_online(recipe, folder, of_run, start, seed, rule, length)
     before, after = validations(folder / of_run)
-    if is_control:  # its own validations have random rewards
+    if is_control:  # its validations would use random rewards
         for of, weights, name_of in ((before, start, "start"), (after, folder / of_run, of_run)):
             looked = f"{name_of}-looked_at-{seed}"
             train_online(recipe, folder, looked, weights, seed, TRUTH, LOOK)
@@ -119,7 +119,7 @@ def run(folder: Path, start: Path, name: str, seed: int, steps: int) -> dict[str
 
 
 def train_online(recipe: str, folder: Path, name: str, start: Path, seed: int, rule: str, more: Sequence[str]) -> None:
-    """A run from a run's weights."""
+    """Train from the weights of another run."""
     overrides = (
         *ONLINE,
         *RECIPES[recipe],
@@ -133,7 +133,7 @@ def train_online(recipe: str, folder: Path, name: str, start: Path, seed: int, r
 
 
 def validations(run: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """A run's first and last."""
+    """The first and the last validation of a run."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first, *_, last = [record for record in records if "val/reward" in record]
     names = ("reward", "length", "cut", "entropy", "kl")
@@ -142,7 +142,7 @@ def validations(run: Path) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def train(recipe: str, folder: Path, name: str, overrides: Sequence[str]) -> None:
-    """``nemo-rao train``, which goes on with a run that was interrupted and leaves a finished one as it is."""
+    """``nemo-rao train``, which resumes an interrupted run and leaves a finished one unchanged."""
     data = folder / "data"
     where = (f"data.train_path={data / 'train.jsonl'}", f"data.tokenizer={data / 'tokenizer'}")
     words = [

@@ -1,22 +1,22 @@
-"""What 8-bit training costs in accuracy: log-probabilities, log-ratios, RAO's loss and gradient, short runs.
+"""Accuracy of 8-bit training: log-probabilities, log-ratios, RAO's loss and gradient, and short runs.
 
-    python -m benchmarks.precision          simulated on a processor
-    python -m benchmarks.precision --gpu    the same through Transformer Engine; recipes that the GPU lacks are named
-                                            and left out
+    python -m benchmarks.precision          simulated on a CPU
+    python -m benchmarks.precision --gpu    with Transformer Engine; recipes that the GPU does not support are listed
+                                            and skipped
 
-A Llama of 4 layers and 256 channels, of blocks of 128 so that there are several, is fine-tuned on the demonstration's
-letter puzzles (W0) and aligned with RAO in fp32 (W1). Then every format starts a run of RAO from W0 through the
-project's own entry point. Before its first step a probe measures, on the same prompts in every format:
+A Llama of 4 layers and 256 channels, wide enough for several blocks of 128, is fine-tuned on the demo's letter puzzles
+(W0) and aligned with RAO in fp32 (W1). Then each format starts a run of RAO from W0 through the project's usual entry
+point. Before the first step, a probe measures on the same prompts in every format:
 
     log-probs    of tokens under W0
-    log-ratio    log pi_W1 - log pi_W0 of responses, W0's from the run's own reference pass: what rewards are made of
-    loss         of RAO at W1, relative error; what a format's log-ratios make of it
-    gradient     at W1: its distance and angle
-    rho at start what the policy differs from its reference by before it has learned anything: as it is, with other
-                 rows beside it in a micro-batch
+    log-ratio    log pi_W1 - log pi_W0 of responses, with W0's from the run's own reference pass: rewards are made of it
+    loss         of RAO at W1: relative error
+    gradient     at W1: relative distance and angle
+    rho at start log-ratio of the untrained policy to its reference: with the same rows, and with other rows in its
+                 micro-batch
 
-bf16 is measured against fp32, everything else against bf16. The run then goes on, over prompts that it sees once, and
-its end is compared.
+bf16 is compared with fp32, all other formats with bf16. The run then trains on prompts that it sees once, and the final
+metrics are compared.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ GLOBAL_BATCH, MICRO_BATCH, PROBED = 12, 6, 24  # of RAO, prompts
 
 def main() -> None:
     arguments_of = parser(__doc__, repeats=1)
-    arguments_of.add_argument("--gpu", action="store_true", help="through Transformer Engine, nothing simulated")
+    arguments_of.add_argument("--gpu", action="store_true", help="use Transformer Engine instead of the simulation")
     arguments_of.add_argument("--sft-steps", type=int, default=150)
-    arguments_of.add_argument("--steps", type=int, default=20, help="of RAO in each format, no prompt twice")
+    arguments_of.add_argument("--steps", type=int, default=20, help="steps of RAO in each format; no prompt is repeated")
     arguments_of.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     arguments = arguments_of.parse_args()
     import torch
@@ -158,7 +158,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[str]:
 
 
 def in_child(folder: Path, function: Callable[..., None], *arguments: Any) -> str | None:
-    """Run in a fork of this process: Megatron's state is global. Returns the line of a refusal, if it was one."""
+    """Run in a fork of this process, as Megatron's state is global. Return the error line if the run was refused."""
     process = multiprocessing.get_context("fork").Process(target=_child, args=(folder, function, arguments))
     process.start()
     process.join()
@@ -193,7 +193,7 @@ def run_plain(recipe: str, overrides: Sequence[str], hooks: Any = None) -> None:
 
 
 def run_w1(overrides: Sequence[str], folder: Path) -> None:
-    """RAO in fp32, whose last weights are kept: name -> tensor."""
+    """Train RAO in fp32 and keep its final weights: name -> tensor."""
     import torch
 
     from nemo_rao.loop.session import Hook
@@ -229,7 +229,7 @@ def run_format(overrides: Sequence[str], folder: Path, label: str) -> None:
 
 
 def probe(session: Any, folder: Path) -> None:
-    """Measures a format's numbers into ``probe.pt``, and leaves weights and scales as they were."""
+    """Measure a format and write the numbers to ``probe.pt``; weights and scales are left unchanged."""
     import torch
 
     from nemo_rao.mcore.calibration import calibrate
@@ -243,7 +243,7 @@ def probe(session: Any, folder: Path) -> None:
     own = {name: value.detach().clone() for name, value in weights(session)}
     w1 = torch.load(folder / "w1.pt")
     with quantisation_kept(chunks):
-        # What the policy's scales are once it has seen the first step's micro-batches; no weight has changed.
+        # The policy's scales after the first step's micro-batches; no weight has changed.
         calibrate(chunks, batches, make_micro_batch=data.micro_batch)
         soon = log_probs(chunks, loss_of, data, batches)
         beside = log_probs(chunks, loss_of, data, apart)
@@ -251,7 +251,7 @@ def probe(session: Any, folder: Path) -> None:
             value.data.copy_(w1[name])
         calibrate(chunks, batches, make_micro_batch=data.micro_batch)
         at_w1 = log_probs(chunks, loss_of, data, batches)
-        for _ in range(3):  # scales of gradients follow those of the passes before
+        for _ in range(3):  # scales of gradients depend on the preceding passes
             loss, gradient = loss_and_gradient(chunks, loss_of, data, batches)
         for name, value in weights(session):
             value.data.copy_(own[name])
@@ -268,7 +268,7 @@ def probe(session: Any, folder: Path) -> None:
 
 
 def log_probs(chunks: Sequence[Any], loss_of: Any, data: Any, batches: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Log-probabilities in nats: of every response's tokens, one after the other, and of responses, by number."""
+    """Log-probabilities in nats: of the tokens of all responses, concatenated, and of each response."""
     import torch
 
     from nemo_rao.mcore.forward import evaluation_mode, forward_only
@@ -293,7 +293,7 @@ def log_probs(chunks: Sequence[Any], loss_of: Any, data: Any, batches: Sequence[
 def loss_and_gradient(
     chunks: Sequence[Any], loss_of: Any, data: Any, batches: Sequence[Sequence[int]]
 ) -> tuple[float, Any]:
-    """RAO's mean loss over the prompts, and its gradient ``[weights]`` fp32, by Megatron's own schedule."""
+    """RAO's mean loss over the prompts and its gradient ``[weights]`` in fp32, with Megatron's own schedule."""
     import torch
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
@@ -331,7 +331,7 @@ def loss_and_gradient(
 
 
 def figures_of(folder: Path, number: int, label: str) -> dict[str, Any]:
-    """What a format's probe and its run left: tensors, and the run's metrics."""
+    """Results of a format's probe and run: tensors, and the run's metrics."""
     import torch
 
     records = [json.loads(line) for line in (folder / f"format-{number}" / "metrics.jsonl").read_text().splitlines()]
@@ -348,7 +348,7 @@ def figures_of(folder: Path, number: int, label: str) -> dict[str, Any]:
 
 
 def compare(label: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A format's errors against its baseline's numbers; none for fp32."""
+    """A format's errors relative to its baseline; none for fp32."""
     own = found[label]
     result: dict[str, Any] = {
         "run": own["run"],

@@ -1,4 +1,4 @@
-"""Imported once by the server that training runs are forked from: Megatron and its engine, as a run needs them."""
+"""Imported once by the server from which training runs are forked: Megatron and the engine that a run needs."""
 
 import importlib
 

@@ -1,11 +1,11 @@
-"""Where an RAO step's time goes beside matrix products, attention and the optimizer, by layout.
+"""Breakdown of an RAO step's time by kind of operation and by layout.
 
     python -m benchmarks.profile_step
 
-Two steps of a run are looked into: one under ``torch.profiler``, whose operators are put into kinds by their names and
-the part of the step they were called from, by self time; and one in which every call that makes the host wait for
-the device is counted, with the line that makes it: all of them on a CPU, where nothing waits, and on a GPU those on
-tensors that are there.
+Two steps of a run are examined. One runs under ``torch.profiler``; its operators are classified by name and by the part
+of the step that called them, and their self times are summed. In the other, every call that makes the host wait for the
+device is counted, with its source line: on a CPU all such calls, although nothing waits there, and on a GPU those on
+tensors of the device.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WAITS = (
 
 def main() -> None:
     arguments_of = parser(__doc__, repeats=1)
-    arguments_of.add_argument("--data", help="preference file; the default is made up")
+    arguments_of.add_argument("--data", help="preference file; default: generated rows")
     arguments_of.add_argument("--responses", type=int, default=2, help="K")
     arguments_of.add_argument("--prompts", type=int, default=8, help="of the file, and of a step")
     arguments_of.add_argument("--micro-batches", type=int, default=2)
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def profiled(turn: Turn) -> Any:
-    """A callback that looks into the third and the fourth step, and notes what it finds as ``profile``."""
+    """A callback that profiles the third and the fourth step and records the result as ``profile``."""
     import lightning.pytorch as pl
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -114,7 +114,7 @@ def profiled(turn: Turn) -> Any:
 
 
 def by_kind(averages: Any, seconds: float) -> dict[str, Any]:
-    """Shares of the step's time; what no operator accounts for is Python's and the host's."""
+    """Shares of the step's time; time outside operators is attributed to Python and the host."""
     on_device = any(event.self_device_time_total for event in averages)
 
     def time_of(event: Any) -> float:
@@ -138,7 +138,7 @@ def by_kind(averages: Any, seconds: float) -> dict[str, Any]:
 
 
 def count_waits() -> Any:
-    """``with count_waits() as waits: ...; waits.found()``: [{operator, line, calls}] of what makes the host wait."""
+    """``with count_waits() as waits: ...; waits.found()``: [{operator, line, calls}] of calls that block the host."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -164,7 +164,7 @@ def count_waits() -> Any:
 
 
 def _asked_by() -> str:
-    """The innermost line of ours, of Megatron or of NeMo."""
+    """The innermost stack frame in nemo_rao, Megatron or NeMo."""
     for frame in reversed(traceback.extract_stack()):
         for package in ("/nemo_rao/", "/megatron/", "/nemo/", "/lightning/", "/torch/optim/"):
             if package in frame.filename and "benchmarks" not in frame.filename and "cpu.py" not in frame.filename:

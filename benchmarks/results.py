@@ -1,4 +1,4 @@
-"""A benchmark's figures as a file: where, when and with what they were measured."""
+"""Result files of benchmarks: the figures, and the machine, date and versions with which they were measured."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ GPU_PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "nemo-
 
 
 def parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
-    """What all benchmarks take."""
+    """Arguments of all benchmarks."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--repeats", type=int, default=repeats, help="rounds that count, after one that does not")
-    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of all ranks together")
-    made.add_argument("--output", type=Path, help="JSON file; the default is committed, so that others can read it")
+    made.add_argument("--repeats", type=int, default=repeats, help="measured rounds, after one warm-up round")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="total CPU threads of all ranks")
+    made.add_argument("--output", type=Path, help="JSON file; the default is a file of the repository")
     return made
 
 
 def write_result(
     name: str, arguments: argparse.Namespace, figures: Mapping[str, Any], *, shown: Mapping[str, Any] | None = None
 ) -> Path:
-    """``results/NAME.json``, or where ``--output`` says.
+    """Write ``results/NAME.json``, or the file given by ``--output``.
 
     Args:
-        shown: arguments as the file shows them, where they are other ones, such as a path that is nobody's business.
+        shown: arguments to record instead of the actual ones, such as a private path.
     """
     path = arguments.output or FOLDER / f"{name}.json"
     given = {key: value for key, value in vars(arguments).items() if key != "output"} | dict(shown or {})
@@ -55,14 +55,14 @@ def write_result(
 
 
 def commit() -> str:
-    """Of the repository's files, with a plus where others than results were changed since."""
+    """The repository's commit, with a plus if files other than results have been changed since."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout
 
     try:
-        # Results are what the benchmarks before this one have just written, or the page's.
+        # Results may have just been written by the preceding benchmarks, or by the page.
         status = ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
         changed = git(*status).strip()
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")

@@ -1,9 +1,9 @@
-"""Time of an online step by phase, and how the time of a rollout grows with K, length and ranks.
+"""Time of an online step by phase, and scaling of the rollout with K, length and ranks.
 
     python -m benchmarks.rollouts
 
-REINFORCE leave-one-out on a Llama with random weights, so that hardly any response ends before its limit. From one base
-each table changes one thing:
+RLOO on a Llama with random weights, so that few responses end before the limit. Each table changes one parameter of the
+base configuration:
 
     K     responses of a prompt
     N     tokens of a response
@@ -65,7 +65,7 @@ def common(folder: Path) -> list[str]:
 
 
 def make_start(overrides: Sequence[str], folder: Path) -> None:
-    """The weights that all runs start with, which are the reference's: those of a step without effect."""
+    """Weights for the start of all runs and for the reference, from a step without effect."""
     from nemo_rao.config.compose import compose
     from nemo_rao.training.checks import check_run
     from nemo_rao.training.train import train
@@ -80,12 +80,12 @@ def make_start(overrides: Sequence[str], folder: Path) -> None:
 
 
 def length_of(prompt: str, response: str) -> float:
-    """A rule that costs nothing."""
+    """A rule that takes no time."""
     return len(response) / 1000
 
 
 def measure(table: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of a table, printed as well."""
+    """Rows of a table, which are also printed."""
     settings = {f"{table}-{number}": {**BASE, **changed} for number, changed in enumerate(TABLES[table])}
     threads = 1 if table == "ranks" else arguments.threads
     sessions = {name: start(name, one, threads, folder) for name, one in settings.items()}
@@ -117,7 +117,7 @@ def start(name: str, one: Mapping[str, int], threads: int, folder: Path) -> Sess
 
 
 def row_of(one: Mapping[str, int], rounds: Sequence[Mapping[str, Any]], run: Path) -> dict[str, Any]:
-    """A row of the table. Each round is a step of the run; those that count are its last ones."""
+    """A row of the table. Each round is a step of the run; the last ones are measured."""
     steps: dict[float, dict[str, float]] = {}
     for record in read_metrics(run / "metrics.jsonl"):
         steps.setdefault(record["step"], {}).update(record)

@@ -1,22 +1,22 @@
-"""How an RAO step grows with K, T, micro-batches and ranks, and how long pipeline stages wait for each other.
+"""Scaling of an RAO step with K, T, micro-batches and ranks, and the pipeline bubble.
 
     python -m benchmarks.scaling
 
-All rows of a run are equally long, so that nothing is padded. From one base each table changes one thing:
+All rows of a run have equal length, so nothing is padded. Each table changes one parameter of the base configuration:
 
     K     responses of a prompt
     T     tokens of a row, prompt and response
     m     micro-batches of the same global batch
     ranks tensor- and pipeline-parallel ranks, all with one thread, against one rank with one
 
-Runs of a table take turns (:mod:`benchmarks.sessions`). Memory is the largest of a rank. On one machine's processor
-ranks share cores and memory bandwidth: what parallelism costs is seen here, what it saves on devices of its own is not.
+Runs of a table take turns (:mod:`benchmarks.sessions`). Memory is the maximum over ranks. On one machine's CPU, ranks
+share cores and memory bandwidth: the benchmark shows the cost of parallelism, but not its gain on separate devices.
 
-The pipeline's bubble is measured from what stages do, not from the run's length: Megatron's own timers around the
-forward and backward of each micro-batch give a stage's busy time, the rest of the schedule it waits. With p equal
-stages and m micro-batches 1F1B waits (p - 1) / (m + p - 1) of the time. A vocabulary of 320 tokens keeps the
-output layer from making the last stage the longest. Stages are still not quite equal, so the same schedule played with
-each stage's own measured times stands beside it (``of these stages``): what is above that is communication.
+The pipeline bubble is measured from the stages' busy times, not from the length of the run: Megatron's timers around the
+forward and backward of each micro-batch give a stage's busy time; for the rest of the schedule it waits. With p equal
+stages and m micro-batches, 1F1B waits (p - 1) / (m + p - 1) of the time. A vocabulary of 320 tokens keeps the output
+layer from making the last stage the longest. As stages are still not exactly equal, the same schedule is also simulated
+with each stage's measured times (``of these stages``); the remaining difference is communication.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(table: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of a table, printed as well."""
+    """Rows of a table, which are also printed."""
     settings = [{**BASE, **changed} for changed in TABLES[table]]
     threads = 1 if table in ("ranks", "bubble") else arguments.threads
     tokenizer = folder / ("small_tokenizer" if table == "bubble" else "tokenizer")
@@ -105,7 +105,7 @@ def start(one: Mapping[str, int], threads: int, folder: Path, tokenizer: Path) -
 
 
 def row_of(one: Mapping[str, int], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    # Figures of a step are gathered at its end: the last round's are complete, too.
+    # Figures of a step are gathered at its end, so those of the last round are also complete.
     steps = [of_round["notes"]["ranks"] for of_round in rounds]
     row: dict[str, Any] = {
         **one,
@@ -131,7 +131,7 @@ def idle(ranks: Sequence[Mapping[str, float]]) -> float:
 
 
 def idle_of_1f1b(ranks: Sequence[Mapping[str, float]], m: int) -> float:
-    """The same of a pipeline without communication, whose stages take the measured times for each micro-batch."""
+    """The same for a pipeline without communication, whose stages take the measured times for each micro-batch."""
     p = len(ranks)
     cost = [{"F": rank["forward-compute"] / m, "B": rank["backward-compute"] / m} for rank in ranks]
     ends: dict[tuple[str, int, int], float] = {}  # (direction, stage, micro-batch)
@@ -153,7 +153,7 @@ def idle_of_1f1b(ranks: Sequence[Mapping[str, float]], m: int) -> float:
 
 
 def order_of_1f1b(stage: int, p: int, m: int) -> list[tuple[str, int]]:
-    """What a stage does, in order: some forwards, then forward and backward in turn, then the rest."""
+    """The order of a stage's work: some forwards, then alternating forwards and backwards, then the rest."""
     ahead = min(p - stage - 1, m)
     order = [("F", batch) for batch in range(ahead)]
     for batch in range(m - ahead):
@@ -162,7 +162,7 @@ def order_of_1f1b(stage: int, p: int, m: int) -> list[tuple[str, int]]:
 
 
 class StageTimers:
-    """What Megatron's schedules take as ``config.timers``: seconds by name since :meth:`clear`."""
+    """``config.timers`` for Megatron's schedules: seconds by name since :meth:`clear`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -176,7 +176,7 @@ class StageTimers:
 
 
 class Stopwatch:
-    """Adds what passes from :meth:`start` to :meth:`stop` to the timers' seconds; Megatron's own takes a barrier."""
+    """Adds the time from :meth:`start` to :meth:`stop` to the timers' seconds; Megatron's own adds a barrier."""
 
     def __init__(self, seconds: dict[str, float], name: str) -> None:
         self._seconds, self._name, self._started = seconds, name, 0.0
@@ -189,7 +189,7 @@ class Stopwatch:
 
 
 def stage_times(turn: Turn) -> Any:
-    """A callback that notes each step's busy times and peak memory of every rank, as ``ranks``."""
+    """A callback that records each step's busy times and peak memory of every rank as ``ranks``."""
     import torch
     from megatron.core.utils import get_model_config
 

@@ -1,7 +1,7 @@
-"""Training runs that are held between steps, so that several take turns: A B C A B C ..., one at a time.
+"""Training runs that pause between steps, so that several take turns: A B C A B C ..., one at a time.
 
-Each run is a process of its own, which stays where it is until it is told to take its next round of steps. A machine
-that slows down for a while so slows all of them, and a round of one is compared with the same round of another.
+Each run is a separate process that waits for a request to take its next round of steps. A temporary slowdown of the
+machine therefore affects all runs, and a round of one run is compared with the same round of another.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _TIMEOUT_SECONDS = 1800.0
 
 
 class Turn:
-    """In a run's process: waits for its turn, and counts what it takes.
+    """In a run's process: waits for its turn, and measures time and memory.
 
     Args:
-        steps: of a round.
+        steps: number of steps in a round.
     """
 
     def __init__(self, connection: Connection, steps: int) -> None:
@@ -33,7 +33,7 @@ class Turn:
         self.notes: dict[str, Any] = {}
 
     def begin(self) -> None:
-        """Called once all is imported, before data and model are read: memory counts from here on."""
+        """Called after imports, before data and model are read: memory is measured from here."""
         self._memory.__enter__()
 
     def hold(self) -> Any:
@@ -72,14 +72,14 @@ class RunFailed(RuntimeError):
 
 
 class Session:
-    """A run in a process of its own, held before its first step once this is made.
+    """A run in a separate process. The constructor returns when the run waits before its first step.
 
     Args:
         function: called there with a :class:`Turn` and ``args``; trains, calling ``Turn.between_steps``.
-        steps: of a round.
-        forked: from a server that has imported Megatron once; else a fresh interpreter.
-        held: the function calls :meth:`Turn.hold` first, and the constructor does not wait for it: several sessions
-            import at the same time, and are begun (:meth:`begin`) one after the other.
+        steps: number of steps in a round.
+        forked: fork from a server that has imported Megatron once, instead of starting a new interpreter.
+        held: the function calls :meth:`Turn.hold` first, and the constructor does not wait for it, so that several
+            sessions import at the same time; :meth:`begin` then starts one after the other.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class Session:
         return self.started
 
     def round(self) -> dict[str, Any]:
-        """One round: seconds, processor seconds, peak bytes so far, the run's notes."""
+        """One round: seconds, CPU seconds, peak bytes so far, and the run's notes."""
         self._connection.send("go")
         return self._receive()
 
     def stop(self) -> None:
-        """At once; its ranks end with it."""
+        """Stop immediately; its ranks end with it."""
         self._process.kill()
         self._process.join()
 
@@ -125,11 +125,11 @@ class Session:
 
 def _run(function: Callable[..., None], args: Sequence[Any], steps: int, connection: Connection) -> None:
     function(Turn(connection, steps), *args)
-    os._exit(1)  # it was not to end by itself
+    os._exit(1)  # it should not have ended
 
 
 def in_child(function: Callable[..., None], *args: Any) -> None:
-    """``function(*args)`` in a fork of the server that has imported Megatron; it must end with exit code 0."""
+    """Run ``function(*args)`` in a fork of the server that has imported Megatron; it must exit with code 0."""
     process = multiprocessing.get_context("forkserver").Process(target=function, args=args)
     process.start()
     process.join()
@@ -138,8 +138,8 @@ def in_child(function: Callable[..., None], *args: Any) -> None:
 
 
 def prepare_server() -> None:
-    """To be called first: what forks are made of imports Megatron and NeMo once, and starts no thread."""
-    # Threads of an OpenMP or tokenizer pool do not survive a fork, and whoever waits for them hangs.
+    """Call this first: the fork server then imports Megatron and NeMo once, and starts no threads."""
+    # Threads of an OpenMP or tokenizer pool do not survive a fork, and code that waits for them hangs.
     os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"})
     multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.preload"])
 
@@ -147,10 +147,10 @@ def prepare_server() -> None:
 def in_turn(
     sessions: dict[str, Session], *, repeats: int, minutes: float = math.inf, warm_up: int = 1
 ) -> dict[str, list[dict[str, Any]]]:
-    """name -> its rounds, those of warming up left out. All sessions are stopped.
+    """Name -> its rounds, without warm-up rounds. All sessions are stopped at the end.
 
     Args:
-        minutes: after which no further round is begun, once one counts.
+        minutes: after this time, no further round starts if at least one has been measured.
     """
     end = time.monotonic() + 60 * minutes
     try:

@@ -1,9 +1,9 @@
-"""Seconds from ``nemo-rao train`` to the end of its first step, and where they go; without caches and with them.
+"""Seconds from ``nemo-rao train`` to the end of its first step by part, without caches and with them.
 
     python -m benchmarks.start_up
 
-Every run is a command in a fresh interpreter. ``first`` has an empty folder of runs; ``again`` is another run in the
-same folder, from the same weights on the same data, which finds the reference pass done{and}.
+Every run is a command in a new interpreter. ``first`` has an empty directory of runs; ``again`` is another run in the
+same directory, from the same weights on the same data, which finds the reference pass done{and}.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from nemo_rao.demo.tokenizer_training import train_tokenizer
 def main() -> None:
     cached = any(field.name == "cache_dir" for field in dataclasses.fields(DataConfig))
     arguments_of = parser((__doc__ or "").replace("{and}", " and the data tokenised" if cached else ""), repeats=2)
-    arguments_of.add_argument("--data", help="preference file; the default is made up")
-    arguments_of.add_argument("--prompts", type=int, default=200, help="of the file that is made up")
+    arguments_of.add_argument("--data", help="preference file; default: generated rows")
+    arguments_of.add_argument("--prompts", type=int, default=200, help="number of generated prompts")
     arguments_of.add_argument("--responses", type=int, default=2, help="K")
     arguments = arguments_of.parse_args()
     runs: dict[str, list[dict[str, float]]] = {"first": [], "again": []}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.start_up_command BEGIN REPORT key=value ...
 
-BEGIN is when the command was started (``time.time()``), REPORT the JSON file to write. Nothing heavy is imported before
-the command itself does it.
+BEGIN is the start time of the command (``time.time()``), REPORT the JSON file to write. Nothing heavy is imported before
+the command itself imports it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 
 class Parts:
-    """Seconds of named parts, and from the beginning to now. What is in a part is in no other: parts do not nest."""
+    """Seconds of named parts, and since the beginning. Parts do not nest, so no time is counted twice."""
 
     def __init__(self, begin: float) -> None:
         self.begin, self.seconds = begin, {"interpreter": time.time() - begin}

@@ -1,21 +1,21 @@
-"""Seconds and peak memory of an optimizer step: ours, by layout, TRL's DPOTrainer, and an SFT step over the same rows.
+"""Time and peak memory of an optimizer step: nemo_rao by layout, TRL's DPOTrainer, and SFT over the same rows.
 
     python -m benchmarks.step                                    # some minutes on two cores
-    python -m benchmarks.step --data prefs.jsonl --responses 4   # rows of a file; without TRL, which takes pairs
+    python -m benchmarks.step --data prefs.jsonl --responses 4   # rows of a file; without TRL, which needs pairs
 
-All start from the same weights and take the same prompts in the same order, with the same threads, in the same
-precision (fp32 on a CPU, bf16 on a GPU). Each is a process of its own; they take turns, a round of each after a round
-of the other, and a round is the same prompts again: the file has them eight times over, as no run's epoch is a step or
-two. Time is from one step's beginning to the next one's: reading and laying out the batch, forward, backward,
-optimizer, metrics. Starting is not in it, and neither is our reference pass, which is run once; it is told apart.
-Memory is what a process holds at most on top of what it held before it read data and model.
+All variants start from the same weights and use the same prompts in the same order, with the same number of threads and
+the same precision (fp32 on a CPU, bf16 on a GPU). Each runs in a separate process; they take turns, one round each. All
+rounds use the same prompts: the file repeats them eight times, so that an epoch has more than one or two steps. Time is
+measured from the start of one step to the start of the next: reading and laying out the batch, forward, backward,
+optimizer, metrics. Start-up is not included, nor is nemo_rao's reference pass, which runs once and is reported
+separately. Memory is the process's peak above the memory in use before it reads data and model.
 
-    trl_dpo                   TRL's defaults: gradient checkpointing; the reference policy is run in every step
+    trl_dpo                   TRL's defaults: gradient checkpointing; the reference policy runs in every step
     trl_dpo, no checkpointing
     trl_dpo, precomputed      precompute_ref_log_probs=True, with and without checkpointing
-    rao, dpo                  ours; rows, or packed, or with shared prompts, or both
-    sft                       ours, over the same rows as RAO with the same K: each row is a prompt with one response,
-                              a step holds K times as many prompts, and the responses are learned
+    rao, dpo                  nemo_rao: rows, or packed, or with shared prompts, or both
+    sft                       nemo_rao, over the same rows as RAO with the same K: each row is a prompt with one
+                              response, a step has K times as many prompts, and the loss is on the responses
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LAYOUTS: Mapping[str, Sequence[str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One of ours.
+    """A variant of nemo_rao.
 
     Attributes:
         objective: rao, dpo or sft.
@@ -101,8 +101,8 @@ def variants(responses: Sequence[int]) -> list[Variant]:
 def main() -> None:
     arguments_of = parser(__doc__, repeats=5)
     arguments_of.add_argument("--name", default="step", help="of the result")
-    arguments_of.add_argument("--data", help="preference file; the default is made up")
-    arguments_of.add_argument("--data-name", help="what the result calls it; the default is the file's name")
+    arguments_of.add_argument("--data", help="preference file; default: generated rows")
+    arguments_of.add_argument("--data-name", help="description of the data in the result; default: the file's name")
     arguments_of.add_argument("--responses", type=int, nargs="+", default=[2, 4], help="K")
     arguments_of.add_argument("--prompts", type=int, default=8, help="of a round")
     arguments_of.add_argument("--batch", type=int, default=8, help="prompts of a step")
@@ -110,8 +110,8 @@ def main() -> None:
     arguments_of.add_argument("--max-length", type=int, default=512, help="tokens; longer rows are left out")
     for field in dataclasses.fields(ModelSizes):
         arguments_of.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
-    arguments_of.add_argument("--minutes", type=float, default=8.0, help="after which no further round is begun")
-    arguments_of.add_argument("--only", nargs="+", help="parts of names; the others are not run")
+    arguments_of.add_argument("--minutes", type=float, default=8.0, help="after this time, no further round starts")
+    arguments_of.add_argument("--only", nargs="+", help="run only variants whose names contain one of these")
     arguments = arguments_of.parse_args()
     assert arguments.prompts % arguments.batch == 0, "a round is whole batches"
 
@@ -165,7 +165,7 @@ def wanted(name: str, arguments: argparse.Namespace) -> bool:
 
 
 def figures_of(rounds: Sequence[Mapping[str, Any]], prompts: int) -> dict[str, Any]:
-    """Seconds are those of a round, the reference pass's those of its prompts once; samples are prompts with all their
+    """Seconds of a round, and of the reference pass over its prompts once; a sample is a prompt with all its
     responses."""
     seconds = [one["seconds"] for one in rounds]
     notes = dict(rounds[-1]["notes"])
@@ -181,11 +181,11 @@ def figures_of(rounds: Sequence[Mapping[str, Any]], prompts: int) -> dict[str, A
 
 
 def compare(rounds: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
-    """name of a comparison -> median ratio of times of the same rounds, ratio of their minima, and median ratio of
-    processor times.
+    """Name of a comparison -> median ratio of times of the same rounds, ratio of their minima, and median ratio of CPU
+    times.
 
-    Processor time, of all threads together, is what remains comparable where others use the same cores. Its minimum is
-    not: a single round in which the others pause has it.
+    CPU time of all threads remains comparable if other processes use the same cores. Its minimum does not: it comes from
+    a single round in which the others pause.
     """
     seconds = {name: [one["seconds"] for one in of_name] for name, of_name in rounds.items()}
     cpu_seconds = {name: [one["cpu_seconds"] for one in of_name] for name, of_name in rounds.items()}

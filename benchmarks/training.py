@@ -1,4 +1,4 @@
-"""Our side of a comparison: ``nemo-rao train``, its steps taken in turns."""
+"""nemo_rao's side of a comparison: ``nemo-rao train``, whose steps take turns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.sessions import Turn
 
-# A run without an end, without checkpoints; every batch is the file's next, as for everyone else.
+# An unlimited run without checkpoints; batches follow the order of the file, as for the other side.
 ENDLESS = (
     "model.optim.sched.name=constant",
     "model.optim.sched.warmup_steps=0",
@@ -33,12 +33,12 @@ def import_model(source: Path, imported: Path) -> None:
 def run_ours(
     turn: Turn, recipe: str, overrides: Sequence[str], config_dir: str | None, further: Sequence[Any] = ()
 ) -> None:
-    """Train as a recipe says, each step in its turn. On several ranks the first one waits, and so the others for it.
+    """Train a recipe, each step in its turn. With several ranks, the first one waits, and the others wait for it.
 
-    Notes of the turn: ``reference_seconds``, 0 where no reference pass is run; tokens as ``metrics.jsonl`` has them.
+    Notes of the turn: ``reference_seconds``, 0 without a reference pass; tokens as in ``metrics.jsonl``.
 
     Args:
-        further: functions that are given the turn and make a hook.
+        further: functions that take the turn and return a hook.
     """
     from nemo_rao.config.compose import compose
     from nemo_rao.training.checks import check_run
@@ -53,14 +53,14 @@ def run_ours(
         turn.notes["reference_seconds"] = seconds
 
     def with_turns(hooks: list[Any]) -> list[Any]:
-        # The turn comes first: whatever else happens before a step is a part of it.
+        # The turn comes first, so that everything else before a step is part of it.
         return [taking_turns(turn), *reference_timed(hooks, note), *(make(turn) for make in further)]
 
     train(config, hooks=with_turns)
 
 
 def reference_timed(hooks: list[Any], note: Callable[[float], None]) -> list[Any]:
-    """The hooks, between which ``note`` is told the seconds of the reference pass, if there is one."""
+    """The hooks, with ``note`` called with the seconds of the reference pass, if there is one."""
     from nemo_rao.loop.reference import ReferencePass
     from nemo_rao.loop.session import Hook
 
@@ -90,6 +90,6 @@ def taking_turns(turn: Turn) -> Any:
                     turn.notes[name] = metrics[name]
             if session.is_first_rank:
                 turn.between_steps()
-            torch.distributed.barrier()  # no rank's clock runs while the first one waits for its turn
+            torch.distributed.barrier()  # no rank measures time while the first one waits for its turn
 
     return TakeTurns()

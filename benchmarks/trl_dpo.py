@@ -1,4 +1,4 @@
-"""The other side: TRL's DPOTrainer, its steps taken in turns."""
+"""TRL's side of a comparison: DPOTrainer, whose steps take turns."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.sessions import Turn
 def run_trl(
     turn: Turn, model: Path, pairs: Path, folder: Path, threads: int, batch: int, max_length: int, keys: Mapping
 ) -> None:
-    """Train with TRL's defaults but for ``keys``, each step in its turn.
+    """Train with TRL's defaults except for ``keys``, each step in its turn.
 
-    Not TRL's defaults, so that both sides compute the same: rows in the file's order, the precision (TRL's is bf16,
-    slow on most CPUs), a constant learning rate, no logs to third parties. ``batch``: pairs of a step, in one
-    forward pass; TRL's default is 8.
+    To make both sides compute the same, these differ from TRL's defaults: rows in the file's order, the precision (TRL's
+    is bf16, which is slow on most CPUs), a constant learning rate, no logs to third parties. ``batch`` is the number of
+    pairs in a step, in one forward pass; TRL's default is 8.
     """
     import datasets
     import torch
