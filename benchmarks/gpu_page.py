@@ -22,26 +22,26 @@ _Reports = Mapping[str, Mapping[str, Any]]
 BEFORE = """\
 # On a GPU
 
-`make gpu`, or `python -m benchmarks.gpu` where there is no `make`, runs everything on this page on one GPU, in under 7
-minutes on an H100. The most important parts come first, each has a time limit, and each writes its result when it ends:
-`--parts steps,fp8` selects some of them, `--dry-run` runs all of them on a CPU at toy size. `make gpu-page` generates
-this page from the results in `benchmarks/results/gpu/`; no figure is entered by hand.
+`make gpu`, or `python -m benchmarks.gpu` without `make`, runs all tests and benchmarks on this page on one GPU, in an
+estimated time of under 7 minutes on an H100. The most important parts run first. Each has a time limit and writes its
+result when it ends. `--parts steps,fp8` selects some of them; `--dry-run` runs all of them on a CPU at toy size.
+`make gpu-page` generates this page from the results in `benchmarks/results/gpu/`; no figure is entered by hand.
 """
 
 NOTHING = """\
 **Nothing has been run on a GPU yet.** There are no results in `benchmarks/results/gpu/`. Until there are, every
 statement in these pages about speed on GPUs, and about Transformer Engine's layers in this project, is untested. To
-produce them, run `make gpu` on a machine with a GPU, and then `make gpu-page`.
+produce results, run `make gpu` on a machine with a GPU, and then `make gpu-page`.
 """
 
 DRY = """\
-**A dry run on a CPU, at toy size.** Its figures only show that the commands work.
+**Dry run on a CPU, at toy size.** Its figures only show that the commands work.
 """
 
 STEP_NOTES = """\
-A Llama 3 8B's width and output layer, {layers} layers, random weights; packed micro-batches of {tokens} tokens, a step
-of {batch} prompts. *MFU*: model FLOPs as `nemo-rao plan` counts them, of the tokens that are computed, over the GPU's
-dense bf16 peak. *Planned*: the planner's peak memory of the same rows.
+The model has the width and output layer of Llama 3 8B, {layers} layers and random weights; micro-batches are packed and
+have {tokens} tokens, and a step has {batch} prompts. *MFU*: model FLOPs of the computed tokens, as `nemo-rao plan`
+counts them, over the GPU's dense bf16 peak. *Planned*: the planner's peak memory for the same rows.
 """
 
 
@@ -50,8 +50,8 @@ class Goal:
     """A goal of the project.
 
     Attributes:
-        text: its description.
-        value: returns the figure that is compared, ``None`` if it was not measured.
+        text: description of the goal.
+        value: returns the figure to compare, ``None`` if it was not measured.
         low, high: bounds of the figure, ``None`` for none.
         form: format of the figure.
     """
@@ -85,7 +85,7 @@ def _seconds(figures: Mapping[str, Any]) -> float:
 
 
 def _faster(reports: _Reports, part: str, baseline: str, names: Iterable[str]) -> float | None:
-    """The fastest of some runs: how many times as fast as the baseline it is."""
+    """Speed of the fastest of some runs relative to the baseline."""
     runs = _runs(reports, part)
     found = [_seconds(runs[baseline]) / _seconds(runs[name]) for name in names if name in runs and baseline in runs]
     return max(found, default=None)
@@ -243,8 +243,8 @@ def _log_probs(figures: Mapping[str, Any]) -> str:
     ]
     header = ["T × H × V", "variant", "forward", "with backward", "memory", "rate over products"]
     note = (
-        "*Rate over products*: of the three matrix products that every variant needs, over that of bare ones. A "
-        "variant that keeps no logits does a fourth, and can reach 0.75.\n\n"
+        "*Rate over products*: the rate of the three matrix products that every variant needs, over that of bare "
+        "products. A variant that keeps no logits computes a fourth product and can reach 0.75.\n\n"
     )
     return f"## Log-probabilities\n\n{note}" + markdown_table(header, rows)
 

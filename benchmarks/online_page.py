@@ -14,18 +14,19 @@ from benchmarks.results import FOLDER
 _TEXT = """\
 # What online runs learn
 
-`python -m benchmarks.online` fine-tunes the model of `nemo-rao demo` (two layers, 128 channels, letter puzzles) as
-the demonstration does and trains it on from there with each online recipe on TP 2 × PP 2, {steps} optimizer steps
-each, with {seeds} seeds. Before the first step and after the last, {generations} responses to each of 160 held-out
-prompts are sampled, with the same draws, and scored by the puzzles' ground truth. `python -m benchmarks.online_page`
-generates this page.
+`python -m benchmarks.online` fine-tunes the model of `nemo-rao demo` (two layers, 128 channels, letter puzzles) as in
+the demo, then trains it with each [online recipe](guides/online.md) on TP 2 × PP 2, for {steps} optimizer steps and
+with {seeds} seeds. Before the first step and after the last, it samples {generations} responses to each of 160 held-out
+prompts, with the same draws, and scores them by the puzzles' ground truth. `python -m benchmarks.online_page` generates
+this page.
 
 {table}
 
-*Rise*: mean over seeds of after − before, with its 95 % interval (Student's t). *KL*: log π(y) − log π_ref(y) of the
-samples, in nats per response. The last row is a control: the same run with a random number for each response as its
-reward. Learning rates were chosen by trial on another seed, the same for all recipes, and are far above those for a
-pretrained model; this compares each recipe with its start, not recipes with each other.
+*Rise*: mean over seeds of after − before, with its 95 % confidence interval (Student's t). *KL*:
+log π(y) − log π_ref(y) of the samples, in nats per response. The last row is a control: the same run with a random
+number as the reward of each response. The learning rate was chosen by trial on another seed; it is the same for all
+recipes and far higher than for a pretrained model. The table compares each recipe with its start, not the recipes with
+each other.
 
 Measured on {device}, commit {commit}, {versions}.
 

@@ -24,34 +24,35 @@ BEFORE = """\
 **Method.** Compared variants run in one session, from the same weights, on the same rows in the same order, with the
 same threads and precision. They alternate, one round each, and adjacent rounds are compared. *Ratio* is the median of
 the ratios, *of minima* the ratio of the fastest rounds, *of CPU* the median ratio of processor time over all threads,
-which other load on the same cores affects least. Below 1, this project is faster. A plus after a commit means that
-files had been changed since it.
+which other load on the same cores affects least. Below 1, nemo_rao is faster. A plus after a commit means that files
+had been changed since that commit.
 """
 
 NO_GPU = """\
 **No GPU yet.** All figures are from a CPU, on models of a few million weights. They compare implementations of the same
-mathematics and do not predict the behaviour of a large model on GPUs, where attention, communication and 16-bit
+mathematics and do not predict the performance of a large model on GPUs, where attention, communication and 16-bit
 arithmetic have other costs. The same commands run on GPUs, in bf16.
 """
 
 STEP_NOTES = """\
 A *sample* is a prompt with all its K responses. *Memory* is the process's peak above its size before it reads data and
-model: weights, optimizer, gradients and activations. *Reference pass*: here it runs once before the first step and is
-cached on disk for later runs; TRL runs the reference policy in every step by default, or once with
+model: weights, optimizer, gradients and activations. *Reference pass*: in nemo_rao it runs once before the first step
+and is cached on disk for later runs; TRL runs the reference policy in every step by default, or once with
 `precompute_ref_log_probs=True`. *Of padded*: computed tokens as a fraction of tokens with padding. *Shared*: the
-fraction of the rows' tokens that need not be computed.
+fraction of the rows' tokens that sharing prompts saves.
 
-SFT sees the same rows as RAO with the same K: each row is a prompt with a single response, a step has K times as many
-prompts, and the loss is on the responses. TRL uses its own defaults except for the precision, the rows' order and the
-schedule. Its `gradient_checkpointing`, on by default, computes every layer's forward pass twice to save memory; as ours
-is off by default, TRL is also listed without it.
+SFT uses the same rows as RAO with the same K: each row is a prompt with a single response, a step has K times as many
+prompts, and the loss is on the responses. TRL uses its defaults except for the precision, the order of rows and the
+schedule. Its `gradient_checkpointing`, on by default, computes every layer's forward pass twice to save memory.
+nemo_rao has recomputation off by default, so TRL is also listed without checkpointing.
 
-Why they differ: in addition to what SFT computes, RAO needs the prompts' log-probabilities, forward only. That is the
-output layer's forward pass over the prompts' tokens, a few percent of a step of these models and less for larger ones.
-TRL's step includes the reference policy's forward pass and, with checkpointing, a second forward pass of the policy,
-and it pads all rows of a batch to the longest. Neither side keeps logits. The saving of packing follows from *of
-padded*: it grows with the variation in length and with the number of rows in a micro-batch. Memory on a CPU includes
-freed memory that the C library retains.
+The differences have these causes. In addition to SFT, RAO computes the prompts' log-probabilities, forward only. This
+is the output layer's forward pass over the prompts' tokens, a few percent of a step for these models and less for
+larger ones. TRL's step includes the reference policy's forward pass and, with checkpointing, a second forward pass of
+the policy, and it pads all rows of a batch to the longest. Neither side keeps logits. The gain from packing follows
+from
+*of padded*: it grows with the variation in length and with the number of rows in a micro-batch. Memory on a CPU
+includes freed memory that the C library retains.
 """
 
 BOUNDS = """\
@@ -63,7 +64,7 @@ the rest is overhead that could be reduced. The profiler itself adds to the time
 
 
 def page() -> str:
-    others = ("precision", "online")  # which have pages of their own
+    others = ("precision", "online")  # these have separate pages
     paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith(others)]
     reports = {path.stem: json.loads(path.read_text()) for path in paths}
     parts = [BEFORE]
@@ -113,7 +114,7 @@ def _where(reports: Mapping[str, _Report]) -> str:
 
 
 def _goals(reports: Mapping[str, _Report]) -> str:
-    """The project's goals beside every measurement of them; no result is left out."""
+    """The project's goals with all their measurements."""
     goals = (
         ("RAO takes at most 1.05 times SFT over the same rows", "rao", " / sft", 1.05),
         ("RAO makes at least 1.5 times the samples of TRL's DPO at its defaults", "rao", " / trl_dpo", 1 / 1.5),
@@ -127,7 +128,7 @@ def _goals(reports: Mapping[str, _Report]) -> str:
         for name, ratio in report.get("ratios", {}).items()
         if name.startswith(start) and baseline in name and ", " not in name.partition(" / trl_dpo")[2]
     ]
-    # RAO computes all that SFT does, and more: what is below 1 is the measurement's error.
+    # RAO computes everything that SFT does and more, so a ratio below 1 is measurement error.
     errors = {
         result: max(
             0.0, *(1 - min(ratio.values()) for *_, of, name, ratio in found if of == result and "/ sft" in name)
@@ -165,7 +166,7 @@ def _log_prob_goals(reports: Mapping[str, _Report]) -> str:
             "yes" if max(ratio, figures["time_over_megatron"]["of_minima"]) <= 1.2 and memory <= 0.3 else "**no**",
         ]
         for row in reports.get("log_probs", {}).get("rows", [])
-        if row["tokens"] >= 1024  # of fewer tokens the logits themselves are small
+        if row["tokens"] >= 1024  # for fewer tokens, the logits themselves are small
         for figures in [row["variants"]["fused"]]
     ]
     goal = (
@@ -182,7 +183,7 @@ def _ratio(ratio: Mapping[str, float]) -> list[str]:
 
 def _step(name: str, report: _Report, *, notes: bool) -> str:
     arguments, lengths = report["arguments"], report["lengths"]
-    data = arguments["data"] or "made-up answers whose lengths are as uneven as real ones"
+    data = arguments["data"] or "generated answers whose lengths vary as in real data"
     rows = []
     for variant, figures in report["variants"].items():
         reference, efficiency = figures.get("reference_seconds"), figures.get("data/token_efficiency")
@@ -202,7 +203,7 @@ def _step(name: str, report: _Report, *, notes: bool) -> str:
     ratios = [[f"`{compared}`", *_ratio(ratio)] for compared, ratio in report["ratios"].items()]
     return "\n".join(
         [
-            f"## Steps: {'made-up answers' if name == 'step' else name.removeprefix('step_').replace('_', ' ')}\n",
+            f"## Steps: {'generated answers' if name == 'step' else name.removeprefix('step_').replace('_', ' ')}\n",
             f"`python -m benchmarks.step{'' if name == 'step' else f' --name {name} --data FILE'}`: {data}; "
             f"{arguments['prompts']} prompts, {arguments['batch']} in a step, in {arguments['micro_batches']} "
             f"micro-batch{'es' if arguments['micro_batches'] > 1 else ''}; rows of {lengths['row_mean']:.0f} tokens, "
@@ -238,8 +239,8 @@ def _profile(report: _Report) -> str:
             "Calls of PyTorch from Python in a step: "
             + ", ".join(f"{layout['torch_calls']} ({name})" for name, layout in layouts.items())
             + ".\n",
-            f"Operations that make the host wait for the device in a step of {micro_batches} micro-batches (no cost on "
-            "a CPU; on a GPU each drains the queue). Lines are those of the measured commit:\n",
+            f"Operations that make the host wait for the device in a step of {micro_batches} micro-batches (free on a "
+            "CPU; on a GPU each drains the queue). Source lines refer to the measured commit:\n",
             markdown_table(["operator", "layout", "calls", "line"], waits),
         ]
     )
@@ -277,7 +278,7 @@ def _scaling(report: _Report) -> str:
     text = ", ".join(f"{name} = {value}" for name, value in base.items())
     return (
         f"## Scaling\n\n`python -m benchmarks.scaling`: an RAO step, changing one parameter at a time from {text}. "
-        "Rows have equal length, without padding. Each rank has one thread; all share one machine's memory.\n\n"
+        "Rows have equal length, without padding. Each rank has one thread; all ranks share one machine's memory.\n\n"
         + "\n\n".join(parts)
         + ("\n\n" + _bubble(report["tables"]["bubble"]) if "bubble" in report["tables"] else "")
     )
@@ -303,8 +304,8 @@ def _rollouts(report: _Report) -> str:
     text = ", ".join(f"{name} = {value}" for name, value in base.items())
     return (
         "## Rollouts\n\n`python -m benchmarks.rollouts`: seconds of a step of `gpt_rloo` by phase, changing one "
-        f"parameter at a time from {text}. Prompts have 64 tokens; *tokens* is the mean length of the responses. With "
-        "ranks, each has one thread.\n\n" + "\n\n".join(parts)
+        f"parameter at a time from {text}. Prompts have 64 tokens; *tokens* is the mean length of the responses. In "
+        "the table of ranks, each rank has one thread.\n\n" + "\n\n".join(parts)
     )
 
 
@@ -352,8 +353,8 @@ def _start_up(report: _Report) -> str:
     return (
         "## Start-up\n\n`python -m benchmarks.start_up`: seconds from the command to the end of the first step, the "
         f"fastest of {report['arguments']['repeats']} runs. *Again*: another run from the same weights on the same "
-        f"data, {report['arguments']['prompts']} prompts, which finds {found} cached. With few runs on "
-        "busy cores, parts that do the same work in both columns differ by noise only, and so may the totals.\n\n"
+        f"data, {report['arguments']['prompts']} prompts, which finds {found} cached. With few runs on busy cores, "
+        "parts that do the same work in both columns differ only by noise, and so may the totals.\n\n"
         + markdown_table(["part", "first", "again"], rows)
     )
 

@@ -1,12 +1,12 @@
-"""docs/papers.md: what the papers claim, beside what the studies in benchmarks/results/studies have measured.
+"""docs/papers.md: the papers' claims, compared with the results of studies in benchmarks/results/studies.
 
     nemo-rao study rao_likelihood_toy
     python -m benchmarks.papers keep runs/study/rao_likelihood_toy     # its results and figures
     python -m benchmarks.papers > docs/papers.md                       # what `make papers-page` does
 
-A claim holds if the 95 % interval over seeds lies on its side, and does not if the interval lies on the other side. A
-claim that a number has some value holds if the interval lies within a stated margin of it. Nothing is entered by hand;
-a test compares the page with the results.
+A claim holds if the 95 % confidence interval over seeds agrees with it, and does not hold if the interval contradicts
+it. A claim that a number has a given value holds if the interval lies within a stated margin of the value. Nothing is
+entered by hand; a test compares the page with the results.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Finding:
     """A claim's number: an estimate, and where the claim puts it.
 
     Attributes:
-        what: of the number, with its unit.
+        what: description of the number, with its unit.
         side: "above" or "below" ``than``, or "equal" to it, by ``margin``.
     """
 
@@ -73,7 +73,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, and which numbers of which study it is held against."""
+    """A claim of a paper, and the study and numbers that test it."""
 
     paper: str
     text: str
@@ -101,7 +101,7 @@ def _rate(results: Results, arm: str, against: str) -> Estimate:
 
 
 def _rate_difference(results: Results, arm: str, other: str, against: str) -> Estimate:
-    """Of the win rates of two arms over a third, in points, paired by seed."""
+    """Difference of the win rates of two arms over a third, in points, paired by seed."""
     rates = [
         {one["seed"]: 100 * one["rate"] for one in results["wins"][against].get(name, {}).get("seeds", ())}
         for name in (arm, other)
@@ -119,7 +119,7 @@ def _likelihood(arm: str, side: str) -> Callable[[Results], Sequence[Finding]]:
 
 
 def _relation(name: str, what: str, side: str, margin: float = 0.0) -> Callable[[Results], Sequence[Finding]]:
-    """The slope of a relation of the study, and what the study expects of it if it is to be equal to that."""
+    """The slope of a relation of the study, compared with the study's expected slope if ``side`` is "equal"."""
 
     def findings(results: Results) -> Sequence[Finding]:
         found = results["relations"][name]
@@ -156,7 +156,7 @@ def _wins(against: str, arms: Mapping[str, tuple[str, str]]) -> Callable[[Result
 
 
 def _quality_of_reward_models(results: Results) -> Sequence[Finding]:
-    """Each against the next better one, by win rates over the policy that was trained on the ground truth."""
+    """Each reward model against the next better one, by win rates over the policy trained on the ground truth."""
     truth = "bwd"
     return [
         *(
@@ -171,7 +171,7 @@ def _quality_of_reward_models(results: Results) -> Sequence[Finding]:
     ]
 
 
-# Label -> arm, and where its win rate over RAO is claimed to be.
+# Label -> arm, and the claimed side of its win rate over RAO.
 BASELINES = {
     "DPO": ("dpo", "below"),
     "IPO": ("ipo", "below"),
@@ -195,19 +195,19 @@ CLAIMS = (
     ),
     Claim(
         RAO,
-        "log Z_0 leaves the gap between responses as it is.",
+        "log Z_0 does not change the gap between responses.",
         "rao_z0_beta",
         _relation("gap over log_z0", "slope, per nat", "equal", margin=0.02),
     ),
     Claim(
         RAO,
-        "β sets the gap: that of log-ratios grows with 1/β.",
+        "β sets the gap: the gap of log-ratios grows with 1/β.",
         "rao_z0_beta",
         _relation("gap over 1/beta", "slope, nats", "above"),
     ),
     Claim(
         RAO,
-        "β leaves the mean of implicit rewards as it is.",
+        "β does not change the mean of implicit rewards.",
         "rao_z0_beta",
         _relation("mean over beta", "slope", "equal", margin=0.5),
     ),
@@ -258,7 +258,7 @@ UNTESTED = (
     (
         RAO,
         "Reasoning does not fall.",
-        "the toy model knows captions alone; `rao_table2` has the tasks for a real model",
+        "the toy model knows only captions; `rao_table2` has the tasks for a real model",
     ),
 )
 
@@ -306,10 +306,11 @@ def _with_nan(value: Any) -> Any:
 BEFORE = """\
 # The papers' claims
 
-What the RAO and RPO papers claim, and what the project's own studies find, on models and data that fit two CPU cores.
-A claim *held* if the 95 % interval over seeds lies on its side, *did not hold* if it lies on the other side, and is
-*undecided* otherwise. For a claim of a value, its side is that value ± a margin, which is shown. Nothing is corrected
-for the number of claims. The page is generated from `benchmarks/results/studies` by `make papers-page`.
+This page compares the claims of the RAO and RPO papers with the results of the project's
+[studies](guides/studies.md), on models and data that fit two CPU cores. A claim *held* if the 95 % confidence interval
+over seeds agrees with it, *did not hold* if the interval contradicts it, and is *undecided* otherwise. If the claim is
+a value, the interval must lie within a margin of it, which is shown. There is no correction for the number of claims.
+`make papers-page` generates the page from `benchmarks/results/studies`.
 
 """
 

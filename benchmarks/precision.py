@@ -75,7 +75,9 @@ def main() -> None:
     arguments_of = parser(__doc__, repeats=1)
     arguments_of.add_argument("--gpu", action="store_true", help="use Transformer Engine instead of the simulation")
     arguments_of.add_argument("--sft-steps", type=int, default=150)
-    arguments_of.add_argument("--steps", type=int, default=20, help="steps of RAO in each format; no prompt is repeated")
+    arguments_of.add_argument(
+        "--steps", type=int, default=20, help="steps of RAO in each format; no prompt is repeated"
+    )
     arguments_of.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     arguments = arguments_of.parse_args()
     import torch

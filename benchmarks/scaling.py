@@ -12,11 +12,11 @@ All rows of a run have equal length, so nothing is padded. Each table changes on
 Runs of a table take turns (:mod:`benchmarks.sessions`). Memory is the maximum over ranks. On one machine's CPU, ranks
 share cores and memory bandwidth: the benchmark shows the cost of parallelism, but not its gain on separate devices.
 
-The pipeline bubble is measured from the stages' busy times, not from the length of the run: Megatron's timers around the
-forward and backward of each micro-batch give a stage's busy time; for the rest of the schedule it waits. With p equal
-stages and m micro-batches, 1F1B waits (p - 1) / (m + p - 1) of the time. A vocabulary of 320 tokens keeps the output
-layer from making the last stage the longest. As stages are still not exactly equal, the same schedule is also simulated
-with each stage's measured times (``of these stages``); the remaining difference is communication.
+The pipeline bubble is measured from the stages' busy times, not from the length of the run: Megatron's timers around
+the forward and backward of each micro-batch give a stage's busy time; for the rest of the schedule it waits. With p
+equal stages and m micro-batches, 1F1B waits (p - 1) / (m + p - 1) of the time. A vocabulary of 320 tokens keeps the
+output layer from making the last stage the longest. As stages are still not exactly equal, the same schedule is also
+simulated with each stage's measured times (``of these stages``); the remaining difference is communication.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.start_up_command BEGIN REPORT key=value ...
 
-BEGIN is the start time of the command (``time.time()``), REPORT the JSON file to write. Nothing heavy is imported before
-the command itself imports it.
+BEGIN is the start time of the command (``time.time()``), REPORT the JSON file to write. Nothing heavy is imported
+before the command itself imports it.
 """
 
 from __future__ import annotations

@@ -184,8 +184,8 @@ def compare(rounds: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict
     """Name of a comparison -> median ratio of times of the same rounds, ratio of their minima, and median ratio of CPU
     times.
 
-    CPU time of all threads remains comparable if other processes use the same cores. Its minimum does not: it comes from
-    a single round in which the others pause.
+    CPU time of all threads remains comparable if other processes use the same cores. Its minimum does not: a single
+    round in which the others pause determines it.
     """
     seconds = {name: [one["seconds"] for one in of_name] for name, of_name in rounds.items()}
     cpu_seconds = {name: [one["cpu_seconds"] for one in of_name] for name, of_name in rounds.items()}

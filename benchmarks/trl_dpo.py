@@ -16,9 +16,9 @@ def run_trl(
 ) -> None:
     """Train with TRL's defaults except for ``keys``, each step in its turn.
 
-    To make both sides compute the same, these differ from TRL's defaults: rows in the file's order, the precision (TRL's
-    is bf16, which is slow on most CPUs), a constant learning rate, no logs to third parties. ``batch`` is the number of
-    pairs in a step, in one forward pass; TRL's default is 8.
+    To make both sides compute the same, these settings differ from TRL's defaults: rows in the file's order, the
+    precision (TRL's is bf16, which is slow on most CPUs), a constant learning rate, no logs to third parties. ``batch``
+    is the number of pairs in a step, in one forward pass; TRL's default is 8.
     """
     import datasets
     import torch

@@ -14,20 +14,20 @@ from .models import MODELS
 _BEFORE = """\
 # Families of models
 
-Models that `nemo-rao import-hf` and `export-hf` convert with Megatron-Bridge; Transformer Engine is not needed. This
-page is generated from the tests (`python -m tests.bridge.families_page > docs/families.md`). Each row is a model with
-random weights, created by transformers. At {layouts}, its log-probabilities in Megatron equal those of
-transformers to 1e-4, and import followed by export returns its weights bit for bit.
-Batch layouts: {variants}.
+This page lists the models that [`nemo-rao import-hf` and `export-hf`](guides/hugging_face.md) convert with
+Megatron-Bridge, without Transformer Engine. It is generated from the tests
+(`python -m tests.bridge.families_page > docs/families.md`). For each row, a test creates a model with random weights in
+transformers. At {layouts}, its log-probabilities in Megatron equal those of transformers to 1e-4, and import followed
+by export returns its weights bit for bit. Batch layouts: {variants}.
 
 | model | architecture | `model.family` | NeMo's engine converts it |
 |---|---|---|---|
 """
 _AFTER = """
-Mixtures of experts also use expert parallelism over 2 ranks in the second layout. gpt-oss needs
+For mixtures of experts, the second layout also uses expert parallelism over 2 ranks. gpt-oss requires
 `model.expert_tensor_parallel_size=1`, because its experts have biases.
 
-Refused by name, in one line:
+The following are refused by name, in one line:
 
 - other architectures, and unknown keys of config.json or values that the networks above do not support
 - soft-capped logits (Gemma 2), quantized weights (published gpt-oss: use a bf16 copy), rotary scaling of Gemma 3
