@@ -1,4 +1,4 @@
-"""docs/reference/commands.md: every command of ``nemo-rao``, from the parsers of their arguments."""
+"""docs/reference/commands.md: every command of ``nemo-rao``, from the argument parsers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nemo_rao.commands.parser import Command
 _BEFORE = """\
 # Commands
 
-`nemo-rao COMMAND --help` prints the same. Exit codes: 0 done; 1 a rank failed, a loss was not finite, or scoring
-failed; 2 invalid input, reported in one line with nothing written; 130 interrupted. This page is generated from the
-parsers by `python -m docs_pages`.
+`nemo-rao COMMAND --help` prints the same information. Exit codes: 0, success; 1, a rank failed, a loss was not finite,
+or scoring failed; 2, invalid input, reported in one line before anything is written; 130, interrupted. This page is
+generated from the argument parsers by `python -m docs_pages`.
 """
 
 
@@ -39,7 +39,7 @@ def _section(command: Command) -> Iterator[str]:
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
-    """Arguments and required options; argparse's own breaks lines by the width of the terminal."""
+    """Arguments and required options; argparse's own usage depends on the width of the terminal."""
     options, positional = [], []
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):

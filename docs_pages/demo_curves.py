@@ -1,8 +1,8 @@
-"""The picture of README.md and of the site's first page: curves of the RAO run of ``make demo``.
+"""The picture in README.md and on the site's first page: curves of the RAO run of ``make demo``.
 
     python -m docs_pages.demo_curves runs/demo/rao     # writes docs/images/demo_rao.svg
 
-The same panels and drawing as ``nemo-rao report``, on white, as pages are read in dark colours, too.
+The panels and their style are those of ``nemo-rao report``. The background is white, as pages may have a dark theme.
 """
 
 from __future__ import annotations

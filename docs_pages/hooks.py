@@ -1,9 +1,9 @@
-"""Hooks of MkDocs (mkdocs.yml): formulas of a page, ``$...$`` and ``$$...$$``, are drawn as SVG, long names in tables
-may break, and files at the top of the repository, such as CONTRIBUTING.md, are pages, too.
+"""MkDocs hooks (mkdocs.yml): draw formulas, ``$...$`` and ``$$...$$``, as SVG, allow line breaks in long names in
+tables, and add files at the top of the repository, such as CONTRIBUTING.md, as pages.
 
-KaTeX and MathJax are usual, and loaded from a network when a page is read, or copied into the site with a megabyte of
-fonts. MathML needs neither, but without a mathematical font on the reader's machine brackets and sums are drawn badly.
-ziamath draws TeX with its own font when the site is built: a reader needs no network, script or font.
+The usual choices, KaTeX and MathJax, are loaded from the network when a page is read, or add a megabyte of fonts to the
+site. MathML needs neither, but brackets and sums look bad without a math font on the reader's machine. ziamath draws
+TeX with its own font when the site is built, so a reader needs no network, script or font.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CODE = re.compile(r"<code>([^<]{16,})</code>")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The site's files with those of the repository."""
+    """Add the repository's files to those of the site."""
     root = Path(config.config_file_path).parent
     for name, page in OF_REPOSITORY.items():
         files.append(File.generated(config, page, abs_src_path=str(root / name)))
@@ -39,18 +39,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Their links lead to pages; what is no page, such as LICENSE, is named alone."""
+    """Make links of the repository's files point to pages; links to other files, such as LICENSE, become plain text."""
     if page.file.src_uri not in OF_REPOSITORY.values():
         return markdown
     for name, target in OF_REPOSITORY.items():
         markdown = markdown.replace(f"]({name})", f"]({Path(target).name})")
-    markdown = re.sub(r"^   (?=\s*\S)", "    ", markdown, flags=re.MULTILINE)  # within numbered lists MkDocs wants four
+    markdown = re.sub(r"^   (?=\s*\S)", "    ", markdown, flags=re.MULTILINE)  # MkDocs indents lists by four spaces
     markdown = markdown.replace("](docs/", "](../")
     return re.sub(r"\[([^\]]+)\]\((?!https?:|\.\./|[a-z_]+\.md)[^)]*\)", r"\1", markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """The page's HTML with its formulas drawn, and with long names in tables that may break behind ``.`` and ``_``."""
+    """The page's HTML with formulas as SVG, and with allowed line breaks in long names in tables."""
     content = _INLINE.sub(lambda found: _drawn(found[1], "span"), content)
     content = _DISPLAY.sub(lambda found: _drawn(found[1], "div"), content)
     return _CELL.sub(lambda cell: _CODE.sub(_breakable, cell[0]), content)
@@ -61,7 +61,7 @@ def _breakable(code: re.Match[str]) -> str:
 
 
 def _drawn(tex: str, element: str) -> str:
-    """A formula as SVG in the text's colour, on the text's baseline; its TeX is read aloud and found by the search."""
+    """A formula as SVG in the text's color, on its baseline; screen readers and the search get its TeX."""
     tex = html.unescape(tex).strip()
     formula = ziamath.Latex(tex, size=_SIZE, inline=element == "span", color="currentColor")
     text = html.escape(tex)

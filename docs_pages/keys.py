@@ -1,4 +1,4 @@
-"""docs/reference/keys.md: every key of a run, from the table in the code."""
+"""docs/reference/keys.md: every key of a run, from its declaration in the code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from nemo_rao.config.run_config import RunConfig
 _BEFORE = """\
 # Keys
 
-Every key of a run, with its default. Recipes set some of them; `key=value` on the command line overrides both, and
-`nemo-rao train --config-name RECIPE --print-config` prints the outcome. `null` means "not set". Unknown keys and values
-that are not allowed are refused before anything heavy is imported.
+This page lists every key of a run with its default. [Recipes](../guides/recipes.md) override some of the defaults, and
+`key=value` on the command line overrides both. `nemo-rao train --config-name RECIPE --print-config` prints the
+resulting values. `null` means "not set". Unknown keys and invalid values are refused before anything heavy is imported.
 
-The keys of the objectives, `model.NAME.KEY`, are in [Objectives](objectives.md); those of a cluster's file in
-[Clusters](../guides/clusters.md#a-clusters-file). This page is generated from the code by `python -m docs_pages`.
+[Objectives](objectives.md) lists the keys of the objectives, `model.NAME.KEY`, and
+[Clusters](../guides/clusters.md#a-clusters-file) those of a cluster file. This page is generated from the code by
+`python -m docs_pages`.
 """
 _NAMES = {int: "integer", float: "number", bool: "true, false", str: "text", type(None): "null", Any: "anything"}
 

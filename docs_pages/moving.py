@@ -1,17 +1,18 @@
 """docs/guides/moving.md: configuration files of other tools, key by key.
 
 TRL's keys are those of its 1.16 ``DPOConfig`` and ``GRPOConfig``, NeMo-Aligner's of ``gpt_dpo.yaml``, NeMo-RL's of
-``dpo.yaml`` and ``grpo_math_1B.yaml``. A test compares our side with the keys that exist, and TRL's with its classes.
+``dpo.yaml`` and ``grpo_math_1B.yaml``. A test compares nemo_rao's side with the existing keys, and TRL's with its
+classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-# A row: the other tool's key; ours, or "" where there is none; what differs.
+# Each row: the other tool's key; nemo_rao's key, or "" if there is none; the difference.
 TRL: tuple[tuple[str, str, str], ...] = (
     ("per_device_train_batch_size", "model.micro_batch_size", "prompts, each with all its responses"),
-    ("gradient_accumulation_steps", "", "follows from `model.global_batch_size`, the prompts of a step over all ranks"),
+    ("gradient_accumulation_steps", "", "follows from `model.global_batch_size`, the prompts per step over all ranks"),
     ("learning_rate", "model.optim.lr", "5e-7 by default, not 1e-6"),
     ("lr_scheduler_type", "model.optim.sched.name", "`cosine` or `constant`; TRL's default is linear"),
     ("warmup_ratio", "model.optim.sched.warmup_steps", "steps, not a ratio"),
@@ -21,13 +22,13 @@ TRL: tuple[tuple[str, str, str], ...] = (
     ("adam_beta2", "model.optim.betas", "the second of two: 0.98, not 0.999"),
     ("adam_epsilon", "model.optim.eps", "1e-8 in both"),
     ("max_grad_norm", "trainer.gradient_clip_val", "1 in both; over all ranks"),
-    ("num_train_epochs", "trainer.max_epochs", "1 by default, or the recipe's"),
+    ("num_train_epochs", "trainer.max_epochs", "1 unless the recipe sets it"),
     ("max_steps", "trainer.max_steps", "`null`, not -1, for no limit"),
-    ("beta", "model.dpo.beta", "0.1 in both; each objective has its own"),
+    ("beta", "model.dpo.beta", "0.1 in both; each objective has its own key"),
     ("loss_type", "model.objective", "see [Names in other tools](../reference/other_names.md#losses-and-trainers)"),
     ("label_smoothing", "model.dpo.label_smoothing", "TRL's `sigmoid` ignores it"),
     ("max_length", "model.seq_length", "longer rows are dropped and counted, not cut"),
-    ("precompute_ref_log_probs", "", "always: the reference is computed once and cached"),
+    ("precompute_ref_log_probs", "", "always on: the reference is computed once and cached"),
     ("padding_free", "data.packing", ""),
     ("pad_to_multiple_of", "data.pad_to_multiple_of", ""),
     ("dataset_num_proc", "", "data is tokenized once and memory-mapped"),
@@ -136,7 +137,7 @@ NEMO_RL: tuple[tuple[str, str, str], ...] = (
         "model.global_batch_size",
         "DPO: pairs there, prompts here. GRPO: responses there, prompts here",
     ),
-    ("policy.train_micro_batch_size", "model.micro_batch_size", "likewise"),
+    ("policy.train_micro_batch_size", "model.micro_batch_size", "the same"),
     ("policy.logprob_batch_size", "reference.micro_batch_size", ""),
     ("policy.max_total_sequence_length", "model.seq_length", "longer rows are dropped"),
     ("policy.precision", "precision.params", "`precision=bf16_mixed` on the command line"),
@@ -145,13 +146,17 @@ NEMO_RL: tuple[tuple[str, str, str], ...] = (
     (
         "policy.make_sequence_length_divisible_by",
         "data.pad_to_multiple_of",
-        "what parallelism needs is added by itself",
+        "the multiples that parallelism needs are added automatically",
     ),
     ("policy.optimizer.kwargs.lr", "model.optim.lr", "also `policy.megatron_cfg.optimizer.lr`"),
     ("policy.optimizer.kwargs.betas", "model.optim.betas", ""),
     ("policy.dtensor_cfg.lora_cfg.dim", "model.peft.lora.dim", "16 by default, not 8"),
     ("policy.dtensor_cfg.lora_cfg.alpha", "model.peft.lora.alpha", "32 in both"),
-    ("policy.megatron_cfg.tensor_model_parallel_size", "model.tensor_model_parallel_size", "the other sizes likewise"),
+    (
+        "policy.megatron_cfg.tensor_model_parallel_size",
+        "model.tensor_model_parallel_size",
+        "the same for the other sizes",
+    ),
     ("policy.megatron_cfg.sequence_parallel", "model.sequence_parallel", ""),
     ("policy.megatron_cfg.activation_checkpointing", "model.recompute_granularity", "`full`"),
     ("policy.megatron_cfg.moe_router_load_balancing_type", "", "no load-balancing loss is added"),
@@ -178,25 +183,25 @@ TOOLS = {"TRL": TRL, "TRL, online": TRL_ONLINE, "NeMo-Aligner": NEMO_ALIGNER, "N
 _BEFORE = """\
 # Moving from other tools
 
-Configuration files of TRL, NeMo-Aligner and NeMo-RL, key by key. [Coming from TRL](../start/coming_from_trl.md)
-describes the differences that change results. Megatron-SWIFT and axolotl are in
-[Names in other tools](../reference/other_names.md), which also lists losses and commands; a name from there on the
-command line is answered with ours.
+This page maps the configuration files of TRL, NeMo-Aligner and NeMo-RL, key by key.
+[Coming from TRL](../start/coming_from_trl.md) describes the differences that affect results.
+[Names in other tools](../reference/other_names.md) also covers Megatron-SWIFT and axolotl, losses and commands. If you
+use a name of another tool on the command line, the error names the key to use.
 
 Four things differ from most tools:
 
 - Batch sizes count **prompts**, each with all its responses.
 - Rows that are too long are **dropped** and counted, never cut.
-- The reference's log-probabilities are **computed once**. There is no reference model to configure.
+- The log-probabilities of the reference are **computed once**. There is no reference model to configure.
 - Rewards are **part of the data**, added by [`nemo-rao score`](rewards.md), except in [online runs](online.md).
 
 Keys are set as `key=value`, without dashes. This page is generated by `python -m docs_pages`.
 """
 _TEXTS = {
-    "TRL": "Of `DPOConfig` and what it inherits from `TrainingArguments`:",
-    "TRL, online": "Of `GRPOConfig`, beside the above. `reward_funcs` become `online.reward=[rule:MODULE:FUNCTION]`.",
-    "NeMo-Aligner": "Of `gpt_dpo.yaml`. Recipes have the same tree here, and NeMo-Aligner's data is read unchanged.",
-    "NeMo-RL": "Of `dpo.yaml` and `grpo_math_1B.yaml`. Models are imported once, not loaded from the Hub in each run.",
+    "TRL": "Keys of `DPOConfig`, including those inherited from `TrainingArguments`:",
+    "TRL, online": "Further keys of `GRPOConfig`. `reward_funcs` become `online.reward=[rule:MODULE:FUNCTION]`.",
+    "NeMo-Aligner": "Keys of `gpt_dpo.yaml`. Recipes have the same structure; NeMo-Aligner's data is read unchanged.",
+    "NeMo-RL": "Keys of `dpo.yaml` and `grpo_math_1B.yaml`. Models are imported once, not loaded from the Hub each time.",
 }
 
 

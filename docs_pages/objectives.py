@@ -12,8 +12,8 @@ NOTES: dict[str, Note] = {
     "rao": Note(
         r"""\Bigl(r - \beta\bigl[\rho(y) + \log Z(x)\bigr]\Bigr)^2,\qquad
 \log Z(x) = \log Z_0 + \operatorname{sg}(\rho_x)""",
-        "Use it if every response has a score. It uses the size of each score, not just the order, and anchors each "
-        "response's probability by itself. Set `log_z0` to about mean reward / `beta`, which `auto` does. See "
+        "Use it if every response has a score. It uses the size of each score, not just the order, and fits each "
+        "response's probability separately. Set `log_z0` to about mean reward / `beta`, which `auto` does. See "
         "[The three numbers of a run](../concepts/three_numbers.md).",
     ),
     "dpo": Note(
@@ -34,15 +34,15 @@ NOTES: dict[str, Note] = {
     "cal_dpo": Note(
         r"""-\log\sigma(\Delta) + w\Bigl[\Bigl(\rho(w) - \frac{1}{2\beta}\Bigr)^2 +
 \Bigl(\rho(l) + \frac{1}{2\beta}\Bigr)^2\Bigr]""",
-        "Use it if DPO lowers the probability of chosen responses: both log-ratios have targets of their own.",
+        "Use it if DPO lowers the probability of chosen responses: each log-ratio has its own target.",
     ),
     "slic": Note(
         r"""\max\bigl(0,\ \delta - \log\pi(w) + \log\pi(l)\bigr) - \lambda\log\pi(w)""",
-        "A hinge on log-probabilities without a reference. `lam` weighs the likelihood of the chosen response.",
+        "A hinge loss on log-probabilities, without a reference. `lam` weights the likelihood of the chosen response.",
     ),
     "hinge": Note(
         r"""\max(0,\ 1 - \beta\Delta)""",
-        "Stops pushing a pair apart once its margin is 1; for comparison with RSO.",
+        "Stops separating a pair once its margin is 1. Use it to compare with RSO.",
     ),
     "simpo": Note(
         r"""-\log\sigma\Bigl(\beta\Bigl[\frac{\log\pi(w)}{|w|} - \frac{\log\pi(l)}{|l|}\Bigr] - \gamma\Bigr)""",
@@ -52,33 +52,34 @@ NOTES: dict[str, Note] = {
     "alphapo": Note(
         r"""-\log\sigma\bigl(\beta(R_w - R_l) - \gamma\bigr),\qquad R = \frac{1 - p^{-\alpha}}{\alpha},\quad
 p = \exp\frac{\log\pi(y)}{|y|}""",
-        "SimPO with another shape of the reward; `alpha=0` is SimPO.",
+        "SimPO with a different reward shape; `alpha=0` is SimPO.",
     ),
     "orpo": Note(
         r"""-\frac{\log\pi(w)}{|w|} - \lambda\log\sigma\Bigl(\log\frac{p_w}{1-p_w} - \log\frac{p_l}{1-p_l}\Bigr),\qquad
 p = \exp\frac{\log\pi(y)}{|y|}""",
-        "Fine-tuning and preference in one run, from a base model, without a reference. `lam` is TRL's `beta`.",
+        "Combines fine-tuning and preference training in one run from a base model, without a reference. `lam` is "
+        "TRL's `beta`.",
     ),
     "dpop": Note(
         r"""-\log\sigma\bigl(\beta\bigl[\Delta - \lambda\max(0, -\rho(w))\bigr]\bigr)""",
-        "Use it if DPO lowers the probability of chosen responses, above all for pairs that differ in few tokens.",
+        "Use it if DPO lowers the probability of chosen responses, especially for pairs that differ in few tokens.",
     ),
     "dpo_shift": Note(
         r"""-\log\sigma\bigl(\beta\bigl[\rho(w) - f\rho(l)\bigr]\bigr)""",
-        "Trades margin for the probability of chosen responses: a lower `f` holds it up.",
+        "Trades margin for the probability of chosen responses: a lower `f` keeps the probability higher.",
     ),
     "r_dpo": Note(
         r"""-\log\sigma\bigl(\beta\Delta + \alpha(|w| - |l|)\bigr)""",
-        "DPO with a charge for length: use it if responses grow longer than those of the reference.",
+        "DPO with a length penalty: use it if responses grow longer than those of the reference.",
     ),
     "sppo": Note(
         r"""\bigl(\rho(w) - \eta(P_w - \tfrac12)\bigr)^2 + \bigl(\rho(l) - \eta(P_l - \tfrac12)\bigr)^2""",
-        "Fits each log-ratio to a win probability; meant for iterated rounds of sampling and scoring.",
+        "Fits each log-ratio to a win probability. It is designed for repeated rounds of sampling and scoring.",
     ),
     "robust_po": Note(
         r"""\min_m\bigl(r_m(w) - r_m(l) - \beta\Delta\bigr)^2 - \gamma\frac{\log\pi(w)}{|w|}""",
-        "Distils reward models into the policy, and allows for doubt in an ensemble of them. The RAO paper calls it "
-        "RPO.",
+        "Distills reward models into the policy and accounts for disagreement in an ensemble of them. The RAO paper "
+        "calls it RPO.",
     ),
     "rpo": Note(
         r"""a_k = \beta\rho(y_k),\quad b_k = \eta r_k
@@ -86,13 +87,13 @@ p = \exp\frac{\log\pi(y)}{|y|}""",
 \mathrm{bwd}:\ \operatorname{KL}\bigl(\operatorname{softmax}(b)\,\|\,\operatorname{softmax}(a)\bigr)
 
 \mathrm{sqloo}:\ \tfrac12\sum_k\Bigl(d_k - \frac{1}{K-1}\sum_{j\ne k} d_j\Bigr)^2,\ d = a - b""",
-        "Use it if only differences of scores within a prompt mean something. A family: `fwd` exchanges the arguments "
-        "of `bwd`, and `sq` is `sqloo` for two responses. DPO, IPO and SimPO are special cases, by configuration.",
+        "Use it if only score differences within a prompt are meaningful. It is a family of losses: `fwd` swaps the "
+        "arguments of `bwd`, and `sq` is `sqloo` for two responses. DPO, IPO and SimPO are special configurations.",
     ),
     "dro": Note(
         r"""\frac{1}{2\tau}\bigl(r - \operatorname{sg}V(x) - \tau\rho(y)\bigr)^2 +
 \tfrac12\bigl(V(x) - r + \tau\operatorname{sg}\rho(y)\bigr)^2""",
-        "For single responses with scores, where the level of scores differs between prompts: a value head learns it.",
+        "For single responses with scores whose level differs between prompts: a value head learns the level.",
     ),
     "kto": Note(
         r"""\lambda_D\bigl(1 - \sigma(\beta(\rho(y) - z_0))\bigr)\ \mathrm{or}\
@@ -104,29 +105,29 @@ z_0 = \max\bigl(0, \operatorname{mean}\rho(y'\mid x)\bigr)""",
     "rpo_partition": Note(
         r"""\tfrac12\Bigl(\bar\rho(y) - \frac{r - \hat V}{\tau}\Bigr)^2,\quad \bar\rho = \frac{\rho(y)}{|y|},\quad
 \hat V = \tau\log\sum_k\exp\Bigl(\frac{\log\pi_{\mathrm{ref}}(y_k)}{|y_k|} + \frac{r_k}{\tau}\Bigr)""",
-        "As RAO, with the level of rewards estimated from the prompt's own responses, and averaged over tokens.",
+        "Like RAO, but with the level of rewards estimated from the prompt's own responses, and averaged over tokens.",
     ),
     "kimi": Note(
         r"""\bigl(r - \bar r - \tau\rho(y)\bigr)^2,\qquad \bar r = \frac1K\sum_k r_k""",
-        "As RAO, with the mean reward of the prompt's responses as the level.",
+        "Like RAO, but with the mean reward of the prompt's responses as the level.",
     ),
     "agro": Note(
         r"""\tfrac12\operatorname{Var}_k\bigl(r_k - \beta\rho(y_k)\bigr)""",
-        "Needs no level: only the spread of errors within a prompt counts (unbiased variance).",
+        "Needs no level of rewards: only the unbiased variance of the errors within a prompt counts.",
     ),
     "qrpo": Note(
         r"""\bigl(\tilde r - \beta\log Z - \beta\rho(y)\bigr)^2,\qquad \log Z = \log\beta + \frac1\beta""",
-        "Use it if the scale of scores is arbitrary: $\\tilde r$ is the quantile of the reward among rewards of the "
-        "reference policy, whose log Z is known.",
+        "Use it if the scale of scores is arbitrary: $\\tilde r$ is the quantile of the reward among the rewards of "
+        "the reference policy, for which log Z is known.",
     ),
     "nca": Note(
         r"""-\sum_k\operatorname{softmax}(r/\alpha)_k\log\sigma(\beta\rho(y_k)) -
 \frac1K\sum_k\log\sigma(-\beta\rho(y_k))""",
-        "A contrastive loss over all K responses that also holds absolute probabilities in place.",
+        "A contrastive loss over all K responses that also keeps absolute probabilities from falling.",
     ),
     "sft": Note(
         r"""-\frac{\log\pi(y)}{|y|}""",
-        "Fine-tuning on the best, or only, response of each prompt; the usual start of all other objectives.",
+        "Fine-tuning on the best or only response to each prompt; the usual start for all other objectives.",
     ),
     "rm": Note(
         r"""-\log\sigma\bigl(s_w - s_l - m(r_w - r_l)\bigr) + c(s_w + s_l)^2""",
@@ -134,12 +135,12 @@ z_0 = \max\bigl(0, \operatorname{mean}\rho(y'\mid x)\bigr)""",
     ),
     "rm_regression": Note(
         r"""\operatorname{mean}_a(s_a - r_a)^2""",
-        "A reward model that predicts one or several attributes; unknown ones are left out.",
+        "A reward model that predicts one or several attributes; missing ones are left out.",
     ),
     "rloo": Note(
         r"""-\operatorname{sg}(A)\,\rho(y),\qquad A_k = R_k - \frac{1}{K-1}\sum_{j\ne k}R_j,\quad
 R = r - \beta\rho(y)""",
-        "The simplest online objective: REINFORCE, with the prompt's other samples as baseline. See "
+        "The simplest online objective: REINFORCE with the prompt's other samples as the baseline. See "
         "[Online training](../guides/online.md).",
     ),
     "grpo": Note(
@@ -160,7 +161,7 @@ R = r - \beta\rho(y)""",
 def page() -> str:
     return objectives_page.page(NOTES).replace(
         "## Notation",
-        "[Which objective?](../start/which_objective.md) leads to a choice. This page is generated from the code by\n"
+        "[Which objective?](../start/which_objective.md) helps you choose. This page is generated from the code by\n"
         "`python -m docs_pages`; `nemo-rao objectives` prints it.\n\n## Notation",
         1,
     )

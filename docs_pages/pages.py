@@ -1,7 +1,7 @@
-"""The generated pages of docs/, each with what writes it.
+"""The generated pages of docs/ and the modules that generate them.
 
-    python -m docs_pages            # writes all of them
-    python -m docs_pages --check    # writes none; exit code 1 where one is not what would be written
+    python -m docs_pages            # write all of them
+    python -m docs_pages --check    # write none; exit code 1 if one is stale
 
 ``make docs`` checks them before it builds the site.
 """
@@ -34,12 +34,12 @@ OF_RESULTS: Mapping[str, str] = {
 
 
 def text(module: str) -> str:
-    """What the page is to be."""
+    """The up-to-date text of a page."""
     return importlib.import_module(module).page()
 
 
 def stale(pages: Mapping[str, str]) -> list[str]:
-    """Pages whose file is missing or is another text."""
+    """Pages whose file is missing or out of date."""
     return [
         name
         for name, module in pages.items()
