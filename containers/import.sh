@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes a .sqsh file of a container image, for enroot and pyxis: containers/import.sh IMAGE FILE.sqsh
-#   IMAGE  a name in a registry, as docker pull takes it, such as nvcr.io/nvidia/nemo:25.11;
-#          dockerd://NAME, an image of this machine's docker, such as dockerd://nemo-rao:25.11;
-#          or whatever else enroot import takes: podman://NAME, docker://USER@REGISTRY#NAME
-# The file appears under its name once it is whole. A password for a registry is enroot's to know:
+# Converts a container image to a .sqsh file for enroot and pyxis: containers/import.sh IMAGE FILE.sqsh
+#   IMAGE  a name in a registry, as for docker pull, such as nvcr.io/nvidia/nemo:25.11;
+#          dockerd://NAME, an image of the local docker daemon, such as dockerd://nemo-rao:25.11;
+#          or any other source for enroot import: podman://NAME, docker://USER@REGISTRY#NAME
+# The file appears under its name only when it is complete. Store passwords for registries in enroot's
 # ~/.config/enroot/.credentials, with a line "machine nvcr.io login \$oauthtoken password KEY".
 set -euo pipefail
 
@@ -22,7 +22,7 @@ folder=$(dirname -- "$file")
 command -v enroot > /dev/null || fail "enroot is not installed here; run this where it is, on a node of the cluster"
 
 if [[ "$image" != *://* ]]; then
-  # enroot sets the registry off by a #; as for docker, the first part is one if it could be a host's name.
+  # enroot separates the registry with a #. As for docker, the first part is a registry if it looks like a host name.
   host=${image%%/*}
   if [[ "$host" != "$image" && ("$host" == *[.:]* || "$host" == localhost) ]]; then
     image="$host#${image#*/}"
@@ -30,7 +30,7 @@ if [[ "$image" != *://* ]]; then
   image="docker://$image"
 fi
 
-# Beside the file, so that renaming it copies nothing; enroot wants to make it itself.
+# In the same directory, so that the final rename does not copy. enroot creates the file itself.
 temporary=$(mktemp -d -- "$folder/.import.XXXXXXXX")
 trap 'rm -rf -- "$temporary"' EXIT
 enroot import --output "$temporary/image.sqsh" -- "$image" || fail "enroot could not import $image; its reason is above"

@@ -1,15 +1,14 @@
-"""Install nemo_rao into one of NVIDIA's NeMo containers without changing any of the packages that are there.
+"""Install nemo_rao into one of NVIDIA's NeMo containers without changing any of its packages.
 
     python containers/install.py [--dry-run] [SOURCE]
 
-SOURCE is the repository (default: the one that this file is in) or a wheel. The plugin is installed without its
-dependencies. Those of it and of the container's engine (NeMo 2 up to 25.11, Megatron-Bridge from 26.04) that are
-missing are then installed under the constraint that every package of the container keeps its version. A package that is
-present in a version outside of the plugin's range is kept and reported. At the end the packages are compared with those
-at the start.
+SOURCE is the repository (default: that of this file) or a wheel. The plugin is installed without its dependencies.
+Missing dependencies of the plugin and of the container's engine (NeMo 2 up to 25.11, Megatron-Bridge from 26.04) are
+then installed with every package of the container pinned to its version. A package whose version is outside the
+plugin's range is kept and reported. Finally, the packages are compared with those at the start.
 
-Exit codes: 0 installed; 1 a package changed, or a missing one cannot be installed without changing one; 2 this is not
-such a container, or its megatron-core works with neither engine.
+Exit codes: 0, installed; 1, a package changed, or a missing one cannot be installed without changing another; 2, this is
+not such a container, or its megatron-core works with neither engine.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from packaging.version import InvalidVersion, Version
 PLUGIN = "nemo-rao"
 # Built for each other and for the container's CUDA: never from an index.
 CONTAINERS_OWN = ("torch", "megatron-core")
-# Extra -> the engine's package, and the releases of megatron-core that it works with: from the first, below the second.
-# Containers of 2025 have both packages, with a Bridge that is too old.
+# Extra -> the engine's package, and the supported releases of megatron-core: from the first, below the second.
+# Containers of 2025 have both packages, but their Bridge is too old.
 ENGINES = {"nemo": ("nemo-toolkit", "0.14", "0.16"), "bridge": ("megatron-bridge", "0.17", "0.20")}
 
 
@@ -92,18 +91,18 @@ def tell(line: str, code: int) -> int:
 
 
 def installed() -> dict[str, str]:
-    """Name -> version of every package that this Python finds, the first on its path where there are several."""
-    importlib.invalidate_caches()  # pip has been at work
+    """Name -> version of every package that this Python finds; of several copies, the first on its path."""
+    importlib.invalidate_caches()  # pip may have installed packages
     found: dict[str, str] = {}
     for one in metadata.distributions():
-        if one.metadata["Name"]:  # a damaged one has none
+        if one.metadata["Name"]:  # damaged distributions have none
             found.setdefault(canonicalize_name(one.metadata["Name"]), one.version)
     return found
 
 
 def engine_of(there: dict[str, str]) -> str | None:
     """The extra of the engine that works with the container's megatron-core, or ``None``."""
-    # A development release is its release here: 0.17.0rc0 has the interfaces of 0.17.
+    # A development release counts as its release: 0.17.0rc0 has the interfaces of 0.17.
     release = Version(Version(there["megatron-core"]).base_version)
     for engine, (package, first, before) in ENGINES.items():
         if package in there and Version(first) <= release < Version(before):
@@ -112,11 +111,11 @@ def engine_of(there: dict[str, str]) -> str | None:
 
 
 def needs(source: str | None, engine: str, there: dict[str, str]) -> tuple[list[str], list[str]]:
-    """What the plugin requires and is not there, and lines about what is there in another version.
+    """Missing requirements of the plugin, and lines about those present in an unsupported version.
 
     Args:
-        source: a repository that is not installed yet; ``None``: the installed plugin's metadata are read.
-        engine: the extra whose requirements count, too.
+        source: a repository that is not installed yet; ``None``: read the metadata of the installed plugin.
+        engine: the extra whose requirements are included.
     """
     if source is None:
         texts = metadata.requires(PLUGIN) or []
@@ -145,7 +144,7 @@ def install_missing(missing: list[str], before: dict[str, str], dry_run: bool) -
 
 
 def is_valid(version: str) -> bool:
-    """Whether pip can read it as a constraint."""
+    """Whether pip accepts the version in a constraint."""
     try:
         Version(version)
     except InvalidVersion:

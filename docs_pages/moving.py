@@ -155,7 +155,7 @@ NEMO_RL: tuple[tuple[str, str, str], ...] = (
     (
         "policy.megatron_cfg.tensor_model_parallel_size",
         "model.tensor_model_parallel_size",
-        "the same for the other sizes",
+        "and so on for other sizes",
     ),
     ("policy.megatron_cfg.sequence_parallel", "model.sequence_parallel", ""),
     ("policy.megatron_cfg.activation_checkpointing", "model.recompute_granularity", "`full`"),
@@ -201,7 +201,7 @@ _TEXTS = {
     "TRL": "Keys of `DPOConfig`, including those inherited from `TrainingArguments`:",
     "TRL, online": "Further keys of `GRPOConfig`. `reward_funcs` become `online.reward=[rule:MODULE:FUNCTION]`.",
     "NeMo-Aligner": "Keys of `gpt_dpo.yaml`. Recipes have the same structure; NeMo-Aligner's data is read unchanged.",
-    "NeMo-RL": "Keys of `dpo.yaml` and `grpo_math_1B.yaml`. Models are imported once, not loaded from the Hub each time.",
+    "NeMo-RL": "Keys of `dpo.yaml` and `grpo_math_1B.yaml`. Models are imported once, not loaded from the Hub.",
 }
 
 

@@ -1,8 +1,8 @@
-"""Align a GPT with RAO: ``python examples/train_gpt_rao.py key=value ...``, as ``nemo-rao train`` does."""
+"""Align a GPT with RAO, like ``nemo-rao train``: ``python examples/train_gpt_rao.py key=value ...``."""
 
 import sys
 
 from nemo_rao.cli import main
 
-if __name__ == "__main__":  # ranks and checkpoint writers may import this file anew
+if __name__ == "__main__":  # ranks and checkpoint writers may import this file again
     sys.exit(main(["train", "--config-name", "gpt_rao", *sys.argv[1:]]))
