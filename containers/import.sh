@@ -18,8 +18,8 @@ image=$1 file=$2
 [[ "$file" == *.sqsh ]] || fail "FILE '$file': give a name that ends in .sqsh"
 [[ ! -e "$file" ]] || fail "FILE '$file': exists already; delete it, or give another name"
 folder=$(dirname -- "$file")
-[[ -d "$folder" && -w "$folder" ]] || fail "FILE '$file': $folder is no folder that can be written to"
-command -v enroot > /dev/null || fail "enroot is not installed here; run this where it is, on a node of the cluster"
+[[ -d "$folder" && -w "$folder" ]] || fail "FILE '$file': $folder is not a writable directory"
+command -v enroot > /dev/null || fail "enroot is not installed here; run this on a machine that has it, such as a node of the cluster"
 
 if [[ "$image" != *://* ]]; then
   # enroot separates the registry with a #. As for docker, the first part is a registry if it looks like a host name.
@@ -33,7 +33,7 @@ fi
 # In the same directory, so that the final rename does not copy. enroot creates the file itself.
 temporary=$(mktemp -d -- "$folder/.import.XXXXXXXX")
 trap 'rm -rf -- "$temporary"' EXIT
-enroot import --output "$temporary/image.sqsh" -- "$image" || fail "enroot could not import $image; its reason is above"
+enroot import --output "$temporary/image.sqsh" -- "$image" || fail "enroot could not import $image; see its message above"
 [[ -s "$temporary/image.sqsh" ]] || fail "enroot imported $image, but wrote nothing"
 mv -n -- "$temporary/image.sqsh" "$file"
 echo "$file"

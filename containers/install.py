@@ -57,18 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     if engine is None:
         here = ", ".join(f"{name} {before[name]}" for name, _, _ in ENGINES.values() if name in before)
         return tell(
-            f"megatron-core {before['megatron-core']} works with none of the engines here ({here}); use a container "
+            f"megatron-core {before['megatron-core']} works with none of the installed engines ({here}); use a container "
             "that docs/guides/containers.md lists",
             2,
         )
     if not given.dry_run and pip("--no-deps", given.source):
-        return tell(f"pip could not install {given.source}; its reason is above", 1)
+        return tell(f"pip could not install {given.source}; see its message above", 1)
     missing, unknown = needs(given.source if given.dry_run else None, engine, before)
     for line in unknown:
         print(f"note: {line}")
     if missing and install_missing(missing, before, given.dry_run):
         return tell(
-            f"{', '.join(missing)}: cannot be installed beside the container's packages as they are; pip's reason is "
+            f"{', '.join(missing)}: cannot be installed without changing the container's packages; see pip's message "
             "above",
             1,
         )
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if changed:
         return tell(f"the container's packages changed: {'; '.join(changed)}", 1)
     new = [f"{name} {version}" for name, version in after.items() if name not in before]
-    print(f"installed: {', '.join(new) or 'nothing new'}; the container's {len(before)} packages are as they were")
+    print(f"installed: {', '.join(new) or 'nothing new'}; the container's {len(before)} packages are unchanged")
     return 0
 
 

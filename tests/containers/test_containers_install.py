@@ -77,7 +77,7 @@ def test_what_is_missing_is_installed_and_nothing_else_changes(container: Contai
     done = container.install(plugin_wheel(container))
     assert done.returncode == 0, done.stdout + done.stderr
     assert container.packages() == {**before, "nemo-rao": "0.1.0", **dict.fromkeys(missing(container), "99.0")}
-    assert f"the container's {len(before)} packages are as they were" in done.stdout
+    assert f"the container's {len(before)} packages are unchanged" in done.stdout
     again = container.install(plugin_wheel(container))
     assert again.returncode == 0 and "nothing new" in again.stdout, again.stdout + again.stderr
 
@@ -91,7 +91,7 @@ def test_what_would_replace_a_package_is_refused_and_nothing_changes(container: 
     done = container.install(plugin_wheel(container))
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and first in last and "cannot be installed beside" in last
+    assert last.startswith("error: ") and first in last and "cannot be installed without changing" in last
     assert container.packages() == {**before, "nemo-rao": "0.1.0"}
 
 

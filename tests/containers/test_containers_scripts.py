@@ -118,7 +118,7 @@ def test_an_import_that_fails_or_is_killed_leaves_no_file(tmp_path: Path) -> Non
         (("--help", "a.sqsh"), ("IMAGE '--help'",)),
         (("image", "a.img"), ("'a.img'", ".sqsh")),
         (("image", "there.sqsh"), ("'there.sqsh'", "exists already")),
-        (("image", "no/where/a.sqsh"), ("no/where is no folder",)),
+        (("image", "no/where/a.sqsh"), ("no/where is not a writable directory",)),
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_enroot_is_not_started(
