@@ -7,8 +7,8 @@ Missing dependencies of the plugin and of the container's engine (NeMo 2 up to 2
 then installed with every package of the container pinned to its version. A package whose version is outside the
 plugin's range is kept and reported. Finally, the packages are compared with those at the start.
 
-Exit codes: 0, installed; 1, a package changed, or a missing one cannot be installed without changing another; 2, this is
-not such a container, or its megatron-core works with neither engine.
+Exit codes: 0, installed; 1, a package changed, or a missing one cannot be installed without changing another; 2, this
+is not such a container, or its megatron-core works with neither engine.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     if engine is None:
         here = ", ".join(f"{name} {before[name]}" for name, _, _ in ENGINES.values() if name in before)
         return tell(
-            f"megatron-core {before['megatron-core']} works with none of the installed engines ({here}); use a container "
-            "that docs/guides/containers.md lists",
+            f"megatron-core {before['megatron-core']} works with none of the installed engines ({here}); use a "
+            "container that docs/guides/containers.md lists",
             2,
         )
     if not given.dry_run and pip("--no-deps", given.source):

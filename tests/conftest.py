@@ -1,4 +1,4 @@
-"""What all tests share: an environment that survives forks, and the table at the end of the session."""
+"""Shared by all tests: an environment that survives forks, and the table at the end of the session."""
 
 import contextlib
 import os
@@ -11,39 +11,37 @@ import pytest
 # Before anything is imported: tests fork ranks, and neither of these thread pools survives a fork.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
-# Commands and forks would compile the whole package anew each time, also where nobody else wants bytecode to be kept.
+# Keep bytecode even if the caller disables it: commands and forks would otherwise compile the package every time.
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 sys.dont_write_bytecode = False
-# Asking whether there is a GPU is not to initialize CUDA: forks follow.
+# Checking for a GPU must not initialize CUDA, as forks follow.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 # A shell's background job ignores SIGINT, and so would the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What engines are made of; megatron-core is not among them.
+# Packages of the engines, without megatron-core.
 ENGINE_PACKAGES = ("nemo", "nemo_run", "lightning", "pytorch_lightning", "megatron.bridge")
 
-with contextlib.suppress(ModuleNotFoundError):  # a GPU machine may have pytest alone, for tests/gpu
+with contextlib.suppress(ModuleNotFoundError):  # a GPU machine may have only pytest, for tests/gpu
     import hypothesis
 
-    # A busy machine is no failure. What is drawn is the same at each run: `--hypothesis-profile search` looks further.
+    # No deadline, as machines may be busy. Examples are the same in each run; `--hypothesis-profile search` tries more.
     hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
     hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
     hypothesis.settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slurm", action="store_true", help="also the tests that run jobs on a real SLURM")
-    parser.addoption("--vllm", metavar="PYTHON", help="also the tests that sample by the vLLM of this python")
+    parser.addoption("--slurm", action="store_true", help="also run the tests that need a real SLURM")
+    parser.addoption("--vllm", metavar="PYTHON", help="also run the tests that sample with this Python's vLLM")
     parser.addoption(
         "--every-combination",
         action="store_true",
-        help="parity over every parallelism and layout of the batch, not a selection of them: some ten minutes more",
+        help="test parity for all parallelisms and batch layouts, not a selection: about ten minutes more",
     )
-    parser.addoption(
-        "--gpu-dry-run", action="store_true", help="tests/gpu on the CPU: as much of their code as it can run"
-    )
-    parser.addoption("--no-engine", action="store_true", help="imports of NeMo, Lightning and Megatron-Bridge fail")
+    parser.addoption("--gpu-dry-run", action="store_true", help="run tests/gpu on the CPU, as far as possible")
+    parser.addoption("--no-engine", action="store_true", help="block imports of NeMo, Lightning and Megatron-Bridge")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,34 +49,34 @@ def pytest_configure(config: pytest.Config) -> None:
         from nemo_rao.config import engine_choice
 
         sys.modules.update(dict.fromkeys(ENGINE_PACKAGES))  # type: ignore[arg-type]
-        engine_choice.installed_engine = lambda: None  # it looks for directories, which are there
+        engine_choice.installed_engine = lambda: None  # it looks for directories, which exist
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests of a GPU where there is none."""
+    """Skip GPU tests on machines without a GPU."""
     from nemo_rao.runtime.gpus import has_gpu
 
     if config.getoption("--gpu-dry-run") or not any(item.get_closest_marker("gpu") for item in items) or has_gpu():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a GPU; --gpu-dry-run runs what a CPU can of it"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; --gpu-dry-run runs it on the CPU as far as possible"))
 
 
 @pytest.fixture
 def gpu_packages_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets packages for GPUs be found though an earlier test has put Megatron on the CPU in this process."""
+    """Make GPU packages importable even if an earlier test has put Megatron on the CPU in this process."""
     for name in ("transformer_engine", "transformer_engine_torch", "apex", "amp_C"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-# A test's row of the table goes with its report, from whichever process runs it to the one that prints.
+# A test's row of the table is sent with its report, from the process that runs it to the one that prints.
 ROW = "row of the table of objectives"
 
 
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Called with the cells of this test's row of the table that is printed at the end of the session."""
+    """A function that takes the cells of this test's row in the table printed at the end of the session."""
     return lambda *cells: request.node.user_properties.append((ROW, cells))
 
 

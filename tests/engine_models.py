@@ -1,4 +1,4 @@
-"""The installed engine's network of a recipe, without its loop: for tests that build one rank's part by themselves."""
+"""The installed engine's network of a recipe without the training loop, for tests that build one rank's part."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _of_nemo(config: RunConfig) -> tuple[Any, Any, Any]:
 
 
 def gpt(config: RunConfig, made: Any, num_tokens: int, chunk: int | None = None, *, fused: bool = False) -> Any:
-    """A model chunk of this rank, with its objective's head and its adapters; process groups are there already.
+    """A model chunk of this rank, with its objective's head and its adapters; process groups must exist.
 
     Args:
         made: the first of :func:`megatron_configs`.
@@ -68,7 +68,7 @@ def gpt(config: RunConfig, made: Any, num_tokens: int, chunk: int | None = None,
 
 
 def add_adapters(model: Any, config: RunConfig) -> None:
-    """Put the engine's adapters into a Megatron model, where the recipe has any."""
+    """Add the engine's adapters to a Megatron model, if the recipe has any."""
     if config.model.peft.scheme == "none":
         return
     if ENGINE == BRIDGE:

@@ -1,6 +1,6 @@
-"""The engine of this environment, for tests of what one of them alone has; all other tests run on either.
+"""The engine of this environment, for tests of features that only one engine has; all other tests run on either.
 
-A file that imports an engine at its head is left out before it does::
+A file that imports an engine at the top is skipped before the import::
 
     if ENGINE != NEMO:
         pytest.skip(NO_NEMO, allow_module_level=True)

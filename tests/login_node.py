@@ -1,6 +1,6 @@
 """A login node's stack: torch built with CUDA, Transformer Engine and apex that can be imported, and no GPU.
 
-To be run as ``python -m tests.login_node nemo-rao's arguments``, with a folder of :func:`write_packages` on the path.
+Run ``python -m tests.login_node`` with nemo-rao's arguments and a directory of :func:`write_packages` on the path.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __getattr__ = _kernel
 
 
 def write_packages(folder: Path) -> None:
-    """Packages whose every name can be imported, and none used, as is so of the real ones without a GPU."""
+    """Packages from which every name can be imported but not used, like the real ones without a GPU."""
     for package, submodules in _SUBMODULES.items():
         for name in ("", *submodules):
             place = folder.joinpath(package, *filter(None, name.split(".")))
@@ -55,7 +55,7 @@ def write_packages(folder: Path) -> None:
 
 
 def cuda_without_a_driver() -> None:
-    """Let a torch built without CUDA answer like one that is built with it and finds no driver."""
+    """Make a torch built without CUDA behave like a CUDA build that finds no driver."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # as Lightning sets it
     import torch
 

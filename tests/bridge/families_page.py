@@ -1,4 +1,4 @@
-"""docs/families.md, written from the models that the tests convert and compare:
+"""docs/families.md, generated from the models that the tests convert and compare:
 
 python -m tests.bridge.families_page > docs/families.md
 """

@@ -1,9 +1,9 @@
-"""Five steps of each objective from weights that both engines can make: those of NeMo's engine are kept as a file.
+"""Five steps of each objective from weights that both engines can create. Results of NeMo's engine are kept in a file.
 
-    PYTHONPATH=. python -m tests.bridge.five_steps          where NeMo is installed: writes nemo_steps.json anew
+    PYTHONPATH=. python -m tests.bridge.five_steps          with NeMo installed: rewrites nemo_steps.json
 
-The weights are drawn from the hash of each parameter's name; data and tokenizer are made on the spot, from seeds. The
-file has their fingerprint, so that a difference there is not taken for one of the engines.
+The weights are drawn from the hash of each parameter's name; data and tokenizer are generated from seeds. The file
+includes their fingerprint, so that a difference in the data is not mistaken for one between the engines.
 """
 
 from __future__ import annotations

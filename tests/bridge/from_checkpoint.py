@@ -1,8 +1,8 @@
-"""Runs that start from one checkpoint, in every number format and with adapters: those of NeMo's engine are kept.
+"""Runs from one checkpoint, in every number format and with adapters. Results of NeMo's engine are kept in a file.
 
-    PYTHONPATH=. python -m tests.bridge.from_checkpoint    where NeMo is installed: writes nemo_from_checkpoint.json
+    PYTHONPATH=. python -m tests.bridge.from_checkpoint    with NeMo installed: rewrites nemo_from_checkpoint.json
 
-The checkpoint is made by the engine at hand, of weights that depend on their names alone.
+The installed engine creates the checkpoint, with weights that depend only on their names.
 """
 
 from __future__ import annotations

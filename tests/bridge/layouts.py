@@ -1,4 +1,4 @@
-"""How the models of these tests are split over ranks, and how batches are laid out."""
+"""Parallelism and batch layouts of these tests."""
 
 from __future__ import annotations
 

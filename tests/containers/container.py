@@ -1,4 +1,4 @@
-"""A Python that has a container's packages, as pip sees them: names and versions, without their code."""
+"""A Python environment with a container's packages as pip sees them: names and versions, without code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def asked(engine: str) -> list[Requirement]:
 
 
 def default_versions(engine: str) -> dict[str, str]:
-    """The lowest that is allowed, for packages of which a container's version is not known."""
+    """The lowest allowed version, for packages whose version in the container is not known."""
     found: dict[str, Version] = {}
     for one in asked(engine):
         lowest = [Version(part.version) for part in one.specifier if part.operator == ">="]
@@ -71,7 +71,7 @@ class Container:
             (place / "RECORD").write_text("")
 
     def offers(self, name: str, version: str, needs: Sequence[str] = ()) -> Path:
-        """A wheel, in the only place where pip then looks."""
+        """Add a wheel to the only directory that pip searches."""
         stem = f"{name.replace('-', '_')}-{version}"
         path = self.wheels / f"{stem}-py3-none-any.whl"
         with zipfile.ZipFile(path, "w") as wheel:

@@ -1,4 +1,4 @@
-"""Data, starting weights, and runs on the CPU with which GPU tests compare."""
+"""Data, initial weights, and CPU runs with which GPU tests compare."""
 
 from __future__ import annotations
 

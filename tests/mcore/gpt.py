@@ -1,4 +1,4 @@
-"""A GPT of megatron-core alone, built as engines build theirs."""
+"""A GPT built with megatron-core only, in the way of the engines."""
 
 from __future__ import annotations
 

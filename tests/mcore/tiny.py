@@ -1,4 +1,4 @@
-"""A tiny GPT whose weights are known whole, and any rank's part of it.
+"""A tiny GPT whose full weights are known, and any rank's part of it.
 
 A randomly initialised Hugging Face model is the independent source: its weights, and its gradients, are rearranged into
 megatron-core's whole tensors (:func:`whole_tensors`), of which every rank takes its part (:func:`part_of`). Both are
@@ -26,7 +26,7 @@ EXPERTS, CHOSEN = 4, 2  # of the mixture, and of each token
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks of a launch share the work; data-parallel is what remains of them."""
+    """Parallel sizes of a launch; the remaining factor is data-parallel."""
 
     tensor: int = 1
     pipeline: int = 1

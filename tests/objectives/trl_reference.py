@@ -1,9 +1,8 @@
-"""TRL's own losses, called with log-probabilities in place of a model: what objectives are held against.
+"""TRL's own losses, called with given log-probabilities: the reference for tests of objectives.
 
-TRL computes a loss within a trainer's method that also runs the model. A trainer is made here without its constructor
-and given the settings that the method reads, and a stand-in for a model, whose tokens have the log-probabilities that
-the test asks for: everything after them is TRL's code. The trainers of TRL 1.14 read logits, those of 1.16
-log-probabilities; the stand-in has both.
+TRL computes a loss in a trainer's method that also runs the model. Here a trainer is created without its constructor,
+with the settings that the method reads and a fake model that returns the log-probabilities of the test. Everything else
+is TRL's code. The trainers of TRL 1.14 read logits, those of 1.16 log-probabilities; the fake model provides both.
 
 Each function returns a ``Loss``: ``(batch, logps [P, 2]) -> []``, the mean over P pairs, with gradient to ``logps``;
 column 0 is the chosen response, 1 the rejected one. Reference log-probabilities and lengths are the batch's.

@@ -14,9 +14,9 @@ from nemo_rao.runtime.launch import launch
 
 
 def run_ranks(function: Callable[[], Any], world_size: int) -> list[Any]:
-    """What ``function()`` returns on each rank of a fresh default group. The first rank to fail is named here."""
+    """Results of ``function()`` on each rank of a new default group. An error names the first rank to fail."""
     with tempfile.TemporaryDirectory() as folder:
-        # The launcher starts a single rank in its own process: there a second one keeps it company, idle.
+        # The launcher runs a single rank in its own process, so an idle second rank is added.
         launch(_rank, (function, world_size, folder), num_ranks=max(world_size, 2))
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
 

@@ -1,4 +1,4 @@
-"""Functions in a process of their own, forked once NeMo has been imported: process groups and devices do not leak."""
+"""Run functions in forks of a process that has imported NeMo, so that process groups and devices do not leak."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..megatron_ranks import import_once
 
 
 def in_child(function: Callable[..., Any], args: Sequence[Any] = ()) -> Any:
-    """What ``function(*args)`` returns there; a failure is raised here with its traceback."""
+    """The result of ``function(*args)`` in the fork; a failure is raised here with its traceback."""
     import_once()
     context = get_context("fork")
     results = context.Queue()

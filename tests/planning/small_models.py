@@ -1,4 +1,4 @@
-"""What a small model's forward and backward pass keeps and computes, measured on one of two local ranks."""
+"""Memory and FLOPs of a small model's forward and backward pass, measured on one of two local ranks."""
 
 from __future__ import annotations
 

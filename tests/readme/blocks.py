@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/, taken from their text."""
+"""The commands of README.md and docs/, extracted from their text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    """The fenced code blocks of a page in these languages; without any, those in none or in a shell's."""
+    """The fenced code blocks of a page in these languages; by default, those of a shell or without a language."""
     wanted, found, lines = (
         languages or ("", "bash", "sh", "shell"),
         [],

@@ -1,12 +1,12 @@
-"""Types README.md's commands, in their order, into a clean clone of this repository.
+"""Type README.md's commands in order into a clean clone of this repository.
 
-    python -m tests.readme.type_readme /tmp/typed                          # installs, some minutes and gigabytes
-    python -m tests.readme.type_readme /tmp/typed --venv /path/to/.venv    # with an environment that has the packages
+    python -m tests.readme.type_readme /tmp/typed                          # installs: several minutes and gigabytes
+    python -m tests.readme.type_readme /tmp/typed --venv /path/to/.venv    # uses an environment that has the packages
 
-Every block of shell commands is given to one bash, unchanged but for what a reader has of his own: ``prefs.jsonl``, the
-tokenizer, ``/models``, ``/data`` and ``/checkpoints`` become the demonstration's preferences and tokenizer and a toy
-model. Runs are shortened, and those for eight GPUs made small, by keys behind the command; ``launch`` prints its batch
-script. The exit code is that of the first command that fails, or 0.
+One bash runs all blocks of shell commands. Only the reader's own files are replaced: ``prefs.jsonl``, the tokenizer,
+``/models``, ``/data`` and ``/checkpoints`` become the demo's preferences and tokenizer and a toy model. Keys appended
+to the commands shorten runs, and reduce those for eight GPUs to toy size; ``launch`` prints its batch script. The exit
+code is that of the first failing command, or 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .blocks import PAGES, ROOT, blocks
 
-# Functions in front of the commands. Keys that come later win; options of nemo-rao may stand anywhere.
+# Functions that wrap the commands. Later keys take precedence; options of nemo-rao may be in any position.
 PRELUDE = """
 set -e -u -o pipefail
 PS1=
@@ -43,7 +43,7 @@ SMALL = (
 )
 # An existing environment is not installed into: it is older than the clone's files, which is disregarded.
 MAKE = 'export PYTHONPATH={clone}\nmake() {{ command make --old-file .venv/.installed "$@"; }}'
-# After the demonstration: what a reader brings along.
+# After the demo: the reader's own files.
 OWN_FILES = """
 cp runs/demo/data/train.jsonl prefs.jsonl
 mkdir -p {folder}/data {folder}/models {folder}/checkpoints my_recipes/cluster my_recipes/model
@@ -64,7 +64,7 @@ cp llama/model/imported.yaml my_recipes/model/imported.yaml
 
 
 def script(folder: Path, venv: Path | None) -> str:
-    """Bash: the README's blocks with what they need between them."""
+    """The bash script: the README's blocks, with the preparations between them."""
     clone = folder / "nemo_rao"
     parts = [PRELUDE.format(clone=clone, small=SMALL, make=MAKE.format(clone=clone) if venv else "")]
     for block in blocks(PAGES[0]):

@@ -1,9 +1,9 @@
-"""A recipe's model as each of its ranks builds it on the installed engine: shapes without memory.
+"""A recipe's model as each rank builds it on the installed engine: shapes without memory.
 
-One process takes the place of any rank of the recipe's full size, by PyTorch's fake process group, on the meta device.
-Which ranks hold different parts follows from how Megatron numbers them: tensor-parallel ranks next to each other, then
-context- and data-parallel ones, pipeline stages last; among the ranks of a stage, those that split an expert next to
-each other, then those that share the experts. Data- and context-parallel ranks are copies, but for their experts.
+One process plays any rank of the recipe at full size, with PyTorch's fake process group, on the meta device. Megatron's
+numbering determines which ranks hold different parts: tensor-parallel ranks are adjacent, then context- and
+data-parallel ones, pipeline stages last; within a stage, ranks that split an expert are adjacent, then those that share
+the experts. Data- and context-parallel ranks are copies, except for their experts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests of scoring share: rows, a judge's file, and the command run in an empty folder."""
+"""Shared by the scoring tests: rows, a judge's file, and the command in an empty directory."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read_lines(path: str | Path) -> list[Any]:
 
 
 def write_judge(url: str, path: str = "judge.yaml", **keys: Any) -> str:
-    """A judge that answers fast or not at all. Returns the scorer's text."""
+    """A judge that answers quickly or not at all. Returns the scorer argument."""
     settings = {
         "base_url": url,
         "model": "small",

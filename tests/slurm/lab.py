@@ -1,8 +1,9 @@
 """A real SLURM on one machine: slurmctld, munge, and two slurmds that are two nodes with two declared GPUs each.
 
-Everything lies in one folder and listens on free ports, beside whatever else runs here. Each slurmd has a host name and
-a file /etc/hosts of its own (a mount and a UTS namespace), so that node names resolve as on a cluster. Three
-partitions: ``batch``; ``spare``, whose jobs are pre-empted with a time of grace; ``urgent``, whose jobs pre-empt them.
+All files are in one directory, and all ports are free ones, so it does not interfere with other services. Each slurmd
+has its own host name and /etc/hosts (a mount and a UTS namespace), so that node names resolve as on a cluster. There
+are three partitions: ``batch``; ``spare``, whose jobs are pre-empted with a grace time; ``urgent``, whose jobs pre-empt
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NODES = ("node1", "node2")
 
 
 def why_impossible() -> str | None:
-    """Installs SLURM where it is missing; the reason why there can be none here, if so."""
+    """Install SLURM if it is missing; return the reason if it cannot be installed."""
     if os.geteuid() != 0:
         return "two SLURM nodes on one machine need root, for their host names"
     if not _missing():
