@@ -149,10 +149,10 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[str]:
         "model.rao.beta=0.3",
     ]
     print("fine-tuning (W0), then RAO in fp32 (W1) ...", flush=True)
-    told = in_child(folder, run_plain, "gpt_sft", sft)
-    assert told is None, told
-    told = in_child(folder, run_w1, [*rao, "exp_manager.name=w1", f"trainer.max_steps={arguments.steps}"], folder)
-    assert told is None, told
+    refused = in_child(folder, run_plain, "gpt_sft", sft)
+    assert refused is None, refused
+    refused = in_child(folder, run_w1, [*rao, "exp_manager.name=w1", f"trainer.max_steps={arguments.steps}"], folder)
+    assert refused is None, refused
     return rao
 
 
