@@ -50,8 +50,8 @@ def compose(
     """The run that a recipe and the overrides describe.
 
     Args:
-        config_name: a YAML file of ``config_dir`` or of the package, with or without ``.yaml``, or a name that such a
-            file had until 0.1 (:mod:`nemo_rao.config.moved_recipes`).
+        config_name: a YAML file of ``config_dir`` or of the package, with or without ``.yaml``, or an old name of the
+            package's (:mod:`nemo_rao.config.moved_recipes`).
         overrides: ``key=value``, or ``group=file`` such as ``model=llama3_8b``; later ones win.
         config_dir: a directory of the user's own recipes and groups, searched before the package's.
 

@@ -1,8 +1,8 @@
-"""Names of recipes until 0.1, which are answered until 0.3: an objective and a model that differ in no other key.
+"""Old names of recipes, which work until 0.3: those that only combined an objective with a model's files.
 
-Such a recipe is now the objective's with files of groups chosen, ``gpt_dpo model=llama3_8b``. Under its old name it
-composes as its file did, and a warning states what to write now. To Hydra the old names are files, the last in its
-search path: a user's own file of that name is found first, and own recipes may have an old name in their defaults.
+They are now the objective's recipe with these files chosen, ``gpt_dpo model=llama3_8b``. An old name composes what its
+file did, and a warning states what to write instead. Hydra sees the old names as files at the end of its search path:
+a user's own file of that name is found first, and own recipes may list an old name in their defaults.
 """
 
 from hydra.core.object_type import ObjectType
@@ -39,7 +39,7 @@ SEARCH_PATH = ("moved", "moved://recipes")  # provider and path of the old names
 
 
 def replacement(old: str) -> tuple[str, list[str]]:
-    """The recipe and the overrides that compose what the old name does; its runs keep their name, and so their folder.
+    """The recipe and the overrides that compose what the old name does, with the run's name and so its directory.
 
     Args:
         old: a name in :data:`MOVED_RECIPES`.
@@ -49,7 +49,7 @@ def replacement(old: str) -> tuple[str, list[str]]:
 
 
 class MovedRecipes(ConfigSource):
-    """The old names as files for Hydra, which asks for one when it composes: then is the time to warn."""
+    """The old names as files for Hydra. It loads one only to compose it, wherever it was named: this warns."""
 
     @staticmethod
     def scheme() -> str:
@@ -77,7 +77,7 @@ class MovedRecipes(ConfigSource):
 
 
 def _file(old: str) -> dict[str, object]:
-    """The content of the file of an old name."""
+    """What the YAML file of an old name would contain."""
     recipe, groups = MOVED_RECIPES[old]
     return {
         "defaults": [

@@ -1,4 +1,4 @@
-"""Names of recipes until 0.1 compose what their files did, with one line that states what to write now."""
+"""Old names of recipes compose what their files did, with one warning that states what to write instead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_rao.study.plan import plan
 from nemo_rao.study.study_file import load_study
 
 ADVICE = re.compile(r"warning: (\w+) is now: --config-name (.+)\. The old name works until ([\d.]+)\.\n")
-# Files as 0.1 had them, one of each kind: the RAO paper's models, a larger one, a model's file that extends another.
+# Files that there were, some of each kind: the RAO paper's models, a larger one, a model's file that extends another.
 FILES = {
     "gpt_dpo_qwen2_5_7b": "objective: dpo, precision: bf16_mixed, model: qwen2_5_7b, paper: rao_2026_baselines",
     "gpt_orpo_eurollm_9b": "objective: orpo, precision: bf16_mixed, model: eurollm_9b, paper: rao_2026_baselines",
