@@ -26,6 +26,7 @@ import nemo_run as run
 
 from nemo_rao.config.compose import compose, override, package_recipes, recipe_names
 from nemo_rao.config.model_config import ModelConfig
+from nemo_rao.config.moved_recipes import MOVED_RECIPES, REMOVED_IN, replacement
 from nemo_rao.config.online_config import OnlineConfig
 from nemo_rao.config.run_config import (
     DataConfig,
@@ -106,7 +107,8 @@ def run_config(task: run.Partial) -> RunConfig:
     given = fiddle.build(task).keywords
     for field in dataclasses.fields(RunConfig):
         if field.name not in given:
-            raise UserError(f"{field.name} is not set; start from a recipe: --factory {' or '.join(FACTORIES)}")
+            names = [name for name in FACTORIES if name not in MOVED_RECIPES]
+            raise UserError(f"{field.name} is not set; start from a recipe: --factory {' or '.join(names)}")
     return override(RunConfig(**given), [])
 
 
@@ -122,13 +124,24 @@ def _buildable(config: Any) -> run.Config:
     )
 
 
-def _factory(name: str) -> Callable[..., run.Partial]:
+def _factory(name: str, about: str) -> Callable[..., run.Partial]:
     def make(**groups: str) -> run.Partial:
         return recipe(name, **groups)
 
     make.__name__ = make.__qualname__ = name
-    make.__doc__ = (package_recipes() / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ")
+    make.__doc__ = about
     return run.cli.factory(make, target=train, name=name)
 
 
-FACTORIES = {name: _factory(name) for name in recipe_names([package_recipes()])}  # --factory NAME
+def _first_line(name: str) -> str:
+    return (package_recipes() / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ")
+
+
+def _about_old_name(old: str) -> str:
+    now, overrides = replacement(old)
+    return f"Until {REMOVED_IN}, another name of {' '.join([now, *overrides])}."
+
+
+# --factory NAME
+FACTORIES = {name: _factory(name, _first_line(name)) for name in recipe_names([package_recipes()])}
+FACTORIES |= {old: _factory(old, _about_old_name(old)) for old in MOVED_RECIPES}

@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_rao.config.moved_recipes import MOVED_RECIPES, SEARCH_PATH
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import (
     alternatives,
@@ -49,7 +50,8 @@ def compose(
     """The run that a recipe and the overrides describe.
 
     Args:
-        config_name: a YAML file of ``config_dir`` or of the package, with or without ``.yaml``.
+        config_name: a YAML file of ``config_dir`` or of the package, with or without ``.yaml``, or an old name of the
+            package's (:mod:`nemo_rao.config.moved_recipes`).
         overrides: ``key=value``, or ``group=file`` such as ``model=llama3_8b``; later ones win.
         config_dir: a directory of the user's own recipes and groups, searched before the package's.
 
@@ -153,7 +155,7 @@ def _find(config_name: str, config_dir: str | os.PathLike[str] | None) -> tuple[
             raise UserError(f"--config-dir {config_dir}: no such folder")
         folders.insert(0, own)
     name = config_name.removesuffix(".yaml").removesuffix(".yml")
-    if name not in (known := recipe_names(folders)):
+    if name not in (known := recipe_names(folders)) and name not in MOVED_RECIPES:
         hint = _did_you_mean(name, known) if (other := objective_hint(name)) is None else f": {other}"
         raise UserError(f"no recipe named {name!r}{hint}; there are {', '.join(known)}")
     return name, folders
@@ -244,6 +246,7 @@ def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path
     search_path.append("hydra", "pkg://hydra.conf")
     for folder in folders:
         search_path.append("recipes", f"file://{folder}")
+    search_path.append(*SEARCH_PATH)
     search_path.append("schema", "structured://")
     Plugins.instance()  # registers what reads these schemes
     hydra_version.setbase("1.3")

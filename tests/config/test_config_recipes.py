@@ -59,7 +59,7 @@ def test_each_file_says_at_its_top_what_it_is_for(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("name", ["gpt_rao", "gpt_dpo", "gpt_rpo", "gpt_slic_eurollm_9b"])
+@pytest.mark.parametrize("name", ["gpt_rao", "gpt_dpo", "gpt_rpo", "gpt_rao_eurollm_9b"])
 def test_a_printed_recipe_has_each_key_with_its_comment_and_is_a_recipe_itself(name: str, tmp_path: Path) -> None:
     config = compose(name, ["model.arch.extra={a: 1}", 'exp_manager.name="a: #b"', "data.train_path=[x.jsonl,y.jsonl]"])
     text = to_yaml(config)

@@ -79,7 +79,7 @@ def test_what_the_command_line_sets_replaces_the_files_values() -> None:
 
 def test_a_search_is_chosen_with_or_without_a_plus_and_goes_with_any_recipe_of_its_objective() -> None:
     assert compose_grid("gpt_orpo", ["+search=orpo"]) == compose_grid("gpt_orpo", ["search=orpo"])
-    [_, config], *rest = compose_grid("gpt_orpo_llama3_8b", ["search=orpo"])
+    [_, config], *rest = compose_grid("gpt_orpo", ["model=llama3_8b", "paper=rao_2026", "search=orpo"])
     assert len(rest) == 3 and (config.model.seq_length, config.model.arch.num_layers) == (2048, 32)
 
 

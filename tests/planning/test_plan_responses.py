@@ -64,7 +64,7 @@ def test_a_run_uses_the_first_responses_of_those_in_the_data(
 
 
 def test_pairs_of_many_responses_take_what_pairs_take() -> None:
-    dpo = compose("gpt_dpo_llama3_8b")
+    dpo = compose("gpt_dpo", ["model=llama3_8b", "precision=bf16_mixed", "paper=rao_2026_baselines"])
     assert setting(dpo, "data.num_responses=16") == setting(dpo) == setting(dpo, responses=16)
 
 

@@ -39,14 +39,19 @@ MODELS = {
     "eurollm_9b": (9_152_319_488, 42, 8),
     "mixtral_8x7b": (46_702_792_704, 32, 64),
 }
-RECIPES = [f"gpt_{objective}_{model}" for model in MODELS for objective in ("rao", "dpo")]
+OF_THE_PAPER = {"llama3_8b", "qwen2_5_7b", "eurollm_9b"}
+RUNS = [(objective, model) for model in MODELS for objective in ("rao", "dpo")]
 ROOT = Path(__file__).resolve().parents[2]
 RESERVE = 4 * GIB  # the planner's own
 
 
 @functools.cache
-def recipe(name: str) -> RunConfig:
-    return compose(name)
+def recipe(objective: str, model: str) -> RunConfig:
+    """RAO's recipe of the model; DPO's with the model's files, and for the paper's three models its setting."""
+    if objective == "rao":
+        return compose(f"gpt_rao_{model}")
+    paper = ["paper=rao_2026_baselines"] if model in OF_THE_PAPER else []
+    return compose(f"gpt_{objective}", [f"model={model}", "precision=bf16_mixed", *paper])
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -56,7 +61,7 @@ def model(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def built(model: str) -> dict[Part, list[dict[str, Any]]]:
-    return in_child(build_parts, (recipe(f"gpt_rao_{model}"),))
+    return in_child(build_parts, (recipe("rao", model),))
 
 
 def test_every_large_model_of_conf_is_here() -> None:
@@ -70,10 +75,10 @@ def test_smollm2_is_planned_as_published_and_fits_a_laptop() -> None:
     assert peak(setting) < 12 * GIB
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_planned_and_fits_gpus_of_80_gb(name: str) -> None:
-    config = recipe(name)
-    parameters, _, ranks = MODELS[name.split("_", 2)[2]]
+@pytest.mark.parametrize(("objective", "model_name"), RUNS)
+def test_a_recipe_is_planned_and_fits_gpus_of_80_gb(objective: str, model_name: str) -> None:
+    config = recipe(objective, model_name)
+    parameters, _, ranks = MODELS[model_name]
     setting = setting_of(config)
     assert model_parameters(setting) == parameters
     assert world_size(config) == ranks and config.trainer.devices == 8
@@ -87,13 +92,13 @@ def test_a_recipe_is_planned_and_fits_gpus_of_80_gb(name: str) -> None:
 @pytest.mark.parametrize("model_name", MODELS)
 def test_both_objectives_of_a_model_are_split_alike(model_name: str) -> None:
     """So that what is built of one is what the other builds."""
-    rao, dpo = (setting_of(recipe(f"gpt_{objective}_{model_name}")) for objective in ("rao", "dpo"))
+    rao, dpo = (setting_of(recipe(objective, model_name)) for objective in ("rao", "dpo"))
     assert rao == dpo
 
 
 def row(model_name: str) -> str:
     """Of docs/guides/recipes.md."""
-    setting = setting_of(recipe(f"gpt_rao_{model_name}"))
+    setting = setting_of(recipe("rao", model_name))
     sizes = (setting.tensor, setting.pipeline, setting.virtual, setting.context, setting.expert, setting.data)
     told = [f"`{model_name}`", setting.ranks, *sizes, setting.length, f"{peak(setting) / GIB:.0f}"]
     return f"| {' | '.join(map(str, told))} |"
@@ -107,7 +112,7 @@ def test_the_page_of_recipes_tells_these_layouts() -> None:
 def test_each_rank_builds_the_layers_and_parameters_that_are_planned(
     model: str, built: dict[Part, list[dict[str, Any]]]
 ) -> None:
-    config = recipe(f"gpt_rao_{model}")
+    config = recipe("rao", model)
     setting = setting_of(config)
     assert set(built) == set(parts_of(config)) and len(built) == number_of_parts(setting)
     for part, chunks in built.items():

@@ -24,6 +24,7 @@ import nemo_run
 
 from nemo_rao import recipes
 from nemo_rao.config.compose import compose, package_recipes, recipe_names
+from nemo_rao.config.moved_recipes import MOVED_RECIPES
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.demo.synthetic import write_preferences
 from nemo_rao.demo.tokenizer_training import train_tokenizer
@@ -58,9 +59,11 @@ def test_the_entry_point_leads_to_the_recipes_and_names_their_command() -> None:
     assert recipes.train.cli_entrypoint.path == "rao.train"
 
 
-def test_each_recipe_of_conf_is_a_factory() -> None:
-    assert {"gpt_rao", "gpt_dpo", "gpt_sft"} <= set(NAMES) == set(recipes.FACTORIES)
+def test_each_recipe_of_conf_is_a_factory_and_so_are_old_names() -> None:
+    assert {"gpt_rao", "gpt_dpo", "gpt_sft"} <= set(NAMES)
+    assert set(recipes.FACTORIES) == set(NAMES) | set(MOVED_RECIPES)
     assert recipes.FACTORIES["gpt_rao"].__doc__.startswith("RAO: fits")
+    assert "gpt_dro model=eurollm_9b precision=bf16_mixed" in recipes.FACTORIES["gpt_dro_eurollm_9b"].__doc__
 
 
 @pytest.mark.parametrize("name", ["gpt_rao", "gpt_rpo", "gpt_sft", "gpt_dro_eurollm_9b"])
