@@ -321,7 +321,7 @@ FINE = ("in.jsonl", "out.jsonl", "--scorer", "rule:bad_rules:fine")
         ((*FINE, "--rows-at-once", "0"), ("--rows-at-once 0", ">= 1")),
         ((*FINE, "--max-missing", "5"), ("--max-missing 5", "from 0 to 1")),
         ((*FINE, "--max-bad-rows", "nan"), ("--max-bad-rows nan", "from 0 to 1")),
-        ((*FINE, "--max-length", "100"), ("--max-length", "model:RUN_FOLDER", "leave it out")),
+        ((*FINE, "--max-length", "100"), ("--max-length", "model:RUN_FOLDER", "Remove it")),
         ((*FINE, "--column", "prompt"), ("--column prompt", "OURS=THEIRS")),
         ((*FINE, "--column", "promt=prompt"), ("--column promt", "did you mean prompt?")),
         ((*FINE, "--column", "question=ask"), ("line 1: field 'ask', which --column names", "correct --column")),
