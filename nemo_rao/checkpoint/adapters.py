@@ -37,7 +37,7 @@ def holds_adapters(checkpoint: Path) -> bool:
 
 
 def refuse_adapters(checkpoint: Path, key: str) -> None:
-    """Refuses a checkpoint that is no whole model where one is needed.
+    """Refuse a checkpoint that is no whole model where one is needed.
 
     Raises:
         UserError: it holds adapters alone.
@@ -142,7 +142,7 @@ def trained_on(checkpoint: Path | None, base: Path) -> bool:
 
 
 def check_scheme(config: RunConfig, checkpoint: Path) -> None:
-    """Refuses to continue a run of adapters without them, or one of all weights with them.
+    """Refuse to continue a run of adapters without them, or one of all weights with them.
 
     Raises:
         UserError: names the key.
@@ -206,7 +206,7 @@ def _adapted_by(adapter: str) -> str:
 
 
 def check_resumed_adapters(config: RunConfig, checkpoint: Path, num_layers: int, *, experts: bool) -> None:
-    """Checks that the adapters of a checkpoint are those of the run that is to continue from it: none is dropped.
+    """Check that the adapters of a checkpoint are those of the run that is to continue from it: none is dropped.
 
     Raises:
         UserError: other layers have adapters, or adapters of another rank.

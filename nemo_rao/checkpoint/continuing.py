@@ -135,7 +135,7 @@ def _heads(config: RunConfig) -> tuple[Any, ...]:
 
 
 def check_settings(config: RunConfig, folder: Path | None = None, *, another: str = "exp_manager.name") -> list[Change]:
-    """Compares a recipe with the one that a run of its name has recorded. Reads no data; writes nothing.
+    """Compare a recipe with the one that a run of its name has recorded. Reads no data; writes nothing.
 
     Args:
         folder: of the run, where this machine sees it under another path than the recipe says.
@@ -170,7 +170,7 @@ def check_settings(config: RunConfig, folder: Path | None = None, *, another: st
 
 
 def _check_engine(config: RunConfig, folder: Path, another: str) -> None:
-    """Refuses to continue a run on another engine: the state of its optimizer is the engine's own."""
+    """Refuse to continue a run on another engine: the state of its optimizer is the engine's own."""
     began_on = read_run(folder).get("engine", NEMO)  # earlier versions had this one alone
     asked = config.trainer.engine
     now = installed_engine() if asked == "auto" else asked
@@ -183,7 +183,7 @@ def _check_engine(config: RunConfig, folder: Path, another: str) -> None:
 
 
 def check_data(config: RunConfig, record: Mapping[str, Any], *, another: str = "exp_manager.name") -> list[Change]:
-    """Compares a run's data with what an earlier start has recorded.
+    """Compare a run's data with what an earlier start has recorded.
 
     Args:
         record: what :func:`data_record` gives for the data at hand.
@@ -227,7 +227,7 @@ def _described(data: Mapping[str, Any] | None) -> str:
 
 
 def refuse(changes: list[Change], config: RunConfig, folder: Path, another: str = "exp_manager.name") -> None:
-    """Raises for the changes that cannot be, or are not to be, applied."""
+    """Raise for the changes that cannot be, or are not to be, applied."""
     refused = [change for change in changes if not change.loads]
     remedy = f"give another {another}"
     if not refused and not config.exp_manager.resume_with_changes:

@@ -13,7 +13,7 @@ from nemo_rao.errors import UserError
 
 
 def check_resumed_experts(config: RunConfig, folder: Path) -> None:
-    """Refuses to continue a run of shared experts with experts that are not shared, or the other way round.
+    """Refuse to continue a run of shared experts with experts that are not shared, or the other way round.
 
     Megatron has an optimizer of their own for shared experts, which a checkpoint then holds apart; all else in it can
     be read under any parallelism. On Megatron-Bridge this is read, too (:mod:`nemo_rao.mcore.checkpoint`), if the

@@ -109,7 +109,7 @@ def resolve_checkpoint(path: str, key: str) -> Path:
 
 
 def refuse_hugging_face(path: str, key: str) -> None:
-    """Refuses a model in Hugging Face's format where NeMo's is needed: a folder, or a name such as ORG/NAME.
+    """Refuse a model in Hugging Face's format where NeMo's is needed: a folder, or a name such as ORG/NAME.
 
     Raises:
         UserError: names the command that makes a NeMo checkpoint of it.

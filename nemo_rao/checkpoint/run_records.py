@@ -53,7 +53,7 @@ def read_run(folder: Path) -> Mapping[str, Any]:
 def write_run(
     folder: Path, *, start_from: Path | None, max_steps: int, finished_at: int | None = None, engine: str
 ) -> None:
-    """Writes ``run.json``: a run's engine, what it started from, how many steps it has, and whether it has ended.
+    """Write ``run.json``: a run's engine, what it started from, how many steps it has, and whether it has ended.
 
     Args:
         start_from: checkpoint whose weights the run started with; ``None``: random ones.

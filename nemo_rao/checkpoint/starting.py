@@ -44,7 +44,7 @@ _PADDING_ROWS = 8192
 
 
 def check_start(config: RunConfig) -> None:
-    """Checks what the run would start from.
+    """Check what the run would start from.
 
     Raises:
         UserError: random weights of a large model; a checkpoint of another network, or of another tokenizer.
@@ -86,7 +86,7 @@ def _check_random(config: RunConfig, parameters: int) -> None:
 
 
 def check_tokenizer(config: RunConfig, checkpoint: Path, tokens: int | None) -> None:
-    """Refuses a tokenizer whose ids stand for other tokens than the checkpoint's.
+    """Refuse a tokenizer whose ids stand for other tokens than the checkpoint's.
 
     Args:
         tokens: of the recipe's tokenizer; ``None`` where they are not known yet.

@@ -36,7 +36,7 @@ class Tail:
 
 
 def follow(run: Path | None, records: Sequence[JobRecord], *, poll_seconds: float, from_end: bool = False) -> int:
-    """Prints what happens until all jobs have ended, or Ctrl-C.
+    """Print what happens until all jobs have ended, or Ctrl-C.
 
     Args:
         run: folder of the run whose logs are shown; ``None``: states alone, as for a sweep.

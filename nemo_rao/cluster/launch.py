@@ -148,7 +148,7 @@ PATHS = (
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
-    """Checks what the cluster's keys alone, and the files they name, can tell.
+    """Check what the cluster's keys alone, and the files they name, can tell.
 
     Raises:
         UserError: the first rule that does not hold.
@@ -182,7 +182,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
 
 
 def check_size(cluster: ClusterConfig, config: RunConfig) -> None:
-    """Refuses a run that takes more than there is, or what its GPUs do not have.
+    """Refuse a run that takes more than there is, or what its GPUs do not have.
 
     Raises:
         UserError: names both numbers.
@@ -216,7 +216,7 @@ def check_paths(
     working_dir: Path,
     awaited: Sequence[Path] = (),
 ) -> RunFolder:
-    """Checks the run as ``nemo-rao train`` does, with the paths under which this machine knows its files.
+    """Check the run as ``nemo-rao train`` does, with the paths under which this machine knows its files.
 
     Args:
         awaited: folders of runs that it is to wait for; what lies there need not be there yet.
@@ -271,7 +271,7 @@ def check_paths(
 
 
 def check_resume(config: RunConfig, folder: Path) -> None:
-    """Prints from where a run of this name would continue; what would change its numbers is refused.
+    """Print from where a run of this name would continue; what would change its numbers is refused.
 
     Checkpoints can be read under any parallelism, but the numbers then agree to rounding, not bit for bit. Whether a
     damaged one can be read, and whether the data has changed, the job sees.
@@ -290,7 +290,7 @@ def check_resume(config: RunConfig, folder: Path) -> None:
 
 
 def _check_no_job(folder: Path) -> None:
-    """Refuses a second job in a folder, which would write over the first one's files."""
+    """Refuse a second job in a folder, which would write over the first one's files."""
     records = read_records(folder)
     for state in slurm.job_states(records[-1].job) if records else []:
         if state.is_active:

@@ -53,7 +53,7 @@ class JobState:
 
 
 def call(*command: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a command; its exit code is for the caller to read.
+    """Run a command; its exit code is for the caller to read.
 
     Raises:
         UserError: the command is not on this machine, or does not answer.
@@ -70,7 +70,7 @@ def call(*command: str, given: str | None = None) -> subprocess.CompletedProcess
 
 
 def check_script(script: str) -> None:
-    """Asks SLURM whether it would take this script; nothing is submitted.
+    """Ask SLURM whether it would take this script; nothing is submitted.
 
     Raises:
         UserError: it would not: in SLURM's words.

@@ -26,7 +26,7 @@ _PARTS_OF_TRAINING = ("megatron-core", "nemo-toolkit", "megatron-bridge")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Prints what works here. Returns 0 if training does, 1 if it does not, and says why on stderr.
+    """Print what works here. Returns 0 if training does, 1 if it does not, and says why on stderr.
 
     Raises:
         UserError: an option cannot be used.

@@ -167,7 +167,7 @@ def one_line(error: BaseException) -> str:
 
 
 def main(name: str) -> None:
-    """Runs one probe; what it found, or its error, is the only thing on stdout."""
+    """Run one probe; what it found, or its error, is the only thing on stdout."""
     answer = os.dup(1)
     os.dup2(2, 1)  # what packages print while they are imported
     try:

@@ -63,7 +63,7 @@ def requirements(engine: str | None) -> list[Requirement]:
 
 
 def bridge_range() -> str:
-    """Releases of Megatron-Bridge that are tested, as pip writes them."""
+    """Release of Megatron-Bridge that are tested, as pip writes them."""
     (first, (major, minor)) = BRIDGE_TESTED
     return f">={first[0]}.{first[1]},<{major}.{minor + 1}"
 

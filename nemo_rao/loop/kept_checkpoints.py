@@ -168,7 +168,7 @@ class KeepCheckpoints(Hook):
         return -value if higher_is_better else value
 
     def _wanted(self) -> set[str]:
-        """Names of the best and the newest; of a link, also what it names."""
+        """Name of the best and the newest; of a link, also what it names."""
         names = {*self._best, *([self._last] if self._last else [])}
         links = [self._folder / name for name in names]
         return names | {link.readlink().name for link in links if link.is_symlink()}

@@ -36,7 +36,7 @@ def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def draw_start(adapter: Any, name: str, seed: int) -> None:
-    """Draws the start of ``A`` from (seed, name): the same whole matrix under any TP, PP and DP. ``B`` starts at 0.
+    """Draw the start of ``A`` from (seed, name): the same whole matrix under any TP, PP and DP. ``B`` starts at 0.
 
     Normal, with Xavier's variance ``2 / (in + dim)`` of the whole matrix.
     """
@@ -55,7 +55,7 @@ def draw_start(adapter: Any, name: str, seed: int) -> None:
 
 
 def store_by_layer(adapter: Any, number: int) -> None:
-    """Gives an adapter of layer ``number`` a place of its own in checkpoints.
+    """Give an adapter of layer ``number`` a place of its own in checkpoints.
 
     Megatron stores a weight of all layers as one tensor, ``[layers, ...]``, which cannot have gaps.
     """
@@ -82,7 +82,7 @@ def _split_at_layer(prefix: str) -> tuple[str, str, str]:
 
 
 def store_as_vocabulary(adapter: Any) -> None:
-    """Lets the adapter of the output layer be read under another TP: its rows are padded to a multiple of it."""
+    """Let the adapter of the output layer be read under another TP: its rows are padded to a multiple of it."""
     original = adapter.linear_out.sharded_state_dict
 
     def sharded_state_dict(prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
@@ -94,12 +94,12 @@ def store_as_vocabulary(adapter: Any) -> None:
 
 
 def show_weight(wrapper: Any) -> None:
-    """Lets a wrapped output layer's weight be found where it was: with tied embeddings the model asks for it."""
+    """Let a wrapped output layer's weight be found where it was: with tied embeddings the model asks for it."""
     vars(wrapper)["weight"] = wrapper.to_wrap.weight  # not registered a second time
 
 
 def let_embeddings_need_gradients(model: Any) -> None:
-    """Lets the first of several recomputed layers have a gradient where all weights below it are frozen.
+    """Let the first of several recomputed layers have a gradient where all weights below it are frozen.
 
     A recomputed layer is one function to autograd, whose output needs a gradient only if its input does: without this,
     no adapter of the first pipeline stage would be trained.

@@ -96,7 +96,7 @@ class DelayedScales:
         return same, same
 
     def update(self, operands: slice) -> None:
-        """Makes scales of the history with the newest values, and moves it on by one place."""
+        """Make scales of the history with the newest values, and moves it on by one place."""
         history = self.state[1:, operands]
         amax = history.amax(0) if self._simulation.amax_compute_algo == "max" else history[0].clone()
         limits = [largest(self._simulation.dtype(operand)) for operand in range(3)[operands]]
@@ -225,7 +225,7 @@ class Fp8Linear(torch.nn.Module):
         return self.scales.state.clone() if isinstance(self.scales, DelayedScales) else None
 
     def set_extra_state(self, state: Any) -> None:
-        """Takes a kept state; leaves its own where there is none, or one of another length: it begins anew then."""
+        """Take a kept state; leaves its own where there is none, or one of another length: it begins anew then."""
         if isinstance(self.scales, DelayedScales) and isinstance(state, Tensor):
             own = self.scales.state
             own.copy_(state if state.shape == own.shape else own)

@@ -75,7 +75,7 @@ def context_group(setting: Setting) -> Group:
 
 
 def shards_group(setting: Setting) -> Group:
-    """Copies of the model, context-parallel ranks included."""
+    """Copy of the model, context-parallel ranks included."""
     return _group(setting, setting.shards, setting.tensor)
 
 
@@ -88,7 +88,7 @@ def expert_group(setting: Setting) -> Group:
 
 
 def expert_shards_group(setting: Setting) -> Group:
-    """Copies of the same experts."""
+    """Copy of the same experts."""
     return _group(setting, setting.expert_shards, setting.of_expert * setting.expert)
 
 

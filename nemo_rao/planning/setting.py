@@ -158,7 +158,7 @@ class Setting:
 
     @property
     def data(self) -> int:
-        """Copies of the model."""
+        """Copy of the model."""
         return self.ranks // (self.tensor * self.pipeline * self.context)
 
     @property

@@ -114,13 +114,13 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished_files(folder: Path) -> None:
-    """Removes what killed processes have left of files in the folder. Only where nobody is writing one."""
+    """Remove what killed processes have left of files in the folder. Only where nobody is writing one."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path, *, unfinished: bool) -> None:
-    """Removes a folder where that is allowed; no reader sees half of it.
+    """Remove a folder where that is allowed; no reader sees half of it.
 
     Args:
         unfinished: also what killed processes have left of it. Only where nobody is writing it.
@@ -134,7 +134,7 @@ def remove_folder(path: Path, *, unfinished: bool) -> None:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
-    """Lets one process in; those that come with the same path wait until it has left, or has died. The folders above
+    """Let one process in; those that come with the same path wait until it has left, or has died. The folders above
     the path are there meanwhile; nothing is left of them where they stay empty.
 
     Not the package ``filelock``: on file systems without locks it tries for ever; here nobody waits there.

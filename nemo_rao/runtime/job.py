@@ -99,7 +99,7 @@ def supervised() -> Iterator[None]:
 
 
 def _leave_if_others_have() -> None:
-    """Takes a failure within the first step for that of a rank that has left, where all were asked to stop.
+    """Take a failure within the first step for that of a rank that has left, where all were asked to stop.
 
     Nothing is lost, and a failure of this rank's own comes back in the next attempt.
     """
@@ -113,7 +113,7 @@ def _leave_if_others_have() -> None:
 
 
 def note_failure(text: str) -> None:
-    """Leaves the words for the batch script, unless another rank has: who fails first is the cause."""
+    """Leave the words for the batch script, unless another rank has: who fails first is the cause."""
     folder = job_folder()
     if folder is None:
         return
@@ -124,13 +124,13 @@ def note_failure(text: str) -> None:
 
 
 def leave_if_stopped() -> None:
-    """Ends this rank where the run has stopped and saved, before it is taken for finished."""
+    """End this rank where the run has stopped and saved, before it is taken for finished."""
     if REQUEST.stopped_at is not None:
         leave_stopped(f"saved after step {REQUEST.stopped_at}")
 
 
 def leave_stopped(text: str) -> NoReturn:
-    """Ends this rank with a word for the batch script.
+    """End this rank with a word for the batch script.
 
     The exit code is 0: srun signals the others, too, when one rank has failed, and gives another code then. By that
     the batch script knows a job that was stopped from one that has failed.

@@ -70,7 +70,7 @@ class PartFile:
         self._synced_at, self._synced_end = time.monotonic(), self._end
 
     def append(self, records: Iterable[Any]) -> None:
-        """Adds finished items, in order.
+        """Add finished items, in order.
 
         Raises:
             UserError: the disk is full, or another fault of it; whole items are kept.
@@ -135,7 +135,7 @@ class PartFile:
             pass
 
     def _read(self, header: bytes) -> int:
-        """Counts the finished items of the file as it is. Returns the byte after the last of them, or the header."""
+        """Count the finished items of the file as it is. Returns the byte after the last of them, or the header."""
         end = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):

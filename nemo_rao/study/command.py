@@ -19,7 +19,7 @@ from nemo_rao.training.several_runs import print_table
 
 
 def main(arguments: argparse.Namespace, planning: argparse.Namespace | None) -> int:
-    """Runs a study, or lists what it would do.
+    """Run a study, or lists what it would do.
 
     Args:
         planning: options of ``nemo-rao plan`` for estimates of time.
@@ -54,7 +54,7 @@ def main(arguments: argparse.Namespace, planning: argparse.Namespace | None) -> 
 
 
 def list_steps(made: Plan, planning: argparse.Namespace | None) -> None:
-    """Prints the data, the runs with what is left of each, and the policies to sample."""
+    """Print the data, the runs with what is left of each, and the policies to sample."""
     from rich.table import Table
 
     from nemo_rao.study.estimate import expected
@@ -88,7 +88,7 @@ def list_steps(made: Plan, planning: argparse.Namespace | None) -> None:
 
 
 def report_run(arguments: argparse.Namespace) -> int:
-    """Writes the report of one run.
+    """Write the report of one run.
 
     Raises:
         UserError: the directory is not that of a run, or the output exists and is not a report.

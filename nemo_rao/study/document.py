@@ -78,7 +78,7 @@ class Document:
 
 
 def write_markdown(document: Document, path: Path) -> None:
-    """Writes the page, and its figures into ``figures`` beside it."""
+    """Write the page, and its figures into ``figures`` beside it."""
     for block in document.blocks:
         if isinstance(block, Figure):
             write_atomically(path.parent / FIGURES / f"{block.name}.svg", block.svg)

@@ -25,7 +25,7 @@ RECORD = "made.json"
 
 
 def check_data(data: PlannedData, *, ready: bool) -> None:
-    """Checks what can be checked before the steps that the data needs.
+    """Check what can be checked before the steps that the data needs.
 
     Args:
         ready: whether it needs none.
@@ -51,7 +51,7 @@ def check_data(data: PlannedData, *, ready: bool) -> None:
 
 
 def make_data(data: PlannedData) -> bool:
-    """Makes the data; returns whether there was anything to do.
+    """Make the data; returns whether there was anything to do.
 
     Raises:
         UserError: it cannot be made, or it exists and its input or scorers have changed since.

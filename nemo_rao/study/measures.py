@@ -64,5 +64,5 @@ def series(records: Records, name: str) -> tuple[list[float], list[float]]:
 
 
 def logged(runs: Iterable[Records]) -> set[str]:
-    """Names of the metrics that any run has logged."""
+    """Name of the metrics that any run has logged."""
     return {name for records in runs for record in records for name in record}

@@ -27,7 +27,7 @@ Composed = dict[tuple[str, tuple[str, ...]], RunConfig]  # recipe and overrides 
 
 
 def plan(study: Study, out: str | None = None) -> Plan:
-    """Composes all runs.
+    """Compose all runs.
 
     Args:
         out: directory of the results; ``None``: the file's, or ``runs/study/NAME``.
@@ -69,7 +69,7 @@ def _steps(layout: Layout) -> Iterator[StudyRun | PlannedData]:
 
 
 def _needs_of_arm(study: Study, name: str) -> list[str]:
-    """Names of the arms and files that an arm refers to."""
+    """Name of the arms and files that an arm refers to."""
     arm = study.arms[name]
     found = [arm.start] if arm.start is not None and arm.start in study.arms else []
     for key, value in arm.set.items():

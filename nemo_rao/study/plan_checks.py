@@ -27,7 +27,7 @@ _SET_BY_STUDY = {
 
 
 def refuse_keys_of_study(where: str, keys: Iterable[str]) -> None:
-    """Refuses overrides of keys that the study sets for each run.
+    """Refuse overrides of keys that the study sets for each run.
 
     Args:
         where: the mapping that has them, for errors.
@@ -41,7 +41,7 @@ def refuse_keys_of_study(where: str, keys: Iterable[str]) -> None:
 
 
 def check_common(made: Plan) -> None:
-    """Refuses a common key that no arm reads."""
+    """Refuse a common key that no arm reads."""
     one_of_each = list({run.arm: run for run in made.runs}.values())
     for key, value in made.study.keys.common.items():
         refusals = []
@@ -55,7 +55,7 @@ def check_common(made: Plan) -> None:
 
 
 def check_runs_differ(made: Plan) -> None:
-    """Refuses two arms that would train the same run."""
+    """Refuse two arms that would train the same run."""
     seen: dict[str, str] = {}
     for arm in made.study.arms:
         config = copy.deepcopy(made.runs_of(arm)[0].config)
@@ -66,14 +66,14 @@ def check_runs_differ(made: Plan) -> None:
 
 
 def check_relations(made: Plan) -> None:
-    """Refuses relations over keys that an arm does not have."""
+    """Refuse relations over keys that an arm does not have."""
     for name, relation in made.study.relations.items():
         for arm in relation.arms or made.compared:
             key_value(made.runs_of(arm)[0].config, relation.over, f"relations.{name}.over")
 
 
 def check(made: Plan) -> None:
-    """Checks every run as far as possible before the study's own data and runs exist. Writes nothing.
+    """Check every run as far as possible before the study's own data and runs exist. Writes nothing.
 
     Raises:
         UserError: the first mistake, with the study file and the arm.

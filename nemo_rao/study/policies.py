@@ -47,7 +47,7 @@ class Policy:
 
 
 def check_samples(samples: Samples, prompts: str, scorer: str, *, ready: bool) -> None:
-    """Checks what can be checked before any policy exists.
+    """Check what can be checked before any policy exists.
 
     Args:
         prompts, scorer: with references resolved.
@@ -68,7 +68,7 @@ def check_samples(samples: Samples, prompts: str, scorer: str, *, ready: bool) -
 
 
 def check_tasks(tasks: Tasks) -> None:
-    """Refuses tasks that lm-evaluation-harness does not have. Imports it, in a child process.
+    """Refuse tasks that lm-evaluation-harness does not have. Imports it, in a child process.
 
     Raises:
         UserError: a task is unknown, or the library is not installed.
@@ -86,7 +86,7 @@ def _find_tasks(task_manager: Callable[..., Any], names: Sequence[str], include_
 def examine(
     folder: Path, policy: Policy, samples: Samples | None, prompts: str, scorer: str, tasks: Tasks | None
 ) -> None:
-    """Samples, scores and evaluates one policy; returns at once if that is done.
+    """Sample, scores and evaluates one policy; returns at once if that is done.
 
     Args:
         folder: of the study.
@@ -170,7 +170,7 @@ def _made_from(
 
 
 def _remove_results(folder: Path, policy: Policy) -> None:
-    """Removes what was made from another checkpoint, or with other settings."""
+    """Remove what was made from another checkpoint, or with other settings."""
     for file in (folder / SAMPLES).glob(f"{policy.name}.*"):
         if file.is_file():
             file.unlink()

@@ -51,7 +51,7 @@ def score_rows(job: Job) -> None:
 
 
 def score_samples(raw: Path, output: Path, scorer: str, model_of_ratio: Path | None) -> None:
-    """Scores samples; the implicit reward of ``model_of_ratio`` becomes a column of weight 0."""
+    """Score samples; the implicit reward of ``model_of_ratio`` becomes a column of weight 0."""
     if model_of_ratio is None:
         score_rows(Job(str(raw), output, [scorer]))
     else:

@@ -13,7 +13,7 @@ _REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 
 
 def references(value: Any, study: Study, where: str, *, per_seed: bool = True) -> list[str]:
-    """Names that a value refers to, each once.
+    """Name that a value refers to, each once.
 
     Args:
         value: of YAML; mappings and lists are searched.

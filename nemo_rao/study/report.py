@@ -23,7 +23,7 @@ RESULTS, MARKDOWN, PAGE = "results.json", "report.md", "report.html"
 
 
 def write_report(made: Plan, results: Mapping[str, Any]) -> None:
-    """Writes ``results.json``, ``report.md`` and ``report.html`` into the study's directory."""
+    """Write ``results.json``, ``report.md`` and ``report.html`` into the study's directory."""
     write_atomically(made.folder / RESULTS, json.dumps(_plain(results), indent=1) + "\n")
     document = study_document(made, results)
     write_markdown(document, made.folder / MARKDOWN)
@@ -116,7 +116,7 @@ def _arrow(results: Mapping[str, Any], name: str) -> str:
 
 
 def _absent_measures(results: Mapping[str, Any]) -> Iterator[Block]:
-    """Names measures without any value, whose columns are empty."""
+    """Name measures without any value, whose columns are empty."""
     compared = [run for run in results["runs"] if not results["arms"][run["arm"]]["once"]]
     if all(run["state"] == "failed" for run in compared):
         return

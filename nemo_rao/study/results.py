@@ -124,7 +124,7 @@ def _run(
 
 
 def _add_findings(made: Plan, outcomes: Mapping[str, Outcome], runs: Sequence[dict[str, Any]]) -> None:
-    """Puts what was found with a run's policy among its measures: tasks of lm-evaluation-harness, the log-ratio."""
+    """Put what was found with a run's policy among its measures: tasks of lm-evaluation-harness, the log-ratio."""
     of_run, samples = {run["name"]: run for run in runs}, made.study.samples
     for step, policy in policies_of(made).items():
         if outcomes[step].state == "failed" or policy.name not in of_run:

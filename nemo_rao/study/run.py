@@ -38,7 +38,7 @@ class Outcome:
 
 
 def check_steps(made: Plan) -> None:
-    """Checks data to be made, samples and tasks; runs are checked by :func:`nemo_rao.study.plan.check`.
+    """Check data to be made, samples and tasks; runs are checked by :func:`nemo_rao.study.plan.check`.
 
     Raises:
         UserError: the first mistake, with the study file and the key.
@@ -56,7 +56,7 @@ def check_steps(made: Plan) -> None:
 
 
 def run_steps(made: Plan) -> dict[str, Outcome]:
-    """Makes, trains, samples and evaluates what is not finished. Step -> how it ended.
+    """Make, trains, samples and evaluates what is not finished. Step -> how it ended.
 
     Policies are steps, too, named by :func:`policies_of`.
 

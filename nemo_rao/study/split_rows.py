@@ -23,7 +23,7 @@ TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 
 
 def split_rows(source: str, folder: Path, held_out: float, columns: Mapping[str, str]) -> None:
-    """Writes both files.
+    """Write both files.
 
     Args:
         source: in any form of ``data.train_path``.

@@ -117,7 +117,7 @@ def wins(
     lengths: Sequence[Sequence[float]],
     other_lengths: Sequence[Sequence[float]],
 ) -> Wins:
-    """Compares every sample of a prompt with every one of the other policy's samples of it.
+    """Compare every sample of a prompt with every one of the other policy's samples of it.
 
     Args:
         scores, other: for each prompt the scores of its samples, NaN for a sample without a score, which is left out.

@@ -41,7 +41,7 @@ Section = TypeVar("Section", bound="DataclassInstance")
 
 
 def load_study(given: str, overrides: Sequence[str] = ()) -> Study:
-    """Reads and checks a study file.
+    """Read and checks a study file.
 
     Args:
         given: a file, or the name of one of the package's studies.

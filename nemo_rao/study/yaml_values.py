@@ -44,7 +44,7 @@ def read_values(path: Path, extended_by: Sequence[Path] = ()) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], text: str) -> None:
-    """Sets one key of the study; any other key is a recipe's and goes into ``common``.
+    """Set one key of the study; any other key is a recipe's and goes into ``common``.
 
     Args:
         values: changed in place.

@@ -193,7 +193,7 @@ def test_a_hugging_face_folder_in_a_checkpoints_place_is_answered_with_the_comma
     assert remedy in refusal(capsys, *train, f"model.restore_from_path={source}")
     assert "nemo-rao import-hf org/name DEST" in refusal(capsys, *train, "model.restore_from_path=org/name")
     scored = ("score", data / "train.jsonl", tmp_path / "scored.jsonl", "--scorer", f"model:{source}")
-    assert "import the model with nemo-rao import-hf" in refusal(capsys, *scored)
+    assert "Import the model with nemo-rao import-hf" in refusal(capsys, *scored)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert "model.restore_from_path takes it" in refusal(capsys, "import-hf", tmp_path / "run", tmp_path / "made")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "empty", "run"} - {"empty"}

@@ -6,7 +6,7 @@ import types
 
 
 def patch_nemo() -> None:
-    """Imports of NeMo what it has to change. After Megatron is on the CPU."""
+    """Import of NeMo what it has to change. After Megatron is on the CPU."""
     from nemo.collections.llm.peft import lora
     from nemo.collections.llm.peft import utils as peft_utils
     from nemo.lightning.io import pl as nemo_io

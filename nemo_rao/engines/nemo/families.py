@@ -74,7 +74,7 @@ def config_of_family(family: str, fields: Mapping[str, Any], **more: Any) -> GPT
 
 
 def check_fields(config_class: type[GPTConfig], names: Mapping[str, Any]) -> None:
-    """Refuses fields that a class does not have."""
+    """Refuse fields that a class does not have."""
     known = {field.name for field in dataclasses.fields(config_class)}
     for name in names:
         if name not in known:

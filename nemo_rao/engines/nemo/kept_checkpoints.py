@@ -97,7 +97,7 @@ class StepCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)  # where all ranks meet
 
     def _wanted(self, trainer: Any, *, with_start: bool = True) -> set[str]:
-        """Names of the best and the newest, and of what the run continues from; of a link, also what it names."""
+        """Name of the best and the newest, and of what the run continues from; of a link, also what it names."""
         if self.save_top_k == -1:
             return set(self._written)
         paths = [*self.best_k_models, self.best_model_path, self.last_model_path]
