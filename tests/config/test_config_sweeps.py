@@ -156,7 +156,10 @@ def test_a_grid_without_multirun_is_refused_with_the_remedy(override: str) -> No
         (("model.objective=dpo,ipo", "model.dpo.beta=0.1,0.5"), ("model.objective=ipo does not read model.dpo.beta",)),
         (("exp_manager.name=a,b",), ("exp_manager.name=a", "the same for all runs")),
         (("exp_manager.exp_dir=a,b",), ("exp_manager.exp_dir=a", "the same for all runs")),
-        (("model.dpo.beta=1,1.0",), ("model.dpo.beta=1.0: gives the same run or run name, gpt_dpo-beta=1.0, as model.dpo.beta=1.",)),
+        (
+            ("model.dpo.beta=1,1.0",),
+            ("model.dpo.beta=1.0: gives the same run or run name, gpt_dpo-beta=1.0, as model.dpo.beta=1.",),
+        ),
         (("data.train_path=a/b,a_b",), ("data.train_path=a_b", "the same run or run name, gpt_dpo-train_path=a_b")),
         (("model.restore_from_path=runs/s-beta=1,runs/s-beta=2",), ("runs/s-beta=1,runs/s-beta=2", "each in quotes")),
         (("model.dpo.beta=interval(0.1,1)",), ("interval(0.1,1)", "write them out")),

@@ -155,7 +155,11 @@ def _die_at_the_second_checkpoint(keys: list[str]) -> None:
             ["model.ppo.critic_path=null", "model.restore_from_path=null", "model.ppo.kl_coef=0"],
             "critic=model: needs a checkpoint to start from, but model.ppo.critic_path and model.restore_from_path are",
         ),
-        ({"scheme: none": "scheme: lora"}, [], r"rm: trained only adapters \(lora\). Name a run that trained all weights"),
+        (
+            {"scheme: none": "scheme: lora"},
+            [],
+            r"rm: trained only adapters \(lora\). Name a run that trained all weights",
+        ),
         ({}, ["model.seq_length=128"], "trained with model.seq_length=64, but samples with their prompts may have 128"),
         ({"chat_template: auto": "chat_template: never"}, [], "rm: was trained with data.chat_template=never"),
         ({"/tokenizer ": "/other "}, [], "tokens are missing there or have other ids; train the critic's run with"),
