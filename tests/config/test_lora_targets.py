@@ -244,7 +244,7 @@ def test_a_chain_of_adapters_leads_to_the_base(tmp_path: Path) -> None:
     for file in (first / "weights").iterdir():
         file.unlink()
     (first / "weights").rmdir()
-    with pytest.raises(UserError, match=r"trained on .*step=2-last, which is gone; .*--base"):
+    with pytest.raises(UserError, match=r"trained on .*step=2-last, which no longer exists. .*--base"):
         base_of_adapters(second, "CHECKPOINT")
     assert base_of_adapters(second, "CHECKPOINT", str(whole)) == whole
     (run_folder / "recipe.yaml").write_text(to_yaml(compose("gpt_sft", [f"model.restore_from_path={whole}"])))
@@ -255,7 +255,7 @@ def test_adapters_that_are_each_others_base_are_refused(tmp_path: Path) -> None:
     one, other = tmp_path / "a" / "one", tmp_path / "b" / "other"
     checkpoint(one, base=other)
     checkpoint(other, base=one)
-    with pytest.raises(UserError, match="put it back, or name a copy"):
+    with pytest.raises(UserError, match="Restore it, or name a copy"):
         base_of_adapters(one, "CHECKPOINT")
 
 
@@ -270,7 +270,7 @@ def test_adapters_go_with_the_weights_that_they_were_trained_on(tmp_path: Path) 
     with pytest.raises(UserError, match=r"trained on .*base, and the weights of .*other are others"):
         base_of_adapters(trained, "CHECKPOINT", str(other))
     whole.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"run: .*trained on .*base, which is gone"):
+    with pytest.raises(UserError, match=r"run: .*trained on .*base, which no longer exists"):
         base_on_resume(trained, other, "run")
     assert base_on_resume(trained, tmp_path / "moved", "run") == tmp_path / "moved"
 

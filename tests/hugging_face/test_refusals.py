@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_not_exported(
         shutil.rmtree(folder / "tokenizer")
 
     for name, spoil, said in (
-        ("cut", lambda folder: cut(next((folder / "weights").glob("__0_*.distcp")), 1000), "is not whole"),
+        ("cut", lambda folder: cut(next((folder / "weights").glob("__0_*.distcp")), 1000), "is incomplete"),
         ("nameless", nameless, "model.yaml is missing"),
         ("another", rename, f"is a {other.rpartition('.')[2]}, which cannot be exported"),
     ):

@@ -309,7 +309,7 @@ def test_a_resume_under_another_parallelism_is_allowed_and_said(
     assert main(["launch", "cluster=slurm", "cluster.partition=a", "--dry-run", *data, *split]) == 0
     said, error = capfd.readouterr()
     assert not error
-    assert "continues from" in said and "model.tensor_model_parallel_size 1 -> 2" in said
+    assert "resumes from" in said and "model.tensor_model_parallel_size 1 -> 2" in said
     assert "numbers agree to rounding, not bit for bit" in said
 
 
