@@ -199,7 +199,7 @@ def stored_adapters(shapes: Mapping[str, Sequence[int]], num_layers: int) -> dic
 
 
 def _adapted_by(adapter: str) -> str:
-    """Map ``....linear_qkv.adapter`` to ``....linear_qkv``, ``....linear_qkv.adapter.adapter_k`` to ``....linear_k``."""
+    """Map ``....linear_qkv.adapter`` to ``....linear_qkv``, ``....linear_qkv.adapter.adapter_k`` to ``...linear_k``."""
     name, _, part = adapter.removesuffix(".adapter").partition(".adapter.adapter_")
     before, dot, layer = name.rpartition(".")
     return before + dot + next((one for one in SPLIT.get(layer, ()) if part and one.endswith(f"_{part}")), layer)
