@@ -242,7 +242,7 @@ def check_paths(
         )
     if re.search(r"[%\\]", str(folder)):
         raise UserError(
-            f"exp_manager: {folder}: must not contain % or \\, which are special in SLURM's log names. Use another directory."
+            f"exp_manager: {folder}: must not contain % or \\, special in log names of SLURM. Choose another."
         )
 
     def here(key: str, value: Any) -> Any:

@@ -464,14 +464,17 @@ def test_a_model_that_there_is_not_is_named_with_the_nearest(refused: Callable[.
 
 @needs_nemo
 def test_a_model_that_nemo_does_not_have_is_named(refused: Callable[..., str]) -> None:
-    has(refused("model.family=gpt_oss"), "model.family=gpt_oss: NeMo's engine does not offer it; it offers llama, mis")
+    has(
+        refused("model.family=gpt_oss"),
+        "model.family=gpt_oss: is not supported by NeMo's engine. It supports llama, mis",
+    )
     has(refused("model.config_class=LlamaConfg"), "model.config_class", "'LlamaConfg'", "did you mean LlamaConfig?")
 
 
 @needs_bridge
 def test_a_class_of_nemo_is_refused_without_it(refused: Callable[..., str]) -> None:
     message = refused("model.config_class=LlamaConfig")
-    has(message, "model.config_class", "a class of NeMo", "set model.family and model.arch instead")
+    has(message, "model.config_class", "a class of NeMo", "Set model.family and model.arch")
 
 
 @needs_nemo

@@ -263,7 +263,7 @@ def test_prompts_that_cannot_be_used_are_told_with_their_line(
         ("config.json", "has no config.json"),
         ("model.safetensors", "has no weights"),
         ("pickled", "pytorch_model.bin is pickled, and pickles can run code"),
-        ("cut", "bytes; copy, export or download the model again"),
+        ("cut", "bytes. Copy, export or download the model again"),
         ("shard", "model-2.safetensors is missing"),
         ("whole beside shards", "has both model.safetensors and model.safetensors.index.json"),
         pytest.param("rotary per layer", "rope_parameters differs by kind of layer", marks=needs_transformers_4),

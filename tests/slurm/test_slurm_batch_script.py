@@ -221,7 +221,7 @@ def refused(
         ),
         ("partition: a\n", ("model.rao.beta=0",), ("model.rao.beta=0", "> 0")),
         ("partition: a\n", ("data.train_path=no.jsonl",), ("data.train_path", "no.jsonl")),
-        ("partition: a\n", ("exp_manager.exp_dir=100%",), ("special in SLURM's log names",)),
+        ("partition: a\n", ("exp_manager.exp_dir=100%",), ("special in log names of SLURM",)),
         ("partition: a\n", ("--dependency", "afterok;17"), ("--dependency afterok;17", "afterok:17")),
         ("scheduler: local\n", ("--dependency", "afterok:17"), ("--dependency afterok:17", "cluster=NAME")),
         ("partition: a\n", ("-m", "trainer.devices=1,2"), ("trainer.devices=2", "Launch them separately")),

@@ -82,7 +82,7 @@ def test_a_metric_that_the_data_does_not_give_stops_the_run_at_the_first_checkpo
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     keep = {"monitor": "data/reward_chosen", "every_n_train_steps": 1}
     given = overrides(tmp_path, (f"data.train_path={path}", data[1]), start, "model.objective=dpo", **keep)
-    with pytest.raises(AssertionError, match=r"monitor=data/reward_chosen: this run's data gives no such metric"):
+    with pytest.raises(AssertionError, match=r"monitor=data/reward_chosen: this run does not log such a metric"):
         run_training("gpt_rao", given)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
