@@ -6,8 +6,8 @@
 
 with ``s = alpha / dim``. Adapters and their names in checkpoints are Bridge's. Its wrappers' computation is replaced
 where it is not correct for every run: canonical LoRA of some parts of a layer, or with an odd number of tokens on
-several TP ranks; DoRA if TP ranks share a layer's input, or if the layer has a bias. So is the checkpoint layout of both
-schemes for gated feed-forward layers, whose row order would depend on TP.
+several TP ranks; DoRA if TP ranks share a layer's input, or if the layer has a bias. So is the checkpoint layout of
+both schemes for gated feed-forward layers, whose row order would depend on TP.
 """
 
 from __future__ import annotations
