@@ -119,8 +119,8 @@ def digest_of_weights(checkpoint: Path) -> str:
     weights, metadata = weights_of(checkpoint), read_metadata(checkpoint)
     of_model = names_of_model(metadata.state_dict_metadata)
     parts = [
-        (place.relative_path, place.offset, place.length, index.fqn)
-        for index, place in metadata.storage_data.items()
+        (location.relative_path, location.offset, location.length, index.fqn)
+        for index, location in metadata.storage_data.items()
         if index.fqn in of_model
     ]
     digest = hashlib.sha256()
@@ -128,8 +128,8 @@ def digest_of_weights(checkpoint: Path) -> str:
         with (weights / name).open("rb") as file:
             for _, offset, length, tensor in of_file:
                 digest.update(f"{tensor}|{length}|".encode())
-                for place in _SAMPLED_AT:
-                    file.seek(offset + int(length * place))
+                for fraction in _SAMPLED_AT:
+                    file.seek(offset + int(length * fraction))
                     digest.update(file.read(min(_SAMPLE, length)))
     return digest.hexdigest()[:16]
 

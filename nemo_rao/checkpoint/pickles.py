@@ -60,10 +60,10 @@ def refuse_code(checkpoint: Path, key: str) -> None:
     try:
         if file.is_file():
             metadata = read_metadata(checkpoint)
-            for index, place in _objects(metadata):
-                file = weights / place.relative_path
+            for index, location in _objects(metadata):
+                file = weights / location.relative_path
                 if file.is_file():
-                    _read_object(file, place.offset, place.length, index.fqn)
+                    _read_object(file, location.offset, location.length, index.fqn)
         file = weights / "common.pt"
         if file.is_file():
             _read_object(file, 0, file.stat().st_size, "it")
@@ -125,8 +125,8 @@ def _objects(metadata: Any) -> list[tuple[Any, Any]]:
     """Return (index, location) of the objects stored beside the tensors."""
     kinds = metadata.state_dict_metadata
     return [
-        (index, place)
-        for index, place in metadata.storage_data.items()
+        (index, location)
+        for index, location in metadata.storage_data.items()
         if type(kinds.get(index.fqn)).__name__ == "BytesStorageMetadata"
     ]
 

@@ -139,16 +139,16 @@ def describe_heads(config: RunConfig, objective_config: Any, start_from: Path | 
     outputs = {SCORE_HEAD: needs.scores, VALUE_HEAD: int(needs.values is not None)}
     lines = []
     for name in HEADS:
-        wanted, said = outputs[name], name.replace("_", " ")
+        wanted, label = outputs[name], name.replace("_", " ")
         stored = next((shape for key, shape in shapes.items() if key.split(".")[-2:] == [name, "weight"]), None)
         if wanted and stored is not None and is_stored(name, (wanted, *stored[1:]), shapes):
-            lines.append(f"{said}: kept from the start")
+            lines.append(f"{label}: kept from the start")
         elif wanted:
             drawn = f"drawn from trainer.seed={config.trainer.seed}" if name == SCORE_HEAD else "at 0"
             why = "has none" if stored is None else f"has {stored[0]} outputs, {wanted} are needed"
-            lines.append(f"{said}: newly initialized, {drawn} (the start {why})")
+            lines.append(f"{label}: newly initialized, {drawn} (the start {why})")
         elif stored is not None:
-            lines.append(f"{said}: dropped, because {config.model.objective} has none")
+            lines.append(f"{label}: dropped, because {config.model.objective} has none")
     return lines
 
 

@@ -51,5 +51,5 @@ def last_words(log: Path) -> str:
     """Return the last line that the batch script itself logged; empty if there is none."""
     if not log.is_file():
         return ""
-    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("[nemo-rao] ")]
-    return said[-1].removeprefix("[nemo-rao] ") if said else ""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("[nemo-rao] ")]
+    return lines[-1].removeprefix("[nemo-rao] ") if lines else ""

@@ -79,7 +79,7 @@ def check_script(script: str) -> None:
     """
     answer = call("sbatch", "--test-only", given=script)
     if answer.returncode != 0:
-        raise UserError(f"sbatch rejects the job: {_said(answer.stderr)}")
+        raise UserError(f"sbatch rejects the job: {_message(answer.stderr)}")
 
 
 def submit(script: str) -> str:
@@ -90,7 +90,7 @@ def submit(script: str) -> str:
     """
     answer = call("sbatch", "--parsable", given=script)
     if answer.returncode != 0:
-        raise UserError(f"sbatch rejects the job: {_said(answer.stderr)}")
+        raise UserError(f"sbatch rejects the job: {_message(answer.stderr)}")
     return answer.stdout.strip().partition(";")[0]
 
 
@@ -100,7 +100,7 @@ def job_states(job: str) -> list[JobState]:
     if answer.returncode == 0:
         return [state for line in answer.stdout.splitlines() for state in _of_line(line)]
     if "invalid job id" not in answer.stderr.lower():
-        raise UserError(f"scontrol: {_said(answer.stderr)}")
+        raise UserError(f"scontrol: {_message(answer.stderr)}")
     # The controller soon forgets jobs; the accounting database, if there is one, keeps them.
     try:
         answer = call(
@@ -134,5 +134,5 @@ def _of_line(line: str) -> list[JobState]:
     return [JobState(job, state, attempts, value("NodeList"), value("RunTime"), value("TimeLimit"), value("Reason"))]
 
 
-def _said(text: str) -> str:
+def _message(text: str) -> str:
     return " ".join(text.replace("sbatch: error: ", "").replace("allocation failure: ", "").split())

@@ -82,10 +82,10 @@ def _driver(nvidia_smi: str | None) -> str | None:
         return None
     command = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+        versions = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return said[0] if said else None
+    return versions[0] if versions else None
 
 
 def _container() -> str | None:

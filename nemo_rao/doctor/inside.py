@@ -171,10 +171,10 @@ def main(name: str) -> None:
     answer = os.dup(1)
     os.dup2(2, 1)  # packages print while they are imported
     try:
-        told: Facts = {"facts": PROBES[name][0]()}
+        result: Facts = {"facts": PROBES[name][0]()}
     except Exception as error:  # a broken package can raise anything
-        told = {"error": one_line(error)}
+        result = {"error": one_line(error)}
     with os.fdopen(answer, "w") as out:
-        json.dump(told, out)
+        json.dump(result, out)
     sys.stderr.flush()
     os._exit(0)  # skip exit handlers of packages, which can hang

@@ -60,15 +60,15 @@ def probe(name: str, *, timeout: float) -> Probe:
         return Probe(f"not imported within {timeout:g} seconds")
     if done.returncode != 0 or not done.stdout:
         return Probe(_shortened(_ended(done.returncode, done.stderr)))
-    told = json.loads(done.stdout)
-    return Probe(_shortened(told["error"])) if "error" in told else Probe(None, facts=told["facts"])
+    result = json.loads(done.stdout)
+    return Probe(_shortened(result["error"])) if "error" in result else Probe(None, facts=result["facts"])
 
 
 def _ended(code: int, stderr: str) -> str:
     """Describe the end of a process that could not report an error."""
-    said = [line.strip() for line in stderr.splitlines() if line.strip()]
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return f"{what}: {said[-1]}" if said else what
+    return f"{what}: {lines[-1]}" if lines else what
 
 
 def _shortened(text: str) -> str:

@@ -48,10 +48,10 @@ def part_of_rank(batch: MicroBatch, size: int, rank: int) -> MicroBatch:
         return batch
     num_sequences, length = batch.tokens.shape
     own = torch.cat([torch.arange(start, end) for start, end in chunks_of_rank(length, size, rank)])
-    places = (torch.arange(num_sequences)[:, None] * length + own).flatten()
+    positions = (torch.arange(num_sequences)[:, None] * length + own).flatten()
     # Its last entry is for -1, no position.
     here = torch.full((num_sequences * length + 1,), -1)
-    here[places] = torch.arange(len(places))
+    here[positions] = torch.arange(len(positions))
     return dataclasses.replace(
         batch,
         tokens=batch.tokens[:, own],
@@ -66,8 +66,8 @@ def part_of_rank(batch: MicroBatch, size: int, rank: int) -> MicroBatch:
     )
 
 
-def _present(places: Tensor) -> Tensor:
-    return places[places >= 0]
+def _present(positions: Tensor) -> Tensor:
+    return positions[positions >= 0]
 
 
 def summed(parts: Tensor) -> Tensor:

@@ -73,9 +73,9 @@ def _hash_shard(shard: ShardedTensor, vocab_size: int) -> Tensor:
         data = dequantize_fp8_tensor(data)
     # The leading axes that sharding along layers adds exist only in the global shape.
     extra_axes = len(shard.global_shape) - data.dim()
-    place = 0
+    origin = 0
     for size, offset in zip(shard.global_shape[:extra_axes], shard.global_offset[:extra_axes], strict=True):
-        place = place * size + offset
+        origin = origin * size + offset
     local_offset = shard.global_offset[extra_axes:]
     if shard.allow_shape_mismatch:  # embedding and output layer, padded to a size that depends on TP
         data = data[: max(0, vocab_size - local_offset[0])]
@@ -84,7 +84,7 @@ def _hash_shard(shard: ShardedTensor, vocab_size: int) -> Tensor:
     for size in shard.global_shape[extra_axes + 1 :]:
         row_size *= size
     name_hash = int.from_bytes(
-        hashlib.sha256(f"{shard.key}|{place}|{data.dtype}".encode()).digest()[:8], "big", signed=True
+        hashlib.sha256(f"{shard.key}|{origin}|{data.dtype}".encode()).digest()[:8], "big", signed=True
     )
     if data.dim() == 0:
         data, local_offset = data.reshape(1), (0,)
@@ -101,9 +101,9 @@ def _hash_shard(shard: ShardedTensor, vocab_size: int) -> Tensor:
     for start in range(0, data.shape[0], rows_at_once):
         rows = data[start : start + rows_at_once]
         row_index = torch.arange(start, start + rows.shape[0], device=data.device) + local_offset[0]
-        places = (row_index * row_size).reshape([-1] + [1] * (data.dim() - 1)) + inner
+        indices = (row_index * row_size).reshape([-1] + [1] * (data.dim() - 1)) + inner
         bits = rows.contiguous().view(_BITS_DTYPE[rows.element_size()]).to(torch.int64)
-        total += _mix(places * _GOLDEN + name_hash + _mix(bits)).sum()
+        total += _mix(indices * _GOLDEN + name_hash + _mix(bits)).sum()
     return total
 
 

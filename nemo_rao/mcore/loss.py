@@ -66,10 +66,10 @@ def sequence_log_probs(
     Returns:
         ``([R], [R])``: prompt sums, response sums; the same on every tensor- and context-parallel rank.
     """
-    places, num_trained = batch.all_response_places, len(batch.all_response_places)
+    positions, num_trained = batch.all_response_places, len(batch.all_response_places)
     if prompts:
-        places = torch.cat([places, batch.all_prompt_places])
-    logps = _token_log_probs(output, batch, places, len(places) if prompt_gradient else num_trained, vocab_size)
+        positions = torch.cat([positions, batch.all_prompt_places])
+    logps = _token_log_probs(output, batch, positions, len(positions) if prompt_gradient else num_trained, vocab_size)
     response_sums = sums_at(logps, batch.response_places)
     if not prompts:
         response_logps = summed(response_sums)
@@ -84,17 +84,17 @@ def response_token_log_probs(output: ModelOutput, batch: MicroBatch, *, vocab_si
 
     The same on every tensor- and context-parallel rank. Carries a gradient.
     """
-    places = batch.all_response_places
-    logps = _token_log_probs(output, batch, places, len(places), vocab_size)
+    positions = batch.all_response_places
+    logps = _token_log_probs(output, batch, positions, len(positions), vocab_size)
     return summed(values_at(logps, batch.response_places))
 
 
 def _token_log_probs(
-    output: ModelOutput, batch: MicroBatch, places: Tensor, num_trained: int, vocab_size: int
+    output: ModelOutput, batch: MicroBatch, positions: Tensor, num_trained: int, vocab_size: int
 ) -> Tensor:
     """Compute ``[B, T]`` float32, nats; 0 except at ``[N]`` positions, of which the first ones carry a gradient."""
     length = batch.tokens.shape[1]
-    at_b, at_t = places // length, places % length
+    at_b, at_t = positions // length, positions % length
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "group": parallel_state.get_tensor_model_parallel_group(),

@@ -29,7 +29,7 @@ class _Part:
     Attributes:
         name: name of the tensor, with its layer's number.
         number: index of the part on its rank.
-        shape: shape of the tensor; places: range of the part in it, (start, end) along each axis.
+        shape: shape of the tensor; ranges: the part in it, (start, end) along each axis.
     """
 
     name: str
@@ -37,7 +37,7 @@ class _Part:
     number: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-    places: tuple[tuple[int, int], ...]
+    ranges: tuple[tuple[int, int], ...]
 
 
 def whole_tensors(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
@@ -67,8 +67,8 @@ def whole_tensors(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
             if rank == 0:
                 if whole is None:
                     whole = torch.empty(part.shape, dtype=part.dtype, device=own[0].data.device)
-                place = whole[tuple(slice(start, end) for start, end in part.places)]
-                place.copy_(data if part.rank == 0 else _received(place, part.rank))
+                target = whole[tuple(slice(start, end) for start, end in part.ranges)]
+                target.copy_(data if part.rank == 0 else _received(target, part.rank))
             elif part.rank == rank:
                 torch.distributed.send(data.contiguous(), 0)
         if whole is not None:
@@ -83,8 +83,8 @@ def _part(shard: ShardedTensor, rank: int, number: int) -> _Part:
     if extra:
         assert extra == 1 and rest != name, f"{name}: {shard.global_shape}"
         name = f"{_LAYERS}{shard.global_offset[0]}.{rest}"
-    places = tuple((start, start + size) for start, size in zip(shard.global_offset[extra:], data.shape, strict=True))
-    return _Part(name, rank, number, data.dtype, tuple(shard.global_shape[extra:]), places)
+    ranges = tuple((start, start + size) for start, size in zip(shard.global_offset[extra:], data.shape, strict=True))
+    return _Part(name, rank, number, data.dtype, tuple(shard.global_shape[extra:]), ranges)
 
 
 def _order(name: str) -> tuple[int, int, str]:

@@ -41,7 +41,7 @@ def read_json(file: Path, key: str) -> dict[str, Any]:
     return found
 
 
-def with_flat_rope(given: Mapping[str, Any], place: str) -> dict[str, Any]:
+def with_flat_rope(given: Mapping[str, Any], location: str) -> dict[str, Any]:
     """Convert config.json to ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` from ``rope_parameters``.
 
     Separate settings for layers with a window, as in Gemma 3, become ``rope_local_base_freq``. ``rope_scaling`` then
@@ -49,7 +49,7 @@ def with_flat_rope(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     reads and transformers 4 does not, is moved out of it.
 
     Args:
-        place: the file, for messages.
+        location: the file, for messages.
 
     Raises:
         UserError: layers differ in other ways, or the settings contradict each other.
@@ -60,22 +60,22 @@ def with_flat_rope(given: Mapping[str, Any], place: str) -> dict[str, Any]:
         base = new[_LOCAL]["rope_theta"]
         if found.setdefault(_LOCAL_BASE, base) != base:
             raise UserError(
-                f"{place}: {_LOCAL_BASE} is {found[_LOCAL_BASE]}, but {base} in {ROPE_PARAMETERS}. Remove one of them."
+                f"{location}: {_LOCAL_BASE} is {found[_LOCAL_BASE]}, but {base} in {ROPE_PARAMETERS}. Remove one."
             )
         new = new[_GLOBAL]
     settings = {
-        name: _flat(value, f"{place}: {name}") for name, value in ((ROPE_PARAMETERS, new), ("rope_scaling", old))
+        name: _flat(value, f"{location}: {name}") for name, value in ((ROPE_PARAMETERS, new), ("rope_scaling", old))
     }
     for name, values in settings.items():
         for moved in _MOVED:
             if (value := values.pop(moved, None)) is None:
                 continue
             if found.get(moved, value) not in (value, None):
-                raise UserError(f"{place}: {moved} is {found[moved]}, but {value} in {name}. Remove the wrong one.")
+                raise UserError(f"{location}: {moved} is {found[moved]}, but {value} in {name}. Remove the wrong one.")
             found[moved] = value
     scaling = settings["rope_scaling"] or settings[ROPE_PARAMETERS]
     if settings[ROPE_PARAMETERS] and settings["rope_scaling"] not in ({}, settings[ROPE_PARAMETERS]):
-        raise UserError(f"{place}: rope_scaling and {ROPE_PARAMETERS} differ. Remove the wrong one.")
+        raise UserError(f"{location}: rope_scaling and {ROPE_PARAMETERS} differ. Remove the wrong one.")
     if scaling.get("rope_type") == "default" and len(scaling) == 1:
         scaling = {}
     if {*settings} & {*given}:
@@ -93,23 +93,23 @@ def _unscaled(value: Any) -> bool:
     return isinstance(value, dict) and "rope_theta" in value and not set(value) - {"rope_theta", "rope_type"}
 
 
-def _flat(value: Any, place: str) -> dict[str, Any]:
+def _flat(value: Any, location: str) -> dict[str, Any]:
     """Return the settings of one rotary embedding, with ``rope_type`` for the older ``type``, without nulls."""
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise UserError(
-            f'{place}: must be an object such as {{"rope_type": "default"}}, but is {json.dumps(value)[:100]}.'
+            f'{location}: must be an object such as {{"rope_type": "default"}}, but is {json.dumps(value)[:100]}.'
         )
     if any(isinstance(inner, dict) for inner in value.values()):
         raise UserError(
-            f"{place} differs by kind of layer ({', '.join(map(str, value))}), which is not supported. Use a model "
+            f"{location} differs by kind of layer ({', '.join(map(str, value))}), which is not supported. Use a model "
             "with one rotary embedding for all layers."
         )
     found = {name: inner for name, inner in value.items() if inner is not None}
     kind = found.pop("type", None)
     if kind is not None and found.setdefault("rope_type", kind) != kind:
-        raise UserError(f"{place}: rope_type is {found['rope_type']}, but type is {kind}. Remove the wrong one.")
+        raise UserError(f"{location}: rope_type is {found['rope_type']}, but type is {kind}. Remove the wrong one.")
     if found and set(found) - set(_MOVED):
         found.setdefault("rope_type", "default")
     return found

@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 
 
-def sums_at(logps: Tensor, places: Tensor) -> Tensor:
+def sums_at(logps: Tensor, positions: Tensor) -> Tensor:
     """Sum log-probabilities over listed positions: of each prompt without t0, or of each response.
 
     Args:
         logps: ``[B, T]``, nats; any value, NaN included, at positions that are not listed.
-        places: ``[S, longest]`` int64, positions b * T + t; -1 for none. No position is in two rows. The order of
+        positions: ``[S, longest]`` int64, positions b * T + t; -1 for none. No position is in two rows. The order of
             summation over a row, and of its gradient, is the same on every device and for every layout of the batch.
 
     Returns:
         ``[S]``.
     """
-    return values_at(logps, places).sum(-1)
+    return values_at(logps, positions).sum(-1)
 
 
-def values_at(logps: Tensor, places: Tensor) -> Tensor:
+def values_at(logps: Tensor, positions: Tensor) -> Tensor:
     """Return ``[S, longest]`` log-probabilities at listed positions; 0 with zero gradient where there is none.
 
     For the arguments see :func:`sums_at`.
     """
     # Not a product with a mask: 0 * NaN is NaN, in the value and in the gradient.
-    return torch.where(places >= 0, logps.flatten()[places.clamp(min=0)], 0)
+    return torch.where(positions >= 0, logps.flatten()[positions.clamp(min=0)], 0)
 
 
 def to_prompts(

@@ -112,8 +112,10 @@ def _states(
             owned[expert] = [sum(pair) for pair in zip(owned[expert], owned_elements(buckets, shards), strict=True)]
     most = trained
     if distributed:
-        places = range(ranks.tensor * ranks.shards)
-        most = max(owned[False][place // ranks.tensor] + owned[True][place // ranks.of_experts] for place in places)
+        positions = range(ranks.tensor * ranks.shards)
+        most = max(
+            owned[False][position // ranks.tensor] + owned[True][position // ranks.of_experts] for position in positions
+        )
     return States(
         weights=(frozen + sum(sizes)) * param_bytes,
         gradients=sum(sizes) * grad_bytes,
@@ -131,34 +133,34 @@ class Bucket:
 
     start: int
     end: int
-    places: tuple[tuple[int, int], ...]
+    ranges: tuple[tuple[int, int], ...]
 
 
 def lay_out(parameters: Sequence[Parameter], *, data: int, distributed: bool, bucket_size: int | None) -> list[Bucket]:
     """Compute Megatron's layout of the trained parameters (megatron-core's ``_ParamAndGradBuffer``)."""
     buckets: list[Bucket] = []
-    places: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     start = at = 0
 
     def close() -> None:
         nonlocal start, at
         end = _up(at, math.lcm(data, 128)) if distributed else at
-        buckets.append(Bucket(start, end, tuple(places)))
-        places.clear()
+        buckets.append(Bucket(start, end, tuple(ranges)))
+        ranges.clear()
         start = at = end
 
     for parameter in reversed([one for one in parameters if one.trained]):
         alone = parameter.shared_embedding and distributed
         begins = _up(at, 64) if distributed else at
-        if alone and places:
+        if alone and ranges:
             at = begins
             close()
             begins = at
         at = begins + parameter.size
-        places.append((begins, at))
+        ranges.append((begins, at))
         if alone or (bucket_size is not None and at - start >= bucket_size):
             close()
-    if places:
+    if ranges:
         close()
     return buckets
 
@@ -168,7 +170,7 @@ def owned_elements(buckets: Sequence[Bucket], data: int) -> list[int]:
     owned = [0] * data
     for bucket in buckets:
         share = (bucket.end - bucket.start) // data
-        for begins, ends in bucket.places:
+        for begins, ends in bucket.ranges:
             for rank in range((begins - bucket.start) // share, -(-(ends - bucket.start) // share)):
                 low = bucket.start + rank * share
                 owned[rank] += max(0, min(ends, low + share) - max(begins, low))

@@ -71,7 +71,7 @@ def job_folder() -> Path | None:
     return Path(os.environ[FOLDER]) if FOLDER in os.environ else None
 
 
-def place() -> str:
+def rank_name() -> str:
     return f"rank {os.environ.get('SLURM_PROCID', '0')} on {socket.gethostname()}"
 
 
@@ -85,17 +85,17 @@ def supervised() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        note_failure(f"{place()}: error: {error}")
+        note_failure(f"{rank_name()}: error: {error}")
         _leave(report(error))
     except RankFailure as error:
         _leave_if_others_have()
-        note_failure(f"{place()}: {error}")
+        note_failure(f"{rank_name()}: {error}")
         _leave(report(error))
     except Exception:
-        said = traceback.format_exc()
-        print(said, file=sys.stderr, flush=True)
+        text = traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)
         _leave_if_others_have()
-        note_failure(f"{place()} failed:\n{said}")
+        note_failure(f"{rank_name()} failed:\n{text}")
         _leave(1)
 
 
@@ -181,7 +181,7 @@ class Watchdog:
             if idle <= self._seconds:
                 continue
             line = (
-                f"{place()} hangs: no progress for {idle:.0f} seconds (cluster.hang_minutes) since {self._what}; "
+                f"{rank_name()} hangs: no progress for {idle:.0f} seconds (cluster.hang_minutes) since {self._what}; "
                 "stacks of the ranks are at the end of their logs"
             )
             print(f"error: {line}", file=sys.stderr, flush=True)

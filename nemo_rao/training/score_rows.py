@@ -175,8 +175,8 @@ def _of_responses(encoder: Encoder, row: Row, encoded: Sample | UserError) -> li
         single = [replace(row, responses=(response,)) for response in row.responses]
         return [one for responses in _encode(encoder, single) for one in responses]
     reason = encoded.reason if isinstance(encoded, BoundaryError) else "cannot be rendered as in the run's training"
-    said = OPTIONS(str(encoded).removeprefix(f"{row.place}: "))
-    return [NoScore(reason, said.replace("response 1", "the response"))]  # the caller adds its number
+    detail = OPTIONS(str(encoded).removeprefix(f"{row.place}: "))
+    return [NoScore(reason, detail.replace("response 1", "the response"))]  # the caller adds its number
 
 
 def _unrewarded(kept: Sequence[_Encoded]) -> Sample:

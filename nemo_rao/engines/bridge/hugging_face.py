@@ -40,7 +40,7 @@ class Conversion:
 
     Args:
         config: transformers' config, with ``architectures``.
-        place: name of the model, for messages.
+        name: name of the model, for messages.
 
     Attributes:
         provider: Bridge's description of the Megatron model, on layers without Transformer Engine.
@@ -49,18 +49,18 @@ class Conversion:
         UserError: Bridge does not support the architecture, or only with Transformer Engine.
     """
 
-    def __init__(self, config: Any, place: str) -> None:
+    def __init__(self, config: Any, name: str) -> None:
         register_families()
         architecture = ", ".join(config.architectures or [f"model_type {config.model_type}"])
         if not AutoBridge.supports(config) or architecture not in AutoBridge.list_supported_models():
             raise UserError(
-                f"{place} is a {architecture}, which the installed {_release()} does not support. Use another model."
+                f"{name} is a {architecture}, which the installed {_release()} does not support. Use another model."
             )
-        self._place = place
+        self._name = name
         self._tied, self._vocab_size = bool(config.tie_word_embeddings), config.vocab_size
         self._bridge = AutoBridge.from_hf_config(config)
         self.provider = self._bridge.to_megatron_provider(load_weights=False)
-        parts = parts_of(self.provider, f"{place}: {architecture}")
+        parts = parts_of(self.provider, f"{name}: {architecture}")
         self.provider.transformer_layer_spec = functools.partial(layer_spec_without_te, parts=parts)
 
     def build(self, dtype: torch.dtype, **parallelism: Any) -> list[Any]:
@@ -122,7 +122,7 @@ class Conversion:
         except (ValueError, RuntimeError, KeyError) as error:  # raised for shapes; the class depends on the mapping
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{self._place}: the tensors do not fit config.json ({reason}). Download it again."
+                f"{self._name}: the tensors do not fit config.json ({reason}). Download it again."
             ) from None
 
     def tensors(self, chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
