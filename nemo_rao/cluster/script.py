@@ -37,13 +37,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_MININTERVAL": "30",  # seconds between lines of other packages' progress bars in a log
 }
-NOT_INHERITED = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-)  # set by a launcher around nemo-rao launch
+# Set by a launcher around nemo-rao launch.
+NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 _OURS = frozenset(
     (
         *("job-name", "partition", "account", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gres"),

@@ -117,9 +117,8 @@ class KeepCheckpoints(Hook):
         if is_last:
             self._last = link or name
         self._written |= {name, link} if link else {name}
-        unwanted = (
-            self._written - self._wanted() - {name}
-        )  # until they are removed, the checkpoint lists them as written
+        # Until these are removed, the checkpoint lists them as written.
+        unwanted = self._written - self._wanted() - {name}
         self._saved_step = session.step
         if session.is_first_rank:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -246,7 +246,7 @@ def _patch_megatron() -> None:
     name = "get_write_results_queue"  # before megatron-core 0.19 with an underscore
     setattr(filesystem_async, name if hasattr(filesystem_async, name) else f"_{name}", lambda *_: _WrittenPart())
 
-    # A router checks whether it is available, but only by an import that does not fail here.
+    # A router tests this name, which Megatron sets to None only if an import fails, and here it does not fail.
     vars(moe_utils).setdefault("te_general_gemm", None)
 
     # The sizes by which tokens are exchanged; those already on the CPU would remain a tensor, which collectives do not
@@ -275,9 +275,7 @@ def _patch_megatron() -> None:
         for name, value in _WITHOUT_FUSIONS.items():
             if name in config.__dataclass_fields__:
                 setattr(config, name, value)
-        if isinstance(
-            config.window_size, list
-        ):  # from recipes and checkpoints; hashable, because masks are cached by it
+        if isinstance(config.window_size, list):  # from YAML or JSON; masks are cached by it, so it must be hashable
             config.window_size = tuple(config.window_size)
         config.attention_backend = AttnBackend.auto  # the others select Transformer Engine's
         original(config)

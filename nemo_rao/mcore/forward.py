@@ -26,9 +26,8 @@ def made_ahead(batches: Iterable[MicroBatch]) -> Prefetcher[MicroBatch]:
 
 
 def _page_locked(batches: Iterable[MicroBatch], device: int) -> Iterator[MicroBatch]:
-    torch.cuda.set_device(
-        device
-    )  # the current device is per thread; the default would create a context on the first GPU
+    # The current device is per thread; the default would create a context on the first GPU.
+    torch.cuda.set_device(device)
     for batch in batches:
         yield _each_tensor(batch, Tensor.pin_memory)
 

@@ -62,7 +62,6 @@ def _states(model: Sequence[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
             if type(module).get_extra_state is nn.Module.get_extra_state:
                 continue
             state = module.get_extra_state()
-            if (
-                isinstance(state, Tensor) and state.numel()
-            ):  # layers that are not quantized have None or an empty tensor
+            # Layers that are not quantized have None or an empty tensor.
+            if isinstance(state, Tensor) and state.numel():
                 yield module, state

@@ -147,9 +147,8 @@ def stream_tokens(setting: Setting) -> int:
 def stored_layer(setting: Setting, adapted: frozenset[str] | None = None) -> int:
     """Bytes of a layer that is not fully recomputed. See :func:`layer_items`."""
     items = layer_items(setting, adapted)
-    if (
-        setting.recompute_granularity == "selective"
-    ):  # only attention: its inputs are kept, and its output by the next layer
+    # Selective recomputation recomputes attention: its inputs are kept, and its output as the next layer's input.
+    if setting.recompute_granularity == "selective":
         items["log-sum-exp"] = 0
     return sum(items.values())
 

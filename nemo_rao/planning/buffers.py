@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from nemo_rao.planning.parameters import Parameter, chunk_parameters
 from nemo_rao.planning.setting import Setting
 
-_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_PER_RANK = (
-    40_000_000,
-    1_000_000,
-)  # megatron-core's defaults with overlapped gradient reduction
+# megatron-core's defaults with overlapped gradient reduction.
+_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000
 ADAM_BYTES = 8  # two moments in fp32
 
 

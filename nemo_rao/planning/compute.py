@@ -65,9 +65,8 @@ def flops(setting: Setting, work: Work | None = None) -> Flops:
     attention = network.layers * 4 * network.query * work.pairs
     output = 0 if setting.scores else 2 * network.hidden * network.vocabulary(setting.tensor) * tokens
     forward = layers + adapters + attention + output
-    trained = (
-        2 if setting.lora is None else 1
-    )  # products of a backward pass: only the inputs' gradients for frozen weights
+    # Products of a backward pass: for frozen weights only the inputs' gradients.
+    trained = 2 if setting.lora is None else 1
     model = forward + trained * (layers + output) + 2 * (attention + adapters)
     again = attention // 2  # the scores, one of two products
     if not setting.holds_logits:

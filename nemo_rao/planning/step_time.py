@@ -62,9 +62,7 @@ def step_time(setting: Setting, machine: Machine) -> StepTime:
     compute = work.executed / (setting.ranks * machine.flops_per_second)
     within = _within_micro_batches(sent, setting, machine)
     wait = bubble(setting)
-    one = (
-        setting.ranks * machine.flops_per_second * setting.num_micro_batches
-    )  # divides FLOPs of a step into seconds of a micro-batch
+    one = setting.ranks * machine.flops_per_second * setting.num_micro_batches  # FLOPs -> seconds of a micro-batch
     forward, backward = work.forward / one, (work.executed - work.in_forward) / one
     copies, of_experts = links.shards_group(setting), links.expert_shards_group(setting)
     gradients = copies.ring_seconds(sent.gradients, machine) + of_experts.ring_seconds(sent.expert_gradients, machine)

@@ -152,9 +152,8 @@ def one_at_a_time(path: Path, waiting: Callable[[], None] = lambda: None) -> Ite
             held.callback(_remove_if_empty, [folder for folder in lock.parents if not folder.exists()])
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = held.enter_context(_locked(lock, waiting))
-            held.callback(
-                fcntl.flock, file, fcntl.LOCK_UN
-            )  # closing would leave the lock with processes that were forked meanwhile
+            # Closing alone would leave the lock with processes that were forked meanwhile.
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)
             held.callback(lock.unlink, missing_ok=True)
             alone = True
         yield alone

@@ -170,8 +170,7 @@ class _DoRALinear(DoRALinear):
         scale = self.adapter.weight_magnitude / self._get_weight_norm()
         product = output + self.adapter(normed.contiguous())
         added = self.to_wrap.bias
-        if (
-            bias is None and added is not None and added.numel()
-        ):  # the output includes the bias, which must not be divided by the norm
+        # The output then includes the bias, which must not be divided by the norm.
+        if bias is None and added is not None and added.numel():
             return scale * (product - added) + added, bias
         return scale * product, bias

@@ -17,7 +17,7 @@ from nemo_rao.mcore.attention import LocalLayers
 from nemo_rao.mcore.layer_spec import Parts
 
 _USUAL = (GPTModelProvider, MistralModelProvider)
-# Our layers, by the kind of tensor-parallel split for which Bridge registers them.
+# Our layers, with the kind of tensor-parallel split that Bridge registers for a class name.
 _SPLIT = {
     "SegmentAttention": "column",
     "FlexSegmentAttention": "column",
