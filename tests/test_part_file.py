@@ -67,7 +67,7 @@ def test_what_is_another_work_or_damaged_is_refused_and_left_as_it_is(
     with pytest.raises(UserError) as refusal:
         PartFile(begun, WORK)
     assert str(refusal.value).startswith(str(begun)) and said in str(refusal.value)
-    assert "delete" in str(refusal.value) and begun.read_bytes() == before
+    assert "delete" in str(refusal.value).lower() and begun.read_bytes() == before
 
 
 def test_a_part_that_another_process_writes_is_left_alone(begun: Path) -> None:

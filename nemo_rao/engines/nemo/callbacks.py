@@ -82,8 +82,8 @@ class NemoSession:
         return {name: float(value) for name, value in self._trainer.callback_metrics.items()}
 
     def report(self, values: Mapping[str, float]) -> None:
-        # Not by log_dict, which takes about a millisecond per number. The checkpoints' monitor and the progress bar read
-        # callback_metrics, which must not contain metrics of earlier steps.
+        # Not by log_dict, which takes about a millisecond per number. The checkpoints' monitor and the progress bar
+        # read callback_metrics, which must not contain metrics of earlier steps.
         metrics = self._trainer.callback_metrics
         if self.step != self._logged_step:
             for name in self._logged:
