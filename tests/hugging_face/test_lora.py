@@ -129,4 +129,4 @@ def test_a_killed_run_continues_under_another_parallelism_and_is_exported(
     ):
         refused(again(*extra), *parts)
     other = converted["llama" if model != "llama" else "tied qwen2, padded"].imported
-    refused(["export-hf", run, tmp_path / "x", "--base", other], "are others")
+    refused(["export-hf", run, tmp_path / "x", "--base", other], "has other weights")

@@ -133,7 +133,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "whole weights beside shards": (whole_beside_shards, "has both model.safetensors and model.safetensors.index.json"),
     "an index of other files": (index_of_other_files, "index.json does not match the files: tensor another"),
     "a tensor in two shards": (a_tensor_twice, "both have a tensor model.layers.0"),
-    "a missing tensor": (without_a_tensor, "is in the index and not in the files"),
+    "a missing tensor": (without_a_tensor, "is in the index but not in the files"),
     "other sizes": (lambda folder: change(folder, hidden_size=64), "config.json asks for [300, 64]"),
     "a layer too many": (lambda folder: change(folder, num_hidden_layers=1), "for which the model has no place"),
     "other positions": (
@@ -180,7 +180,7 @@ def test_what_is_no_checkpoint_is_not_exported(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert "is neither a NeMo checkpoint" in refusal(capsys, "export-hf", tmp_path / "empty", tmp_path / "made")
+    assert "is neither a checkpoint" in refusal(capsys, "export-hf", tmp_path / "empty", tmp_path / "made")
 
 
 def test_a_hugging_face_folder_in_a_checkpoints_place_is_answered_with_the_command_that_imports_it(

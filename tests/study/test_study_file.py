@@ -162,7 +162,10 @@ REFUSED = [
     (("seeds:", "samples: {prompts: p.jsonl, scorer: judge:none.yaml}\nseeds:"), "samples.scorer: none.yaml"),
     (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:math:sqrt}\nseeds:"), "samples.prompts: p.jsonl"),
     (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:math:sqrt, against: [ipo]}\nseeds:"), "samples.against: ipo"),
-    (("seeds:", "relations: {a: {measure: loss, over: x}}\nseeds:"), "relations.a.measure: 'loss' is not one of"),
+    (
+        ("seeds:", "relations: {a: {measure: loss, over: x}}\nseeds:"),
+        "relations.a.measure: 'loss' is not among the measures",
+    ),
     (
         ("seeds:", "measures: {loss: val/loss}\nrelations: {a: {measure: loss, over: model.lr}}\nseeds:"),
         "model.lr: no such",

@@ -78,7 +78,7 @@ def test_a_reference_that_is_not_the_starting_policys_stops_the_run_in_one_line(
     in_fork(fails_with, "gpt_rao", given, 2)
     [error] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert "reference: the reference log-probabilities do not match the starting policy" in error
-    assert "Delete the folder" in error
+    assert "Delete the directory" in error
     assert not steps(tmp_path / "run"), "no step was taken"
 
     shutil.rmtree(tmp_path / "reference")
@@ -96,7 +96,7 @@ def test_the_first_step_says_that_log_ratios_are_0_or_why_that_is_not_checked(
     )
     run_training("gpt_rao", overrides(tmp_path, "run", data, start, four, "trainer.max_steps=2"))  # resumed
     checked, dropped_out = [line for line in capfd.readouterr().out.splitlines() if line.startswith("first step")]
-    assert "are 0 but for rounding" in checked
+    assert "are 0 up to rounding" in checked
     # Four prompts of the file, each with three or four responses; DPO compares responses alone, two of each.
     assert checked.endswith("8 rows")
     assert "not checked: they are not 0 with dropout" in dropped_out
