@@ -22,7 +22,7 @@ from nemo_rao.generation.mt_bench import MtBench
 from nemo_rao.generation.policy import Policy
 from nemo_rao.generation.progress import print_notes
 from nemo_rao.generation.settings import EvaluateSettings
-from nemo_rao.runtime.files import check_output_path, write_atomically
+from nemo_rao.runtime.files import check_place, write_atomically
 from nemo_rao.runtime.part_file import PartFile, part_path
 
 Benchmark = AlpacaEval | MtBench
@@ -60,7 +60,7 @@ class Results:
         self.folder, self._path = folder, folder / RESULTS
         self._kept: dict[str, Any] = {"model": model, "digest_of_model": fingerprint, "tasks": {}}
         if not self._path.exists():
-            check_output_path(self._path)
+            check_place(self._path)
             return
         try:
             before = json.loads(self._path.read_text("utf-8"))
@@ -136,7 +136,7 @@ def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> 
             remarks.update(benchmarks[task].check(policy))
             path = results.folder / benchmarks[task].file_name
             if not part_path(path).exists():  # else the answers are ours, and a kill came before their result was kept
-                check_output_path(path)
+                check_place(path)
     print_notes(policy, remarks)
     for task in todo:
         if task in benchmarks:

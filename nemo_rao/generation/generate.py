@@ -19,7 +19,7 @@ from nemo_rao.generation.settings import GenerateSettings, shown
 from nemo_rao.rows.prompts import Prompt, digest_of, read_prompts
 from nemo_rao.rows.sources import JSON_LINES
 from nemo_rao.rows.writing import record_of
-from nemo_rao.runtime.files import check_output_path, write_atomically
+from nemo_rao.runtime.files import check_place, write_atomically
 from nemo_rao.runtime.part_file import PartFile, part_path
 
 # Changed when the same settings would give other responses than before, or records of another form.
@@ -213,7 +213,7 @@ def check_output(output: str) -> Path:
     path = Path(output).expanduser()
     if not path.name.endswith(JSON_LINES):
         raise UserError(f"{output}: rows are written as JSON Lines; end its name with one of {', '.join(JSON_LINES)}")
-    check_output_path(path)
+    check_place(path)
     return path
 
 

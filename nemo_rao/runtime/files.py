@@ -197,7 +197,7 @@ def _synced(path: Path, packed: bool) -> Iterator[IO[bytes]]:
         os.fsync(plain.fileno())
 
 
-def check_output_path(path: Path) -> None:
+def check_place(path: Path) -> None:
     """Refuse an output file that exists or cannot be created, before any work is done."""
     if path.exists():
         raise UserError(f"{path}: exists, and is never overwritten. Delete it, or choose another path.")
