@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 
 from nemo_rao import __version__
-from nemo_rao.commands import about, looking, models, rewards, training
+from nemo_rao.commands import about, inspection, models, rewards, training
 from nemo_rao.commands.parser import Command, Parser
 from nemo_rao.errors import RankFailure, UserError, did_you_mean, report
 from nemo_rao.other_names import command_hint
 from nemo_rao.runtime.malloc import ask_for_huge_pages
 
 COMMANDS: dict[str, Command] = {
-    command.name: command for part in (looking, training, models, rewards, about) for command in part.COMMANDS
+    command.name: command for part in (inspection, training, models, rewards, about) for command in part.COMMANDS
 }
 
 

@@ -47,7 +47,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_file_and_nothing_else(tmp_path: 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        with pytest.raises(UserError, match=r"/a(\.gz)?: cannot be written \(File too large\); make room"):
+        with pytest.raises(UserError, match=r"/a(\.gz)?: cannot be written \(File too large\)\. Free some space"):
             write_atomically(tmp_path / name, os.urandom(100_000).hex())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

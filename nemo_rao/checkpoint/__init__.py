@@ -1,1 +1,1 @@
-"""Checkpoints on disk: found, read safely, and what of a run may change when it continues."""
+"""Checkpoints on disk: finding them, reading them safely, and what may change when a run resumes."""

@@ -1,13 +1,13 @@
-"""What may change when a run of an existing name continues: one rule for train, sweeps, compare-rewards and launch.
+"""What may change when a run of an existing name resumes: one rule for train, sweeps, compare-rewards and launch.
 
-A run records its recipe, its data and its start in its folder. The next start compares them with what it is given:
+A run records its recipe, its data and its start in its directory. The next start is compared with this record:
 
     changes that keep the numbers    logging, checkpoints, length, parallelism, layouts: applied and recorded
     changes of the numbers           refused, unless exp_manager.resume_with_changes=true: then applied and recorded
     changes of the network           refused: the checkpoint cannot be loaded into another one
 
-What a key does to the numbers is declared in :data:`KEEPS_NUMBERS` and :data:`NEEDS_NEW_RUN`; a key in neither changes
-them, so that a new key is refused until somebody declares it harmless. Files are compared by content, not by name.
+:data:`KEEPS_NUMBERS` and :data:`NEEDS_NEW_RUN` declare the effect of keys. A key in neither changes the numbers, so a
+new key is refused until it is declared harmless. Files are compared by content, not by name.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from nemo_rao.objectives import registry
 START = "model.restore_from_path"
 ANYWAY = "exp_manager.resume_with_changes"
 
-# Keys, or beginnings of keys, with which a run's numbers stay the same, at least to rounding.
+# Keys, or prefixes of keys, that do not change a run's numbers, except for rounding.
 KEEPS_NUMBERS = (
     # Length: the learning rate schedule follows it.
     *("trainer.max_steps", "trainer.max_epochs"),
     # Logging, checkpoints, patience.
     *("exp_manager.", "trainer.val_check_interval", "trainer.log_every_n_steps", "trainer.enable_progress_bar"),
     *("trainer.timeout_minutes", "model.allow_pickle", "model.allow_random_weights"),
-    # Ranks, and how the model and a batch are split over them.
+    # Ranks, and how model and batch are split over them.
     *("trainer.engine", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.threads_per_rank"),
     *("trainer.profile_steps", "model.cpu_offloading_num_layers"),
     *("model.micro_batch_size", "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"),
@@ -55,34 +55,34 @@ KEEPS_NUMBERS = (
     *("model.expert_tensor_parallel_size", "model.sequence_parallel", "model.recompute_", "model.fused_log_probs"),
     *("model.optim.overlap_", "model.arch.make_vocab_size_divisible_by"),
     *("data.packing", "data.prefix_sharing", "data.pad_to_multiple_of"),
-    # Caches, and what is compared by content (:func:`check_data`, and the start in :mod:`starting`).
+    # Caches, and files compared by content (:func:`check_data`, and the start in :mod:`starting`).
     *("data.cache", "data.strict", "data.train_path", "data.validation_path", "data.tokenizer", "reference."),
     *("data.columns", "data.ignore_fields", "data.bad_rows", "data.max_bad_rows"),
-    # How samples are computed and shown; not what they are.
+    # How samples are computed and shown, without changing them.
     *("online.rows_at_once", "online.scoring_attempts", "online.log_samples"),
     *("online.vllm_python", "online.vllm_gpus", "online.vllm_memory"),
     START,
 )
-# Keys with which a run cannot continue if they change: mostly those that a checkpoint cannot be loaded without.
+# Keys whose change prevents resuming, mostly because the checkpoint could not be loaded.
 NEEDS_NEW_RUN = (
     *("model.family", "model.config_class", "model.arch.", "model.peft.scheme", "model.peft.lora.dim"),
     *("model.peft.lora.target_modules", "model.optim.use_distributed_optimizer", "model.optim.name"),
     *("precision.params", "precision.fp8", "model.ppo.critic_path"),
-    *("online.mini_batches", "online.epochs"),  # which give rollouts their numbers, by which the run finds its own
+    *("online.mini_batches", "online.epochs"),  # determine the numbers of rollouts, by which the run finds them
 )
-# Keys of samples and of their rewards, with which a rollout was made that the run may still train on.
+# Keys of samples and rewards: the run may still train on a rollout that was made with the old values.
 _OF_SAMPLES = "online."
 _NOT_OF_SAMPLES = "online.vllm_importance_cap"
 _NO_SIZES = (
     *("model.arch.attention_dropout", "model.arch.hidden_dropout", "model.arch.rotary_base"),
     "model.arch.rope_scaling.",
 )
-# Keys that describe the network, which may do so in several ways.
+# Keys that describe the network; several combinations can describe the same one.
 _NETWORK = ("model.family", "model.config_class", "model.arch.")
 
 
 def settings_changes(before: RunConfig, now: RunConfig) -> list[Change]:
-    """The keys in which two recipes differ; keys of objectives that neither of them trains are not compared."""
+    """Return the keys in which two recipes differ, ignoring keys of objectives that neither of them trains."""
     blocks = {f"model.{name}." for name in registry.OBJECTIVES} - {
         f"model.{config.model.objective}." for config in (before, now)
     }
@@ -107,7 +107,7 @@ def settings_changes(before: RunConfig, now: RunConfig) -> list[Change]:
 
 
 def _with_network(keys: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """``keys`` with the network's fields in place of what decides them: a family's own sizes, or a class of NeMo."""
+    """Replace the keys that determine the network (a family's sizes, or a class of NeMo) by its fields."""
     fields, sizes = architecture_fields(config), {field.name for field in dataclasses.fields(ArchitectureConfig)}
     described = {f"model.arch.{name if name in sizes else f'extra.{name}'}": value for name, value in fields.items()}
     family = family_of(config)
@@ -117,7 +117,7 @@ def _with_network(keys: dict[str, Any], config: RunConfig) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As YAML reads it."""
+    """Convert a value to what YAML would read."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -125,7 +125,7 @@ def _loads(key: str, before: RunConfig, now: RunConfig) -> bool:
     if key in ("model.objective", "model.ppo.critic"):
         return _heads(before) == _heads(now)
     if key == "model.optim.lr" or key.endswith(".value_lr"):
-        return _heads(now)[0] is None  # the ratio of the two is how Megatron finds a value head's optimizer state
+        return _heads(now)[0] is None  # Megatron identifies a value head's optimizer state by the ratio of the two
     return key.startswith((*_NO_SIZES, *KEEPS_NUMBERS)) or not key.startswith(NEEDS_NEW_RUN)
 
 
@@ -135,17 +135,17 @@ def _heads(config: RunConfig) -> tuple[Any, ...]:
 
 
 def check_settings(config: RunConfig, folder: Path | None = None, *, another: str = "exp_manager.name") -> list[Change]:
-    """Compares a recipe with the one that a run of its name has recorded. Reads no data; writes nothing.
+    """Compare a recipe with the one that a run of its name has recorded. Reads no data; writes nothing.
 
     Args:
-        folder: of the run, where this machine sees it under another path than the recipe says.
-        another: the key or option that gives results another folder, for messages.
+        folder: directory of the run, if this machine sees it under another path than the recipe states.
+        another: the key or option that selects another output directory, for messages.
 
     Returns:
-        the changes that are applied when the run continues; empty where there is nothing to continue.
+        the changes that are applied when the run resumes; empty if there is nothing to resume.
 
     Raises:
-        UserError: a change that is refused, or results that ``exp_manager.resume_if_exists=false`` would mix with.
+        UserError: a change is refused, or ``exp_manager.resume_if_exists=false`` would mix results of two runs.
     """
     folder = folder or run_dir(config)
     if not has_results(folder):
@@ -154,14 +154,14 @@ def check_settings(config: RunConfig, folder: Path | None = None, *, another: st
         if last_checkpoint(folder) is None:
             return []
         raise UserError(
-            f"exp_manager.resume_if_exists=false: {folder} has checkpoints of an earlier run, which a new one would "
-            f"mix with its own; give another {another}, or remove that folder"
+            f"exp_manager.resume_if_exists=false: {folder} has checkpoints of an earlier run, which would mix with "
+            f"those of a new one. Use another {another}, or remove that directory."
         )
     recipe = folder / RECIPE
     if not recipe.is_file():
         raise UserError(
-            f"{folder}: {RECIPE} is missing, so nothing says with which settings its checkpoints were trained; restore "
-            f"it, or give another {another}"
+            f"{folder}: {RECIPE} is missing, so the settings of its checkpoints are unknown. Restore it, or use "
+            f"another {another}."
         )
     _check_engine(config, folder, another)
     changes = settings_changes(load_recipe(recipe), config)
@@ -170,27 +170,27 @@ def check_settings(config: RunConfig, folder: Path | None = None, *, another: st
 
 
 def _check_engine(config: RunConfig, folder: Path, another: str) -> None:
-    """Refuses to continue a run on another engine: the state of its optimizer is the engine's own."""
-    began_on = read_run(folder).get("engine", NEMO)  # earlier versions had this one alone
+    """Refuse to resume a run on another engine: the optimizer state differs between engines."""
+    began_on = read_run(folder).get("engine", NEMO)  # the only engine of earlier versions
     asked = config.trainer.engine
     now = installed_engine() if asked == "auto" else asked
     if now is not None and now != began_on:
         raise UserError(
-            f"{ENGINE}={asked}: {folder} was begun on {began_on}, and would continue on {now}; set {ENGINE}={began_on} "
-            f"where that is installed, or give another {another} (model.restore_from_path={folder} starts from its "
-            "weights)"
+            f"{ENGINE}={asked}: {folder} was trained with {began_on} and would resume with {now}. Set "
+            f"{ENGINE}={began_on} where it is installed, or use another {another} (model.restore_from_path={folder} "
+            "starts from its weights)."
         )
 
 
 def check_data(config: RunConfig, record: Mapping[str, Any], *, another: str = "exp_manager.name") -> list[Change]:
-    """Compares a run's data with what an earlier start has recorded.
+    """Compare a run's data with the record of an earlier start.
 
     Args:
-        record: what :func:`data_record` gives for the data at hand.
+        record: result of :func:`data_record` for the current data.
         another: see :func:`check_settings`.
 
     Raises:
-        UserError: it is other data, unless the recipe allows changes.
+        UserError: the data differs, and the recipe does not allow changes.
     """
     folder = run_dir(config)
     if not has_results(folder):
@@ -207,13 +207,13 @@ def check_data(config: RunConfig, record: Mapping[str, Any], *, another: str = "
 def _differ(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
     if one is None or other is None:
         return one is not other
-    # A version before there were fingerprints of the whole contents recorded that of the tokens alone.
+    # Before fingerprints covered the whole contents, only that of the tokens was recorded.
     name = "contents" if "contents" in one and "contents" in other else "fingerprint"
     return one[name] != other[name]
 
 
 def _harmless(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, config: RunConfig) -> bool:
-    """Validation data that is left out changes no number; nor does new one, where it needs no reference pass."""
+    """Removed validation data changes no numbers, nor does new data that needs no reference pass."""
     if old is not None and new is not None:
         return False
     needs = registry.get(config.model.objective).needs_of(objective_config(config))
@@ -227,17 +227,17 @@ def _described(data: Mapping[str, Any] | None) -> str:
 
 
 def refuse(changes: list[Change], config: RunConfig, folder: Path, another: str = "exp_manager.name") -> None:
-    """Raises for the changes that cannot be, or are not to be, applied."""
+    """Raise for changes that cannot be applied, or are not allowed."""
     refused = [change for change in changes if not change.loads]
-    remedy = f"give another {another}"
+    remedy = f"use another {another}"
     if not refused and not config.exp_manager.resume_with_changes:
         refused = [change for change in changes if not change.keeps_numbers]
-        remedy += f", or set {ANYWAY}=true, which continues and records the change"
+        remedy += f", or set {ANYWAY}=trueto resume and record the change"
     if refused:
         checkpoint = last_checkpoint(folder)
-        at = "is finished" if checkpoint is None else f"continues from {checkpoint.name}"
+        at = "is finished" if checkpoint is None else f"resumes from {checkpoint.name}"
         listed = ", ".join(f"{change.key} from {_shown(change.old)} to {_shown(change.new)}" for change in refused)
-        raise UserError(f"{folder} {at}, and this command changes {listed}; {remedy}")
+        raise UserError(f"{folder} {at}, but this command changes {listed}; {remedy}.")
 
 
 def _shown(value: Any) -> str:
@@ -245,7 +245,7 @@ def _shown(value: Any) -> str:
 
 
 def describe(changes: list[Change]) -> list[str]:
-    """Lines for the user about changes that are applied."""
+    """Return lines that report the applied changes."""
     if not changes:
         return []
     listed = ", ".join(f"{change.key} {_shown(change.old)} -> {_shown(change.new)}" for change in changes)
@@ -260,9 +260,7 @@ def describe(changes: list[Change]) -> list[str]:
         change.key.startswith(_OF_SAMPLES) and not change.keeps_numbers and change.key != _NOT_OF_SAMPLES
         for change in changes
     ):
-        lines.append(
-            "a rollout that has been sampled keeps its samples and rewards; the next one is made with the change"
-        )
+        lines.append("the current rollout keeps its samples and rewards; the next one uses the change")
     return lines
 
 
@@ -275,7 +273,7 @@ _SPLITS = (
 
 
 def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups of keys -> dotted keys."""
+    """Flatten nested groups to dotted keys."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         nested = isinstance(value, Mapping) and value
@@ -284,10 +282,10 @@ def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def finished_at(config: RunConfig, max_steps: int) -> int | None:
-    """The step at which a run of this name has ended, if this recipe asks for no further one; else ``None``.
+    """Return the step at which a run of this name has finished, if this recipe adds none; else ``None``.
 
     Args:
-        max_steps: optimizer steps that the recipe asks for, over the data at hand.
+        max_steps: optimizer steps of the recipe on the current data.
     """
     folder = run_dir(config)
     if not config.exp_manager.resume_if_exists:
@@ -296,6 +294,6 @@ def finished_at(config: RunConfig, max_steps: int) -> int | None:
     if checkpoint is None:
         reached = ended if ended_without_checkpoint(folder) else None
     else:
-        # One without an end was stopped between its last checkpoint and what follows it.
+        # Without finished_at, the run was stopped after its last checkpoint but before its end was recorded.
         reached = None if ended is None else min(ended, step_of(checkpoint))
     return reached if reached is not None and reached >= max_steps else None

@@ -1,4 +1,4 @@
-"""What of a run with experts may change when it continues."""
+"""What may change when a run with experts resumes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nemo_rao.errors import UserError
 
 
 def check_resumed_experts(config: RunConfig, folder: Path) -> None:
-    """Refuses to continue a run of shared experts with experts that are not shared, or the other way round.
+    """Refuse to change between split experts and experts that are not split when a run resumes.
 
-    Megatron has an optimizer of their own for shared experts, which a checkpoint then holds apart; all else in it can
-    be read under any parallelism. On Megatron-Bridge this is read, too (:mod:`nemo_rao.mcore.checkpoint`), if the
-    optimizer is the distributed one.
+    Megatron has a separate optimizer for split experts, which a checkpoint stores separately; everything else in it can
+    be loaded under any parallelism. Megatron-Bridge can load that, too (:mod:`nemo_rao.mcore.checkpoint`), with the
+    distributed optimizer.
 
     Args:
-        folder: of the run.
+        folder: directory of the run.
 
     Raises:
         UserError: names both sizes.
@@ -32,8 +32,8 @@ def check_resumed_experts(config: RunConfig, folder: Path) -> None:
     read_by_part = read_run(folder).get("engine") == BRIDGE and config.model.optim.use_distributed_optimizer
     if (before > 1) != (now > 1) and not read_by_part:
         raise UserError(
-            f"model.expert_model_parallel_size={now}: {folder} was begun with {before}, and an optimizer of shared "
-            "experts cannot be read for experts that are not, or the other way round; set it to "
-            f"{before if before == 1 else 'more than 1'}, or start another exp_manager.name from its checkpoint by "
-            "model.restore_from_path"
+            f"model.expert_model_parallel_size={now}: {folder} was trained with {before}, and optimizer states of "
+            "split experts cannot be loaded for experts that are not split, nor the reverse. Set it to "
+            f"{before if before == 1 else 'more than 1'}, or start another exp_manager.name from its checkpoint with "
+            "model.restore_from_path."
         )

@@ -1,4 +1,4 @@
-"""Finding checkpoints on disk, and refusing damaged ones and those of another model before anything is built."""
+"""Find checkpoints on disk, and refuse damaged ones and those of other models before anything is built."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nemo_rao.errors import UserError
 
 _UNFINISHED = "-unfinished"  # NeMo's marker file beside a checkpoint that is being written or removed
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
-_OWN = re.compile(r"step=\d+(-last)?(-v\d+)?")  # names that a run gives
+_OWN = re.compile(r"step=\d+(-last)?(-v\d+)?")  # names of checkpoints that runs write
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """The finished checkpoint of a run with the highest step, or ``None``.
+    """Return the complete checkpoint of a run with the highest step, or ``None``.
 
-    One that was interrupted while it was written never counts, whatever its name.
+    A checkpoint that was interrupted while being written never counts, whatever its name.
     """
     finished = [
         folder
@@ -36,7 +36,7 @@ def _is_unfinished(folder: Path) -> bool:
 
 
 def mark_unfinished(checkpoint: Path, unfinished: bool) -> None:
-    """Mark a checkpoint as being written, or take the mark away; on one rank."""
+    """Mark a checkpoint as being written, or remove the mark; on one rank."""
     marker = checkpoint.with_name(checkpoint.name + _UNFINISHED)
     if unfinished:
         marker.touch()
@@ -45,23 +45,23 @@ def mark_unfinished(checkpoint: Path, unfinished: bool) -> None:
 
 
 def step_of(folder: Path) -> int:
-    """Optimizer steps that a checkpoint holds, from its name; -1 where the name does not say."""
+    """Return the optimizer steps of a checkpoint from its name; -1 if the name does not contain it."""
     found = re.search(r"step=(\d+)", folder.name)
     return int(found.group(1)) if found else -1
 
 
 def remove_unfinished(folder: Path) -> list[str]:
-    """Remove what was being written or removed when a run was killed, and its markers; on one rank.
+    """Remove checkpoints that were being written or removed when a run was killed, and their markers; on one rank.
 
     Args:
-        folder: ``checkpoints`` of a run that is not running; none but its own ``step=N`` are touched.
+        folder: ``checkpoints`` of a run that is not running; only entries named ``step=N`` are removed.
 
     Returns:
-        the names of what was removed.
+        the names of the removed checkpoints.
     """
     markers = {marker.name.removesuffix(_UNFINISHED): marker for marker in folder.glob(f"*{_UNFINISHED}")}
     own = {name: marker for name, marker in markers.items() if _OWN.fullmatch(name)}
-    # A link to a checkpoint that was being removed is nothing without it.
+    # A link to a checkpoint that was being removed is useless without it.
     links = {link.name for link in folder.iterdir() if link.is_symlink() and link.readlink().name in own} if own else ()
     removed = remove_checkpoints(folder, {*own, *links})
     for marker in own.values():
@@ -70,7 +70,7 @@ def remove_unfinished(folder: Path) -> list[str]:
 
 
 def remove_checkpoints(folder: Path, names: Iterable[str]) -> list[str]:
-    """Remove checkpoints or links to them, if present; none but a run's own ``step=N``. Returns their names."""
+    """Remove checkpoints or links to them, if present and named ``step=N``. Return their names."""
     removed = []
     for name in sorted(names):
         path = folder / name
@@ -80,7 +80,7 @@ def remove_checkpoints(folder: Path, names: Iterable[str]) -> list[str]:
             path.unlink()
         else:
             marker = path.with_name(name + _UNFINISHED)
-            marker.touch()  # a kill within this leaves no half that looks whole
+            marker.touch()  # if killed, a half-removed checkpoint must not look complete
             shutil.rmtree(path)
             marker.unlink(missing_ok=True)
         removed.append(name)
@@ -88,49 +88,49 @@ def remove_checkpoints(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def resolve_checkpoint(path: str, key: str) -> Path:
-    """The checkpoint folder that a user names: itself, or the last one of a run folder.
+    """Return the checkpoint directory that a user names: itself, or the last one of a run's directory.
 
     Raises:
-        UserError: there is none; of a Hugging Face model, how to make one of it.
+        UserError: there is none; for a Hugging Face model, the message says how to convert it.
     """
     folder = Path(path).expanduser().absolute()
     refuse_hugging_face(path, key)
     if is_checkpoint(folder):
         if _is_unfinished(folder):
-            raise UserError(f"{key}: {folder} was interrupted while it was written; name a finished checkpoint")
+            raise UserError(f"{key}: {folder} was interrupted while being written. Name a complete checkpoint.")
         return folder
     found = last_checkpoint(folder) or latest_of_bridge(folder)
     if found is None:
         raise UserError(
-            f"{key}: {folder} is neither a NeMo checkpoint (a folder with weights/) nor a run folder with a finished "
-            "one in checkpoints/, nor one of Megatron-Bridge (iter_0000100)"
+            f"{key}: {folder} is neither a checkpoint of NeMo (a directory with weights/) or of Megatron-Bridge "
+            "(iter_0000100), nor a run's directory with a complete one in checkpoints/."
         )
     return found
 
 
 def refuse_hugging_face(path: str, key: str) -> None:
-    """Refuses a model in Hugging Face's format where NeMo's is needed: a folder, or a name such as ORG/NAME.
+    """Refuse a model in Hugging Face's format (a directory, or a name such as ORG/NAME) where a checkpoint is needed.
 
     Raises:
-        UserError: names the command that makes a NeMo checkpoint of it.
+        UserError: names the command that converts it.
     """
     folder = Path(path).expanduser().absolute()
     if not folder.exists():
         if _HUB_NAME.fullmatch(path):
             raise UserError(
-                f"{key}={path}: no such folder; give the folder of a NeMo checkpoint (of a model on huggingface.co, "
-                f"nemo-rao import-hf {path} DEST makes one)"
+                f"{key}={path}: no such directory. Give the directory of a checkpoint (nemo-rao import-hf {path} DEST "
+                "makes one from a model on huggingface.co)."
             )
         return
     if (found := hugging_face_file(folder)) is not None:
         raise UserError(
-            f"{key}={path}: is a model in Hugging Face's format (it has {found}), not a NeMo checkpoint; make one of "
-            f"it, and name that: nemo-rao import-hf {shlex.quote(path)} DEST"
+            f"{key}={path}: is a model in Hugging Face's format (it has {found}), not a checkpoint. Convert it, and "
+            f"name the result: nemo-rao import-hf {shlex.quote(path)} DEST"
         )
 
 
 def hugging_face_file(folder: Path) -> str | None:
-    """The name of a file that shows that ``folder`` is a model in Hugging Face's format; ``None`` where it is not."""
+    """Return a file that identifies ``folder`` as a model in Hugging Face's format; ``None`` if it is not."""
     if is_checkpoint(folder) or (folder / "checkpoints").is_dir():
         return None
     names = ("config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
@@ -143,26 +143,26 @@ def check_checkpoint(
     """Compare a distributed checkpoint's files and global shapes with a model config, without loading a tensor.
 
     Args:
-        checkpoint: folder with ``weights/``.
-        config: a NeMo GPT config, or its sizes; what is ``None`` is not compared.
-        vocab_size: V without padding; ``None``: not known.
-        key: where the user named the checkpoint, for the message.
+        checkpoint: directory with ``weights/``.
+        config: a NeMo GPT config, or its sizes; ``None`` values are not compared.
+        vocab_size: V without padding; ``None``: unknown.
+        key: key or option by which the user named the checkpoint, for messages.
         remedy: what to do about other sizes.
-        trusted: its pickles may name anything; see :mod:`nemo_rao.checkpoint.pickles`.
+        trusted: its pickles may reference anything; see :mod:`nemo_rao.checkpoint.pickles`.
 
     Raises:
-        UserError: the checkpoint cannot be read, could run code, is not whole, or has other sizes.
+        UserError: the checkpoint cannot be read, could run code, is incomplete, or has other sizes.
     """
     if not trusted:
         refuse_code(checkpoint, key)
     try:
         shapes = {name: shape for name, (shape, _) in stored_tensors(checkpoint, trusted=trusted).items()}
         damaged = _damaged_files(weights_of(checkpoint), read_metadata(checkpoint, trusted=trusted))
-    except Exception as error:  # torch, megatron-core and the file system each raise their own
+    except Exception as error:  # torch, megatron-core and the file system raise different classes
         reason = f"{type(error).__name__}: {error}"[:300]
-        raise UserError(f"{key}: {checkpoint} cannot be read ({reason}); name a complete checkpoint") from None
+        raise UserError(f"{key}: {checkpoint} cannot be read ({reason}). Name a complete checkpoint.") from None
     if damaged:
-        raise UserError(f"{key}: {checkpoint} is not whole ({'; '.join(damaged[:3])}); name a complete checkpoint")
+        raise UserError(f"{key}: {checkpoint} is incomplete ({'; '.join(damaged[:3])}). Name a complete checkpoint.")
     heads = config.num_attention_heads
     kv_channels = config.kv_channels or (config.hidden_size // heads if config.hidden_size and heads else None)
     num_groups = config.num_query_groups or heads
@@ -182,22 +182,24 @@ def check_checkpoint(
     }
     for name, (found, wanted) in found_and_wanted.items():
         if found is not None and wanted is not None and found != wanted:
-            raise UserError(f"{key}: {checkpoint} has {name} {found}, the model {wanted}; {remedy}")
+            raise UserError(f"{key}: {checkpoint} has {name} {found}, but the model {wanted}; {remedy}.")
     rows = _size(shapes, "embedding.word_embeddings.weight", 0)
     if rows is not None and vocab_size is not None and rows < vocab_size:
-        raise UserError(f"{key}: {checkpoint} has {rows} token embeddings, the tokenizer {vocab_size} tokens; {remedy}")
+        raise UserError(
+            f"{key}: {checkpoint} has {rows} token embeddings, the tokenizer {vocab_size} tokens; {remedy}."
+        )
 
 
 def _size(shapes: dict[str, tuple[int, ...]], name: str, axis: int) -> int | None:
-    """A global size; ``None`` where the checkpoint names its tensors otherwise."""
+    """Return a global size; ``None`` if the checkpoint names its tensors differently."""
     return shapes[name][axis] if name in shapes and axis < len(shapes[name]) else None
 
 
 def stored_tensors(checkpoint: Path, *, trusted: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of each of the model's tensors, by its name without ``module.``; not the optimizer's.
+    """Return shape and dtype of the model's tensors, by name without ``module.``; without the optimizer's.
 
     Args:
-        trusted: its pickles may name anything; see :mod:`nemo_rao.checkpoint.pickles`.
+        trusted: its pickles may reference anything; see :mod:`nemo_rao.checkpoint.pickles`.
     """
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -210,13 +212,13 @@ def stored_tensors(checkpoint: Path, *, trusted: bool = False) -> dict[str, tupl
 
 
 def token_embeddings(checkpoint: Path, *, trusted: bool = False) -> int | None:
-    """Rows of the embedding, padding included; ``None`` where the checkpoint names its tensors otherwise."""
+    """Return the rows of the embedding, padding included; ``None`` if the tensors are named differently."""
     shapes = {name: shape for name, (shape, _) in stored_tensors(checkpoint, trusted=trusted).items()}
     return _size(shapes, "embedding.word_embeddings.weight", 0)
 
 
 def _damaged_files(weights: Path, metadata: Any) -> list[str]:
-    """Files of a ``torch_dist`` checkpoint that are missing, or shorter than what its metadata says lies in them."""
+    """List files of a ``torch_dist`` checkpoint that are missing, or shorter than its metadata requires."""
     ends: dict[str, int] = {}
     for part in metadata.storage_data.values():
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)

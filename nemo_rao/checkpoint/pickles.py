@@ -1,14 +1,13 @@
-"""Checkpoints of NeMo's format contain pickles, and a pickle can run code while it is read.
+"""Safe reading of checkpoints: NeMo's format contains pickles, and a pickle can run code when it is read.
 
-    weights/.metadata    which tensor lies where; torch unpickles it without a question
-    weights/*.distcp     tensors, and beside them small objects, unpickled alike; one of Transformer Engine,
-                         ``_extra_state``, is a tensor of bytes, which are a pickle again
+    weights/.metadata    which tensor is stored where; torch unpickles it without checks
+    weights/*.distcp     tensors, and small objects, also unpickled; one of Transformer Engine, ``_extra_state``, is a
+                         tensor of bytes, which are again a pickle
     weights/common.pt    step numbers and the like
 
-Before any of them is read in earnest, each is read here by an unpickler that knows only what such a checkpoint
-consists of: torch's own records of shapes and places, numbers, tensors. Whatever names anything else is refused,
-wherever it comes from: a folder's origin cannot be seen, and a mark of ours could be forged. ``context/`` is not read
-at all.
+Before any of them is loaded, it is read here by an unpickler that knows only what such checkpoints consist of: torch's
+records of shapes and offsets, numbers, tensors. Whatever references anything else is refused, regardless of its origin:
+the origin of a directory cannot be determined, and a mark of ours could be forged. ``context/`` is not read at all.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 from nemo_rao.checkpoint.layout import weights_of
 from nemo_rao.errors import UserError
 
-# Modules of which every class may be named: plain records and enumerations.
+# Modules whose classes are all allowed: plain records and enumerations.
 _RECORDS = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.planner",
@@ -32,59 +31,59 @@ _NAMES = {
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("pathlib", "PosixPath"),  # where torch's own writer has put it
+    ("pathlib", "PosixPath"),  # written by torch itself
     ("collections", "OrderedDict"),
     ("collections", "ChainMap"),
 }
-# Megatron's records are torch's with further fields: read as these, nothing of Megatron is imported.
+# Megatron's records are torch's with further fields: reading them as torch's avoids importing Megatron.
 _STAND_INS = {
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): (_RECORDS[0], "Metadata"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): (_RECORDS[1], "SavePlan"),
 }
-# By which a tensor within a pickle is read, torch's and what megatron-core puts in its place since 0.19.
+# Functions that rebuild a tensor within a pickle: torch's, and megatron-core's replacement since 0.19.
 _STORED = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
 _OF_TENSORS = {("torch._utils", "_rebuild_tensor_v2"), ("torch", "device"), ("collections", "OrderedDict")}
 
 
 def refuse_code(checkpoint: Path, key: str) -> None:
-    """Refuse a checkpoint that could run code. Reads metadata and small objects, no tensor.
+    """Refuse a checkpoint that could run code. Reads metadata and small objects, but no tensors.
 
     Args:
-        checkpoint: folder with ``weights/``; nothing is said of files that are missing.
-        key: where the user named it, for the message.
+        checkpoint: directory with ``weights/``; missing files are ignored.
+        key: key or option by which the user named it, for messages.
 
     Raises:
-        UserError: a pickle of it names what no checkpoint needs, or cannot be read at all.
+        UserError: one of its pickles references what no checkpoint needs, or cannot be read.
     """
     weights = weights_of(checkpoint)
     file = weights / ".metadata"
     try:
         if file.is_file():
             metadata = read_metadata(checkpoint)
-            for index, place in _objects(metadata):
-                file = weights / place.relative_path
+            for index, location in _objects(metadata):
+                file = weights / location.relative_path
                 if file.is_file():
-                    _read_object(file, place.offset, place.length, index.fqn)
+                    _read_object(file, location.offset, location.length, index.fqn)
         file = weights / "common.pt"
         if file.is_file():
             _read_object(file, 0, file.stat().st_size, "it")
     except _Refused as refused:
         raise UserError(
-            f"{key}: {file} is a pickle that names {refused}, which no checkpoint needs and which could run code; use "
-            f"another checkpoint, or model.allow_pickle=true (export-hf: --allow-pickle) if you trust whoever made it"
+            f"{key}: {file} is a pickle that names {refused}, which no checkpoint needs and which could run code. Use "
+            f"another checkpoint, or model.allow_pickle=true (export-hf: --allow-pickle) if you trust its author."
         ) from None
     except _Short as short:
-        raise UserError(f"{key}: {checkpoint} is not whole ({short}); name a complete checkpoint") from None
-    except Exception as error:  # torch, pickle and the file system each raise their own
+        raise UserError(f"{key}: {checkpoint} is incomplete ({short}). Name a complete checkpoint.") from None
+    except Exception as error:  # torch, pickle and the file system raise different classes
         reason = f"{type(error).__name__}: {error}"[:300]
-        raise UserError(f"{key}: {file} cannot be read ({reason}); name a complete checkpoint") from None
+        raise UserError(f"{key}: {file} cannot be read ({reason}). Name a complete checkpoint.") from None
 
 
 def read_metadata(checkpoint: Path, *, trusted: bool = False) -> Any:
-    """``weights/.metadata``, torch's ``Metadata``: which tensor lies where.
+    """Read ``weights/.metadata``, torch's ``Metadata``: which tensor is stored where.
 
     Args:
-        trusted: it may name anything, and is unpickled by torch itself.
+        trusted: it may reference anything, and is unpickled by torch itself.
     """
     if trusted:
         from torch.distributed.checkpoint import FileSystemReader
@@ -94,17 +93,17 @@ def read_metadata(checkpoint: Path, *, trusted: bool = False) -> Any:
 
 
 class _Refused(Exception):
-    """Its text: what a pickle names."""
+    """A pickle references something that is not allowed, named in the message."""
 
 
 class _Short(Exception):
-    """Its text: which file ends too early."""
+    """A file ends too early, named in the message."""
 
 
 class _Records(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module, name = _STAND_INS.get((module, name), (module, name))
-        if "." not in name:  # a name with dots walks from one object to another
+        if "." not in name:  # a dotted name would walk from one object to another
             if (module, name) in _NAMES:
                 return getattr(importlib.import_module(module), name)
             if module in _RECORDS:
@@ -123,11 +122,11 @@ def _is_dtype(name: str) -> bool:
 
 
 def _objects(metadata: Any) -> list[tuple[Any, Any]]:
-    """(index, place) of what is stored beside the tensors."""
+    """Return (index, location) of the objects stored beside the tensors."""
     kinds = metadata.state_dict_metadata
     return [
-        (index, place)
-        for index, place in metadata.storage_data.items()
+        (index, location)
+        for index, location in metadata.storage_data.items()
         if type(kinds.get(index.fqn)).__name__ == "BytesStorageMetadata"
     ]
 
@@ -152,7 +151,7 @@ def _read_object(file: Path, offset: int, length: int, name: str) -> None:
 
 
 class _Quantisation(pickle.Unpickler):
-    """What Transformer Engine's layers remember: tensors, numbers and texts."""
+    """Unpickles the extra state of Transformer Engine's layers: tensors, numbers and strings."""
 
     def find_class(self, module: str, name: str) -> Any:
         import torch

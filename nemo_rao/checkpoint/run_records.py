@@ -1,8 +1,8 @@
-"""What a run records in its folder, for its next start and for whoever reads it.
+"""Records that a run writes to its directory, for its next start and for readers.
 
 recipe.yaml      every key
-data.json        of each data set: number of prompts, fingerprints, what was dropped
-run.json         engine, start, planned steps, and where it has ended
+data.json        for each data set: number of prompts, fingerprints, what was dropped
+run.json         engine, start, planned steps, and where it has finished
 changes.jsonl    what changed from one start to the next, and from which step on
 """
 
@@ -25,7 +25,7 @@ RECIPE, DATA, RUN, CHANGES = "recipe.yaml", "data.json", "run.json", "changes.js
 
 @dataclass(frozen=True)
 class Change:
-    """A key, or a data set, that differs from what a run has recorded.
+    """A key, or a data set, that differs from a run's record.
 
     Attributes:
         key: dotted, such as ``model.optim.lr``.
@@ -42,7 +42,7 @@ class Change:
 
 
 def read_run(folder: Path) -> Mapping[str, Any]:
-    """``run.json``, see :func:`write_run`; empty where absent.
+    """Read ``run.json``, see :func:`write_run`; empty if absent.
 
     Raises:
         UserError: the file is damaged.
@@ -53,13 +53,13 @@ def read_run(folder: Path) -> Mapping[str, Any]:
 def write_run(
     folder: Path, *, start_from: Path | None, max_steps: int, finished_at: int | None = None, engine: str
 ) -> None:
-    """Writes ``run.json``: a run's engine, what it started from, how many steps it has, and whether it has ended.
+    """Write ``run.json``: a run's engine, its start, its number of steps, and whether it has finished.
 
     Args:
-        start_from: checkpoint whose weights the run started with; ``None``: random ones.
+        start_from: checkpoint with the weights that the run started from; ``None``: random weights.
         max_steps: planned optimizer steps.
-        finished_at: steps of a run that has reached its end; its last checkpoint is then recorded, too.
-        engine: that drives it.
+        finished_at: steps of a finished run; its last checkpoint is then recorded, too.
+        engine: engine of the run.
     """
     record: dict[str, Any] = {
         "engine": engine,
@@ -73,7 +73,7 @@ def write_run(
 
 
 def read_data_record(folder: Path) -> Mapping[str, Any]:
-    """``data.json``: for each data set its number of prompts and its fingerprints; empty where absent.
+    """Read ``data.json``: number of prompts and fingerprints of each data set; empty if absent.
 
     Raises:
         UserError: the file is damaged.
@@ -82,7 +82,7 @@ def read_data_record(folder: Path) -> Mapping[str, Any]:
 
 
 def data_record(train: PreferenceData, validation: PreferenceData | None) -> dict[str, Any]:
-    """What ``data.json`` holds: ``fingerprint`` is of the tokens alone, ``contents`` of all that is trained on."""
+    """Return the contents of ``data.json``: ``fingerprint`` covers the tokens, ``contents`` all that is trained on."""
     data_sets = {"training": train, "validation": validation}
     return {
         name: {
@@ -102,14 +102,14 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or give the run another name") from None
+        raise UserError(f"{path}: cannot be read ({error}). Restore it, or use another exp_manager.name.") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: must be an object of JSON; restore it, or give the run another name")
+        raise UserError(f"{path}: must be a JSON object. Restore it, or use another exp_manager.name.")
     return found
 
 
 def has_results(folder: Path) -> bool:
-    """Whether there is something to continue: a checkpoint, or the end of a run that was to keep none."""
+    """Whether there is something to resume: a checkpoint, or a finished run that keeps none."""
     return last_checkpoint(folder) is not None or ended_without_checkpoint(folder)
 
 
@@ -119,7 +119,7 @@ def ended_without_checkpoint(folder: Path) -> bool:
 
 
 def record_changes(folder: Path, changes: list[Change], step: int) -> None:
-    """Appends a line to ``changes.jsonl``: the step from which the changes hold, when, and what changed."""
+    """Append a line to ``changes.jsonl``: the step from which the changes hold, when, and what changed."""
     if not changes:
         return
     line = {

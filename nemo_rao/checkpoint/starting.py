@@ -1,6 +1,6 @@
-"""What a run starts from: a checkpoint that fits its recipe, or random weights where that is meant.
+"""The start of a run: a checkpoint that matches its recipe, or random weights if they are intended.
 
-Checked before anything heavy is imported, and before a job is submitted: from a checkpoint's metadata, a tokenizer's
+Checked before anything heavy is imported, and before a job is submitted, from a checkpoint's metadata, a tokenizer's
 vocabulary and the sizes of the recipe.
 """
 
@@ -35,19 +35,19 @@ from nemo_rao.config.typed_config import load_recipe
 from nemo_rao.errors import UserError
 from nemo_rao.objectives import registry
 
-RANDOM_LIMIT = 1_000_000_000  # parameters; models below it are trained from scratch, in studies and tests
+RANDOM_LIMIT = 1_000_000_000  # parameters; smaller models may be trained from scratch, as in studies and tests
 FITTING = "set model.family, model.arch and data.tokenizer to the checkpoint's"
-# A tokenizer may rename reserved tokens and add some: less than this share of a vocabulary.
+# A tokenizer may rename and add reserved tokens: less than this fraction of a vocabulary.
 _OTHER_TOKENS = 0.01
-# Rows of an embedding beyond the tokens, where the checkpoint has no tokenizer to compare with: padding.
+# Embedding rows beyond the tokens that count as padding, if the checkpoint has no tokenizer to compare with.
 _PADDING_ROWS = 8192
 
 
 def check_start(config: RunConfig) -> None:
-    """Checks what the run would start from.
+    """Check the start of a run.
 
     Raises:
-        UserError: random weights of a large model; a checkpoint of another network, or of another tokenizer.
+        UserError: random weights for a large model; a checkpoint of another network or tokenizer.
     """
     if not needs_start(config):
         return
@@ -59,8 +59,8 @@ def check_start(config: RunConfig) -> None:
         return
     refuse_hugging_face(given, START)
     if not Path(given).expanduser().is_dir():
-        remedy = made_by(given) or "give the folder of a NeMo checkpoint"
-        raise UserError(f"{START}={given}: no such folder; {remedy}")
+        remedy = made_by(given) or "give the directory of a checkpoint"
+        raise UserError(f"{START}={given}: no such directory; {remedy}.")
     checkpoint = start_of(config)
     assert checkpoint is not None
     refuse_adapters(checkpoint, START)
@@ -79,24 +79,24 @@ def _check_random(config: RunConfig, parameters: int) -> None:
     if parameters <= RANDOM_LIMIT or config.model.allow_random_weights:
         return
     raise UserError(
-        f"{START} is null, so that {parameters / 1e9:.1f} billion parameters of {network_key(config)} would "
-        "start from random weights; name the checkpoint to start from (nemo-rao import-hf makes one), or set "
-        "model.allow_random_weights=true to train from scratch"
+        f"{START}: is null, so {parameters / 1e9:.1f} billion parameters of {network_key(config)} would start from "
+        "random weights. Name the checkpoint to start from (nemo-rao import-hf makes one), or set "
+        "model.allow_random_weights=true to train from scratch."
     )
 
 
 def check_tokenizer(config: RunConfig, checkpoint: Path, tokens: int | None) -> None:
-    """Refuses a tokenizer whose ids stand for other tokens than the checkpoint's.
+    """Refuse a tokenizer whose ids represent other tokens than the checkpoint's.
 
     Args:
-        tokens: of the recipe's tokenizer; ``None`` where they are not known yet.
+        tokens: vocabulary size of the recipe's tokenizer; ``None`` if not known yet.
 
     Raises:
         UserError: names both tokenizers.
     """
     given = Path(config.data.tokenizer or "").expanduser() / "tokenizer.json"
     own = sorted((checkpoint / "context").glob("*/tokenizer.json"))
-    remedy = f"give the tokenizer that belongs to {checkpoint}"
+    remedy = f"use the tokenizer that belongs to {checkpoint}"
     if given.is_file() and len(own) == 1:
         if given.read_bytes() == own[0].read_bytes():
             return
@@ -105,29 +105,29 @@ def check_tokenizer(config: RunConfig, checkpoint: Path, tokens: int | None) -> 
         if other > max(1, _OTHER_TOKENS * len(there)):
             raise UserError(
                 f"data.tokenizer={config.data.tokenizer}: {other} of the {len(there)} tokens of the checkpoint's "
-                f"tokenizer ({own[0].parent}) are absent or have other ids; data.tokenizer={own[0].parent} is the one "
-                "that the model was trained with"
+                f"tokenizer ({own[0].parent}) are missing or have other ids. The model was trained with "
+                f"data.tokenizer={own[0].parent}."
             )
         return
     rows = token_embeddings(checkpoint, trusted=config.model.allow_pickle)
     if tokens is not None and rows is not None and rows > 2 * tokens and rows - tokens > _PADDING_ROWS:
         raise UserError(
-            f"data.tokenizer={config.data.tokenizer} has {tokens} tokens, but {checkpoint} embeds {rows}; {remedy}"
+            f"data.tokenizer={config.data.tokenizer}: has {tokens} tokens, but {checkpoint} embeds {rows}; {remedy}."
         )
 
 
 def describe_start(config: RunConfig, start_from: Path | None) -> str:
-    """A line for the user."""
+    """Describe the start in one line."""
     if start_from is None:
         return f"starting from random weights (trainer.seed={config.trainer.seed}; {START} is null)"
     return f"starting from {start_from}"
 
 
 def describe_heads(config: RunConfig, objective_config: Any, start_from: Path | None) -> list[str]:
-    """A line about each head of the run or of its start: whether it is kept, new, or left behind. Imports megatron.
+    """Describe each head of the run or of its start in a line: kept, newly initialized, or dropped. Imports megatron.
 
     Args:
-        objective_config: the objective's keys, with what the data decides.
+        objective_config: the objective's keys, with values resolved from the data.
     """
     from nemo_rao.mcore.heads import HEADS, SCORE_HEAD, VALUE_HEAD, is_stored
 
@@ -139,26 +139,26 @@ def describe_heads(config: RunConfig, objective_config: Any, start_from: Path | 
     outputs = {SCORE_HEAD: needs.scores, VALUE_HEAD: int(needs.values is not None)}
     lines = []
     for name in HEADS:
-        wanted, said = outputs[name], name.replace("_", " ")
+        wanted, label = outputs[name], name.replace("_", " ")
         stored = next((shape for key, shape in shapes.items() if key.split(".")[-2:] == [name, "weight"]), None)
         if wanted and stored is not None and is_stored(name, (wanted, *stored[1:]), shapes):
-            lines.append(f"{said}: the start's is kept")
+            lines.append(f"{label}: kept from the start")
         elif wanted:
             drawn = f"drawn from trainer.seed={config.trainer.seed}" if name == SCORE_HEAD else "at 0"
-            why = "has none" if stored is None else f"has one of {stored[0]} outputs, {wanted} are needed"
-            lines.append(f"{said}: starts anew, {drawn} (the start {why})")
+            why = "has none" if stored is None else f"has {stored[0]} outputs, {wanted} are needed"
+            lines.append(f"{label}: newly initialized, {drawn} (the start {why})")
         elif stored is not None:
-            lines.append(f"{said}: left behind, as {config.model.objective} has none")
+            lines.append(f"{label}: dropped, because {config.model.objective} has none")
     return lines
 
 
 def start_of(config: RunConfig) -> Path | None:
-    """The checkpoint that a run starts from, or ``None``; where the run continues, the one that it has started from.
+    """Return the checkpoint that a run starts from, or ``None``; when resuming, the one that it has started from.
 
-    A run folder that is named as the start may have gone on since, to checkpoints that this run has never seen.
+    A run named as the start may have continued since, to checkpoints that this run has never used.
 
     Raises:
-        UserError: ``model.restore_from_path`` leads to no checkpoint, or to another one than the run started from.
+        UserError: ``model.restore_from_path`` is not a checkpoint, or not the one that the run started from.
     """
     folder, given = run_dir(config), config.model.restore_from_path
     record = read_run(folder)
@@ -177,7 +177,7 @@ def start_of(config: RunConfig) -> Path | None:
 
 
 def needs_start(config: RunConfig) -> bool:
-    """Whether weights are read from the start: a run's own checkpoints hold all but those below adapters."""
+    """Whether weights are read from the start: a run's checkpoints hold all weights except those under adapters."""
     return config.model.peft.scheme != "none" or not has_results(run_dir(config))
 
 

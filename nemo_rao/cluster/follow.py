@@ -10,11 +10,11 @@ from nemo_rao.cluster.records import JobRecord
 from nemo_rao.cluster.slurm import JobState, job_states
 from nemo_rao.errors import UserError
 
-_PATIENCE = 5  # failed looks in a row; a controller that is restarted answers again
+_PATIENCE = 5  # consecutive failed queries; a restarting controller recovers
 
 
 class Tail:
-    """New whole lines of a file that may not be there yet, or grow while it is read."""
+    """Reads new complete lines of a file that may not exist yet, or grow while it is read."""
 
     def __init__(self, path: Path, *, from_end: bool) -> None:
         self._path = path
@@ -22,7 +22,7 @@ class Tail:
         self._rest = b""
 
     def lines(self, *, rest: bool = False) -> list[str]:
-        """``rest``: the last line, too, if nothing has ended it."""
+        """Return the new lines; with ``rest``, also an unterminated last line."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
@@ -36,16 +36,16 @@ class Tail:
 
 
 def follow(run: Path | None, records: Sequence[JobRecord], *, poll_seconds: float, from_end: bool = False) -> int:
-    """Prints what happens until all jobs have ended, or Ctrl-C.
+    """Print progress until all jobs have ended, or Ctrl-C.
 
     Args:
-        run: folder of the run whose logs are shown; ``None``: states alone, as for a sweep.
-        records: of one submission.
-        poll_seconds: between two looks.
-        from_end: of the logs, show only what is new.
+        run: directory of the run whose logs are shown; ``None``: only states, as for a sweep.
+        records: jobs of one submission.
+        poll_seconds: interval between queries.
+        from_end: show only new lines of the logs.
 
     Returns:
-        the exit code: 0 where all jobs are done, 1 where one failed, 130 after Ctrl-C, which ends no job.
+        the exit code: 0 if all jobs succeeded, 1 if one failed, 130 after Ctrl-C, which ends no job.
     """
     last: dict[str, JobState] = {}
     tails = []
@@ -59,13 +59,16 @@ def follow(run: Path | None, records: Sequence[JobRecord], *, poll_seconds: floa
     except KeyboardInterrupt:
         jobs = records[0].job.partition("_")[0] if records else ""
         where = f"nemo-rao status {run} --follow" if run is not None else f"squeue --job {jobs}"
-        print(f"\nno longer followed; job {jobs} goes on. Its state: {where}; to end it: scancel {jobs}", flush=True)
+        print(
+            f"\nstopped following; job {jobs} continues. To see its state: {where}; to cancel it: scancel {jobs}",
+            flush=True,
+        )
         return 130
     return 0 if ended else 1
 
 
 def _watch(records: Sequence[JobRecord], last: dict[str, JobState], tails: Sequence[Tail], poll_seconds: float) -> bool:
-    """Whether all jobs have ended well."""
+    """Watch the jobs until they end. Return whether all have succeeded."""
     failures = looks_at_end = 0
     while True:
         try:
@@ -85,7 +88,7 @@ def _watch(records: Sequence[JobRecord], last: dict[str, JobState], tails: Seque
             if state is not None and (job not in last or _differs(state, last[job])):
                 print(state, flush=True)
                 last[job] = state
-        # A job that is queued again passes through states in which it seems to have ended.
+        # A job that is being requeued passes through states in which it seems to have ended.
         looks_at_end = looks_at_end + 1 if over else 0
         if looks_at_end == 2:
             return all(state is not None and state.state == "COMPLETED" for state in states.values())

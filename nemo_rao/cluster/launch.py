@@ -1,10 +1,10 @@
-"""``nemo-rao launch``: a recipe and a cluster's file become a job that is submitted and followed.
+"""``nemo-rao launch``: submit and follow a job, from a recipe and a cluster's file.
 
     overrides -> cluster's keys, recipe's keys -> all checks, before any file is written
         scheduler local: the run, in this process
         scheduler slurm: RUN/slurm/recipe-DIGEST.yaml + batch script -> sbatch -> RUN/slurm/jobs.jsonl -> follow
 
-A sweep (``--multirun``) becomes a job array, each run an element of it.
+A sweep (``--multirun``) becomes a job array with one element per run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def main(arguments: argparse.Namespace) -> int:
         runs = [("", config)]
     if cluster.scheduler == "local":
         if arguments.dependency is not None:
-            raise UserError(f"--dependency {arguments.dependency}: jobs alone have one; name a cluster, cluster=NAME")
+            raise UserError(
+                f"--dependency {arguments.dependency}: only jobs have dependencies. Name a cluster, cluster=NAME."
+            )
         for label, run in runs:
             with errors_at(label):
                 check_size(cluster, run)
@@ -92,16 +94,16 @@ def _submit(
     for label, config in runs:
         if (config.trainer.devices, config.trainer.num_nodes) != (first.trainer.devices, first.trainer.num_nodes):
             raise UserError(
-                f"{label}: trainer.devices x trainer.num_nodes = {config.trainer.devices} x "
-                f"{config.trainer.num_nodes}, but {first.trainer.devices} x {first.trainer.num_nodes} of the sweep's "
-                "first run; the elements of a job array take the same nodes, so launch them apart"
+                f"{label}: trainer.devices x trainer.num_nodes: are {config.trainer.devices} x "
+                f"{config.trainer.num_nodes}, but {first.trainer.devices} x {first.trainer.num_nodes} in the sweep's "
+                "first run, and the elements of a job array must use the same nodes. Launch them separately."
             )
     if sweep is not None:
         of_logs = folders[0].outside.with_name(f"{sweep.name}.{FOLDER}")
     else:
         of_logs = folders[0].outside / FOLDER
     several = len(runs) > 1
-    # A recipe of its own for each job: one that is queued again reads it anew, whatever has been launched since.
+    # Each job has its own copy of the recipe: a requeued job reads it again, whatever has been launched since.
     recipes = [to_yaml(config) for _, config in runs]
     recipe = f"recipe-{hashlib.sha256(''.join(recipes).encode()).hexdigest()[:12]}"
     job = Job(
@@ -140,7 +142,7 @@ def _submit(
 
 # ----------------------------------------------------------------------------------------------------------- checks
 
-# Keys that name files or folders, other than the run's own: (section, key).
+# Keys that name files or directories, except the run's directory: (section, key).
 PATHS = (
     *(("data", "train_path"), ("data", "validation_path"), ("data", "tokenizer"), ("data", "cache_dir")),
     *(("model", "restore_from_path"), ("reference", "cache_dir")),
@@ -148,41 +150,45 @@ PATHS = (
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
-    """Checks what the cluster's keys alone, and the files they name, can tell.
+    """Check everything that depends only on the cluster's keys, and the files they name.
 
     Raises:
-        UserError: the first rule that does not hold.
+        UserError: on the first violated rule.
     """
     if not cluster.partition:
-        raise UserError("cluster.partition is not set; name the partition that jobs go to (sinfo lists them)")
+        raise UserError("cluster.partition: is not set. Name the partition for jobs (sinfo lists them).")
     limit = seconds_of(cluster.time)
     if cluster.requeue and cluster.save_seconds + LATE_SECONDS >= limit:
         raise UserError(
-            f"cluster.save_seconds={cluster.save_seconds}: saving would begin before the run does, as cluster.time="
-            f"{cluster.time} is {limit:g} seconds; lower it, or raise the time"
+            f"cluster.save_seconds={cluster.save_seconds}: is not below cluster.time={cluster.time} ({limit:g} "
+            "seconds), so saving would begin before the run. Lower it, or raise cluster.time."
         )
     if cluster.save_seconds > 65535:
-        raise UserError(f"cluster.save_seconds={cluster.save_seconds}: SLURM takes at most 65535")
+        raise UserError(f"cluster.save_seconds={cluster.save_seconds}: must be at most 65535, SLURM's maximum.")
     if cluster.mounts and cluster.container is None:
-        raise UserError(f"cluster.mounts={cluster.mounts}: there is no container to mount into; set cluster.container")
+        raise UserError(f"cluster.mounts={cluster.mounts}: there is no container to mount into. Set cluster.container.")
     image = cluster.container
     is_path = image is not None and (image.startswith(("/", ".", "~")) or image.endswith(".sqsh"))
     if image is not None and is_path and not Path(image).expanduser().is_file():
         raise UserError(
-            f"cluster.container={image}: no such file; give an image (enroot import makes one), or a name in a "
-            "registry such as nvcr.io#nvidia/nemo:25.11"
+            f"cluster.container={image}: no such file. Give an image (enroot import makes one), or a name in a "
+            "registry such as nvcr.io#nvidia/nemo:25.11."
         )
     for mount in mounts(cluster, Path.cwd())[:-1]:
         if not mount.outside.is_absolute() or not mount.inside.is_absolute():
-            raise UserError(f"cluster.mounts: {mount}: give whole paths, OUTSIDE:INSIDE")
+            raise UserError(f"cluster.mounts: {mount}: must be absolute paths, OUTSIDE:INSIDE.")
         if not mount.outside.exists():
-            raise UserError(f"cluster.mounts: {mount.outside}: no such file or folder; give one of this machine")
+            raise UserError(
+                f"cluster.mounts: {mount.outside}: no such file or directory on this machine. Correct the path."
+            )
         if "," in str(mount):
-            raise UserError(f"cluster.mounts: {mount}: a comma parts mounts from each other; choose another path")
+            raise UserError(
+                f"cluster.mounts: {mount}: must not contain a comma, which separates mounts. Use another path."
+            )
 
 
 def check_size(cluster: ClusterConfig, config: RunConfig) -> None:
-    """Refuses a run that takes more than there is, or what its GPUs do not have.
+    """Refuse a run that needs more GPUs than the cluster has, or features that its GPUs lack.
 
     Raises:
         UserError: names both numbers.
@@ -192,18 +198,18 @@ def check_size(cluster: ClusterConfig, config: RunConfig) -> None:
         there = cluster.nodes * cluster.gpus_per_node
         if devices * nodes > there:
             raise UserError(
-                f"trainer.devices={devices} x trainer.num_nodes={nodes} = {devices * nodes} GPUs, but cluster.nodes="
-                f"{cluster.nodes} x cluster.gpus_per_node={cluster.gpus_per_node} are {there}; lower the first, or "
-                "choose another cluster"
+                f"trainer.devices={devices} x trainer.num_nodes={nodes}: are {devices * nodes} GPUs, but cluster.nodes="
+                f"{cluster.nodes} x cluster.gpus_per_node={cluster.gpus_per_node} are only {there}. Lower the first, "
+                "or choose another cluster."
             )
     if cluster.gpus_per_node is not None and devices > cluster.gpus_per_node:
         raise UserError(
-            f"trainer.devices={devices}, but a node has cluster.gpus_per_node={cluster.gpus_per_node}; lower it and "
-            "raise trainer.num_nodes"
+            f"trainer.devices={devices}: is above cluster.gpus_per_node={cluster.gpus_per_node}. Lower it and raise "
+            "trainer.num_nodes."
         )
     if cluster.nodes is not None and nodes > cluster.nodes:
         raise UserError(
-            f"trainer.num_nodes={nodes}, but a job may take cluster.nodes={cluster.nodes}; lower it, or raise that"
+            f"trainer.num_nodes={nodes}: is above cluster.nodes={cluster.nodes}. Lower it, or raise cluster.nodes."
         )
     if cluster.gpu is not None:
         check_named_gpu(config, cluster.gpu, f"cluster.gpu={cluster.gpu}")
@@ -216,35 +222,39 @@ def check_paths(
     working_dir: Path,
     awaited: Sequence[Path] = (),
 ) -> RunFolder:
-    """Checks the run as ``nemo-rao train`` does, with the paths under which this machine knows its files.
+    """Check the run as ``nemo-rao train`` does, with paths translated to those of this machine.
 
     Args:
-        awaited: folders of runs that it is to wait for; what lies there need not be there yet.
+        awaited: directories of runs that the job will wait for; their files need not exist yet.
 
     Returns:
-        the run's folder.
+        the run's directory.
 
     Raises:
-        UserError: see :func:`nemo_rao.training.checks.check_run`; or the results lie where no task can write.
+        UserError: see :func:`nemo_rao.training.checks.check_run`; or tasks cannot write to the output directory.
     """
     inside = Path(os.path.normpath(working_dir / run_dir(config)))
     folder = outside(inside, mounted, working_dir)
     if folder is None:
         raise UserError(
-            f"exp_manager.exp_dir={config.exp_manager.exp_dir}: in no folder that the container sees; add it to "
-            "cluster.mounts"
+            f"exp_manager.exp_dir={config.exp_manager.exp_dir}: is not inside a directory that the container mounts. "
+            "Add it to cluster.mounts."
         )
     if re.search(r"[%\\]", str(folder)):
-        raise UserError(f"exp_manager: {folder}: SLURM reads % and \\ in the names of logs; choose another folder")
+        raise UserError(
+            f"exp_manager: {folder}: must not contain % or \\, special in log names of SLURM. Choose another."
+        )
 
     def here(key: str, value: Any) -> Any:
-        """A path as this machine has it; names on huggingface.co, and paths below the working directory, as given."""
+        """Translate a path to this machine; names on huggingface.co and relative paths are unchanged."""
         if isinstance(value, list):
             return [here(key, item) for item in value]
         if not isinstance(value, str) or not mounted or not value.startswith(("/", "~", "..")):
             return value
         if (found := outside(Path(value), mounted, working_dir)) is None:
-            raise UserError(f"{key}={value}: in no folder that the container sees; add it to cluster.mounts")
+            raise UserError(
+                f"{key}={value}: is not inside a directory that the container mounts. Add it to cluster.mounts."
+            )
         return str(found)
 
     seen = copy.deepcopy(config)
@@ -259,52 +269,52 @@ def check_paths(
     check_run(seen, start_exists=start_exists)
     if cluster.requeue and not config.exp_manager.resume_if_exists:
         raise UserError(
-            "exp_manager.resume_if_exists=false: a job that is queued again would start over; set it to true, or "
-            "cluster.requeue=false"
+            "exp_manager.resume_if_exists=false: a requeued job would start over. Set it to true, or "
+            "cluster.requeue=false."
         )
     if cluster.requeue and not config.exp_manager.checkpoint_callback_params.save_last:
         raise UserError(
-            "exp_manager.checkpoint_callback_params.save_last=false: a job that is queued again continues from the "
-            "last checkpoint; set it to true, or cluster.requeue=false"
+            "exp_manager.checkpoint_callback_params.save_last=false: a requeued job resumes from the last checkpoint. "
+            "Set it to true, or cluster.requeue=false."
         )
     return RunFolder(outside=folder, inside=inside)
 
 
 def check_resume(config: RunConfig, folder: Path) -> None:
-    """Prints from where a run of this name would continue; what would change its numbers is refused.
+    """Print where a run of this name would resume; refuse changes of its numbers.
 
-    Checkpoints can be read under any parallelism, but the numbers then agree to rounding, not bit for bit. Whether a
-    damaged one can be read, and whether the data has changed, the job sees.
+    Checkpoints can be loaded under any parallelism, but the numbers then agree to rounding, not bit for bit. Whether a
+    checkpoint is damaged, and whether the data has changed, is checked in the job.
 
     Raises:
-        UserError: see :func:`nemo_rao.checkpoint.continuing.check_settings`; or experts are shared otherwise.
+        UserError: see :func:`nemo_rao.checkpoint.continuing.check_settings`; or experts are split differently.
     """
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         return
     changes = check_settings(config, folder)
     check_resumed_experts(config, folder)
-    print(f"continues from {checkpoint}", flush=True)
+    print(f"resumes from {checkpoint}", flush=True)
     for line in describe(changes):
         print(line, flush=True)
 
 
 def _check_no_job(folder: Path) -> None:
-    """Refuses a second job in a folder, which would write over the first one's files."""
+    """Refuse a second job in a directory, which would overwrite the first one's files."""
     records = read_records(folder)
     for state in slurm.job_states(records[-1].job) if records else []:
         if state.is_active:
             raise UserError(
-                f"{folder}: {state}, already trains this run; follow it with nemo-rao status {folder} --follow, end it "
-                f"with scancel {state.job}, or wait for it with --dependency afterany:{state.job}"
+                f"{folder}: {state}, already trains this run. Follow it with nemo-rao status {folder} --follow, cancel "
+                f"it with scancel {state.job}, or wait for it with --dependency afterany:{state.job}"
             )
 
 
 def _dependency(given: str | None) -> tuple[str | None, list[Path]]:
-    """What sbatch is to wait for, and the folders of runs among it.
+    """Return sbatch's dependency, and the directories of runs among it.
 
     Raises:
-        UserError: neither SLURM's syntax nor the folder of a launched run.
+        UserError: it is neither SLURM's syntax nor the directory of a launched run.
     """
     if given is None:
         return None, []
@@ -312,11 +322,11 @@ def _dependency(given: str | None) -> tuple[str | None, list[Path]]:
     if folder.is_dir():
         records = read_records(folder)
         if not records:
-            raise UserError(f"--dependency {given}: a folder, but of no run that was launched as a job")
+            raise UserError(f"--dependency {given}: is a directory, but not that of a run launched as a job. Name one.")
         return f"afterok:{records[-1].job}", [folder.absolute()]
     one = r"(singleton|after\w*(:\d+(_\d+)?(\+\d+)?)+)"
     if not re.fullmatch(rf"{one}([,?]{one})*", given):
         raise UserError(
-            f"--dependency {given}: give what sbatch takes, such as afterok:17, or the folder of a launched run"
+            f"--dependency {given}: must be a dependency of sbatch, such as afterok:17, or a launched run's directory."
         )
     return given, []

@@ -1,8 +1,8 @@
 """Records of a run's jobs, in ``RUN/slurm``::
 
-recipe-*.yaml    the runs as they were launched         job-N.log        output of the batch script of job N
+recipe-*.yaml    recipes of the launched runs           job-N.log        output of the batch script of job N
 job.sbatch       the last batch script                job-N/rank-M.log output of its rank M, of all starts
-jobs.jsonl       a line for each job
+jobs.jsonl       one line per job
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class JobRecord:
     Attributes:
         job: ``17``, or ``17_2`` for an element of an array.
         submitted: time, in ISO format.
-        log: of its batch script.
+        log: log of its batch script.
     """
 
     job: str
@@ -40,7 +40,7 @@ def add_record(run: Path, record: JobRecord) -> None:
 
 
 def read_records(run: Path) -> list[JobRecord]:
-    """A run's jobs, the oldest first."""
+    """Read a run's jobs, oldest first."""
     path = run / FOLDER / "jobs.jsonl"
     if not path.is_file():
         return []
@@ -48,8 +48,8 @@ def read_records(run: Path) -> list[JobRecord]:
 
 
 def last_words(log: Path) -> str:
-    """The last line that a batch script said itself; empty if there is none."""
+    """Return the last line that the batch script itself logged; empty if there is none."""
     if not log.is_file():
         return ""
-    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("[nemo-rao] ")]
-    return said[-1].removeprefix("[nemo-rao] ") if said else ""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("[nemo-rao] ")]
+    return lines[-1].removeprefix("[nemo-rao] ") if lines else ""

@@ -1,13 +1,13 @@
-"""The text of a job's batch script, from a cluster's keys and the runs that the job trains.
+"""The batch script of a job, from a cluster's keys and the runs that the job trains.
 
 One attempt of a job, until it ends or is requeued::
 
-    srun, one task a GPU: nemo-rao train --config-dir RUN/slurm --config-name recipe-DIGEST
-        |  USR1 before the time limit or at pre-emption -> to the tasks, which save and leave RUN/slurm/job-N/stopped
+    srun, one task per GPU: nemo-rao train --config-dir RUN/slurm --config-name recipe-DIGEST
+        |  USR1 before the time limit or at pre-emption -> to the tasks, which save and write RUN/slurm/job-N/stopped
         v
-    stopped            scontrol requeue: the next attempt continues from the checkpoint
+    stopped            scontrol requeue: the next attempt resumes from the checkpoint
     succeeded          the job is done
-    failed             the record of the first rank that failed, then the end of the job with srun's code
+    failed             the record of the first rank that failed, then the job ends with srun's exit code
 
 User input is quoted for the shell (:func:`shlex.quote`) and escaped for sbatch (:func:`directive`). Keys of the recipe
 do not appear: they are in the file recipe-DIGEST.yaml.
@@ -25,19 +25,20 @@ from nemo_rao.cluster.config import ClusterConfig, Mount
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.job import FAILURE, FOLDER, HANG_SECONDS, STOPPED
 
-LATE_SECONDS = 20  # before the time limit, a job whose ranks have not saved by then is queued again without them
+LATE_SECONDS = 20  # before the time limit; a job whose ranks have not saved by then is requeued anyway
 
-# What tasks find in their environment unless the cluster's keys say otherwise.
+# Environment of tasks, unless the cluster's keys override it.
 ENVIRONMENT: Mapping[str, str] = {
     "NCCL_DEBUG": "WARN",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost peer ends a rank instead of leaving it to wait
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron: communication is to start before the computation it overlaps
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a rank whose peer is lost exits instead of waiting
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron: communication must start before the computation that it overlaps
     "PYTHONFAULTHANDLER": "1",  # a rank that crashes prints its stack
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_MININTERVAL": "30",  # seconds: other packages' progress in a file
+    "TQDM_MININTERVAL": "30",  # seconds between lines of other packages' progress bars in a log
 }
-NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")  # of a launcher around launch
+# Set by a launcher around nemo-rao launch.
+NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 _OURS = frozenset(
     (
         *("job-name", "partition", "account", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gres"),
@@ -49,7 +50,7 @@ _OURS = frozenset(
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run, ``exp_dir/name``: as this machine sees it, and as the tasks do."""
+    """The directory of a run, ``exp_dir/name``: its path on this machine, and its path for the tasks."""
 
     outside: Path
     inside: Path
@@ -57,18 +58,18 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Job:
-    """What a batch script is made for.
+    """The content of a batch script.
 
     Attributes:
         name: any text.
-        runs: one, or those of a sweep, each an element of a job array.
-        recipe: name of each run's recipe in its folder, ``RUN/slurm/NAME.yaml``.
-        num_nodes, ranks_per_node: of each run.
-        working_dir: of the tasks.
+        runs: one run, or those of a sweep, each an element of a job array.
+        recipe: name of each run's recipe in its directory, ``RUN/slurm/NAME.yaml``.
+        num_nodes, ranks_per_node: size of each run.
+        working_dir: working directory of the tasks.
         log: file of the batch script's output; ``%j`` is the job, ``%A_%a`` the array and the element.
-        dependency: as sbatch takes it, or ``None``.
-        python: that has nemo_rao, as a task sees it.
-        mounts: of the container, see :func:`nemo_rao.cluster.config.mounts`.
+        dependency: in sbatch's syntax, or ``None``.
+        python: an interpreter with nemo_rao, as a task sees it.
+        mounts: mounts of the container, see :func:`nemo_rao.cluster.config.mounts`.
     """
 
     name: str
@@ -84,30 +85,30 @@ class Job:
 
 
 def batch_script(cluster: ClusterConfig, job: Job) -> str:
-    """The whole script.
+    """Return the whole script.
 
     Raises:
-        UserError: a directive that is not one, or that launch sets itself; a variable's name that is not one; a text
-            with a line break.
+        UserError: a directive is invalid, or set by launch itself; the name of a variable is invalid; a text contains a
+            line break.
     """
     lines = ["#!/bin/bash", "# Made by nemo-rao launch. A requeued job runs it again: one attempt."]
     lines += [directive(name, value) for name, value in _directives(cluster, job)]
-    # What a user gives is not to be expanded; functions are called by traps.
+    # User input must not be expanded; functions are called by traps.
     lines += [
         "",
         "# shellcheck disable=SC2016,SC2329",
         "set -u",
         "",
-        "# The run, or this array element's, and where its records are.",
+        "# The run, or that of this array element, and the directory of its records.",
     ]
     lines += [f"runs=({_words(run.outside for run in job.runs)})"]
     lines += [f"runs_inside=({_words(run.inside for run in job.runs)}) # as tasks see them"]
-    lines += [_PLACE]
+    lines += [_RECORDS]
     lines += ["# The environment of tasks."]
     environment = {**ENVIRONMENT, HANG_SECONDS: f"{cluster.hang_minutes * 60:g}", **cluster.environment}
     lines += [f"export {_variable(name)}={_quoted(value)}" for name, value in environment.items()]
     lines += [f"export {FOLDER}=$records_inside", f"unset {' '.join(NOT_INHERITED)}", ""]
-    lines += ["# One task for each GPU; the failure of one ends all."]
+    lines += ["# One task per GPU; the failure of one ends all."]
     # Not inherited from sbatch since SLURM 22.05.
     cpus = [] if cluster.cpus_per_task is None else [f"--cpus-per-task={cluster.cpus_per_task}"]
     srun = ["srun", "--kill-on-bad-exit=1", "--open-mode=append", *cpus, *_container(cluster, job)]
@@ -119,7 +120,7 @@ def batch_script(cluster: ClusterConfig, job: Job) -> str:
     return "\n".join(lines)
 
 
-_PLACE = """\
+_RECORDS = """\
 element=${SLURM_ARRAY_TASK_ID:-0}
 run=${runs[element]}
 run_inside=${runs_inside[element]}
@@ -133,43 +134,43 @@ records_inside=$run_inside/slurm/job-$job
 mkdir -p "$records"
 rm -f "$records/stopped" "$records/failure"
 
-tell() {
+report() {
   echo "[nemo-rao] $(date '+%F %T') $*"
 }
-tell "job $job, attempt $((restarts + 1)), on $SLURM_JOB_NODELIST"
+report "job $job, attempt $((restarts + 1)), on $SLURM_JOB_NODELIST"
 
 # Ranks meet at the first node; jobs that share it at different ports.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 """
-assert FAILURE in _PLACE and STOPPED in _PLACE
+assert FAILURE in _RECORDS and STOPPED in _RECORDS
 
 _ATTEMPT = """\
 
-# Puts the job into the queue again, which ends this script. A job that is being cancelled stays so.
+# Requeues the job, which ends this script. A job that is being cancelled stays cancelled.
 requeue() {
   local state
   state=$(squeue --noheader --jobs="$job" --format=%T)
   if [ "$requeues" != yes ]; then
-    tell "not queued again (cluster.requeue=false); the same launch continues the run"
+    report "not requeued (cluster.requeue=false); the same launch command resumes the run"
   elif [ "$state" != RUNNING ]; then
-    tell "not queued again: the job is ${state:-gone}"
+    report "not requeued: the job is ${state:-gone}"
   elif [ "$restarts" -ge "$max_restarts" ]; then
-    tell "not queued again: restarted $restarts times (cluster.max_restarts)"
+    report "not requeued: restarted $restarts times (cluster.max_restarts)"
   elif scontrol requeue "$job"; then
-    tell "queued again"
+    report "requeued"
     sleep 600 # until SLURM ends this script
   else
-    tell "could not be queued again"
+    report "could not be requeued"
   fi
   return 1
 }
 
 late() {
   sleep "$patience"
-  kill -0 $$ 2> /dev/null || exit # this attempt is over; not every cluster ends what it has left in the background
-  tell "the run has not saved in time (cluster.save_seconds): the next attempt continues from the last checkpoint"
+  kill -0 $$ 2> /dev/null || exit # this attempt is over; some clusters leave background processes running
+  report "the run has not saved in time (cluster.save_seconds): the next attempt resumes from the last checkpoint"
   requeue
 }
 
@@ -178,7 +179,7 @@ ranks=
 clock=
 ask() {
   if [ -z "$asked" ]; then
-    tell "a signal: the run saves a checkpoint and stops"
+    report "signal received:  the run saves a checkpoint and stops"
     late &
     clock=$!
   fi
@@ -193,25 +194,25 @@ trap ask USR1 TERM
 ranks=$!
 wait "$ranks"
 code=$?
-while [ "$code" -gt 128 ] && kill -0 "$ranks" 2> /dev/null; do # a signal has ended wait, not srun
+while [ "$code" -gt 128 ] && kill -0 "$ranks" 2> /dev/null; do # a signal has ended wait, but not srun
   wait "$ranks"
   code=$?
 done
-trap : USR1 TERM # what comes now, with SLURM's own end of the job, asks for nothing
+trap : USR1 TERM # ignore further signals, which SLURM sends when the job ends
 if [ -n "$clock" ]; then
   kill "$clock" 2> /dev/null
 fi
 
-# A rank that fails ends the others by a signal, too: they have stopped, but srun's code is not 0.
+# When a rank fails, the others are signalled, too: they have stopped, but srun's exit code is not 0.
 if [ "$code" -eq 0 ] && [ -e "$records/stopped" ]; then
-  tell "$(cat "$records/stopped")"
+  report "$(cat "$records/stopped")"
   requeue
   exit 1
 elif [ "$code" -eq 0 ]; then
-  tell "finished"
+  report "finished"
   exit 0
 fi
-tell "failed: srun ended with code $code; logs of all ranks: $records"
+report "failed: srun exited with code $code; logs of all ranks: $records"
 if [ -s "$records/failure" ]; then
   cat "$records/failure"
 fi
@@ -221,7 +222,7 @@ for log in "$records"/rank-*.log; do
     tail -n 200 "$log" | sed -n '/^Fatal Python error/,$p' | head -n 60
   fi
 done
-if [ -n "$asked" ] && [ ! -s "$records/failure" ]; then # a rank that had not begun to listen
+if [ -n "$asked" ] && [ ! -s "$records/failure" ]; then # a rank that did not handle signals yet
   requeue
 fi
 exit "$code"
@@ -230,7 +231,7 @@ exit "$code"
 
 def _directives(cluster: ClusterConfig, job: Job) -> Iterable[tuple[str, str | None]]:
     yield "job-name", re.sub(r"[^\w.+-]", "_", job.name)
-    assert cluster.partition is not None, "checked before"
+    assert cluster.partition is not None, "checked earlier"
     yield "partition", cluster.partition
     if cluster.account is not None:
         yield "account", cluster.account
@@ -245,10 +246,10 @@ def _directives(cluster: ClusterConfig, job: Job) -> Iterable[tuple[str, str | N
     yield "time", cluster.time
     if cluster.exclusive:
         yield "exclusive", None
-    # To the batch script alone: it is the one that knows how to queue the job again.
+    # Only to the batch script, which requeues the job.
     yield "signal", f"B:USR1@{cluster.save_seconds}"
-    yield ("requeue" if cluster.requeue else "no-requeue"), None  # after the loss of a node, SLURM does it
-    yield "open-mode", "append"  # a later attempt does not erase what an earlier one has written
+    yield ("requeue" if cluster.requeue else "no-requeue"), None  # SLURM requeues the job after the loss of a node
+    yield "open-mode", "append"  # a later attempt must not overwrite an earlier one's output
     yield "output", job.log
     yield "chdir", str(job.working_dir)
     if len(job.runs) > 1:
@@ -256,24 +257,24 @@ def _directives(cluster: ClusterConfig, job: Job) -> Iterable[tuple[str, str | N
         yield "array", f"0-{len(job.runs) - 1}{limit}"
     if job.dependency is not None:
         yield "dependency", job.dependency
-        yield "kill-on-invalid-dep", "yes"  # rather than waiting for ever
+        yield "kill-on-invalid-dep", "yes"  # instead of waiting forever
     for name, value in cluster.directives.items():
         if name in _OURS:
-            raise UserError(f"cluster.directives.{name}: launch sets --{name} itself; use the cluster's other keys")
+            raise UserError(f"cluster.directives.{name}: is set by launch itself. Use the cluster's other keys.")
         if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
-            raise UserError(f"cluster.directives.{name}: give an option of sbatch by its long name, such as qos")
+            raise UserError(f"cluster.directives.{name}: must be a long option of sbatch, such as qos.")
         if value is not False and value is not None:
             yield name, None if value is True else str(value)
 
 
 def directive(name: str, value: str | None) -> str:
-    """One ``#SBATCH`` line.
+    """Return one ``#SBATCH`` line.
 
-    sbatch reads it with rules of its own: blanks end a word unless it is quoted, and # begins a comment even then; a
-    backslash makes any other character stand for itself.
+    sbatch has its own syntax: blanks end a word unless it is quoted, # begins a comment even in quotes, and a backslash
+    escapes any other character.
 
     Raises:
-        UserError: a value with a line break, after which sbatch would read something else.
+        UserError: the value has a line break, after which sbatch would read something else.
     """
     if value is None:
         return f"#SBATCH --{name}"
@@ -294,7 +295,7 @@ def _container(cluster: ClusterConfig, job: Job) -> list[str]:
 
 def _variable(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise UserError(f"cluster.environment: {name!r} is no name of a variable; use letters, digits and _")
+        raise UserError(f"cluster.environment: {name!r} is not a valid variable name. Use letters, digits and _.")
     return name
 
 
@@ -309,4 +310,4 @@ def _quoted(value: str) -> str:
 
 def _refuse_control_characters(value: str) -> None:
     if any(ord(character) < 32 or ord(character) == 127 for character in value):
-        raise UserError(f"{value!r}: line breaks and other control characters cannot stand in a batch script")
+        raise UserError(f"{value!r}: control characters, such as line breaks, are not allowed in a batch script.")

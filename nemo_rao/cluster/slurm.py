@@ -1,4 +1,4 @@
-"""SLURM's commands, called with lists of arguments, never through a shell, and their typed results."""
+"""SLURM's commands with typed results, called with lists of arguments and never through a shell."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ ACTIVE = frozenset(
 
 @dataclass(frozen=True)
 class JobState:
-    """One job, or one element of a job array.
+    """State of a job, or of one element of a job array.
 
     Attributes:
         job: ``17``, or ``17_2``.
         state: SLURM's word, such as RUNNING.
-        attempts: starts so far, the present one included; 0 before the first.
-        nodes: SLURM's list, such as ``node[1-2]``; empty while it has none.
-        elapsed, limit: of this attempt, as SLURM writes times.
-        reason: why it waits, or ended.
+        attempts: starts so far, including the current one; 0 before the first.
+        nodes: SLURM's list, such as ``node[1-2]``; empty if it has none yet.
+        elapsed, limit: elapsed time and time limit of this attempt, in SLURM's format.
+        reason: why it is waiting, or has ended.
     """
 
     job: str
@@ -53,53 +53,55 @@ class JobState:
 
 
 def call(*command: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a command; its exit code is for the caller to read.
+    """Run a command. The caller checks its exit code.
 
     Raises:
-        UserError: the command is not on this machine, or does not answer.
+        UserError: the command does not exist on this machine, or does not respond.
     """
     try:
         return subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]}: no such command on this machine; launch from a login node of the cluster, or with "
+            f"{command[0]}: no such command on this machine. Launch from a login node of the cluster, or with "
             "cluster=local"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]}: SLURM's controller has not answered for 120 seconds; try again later") from None
+        raise UserError(
+            f"{command[0]}: SLURM's controller has not responded for 120 seconds. Try again later."
+        ) from None
 
 
 def check_script(script: str) -> None:
-    """Asks SLURM whether it would take this script; nothing is submitted.
+    """Ask SLURM whether it would accept this script; nothing is submitted.
 
     Raises:
-        UserError: it would not: in SLURM's words.
+        UserError: it would not, with SLURM's message.
     """
     answer = call("sbatch", "--test-only", given=script)
     if answer.returncode != 0:
-        raise UserError(f"sbatch refuses the job: {_said(answer.stderr)}")
+        raise UserError(f"sbatch rejects the job: {_message(answer.stderr)}")
 
 
 def submit(script: str) -> str:
-    """The job's number.
+    """Submit a job and return its number.
 
     Raises:
-        UserError: SLURM refuses it.
+        UserError: SLURM rejects it.
     """
     answer = call("sbatch", "--parsable", given=script)
     if answer.returncode != 0:
-        raise UserError(f"sbatch refuses the job: {_said(answer.stderr)}")
+        raise UserError(f"sbatch rejects the job: {_message(answer.stderr)}")
     return answer.stdout.strip().partition(";")[0]
 
 
 def job_states(job: str) -> list[JobState]:
-    """A job, or all elements of a job array; empty where SLURM no longer knows it."""
+    """Return the state of a job, or of all elements of a job array; empty if SLURM no longer knows it."""
     answer = call("scontrol", "show", "job", "--oneliner", job)
     if answer.returncode == 0:
         return [state for line in answer.stdout.splitlines() for state in _of_line(line)]
     if "invalid job id" not in answer.stderr.lower():
-        raise UserError(f"scontrol: {_said(answer.stderr)}")
-    # Its memory is short; the accounting database, where there is one, remembers.
+        raise UserError(f"scontrol: {_message(answer.stderr)}")
+    # The controller soon forgets jobs; the accounting database, if there is one, keeps them.
     try:
         answer = call(
             *("sacct", "--jobs", job, "--allocations", "--noheader", "--parsable2"),
@@ -116,7 +118,7 @@ def job_states(job: str) -> list[JobState]:
 
 
 def _of_line(line: str) -> list[JobState]:
-    """A line of ``scontrol show job``: NAME=VALUE with blanks between them. Names of our jobs have none."""
+    """Parse a line of ``scontrol show job``: NAME=VALUE separated by blanks, which names of our jobs do not contain."""
 
     def value(name: str, default: str = "") -> str:
         found = re.search(rf"(?:^| ){name}=(\S*)", line)
@@ -132,5 +134,5 @@ def _of_line(line: str) -> list[JobState]:
     return [JobState(job, state, attempts, value("NodeList"), value("RunTime"), value("TimeLimit"), value("Reason"))]
 
 
-def _said(text: str) -> str:
+def _message(text: str) -> str:
     return " ".join(text.replace("sbatch: error: ", "").replace("allocation failure: ", "").split())

@@ -1,4 +1,4 @@
-"""``nemo-rao status RUN``: its jobs, the last step and its metrics, the last checkpoint."""
+"""``nemo-rao status RUN``: report its jobs, the last step and its metrics, and the last checkpoint."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from nemo_rao.errors import UserError
 from nemo_rao.runtime.metrics_file import read_metrics
 
 _SHOWN = ("loss", "val/loss", "grad_norm", "lr", "rewards/margins", "rewards/accuracies", "tokens_per_second")
-_JOBS = 3  # of a run, the newest
+_JOBS = 3  # newest jobs to show per run
 
 
 def main(arguments: argparse.Namespace) -> int:
     runs = [Path(run).expanduser() for run in arguments.runs]
     for run in runs:
         if not (run / "recipe.yaml").is_file() and not read_records(run):
-            raise UserError(f"{run}: no folder of a run (exp_manager.exp_dir/exp_manager.name); name one")
+            raise UserError(f"{run}: is not the directory of a run (exp_manager.exp_dir/exp_manager.name). Name one.")
     if arguments.follow:
         if len(runs) != 1 or not (records := read_records(runs[0])):
-            raise UserError(f"--follow {' '.join(arguments.runs)}: give one run that was launched as a job")
+            raise UserError(f"--follow {' '.join(arguments.runs)}: needs exactly one run, launched as a job.")
         print("\n".join(lines(runs[0])), flush=True)
         return follow(runs[0], records[-1:], poll_seconds=arguments.poll_seconds, from_end=True)
     print("\n\n".join("\n".join(lines(run)) for run in runs))
@@ -33,13 +33,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def lines(run: Path) -> Iterator[str]:
-    """What there is to say of a run, a line each."""
+    """Yield the lines of a run's report."""
     yield f"run         {run}"
     records = read_records(run)
     for record in records[-_JOBS:]:
         yield f"job         {_of_job(record)}"
     if records:
-        yield f"logs        {records[-1].log}, and of each rank {records[-1].rank_log(run, 0).with_name('rank-*.log')}"
+        yield f"logs        {records[-1].log}, and by rank {records[-1].rank_log(run, 0).with_name('rank-*.log')}"
     metrics = read_metrics(run / "metrics.jsonl")
     if metrics:
         last: dict[str, float] = {}
@@ -59,9 +59,9 @@ def _of_job(record: JobRecord) -> str:
     try:
         states = job_states(record.job)
     except UserError as error:
-        states, words = [], f"{words or 'no word yet'} ({error})"
+        states, words = [], f"{words or 'no output yet'} ({error})"
     if not states:
-        return f"{record.job}, no longer known to SLURM; it last said: {words or 'nothing'}"
+        return f"{record.job}, no longer known to SLURM; its last line: {words or 'none'}"
     text = str(states[0]).removeprefix("job ")
     return text if states[0].is_active or not words else f"{text}: {words}"
 

@@ -1,4 +1,4 @@
-"""Information: the objectives, and what works on a machine."""
+"""Information commands: the objectives, and what works on this machine."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command("objectives", "print the objectives with their formulas and keys", objectives_parser, objectives),
-    Command("doctor", "report what works on this machine, and why other features do not", doctor_parser, doctor),
+    Command("doctor", "report which features work on this machine, and why the others do not", doctor_parser, doctor),
 )

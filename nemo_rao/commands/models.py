@@ -1,4 +1,4 @@
-"""Models: conversion from and to Hugging Face's format, sampling, evaluation."""
+"""Model commands: conversion from and to Hugging Face's format, sampling, evaluation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def import_hf_parser() -> Parser:
         action="append",
         default=[],
         metavar="KEY",
-        help="unknown key of config.json on which the network does not depend; can be repeated",
+        help="unknown key of config.json to ignore, because the network does not depend on it; can be repeated",
     )
     return parser
 
@@ -48,7 +48,7 @@ def export_hf_parser() -> Parser:
         "with model.peft.scheme=lora are merged into the weights they were trained on.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, or directory of a run for its last one")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, or a run's directory for its last one")
     parser.add_argument("dest", metavar="DEST", help="directory to create")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="dtype of the weights (default: the checkpoint's)")
     parser.add_argument("--adapters", action="store_true", help="write only the adapters, in the format of peft")
@@ -132,7 +132,7 @@ def evaluate_parser() -> Parser:
         help="alpaca_eval, mt_bench, or a task of lm-evaluation-harness such as mmlu; can be repeated",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of answers and results.json")
-    parser.add_argument("--name", metavar="NAME", help="model name in the answers (default: that of its directory)")
+    parser.add_argument("--name", metavar="NAME", help="model name in the answers (default: the directory's name)")
     parser.add_argument(
         "--instructions", metavar="FILE", help="alpaca_eval: AlpacaEval's alpaca_eval.json, or a file in its format"
     )

@@ -1,4 +1,4 @@
-"""Parts shared by all commands of ``nemo-rao``."""
+"""Argument parsing shared by all ``nemo-rao`` commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_rao.other_names import counterpart
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors in one line, like all other errors of the project."""
+    """An argument parser that reports errors in one line, as the rest of the project does."""
 
     def error(self, message: str) -> NoReturn:
         what, _, options = message.partition("unrecognized arguments: ")
@@ -23,13 +23,13 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """One ``nemo-rao`` command.
 
     Attributes:
-        name: of the command on the command line.
-        summary: one line for the list of commands.
-        parser: creates the parser of its arguments.
-        run: arguments -> exit code.
+        name: name on the command line.
+        summary: one-line description for the list of commands.
+        parser: builds the argument parser.
+        run: maps parsed arguments to an exit code.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Command:
 
 
 def add_columns(parser: Parser, of_what: str) -> None:
-    """The options that say which column of a file is what, and which are not wanted.
+    """Add the options that rename and ignore columns of a file.
 
     They are parsed into ``columns``, a mapping from our names to the file's, and ``ignore_fields``, a list.
     """
@@ -67,17 +67,17 @@ def add_ignored(parser: Parser, of_what: str) -> None:
 
 
 class _Columns(argparse.Action):
-    """Adds one OURS=THEIRS to the columns given so far."""
+    """Add one OURS=THEIRS to the columns given so far."""
 
     def __call__(
         self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None
     ) -> None:
         ours, _, theirs = values.partition("=")
         if not ours or not theirs:
-            raise UserError(f"--column {values}: must be OURS=THEIRS, such as prompt=question")
+            raise UserError(f"--column {values}: must be OURS=THEIRS, such as prompt=question.")
         columns = {ours: theirs} | getattr(namespace, self.dest)
         if columns[ours] != theirs:
-            raise UserError(f"--column {values}: {ours} is {columns[ours]} already; leave one of them out")
+            raise UserError(f"--column {values}: {ours} is already set to {columns[ours]}. Remove one of them.")
         setattr(namespace, self.dest, columns)
 
 

@@ -1,4 +1,4 @@
-"""Rewards: computed for the responses of a file, and compared."""
+"""Reward commands: score the responses of a file, compare reward models."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def score(arguments: argparse.Namespace) -> int:
     if not any(":" in spec and spec.partition(":")[0].rpartition("=")[2] == "model" for spec in arguments.scorer):
         if arguments.max_length is not None:
             raise UserError(
-                "--max-length is of a model:RUN_FOLDER, and no scorer is one; leave it out (a judge has max_tokens)"
+                "--max-length: only applies to model:RUN_FOLDER scorers. Remove it (for a judge, set max_tokens)."
             )
         return run(job)
-    from nemo_rao.training.score_model import model_kind  # costs only those who score with a model
+    from nemo_rao.training.score_model import model_kind  # imported here because only model scorers need it
 
     return run(job, {**KINDS, "model": model_kind(job)})
 
@@ -115,10 +115,10 @@ def compare_rewards_parser() -> Parser:
         "--base",
         required=True,
         metavar="CHECKPOINT",
-        help="base model: a checkpoint, or the directory of a run for its last one; random: random weights",
+        help="base model: a checkpoint, or a run's directory for its last one; random: random weights",
     )
     parser.add_argument(
-        "--sft", required=True, metavar="CHECKPOINT", help="fine-tuned model: a checkpoint or the directory of a run"
+        "--sft", required=True, metavar="CHECKPOINT", help="fine-tuned model: a checkpoint, or a run's directory"
     )
     parser.add_argument(
         "--pairs",

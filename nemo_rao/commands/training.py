@@ -1,4 +1,4 @@
-"""Runs: trained here or on a cluster, planned, monitored, demonstrated."""
+"""Run commands: train here or on a cluster, plan, compare, monitor, demonstrate."""
 
 from __future__ import annotations
 
@@ -200,7 +200,9 @@ def study(arguments: argparse.Namespace) -> int:
     from nemo_rao.study.command import main as run
 
     if arguments.gpu is not None and not arguments.dry_run:
-        raise UserError(f"--gpu {arguments.gpu}: plans the runs that --dry-run lists; add that, or leave it out")
+        raise UserError(
+            f"--gpu {arguments.gpu}: only plans the runs that --dry-run lists. Add --dry-run, or remove --gpu."
+        )
     planning = None if arguments.gpu is None else plan_parser().parse_intermixed_args(["--gpu", arguments.gpu])
     return run(arguments, planning)
 

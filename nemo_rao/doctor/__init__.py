@@ -1,10 +1,10 @@
 """``nemo-rao doctor``: what works on this machine, what does not, and why.
 
-Nothing heavy is imported in the command's own process, so that a broken package is reported like any other.
+Nothing heavy is imported in the command's process, so that a broken package is reported like any other.
 
-    inside              imports of packages, each run in a process of its own
-    probes              starts them, and says what became of each
-    packages            versions, those that the plugin asks for, and NVIDIA's apex told from another package
-    abilities           from these facts to what works and what does not
+    inside              imports of packages, each run in a separate process
+    probes              starts these and reports how each ended
+    packages            versions, the plugin's requirements, and detection of packages named apex that are not NVIDIA's
+    abilities           derives what works and what does not
     report -> command   the table and the JSON; the exit code
 """

@@ -1,4 +1,4 @@
-"""From facts to abilities: what works here, what does not, and why."""
+"""Derive from facts which features work here, which do not, and why."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nemo_rao.doctor.packages import ENGINES
 from nemo_rao.doctor.probes import Probe
 
 NO_ENGINE = (
-    "neither NeMo's LLM collection (nemo_toolkit 2.x) nor Megatron-Bridge is installed; run make install, or use "
+    "neither NeMo's LLM collection (nemo_toolkit 2.x) nor Megatron-Bridge is installed. Run make install, or use "
     "NVIDIA's container"
 )
 
 
 def decisive(engine: str | None) -> tuple[str, ...]:
-    """Packages without a suitable version of which nothing can be trained; of others a version out of range is only
+    """Return the packages whose version must be suitable for any training. For others, a version out of range is only
     reported."""
     return ("torch", "megatron-core", *([ENGINES[engine][1]] if engine else []))
 
@@ -27,9 +27,9 @@ def decisive(engine: str | None) -> tuple[str, ...]:
 class Ability:
     """
     Attributes:
-        what: names it.
-        works: here.
-        why: what it runs on, or what is missing, and the remedy where there is one.
+        what: name of the feature.
+        works: whether it works here.
+        why: what it runs on, or what is missing, with a remedy if there is one.
     """
 
     what: str
@@ -39,14 +39,14 @@ class Ability:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the abilities follow from.
+    """The facts from which abilities are derived.
 
     Attributes:
-        probes: imports that were tried, by their names.
-        unmet: of the plugin's requirements, by package.
-        other_apex: the package named apex is not NVIDIA's.
-        programs: programs that are looked for -> where they are, or ``None``.
-        engine: the one that ``trainer.engine=auto`` stands for, or ``None``.
+        probes: imports that were tried, by name.
+        unmet: unmet requirements of the plugin, by package.
+        other_apex: whether the package named apex is not NVIDIA's.
+        programs: program -> its path, or ``None``.
+        engine: the engine that ``trainer.engine=auto`` selects, or ``None``.
     """
 
     probes: Mapping[str, Probe]
@@ -72,7 +72,7 @@ def programs() -> dict[str, str | None]:
 
 
 def no_training(facts: Facts) -> str | None:
-    """Why nothing can be trained here, on whatever device; ``None`` where it can."""
+    """Return why nothing can be trained here, on any device; ``None`` if training works."""
     if facts.engine is None:
         return NO_ENGINE
     for name in (*decisive(facts.engine), "training"):
@@ -84,11 +84,11 @@ def no_training(facts: Facts) -> str | None:
 
 
 def no_gpu(facts: Facts) -> str | None:
-    """Why no GPU can be used; ``None`` where all can."""
+    """Return why GPUs cannot be used; ``None`` if all can."""
     if not facts.torch:
         return "torch cannot be imported"
     if not facts.gpus:
-        return facts.torch["no_gpu"] or "torch sees none"
+        return facts.torch["no_gpu"] or "torch finds no GPU"
     return next((f"GPU {index}: {gpu['error']}" for index, gpu in enumerate(facts.gpus) if gpu["error"]), None)
 
 
@@ -120,7 +120,7 @@ def _ranks(facts: Facts) -> Iterator[Ability]:
     yield Ability(
         "jobs on SLURM (launch)",
         not absent,
-        f"{' and '.join(absent)} not found; launch where SLURM is installed" if absent else "sbatch, srun",
+        f"{' and '.join(absent)} not found; use a machine with SLURM" if absent else "sbatch, srun",
     )
 
 
@@ -128,12 +128,12 @@ def _with_transformer_engine(facts: Facts) -> Iterator[Ability]:
     engine, apex = facts.probes["transformer-engine"], facts.probes["apex"]
     unused = "Transformer Engine is not used without a GPU" if engine.installed and not facts.gpus else ""
     if not facts.gpus:
-        yield Ability("fused optimizer", False, f"{unused or 'needs a GPU'}; torch's own Adam runs instead")
+        yield Ability("fused optimizer", False, f"{unused or 'needs a GPU'}; torch's Adam is used instead")
     elif engine.works or (apex.works and not facts.other_apex):
         yield Ability("fused optimizer", True, "Transformer Engine's" if engine.works else "apex's")
     else:
         reason = f"Transformer Engine {engine.error}, apex {_apex_error(facts)}"
-        yield Ability("fused optimizer", False, f"{reason}; torch's own Adam runs instead")
+        yield Ability("fused optimizer", False, f"{reason}; torch's Adam is used instead")
     if engine.installed and facts.gpus:
         why = "by PyTorch's FlexAttention" if engine.works else f"Transformer Engine {engine.error}"
         yield Ability("prefix sharing", engine.works, why)
@@ -151,7 +151,7 @@ def _with_transformer_engine(facts: Facts) -> Iterator[Ability]:
 
 def _apex_error(facts: Facts) -> str | None:
     if facts.other_apex:
-        return "is another package of this name, not NVIDIA's, which comes with its containers"
+        return "is a different package of this name, not NVIDIA's, which its containers include"
     return facts.probes["apex"].error
 
 
@@ -171,7 +171,7 @@ def _other_commands(facts: Facts) -> Iterator[Ability]:
 
 
 def _capabilities(facts: Facts) -> list[tuple[int, int]]:
-    """Of the GPUs, the least first: a run is on all of them."""
+    """Return the GPUs' compute capabilities, lowest first: a run uses all GPUs."""
     return sorted({(gpu["capability"][0], gpu["capability"][1]) for gpu in facts.gpus})
 
 

@@ -21,18 +21,18 @@ from nemo_rao.doctor.report import Report
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_atomically
 
-# Asked only where training's own imports fail: which of the two it is.
+# Only used if the imports of training fail, to find out which of the two is broken.
 _PARTS_OF_TRAINING = ("megatron-core", "nemo-toolkit", "megatron-bridge")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Prints what works here. Returns 0 if training does, 1 if it does not, and says why on stderr.
+    """Print what works here. Return 0 if training works, else 1, with the reason on stderr.
 
     Raises:
         UserError: an option cannot be used.
     """
     if not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
-        raise UserError(f"--timeout {arguments.timeout:g}: must be above 0, in seconds")
+        raise UserError(f"--timeout {arguments.timeout:g}: must be above 0, in seconds.")
     report = examine(timeout=arguments.timeout)
     print(report.table(), end="", flush=True)
     if arguments.json is not None:
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def examine(*, timeout: float) -> Report:
-    """What is here; ``timeout``: seconds that each import may take."""
+    """Examine this machine; ``timeout``: time limit of each import, in seconds."""
     probes = probe_all([name for name in PROBES if name not in _PARTS_OF_TRAINING], timeout=timeout)
     engine = installed_engine()
     if not probes["training"].works:
@@ -62,10 +62,10 @@ def examine(*, timeout: float) -> Report:
         if name == "torch":
             versions |= {f"  {part}": facts.torch.get(part.lower()) for part in ("CUDA", "cuDNN", "NCCL")}
     if facts.other_apex:
-        versions["apex"] = f"{versions['apex'] or ''} (not NVIDIA's: another package of this name)".strip()
+        versions["apex"] = f"{versions['apex'] or ''} (not NVIDIA's: a different package of this name)".strip()
     remarks = list(facts.unmet.values())
     if not asked:
-        remarks.append("nemo_rao is not installed as a package; versions are not compared with what it asks for")
+        remarks.append("nemo_rao is not installed as a package; versions are not compared with its requirements")
     return Report(
         versions=versions,
         gpus=facts.gpus,
@@ -82,13 +82,13 @@ def _driver(nvidia_smi: str | None) -> str | None:
         return None
     command = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+        versions = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return said[0] if said else None
+    return versions[0] if versions else None
 
 
 def _container() -> str | None:
-    """NVIDIA's images set the release of the PyTorch image that they are built on."""
+    """Return the PyTorch release on which NVIDIA's image is built, which these images state."""
     base = os.environ.get("NVIDIA_PYTORCH_VERSION")
     return None if base is None else f"built on NVIDIA's PyTorch {base}"

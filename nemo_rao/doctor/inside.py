@@ -1,6 +1,6 @@
-"""Probes run in the doctor's child processes: import one package as this project uses it, and report facts about it.
+"""Probes that run in the doctor's child processes: import one package as this project uses it, and report facts.
 
-A probe reports a problem by raising. :func:`main` runs one of them and writes what it returns.
+A probe reports a problem by raising. :func:`main` runs one probe and writes its result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Facts = dict[str, Any]
 
 
 def torch_and_gpus() -> Facts:
-    """Versions that torch was built with, and the GPUs that it sees."""
+    """Report the versions that torch was built with, and the GPUs that it finds."""
     import torch
     from torch import distributed
 
@@ -36,7 +36,7 @@ def torch_and_gpus() -> Facts:
         return found
     try:
         torch.cuda.init()
-    except Exception as error:  # no driver, an old one, no device: torch says which
+    except Exception as error:  # no driver, an old driver, or no device: torch's message says which
         found["no_gpu"] = one_line(error)
         return found
     for index in range(torch.cuda.device_count()):
@@ -53,18 +53,18 @@ def torch_and_gpus() -> Facts:
 
 
 def _cannot_compute(index: int) -> str | None:
-    """What is wrong with a GPU that is there: no kernels for its architecture, memory that is taken, a fault."""
+    """Return why a GPU cannot compute: no kernels for its architecture, no free memory, a hardware fault."""
     import torch
 
     try:
         value = (torch.ones(2, device=f"cuda:{index}") + 1).sum().item()
-    except Exception as error:  # of CUDA, of which there are many kinds
+    except Exception as error:  # CUDA errors have many classes
         return one_line(error)
     return None if value == 4 else f"2 + 2 is {value}"
 
 
 def _cudnn(number: int | None) -> str | None:
-    """91301 -> 9.13.1; before version 9 the major number is followed by three digits: 8906 -> 8.9.6."""
+    """Format 91301 as 9.13.1; before version 9 three digits follow the major number: 8906 is 8.9.6."""
     if number is None:
         return None
     major = number // 10000 if number >= 90000 else number // 1000
@@ -73,7 +73,7 @@ def _cudnn(number: int | None) -> str | None:
 
 
 def training() -> Facts:
-    """All that a run imports of Megatron, its engine and this project, changed for this machine as in a run."""
+    """Import what a run imports of Megatron, its engine and this project, adapted to this machine as in a run."""
     from nemo_rao.config.engine_choice import installed_engine
     from nemo_rao.training import train  # noqa: F401
 
@@ -145,7 +145,7 @@ def wandb() -> Facts:
     return {}
 
 
-# Name of a probe -> what it does, and the top-level package that it is about.
+# Name of a probe -> its function, and the top-level package that it tests.
 PROBES: dict[str, tuple[Callable[[], Facts], str]] = {
     "torch": (torch_and_gpus, "torch"),
     "training": (training, "megatron"),
@@ -167,14 +167,14 @@ def one_line(error: BaseException) -> str:
 
 
 def main(name: str) -> None:
-    """Runs one probe; what it found, or its error, is the only thing on stdout."""
+    """Run one probe; stdout contains only its result or its error."""
     answer = os.dup(1)
-    os.dup2(2, 1)  # what packages print while they are imported
+    os.dup2(2, 1)  # packages print while they are imported
     try:
-        told: Facts = {"facts": PROBES[name][0]()}
-    except Exception as error:  # whatever a broken package can raise
-        told = {"error": one_line(error)}
+        result: Facts = {"facts": PROBES[name][0]()}
+    except Exception as error:  # a broken package can raise anything
+        result = {"error": one_line(error)}
     with os.fdopen(answer, "w") as out:
-        json.dump(told, out)
+        json.dump(result, out)
     sys.stderr.flush()
-    os._exit(0)  # what packages do at exit is nobody's concern here, and can hang
+    os._exit(0)  # skip exit handlers of packages, which can hang

@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 from nemo_rao.config.engine_choice import BRIDGE, BRIDGE_TESTED, NEMO
 
-# As pip names them, in the order in which they are printed.
+# Names of pip, in the order of the output.
 SHOWN = (
     "torch",
     "nemo-toolkit",
@@ -41,7 +41,7 @@ def version(name: str) -> str | None:
 
 
 def other_apex() -> bool:
-    """Whether the package named apex is not NVIDIA's: PyPI's of that name, for one, is about web logins."""
+    """Whether the package named apex is not NVIDIA's: PyPI's apex, for example, is about web logins."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return False
@@ -50,8 +50,8 @@ def other_apex() -> bool:
 
 
 def requirements(engine: str | None) -> list[Requirement]:
-    """What the installed plugin requires with this engine, other extras left out; empty if it is not installed as a
-    package. Megatron-Bridge is added: it is installed without its dependencies, and therefore in no extra.
+    """Return the requirements of the installed plugin with this engine, without other extras; empty if it is not
+    installed as a package. Megatron-Bridge is added: it is installed without its dependencies, and so is in no extra.
     """
     try:
         asked = [Requirement(text) for text in metadata.requires(PLUGIN) or []]
@@ -63,13 +63,13 @@ def requirements(engine: str | None) -> list[Requirement]:
 
 
 def bridge_range() -> str:
-    """Releases of Megatron-Bridge that are tested, as pip writes them."""
+    """Return the tested releases of Megatron-Bridge as a pip specifier."""
     (first, (major, minor)) = BRIDGE_TESTED
     return f">={first[0]}.{first[1]},<{major}.{minor + 1}"
 
 
 def engine_line(engine: str | None, asked: list[Requirement]) -> str | None:
-    """The engine with its version and the tested range, or ``None``."""
+    """Format the engine with its version and the tested range, or return ``None``."""
     if engine is None:
         return None
     name, package = ENGINES[engine]
@@ -78,12 +78,12 @@ def engine_line(engine: str | None, asked: list[Requirement]) -> str | None:
 
 
 def unmet(asked: list[Requirement]) -> dict[str, str]:
-    """Name -> what is wrong with it: missing, or a version that the plugin does not know."""
+    """Map the name of each unmet requirement to its problem: missing, or an unsupported version."""
     found: dict[str, str] = {}
     for one in asked:
         name, here = canonicalize_name(one.name), version(one.name)
         if here is None:
-            found[name] = f"{one.name} is not installed (asked for: {one.specifier or 'any version'})"
+            found[name] = f"{one.name} is not installed (required: {one.specifier or 'any version'})"
         elif not one.specifier.contains(here, prereleases=True):  # a container's torch is a pre-release
-            found[name] = f"{one.name} {here} is not among the versions that work with nemo_rao ({one.specifier})"
+            found[name] = f"{one.name} {here} is not supported by nemo_rao ({one.specifier})"
     return found

@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_rao.doctor.inside import PROBES
 
-# With this process's search path, and nothing put in front of it: what is found is what a run would find.
+# With exactly this process's search path, so that it finds what a run would find.
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from nemo_rao.doctor.inside import main; main(sys.argv[2])"
@@ -26,12 +26,12 @@ _AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Probe:
-    """What became of an import.
+    """The outcome of an import.
 
     Attributes:
-        error: why it failed, in one line; ``None`` where it worked.
-        installed: whether there is such a package at all.
-        facts: what :mod:`nemo_rao.doctor.inside` tells of it.
+        error: why it failed, in one line; ``None`` if it succeeded.
+        installed: whether the package is installed.
+        facts: facts reported by :mod:`nemo_rao.doctor.inside`.
     """
 
     error: str | None
@@ -44,14 +44,14 @@ class Probe:
 
 
 def probe_all(names: Collection[str], *, timeout: float) -> dict[str, Probe]:
-    """Each of the named probes, a few at a time; ``timeout``: seconds of each."""
+    """Run the named probes, a few at a time; ``timeout``: seconds for each."""
     with ThreadPoolExecutor(max_workers=max(1, min(_AT_ONCE, os.cpu_count() or 1))) as pool:
         return dict(zip(names, pool.map(lambda name: probe(name, timeout=timeout), names), strict=True))
 
 
 def probe(name: str, *, timeout: float) -> Probe:
-    """One of :data:`nemo_rao.doctor.inside.PROBES`."""
-    if importlib.util.find_spec(PROBES[name][1]) is None:  # of a top-level package: imports nothing
+    """Run one of :data:`nemo_rao.doctor.inside.PROBES`."""
+    if importlib.util.find_spec(PROBES[name][1]) is None:  # imports nothing for a top-level package
         return Probe("not installed", installed=False)
     command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), name]
     try:
@@ -60,15 +60,15 @@ def probe(name: str, *, timeout: float) -> Probe:
         return Probe(f"not imported within {timeout:g} seconds")
     if done.returncode != 0 or not done.stdout:
         return Probe(_shortened(_ended(done.returncode, done.stderr)))
-    told = json.loads(done.stdout)
-    return Probe(_shortened(told["error"])) if "error" in told else Probe(None, facts=told["facts"])
+    result = json.loads(done.stdout)
+    return Probe(_shortened(result["error"])) if "error" in result else Probe(None, facts=result["facts"])
 
 
 def _ended(code: int, stderr: str) -> str:
-    """Of a process that did not come to telling an error itself."""
-    said = [line.strip() for line in stderr.splitlines() if line.strip()]
-    what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return f"{what}: {said[-1]}" if said else what
+    """Describe the end of a process that could not report an error."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    return f"{what}: {lines[-1]}" if lines else what
 
 
 def _shortened(text: str) -> str:

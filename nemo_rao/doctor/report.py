@@ -16,13 +16,13 @@ _WIDTH = 27
 class Report:
     """
     Attributes:
-        versions: of Python, the plugin and packages; ``None``: not installed.
-        gpus: name, compute capability, bytes of memory of each.
-        driver: NVIDIA's, where nvidia-smi tells it.
-        container: what NVIDIA's containers say of themselves.
-        remarks: what is worth a line and stops nothing.
+        versions: versions of Python, the plugin and packages; ``None``: not installed.
+        gpus: name, compute capability and bytes of memory of each GPU.
+        driver: version of NVIDIA's driver, if nvidia-smi reports it.
+        container: description of NVIDIA's container, if in one.
+        remarks: remarks that do not affect the exit code.
         abilities: what works and what does not.
-        no_training: why nothing can be trained here, or ``None``.
+        no_training: why training does not work here, or ``None``.
     """
 
     versions: Mapping[str, str | None]

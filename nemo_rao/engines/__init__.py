@@ -1,1 +1,1 @@
-"""What drives Megatron: one package for each engine."""
+"""Engines that drive Megatron, one package each."""

@@ -1,4 +1,4 @@
-"""What a run asks of the engine that drives it, and which engine that is."""
+"""The interface of engines, and the selection of a run's engine."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """A module that turns recipes into its own model, optimizer and loop, and calls the hooks of :mod:`nemo_rao.loop`.
+    """Builds model, optimizer and training loop from a recipe, and calls the hooks of :mod:`nemo_rao.loop`.
 
-    Importing it costs nothing; :meth:`load` imports what it stands for.
+    Importing its module is cheap; :meth:`load` imports the engine itself.
     """
 
     def load(self) -> bool:
-        """Import what a run needs of Megatron and the engine, changed as this machine needs it. Takes some 20 seconds
-        where it has not been done yet: not before everything that is wrong with the data has been said.
+        """Import what a run needs of Megatron and the engine, adapted to this machine. The first call takes some 20
+        seconds, so all errors in the data must be reported before it.
 
         Returns:
             whether runs are on the CPU.
         """
 
     def model_config(self, config: RunConfig) -> Any:
-        """The engine's model config, a ``TransformerConfig`` with ``vocab_size``, that the recipe describes.
+        """Return the engine's model config of the recipe, a ``TransformerConfig`` with ``vocab_size``.
 
         Raises:
-            UserError: the engine has no such network.
+            UserError: the engine does not support this network.
         """
 
     def train_rank(self, config: RunConfig, prepared: Prepared, data: TrainingData, hooks: list[Hook]) -> None:
-        """One rank's part of a run; its place is in the environment. See :mod:`nemo_rao.training.ranks`.
+        """Run one rank of a run; its rank is in the environment. See :mod:`nemo_rao.training.ranks`.
 
         Args:
-            prepared: what the parent has worked out.
-            data: what is trained on, in the order of the steps.
-            hooks: what happens around the steps, in their order.
+            prepared: result of the parent's preparation.
+            data: training data, in the order of the steps.
+            hooks: hooks around the steps, in order.
         """
 
     def pass_rank(
@@ -56,28 +56,28 @@ class Engine(Protocol):
         folder: Path,
         compute: Callable[[Session], None],
     ) -> None:
-        """One rank's part of a forward-only pass: ``compute`` is called with a checkpoint's model over ``data``.
+        """Run one rank of a forward-only pass: call ``compute`` with a checkpoint's model over ``data``.
 
         Args:
-            objective_config: of the recipe's objective, which decides the model's head.
-            folder: for what the engine writes.
+            objective_config: keys of the recipe's objective, which decide the model's head.
+            folder: directory for files that the engine writes.
         """
 
     def second_model(self, config: RunConfig, needs: Needs, *, is_trained: bool) -> list[Any]:
         """Build this rank's chunks of a second model inside a run, over the run's process groups.
 
-        The chunks are not wrapped for training, and the caller reads their weights. Not a collective.
+        The chunks are not wrapped for training, and the caller loads their weights. Not a collective.
 
         Args:
             config: the second model's recipe, with the run's parallel sizes.
-            needs: of the objective that it is used for, which decide its head.
-            is_trained: the run trains it. If not, its weights are not initialized, which is also what marks them as
+            needs: needs of the objective that uses it, which decide its head.
+            is_trained: the run trains it. If not, its weights are not initialized; initialization also marks them as
                 sharded or replicated for Megatron's gradient norm.
         """
 
 
 def engine_of(config: RunConfig) -> Engine:
-    """The engine that a recipe asks for.
+    """Return the engine that a recipe selects.
 
     Raises:
         UserError: it is not installed.

@@ -1,1 +1,1 @@
-"""What happens around the steps of a run, whatever engine drives it."""
+"""Hooks around the steps of a run, shared by all engines."""

@@ -1,7 +1,7 @@
-"""A critic that is a separate model: it computes each rollout's values, and takes a step with each of the policy's.
+"""A critic that is a separate model: it computes values for each rollout and takes a step before each of the policy's.
 
-Its step comes before the policy's, on the same micro-batches. A checkpoint counts as finished only when it has both, so
-a run never continues with a critic and a policy of different steps.
+Both steps use the same micro-batches. A checkpoint counts as complete only if it contains both, so a run never resumes
+with a critic and a policy of different steps.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from nemo_rao.rollout.samples import Rollout
 
 
 class TrainCritic(Hook):
-    """Comes after :class:`nemo_rao.loop.rollouts.MakeRollouts`, which calls :meth:`values`.
+    """Trains the critic. Must come after :class:`nemo_rao.loop.rollouts.MakeRollouts`, which calls :meth:`values`.
 
     Logged at each step, with the metrics of the objective that trains it
     (:func:`nemo_rao.objectives.ppo.ppo_value_loss`):
 
-        ppo/critic_grad_norm    gradient norm before clipping; not where fp16 has left out the step
+        ppo/critic_grad_norm    gradient norm before clipping; absent if fp16 skipped the step
         ppo/critic_lr           learning rate
         seconds/critic          time of its step, which ``seconds/update`` does not include
 
     Args:
-        task: builds it, on every rank.
+        task: builds the critic, on every rank.
     """
 
     def __init__(self, task: CriticTask) -> None:
@@ -50,15 +50,15 @@ class TrainCritic(Hook):
         if resume_from is not None:
             self._model.load(resume_from)
         critic = session.loss.objective.critic
-        assert critic is not None, "the objective has one"
+        assert critic is not None, "the objective defines a critic"
         self._loss = ObjectiveLoss(critic, session.loss.config, vocab_size=session.loss.vocab_size)
 
     def values(self, rollout: Rollout, data: AlignmentData, micro_batch_size: int) -> np.ndarray:
-        """The value of each token of the rollout, which ``data`` holds: float32, as ``rollout.tokens``. A collective
-        over all ranks.
+        """Compute the value of each token of the rollout that ``data`` holds: float32, shaped like ``rollout.tokens``.
+        A collective over all ranks.
 
         Args:
-            micro_batch_size: slots.
+            micro_batch_size: number of slots.
         """
         with self._model.on_device():
             return rollout_values(self._model.chunks, rollout, data.micro_batch, micro_batch_size=micro_batch_size)
@@ -72,7 +72,9 @@ class TrainCritic(Hook):
         )
         of_objective = means(reduce_statistics(self._loss.take_statistics()))
         self._metrics = {
-            **{name: value for name, value in of_objective.items() if name != LOSS},  # that is the policy's
+            **{
+                name: value for name, value in of_objective.items() if name != LOSS
+            },  # the loss is logged for the policy only
             **({} if norm is None else {"ppo/critic_grad_norm": norm}),
             "ppo/critic_lr": rate,
             "seconds/critic": time.perf_counter() - started,

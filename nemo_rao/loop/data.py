@@ -1,4 +1,4 @@
-"""A run's data in micro-batches: the same order for any parallelism, resumed by the step number alone."""
+"""A run's data in micro-batches: in an order that is independent of parallelism and resumes from the step number."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from nemo_rao.rollout.samples import RolloutData
 
 
 class AlignmentData:
-    """A data set with the reference log-probs that belong to it, cut into micro-batches.
+    """A data set with its reference log-probs, split into micro-batches.
 
     Attributes:
         reference: ``[responses, 2]`` float32 sums, set by the reference pass; ``None`` for objectives without one.
-        mismatched: the same prompts, each with a response to another one; ``None`` where that is not needed.
+        mismatched: the same prompts, each with a response to another one; ``None`` if not needed.
 
     Args:
         pad_token_id, pad_multiple, packed, shared_prompts: see :func:`nemo_rao.data.collate.collate`.
@@ -52,7 +52,7 @@ class AlignmentData:
         self._shared_prompts = shared_prompts
 
     def micro_batch(self, prompts: Sequence[int]) -> MicroBatch:
-        """The prompts with these numbers and all their responses; of the tokens, this context-parallel rank's."""
+        """Collate these prompts with all their responses, with the tokens of this context-parallel rank."""
         batch = collate(
             [self.data[i] for i in prompts],
             [self.data.response_offset(i) for i in prompts],
@@ -65,23 +65,23 @@ class AlignmentData:
         return part_of_rank(batch, *size_and_rank())
 
     def micro_batches_of_rank(self, micro_batch_size: int) -> list[list[int]]:
-        """Prompt numbers of this data-parallel rank's micro-batches in a pass over the whole data set."""
+        """Return the prompt indices of this data-parallel rank's micro-batches in a pass over the whole data set."""
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         return every_sample_once(len(self.data), micro_batch_size, rank, size)
 
     def responses_of_prompts(self) -> list[range]:
-        """For each prompt, the numbers of its responses."""
+        """Return the response indices of each prompt."""
         offsets = [self.data.response_offset(i) for i in range(len(self.data))] + [self.data.num_responses]
         return [range(start, stop) for start, stop in itertools.pairwise(offsets)]
 
 
 class TrainingData:
-    """The data that a run trains on, and which of its prompts each step takes.
+    """Training data of a run, and the prompts of each step.
 
     Args:
-        train: tokenised data.
-        micro_batch_size, global_batch_size: prompts.
-        seed: of the order; ``None`` keeps the file's order in every epoch.
+        train: tokenized data.
+        micro_batch_size, global_batch_size: number of prompts.
+        seed: seed of the order; ``None`` keeps the file's order in every epoch.
     """
 
     def __init__(
@@ -93,30 +93,30 @@ class TrainingData:
         self._seed = seed
 
     def prompts_of_step(self, step: int) -> np.ndarray:
-        """``[global_batch_size]`` int64, prompt numbers of an optimizer step's global batch; steps count from 0."""
+        """Return the ``[global_batch_size]`` int64 prompt indices of an optimizer step; steps count from 0."""
         return global_batch(
             step, num_samples=len(self.train.data), global_batch_size=self.global_batch_size, seed=self._seed
         )
 
     def micro_batches_of_step(self, step: int) -> list[list[int]]:
-        """Prompt numbers of this data-parallel rank's micro-batches in an optimizer step, counted from 0."""
+        """Return the prompt indices of this rank's micro-batches in an optimizer step, counted from 0."""
         prompts = self.prompts_of_step(step)
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         return rank_micro_batches(prompts, self.micro_batch_size, rank, size)
 
     def stream(self, step: int) -> Prefetcher[MicroBatch] | NotAhead[MicroBatch]:
-        """:meth:`micro_batches_from`, for as long as its block lasts."""
+        """Return :meth:`micro_batches_from` as a context manager that ends it."""
         return made_ahead(self.micro_batches_from(step))
 
     def micro_batches_from(self, step: int) -> Iterator[MicroBatch]:
-        """This data-parallel rank's micro-batches from a step on, without end."""
+        """Yield this data-parallel rank's micro-batches from a step on, endlessly."""
         for at in itertools.count(step):
             for prompts in self.micro_batches_of_step(at):
                 yield self.train.micro_batch(prompts)
 
 
 def batch_layout(config: RunConfig) -> dict[str, Any]:
-    """How micro-batches are laid out, as arguments of :func:`nemo_rao.data.collate.collate`."""
+    """Return the layout of micro-batches, as arguments of :func:`nemo_rao.data.collate.collate`."""
     return {
         "pad_multiple": pad_multiple(config),
         "packed": config.data.packing,
@@ -125,5 +125,5 @@ def batch_layout(config: RunConfig) -> dict[str, Any]:
 
 
 def pad_multiple(config: RunConfig) -> int:
-    """Tokens: what the recipe asks for, and what splitting a sequence over ranks and 8-bit products need."""
+    """Return the multiple that tokens are padded to, as set in the recipe and as split sequences and FP8 require."""
     return math.lcm(config.data.pad_to_multiple_of, sequence_multiple(config))

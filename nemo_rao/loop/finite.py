@@ -1,4 +1,4 @@
-"""A loss or gradient norm that is not finite ends the run, with the rows and rewards of its step."""
+"""Stop a run whose loss or gradient norm is not finite, and report the rows and rewards of the step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NUM_SHOWN = 4  # rows of a step that a message names
 
 
 class StopWhereNotFinite(Hook):
-    """Ends the run after such a step, on all ranks alike, before a checkpoint of its weights is written.
+    """Ends the run after a step that is not finite, on all ranks, before its checkpoint is written.
 
-    Comes after :class:`nemo_rao.loop.metrics.Metrics`, whose numbers are those of the whole global batch.
+    Must come after :class:`nemo_rao.loop.metrics.Metrics`, whose numbers are reduced over the global batch.
 
     Args:
-        skips_steps: fp16. There an overflow of gradients is no mistake: the optimizer leaves the step out and lowers
-            the loss scale. The loss that is logged is not scaled.
+        skips_steps: the run uses fp16. Then an overflow of gradients is expected: the optimizer skips the step and
+            lowers the loss scale. The logged loss is not scaled.
     """
 
     def __init__(self, *, skips_steps: bool) -> None:
@@ -37,26 +37,26 @@ class StopWhereNotFinite(Hook):
 
 
 def not_finite(name: str, value: float, step: int, rows: Iterable[Sample]) -> str:
-    """One line: the step, its rows with the largest rewards first, and what may be done.
+    """Describe the step in one line, with its rows, largest rewards first, and the remedies.
 
     Args:
-        name: of the metric.
+        name: name of the metric.
         step: counted from 1, as in ``metrics.jsonl``.
-        rows: of the step's global batch.
+        rows: rows of the step's global batch.
     """
     by_size = sorted(rows, key=_largest_reward, reverse=True)
     shown = [f"{row.place}{_reward_of(row)}" for row in by_size[:NUM_SHOWN]]
     more = f" and {len(by_size) - NUM_SHOWN} more" if len(by_size) > NUM_SHOWN else ""
     what = "gradient norm" if name == "grad_norm" else name
     return (
-        f"{what} of step {step} is {value:g}; rows of the step, largest rewards first: {', '.join(shown)}{more}. Check "
-        "these rows, lower model.optim.lr, or scale the rewards (nemo-rao score --standardize global); no checkpoint "
-        "of this step is kept"
+        f"{what} of step {step} is {value:g}. Rows of the step, largest rewards first: {', '.join(shown)}{more}. Check "
+        "these rows, lower model.optim.lr, or scale the rewards (nemo-rao score --standardize global). No checkpoint "
+        "of this step is kept."
     )
 
 
 def _largest_reward(row: Sample) -> float:
-    """In absolute value; -1 where none is known."""
+    """Return the largest absolute reward; -1 if none is known."""
     rewards = np.abs(row.rewards[~np.isnan(row.rewards)])
     return float(rewards.max(initial=-1.0))
 

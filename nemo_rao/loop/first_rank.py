@@ -1,4 +1,4 @@
-"""Results that only rank 0 can compute, such as what it reads from disk, on every rank."""
+"""Results that only rank 0 computes, such as file contents, on every rank."""
 
 from __future__ import annotations
 

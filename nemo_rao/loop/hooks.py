@@ -1,4 +1,4 @@
-"""Small things around the steps: random numbers, scales, mismatched rows, progress."""
+"""Small hooks around the steps: random numbers, scales, mismatched rows, progress."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nemo_rao.runtime.progress import Progress
 
 
 class SeedEveryStep(Hook):
-    """Random numbers of each step, see :mod:`nemo_rao.mcore.seeds`.
+    """Seeds the random numbers of each step; see :mod:`nemo_rao.mcore.seeds`.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -26,9 +26,9 @@ class SeedEveryStep(Hook):
 
 
 class CalibrateScales(Hook):
-    """Before anything is computed, scales for delayed scaling (:mod:`nemo_rao.mcore.calibration`).
+    """Calibrates scales for delayed scaling before anything is computed (:mod:`nemo_rao.mcore.calibration`).
 
-    A checkpoint carries them with the model: a resumed run has none to set.
+    Checkpoints include the scales, so a resumed run does not calibrate.
     """
 
     def start(self, session: Session) -> None:
@@ -38,7 +38,7 @@ class CalibrateScales(Hook):
 
 
 class RecordStart(Hook):
-    """Lets rank 0 record what the run is, before the first step of this start and after all that may refuse it."""
+    """Lets rank 0 record the run before the first step of this start, once all checks have passed."""
 
     def __init__(self, record: Callable[[], None]) -> None:
         self._record = record
@@ -49,7 +49,7 @@ class RecordStart(Hook):
 
 
 class MismatchedPass(Hook):
-    """Before each step, the mean log-ratio of the step's prompts with responses to others, for the loss to use."""
+    """Computes the mean log-ratio of mismatched rows (a step's prompts with responses to others) for the loss."""
 
     def before_step(self, session: Session) -> None:
         data, loss = session.data, session.loss
@@ -64,7 +64,7 @@ class MismatchedPass(Hook):
 
 
 class ShowProgress(Hook):
-    """Shows steps on rank 0, with metrics that are already reduced: no rank takes part in a collective alone."""
+    """Shows progress on rank 0, with metrics that are already reduced, so it needs no collective."""
 
     shown = ("loss", "rao/target_error", "rewards/margins", "rewards/accuracies", "tokens_per_second", "perf/mfu")
 

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept: the best by a metric, the newest, and nothing that a kill has left behind."""
+"""Checkpoints to keep: the best by a metric and the newest. Remains of killed runs are removed."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from nemo_rao.runtime.console import say
 
 
 class KeepCheckpoints(Hook):
-    """Writes checkpoints at intervals and at the end: ``step=40``, ``step=40-last``. The last of the hooks.
+    """Writes checkpoints at intervals and at the end: ``step=40``, ``step=40-last``. Must be the last hook.
 
-    A checkpoint is ranked by a metric of its own step, or not at all; without a metric, the newest one is the best.
-    ``-last`` is a link where the newest is also among the best. When a run is started again, what a kill has left
-    behind is removed: checkpoints that were being written or removed, and those that the run has written, as the last
-    checkpoint records, and no longer wants.
+    A checkpoint is ranked by the metric of its own step, or not ranked; without a metric, the newest one is the best.
+    ``-last`` is a link if the newest is also among the best. When a run is restarted, the remains of a killed one are
+    removed: checkpoints that were being written or removed, and those that the run has written, according to the last
+    checkpoint, and no longer needs.
 
     Args:
-        folder: of checkpoints.
+        folder: directory of checkpoints.
         keys: ``exp_manager.checkpoint_callback_params``.
-        save: writes a checkpoint into a folder, on all ranks together, and then calls what it is given: at once, or
-            from ``finish_written``.
-        finish_written: finishes checkpoints that are written in the background; with ``wait``, all of them.
+        save: writes a checkpoint into a directory, on all ranks together, and then calls the given function: at once,
+            or from ``finish_written``.
+        finish_written: finishes checkpoints that are written in the background; all of them with ``wait``.
 
     Attributes:
-        state: what a checkpoint is to carry; set before the run is resumed.
+        state: state to include in a checkpoint; set before the run is resumed.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class KeepCheckpoints(Hook):
         self._keys = keys
         self._save = save
         self._finish_written = finish_written
-        self._best: dict[str, float] = {}  # name -> what it is ranked by
+        self._best: dict[str, float] = {}  # name -> value of the metric
         self._last: str | None = None
         self._written: set[str] = set()
         self._saved_step = -1
-        self._is_reported = False  # the monitor, in this life of the run
+        self._is_reported = False  # whether the monitor has been reported since this start
 
     @property
     def state(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class KeepCheckpoints(Hook):
 
     @state.setter
     def state(self, stored: Mapping[str, Any]) -> None:
-        # Those that were kept by other rules, or in another folder, were not left behind.
+        # Checkpoints kept by other rules, or in another directory, are not remains.
         if all(stored[name] == value for name, value in self._settings.items()):
             self._best, self._last = dict(stored["best"]), stored["last"]
             self._written = set(stored["written"])
@@ -80,9 +80,9 @@ class KeepCheckpoints(Hook):
             self._best = {name: value for name, value in self._best.items() if (self._folder / name).is_dir()}
             removed += remove_checkpoints(self._folder, self._written - self._wanted())
             if removed:
-                say(f"removed checkpoints that an earlier start has left behind: {', '.join(removed)}")
+                say(f"removed checkpoints left by an earlier start: {', '.join(removed)}")
         best = [self._best]
-        torch.distributed.broadcast_object_list(best, src=0)  # where all ranks meet
+        torch.distributed.broadcast_object_list(best, src=0)  # also a barrier
         self._best = best[0]
         self._written &= self._wanted()
 
@@ -96,7 +96,7 @@ class KeepCheckpoints(Hook):
         self.save_last(session)
 
     def save_last(self, session: Session) -> None:
-        """Write the newest checkpoint, unless it is there or not wanted; all are complete when this returns."""
+        """Write the newest checkpoint, unless it exists or is disabled; all are complete when this returns."""
         if self._keys.save_last and self._saved_step != session.step:
             self._write(session, f"step={session.step}-last", is_last=True)
         self._finish_written(wait=True)
@@ -113,11 +113,12 @@ class KeepCheckpoints(Hook):
             self._write(session, last, is_last=True)
 
     def _write(self, session: Session, name: str, *, is_last: bool, link: str | None = None) -> None:
-        self._finish_written(wait=True)  # one at a time: each knows which of those before it are unwanted
+        self._finish_written(wait=True)  # one at a time: each records which earlier ones are no longer needed
         if is_last:
             self._last = link or name
         self._written |= {name, link} if link else {name}
-        unwanted = self._written - self._wanted() - {name}  # until they are gone, the checkpoint names them as written
+        # Until these are removed, the checkpoint lists them as written.
+        unwanted = self._written - self._wanted() - {name}
         self._saved_step = session.step
         if session.is_first_rank:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ class KeepCheckpoints(Hook):
         self._save(self._folder / name, finish)
 
     def _value(self, session: Session) -> float | None:
-        """What this step is ranked by; ``None``: it is not ranked."""
+        """Return the value that ranks this step; ``None``: it is not ranked."""
         monitor = self._keys.monitor
         if self._keys.save_top_k == 0:
             return None
@@ -147,12 +148,12 @@ class KeepCheckpoints(Hook):
         reported = session.reported()
         if monitor in reported:
             return reported[monitor]
-        if self._is_reported:  # such as a margin, where no prompt of this batch had a pair
+        if self._is_reported:  # such as a margin when no prompt of this batch has a pair
             say(f"checkpoint of step {session.step} is not ranked: {monitor} has no value in this step")
             return None
         raise UserError(
-            f"exp_manager.checkpoint_callback_params.monitor={monitor}: this run's data gives no such metric; choose "
-            f"one of {', '.join(sorted(reported))}"
+            f"exp_manager.checkpoint_callback_params.monitor={monitor}: this run does not log such a metric. Choose "
+            f"one of {', '.join(sorted(reported))}."
         )
 
     def _takes(self, value: float) -> bool:
@@ -168,7 +169,7 @@ class KeepCheckpoints(Hook):
         return -value if higher_is_better else value
 
     def _wanted(self) -> set[str]:
-        """Names of the best and the newest; of a link, also what it names."""
+        """Return the names of the best and the newest; for a link, also its target."""
         names = {*self._best, *([self._last] if self._last else [])}
         links = [self._folder / name for name in names]
         return names | {link.readlink().name for link in links if link.is_symlink()}

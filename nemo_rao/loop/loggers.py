@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides ``metrics.jsonl``: TensorBoard and Weights & Biases, the same on every engine."""
+"""Loggers besides ``metrics.jsonl``: TensorBoard and Weights & Biases, the same on every engine."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from nemo_rao.runtime.console import is_first_rank
 
 
 class Logger(Protocol):
-    """Where numbers go."""
+    """A destination of metrics."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Take numbers of the optimizer steps done so far."""
+        """Log values after ``step`` optimizer steps."""
 
     def close(self) -> None:
-        """After the last of them: a rank ends without the interpreter's shutdown, which would do it."""
+        """Flush and close: a rank exits without the interpreter's shutdown, which would do it."""
 
 
 def loggers(config: RunConfig, folder: Path) -> Sequence[Logger]:
-    """TensorBoard's log, and Weights & Biases' where it is asked for; none but on rank 0.
+    """Return TensorBoard's logger, and that of Weights & Biases if enabled; only on rank 0.
 
     Args:
-        folder: of the run.
+        folder: directory of the run.
     """
     if not is_first_rank():
         return []
@@ -36,7 +36,7 @@ def loggers(config: RunConfig, folder: Path) -> Sequence[Logger]:
 
 
 class TensorBoard:
-    """Event files in ``tensorboard``."""
+    """Writes event files to ``tensorboard``."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -53,7 +53,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of W&B, whose step is the number of optimizer steps done."""
+    """Logs to a W&B run, whose step is the number of optimizer steps done."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         import wandb

@@ -1,4 +1,4 @@
-"""A step's numbers: reduced over all ranks, and reported under the step they belong to."""
+"""Metrics of a step, reduced over all ranks and reported under their step."""
 
 from __future__ import annotations
 
@@ -22,24 +22,23 @@ _PAIRS = "pairs of queries and keys"  # reduced with the metrics, but not logged
 
 
 class Metrics(Hook):
-    """Reduces a step's statistics over the whole global batch and logs them, on every rank alike.
+    """Reduces a step's statistics over the global batch and logs them, on every rank alike.
 
-    Beside the objective's own:
+    In addition to the objective's metrics:
 
-        seconds/update           from the first micro-batch to the end of the optimizer's step, of the policy alone
-        tokens_per_second        of the batch's rows, prompt and response, whatever the layout, in that time; over all
-                                 ranks
-        data/token_efficiency    tokens that were computed, over those with padding
-        data/tokens_shared       fraction of the rows' tokens that was not computed, as prompts were shared
+        seconds/update           from the first micro-batch to the end of the optimizer's step, of the policy only
+        tokens_per_second        tokens of the batch's rows, prompt and response, in any layout, per second of that
+                                 time; over all ranks
+        data/token_efficiency    computed tokens divided by those with padding
+        data/tokens_shared       fraction of the rows' tokens that was not computed because prompts were shared
         perf/mfu, perf/tflops_per_gpu    on GPUs, see :mod:`nemo_rao.loop.throughput`
 
-    A resumed run first drops the lines of steps that it computes again. At the end, rank 0 writes each rank's peak
-    memory to ``memory.json``, in bytes: of the GPU, or of the process where there is none, what it shares with the
-    other ranks included.
+    A resumed run first drops the lines of steps that it will repeat. At the end, rank 0 writes each rank's peak memory
+    to ``memory.json``, in bytes: of the GPU, or of the process on a CPU, including memory shared with other ranks.
 
     Args:
-        log_every_n_steps: steps from one line of the loggers to the next; ``metrics.jsonl`` has every step.
-        throughput: of the run; ``None``: FLOP/s and MFU are not logged.
+        log_every_n_steps: steps between two entries of the loggers; ``metrics.jsonl`` has every step.
+        throughput: throughput metrics of the run; ``None``: FLOP/s and MFU are not logged.
     """
 
     def __init__(self, *, log_every_n_steps: int, throughput: Throughput | None = None) -> None:
@@ -47,7 +46,7 @@ class Metrics(Hook):
         self._throughput = throughput
         self._step_started = 0.0
         self._counts = np.zeros(4)
-        self._names: list[str] = []  # of the objective's statistics, since they were first seen
+        self._names: list[str] = []  # names of the objective's statistics, set at the first step
 
     def start(self, session: Session) -> None:
         if session.is_first_rank:
@@ -59,7 +58,7 @@ class Metrics(Hook):
         session.loss.take_statistics()
 
     def micro_batch(self, session: Session, batch: MicroBatch, *, embeds_tokens: bool) -> None:
-        # Counted once: by the chunk that embeds the tokens, on one of the ranks that have them.
+        # Counted once: by the chunk that embeds the tokens, on one of the ranks that hold them.
         if embeds_tokens and parallel_state.get_tensor_and_context_parallel_rank() == 0:
             num_positions = batch.tokens.numel() * parallel_state.get_context_parallel_world_size()
             self._counts += (batch.num_row_tokens, batch.num_tokens, num_positions, batch.num_attention_pairs)
@@ -74,7 +73,7 @@ class Metrics(Hook):
         statistics = reduce_statistics(session.loss.take_statistics(), names=self._names, of_rank=counts)
         self._names = [name for name in statistics if name not in counts]
         values = means(statistics)
-        summed = {name: statistics[name].tolist() for name in counts}  # the step's work on the GPU is over here
+        summed = {name: statistics[name].tolist() for name in counts}  # synchronizes with the GPU
         seconds = time.perf_counter() - self._step_started
         values["seconds/update"] = seconds
         values["tokens_per_second"] = summed["data/tokens_shared"][1] / seconds
@@ -94,7 +93,7 @@ class Metrics(Hook):
 
 
 def peak_memory() -> int:
-    """This rank's peak memory so far, in bytes."""
+    """Return this rank's peak memory so far, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -12,15 +12,15 @@ from nemo_rao.rollout.samples import RolloutData
 
 
 class OnlineData(TrainingData):
-    """The order in which a run takes its prompts. A global batch consists of slots of the current rollout.
+    """The order in which a run uses its prompts. A global batch consists of slots of the current rollout.
 
     Args:
-        train: of a :class:`nemo_rao.rollout.samples.RolloutData`, which holds the current rollout.
-        micro_batch_size, global_batch_size: prompts.
-        seed: of the order; ``None`` keeps the file's order.
-        num_prompts: of the whole run.
-        mini_batches: global batches that fill a rollout.
-        epochs: passes over it.
+        train: data that wraps a :class:`nemo_rao.rollout.samples.RolloutData`, which holds the current rollout.
+        micro_batch_size, global_batch_size: number of prompts.
+        seed: seed of the order; ``None`` keeps the file's order.
+        num_prompts: number of prompts of the run.
+        mini_batches: global batches per rollout.
+        epochs: passes over a rollout.
     """
 
     def __init__(
@@ -41,23 +41,23 @@ class OnlineData(TrainingData):
 
     @property
     def rollout_data(self) -> RolloutData:
-        """The current rollout, as data."""
+        """The data that holds the current rollout."""
         data = self.train.data
-        assert isinstance(data, RolloutData), "made of one"
+        assert isinstance(data, RolloutData), "constructed with one"
         return data
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps on each rollout."""
+        """Optimizer steps per rollout."""
         return self._mini_batches * self._epochs
 
     def rollout_of(self, step: int) -> tuple[int, bool]:
-        """(number of the rollout that a step is taken on, whether it is the rollout's first step), both from 0."""
+        """Return (the rollout's number, whether the step is its first) for a step; both count from 0."""
         number, within = divmod(step, self.steps_per_rollout)
         return number, within == 0
 
     def prompts_of_rollout(self, number: int) -> np.ndarray:
-        """``[S]`` int64, the prompt of each slot."""
+        """Return ``[S]`` int64, the prompt of each slot."""
         first = number * self._mini_batches
         parts = [
             global_batch(step, num_samples=self._num_prompts, global_batch_size=self.global_batch_size, seed=self._seed)
@@ -66,7 +66,7 @@ class OnlineData(TrainingData):
         return np.concatenate(parts)
 
     def prompts_of_step(self, step: int) -> np.ndarray:
-        """``[global_batch_size]`` int64, slots; from the second pass over a rollout on, in a new order."""
+        """Return ``[global_batch_size]`` int64 slots; reshuffled from the second pass over a rollout on."""
         number, _ = self.rollout_of(step)
         epoch, batch = divmod(step % self.steps_per_rollout, self._mini_batches)
         slots = np.arange(self._mini_batches * self.global_batch_size)
@@ -77,5 +77,5 @@ class OnlineData(TrainingData):
         return slots[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
 
     def stream(self, step: int) -> NotAhead[MicroBatch]:
-        """Nothing is made ahead: what comes next is not sampled yet."""
+        """Do not prefetch: the next samples do not exist yet."""
         return NotAhead(self.micro_batches_from(step))

@@ -1,4 +1,4 @@
-"""What is prepared for a run before its ranks are started."""
+"""What a run's parent process prepares before the ranks start."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class TextScorers(Protocol):
-    """Scorers of samples by their text. Called on rank 0 alone."""
+    """Scorers that read the samples' text. Called on rank 0 only."""
 
     def __call__(self, rows: Sequence[Row]) -> Mapping[str, np.ndarray]:
-        """By scorer, ``[S, K]`` float64 scores of S rows with K responses; NaN where it gives none.
+        """Return by scorer the ``[S, K]`` float64 scores of S rows with K responses; NaN if missing.
 
         Raises:
             RankFailure: a scorer has failed.
         """
 
     def notes(self) -> list[str]:
-        """Lines to be reported at the end of the run."""
+        """Return lines to report at the end of the run."""
 
     def close(self) -> None:
         """Release what the scorers hold."""
@@ -38,11 +38,11 @@ class TextScorers(Protocol):
 
 @dataclass(frozen=True)
 class TokenScorer:
-    """A reward model that reads the sampled tokens, on the run's own ranks.
+    """A reward model that reads the sampled tokens, on the ranks of the run.
 
     Attributes:
-        name: of the scorer.
-        load: this rank's model chunks, with their weights; a collective of all ranks, inside the run.
+        name: name of the scorer.
+        load: returns this rank's model chunks, with weights; a collective of all ranks, called inside the run.
     """
 
     name: str
@@ -51,14 +51,14 @@ class TokenScorer:
 
 @dataclass(frozen=True)
 class CriticTask:
-    """A critic that is a separate model, on the run's own ranks.
+    """A critic that is a separate model, on the ranks of the run.
 
     Attributes:
-        build: returns this rank's part; a collective of all ranks, inside the run. ``build(True)`` does not read the
-            weights that it starts from: a checkpoint brings its own.
+        build: returns this rank's part; a collective of all ranks, called inside the run. ``build(True)`` does not load
+            the weights to start from: a checkpoint will provide them.
         rate: its highest learning rate.
-        schedule: of its learning rate.
-        resume_from: the directory that :meth:`TrainedModel.save` has written; ``None`` at the run's start.
+        schedule: its learning rate schedule.
+        resume_from: directory written by :meth:`TrainedModel.save`; ``None`` at the run's start.
     """
 
     build: Callable[[bool], TrainedModel]
@@ -69,16 +69,16 @@ class CriticTask:
 
 @dataclass(frozen=True)
 class OnlineTask:
-    """What a run samples responses to, and how they are rewarded.
+    """The prompts that a run samples responses to, and how these are rewarded.
 
     Attributes:
-        prompts: those of the training data, as text, for scorers.
-        text_scorers: they read the samples' text.
-        token_scorers: they read the samples' tokens.
-        weights: of scorers' scores in the reward, by name; 1 for the others.
-        validation_prompts: those of the validation data, likewise.
+        prompts: prompts of the training data, as text, for scorers.
+        text_scorers: scorers that read the samples' text.
+        token_scorers: scorers that read the samples' tokens.
+        weights: weights of scorers in the reward, by name; 1 for the others.
+        validation_prompts: prompts of the validation data, as text.
         vllm: the policy as vLLM loads it; ``None``: the training model samples.
-        critic: ``None`` unless the objective has one that is a separate model.
+        critic: the critic; ``None`` unless it is a separate model.
     """
 
     prompts: Sequence[Row]
@@ -92,19 +92,19 @@ class OnlineTask:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What every rank needs and the parent has worked out.
+    """Everything that the parent process prepares for the ranks.
 
     Attributes:
-        train, validation: tokenised data.
+        train, validation: tokenized data.
         mismatched: the same prompts with responses to others, as "train" and "validation"; empty where not needed.
-        pad_token_id: what fills rows after their end.
-        objective_config: the objective's keys, with what depends on the data resolved.
+        pad_token_id: token that pads rows.
+        objective_config: the objective's keys, with values that depend on the data resolved.
         max_steps: optimizer steps of the whole run.
-        changes: of the data, since an earlier start of the run; they are applied.
-        finished_at: steps of a run that has ended and is not to be made longer; its model is not checked.
+        changes: changes of the data since an earlier start of the run; they are applied.
+        finished_at: steps of a finished run that is not extended; its model is not checked.
         resume_from: this run's last checkpoint, or ``None`` at its start.
-        start_from: a checkpoint whose weights the run starts with, or ``None``.
-        online: of a run that samples its own responses, what is sampled and rewarded; ``train`` has its prompts.
+        start_from: checkpoint with the weights to start from, or ``None``.
+        online: for a run that samples its own responses, its prompts and scorers; ``train`` has the prompts, too.
     """
 
     train: PreferenceData

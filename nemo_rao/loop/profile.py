@@ -1,7 +1,7 @@
 """Profiles of training steps: PyTorch's trace, a snapshot of the GPU's memory, ranges for NVIDIA's Nsight Systems.
 
-    run folder/profile/trace_steps_10_to_12.json.gz      for ui.perfetto.dev or chrome://tracing
-    run folder/profile/memory_steps_10_to_12.pickle      for pytorch.org/memory_viz, on a GPU
+    RUN/profile/trace_steps_10_to_12.json.gz      for ui.perfetto.dev or chrome://tracing
+    RUN/profile/memory_steps_10_to_12.pickle      for pytorch.org/memory_viz, on a GPU
 
 Under ``nsys profile --capture-range=cudaProfilerApi``, Nsight Systems records these steps instead of PyTorch's trace:
 the two profilers cannot read the GPU's counters at the same time.
@@ -20,17 +20,17 @@ from nemo_rao.batch import MicroBatch
 from nemo_rao.loop.session import Hook, Session
 from nemo_rao.runtime.console import say
 
-FOLDER = "profile"  # in the run folder
+FOLDER = "profile"  # in the run's directory
 _NSIGHT = "NSYS_PROFILING_SESSION_ID"  # environment variable that nsys sets for its child processes
-_MEMORY_EVENTS = 200_000  # most allocations in a snapshot
+_MEMORY_EVENTS = 200_000  # maximum allocations in a snapshot
 
 
 class ProfileSteps(Hook):
-    """Profiles steps on the first rank. To be the last hook, so that no other hook's ``before_step`` is included.
+    """Profiles steps on the first rank. Must be the last hook, so that it excludes the others' ``before_step``.
 
     Args:
-        first, last: steps, counted from 1 as in ``metrics.jsonl``, both included. A run that starts or ends between
-            them profiles those that it takes.
+        first, last: first and last step, counted from 1 as in ``metrics.jsonl``. A run that starts or ends between
+            them profiles the steps that it takes.
     """
 
     def __init__(self, first: int, last: int) -> None:

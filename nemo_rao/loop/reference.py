@@ -1,4 +1,4 @@
-"""Before the first step, the reference policy's numbers."""
+"""Reference log-probabilities, computed before the first step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from nemo_rao.runtime.progress import Progress
 
 
 class ReferencePass(Hook):
-    """Before the first step, the reference policy's log-probs; on resume, the same sums from the cache.
+    """Computes the reference policy's log-probs before the first step; a resumed run reads them from the cache.
 
-    A checkpoint carries what the cache keys are made of (:attr:`state`), since the weights, and the scales of delayed
-    scaling, that they were computed with are gone by then. The engine stores it and sets it before the run is resumed.
+    A checkpoint includes the parts of the cache keys that depend on the start (:attr:`state`), since the weights, and
+    the scales of delayed scaling, that the sums were computed with no longer exist then. The engine stores the state
+    and restores it before the run resumes.
 
     Args:
-        data_sets: name -> data whose ``reference`` is to be set.
-        cache_dir: a folder that all ranks share.
-        precision: part of the key: numbers computed in another precision are other numbers.
-        micro_batch_size: prompts.
-        micro_batches_per_part: how much is lost at most when the pass is interrupted.
+        data_sets: name -> data whose ``reference`` is set.
+        cache_dir: a directory shared by all ranks.
+        precision: part of the key, because results depend on it.
+        micro_batch_size: number of prompts.
+        micro_batches_per_part: micro-batches between writes; at most these are lost if the pass is interrupted.
         show_progress: on the first rank.
     """
 
@@ -50,16 +51,16 @@ class ReferencePass(Hook):
         self._micro_batch_size = micro_batch_size
         self._micro_batches_per_part = micro_batches_per_part
         self._show_progress = show_progress
-        self._start: dict[str, str] | None = None  # parts of the keys that are the start's
+        self._start: dict[str, str] | None = None  # parts of the keys that depend on the start
 
     @property
     def state(self) -> dict[str, str]:
-        """What a checkpoint is to carry."""
+        """State to include in checkpoints."""
         return dict(self._start or {})
 
     @state.setter
     def state(self, stored: Mapping[str, str]) -> None:
-        # Checkpoints of earlier versions have no network, and the first ones no scales.
+        # Checkpoints of earlier versions lack the network, and the first ones the scales.
         self._start = {"weights": "", "network": "", "scales": "", **stored}
 
     def start(self, session: Session) -> None:
@@ -81,9 +82,9 @@ class ReferencePass(Hook):
                 data_set.reference = self._compute(session, data_set, key, name)
             if data_set.reference is None:
                 raise UserError(
-                    f"{self._cache_dir / key} is missing: the reference log-probabilities of the {name} data that this "
-                    "run started with (or the data has changed since); restore the folder and the data, or start a "
-                    "new run under another exp_manager.name"
+                    f"{self._cache_dir / key}: is missing, and has the reference log-probabilities of the {name} data "
+                    "that this run started with (or the data has changed). Restore the directory and the data, or "
+                    "start a new run under another exp_manager.name."
                 )
 
     def _key(self, data: str) -> str:

@@ -1,4 +1,4 @@
-"""``rollouts/`` in the run folder: the rollouts that a restart may need. Rank 0 reads and writes them."""
+"""``rollouts/`` in the run's directory: rollouts that a restart may need. Rank 0 reads and writes them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class RolloutFiles:
     """One file for each rollout, by its number.
 
     Args:
-        run_folder: of the run.
+        run_folder: directory of the run.
     """
 
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder / ROLLOUTS
 
     def load(self, number: int) -> Rollout | None:
-        """Read a rollout, with whatever parts it has so far; ``None`` without a file. A collective of all ranks."""
+        """Read a rollout, with the parts it has so far; ``None`` if there is no file. A collective of all ranks."""
         return from_first_rank(lambda: load(self._path(number)))
 
     def save(self, number: int, rollout: Rollout) -> None:
@@ -34,7 +34,7 @@ class RolloutFiles:
         rollout.save(self._path(number))
 
     def rewards_before(self, number: int) -> np.ndarray:
-        """``[2]`` float64, sum and number of the rewards of all earlier rollouts. A collective of all ranks.
+        """Return ``[2]`` float64, sum and count of the rewards of all earlier rollouts. A collective of all ranks.
 
         Raises:
             RankFailure: the file of the previous rollout is missing.
@@ -47,14 +47,14 @@ class RolloutFiles:
         return before.rewards_so_far
 
     def missing(self, number: int) -> RankFailure:
-        """The error for a rollout that the run cannot continue without."""
+        """Return the error for a missing rollout that the run needs to continue."""
         return RankFailure(
-            f"{self._path(number)} is missing, or was sampled with other keys: the next step needs its samples and "
-            "rewards; restore it, or start a new run under another exp_manager.name"
+            f"{self._path(number)}: is missing, or was sampled with other keys, and the next step needs its samples "
+            "and rewards. Restore it, or start a new run under another exp_manager.name."
         )
 
     def remove_unfinished(self) -> None:
-        """Remove what a kill has left of files that were being written. On rank 0."""
+        """Remove partially written files of a killed run. On rank 0."""
         remove_unfinished_files(self._folder)
 
     def remove(self, which: Callable[[int], bool]) -> None:

@@ -1,6 +1,6 @@
-"""The parts of a rollout: samples, scores and rewards, log-probabilities of the policy and of the reference.
+"""Parts of a rollout: samples, scores and rewards, log-probabilities of the policy and of the reference.
 
-Everything here is a collective over all ranks, which all have the result.
+Every function here is a collective over all ranks, and returns its result on each.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from nemo_rao.rollout.vllm_sampler import VllmSampler
 
 
 class RolloutParts:
-    """Samples from the policy of a run, and scores its samples. Used for training and for validation prompts.
+    """Samples from the policy of a run and scores the samples, for training and for validation prompts.
 
     Args:
         keys: ``online`` of the recipe.
-        task: what is sampled, and what scores the samples.
-        end_tokens: each of them ends a response.
-        adapters: the run trains adapters alone.
-        needs: of the objective.
-        start: the directory of the weights that the run started from; ``None``: random weights.
+        task: prompts and scorers.
+        end_tokens: tokens that end a response.
+        adapters: the run trains only adapters.
+        needs: needs of the objective.
+        start: directory of the weights that the run started from; ``None``: random weights.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class RolloutParts:
         """Sample responses.
 
         Args:
-            prompts: ``[S]``, the prompt of each slot, as its number in the data.
-            number: of the rollout; the draws depend on it.
+            prompts: ``[S]``, the prompt of each slot, as its index in the data.
+            number: number of the rollout, on which the draws depend.
         """
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         slots = range(rank, len(prompts), size)
@@ -99,8 +99,8 @@ class RolloutParts:
         """Return the rollout that the data holds, with its scores and rewards.
 
         Args:
-            text: of the data's prompts.
-            micro_batch_size: slots.
+            text: text of the data's prompts.
+            micro_batch_size: number of slots.
 
         Raises:
             RankFailure: a scorer has failed.
@@ -122,19 +122,19 @@ class RolloutParts:
         return replace(rollout, rewards=rewards, scores=scores)
 
     def reference_log_probs(self, session: Session, data: AlignmentData, micro_batch_size: int) -> LogProbs:
-        """Log-probabilities of the rollout that the data holds under the reference policy."""
-        assert self._reference is not None, "the objective needs one"
+        """Compute the reference policy's log-probabilities of the rollout that the data holds."""
+        assert self._reference is not None, "the objective needs a reference"
         with self._reference.in_place():
             return self._log_probs(session, data, micro_batch_size, of_tokens=self._needs.tokens)
 
     def policy_log_probs(self, session: Session, data: AlignmentData, micro_batch_size: int) -> LogProbs:
-        """Log-probabilities of each token under the policy as it is now, and their values if it has a value head."""
+        """Compute each token's log-probability under the current policy, and its value if there is a value head."""
         return self._log_probs(
             session, data, micro_batch_size, of_tokens=True, of_values=self._needs.values == "tokens"
         )
 
     def notes(self) -> list[str]:
-        """What the scorers report at the end of the run. On rank 0."""
+        """Return what the scorers report at the end of the run. On rank 0."""
         return self._task.text_scorers.notes()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Before the first step on each rollout: sample, score, compute log-probabilities, values and advantages."""
+"""Rollouts: before the first step on each, sample, score, compute log-probabilities, values and advantages."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from nemo_rao.runtime.console import say
 class MakeRollouts(Hook):
     """Fills the run's data with a rollout before the first step on it.
 
-    Each part of a rollout is written to ``rollouts/`` as soon as it is computed, and a restarted run reads back what it
-    finds. A run that continues between two steps on one rollout needs the file: the policy that sampled it is gone.
+    Each part of a rollout is written to ``rollouts/`` as soon as it is computed, and read back by a restarted run. A
+    run that resumes between two steps on one rollout needs the file: the policy that sampled it no longer exists.
 
     Args:
         keys: ``online`` of the recipe.
         parts: computes the parts of a rollout.
-        text: of the training prompts.
-        needs: of the objective.
+        text: text of the training prompts.
+        needs: needs of the objective.
         sampled_by_vllm: the sampler is not the training model.
-        critic: a model that computes the values of tokens; ``None``: the policy does, if they are needed.
+        critic: separate model for the values of tokens; ``None``: the policy computes them, if needed.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class MakeRollouts(Hook):
         self._seconds: dict[str, float] = {}
 
     def start(self, session: Session) -> None:
-        self._objective_keys = session.loss.config  # before they are resolved with the rewards of a rollout
+        self._objective_keys = session.loss.config  # before they are resolved from the rewards of a rollout
         self._files = RolloutFiles(session.folder)
         number, _ = _data(session).rollout_of(session.step)
-        if session.is_first_rank:  # what the remaining steps compute again
+        if session.is_first_rank:  # of steps that will be repeated
             self._files.remove_unfinished()
             self._files.remove(lambda one: one > number or session.step == 0)
             drop_samples_after(session.folder, session.step)
@@ -76,7 +76,7 @@ class MakeRollouts(Hook):
 
     def before_step(self, session: Session) -> None:
         data = _data(session)
-        self._parts.keep_reference(session)  # not in start(), which adapters are added after
+        self._parts.keep_reference(session)  # not in start(), because adapters are added later
         number, is_first = data.rollout_of(session.step)
         if number == self._current:
             return
@@ -125,7 +125,7 @@ class MakeRollouts(Hook):
         self._parts.close()
 
     def _filled(self, session: Session, data: OnlineData, number: int, *, may_sample: bool) -> Rollout:
-        """Return the rollout with everything that the objective needs, reading back what its file has."""
+        """Return the rollout with everything that the objective needs, reading the parts that its file has."""
         train, size = data.train, data.micro_batch_size
 
         def keep(rollout: Rollout) -> None:
@@ -152,7 +152,7 @@ class MakeRollouts(Hook):
                 with self._timed("reward"):
                     rollout = self._parts.rewarded(train, self._text, size)
             except RankFailure as failure:  # on every rank
-                raise RankFailure(f"{failure}. {_save_where_it_stopped(session)}") from failure
+                raise RankFailure(f"{str(failure).removesuffix('.')}. {_save_where_it_stopped(session)}") from failure
             assert rollout.rewards is not None
             known = rollout.rewards[~np.isnan(rollout.rewards)]
             rollout = replace(rollout, rewards_so_far=before + np.array([known.sum(), len(known)]))
@@ -174,16 +174,16 @@ class MakeRollouts(Hook):
         return rollout
 
     def _needs_old_logps(self, data: OnlineData) -> bool:
-        """Whether a pass of the policy over the rollout's rows is needed, for its log-probabilities or its values.
+        """Whether the policy must be run over the rollout's rows, for its log-probabilities or its values.
 
-        A rollout that serves one step needs none: that step's ratio is 1. What vLLM has sampled is always compared with
-        the training model.
+        Not for a rollout that serves a single step: its ratio is 1. Samples of vLLM are always compared with the
+        training model.
         """
         has_values = self._needs.values == "tokens" or self._critic is not None
         return self._sampled_by_vllm or (self._needs.tokens and (has_values or data.steps_per_rollout > 1))
 
     def _add_advantages(self, session: Session, data: OnlineData, rollout: Rollout) -> dict[str, float]:
-        """Add advantages, returns and importance weights to the data, as far as the run has them.
+        """Add advantages, returns and importance weights to the data, if the run has them.
 
         They follow from the rollout and are not stored.
 
@@ -219,20 +219,20 @@ class MakeRollouts(Hook):
 
 def _data(session: Session) -> OnlineData:
     data = session.data
-    assert isinstance(data, OnlineData), "the run samples"
+    assert isinstance(data, OnlineData), "online runs use OnlineData"
     return data
 
 
 def _oldest_needed(session: Session, data: OnlineData) -> int:
-    """The first rollout that a restart may read: the one before that of the last checkpoint, for the rewards so far."""
+    """Return the first rollout that a restart may read: the one before the last checkpoint's, for its rewards."""
     kept = last_checkpoint(session.folder)
     return 0 if kept is None else data.rollout_of(step_of(kept))[0] - 1
 
 
 def _save_where_it_stopped(session: Session) -> str:
-    """Save the run as it was before this step, unless that is saved; returns where the same command continues."""
+    """Save the run as it was before this step, unless already saved; return where the same command resumes."""
     found = from_first_rank(lambda: last_checkpoint(session.folder))
     if session.step and (found is None or step_of(found) < session.step):
         session.save()
         found = from_first_rank(lambda: last_checkpoint(session.folder))
-    return f"The same command {'starts anew' if found is None else f'continues from {found}'}"
+    return f"The same command {'starts over' if found is None else f'resumes from {found}'}."

@@ -1,4 +1,4 @@
-"""The hooks of a run, and the data that they and the loss work on, from its recipe."""
+"""Create the hooks of a run, and the data for them and the loss, from its recipe."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from nemo_rao.rollout.text import SampleText
 
 
 def data_sets_of(config: RunConfig, prepared: Prepared) -> dict[str, AlignmentData]:
-    """``training`` data and, where there is some, ``validation`` data."""
+    """Create ``training`` data and, if there is any, ``validation`` data."""
 
     def laid_out(data: PreferenceData | RolloutData, mismatched: PreferenceData | None = None) -> AlignmentData:
         return AlignmentData(
@@ -55,7 +55,7 @@ def data_sets_of(config: RunConfig, prepared: Prepared) -> dict[str, AlignmentDa
 
 def _rollout_data(config: RunConfig, prepared: Prepared) -> Iterator[tuple[str, RolloutData]]:
     keys, number = config.online, config.online.num_generations
-    assert number is not None, "the run samples"
+    assert number is not None, "online runs have a number of prompts"
     slots = keys.mini_batches * config.model.global_batch_size
     yield "training", RolloutData(prepared.train, num_slots=slots, num_responses=number)
     if (prompts := prepared.validation) is not None:
@@ -64,10 +64,10 @@ def _rollout_data(config: RunConfig, prepared: Prepared) -> Iterator[tuple[str, 
 
 
 def training_data(config: RunConfig, train: AlignmentData, online: OnlineTask | None = None) -> TrainingData:
-    """The order in which a run takes its training data, or its prompts.
+    """Create the training data, with the order of its rows or prompts.
 
     Args:
-        online: of a run that samples its own responses.
+        online: given for a run that samples its own responses.
     """
     common: dict[str, Any] = {
         "micro_batch_size": config.model.micro_batch_size,
@@ -89,13 +89,13 @@ def hooks_of(
     prepared: Prepared,
     record: Callable[[], None],
 ) -> list[Hook]:
-    """What happens around the steps, in the order in which it happens.
+    """Create the hooks around the steps, in the order in which they are called.
 
     Args:
-        needs: of the objective.
+        needs: needs of the objective.
         data_sets: see :func:`data_sets_of`.
-        prepared: what the parent has worked out.
-        record: called on rank 0 once nothing is left that may refuse the run.
+        prepared: result of the parent's preparation.
+        record: called on rank 0 once all checks have passed.
     """
     keys, training = config.model, data_sets["training"].data
     hooks: list[Hook] = [StopWhenAsked(), SeedEveryStep(config.trainer.seed)]

@@ -1,4 +1,4 @@
-"""Validation by samples: responses to prompts that the policy does not train on, and their rewards."""
+"""Validation by sampling: responses to held-out prompts, and their rewards."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from nemo_rao.rollout.metrics import metrics
 from nemo_rao.rollout.samples import RolloutData
 from nemo_rao.rollout.text import SampleText
 
-# The rollout number that the draws depend on: the same in every validation, and that of no rollout.
+# The draws depend on a rollout number: this one is the same in every validation, and not that of any rollout.
 _DRAWS = 2**32 - 1
 
 
 class ValidateSamples(EvaluatesAtIntervals):
     """Samples responses to every validation prompt: before the first step, at intervals, and at the end.
 
-    The metrics of :mod:`nemo_rao.rollout.metrics` are reported as ``val/<metric>``. Comes after
+    The metrics of :mod:`nemo_rao.rollout.metrics` are reported as ``val/<metric>``. Must come after
     :class:`nemo_rao.loop.rollouts.MakeRollouts`, which loads the reward models and keeps the reference.
 
     Args:
-        data: of a :class:`nemo_rao.rollout.samples.RolloutData` with a slot for each prompt.
-        text: of these prompts.
-        parts: samples and scores.
-        needs: of the objective.
+        data: data that wraps a :class:`nemo_rao.rollout.samples.RolloutData` with a slot for each prompt.
+        text: text of these prompts.
+        parts: samples and scores responses.
+        needs: needs of the objective.
         intervals: see :class:`nemo_rao.loop.validation.EvaluatesAtIntervals`.
-        micro_batch_size: prompts.
+        micro_batch_size: number of prompts.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ValidateSamples(EvaluatesAtIntervals):
 
     def evaluate(self, session: Session) -> None:
         held = self._data.data
-        assert isinstance(held, RolloutData), "made of one"
+        assert isinstance(held, RolloutData), "constructed with one"
         held.rollout = self._parts.sampled(session, held, np.arange(len(held)), _DRAWS)
         scored = self._parts.rewarded(self._data, self._text, self._micro_batch_size)
         reference = None

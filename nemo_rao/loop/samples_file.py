@@ -1,4 +1,4 @@
-"""``samples.jsonl``: some of a run's samples, to be read by people."""
+"""``samples.jsonl``: some of a run's samples, for reading."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SAMPLES = "samples.jsonl"
 
 
 def drop_samples_after(folder: Path, last_step: int) -> None:
-    """Drop the entries of steps after ``last_step``, which are computed again, and a line that a kill cut short."""
+    """Drop the entries of steps after ``last_step``, which will be repeated, and a truncated last line."""
     path = folder / SAMPLES
     if path.exists():
-        # Not splitlines(): samples may hold characters that it takes for the end of a line.
+        # Not splitlines(): samples may contain other characters at which it splits.
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         write_atomically(path, (line + "\n" for line in lines if json.loads(line)["step"] <= last_step))
 
@@ -44,13 +44,13 @@ def write_samples(
     if the objective has one, its ``advantage`` at the log-probabilities of the policy that sampled it.
 
     Args:
-        folder: of the run.
+        folder: directory of the run.
         step: optimizer steps done.
-        data: of a :class:`nemo_rao.rollout.samples.RolloutData`, scored.
-        text: of its prompts.
-        num_prompts: entries to write, at most.
-        objective: of the run.
-        config: its keys, resolved with the rewards of this rollout.
+        data: data that wraps a :class:`nemo_rao.rollout.samples.RolloutData` with scores.
+        text: text of its prompts.
+        num_prompts: maximum number of entries to write.
+        objective: objective of the run.
+        config: its keys, resolved from the rewards of this rollout.
     """
     held = data.data
     assert isinstance(held, RolloutData) and held.rollout is not None and held.rollout.rewards is not None
@@ -87,7 +87,7 @@ def _numbers(values: np.ndarray) -> list[list[float | None]]:
 def _advantages(
     data: AlignmentData, slots: range, rollout: Rollout, objective: Objective, config: Any
 ) -> np.ndarray | None:
-    """``[slots, K]``, under the policy that sampled; ``None`` for objectives without advantages."""
+    """Return ``[slots, K]`` advantages under the sampling policy; ``None`` if the objective has none."""
     if objective.response_advantages is None:
         return None
     batch = data.micro_batch(slots)
@@ -98,7 +98,7 @@ def _advantages(
 
 
 def _of_tokens(rollout: Rollout, slots: range) -> torch.Tensor:
-    """``[R, longest]`` float32, nats: log-probabilities of the slots' response tokens; 0 after a response's end."""
+    """Return ``[R, longest]`` float32 log-probabilities of the slots' response tokens, in nats; 0 after the end."""
     logps = rollout.logps if rollout.old_logps is None else rollout.old_logps
     of_rows = [torch.from_numpy(one) for slot in slots for one in rollout.of_tokens(logps, slot)]
     return torch.nn.utils.rnn.pad_sequence(of_rows, batch_first=True)

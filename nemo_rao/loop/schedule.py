@@ -4,8 +4,8 @@
     cosine      from highest after the warm-up to min_lr at the run's last step
     constant    highest
 
-With ``constant_steps`` the warm-up is Megatron's, ``highest * step / warmup_steps``: its first step has a rate of 0.
-The cosine then ends before these last steps, which have min_lr. Steps count from 0.
+With ``constant_steps`` the warm-up is Megatron's, ``highest * step / warmup_steps``: the first step's rate is 0. The
+cosine then ends before these last steps, which use min_lr. Steps count from 0.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from nemo_rao.config.model_config import ScheduleConfig
 
 
 def learning_rate(keys: ScheduleConfig, step: int, *, highest: float, max_steps: int) -> float:
-    """Of an optimizer step.
+    """Return the learning rate of an optimizer step.
 
     Args:
         step: counted from 0.
-        highest: of the group of parameters.
-        max_steps: of the whole run.
+        highest: highest rate of the parameter group.
+        max_steps: steps of the whole run.
     """
     warmup = keys.warmup_steps
     held = keys.constant_steps if keys.name == "cosine" else 0

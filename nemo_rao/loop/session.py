@@ -1,8 +1,8 @@
-"""The border between a run and the engine that drives it: what an engine shows of a run, and what it calls.
+"""The interface between a run and the engine that drives it: what an engine provides, and what it calls.
 
-An engine (:mod:`nemo_rao.engines`) builds model, optimizer and data source from a recipe and owns the loop over steps.
-Everything else that happens around them is written once, as a :class:`Hook` against a :class:`Session`, and the
-engine's own callbacks only call the hooks, in their order, on every rank.
+An engine (:mod:`nemo_rao.engines`) builds model, optimizer and data source from a recipe and owns the training loop.
+Everything else that happens around the steps is written once, as a :class:`Hook` against a :class:`Session`. The
+engine's callbacks only call the hooks, in order, on every rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nemo_rao.loop.loggers import Logger
     from nemo_rao.mcore.objective_loss import ObjectiveLoss
 
-METRICS = "metrics.jsonl"  # in the run folder
+METRICS = "metrics.jsonl"  # in the run's directory
 
 
 class Session(Protocol):
@@ -28,13 +28,13 @@ class Session(Protocol):
     Attributes:
         chunks: this rank's model chunks, as Megatron's schedules take them.
         step: optimizer steps done; in ``after_step``, with the one just done.
-        max_steps: those of the whole run.
-        is_first_rank: rank 0, which writes files and speaks.
+        max_steps: optimizer steps of the whole run.
+        is_first_rank: rank 0, which writes files and console output.
         is_stopping: the run ends after this step.
-        folder: of the run.
-        data: what it trains on.
-        loss: its objective.
-        loggers: where numbers go besides ``metrics.jsonl``; none but on rank 0.
+        folder: directory of the run.
+        data: training data.
+        loss: loss of the objective.
+        loggers: loggers besides ``metrics.jsonl``; empty except on rank 0.
     """
 
     @property
@@ -65,59 +65,59 @@ class Session(Protocol):
     def loggers(self) -> Sequence[Logger]: ...
 
     def reported(self) -> Mapping[str, float]:
-        """The numbers of the step just done: the engine's own (``grad_norm``, ``lr``) and those of :meth:`report`."""
+        """Metrics of the completed step: the engine's (``grad_norm``, ``lr``) and those of :meth:`report`."""
 
     def report(self, values: Mapping[str, float]) -> None:
-        """Add numbers, the same on every rank, to those of the step just done: for the choice of checkpoints."""
+        """Add metrics, equal on every rank, to those of the completed step; checkpoints are ranked by them."""
 
     def stop(self) -> None:
-        """End the run after this step, as at its last one: with a checkpoint."""
+        """End the run after this step, with a checkpoint, as after its last step."""
 
     def save(self) -> None:
-        """Between two steps, write the run's last checkpoint, as at its end. A collective of all ranks.
+        """Write the run's last checkpoint between two steps, as at its end. A collective of all ranks.
 
-        Nothing is written where ``exp_manager.checkpoint_callback_params.save_last`` is false.
+        Nothing is written if ``exp_manager.checkpoint_callback_params.save_last`` is false.
         """
 
     def sharded_weights(self) -> Mapping[str, Any]:
-        """The model's sharded state dict, as Megatron's checkpoints have it."""
+        """Return the model's sharded state dict, as in Megatron's checkpoints."""
 
 
 class Hook:
-    """Something that happens around the steps. What is called on one rank is called on all of them."""
+    """Callbacks around the steps. Every method is called on all ranks."""
 
     def start(self, session: Session) -> None:
-        """Before the first step of this start, with the weights that it begins with."""
+        """Called before the first step of this start, with its initial weights."""
 
     def before_step(self, session: Session) -> None:
-        """Before a step's first micro-batch."""
+        """Called before a step's first micro-batch."""
 
     def micro_batch(self, session: Session, batch: MicroBatch, *, embeds_tokens: bool) -> None:
-        """Before a model chunk runs a micro-batch of a step; ``embeds_tokens``: it is the pipeline's first."""
+        """Called before a model chunk runs a micro-batch; ``embeds_tokens``: it is the pipeline's first."""
 
     def after_step(self, session: Session) -> None:
-        """After the optimizer's step, before a checkpoint of it is written."""
+        """Called after the optimizer's step, before its checkpoint is written."""
 
     def save(self, session: Session, folder: Path) -> None:
-        """Write the hook's part of a checkpoint into its folder, before the checkpoint counts as finished.
+        """Write the hook's part of a checkpoint to its directory, before the checkpoint counts as complete.
 
-        It is on disk when this returns on every rank, also where the model is written in the background.
+        It must be on disk when this returns, on every rank, even if the model is written in the background.
         """
 
     def end(self, session: Session) -> None:
-        """After the last step of this start, before its checkpoint is written."""
+        """Called after the last step of this start, before its checkpoint is written."""
 
     def close(self) -> None:
-        """After the last checkpoint."""
+        """Called after the last checkpoint."""
 
 
 def log(session: Session, values: Mapping[str, float], *, to_loggers: bool = True) -> None:
-    """Report numbers, the same on every rank, of the optimizer steps done so far.
+    """Report metrics, equal on every rank, after the optimizer steps done so far.
 
-    They go to the engine, to ``metrics.jsonl``, and where ``to_loggers`` to TensorBoard and the like.
+    They go to the engine, to ``metrics.jsonl``, and with ``to_loggers`` to TensorBoard and other loggers.
 
-    The step axis is one: optimizer steps done. It is that of ``metrics.jsonl``, of every logger, of checkpoints' names
-    and of the metric by which they are ranked.
+    There is one step axis, the number of optimizer steps done, used by ``metrics.jsonl``, all loggers, the names of
+    checkpoints and the metric that ranks them.
     """
     session.report(values)
     if session.is_first_rank:

@@ -1,7 +1,7 @@
-"""In a job of ``nemo-rao launch``: stops a run between two steps when it is asked to, and ends it when it hangs.
+"""In a job of ``nemo-rao launch``: stop a run between two steps when requested, and end it if it hangs.
 
-NeMo's PreemptionCallback was considered: it hears one signal on rank 0 alone, and leaves without a trace by which a
-job could be told from a finished one. Lightning's requeueing saves checkpoints that are not Megatron's.
+NeMo's PreemptionCallback was considered: it listens to one signal on rank 0 only, and leaves nothing by which an
+interrupted job differs from a finished one. Lightning's requeueing saves checkpoints that are not Megatron's.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from nemo_rao.runtime.job import HANG_SECONDS, REQUEST, Watchdog, job_folder
 
 
 class StopWhenAsked(Hook):
-    """All ranks agree at the end of each step whether one of them was asked to stop; the last checkpoint is then saved.
+    """Agrees at the end of each step whether any rank was asked to stop; then the last checkpoint is saved.
 
-    The saving is the engine's, as at the end of a run. Does nothing outside of a job. The first of the hooks: what
+    The engine saves it, as at the end of a run. Does nothing outside of a job. Must be the first hook, so that what
     others do before the first step is watched, too.
     """
 
@@ -27,7 +27,7 @@ class StopWhenAsked(Hook):
 
     def start(self, session: Session) -> None:
         if self._in_job:
-            REQUEST.listen()  # again: an engine may have put a handler of its own there, which raises within a step
+            REQUEST.listen()  # again: an engine may have installed a handler that raises within a step
         if self._watchdog is not None:
             watchdog = self._watchdog
             for chunk in session.chunks:
@@ -45,7 +45,7 @@ class StopWhenAsked(Hook):
             return
         asked = torch.tensor(int(REQUEST.asked), device="cuda" if torch.cuda.is_available() else "cpu")
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        if asked.item() and session.step < session.max_steps:  # else this was the last step anyway
+        if asked.item() and session.step < session.max_steps:  # otherwise the run ends anyway
             REQUEST.stopped_at = session.step
             session.stop()
 

@@ -1,4 +1,4 @@
-"""Model FLOP/s and MFU of a training step: the planner's formula for the tokens that the step computed."""
+"""Model FLOP/s and MFU of a training step: the planner's formula applied to the tokens that the step computed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Throughput:
     """Computes throughput metrics from a step's work and seconds.
 
     Attributes:
-        setting: the run as the planner describes it.
+        setting: the planner's description of the run.
         peak_tflops: dense peak of one GPU in the weights' format (for FP8 that of bf16); ``None`` if not known.
     """
 
@@ -27,14 +27,14 @@ class Throughput:
     peak_tflops: float | None
 
     def metrics(self, work: Work, seconds: float) -> dict[str, float]:
-        """``perf/tflops_per_gpu`` and, if the peak is known, ``perf/mfu`` (from 0 to 1).
+        """Compute ``perf/tflops_per_gpu`` and, if the peak is known, ``perf/mfu`` (from 0 to 1).
 
-        These count model FLOPs (:mod:`nemo_rao.planning.compute`) of the tokens that were computed, without padding,
-        repetitions of a shared prompt, and recomputation.
+        Both count model FLOPs (:mod:`nemo_rao.planning.compute`) of the computed tokens, without padding,
+        repetitions of a shared prompt and recomputation.
 
         Args:
-            work: of the step, over all ranks.
-            seconds: of the step.
+            work: work of the step, over all ranks.
+            seconds: duration of the step.
         """
         tflops = flops(self.setting, work).model / (seconds * self.setting.ranks * 1e12)
         of_peak = {} if self.peak_tflops is None else {"perf/mfu": tflops / self.peak_tflops}
@@ -42,10 +42,10 @@ class Throughput:
 
 
 def throughput_of(config: RunConfig, *, responses: int) -> Throughput | None:
-    """The throughput of a run on GPUs; ``None`` on a CPU, and for networks that the planner does not support.
+    """Return the throughput metrics of a run on GPUs; ``None`` on a CPU, and for networks unknown to the planner.
 
     Args:
-        responses: average number of responses of a prompt in the training data.
+        responses: average number of responses per prompt in the training data.
     """
     if not torch.cuda.is_available():
         return None

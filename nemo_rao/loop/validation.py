@@ -1,4 +1,4 @@
-"""The policy on data that it does not train on."""
+"""Validation of the policy on held-out data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EvaluatesAtIntervals(Hook, abc.ABC):
     """Calls :meth:`evaluate` at intervals and at the end. Subclasses call :meth:`once` before the first step.
 
     Args:
-        intervals: optimizer steps between evaluations; where one of several ends, there is one.
+        intervals: optimizer steps between evaluations; with several intervals, at multiples of any of them.
     """
 
     def __init__(self, intervals: Collection[int]) -> None:
@@ -27,7 +27,7 @@ class EvaluatesAtIntervals(Hook, abc.ABC):
             self.once(session)
 
     def once(self, session: Session) -> None:
-        """Evaluate, unless this has been done at this step."""
+        """Evaluate, unless already done at this step."""
         if session.step != self._last_step:
             self._last_step = session.step
             self.evaluate(session)
@@ -45,7 +45,7 @@ class Validation(EvaluatesAtIntervals):
     Args:
         data: the validation data.
         intervals: see :class:`EvaluatesAtIntervals`.
-        micro_batch_size: prompts.
+        micro_batch_size: number of prompts.
     """
 
     def __init__(self, data: AlignmentData, *, intervals: Collection[int], micro_batch_size: int) -> None:

@@ -17,5 +17,5 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function that Megatron's ``activation_func`` takes; elementwise."""
+    """Return the elementwise function for Megatron's ``activation_func``."""
     return _FUNCTIONS[name]

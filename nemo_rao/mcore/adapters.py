@@ -1,7 +1,7 @@
-"""Low-rank adapters in a Megatron GPT model: which layers can have one, how they start, how checkpoints hold them.
+"""Low-rank adapters in a Megatron GPT model: eligible layers, initialization, storage in checkpoints.
 
 An adapter adds ``alpha / dim * B A x`` to a linear layer's output; ``A`` is its ``linear_in``, ``[dim, in]``, and ``B``
-its ``linear_out``, ``[out, dim]``. Whatever wraps the linear layer has it as ``to_wrap``, and these as ``adapter``.
+its ``linear_out``, ``[out, dim]``. The wrapper of the linear layer holds it as ``to_wrap``, and these as ``adapter``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from nemo_rao.mcore.norms import LayerNormColumnParallelLinear
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of the linear layers of a model chunk: of attention, feed-forward and output; not of experts.
+    """Yield (name, layer) of a model chunk's linear layers: attention, feed-forward and output, but not experts.
 
-    Names have the layer's number in the whole model, as in ``decoder.layers.3.mlp.linear_fc1``; the module's own name
-    has its number on this pipeline stage.
+    Names contain the layer's number in the whole model, as in ``decoder.layers.3.mlp.linear_fc1``; the module's name in
+    the chunk contains its number on this pipeline stage.
     """
     for layer in model.decoder.layers:
         for part, parent in (("self_attention", layer.self_attention), ("mlp", layer.mlp)):
@@ -36,9 +36,9 @@ def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def draw_start(adapter: Any, name: str, seed: int) -> None:
-    """Draws the start of ``A`` from (seed, name): the same whole matrix under any TP, PP and DP. ``B`` starts at 0.
+    """Initialize ``A`` from (seed, name): the same whole matrix under any TP, PP and DP. ``B`` is 0.
 
-    Normal, with Xavier's variance ``2 / (in + dim)`` of the whole matrix.
+    ``A`` is normal, with Xavier's variance ``2 / (in + dim)`` for the whole matrix.
     """
     weight = adapter.linear_in.weight
     if weight.is_meta:
@@ -55,19 +55,19 @@ def draw_start(adapter: Any, name: str, seed: int) -> None:
 
 
 def store_by_layer(adapter: Any, number: int) -> None:
-    """Gives an adapter of layer ``number`` a place of its own in checkpoints.
+    """Store an adapter of layer ``number`` as a separate tensor in checkpoints.
 
     Megatron stores a weight of all layers as one tensor, ``[layers, ...]``, which cannot have gaps.
     """
     original = adapter.sharded_state_dict
 
     def sharded_state_dict(prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
-        if not sharded_offsets:  # every layer has its own place anyhow
+        if not sharded_offsets:  # every layer is stored separately anyway
             return original(prefix, sharded_offsets, metadata)
         state = original(prefix, (), metadata)
         start, local, rest = _split_at_layer(prefix)
         for tensor in state.values():
-            # Megatron drops `local`, the layer's number on this stage, from the name that is stored.
+            # Megatron drops `local`, the layer's number on this stage, from the stored name.
             tensor.key = f"{start}{local}{number}.{rest}{tensor.key.removeprefix(prefix)}"
         return state
 
@@ -75,14 +75,14 @@ def store_by_layer(adapter: Any, number: int) -> None:
 
 
 def _split_at_layer(prefix: str) -> tuple[str, str, str]:
-    """``module.decoder.layers.1.mlp.`` -> (``module.decoder.layers.``, ``1.``, ``mlp.``)."""
+    """Split ``module.decoder.layers.1.mlp.`` into (``module.decoder.layers.``, ``1.``, ``mlp.``)."""
     start, layers, rest = prefix.partition("layers.")
     local, dot, rest = rest.partition(".")
     return start + layers, local + dot, rest
 
 
 def store_as_vocabulary(adapter: Any) -> None:
-    """Lets the adapter of the output layer be read under another TP: its rows are padded to a multiple of it."""
+    """Make the output layer's adapter loadable under another TP, to a multiple of which its rows are padded."""
     original = adapter.linear_out.sharded_state_dict
 
     def sharded_state_dict(prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
@@ -94,15 +94,15 @@ def store_as_vocabulary(adapter: Any) -> None:
 
 
 def show_weight(wrapper: Any) -> None:
-    """Lets a wrapped output layer's weight be found where it was: with tied embeddings the model asks for it."""
+    """Expose a wrapped output layer's weight as ``weight``, which the model reads with tied embeddings."""
     vars(wrapper)["weight"] = wrapper.to_wrap.weight  # not registered a second time
 
 
 def let_embeddings_need_gradients(model: Any) -> None:
-    """Lets the first of several recomputed layers have a gradient where all weights below it are frozen.
+    """Make the input of the first recomputed layers require a gradient if all weights below them are frozen.
 
-    A recomputed layer is one function to autograd, whose output needs a gradient only if its input does: without this,
-    no adapter of the first pipeline stage would be trained.
+    A recomputed layer is one function to autograd, whose output requires a gradient only if its input does. Without
+    this, no adapter of the first pipeline stage would be trained.
     """
     if model.pre_process:
         model.embedding.register_forward_hook(_need_gradient)
@@ -113,9 +113,9 @@ def _need_gradient(embedding: nn.Module, inputs: tuple[Any, ...], output: torch.
 
 
 def feed_normed_inputs(model: nn.Module) -> None:
-    """Let adapters see the linear layer's input where this project's layers fuse the norm in front of it.
+    """Let adapters see the linear layer's input if this project's layers fuse the norm in front of it.
 
-    Engines ask Transformer Engine's fused layers for their normed input; ours are asked here.
+    Engines request the normalized input of Transformer Engine's fused layers; this requests it of ours.
     """
     for module in model.modules():
         wrapped = getattr(module, "to_wrap", None)

@@ -1,14 +1,14 @@
-"""Attention over segments: tokens of a packed sequence see their own row, and a shared prompt once for all responses.
+"""Attention over segments: tokens of a packed sequence see only their row, and a shared prompt is computed once.
 
-What a token may see is a table of segments (:class:`nemo_rao.batch.MicroBatch`), not a mask of T x T: each segment is
-attended to by itself, so that neither other rows nor padding cost anything. It reaches the attention layers in the
-place of Megatron's attention mask, which its layers pass on untouched, and which activation recomputation keeps.
+What a token may see is given by a table of segments (:class:`nemo_rao.batch.MicroBatch`), not by a mask of T x T: each
+segment is attended to separately, so neither other rows nor padding cost anything. The table takes the place of
+Megatron's attention mask, which its layers pass on unchanged, and which activation recomputation keeps.
 
-    without Transformer Engine    :class:`SegmentAttention`, by PyTorch's scaled dot product attention
-    with it, rows                 its own attention, in THD format (``PackedSeqParams``)
+    without Transformer Engine    :class:`SegmentAttention`, with PyTorch's scaled dot product attention
+    with it, rows                 its attention, in THD format (``PackedSeqParams``)
     with it, shared prompts       PyTorch's FlexAttention within its layers (:mod:`nemo_rao.mcore.flex_attention`)
 
-Rotary embeddings are those of the positions within the row.
+Rotary embeddings use the positions within the row.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from nemo_rao.batch import MicroBatch
 from nemo_rao.mcore.causal_masks import causal_mask
 from nemo_rao.mcore.context_parallel import chunks_of_rank, size_and_rank, whole_sequences
 
-# Before megatron-core 0.15 its own attention refuses windows, and has no offset of the softmax.
+# Before megatron-core 0.15 its attention rejects windows, and has no softmax offset.
 _KNOWS_WINDOWS = "softmax_type" in TransformerConfig.__dataclass_fields__
 
 
 @dataclass(frozen=True)
 class LocalLayers:
-    """Layers that see the tokens of a window; every ``period``-th layer is global, and sees all of them.
+    """Layers with a sliding window; every ``period``-th layer is global and sees all tokens.
 
     Attributes:
-        window: tokens before its own that one sees.
-        period: layers, the global one included.
+        window: number of previous tokens that a token sees.
+        period: number of layers from one global layer to the next.
     """
 
     window: int
@@ -56,7 +56,7 @@ class LocalLayers:
 
 @contextlib.contextmanager
 def segment_kwargs(model: Any, batch: MicroBatch) -> Iterator[dict[str, Any]]:
-    """The arguments by which a Megatron GPT model chunk is told the micro-batch's segments, for one forward pass."""
+    """Yield the arguments that pass a micro-batch's segments to a Megatron GPT model chunk, for one forward pass."""
     if batch.segments is None:
         yield {"attention_mask": None}
         return
@@ -65,13 +65,13 @@ def segment_kwargs(model: Any, batch: MicroBatch) -> Iterator[dict[str, Any]]:
         return
 
     def of_all_ranks(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Megatron leaves out other context-parallel ranks' positions, unless its own form of packing is used."""
+        """Keep the positions of other context-parallel ranks, which Megatron drops unless its own packing is used."""
         return arguments, {**keywords, "packed_seq": True}
 
     def of_rows(module: Any, arguments: Any, output: Any) -> Any:
-        """``[..., T, 1, 1, D]`` angles of positions 0 .. T-1 -> ``[..., T/CP, B, 1, D]``, those of each token's.
+        """Select ``[..., T/CP, B, 1, D]`` angles of each token's position from ``[..., T, 1, 1, D]`` of all positions.
 
-        YaRN's come with a factor of attention's logits.
+        YaRN returns them with a factor for attention's logits.
         """
         if isinstance(output, tuple):
             return of_rows(module, arguments, output[0]), *output[1:]
@@ -91,7 +91,7 @@ def _attends_to_segments(model: Any) -> bool:
 
 
 def _thd(batch: MicroBatch) -> PackedSeqParams:
-    """Rows behind each other, padding the last of them, as Transformer Engine takes them."""
+    """Describe concatenated rows, the padding being the last one, in Transformer Engine's format."""
     assert batch.segments is not None and batch.tokens.shape[0] == 1, "THD is one sequence"
     assert batch.num_tokens == batch.num_row_tokens, "THD has no shared prompts"
     lengths = batch.segments[:, 0]
@@ -103,7 +103,7 @@ def _thd(batch: MicroBatch) -> PackedSeqParams:
 
 
 def _pieces_of_rank(sizes: Sequence[int], num_sequences: int, length: int) -> Iterator[tuple[int, int, int]]:
-    """(segment, first, behind the last of its tokens) that this context-parallel rank has, in its order."""
+    """Yield (segment, first, end) of the tokens on this context-parallel rank, in its order."""
     starts = list(itertools.accumulate(sizes, initial=0))
     for sequence in range(num_sequences):
         for start, end in chunks_of_rank(length, *size_and_rank()):
@@ -113,10 +113,10 @@ def _pieces_of_rank(sizes: Sequence[int], num_sequences: int, length: int) -> It
 
 
 class SegmentAttention(DotProductAttention):
-    """Megatron's attention by PyTorch's fused kernels, which never hold T x T weights; it takes a table of segments.
+    """Megatron's attention with PyTorch's fused kernels, which never hold T x T weights, and tables of segments.
 
-    Under context parallelism each rank gathers the keys and values of its group, and attends to them with its own
-    queries (:mod:`nemo_rao.mcore.context_parallel`).
+    Under context parallelism each rank gathers the keys and values of its group and attends to them with its queries
+    (:mod:`nemo_rao.mcore.context_parallel`).
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class SegmentAttention(DotProductAttention):
         local_layers: LocalLayers | None = None,
         **keywords: Any,
     ) -> None:
-        # Of Megatron's own, which this one is in all else, what it refuses and what is done here is left out.
+        # The constructor of Megatron's attention, without what it rejects and what is done here.
         bare = copy.copy(config)
         bare.context_parallel_size = 1
         if local_layers is not None:
@@ -150,15 +150,15 @@ class SegmentAttention(DotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **keywords: Any,
     ) -> Tensor:
-        """``[T, B, heads * D]`` from queries ``[T, B, heads, D]``, keys and values ``[T, B, groups, D]``.
+        """Compute ``[T, B, heads * D]`` from queries ``[T, B, heads, D]``, keys and values ``[T, B, groups, D]``.
 
-        T is the rank's own part with context parallelism.
+        With context parallelism T is the rank's part.
 
         Args:
-            attention_mask: ``None`` for causal attention, a table of segments ``[S, 3]`` int64, or what else Megatron's
-                own attention takes, which then is asked.
-            packed_seq_params: in the place of both, segments in the THD format; tensors are ``[T, heads, D]`` then, and
-                the result is ``[T, heads * D]``.
+            attention_mask: ``None`` for causal attention, a table of segments ``[S, 3]`` int64, or any other argument
+                of Megatron's attention, which is then used.
+            packed_seq_params: instead of both, segments in THD format; then tensors are ``[T, heads, D]`` and the
+                result is ``[T, heads * D]``.
         """
         if packed_seq_params is not None:
             lengths = packed_seq_params.cu_seqlens_q.diff().to(torch.int64)
@@ -171,9 +171,9 @@ class SegmentAttention(DotProductAttention):
         return self._attend_to_table(query, whole_sequences(key), whole_sequences(value), attention_mask)
 
     def _attend_to_rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``[T/CP, B, heads * D]``; keys and values are of all T tokens.
+        """Return ``[T/CP, B, heads * D]``; keys and values are those of all T tokens.
 
-        In decoding, queries are the last few of T tokens, whose keys and values were kept; there is no CP then.
+        While decoding, queries are the last of T tokens, whose keys and values are cached; CP is then 1.
         """
         if size_and_rank()[0] == 1:
             return self._attend(query, key, value).flatten(2)
@@ -183,12 +183,12 @@ class SegmentAttention(DotProductAttention):
         return torch.cat(attended).flatten(2)
 
     def _attend_to_table(self, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> Tensor:
-        """``[T/CP, B, heads * D]``; keys and values are of all T tokens."""
+        """Return ``[T/CP, B, heads * D]``; keys and values are those of all T tokens."""
         table: list[tuple[int, int, int]] = segments.tolist()
         length, num_sequences = query.shape[:2]
         sizes = [size for size, _, _ in table]
         pieces = list(_pieces_of_rank(sizes, num_sequences, len(key)))
-        # [B * T, 1, heads, D], split where segments end: one copy, and one in backward.
+        # [B * T, 1, heads, D], split at the ends of segments: one copy, and one in backward.
         queries, keys, values = (
             part.transpose(0, 1).reshape(-1, 1, *part.shape[2:]).split(split)
             for part, split in ((query, [end - start for _, start, end in pieces]), (key, sizes), (value, sizes))
@@ -209,7 +209,7 @@ class SegmentAttention(DotProductAttention):
         return merged.transpose(0, 1).contiguous()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``[n, B, heads, D]`` from n queries that are the last of m keys and values ``[m, B, groups, D]``."""
+        """Return ``[n, B, heads, D]`` for n queries, the last of m keys and values ``[m, B, groups, D]``."""
         num_queries, num_keys = len(query), len(key)
         window = self._window
         mask = None
@@ -218,7 +218,7 @@ class SegmentAttention(DotProductAttention):
             mask = causal_mask(num_queries, num_keys, dtype=query.dtype, device=query.device, window=earlier)
         dropout = self.attention_dropout.p if self.training else 0.0
         scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
-        # Without sequence parallelism each rank drops out its own heads' weights, from a generator of its own.
+        # Without sequence parallelism each rank drops weights of its heads, with a separate generator.
         forked = dropout and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
             if self._sinks is not None:
@@ -238,14 +238,15 @@ class SegmentAttention(DotProductAttention):
 
     @property
     def _sinks(self) -> Tensor | None:
-        """``[heads]`` of this rank: the logit of a key that every query sees, whose value is zero; or ``None``."""
+        """Return ``[heads]`` of this rank: the logit of a key with value zero that every query sees; or ``None``."""
         return self.softmax_offset if _KNOWS_WINDOWS else None
 
 
 def _attend_with_sinks(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, *, scale: float, mask: Tensor, dropout: float
 ) -> Tensor:
-    """``[n, B, heads, D]``; see :meth:`SegmentAttention._attend`. Holds all weights: no fused kernel has a sink.
+    """``[n, B, heads, D]``; see :meth:`SegmentAttention._attend`. Holds all weights, because no fused kernel supports
+    sinks.
 
     Args:
         mask: ``[n, m]``, added to the logits.

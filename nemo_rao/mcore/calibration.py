@@ -1,17 +1,17 @@
-"""Delayed scaling's first scales: right before the first numbers are taken.
+"""Calibration of delayed scaling, so that scales are right before the first results.
 
-A new quantised layer has scale 1. Weights of 0.02 are then cast near the smallest normal number of e4m3, 2^-6, and
-small ones lose most of their digits. Pre-training forgets its first micro-batch; a reference policy computed with such
-scales would stay in the loss to the end of the run, and the policy, under other scales from its second micro-batch on,
-would differ from it without having learned anything.
+A new quantized layer has scale 1. Weights of 0.02 are then cast near the smallest normal number of e4m3, 2^-6, and
+small ones lose most of their digits. Pre-training forgets its first micro-batch. But a reference policy computed with
+such scales would stay in the loss to the end of the run, and the policy, with other scales from its second micro-batch
+on, would differ from it without having learned anything.
 
-So the first step's micro-batches are run forward before the reference pass, and what they show is kept: the pass and
-the first step cast alike. They are run until their numbers stop changing, since what a layer shows under scale 1 is not
-quite what it shows under the scale that follows. With ``fp8_amax_compute_algo=max`` over a history longer than these
-passes, scales then do not change within the first step, which shows nothing new, and rho = log pi - log pi_ref is
-exactly 0 in it. With ``most_recent`` that holds for its first micro-batch alone.
+So the first step's micro-batches are run forward before the reference pass, and the resulting scales are kept: the pass
+and the first step cast alike. They are run until their results stop changing, since the activations of a layer under
+scale 1 differ slightly from those under the scale that follows. With ``fp8_amax_compute_algo=max`` over a history
+longer than these passes, scales do not change within the first step, which contains nothing new, and
+rho = log pi - log pi_ref is exactly 0 in it. With ``most_recent`` this holds only for its first micro-batch.
 
-The scales of gradients are not calibrated: that would take a loss, which takes the reference. At scale 1 the smallest
+Scales of gradients are not calibrated: this would need a loss, which needs the reference. At scale 1 the smallest
 gradients of the first micro-batch or two round to 0 in 8-bit layers, as they do in pre-training.
 """
 
@@ -35,16 +35,16 @@ def calibrate(
     *,
     make_micro_batch: Callable[[Sequence[int]], MicroBatch],
 ) -> int:
-    """Run micro-batches forward as training does, until their numbers stay. A collective over all ranks.
+    """Run micro-batches forward as in training until their results stop changing. A collective over all ranks.
 
     Args:
         model: this rank's model chunks, in training mode.
-        micro_batches: prompt numbers of each, as many on every data-parallel rank: each ends with a reduction of
-            largest values over them and the tensor-parallel ranks.
-        make_micro_batch: prompt numbers -> micro-batch.
+        micro_batches: prompt indices of each; equally many on every data-parallel rank, because each ends with a
+            reduction of amax values over these and the tensor-parallel ranks.
+        make_micro_batch: prompt indices -> micro-batch.
 
     Returns:
-        how many passes there were; at most :data:`MOST_PASSES`.
+        the number of passes, at most :data:`MOST_PASSES`.
     """
 
     def numbers(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def calibrate(
 
     before: list[float] = []
     for done in range(1, MOST_PASSES + 1):
-        with torch.enable_grad():  # histories move on under gradients alone
+        with torch.enable_grad():  # histories are updated only with gradients enabled
             outputs = forward_only(model, micro_batches, make_micro_batch=make_micro_batch, report=numbers)
         now = [float(output["sum"]) for output in outputs]
         changed = torch.tensor(float(done == 1 or now != before))

@@ -1,8 +1,8 @@
-"""Megatron's distributed checkpoints (``torch_dist``): a rank's part of model and optimizer, written and read back.
+"""Megatron's distributed checkpoints (``torch_dist``): write and read a rank's part of model and optimizer.
 
-The model's tensors have NeMo's names, with the prefix "module.", so that a checkpoint of either engine starts a run of
-the other; without it, as Megatron-Bridge itself writes them, they are read too. The optimizer's state lies in the
-format that any parallelism reads; what a run keeps besides is of plain types.
+The model's tensors have NeMo's names, with the prefix "module.", so that a checkpoint of either engine can start a run
+of the other; names without the prefix, as written by Megatron-Bridge itself, can be read, too. The optimizer state is
+stored in the format that any parallelism can load; other state of a run consists of plain types.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from nemo_rao.mcore import torch_adam
 from nemo_rao.mcore.forward import unwrapped
 from nemo_rao.mcore.heads import heads
 
-PREFIX = "module."  # of NeMo's names
+PREFIX = "module."  # prefix of NeMo's names
 STATE = "nemo_rao"
 COMMON = "common.pt"
-# How the optimizer's state is laid out: for any parallelism, and the only way that torch's own Adam has. Before
-# megatron-core 0.15 that of the model's own space is the one for any parallelism.
+# Layout of the optimizer state: loadable under any parallelism, and the only layout for torch's Adam. Before
+# megatron-core 0.15 the layout for any parallelism is that of the model's space.
 _SINCE_0_15 = Version(megatron.core.__version__) >= Version("0.15")
 _LAYOUT = {
     "distrib_optim_sharding_type": "fully_reshardable" if _SINCE_0_15 else "fully_sharded_model_space",
@@ -46,11 +46,11 @@ Filter = Callable[[str], bool]
 
 
 def sharded_model(chunks: Sequence[Any], *, prefix: str = "", keep: Filter | None = None) -> dict[str, Any]:
-    """The model's sharded state dict, one entry for each chunk.
+    """Return the model's sharded state dict, one entry per chunk.
 
     Args:
-        prefix: of the names in the checkpoint.
-        keep: whether the tensor with this name, on this rank, is wanted; ``None``: all are.
+        prefix: prefix of the names in the checkpoint.
+        keep: whether to include the tensor with this name, on this rank; ``None``: all.
     """
     state = {}
     for number, chunk in enumerate(chunks):
@@ -74,13 +74,13 @@ def save(
     """Write model and optimizer. A collective over all ranks.
 
     Args:
-        folder: to be made; nobody reads it before this returns on every rank.
-        state: of plain types, the same on every rank.
+        folder: directory to create; it must not be read before this returns on every rank.
+        state: plain types, the same on every rank.
         keep: see :func:`sharded_model`.
-        in_background: nothing is written yet.
+        in_background: only prepare the writing.
 
     Returns:
-        ``None``; or Megatron's request for the rest, to be scheduled (:class:`BackgroundWriter`).
+        ``None``; or Megatron's request for the writing, for :class:`BackgroundWriter`.
     """
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def save(
     content |= {STATE: dict(state)}
     how: dict[str, Any] = {"async_sharded_save": in_background, "content_metadata": dict(_LAYOUT)}
     if in_background and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        how["async_strategy"] = "mcore"  # the default is another package's
+        how["async_strategy"] = "mcore"  # the default needs another package
     request = dist_checkpointing.save(content, str(folder), strategy, **how)
 
     def finish() -> None:
@@ -110,13 +110,13 @@ def save(
 
 
 class BackgroundWriter:
-    """Writes checkpoints in the background: a process for each rank, after the rank has copied them to host memory."""
+    """Writes checkpoints in the background: one process per rank, after the rank has copied them to host memory."""
 
     def __init__(self) -> None:
         self._calls = AsyncCallsQueue()
 
     def schedule(self, request: Any, finish: Callable[[], None]) -> None:
-        """Start to write what :func:`save` has prepared. A collective of all ranks, as all methods.
+        """Start writing what :func:`save` has prepared. A collective of all ranks, like all methods.
 
         Args:
             finish: called on every rank once all of them have written their part.
@@ -131,19 +131,19 @@ class BackgroundWriter:
 
 
 def write_common(folder: Path) -> None:
-    """Write what a finished checkpoint holds besides tensors as ``common.pt``, where it is missing. On one rank.
+    """Write the non-tensor state of a complete checkpoint as ``common.pt`` if it is missing. On one rank.
 
-    megatron-core 0.19 keeps it among the tensors; earlier releases, NeMo's among them, read no checkpoint without the
-    file. Newer ones read the file first.
+    megatron-core 0.19 stores it among the tensors, but earlier releases, including NeMo's, cannot read a checkpoint
+    without the file. Newer ones read the file first.
     """
     if not (folder / COMMON).exists():
         torch.save(dist_checkpointing.load_common_state_dict(str(folder)), folder / COMMON)
 
 
 def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, keep: Filter | None) -> Mapping[str, Any]:
-    """Read model and optimizer as :func:`save` has written them, under any parallelism; returns ``state``.
+    """Load model and optimizer written by :func:`save`, under any parallelism; return ``state``.
 
-    Hyperparameters of the optimizer stay those that it has.
+    The optimizer keeps its current hyperparameters.
     """
     content = _request(folder, chunks, keep)
     groups = [
@@ -165,12 +165,12 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, keep: Filter | 
 
 
 def load_weights(folder: Path, chunks: Sequence[Any], optimizer: Any = None, *, keep: Filter | None = None) -> None:
-    """Read a model's weights alone, of either engine's checkpoint.
+    """Load only a model's weights, from a checkpoint of either engine.
 
-    A head that is not there, or has another size, keeps the values that it has.
+    A head that is missing, or has another size, keeps its current values.
 
     Args:
-        optimizer: whose own copies of the weights follow.
+        optimizer: optimizer whose copies of the weights are updated, too.
     """
     _take(chunks, dist_checkpointing.load(_request(folder, chunks, keep), str(folder)))
     if optimizer is not None:
@@ -178,14 +178,14 @@ def load_weights(folder: Path, chunks: Sequence[Any], optimizer: Any = None, *, 
 
 
 def _request(folder: Path, chunks: Sequence[Any], keep: Filter | None) -> dict[str, Any]:
-    """What is to be read of a checkpoint for these chunks, under the checkpoint's own names."""
+    """Return what to read from a checkpoint for these chunks, under the checkpoint's names."""
     stored = {name: tensor.global_shape for name, tensor in load_tensors_metadata(str(folder)).items()}
     prefix = PREFIX if any(name.startswith(PREFIX) for name in stored) else ""
     with _stored_heads(chunks, stored):
         content = sharded_model(chunks, prefix=prefix, keep=keep)
     known = None
     for tensors in content.values():
-        # What layers of Transformer Engine remember, which those that wrote the checkpoint may not have had.
+        # Extra state of Transformer Engine's layers, which the checkpoint may lack.
         objects = [name for name, value in tensors.items() if isinstance(value, ShardedObject)]
         if objects and known is None:
             known = {key.key for key in load_sharded_metadata(str(folder)).values()}
@@ -216,13 +216,13 @@ def _take(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
 
 
 def _for_parts(optimizer: Any, loaded: dict[Any, Any], folder: Path) -> dict[Any, Any]:
-    """What was read of an optimizer, as its parts expect it.
+    """Convert the loaded state of an optimizer to what its parts expect.
 
-    Experts that ranks share are a part of their own, whose tensors have the same names. A checkpoint of other parts
-    differs in what it holds besides: number of steps and loss scale, equal in all parts, and hyperparameters.
+    Split experts are a separate part, whose tensors have the same names. A checkpoint of other parts differs in the
+    remaining state: number of steps and loss scale, equal in all parts, and hyperparameters.
     """
     common = dist_checkpointing.load_common_state_dict(str(folder))["optimizer"]
-    # One part's own; in fp32, not distributed, it is that of torch's optimizer.
+    # State of one part; in fp32 without the distributed optimizer, that of torch's optimizer.
     is_one = "optimizer" in common or "param_groups" in common
     stored, parts = [common] if is_one else list(common.values()), optimizer_parts(optimizer)
     if len(stored) == len(parts):
@@ -239,6 +239,6 @@ def _for_parts(optimizer: Any, loaded: dict[Any, Any], folder: Path) -> dict[Any
 
 
 def optimizer_parts(optimizer: Any) -> list[Any]:
-    """A megatron-core optimizer's own optimizers, each of some of the parameters."""
+    """Return the optimizers inside a megatron-core optimizer, each for some of the parameters."""
     chained = vars(optimizer).get("chained_optimizers")
     return [optimizer] if chained is None else [part for one in chained for part in optimizer_parts(one)]

@@ -1,13 +1,12 @@
-"""Megatron without CUDA: everything that has to change, in one place, and nowhere else.
+"""Megatron without CUDA: all necessary changes are in this module.
 
 Megatron-core and the engines around it address "the current CUDA device" directly. On a machine without one,
-:func:`install_if_needed` makes that device the CPU: it rewrites device arguments, gives ``torch.cuda`` the few calls
-that are made unconditionally, hides Transformer Engine and apex from Megatron, and switches off the fusions that only
-these provide.
-Training then runs megatron-core's real model, schedules, DDP, optimizer and checkpoints over gloo.
+:func:`install_if_needed` makes that device the CPU: it rewrites device arguments, provides the few unconditional calls
+of ``torch.cuda``, hides Transformer Engine and apex from Megatron, and disables the fusions that only these provide.
+Training then runs megatron-core's model, schedules, DDP, optimizer and checkpoints over gloo.
 
-Engines call :func:`install_if_needed` before they import Megatron, and change what is their own. Nothing is changed
-where CUDA exists.
+Engines call :func:`install_if_needed` before they import Megatron, and patch their own code. Nothing is changed if CUDA
+is available.
 """
 
 from __future__ import annotations
@@ -34,10 +33,9 @@ _installed = False
 
 
 def install_if_needed() -> bool:
-    """Make Megatron run on the CPU if this machine has no CUDA device. Returns whether it does.
+    """Make Megatron run on the CPU if this machine has no CUDA device. Return whether it does.
 
-    Safe to call more than once. The caller reports it (:data:`nemo_rao.runtime.gpus.CPU_NOTICE`), once nothing is left
-    to refuse.
+    Idempotent. The caller reports it (:data:`nemo_rao.runtime.gpus.CPU_NOTICE`) once all checks have passed.
 
     Raises:
         UserError: Megatron was imported before, with packages that need a GPU.
@@ -66,7 +64,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 class _CudaIsCpu(TorchFunctionMode):
-    """Sends every tensor that asks for a CUDA device to the CPU, and drops ``pin_memory``."""
+    """Creates tensors for a CUDA device on the CPU, and drops ``pin_memory``."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -75,7 +73,7 @@ class _CudaIsCpu(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron tells a parameter's precision by names such as "torch.cuda.FloatTensor".
+            # Megatron identifies a parameter's precision by names such as "torch.cuda.FloatTensor".
             return func(*args).replace("torch.", "torch.cuda.", 1)
         kwargs.pop("pin_memory", None)
         device = kwargs.get("device")
@@ -87,7 +85,7 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 def _redirect_devices() -> None:
-    # Entered for the life of the process. The mode is inherited by forked ranks.
+    # Entered for the life of the process. Forked ranks inherit the mode.
     _CudaIsCpu().__enter__()
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign,assignment]
 
@@ -100,11 +98,11 @@ class _Stream:
     def wait_event(self, event: Any) -> None: ...
     def synchronize(self) -> None: ...
     def record_event(self, event: Any = None) -> Any:
-        return event or self  # to be waited for, which is no wait
+        return event or self  # waiting for it returns at once
 
 
 class _Event:
-    """An event that has already happened: computing on a CPU returns when it is done."""
+    """An event that has already happened: computation on a CPU is synchronous."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._seconds = time.perf_counter()
@@ -118,7 +116,7 @@ class _Event:
         return True
 
     def elapsed_time(self, end_event: _Event) -> float:
-        """Milliseconds from this event's record to the other's."""
+        """Return the milliseconds from this event's record to the other's."""
         return 1000 * (end_event._seconds - self._seconds)
 
 
@@ -136,15 +134,15 @@ def _supply_torch_cuda() -> None:
     cuda.synchronize = lambda device=None: None
     cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     cuda.set_device = lambda device: None
-    # Engines seed Megatron's random number tracker only where at least one device exists.
+    # Engines seed Megatron's random number tracker only if there is at least one device.
     cuda.device_count = lambda: 1  # type: ignore[assignment]
-    # Nothing else may take that device for real. In a build with CUDA that finds no driver, is_available() follows
-    # device_count() where PYTORCH_NVML_BASED_CUDA_CHECK is set, as Lightning does; others ask is_available(), such as
-    # is_bf16_supported() and torch.accelerator, or imported it by name, and then ask for the device's properties.
+    # Nothing else may take that device for a real one. In a build with CUDA that finds no driver, is_available()
+    # follows device_count() if PYTORCH_NVML_BASED_CUDA_CHECK is set, as by Lightning; others call is_available(), such
+    # as is_bf16_supported() and torch.accelerator, or have imported it by name, and then query the device's properties.
     cuda._is_compiled = lambda: False
     cuda.is_available = lambda: False
     cuda.Event = _Event  # type: ignore[misc,assignment]
-    # memory_allocated() and its like are 0 where CUDA is not initialized; only setting them back would ask the driver.
+    # memory_allocated() and others are 0 if CUDA is not initialized; only resetting them would call the driver.
     for name in ("reset_peak_memory_stats", "reset_accumulated_memory_stats"):
         setattr(cuda, name, _do_nothing)
         setattr(cuda.memory, name, _do_nothing)
@@ -161,17 +159,17 @@ def _seed_cpu(seed: int) -> None:
 def _do_nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
-# Megatron and its engines take the kernels of these where they can be imported, with a GPU or without.
+# Megatron and its engines use the kernels of these if they can be imported, even without a GPU.
 _GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 
 
 def _hide_gpu_packages() -> None:
-    """Let imports of the packages fail, and searches for them find nothing, from here on."""
+    """Make imports of the packages fail, and searches for them find nothing, from now on."""
     loaded = [name for name, module in sys.modules.items() if name.split(".")[0] in _GPU_PACKAGES and module]
     if loaded and "megatron.core" in sys.modules:
         raise UserError(
-            f"Megatron was imported with {loaded[0].split('.')[0]}, which needs a GPU, and there is none; start with "
-            "`nemo-rao train`, or call nemo_rao.mcore.cpu.install_if_needed() before anything imports Megatron"
+            f"Megatron was imported with {loaded[0].split('.')[0]}, which needs a GPU, but there is none. Start with "
+            "`nemo-rao train`, or call nemo_rao.mcore.cpu.install_if_needed() before anything imports Megatron."
         )
     for name in loaded:
         del sys.modules[name]
@@ -180,7 +178,7 @@ def _hide_gpu_packages() -> None:
 
 # -------------------------------------------------------------------------------------------- Megatron
 
-# What only Transformer Engine, apex or a CUDA kernel can do: field -> value without them.
+# Features of Transformer Engine, apex or CUDA kernels: field -> value without them.
 _WITHOUT_FUSIONS = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
@@ -199,13 +197,13 @@ _WITHOUT_FUSIONS = {
     "batch_p2p_sync": False,
     "use_transformer_engine_full_layer_spec": False,
     "use_cpu_initialization": True,
-    # A stage's output is given up once it is on its way to the next; gloo reads it later, on a thread of its own.
+    # A stage's output is freed once it is being sent to the next; gloo reads it later, on a separate thread.
     "deallocate_pipeline_outputs": False,
 }
 
 
 class _WrittenPart:
-    """What is reported of a rank's part of a checkpoint, by the rank or by its fork that writes in the background."""
+    """The report on a rank's part of a checkpoint, by the rank or by its forked background writer."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (open in both, until both are gone)
@@ -215,10 +213,10 @@ class _WrittenPart:
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """What was put.
+        """Return the reported value.
 
         Raises:
-            queue.Empty: nothing was.
+            queue.Empty: nothing was reported.
         """
         self._file.seek(0)
         try:
@@ -243,16 +241,16 @@ def _patch_megatron() -> None:
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
 
-    # The default, a queue served by a process that is spawned for each rank, imports the entry point anew, which costs
-    # seconds, and outlives a rank that is killed.
+    # The default, a queue served by a process that is spawned for each rank, imports the entry point again, which takes
+    # seconds, and outlives a killed rank.
     name = "get_write_results_queue"  # before megatron-core 0.19 with an underscore
     setattr(filesystem_async, name if hasattr(filesystem_async, name) else f"_{name}", lambda *_: _WrittenPart())
 
-    # A router asks whether it is there, but only an import that fails here would have said that it is not.
+    # A router tests this name, which Megatron sets to None only if an import fails, and here it does not fail.
     vars(moe_utils).setdefault("te_general_gemm", None)
 
-    # The sizes that tokens are exchanged by; what is on the CPU already would be left a tensor, which no collective
-    # takes for a list of sizes.
+    # The sizes by which tokens are exchanged; those already on the CPU would remain a tensor, which collectives do not
+    # accept as a list of sizes.
     def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
@@ -260,7 +258,7 @@ def _patch_megatron() -> None:
     _exchange_unequal_parts()
     _forget_all_groups()
 
-    # As megatron-core does itself since 0.15; before, a fork of the rank writes, which the queue does not reach.
+    # As in megatron-core since 0.15; before, a forked process writes, which the queue does not reach.
     def save(strategy: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         strategy.async_save(sharded_state_dict, checkpoint_dir).execute_sync()
 
@@ -269,7 +267,7 @@ def _patch_megatron() -> None:
 
         base.AsyncSaveShardedStrategy.save = save
 
-    # All configs, those that an engine's importers build included, pass through __post_init__.
+    # All configs, including those of an engine's importers, pass through __post_init__.
     original = TransformerConfig.__post_init__
 
     @functools.wraps(original)
@@ -277,16 +275,16 @@ def _patch_megatron() -> None:
         for name, value in _WITHOUT_FUSIONS.items():
             if name in config.__dataclass_fields__:
                 setattr(config, name, value)
-        if isinstance(config.window_size, list):  # as recipes and checkpoints write it; masks are cached by it
+        if isinstance(config.window_size, list):  # from YAML or JSON; masks are cached by it, so it must be hashable
             config.window_size = tuple(config.window_size)
-        config.attention_backend = AttnBackend.auto  # the others name Transformer Engine's
+        config.attention_backend = AttnBackend.auto  # the others select Transformer Engine's
         original(config)
 
     TransformerConfig.__post_init__ = without_fusions
 
 
 def _exchange_unequal_parts() -> None:
-    """Gather and scatter parts of different lengths, as ranks that share an expert do: gloo takes equal ones alone."""
+    """Gather and scatter parts of different lengths, for ranks that split an expert: gloo supports only equal ones."""
     from megatron.core.tensor_parallel import mappings
 
     gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
@@ -310,9 +308,9 @@ def _exchange_unequal_parts() -> None:
 
 
 def _forget_all_groups() -> None:
-    """Forget two groups that megatron-core (0.14 to 0.19) keeps when its groups are destroyed.
+    """Delete two groups that megatron-core (0.14 to 0.19) keeps when its groups are destroyed.
 
-    A process forked since then hangs where it replaces them: gloo's destructor waits for threads, which a fork lacks.
+    A later forked process hangs when it replaces them: gloo's destructor waits for threads, which a fork lacks.
     """
     from megatron.core import parallel_state
 

@@ -23,14 +23,14 @@ def evaluate(
     vocab_size: int,
     kl_estimate: Tensor | None = None,
 ) -> dict[str, float]:
-    """Mean loss and metrics of the current policy. A collective over all ranks.
+    """Compute mean loss and metrics of the current policy. A collective over all ranks.
 
     Args:
-        model: this rank's model chunks; left in the mode they came in.
-        micro_batches: prompt numbers of this data-parallel rank's micro-batches; ranks may have different numbers.
-        make_micro_batch: prompt numbers -> micro-batch.
+        model: this rank's model chunks; their mode is preserved.
+        micro_batches: prompt indices of this data-parallel rank's micro-batches; their number may differ between ranks.
+        make_micro_batch: prompt indices -> micro-batch.
         vocab_size: V without padding.
-        kl_estimate: ``[]``, over the same data, for the objectives that need it.
+        kl_estimate: ``[]``, over the same data, for objectives that need it.
 
     Returns:
         name -> mean over the data, the same on every rank.

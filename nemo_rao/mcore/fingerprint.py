@@ -1,7 +1,7 @@
-"""A fingerprint of distributed weights that does not depend on how they are distributed.
+"""A fingerprint of distributed weights, independent of their distribution.
 
-Every element is hashed together with its place in the whole tensor, and the hashes are added up modulo 2^64: the sum
-is the same for any TP, PP and DP, and costs one pass over each rank's own weights.
+Every element is hashed together with its index in the whole tensor, and the hashes are summed modulo 2^64: the sum
+is the same for any TP, PP and DP, and costs one pass over each rank's weights.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _BITS_DTYPE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def weights_fingerprint(sharded_state_dict: Mapping[str, Any], *, vocab_size: int) -> str:
-    """Hash a distributed policy's weights. A collective: every rank calls it and gets the same answer.
+    """Hash a distributed policy's weights. A collective over all ranks, with the same result on each.
 
-    Value and score heads are no part of the policy and are left out.
+    Value and score heads are not part of the policy and are excluded.
 
     Args:
         sharded_state_dict: this rank's model chunks, as megatron-core's ``sharded_state_dict()`` returns them.
-        vocab_size: rows of the embedding beyond it are padding, whose number depends on TP; they are not hashed.
+        vocab_size: rows of the embedding beyond it are padding, which depends on TP, and are not hashed.
 
     Returns:
         16 hexadecimal digits.
@@ -52,18 +52,18 @@ def weights_fingerprint(sharded_state_dict: Mapping[str, Any], *, vocab_size: in
 
 
 def shards(state: Any) -> list[ShardedTensor]:
-    """All of a sharded state dict, whose factories have been applied."""
+    """Return all shards of a sharded state dict, whose factories have been applied."""
     if isinstance(state, ShardedTensor):
         return [state]
     if isinstance(state, Mapping):
         return [shard for value in state.values() for shard in shards(value)]
     if isinstance(state, (list, tuple)):
         return [shard for value in state for shard in shards(value)]
-    return []  # objects such as Transformer Engine's extra state are no weights
+    return []  # objects such as Transformer Engine's extra state are not weights
 
 
 def is_main_replica(replica_id: Any) -> bool:
-    """Of a shard's replicas, one has this id."""
+    """Whether this is the id of a shard's main replica, of which there is exactly one."""
     return not any(replica_id) if isinstance(replica_id, tuple) else replica_id == 0
 
 
@@ -71,20 +71,20 @@ def _hash_shard(shard: ShardedTensor, vocab_size: int) -> Tensor:
     data = shard.data.detach()
     if is_float8tensor(data):  # precision.fp8_param_gather
         data = dequantize_fp8_tensor(data)
-    # The axes that sharding along layers adds in front exist in the global shape only.
+    # The leading axes that sharding along layers adds exist only in the global shape.
     extra_axes = len(shard.global_shape) - data.dim()
-    place = 0
+    origin = 0
     for size, offset in zip(shard.global_shape[:extra_axes], shard.global_offset[:extra_axes], strict=True):
-        place = place * size + offset
+        origin = origin * size + offset
     local_offset = shard.global_offset[extra_axes:]
     if shard.allow_shape_mismatch:  # embedding and output layer, padded to a size that depends on TP
         data = data[: max(0, vocab_size - local_offset[0])]
-    # The first axis's size never enters an element's place, so that padding it changes nothing.
+    # The first axis's size never enters an element's index, so padding it changes nothing.
     row_size = 1
     for size in shard.global_shape[extra_axes + 1 :]:
         row_size *= size
     name_hash = int.from_bytes(
-        hashlib.sha256(f"{shard.key}|{place}|{data.dtype}".encode()).digest()[:8], "big", signed=True
+        hashlib.sha256(f"{shard.key}|{origin}|{data.dtype}".encode()).digest()[:8], "big", signed=True
     )
     if data.dim() == 0:
         data, local_offset = data.reshape(1), (0,)
@@ -101,13 +101,13 @@ def _hash_shard(shard: ShardedTensor, vocab_size: int) -> Tensor:
     for start in range(0, data.shape[0], rows_at_once):
         rows = data[start : start + rows_at_once]
         row_index = torch.arange(start, start + rows.shape[0], device=data.device) + local_offset[0]
-        places = (row_index * row_size).reshape([-1] + [1] * (data.dim() - 1)) + inner
+        indices = (row_index * row_size).reshape([-1] + [1] * (data.dim() - 1)) + inner
         bits = rows.contiguous().view(_BITS_DTYPE[rows.element_size()]).to(torch.int64)
-        total += _mix(places * _GOLDEN + name_hash + _mix(bits)).sum()
+        total += _mix(indices * _GOLDEN + name_hash + _mix(bits)).sum()
     return total
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 64-bit integers that spreads every bit (splitmix64's finaliser, arithmetic shifts)."""
+    """Apply a bijection of 64-bit integers that spreads every bit (splitmix64's finalizer, arithmetic shifts)."""
     x = (x ^ (x >> 30)) * _MIX
     return x ^ (x >> 27)

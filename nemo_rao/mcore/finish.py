@@ -1,4 +1,4 @@
-"""What an engine's GPT needs to be trained with an objective, done to its config before and to its chunks after."""
+"""Prepare an engine's GPT for training with an objective: its config before it is built, its chunks after."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def finish_config(
     shared_prompts: bool = False,
     packed: bool = False,
 ) -> None:
-    """Set a model config's loss scaling and, where Transformer Engine's would not do, its layer spec.
+    """Set a model config's loss scaling and, where Transformer Engine's is not suitable, its layer spec.
 
     Args:
-        config: of an engine, with a ``transformer_layer_spec`` that it calls to build the model.
-        fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: nothing is rounded.
-        parts: what the family's layers have that ``config`` does not say, where Transformer Engine is not used.
+        config: an engine's config, with a ``transformer_layer_spec`` that it calls to build the model.
+        fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: no simulation.
+        parts: parts of the family's layers that ``config`` does not describe; used without Transformer Engine.
         shared_prompts, packed: the layout of micro-batches, see :func:`nemo_rao.data.collate.collate`.
 
     Raises:
-        UserError: the simulation has no such layers, or Transformer Engine's cannot share prompts.
+        UserError: the simulation does not support these layers, or Transformer Engine's cannot share prompts.
     """
     configure_loss_scaling(config)
     if fp8_simulation is not None:
-        assert not transformer_engine_is_used(), "its layers cast themselves"
+        assert not transformer_engine_is_used(), "Transformer Engine's layers cast by themselves"
         if parts != NO_PARTS:
-            raise UserError("precision.fp8_simulation: this family's layers cannot be simulated; set it to false")
+            raise UserError("precision.fp8_simulation: this family's layers cannot be simulated. Set it to false.")
         simulation = Fp8Simulation(**fp8_simulation)
         config.transformer_layer_spec = functools.partial(layer_spec_with_simulated_fp8, simulation=simulation)
     elif not transformer_engine_is_used():
@@ -58,14 +58,14 @@ def finish_config(
 def finish_chunk(
     chunk: nn.Module, needs: Needs, *, fused_log_probs: bool, head_seed: int, fp8_is_simulated: bool
 ) -> None:
-    """Give a model chunk just built the head that its objective needs; of no effect but on the last pipeline stage.
+    """Add the head that an objective needs to a new model chunk; only affects the last pipeline stage.
 
     Args:
-        chunk: a Megatron GPT, in whatever wrappers.
-        needs: of the objective.
+        chunk: a Megatron GPT, possibly wrapped.
+        needs: needs of the objective.
         fused_log_probs: never hold the logits, see :mod:`nemo_rao.mcore.output_layer`.
-        head_seed: of a score head's start.
-        fp8_is_simulated: its layers keep scales.
+        head_seed: seed of a score head's initialization.
+        fp8_is_simulated: its layers have scales to update.
     """
     if fp8_is_simulated:
         keep_scales_up_to_date(chunk)

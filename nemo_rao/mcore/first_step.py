@@ -1,8 +1,8 @@
-"""Whether policy and reference agree where they must: before the first optimizer step they are the same model.
+"""Compare policy and reference before the first optimizer step, when they are the same model.
 
-Log-ratios then are rounding alone. A response of n tokens has about the square root of n times a token's error, so each
-row's log-ratio is compared in nats per square root of a token, whatever its length. A reference of other weights,
-another network or other rows is off by whole nats.
+Log-ratios then consist of rounding errors only. Those of a response of n tokens are about sqrt(n) times those of a
+token, so each row's log-ratio is compared in nats per square root of a token, for any length. A reference with other
+weights, another network or other rows differs by whole nats.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from nemo_rao.objectives.base import Needs
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far policy and reference are apart; nats per square root of a token.
+    """Deviation between policy and reference, in nats per square root of a token.
 
     Attributes:
-        rows: prompts and responses that were compared.
-        rms: root mean square over them.
-        largest: of one of them.
+        rows: number of compared prompts and responses.
+        rms: root mean square over rows.
+        largest: largest absolute value.
     """
 
     rows: int
@@ -36,7 +36,7 @@ class LogRatios:
     """Collects the log-ratios of a global batch, micro-batch by micro-batch.
 
     Args:
-        needs: of the objective; log-probabilities of prompts are compared where it asks for them.
+        needs: needs of the objective; prompts are compared if it needs their log-probabilities.
     """
 
     def __init__(self, needs: Needs) -> None:
@@ -44,7 +44,7 @@ class LogRatios:
         self._rows: list[Tensor] = []
 
     def add(self, batch: ObjectiveBatch) -> None:
-        """Prompts and responses of one micro-batch; called on the last pipeline stage."""
+        """Add prompts and responses of one micro-batch; called on the last pipeline stage."""
         assert batch.reference_response_logps is not None and batch.reference_prompt_logps is not None
         self.add_rows((batch.response_logps - batch.reference_response_logps)[batch.valid], batch.lengths[batch.valid])
         if self._prompts:
@@ -52,14 +52,14 @@ class LogRatios:
             self.add_rows(log_ratio[batch.valid], tokens[batch.valid])
 
     def add_rows(self, log_ratio: Tensor, tokens: Tensor) -> None:
-        """Log-ratios ``[N]``, nats, and how many tokens each sums over ``[N]``; those without tokens are left out."""
+        """Add log-ratios ``[N]``, in nats, with their numbers of tokens ``[N]``; rows without tokens are ignored."""
         self._rows.append((log_ratio.detach()[tokens > 0] / tokens[tokens > 0].sqrt()).abs())
 
     def deviation(self) -> Deviation:
-        """Over all ranks. A collective over them.
+        """Compute the deviation over all ranks. A collective.
 
-        Tensor- and context-parallel ranks hold the same rows, which changes neither a mean nor the largest; the count
-        is divided by how often each is held.
+        Tensor- and context-parallel ranks hold the same rows, which changes neither the mean nor the maximum; the count
+        is divided by the number of copies.
         """
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         rows = torch.cat([torch.zeros(0, device=device), *self._rows]).double()

@@ -1,20 +1,20 @@
 """Shared prompts with Transformer Engine's layers: PyTorch's FlexAttention replaces their core attention.
 
 Linear layers, norms, their fusions and FP8 remain Transformer Engine's. The core attention, which is computed in 16
-bits, is one compiled kernel each for forward and backward, which skips the blocks that the table of segments rules out
-(:mod:`nemo_rao.mcore.segment_masks`). The first layer of a micro-batch makes the mask for all of them.
+bits, is one compiled kernel each for forward and backward, which skips the blocks that the table of segments excludes
+(:mod:`nemo_rao.mcore.segment_masks`). The first layer of a micro-batch creates the mask for all of them.
 :class:`~nemo_rao.mcore.attention.SegmentAttention` is used on CPUs, where FlexAttention has no backward pass, and is
 the reference in tests.
 
-Considered instead: two calls of a variable-length kernel (FlashAttention, cuDNN), one from all responses to their
+Alternative considered: two calls of a variable-length kernel (FlashAttention, cuDNN), one from all responses to their
 prompts without a causal mask and one from each segment to itself, merged by their log-sum-exp. On Hopper each call is
 faster than FlexAttention. But merging takes further passes over ``[T, heads, D]`` in float32 in both directions;
-backward needs the kernels' own backward functions with a log-sum-exp from outside, which are private in both packages;
-prompts would have to be copied next to each other, as responses lie between them; and a window that reaches from a
-response back into its prompt depends on the query, which a call without a causal mask cannot express. FlexAttention
-needs nothing but PyTorch.
+backward needs the kernels' backward functions with an external log-sum-exp, which are private in both packages; prompts
+would have to be copied next to each other, as responses lie between them; and a window that reaches from a response
+back into its prompt depends on the query, which a call without a causal mask cannot express. FlexAttention needs only
+PyTorch.
 
-Not run on a GPU yet. Tested without one: the mask for every layout, the forward pass, and the layer spec.
+Not run on a GPU yet. Tested on a CPU: the mask for every layout, the forward pass, and the layer spec.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from nemo_rao.mcore.segment_masks import block_mask
 
 KEY = "data.prefix_sharing=true"
 
-# Short sequences without a gradient would get the kernel for decoding, which rounds differently.
+# Short sequences without a gradient would use the kernel for decoding, which rounds differently.
 _KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
@@ -47,7 +47,7 @@ class FlexSegmentAttention(SegmentAttention):
     """:class:`SegmentAttention` with FlexAttention for tables of segments.
 
     Raises:
-        UserError: the config asks for something that FlexAttention does not have here, such as dropout.
+        UserError: the config requires a feature that FlexAttention lacks, such as dropout.
     """
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **keywords: Any) -> None:
@@ -55,7 +55,7 @@ class FlexSegmentAttention(SegmentAttention):
         _check(config)
 
     def _attend_to_table(self, query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
-        """``[T, B, heads * D]``, computed as one sequence: no segment sees another sequence."""
+        """Return ``[T, B, heads * D]``, computed as one sequence: no segment sees another sequence."""
         length, num_sequences = query.shape[:2]
         earlier = None if self._window is None else self._window[0]
         mask = _MASKS.of(table, length * num_sequences, earlier)
@@ -70,17 +70,17 @@ class FlexSegmentAttention(SegmentAttention):
 
 
 def _as_one(part: Tensor) -> Tensor:
-    """``[T, B, heads, D]`` -> ``[1, heads, B T, D]``; a view for one sequence."""
+    """Reshape ``[T, B, heads, D]`` to ``[1, heads, B T, D]``; a view for one sequence."""
     return part.transpose(0, 1).flatten(0, 1).transpose(0, 1)[None]
 
 
 @functools.cache
 def _flex_attention(device_type: str) -> Callable[..., Tensor]:
-    """FlexAttention, compiled on a GPU. The uncompiled form, for tests on a CPU, holds all attention weights.
+    """Return FlexAttention, compiled on a GPU. The uncompiled form, for tests on a CPU, holds all attention weights.
 
-    PyTorch compiles for the first length that it meets, and for all lengths when it meets a second one; separately with
-    and without gradients, and for short sequences. ``dynamic=True`` would compile for all lengths at once, but would
-    also turn the scale and the block size into variables of the kernel.
+    PyTorch compiles for the first length, and for all lengths once a second one occurs; separately with and without
+    gradients, and for short sequences. ``dynamic=True`` would compile for all lengths at once, but also turn the scale
+    and the block size into variables of the kernel.
     """
     if device_type != "cuda":
         return flex_attention
@@ -90,15 +90,15 @@ def _flex_attention(device_type: str) -> Callable[..., Tensor]:
 
 
 class _Masks:
-    """Masks of the last ``size`` tables, which all layers share, also when activations are recomputed.
+    """Cache of the masks of the last ``size`` tables, shared by all layers, also when activations are recomputed.
 
-    Recomputation passes the table as another tensor in the same memory. An entry keeps its table alive, so that this
+    Recomputation passes the table as another tensor on the same memory. An entry keeps its table alive, so this
     memory cannot be given to another table.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._held: dict[tuple[Any, ...], tuple[Tensor, BlockMask]] = {}  # the oldest first
+        self._held: dict[tuple[Any, ...], tuple[Tensor, BlockMask]] = {}  # oldest first
 
     def of(self, table: Tensor, num_tokens: int, window: int | None) -> BlockMask:
         key = (table.device, table.data_ptr(), table.shape, num_tokens, window)
@@ -119,12 +119,12 @@ def share_prompts(config: TransformerConfig, *, packed: bool) -> None:
     """Replace Transformer Engine's core attention by :class:`FlexSegmentAttention` in a model's layer spec.
 
     Args:
-        config: of an engine, with a ``transformer_layer_spec``. Changed in place.
+        config: an engine's config, with a ``transformer_layer_spec``. Modified in place.
         packed: micro-batches are one sequence. Otherwise rotary angles differ between sequences, which Transformer
             Engine's fused kernel cannot apply.
 
     Raises:
-        UserError: the config asks for something that FlexAttention does not have here. A spec whose attention cannot be
+        UserError: the config requires a feature that FlexAttention lacks. A spec whose attention cannot be
             replaced is reported when the model is built.
     """
     _check(config)
@@ -135,10 +135,10 @@ def share_prompts(config: TransformerConfig, *, packed: bool) -> None:
 
 
 def layer_spec_with_flex_attention(config: TransformerConfig, vp_stage: int | None = None, *, spec: Any) -> Any:
-    """An engine's layer spec with :class:`FlexSegmentAttention` as its core attention.
+    """Return an engine's layer spec with :class:`FlexSegmentAttention` as its core attention.
 
     Args:
-        spec: the engine's layer spec, or the function that makes it.
+        spec: the engine's layer spec, or the function that creates it.
 
     Raises:
         UserError: the layers have no attention, or one that FlexAttention does not replace.
@@ -148,12 +148,12 @@ def layer_spec_with_flex_attention(config: TransformerConfig, vp_stage: int | No
         spec = spec(config, vp_stage=vp_stage) if takes_stage else spec(config)
     replaced, found = _replaced(spec)
     if not found:
-        raise UserError(f"{KEY}: this model's layers have no attention that can share prompts; set it to false")
+        raise UserError(f"{KEY}: this model's layers have no attention that can share prompts. Set it to false.")
     return replaced
 
 
 def _replaced(part: Any) -> tuple[Any, bool]:
-    """A copy of a part of a spec with its core attention replaced, and whether it has one."""
+    """Return a copy of a part of a spec with its core attention replaced, and whether it has one."""
     if isinstance(part, (list, tuple)):
         each = [_replaced(one) for one in part]
         return type(part)(one for one, _ in each), any(found for _, found in each)
@@ -185,15 +185,15 @@ def _replaced_fields(fields: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
 def _flex_for(core: Any) -> type[FlexSegmentAttention]:
     kind = core.module if isinstance(core, ModuleSpec) else core
-    if kind is FlexSegmentAttention:  # the config was finished before
+    if kind is FlexSegmentAttention:  # the config has been processed already
         return FlexSegmentAttention
     name = kind.__name__ if isinstance(kind, type) else str(kind)
     if name != "TEDotProductAttention":
-        raise UserError(f"{KEY}: this model's attention, {name}, cannot share prompts; set it to false")
+        raise UserError(f"{KEY}: this model's attention, {name}, cannot share prompts. Set it to false.")
     return FlexSegmentAttention
 
 
-# Field of Megatron's config -> (values that are possible, meaning of the others). Some releases lack some fields.
+# Field of Megatron's config -> (supported values, meaning of the others). Some releases lack some fields.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "context_parallel_size": ((1,), "context parallelism"),
     "attention_dropout": ((0, 0.0), "attention dropout"),
@@ -208,5 +208,5 @@ def _check(config: TransformerConfig) -> None:
     for name, (values, meaning) in _REFUSED.items():
         if fields.get(name, values[0]) not in values:
             raise UserError(
-                f"{KEY}: not with {meaning} ({name}={fields[name]}) in Transformer Engine's layers; set it to false"
+                f"{KEY}: not supported with {meaning} ({name}={fields[name]}) and Transformer Engine. Set it to false."
             )

@@ -21,18 +21,19 @@ from nemo_rao.mcore.quantisation import quantisation_kept
 
 
 def made_ahead(batches: Iterable[MicroBatch]) -> Prefetcher[MicroBatch]:
-    """Micro-batches made on a thread; where there is a GPU, in page-locked memory: no copy to it is waited for."""
+    """Collate micro-batches on a thread; with a GPU, in page-locked memory, so that copies are asynchronous."""
     return Prefetcher(_page_locked(batches, torch.cuda.current_device()) if torch.cuda.is_available() else batches)
 
 
 def _page_locked(batches: Iterable[MicroBatch], device: int) -> Iterator[MicroBatch]:
-    torch.cuda.set_device(device)  # each thread has its own; another would get a context on the first GPU
+    # The current device is per thread; the default would create a context on the first GPU.
+    torch.cuda.set_device(device)
     for batch in batches:
         yield _each_tensor(batch, Tensor.pin_memory)
 
 
 def to_device(batch: MicroBatch) -> MicroBatch:
-    """The micro-batch with its tensors on this rank's device."""
+    """Return the micro-batch with its tensors on this rank's device."""
     if not torch.cuda.is_available():
         return batch
     return _each_tensor(batch, lambda tensor: tensor.cuda(non_blocking=True))
@@ -51,15 +52,15 @@ def _each_tensor(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> Micro
 def forward_step(model: Any, batch: MicroBatch) -> Tensor | ModelOutput:
     """Run a model chunk on a micro-batch.
 
-    Sequences are padded on the right and attention is causal, so that no real token sees padding: rows of their own
-    need no mask, with Transformer Engine or without. What segments see is told to the attention layers
+    Sequences are padded on the right and attention is causal, so real tokens never see padding: separate rows need no
+    mask, with or without Transformer Engine. Segments are passed to the attention layers
     (:mod:`nemo_rao.mcore.attention`).
 
     Args:
         model: a Megatron GPT model chunk, or a wrapper that calls one with the same arguments.
 
     Returns:
-        the model's output on the last pipeline stage, hidden states ``[T, B, hidden]`` before it.
+        the model's output on the last pipeline stage, hidden states ``[T, B, hidden]`` on earlier ones.
     """
     inner = unwrapped(model)
     unfuse_adapted_output_layer(inner)
@@ -79,7 +80,7 @@ def forward_step(model: Any, batch: MicroBatch) -> Tensor | ModelOutput:
 
 
 def unwrapped(model: Any) -> Any:
-    """The Megatron model inside its wrappers: distributed data parallel, 16 bits, NeMo's."""
+    """Return the Megatron model inside its wrappers: distributed data parallel, 16 bits, NeMo's."""
     while hasattr(model, "module"):
         model = model.module
     return model
@@ -87,7 +88,7 @@ def unwrapped(model: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluation_mode(model: Sequence[Any]) -> Iterator[None]:
-    """No dropout and no gradients; every chunk is left in the mode it came in, and its amax histories as they were."""
+    """Disable dropout and gradients; the mode and amax histories of every chunk are restored afterwards."""
     was_training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
@@ -108,23 +109,23 @@ def forward_only(
 ) -> list[dict[str, Tensor]]:
     """Run micro-batches through the pipeline without a backward pass. A collective of the model-parallel group.
 
-    Data-parallel ranks may be given different numbers of micro-batches, or none. Where they share experts, it is a
-    collective over all of them: each expert's rank has to be there for the others' tokens. The caller is in
+    Data-parallel ranks may have different numbers of micro-batches, or none. If they split experts, it is a collective
+    over all of them, because each expert's rank must process the others' tokens. Call it inside
     :func:`evaluation_mode`.
 
     Args:
         model: this rank's model chunks.
-        micro_batches: prompt numbers of each micro-batch.
-        make_micro_batch: prompt numbers -> micro-batch.
-        report: (output, micro-batch) -> what to return of it; called on the last pipeline stage.
+        micro_batches: prompt indices of each micro-batch.
+        make_micro_batch: prompt indices -> micro-batch.
+        report: (output, micro-batch) -> result; called on the last pipeline stage.
 
     Returns:
-        one report for each micro-batch on the last pipeline stage, an empty list before it.
+        one result per micro-batch on the last pipeline stage, an empty list on earlier ones.
     """
     num_wanted, num_run = len(micro_batches), _num_run(len(micro_batches), num_chunks=len(model))
     if num_run == 0:
         return []
-    # The last one is run again, or the data's first prompt by ranks that have none, and not reported.
+    # The last one is repeated, or by ranks without any the data's first prompt, and the result dropped.
     filling = micro_batches[-1] if micro_batches else [0]
     micro_batches = [*micro_batches, *[filling] * (num_run - num_wanted)]
 
@@ -148,15 +149,15 @@ def forward_backward(
     make_micro_batch: Callable[[Sequence[int]], MicroBatch],
     loss: Callable[[ModelOutput, MicroBatch], tuple[Tensor, Tensor, dict[str, Tensor]]],
 ) -> None:
-    """Add up micro-batches' gradients, reduced over ranks and divided by the count that the loss reports.
+    """Accumulate micro-batches' gradients, reduced over ranks and divided by the count that the loss reports.
 
-    A collective over all ranks, which have equally many micro-batches.
+    A collective over all ranks, which must have equally many micro-batches.
 
     Args:
-        model: this rank's chunks, as megatron-core's distributed data parallel wraps them.
-        micro_batches: prompt numbers of each micro-batch.
-        make_micro_batch: prompt numbers -> micro-batch.
-        loss: of the last stage's output; see :func:`nemo_rao.mcore.loss.for_schedule`.
+        model: this rank's chunks, wrapped by megatron-core's distributed data parallel.
+        micro_batches: prompt indices of each micro-batch.
+        make_micro_batch: prompt indices -> micro-batch.
+        loss: loss of the last stage's output; see :func:`nemo_rao.mcore.loss.for_schedule`.
     """
 
     def forward(data_iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor | ModelOutput, Callable]:
@@ -174,7 +175,7 @@ def _run_schedule(
     make_micro_batch: Callable[[Sequence[int]], MicroBatch],
     forward_only: bool,
 ) -> list[dict[str, Tensor]]:
-    """Megatron's schedule over these micro-batches; what it returns."""
+    """Run Megatron's schedule over these micro-batches and return its result."""
     with contextlib.ExitStack() as threads:
         iterators = [threads.enter_context(made_ahead(map(make_micro_batch, micro_batches))) for _ in model]
         reports: list[dict[str, Tensor]] = get_forward_backward_func()(
@@ -182,7 +183,7 @@ def _run_schedule(
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=list(model),
             num_microbatches=len(micro_batches),
-            seq_length=1,  # not read: micro-batches tell each other their shapes (variable_seq_lengths)
+            seq_length=1,  # unused: shapes are communicated per micro-batch (variable_seq_lengths)
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -190,13 +191,13 @@ def _run_schedule(
 
 
 def _num_run(num_wanted: int, *, num_chunks: int) -> int:
-    """Micro-batches that this rank must run for ``num_wanted`` of its own."""
+    """Return the number of micro-batches that this rank must run to cover ``num_wanted``."""
     if parallel_state.get_expert_model_parallel_world_size() > 1:
         most = torch.tensor(num_wanted, device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
         torch.distributed.all_reduce(
             most, op=torch.distributed.ReduceOp.MAX, group=parallel_state.get_data_parallel_group()
         )
         num_wanted = int(most)
-    # Interleaved schedules want a multiple of the pipeline's size.
+    # Interleaved schedules require a multiple of the pipeline's size.
     multiple = parallel_state.get_pipeline_model_parallel_world_size() if num_chunks > 1 else 1
     return -(-num_wanted // multiple) * multiple

@@ -1,23 +1,23 @@
-"""FP8 training's numbers without FP8 hardware: each layer's linear layers round their operands through 8 bits.
+"""Simulation of FP8 training without FP8 hardware: linear layers round their operands to 8 bits.
 
     forward    Y  = X~ W~^T         X, W in e4m3
     backward   dX = dY~ W~          dY in e5m2 (hybrid) or e4m3
                dW = dY~^T X~
 
-Operands are rounded (:mod:`nemo_rao.ops.float8`), products sum in fp32 and are returned in the model's type, as
-Transformer Engine's are. What has no FP8 there has none here: embedding, norms, attention, output layer,
-log-probabilities. Recipes, by Megatron's names:
+Operands are rounded (:mod:`nemo_rao.ops.float8`), products are accumulated in fp32 and returned in the model's dtype,
+as in Transformer Engine. What Transformer Engine does not compute in FP8 is not rounded: embedding, norms, attention,
+output layer, log-probabilities. Recipes, by Megatron's names:
 
-    delayed     a scale for each of X, W, dY, of the largest values in a history. The values are reduced over tensor-
+    delayed     one scale each for X, W, dY, from the largest values in a history. The values are reduced over tensor-
                 and data-parallel ranks after each micro-batch's forward pass (X, W) and backward pass (dY)
-    tensorwise  a scale for each tensor, of its own largest value
+    tensorwise  one scale per tensor, from its largest value
     blockwise   1 x 128 blocks of X and dY along the dimension that a product sums over, 128 x 128 blocks of W; scales
                 are powers of 2
     mxfp8       blocks of 32 along the dimension that a product sums over; scales are powers of 2
 
-The real layers run around it: Megatron's tensor and sequence parallelism, adapters, checkpoints. Where it departs from
-Transformer Engine: weights are cast anew in every micro-batch, also when delayed scales have changed since the step's
-first; blocks along tokens are cut after gathering a split sequence, not before; full recomputation is refused.
+Everything else is unchanged: Megatron's tensor and sequence parallelism, adapters, checkpoints. Differences from
+Transformer Engine: weights are cast again in every micro-batch, even if delayed scales have changed since the step's
+first; blocks along tokens are formed after gathering a split sequence, not before; full recomputation is rejected.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ INPUT, WEIGHT, GRADIENT = range(3)  # the operands of a linear layer's products:
 
 @dataclass(frozen=True)
 class Fp8Simulation:
-    """What is rounded, and how. Fields are those of Megatron's ``TransformerConfig``, without ``fp8_``."""
+    """Settings of the simulation. Fields are those of Megatron's ``TransformerConfig``, without ``fp8_``."""
 
     format: str = "hybrid"
     recipe: str = "delayed"
@@ -77,11 +77,11 @@ class Fp8Simulation:
 
 
 class DelayedScales:
-    """Scales and amax histories of one linear layer, as Transformer Engine keeps them.
+    """Scales and amax histories of one linear layer, in Transformer Engine's layout.
 
     Attributes:
         state: ``[1 + L, 3]`` fp32 for input, weight, gradient. Row 0: scales. Row 1: the largest values seen since the
-            last update; the rows after it: those of earlier micro-batches, oldest first.
+            last update. Further rows: those of earlier micro-batches, oldest first.
     """
 
     def __init__(self, simulation: Fp8Simulation) -> None:
@@ -90,13 +90,13 @@ class DelayedScales:
         self.state[0] = 1
 
     def round(self, values: Tensor, operand: int) -> tuple[Tensor, Tensor]:
-        self.state = self.state.to(values.device)  # where the model has come to be
+        self.state = self.state.to(values.device)  # the model may have been moved since
         self.state[1, operand] = torch.maximum(self.state[1, operand], values.abs().max())
         same = rounded(values, self.state[0, operand].clone(), self._simulation.dtype(operand))
         return same, same
 
     def update(self, operands: slice) -> None:
-        """Makes scales of the history with the newest values, and moves it on by one place."""
+        """Compute scales from the history with the newest values, and shift it by one row."""
         history = self.state[1:, operands]
         amax = history.amax(0) if self._simulation.amax_compute_algo == "max" else history[0].clone()
         limits = [largest(self._simulation.dtype(operand)) for operand in range(3)[operands]]
@@ -107,13 +107,13 @@ class DelayedScales:
 
 
 class CurrentScales:
-    """A scale for each tensor, or for each block of it, of its own largest values."""
+    """Scales per tensor, or per block of it, from its current largest values."""
 
     def __init__(self, simulation: Fp8Simulation) -> None:
         self._simulation = simulation
 
     def round(self, values: Tensor, operand: int) -> tuple[Tensor, Tensor]:
-        """``[M, K]`` rounded for a product that sums over K, and for one that sums over M."""
+        """Return ``[M, K]`` rounded for a product that sums over K, and for one that sums over M."""
         dtype = self._simulation.dtype(operand)
         if self._simulation.recipe == "tensorwise":
             same = rounded(values, scale_of(values.abs().max(), dtype), dtype)
@@ -132,11 +132,11 @@ class CurrentScales:
 
 
 class ScaleUpdates:
-    """Of one model chunk's layers with delayed scaling: when their scales follow their histories.
+    """Update of the scales of one model chunk's layers with delayed scaling.
 
-    Forward values count when the chunk's last layer has run, gradients when the backward pass has come to the first
-    layer that has one. Both under gradients alone. The largest values are reduced over the ranks that hold parts of the
-    same layers or see other data, in one collective.
+    Forward values are used when the chunk's last layer has run, gradients when the backward pass has reached the first
+    layer that has one. Both only with gradients enabled. Largest values are reduced over the ranks that hold parts of
+    the same layers or see other data, in one collective.
     """
 
     def __init__(self, layers: Iterable[Fp8Linear], decoder: torch.nn.Module) -> None:
@@ -153,7 +153,7 @@ class ScaleUpdates:
             self._update(slice(INPUT, GRADIENT))
 
     def is_first(self) -> bool:
-        """Whether no other layer of this forward pass has asked: its backward pass is the last."""
+        """Whether this is the first layer of this forward pass to call it, so that its backward pass is the last."""
         first, self._first_is_ahead = self._first_is_ahead, False
         return first
 
@@ -173,7 +173,7 @@ class ScaleUpdates:
 
 
 class _Product(torch.autograd.Function):
-    """``[M, K]`` x ``[N, K]`` -> ``[M, N]``, each operand of it and of its gradients rounded."""
+    """``[M, K]`` x ``[N, K]`` -> ``[M, N]``, with rounded operands, also of its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Fp8Linear, updates: ScaleUpdates | None) -> Tensor:
@@ -197,7 +197,7 @@ class _Product(torch.autograd.Function):
 
 
 class Fp8Linear(torch.nn.Module):
-    """Megatron's parallel linear layers with rounded products; the other base is one of them."""
+    """Mixin for Megatron's parallel linear layers that rounds the operands of their products."""
 
     simulation: Fp8Simulation
     scales: DelayedScales | CurrentScales
@@ -210,7 +210,7 @@ class Fp8Linear(torch.nn.Module):
         self.scales = DelayedScales(simulation) if delayed else CurrentScales(simulation)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *_: Any, **arguments: Any) -> Tensor:
-        """What Megatron's layers call for their product, with what their own one would communicate."""
+        """Compute the product of Megatron's layers, including its communication."""
         if arguments["sequence_parallel"]:
             input = gather_from_sequence_parallel_region(input, group=arguments["tp_group"])
         elif arguments["allreduce_dgrad"]:
@@ -221,11 +221,11 @@ class Fp8Linear(torch.nn.Module):
         return output if arguments["bias"] is None else output + arguments["bias"]
 
     def get_extra_state(self) -> Tensor | None:
-        """What a checkpoint keeps of a layer: :attr:`DelayedScales.state`."""
+        """Return a layer's state for checkpoints: :attr:`DelayedScales.state`."""
         return self.scales.state.clone() if isinstance(self.scales, DelayedScales) else None
 
     def set_extra_state(self, state: Any) -> None:
-        """Takes a kept state; leaves its own where there is none, or one of another length: it begins anew then."""
+        """Set a state from a checkpoint; without one, or with one of another length, keep the initial state."""
         if isinstance(self.scales, DelayedScales) and isinstance(state, Tensor):
             own = self.scales.state
             own.copy_(state if state.shape == own.shape else own)
@@ -249,7 +249,7 @@ _ROUNDED = {LayerNormColumnParallelLinear: Fp8LayerNormColumnParallelLinear, Row
 def layer_spec_with_simulated_fp8(
     config: TransformerConfig, vp_stage: int | None = None, *, simulation: Fp8Simulation
 ) -> ModuleSpec:
-    """:func:`layer_spec_without_te` with rounding linear layers, but for the layers at the ends that stay in bf16."""
+    """Return :func:`layer_spec_without_te` with rounding linear layers, except first and last layers kept in bf16."""
     spec = layer_spec_without_te(config, vp_stage)
     first = get_transformer_layer_offset(config, vp_stage)
     start, end = simulation.num_layers_at_start_in_bf16, simulation.num_layers_at_end_in_bf16
@@ -261,7 +261,7 @@ def layer_spec_with_simulated_fp8(
 
 
 def _with_rounded(spec: Any, simulation: Fp8Simulation) -> Any:
-    """A spec, or a part of one, with every linear layer in it replaced by the one that rounds."""
+    """Return a spec, or a part of one, with every linear layer replaced by a rounding one."""
     if isinstance(spec, type) and spec in _ROUNDED:
         return ModuleSpec(module=_ROUNDED[spec], params={"simulation": simulation})
     if not dataclasses.is_dataclass(spec) or isinstance(spec, type):
@@ -271,7 +271,7 @@ def _with_rounded(spec: Any, simulation: Fp8Simulation) -> Any:
 
 
 def keep_scales_up_to_date(model: Any) -> None:
-    """Let the delayed scales of a Megatron GPT model chunk follow their histories; nothing to do for other recipes."""
+    """Register updates of the delayed scales of a Megatron GPT model chunk; no effect with other recipes."""
     layers = [module for module in model.decoder.modules() if isinstance(module, Fp8Linear)]
     if any(isinstance(layer.scales, DelayedScales) for layer in layers):
         updates = ScaleUpdates(layers, model.decoder)

@@ -1,18 +1,18 @@
 """Linear heads besides the output layer: numbers per row, from the last hidden state, on the last pipeline stage.
 
-    value_head    V(x) of dro, at the position that predicts the response's first token: all of the prompt and nothing
-                  of the response. **Choice** It reads a detached state: the value loss trains the head alone, and the
-                  policy's weights follow the policy loss alone. Of ppo, V(x, y_<t) at every position that predicts a
+    value_head    V(x) of dro, at the position that predicts the response's first token, after the whole prompt and
+                  none of the response. **Choice** It reads a detached state: the value loss trains only the head, and
+                  only the policy loss trains the policy's weights. V(x, y_<t) of ppo, at every position that predicts a
                   token of the response, detached unless ``model.ppo.critic`` says otherwise. The value head of a critic
-                  replaces the output layer, as a score head does, and trains the whole model.
-    score_head    a reward model's scores, at the response's end token: all of prompt and response. It trains the
-                  whole model, replaces the output layer, and has no bias, as the sequence classifiers of
-                  `transformers` have none.
+                  replaces the output layer, like a score head, and trains the whole model.
+    score_head    a reward model's scores, at the response's end token, after all of prompt and response. It trains the
+                  whole model, replaces the output layer, and has no bias, like the sequence classifiers of
+                  `transformers`.
 
 A run whose start has a head of this kind and size keeps it. A critic that starts from a reward model with one score
-takes the score head as its value head, with a bias of 0. A new value head starts at 0, a new score head at random
-numbers of the run's seed. Both read the state after the final norm. Every tensor-parallel rank holds the whole head,
-which has only a few rows; it counts once in gradient norms and checkpoints. Fingerprints of the policy leave it out.
+uses the score head as its value head, with a bias of 0. A new value head is initialized with 0, a new score head
+randomly from the run's seed. Both read the state after the final norm. Every tensor-parallel rank holds the whole head,
+which has only a few rows; it counts once in gradient norms and checkpoints. Fingerprints of the policy exclude it.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ Position = Literal["prompt", "response", "tokens"]
 
 
 class LinearHead(nn.Module):
-    """``[R, outputs]`` numbers of a micro-batch's rows, or ``[R, longest, outputs]`` of their responses' tokens.
+    """Computes ``[R, outputs]`` numbers of a micro-batch's rows, or ``[R, longest, outputs]`` of their responses'
+    tokens.
 
     Args:
-        config: the model's.
-        name: of :data:`HEADS`.
+        config: config of the model.
+        name: one of :data:`HEADS`.
         num_outputs: numbers per row.
-        position: where they are read: at the end of the prompt, at that of the response, or wherever a token of the
-            response is predicted.
-        detached: nothing of the gradient passes into the model.
-        bias: it has a bias.
+        position: where they are read: at the end of the prompt, at the end of the response, or at every position that
+            predicts a token of the response.
+        detached: no gradient flows into the model.
+        bias: whether it has a bias.
         alone: it replaces the output layer.
 
     Attributes:
-        name: in the model.
+        name: name in the model.
         alone: as above.
-        stored: the name of the head in the checkpoint that is being read; ``None``: it has none, and this head keeps
-            its values.
+        stored: name of the head in the checkpoint being loaded; ``None``: it has none, and this head keeps its values.
     """
 
     def __init__(
@@ -82,44 +82,44 @@ class LinearHead(nn.Module):
         self._hidden: Tensor | None = None
 
     def watch(self, output_layer: nn.Module) -> None:
-        """Read what enters the output layer, ``[T, B, H]`` (``[T/TP, B, H]`` with sequence parallelism)."""
+        """Capture the input of the output layer, ``[T, B, H]`` (``[T/TP, B, H]`` with sequence parallelism)."""
         output_layer.register_forward_pre_hook(self._read)
 
     def _read(self, output_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._hidden = inputs[0].detach() if self._detached else inputs[0]
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """``[R, outputs]`` or ``[R, longest, outputs]`` fp32, of the forward pass just run on ``batch``; 0 after a
-        response's last token.
+        """Return ``[R, outputs]`` or ``[R, longest, outputs]`` fp32 for the last forward pass, which ran on ``batch``;
+        0 after a response's last token.
 
         The same on all tensor- and context-parallel ranks.
         """
-        assert self._hidden is not None, "no forward pass was run"
+        assert self._hidden is not None, "a forward pass has been run"
         hidden, self._hidden = self._hidden, None
         positions = {"prompt": batch.boundary, "response": batch.end, "tokens": batch.response_places}[self._position]
-        present = positions >= 0  # a token, and not on another context-parallel rank
+        present = positions >= 0  # a token on this context-parallel rank
         sequences, at = positions.clamp(min=0) // batch.tokens.shape[1], positions.clamp(min=0) % batch.tokens.shape[1]
         weight, bias = self.weight, self.bias
         if self._sequence_parallel:
             length, rank = hidden.shape[0], parallel_state.get_tensor_model_parallel_rank()
             present, at = present & (at // length == rank), at % length
-            # Forward, nothing; backward, the sum of the ranks' parts, since each reads its own states.
+            # Forward, the identity; backward, the sum of the ranks' parts, since each reads its own states.
             weight = copy_to_tensor_model_parallel_region(weight)
             bias = None if bias is None else copy_to_tensor_model_parallel_region(bias)
         numbers = nn.functional.linear(
             hidden[at, sequences].float(), weight.float(), None if bias is None else bias.float()
         )
-        # Only where the state is does its row count for the head's own gradient, which ranks add up.
+        # A row contributes to the head's gradient, which is summed over ranks, only on the rank of its state.
         numbers = torch.where(present[..., None], numbers, 0)
         if self._sequence_parallel:
-            # A sum over ranks; backward, each rank's part has the whole gradient, as every rank has the whole loss.
+            # A sum over ranks; backward, each part gets the whole gradient, because every rank has the whole loss.
             numbers = reduce_from_tensor_model_parallel_region(numbers)
         return summed(numbers)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's modules have it; empty where the checkpoint to be read has no head."""
+        """Like that of megatron-core's modules; empty if the checkpoint being loaded has no head."""
         if self.stored is None:
             return {}
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -147,7 +147,7 @@ class LinearHead(nn.Module):
 
 
 def add_value_head(model: Any, *, position: Position = "prompt", detached: bool = True, alone: bool = False) -> None:
-    """Give a Megatron GPT model chunk its value head, where it is the last pipeline stage's.
+    """Add a value head to a Megatron GPT model chunk on the last pipeline stage.
 
     Args:
         position, detached: see :class:`LinearHead`.
@@ -165,21 +165,21 @@ def add_value_head(model: Any, *, position: Position = "prompt", detached: bool 
 
 
 def add_score_head(model: Any, num_scores: int, *, seed: int) -> None:
-    """Give a Megatron GPT model chunk its score head, where it is the last pipeline stage's.
+    """Add a score head to a Megatron GPT model chunk on the last pipeline stage.
 
-    The output layer is skipped: the model then returns its hidden states, ``[B, T, H]``. Its weight stays in the model,
-    and in checkpoints, as it is.
+    The output layer is skipped: the model then returns its hidden states, ``[B, T, H]``. Its weight stays in the model
+    and in checkpoints, unchanged.
 
     Args:
-        num_scores: of each response.
-        seed: of the run; decides the head's start.
+        num_scores: scores per response.
+        seed: seed of the run, for the head's initialization.
     """
     if not model.post_process:
         return
     head = LinearHead(
         model.config, SCORE_HEAD, num_outputs=num_scores, position="response", detached=False, bias=False, alone=True
     )
-    # From a generator of its own: the same on every tensor-parallel rank, whatever was drawn before.
+    # With a separate generator: the same on every tensor-parallel rank, regardless of previous draws.
     generator = torch.Generator().manual_seed(derived_seed(SCORE_HEAD, seed))
     start = torch.randn(head.weight.shape, generator=generator) * 0.02
     head.weight.data.copy_(start)
@@ -196,7 +196,7 @@ def _skip_output_layer(model: Any) -> None:
         own.requires_grad_(False)
 
     def skip(hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
-        # The copy of tied embeddings on the last stage is to have a gradient, which Megatron adds to the first stage's.
+        # The copy of tied embeddings on the last stage must have a gradient, which Megatron adds to the first stage's.
         return (hidden + 0 * own.sum() if shared_over_stages and own is not None else hidden), None
 
     output_layer.forward = skip
@@ -206,8 +206,8 @@ def is_stored(name: str, shape: Sequence[int], stored: Mapping[str, Sequence[int
     """Whether a checkpoint has a head of this name and size.
 
     Args:
-        name: of :data:`HEADS`.
-        shape: of its weight, ``[outputs, H]``.
+        name: one of :data:`HEADS`.
+        shape: shape of its weight, ``[outputs, H]``.
         stored: shapes of the checkpoint's tensors, by names that may have a prefix.
     """
     return any(
@@ -216,17 +216,17 @@ def is_stored(name: str, shape: Sequence[int], stored: Mapping[str, Sequence[int
 
 
 def heads(model: nn.Module) -> Iterator[LinearHead]:
-    """The heads of a model or a wrapper of one: on the last pipeline stage, none elsewhere."""
+    """Yield the heads of a model or its wrapper; there are none except on the last pipeline stage."""
     return (module for module in model.modules() if isinstance(module, LinearHead))
 
 
 def is_of_head(name: str) -> bool:
-    """Whether a tensor, by its name in the model or in a checkpoint, is a head's."""
+    """Whether a tensor with this name in the model or in a checkpoint belongs to a head."""
     return any(part in HEADS for part in name.split("."))
 
 
 def train_heads(model: nn.Module) -> None:
-    """Let a frozen model's heads be trained: with adapters, besides them."""
+    """Make the heads of a frozen model trainable, in addition to adapters."""
     for head in heads(model):
         head.requires_grad_(True)
 

@@ -1,7 +1,7 @@
-"""Tensors that are on the device only while they are used, and in host memory otherwise.
+"""Tensors that are on the device only while in use, and otherwise in host memory.
 
-The tensor objects stay the same: only the storage below them is freed and allocated again, so parameters, views of a
-buffer and optimizer state keep their identity. megatron-core (since 0.17) does the same with its own buffers.
+The tensor objects stay the same: only their storage is freed and reallocated, so parameters, views of a
+buffer and optimizer state keep their identity. megatron-core (since 0.17) does the same with its buffers.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ class HostMemory:
     """Moves tensors between their device and host memory. They start on the device.
 
     Args:
-        tensors: returns them; called at each move to the host, as an optimizer creates its state in its first step.
-        kept: their values are kept; if not, as for gradient buffers, nothing is copied and values are undefined on
-            return.
+        tensors: returns the tensors; called at each move to the host, because an optimizer creates its state in its
+            first step.
+        kept: their values are preserved; if not, as for gradient buffers, nothing is copied and values are undefined
+            when they return.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], *, kept: bool = True) -> None:
         self._tensors = tensors
         self._kept = kept
-        self._waiting: dict[int, tuple[torch.UntypedStorage, int, Tensor | None]] = {}  # bytes, and the copy of them
+        self._waiting: dict[
+            int, tuple[torch.UntypedStorage, int, Tensor | None]
+        ] = {}  # size in bytes, and the host copy
         self._is_away = False
 
     @contextlib.contextmanager
     def on_device(self, *, changed: bool) -> Iterator[None]:
-        """The tensors are on the device inside the block, and off it afterwards.
+        """Keep the tensors on the device inside the block, and off it afterwards.
 
         Args:
-            changed: their values change inside; if not, the copy in host memory stays valid and is not written again.
+            changed: their values change inside the block; if not, the copy in host memory stays valid and is not
+                rewritten.
         """
         self.bring()
         try:
@@ -43,7 +47,7 @@ class HostMemory:
 
     def send_away(self, *, changed: bool = True) -> None:
         """Free the device's memory. See :meth:`on_device`."""
-        assert not self._is_away, "away already"
+        assert not self._is_away, "tensors are on the device"
         found = {}
         for tensor in self._tensors():
             storage = tensor.untyped_storage()
@@ -62,7 +66,7 @@ class HostMemory:
 
     def bring(self) -> None:
         """Allocate device memory and copy the values to it."""
-        assert self._is_away, "on the device already"
+        assert self._is_away, "tensors are in host memory"
         for storage, size, copy in self._waiting.values():
             storage.resize_(size)
             if copy is not None:
@@ -75,11 +79,11 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 def on_gpu(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tensors that are on a GPU. Without one, device memory is host memory and nothing needs to move."""
+    """Yield the tensors that are on a GPU. Without one, device memory is host memory and nothing needs to move."""
     return (tensor for tensor in tensors if tensor.is_cuda)
 
 
 def on_host(parameter: Tensor) -> Tensor:
-    """A copy in host memory, page-locked if the tensor is on a GPU."""
+    """Return a copy in host memory, page-locked if the tensor is on a GPU."""
     kept = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
     return kept.copy_(parameter.detach())

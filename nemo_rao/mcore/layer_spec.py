@@ -1,16 +1,16 @@
 """A transformer layer without Transformer Engine that keeps Transformer Engine's parameter names.
 
-Megatron's own local spec stores its norms under other names than Transformer Engine's, and its norms refuse sequence
-parallelism. This spec fuses each norm with the linear layer behind it, as Transformer Engine does, so that a
-checkpoint written on a machine without it loads on one that has it, Hugging Face importers find every name, and the
-norms' gradients are summed over tensor-parallel ranks under sequence parallelism.
+Megatron's local spec stores its norms under other names than Transformer Engine's, and its norms reject sequence
+parallelism. This spec fuses each norm with the following linear layer, as Transformer Engine does. So a checkpoint
+written on a machine without it can be loaded on one that has it, Hugging Face importers find every name, and the norms'
+gradients are summed over tensor-parallel ranks under sequence parallelism.
 
-In a mixture of experts the norm stands before the router, by itself (``pre_mlp_layernorm``), and experts are Megatron's
+In a mixture of experts the norm before the router is separate (``pre_mlp_layernorm``), and experts are Megatron's
 ``SequentialMLP``: ``mlp.experts.local_experts.N``, as with Transformer Engine without grouped products.
 
 Fields of Megatron's config describe most of a family: norms of queries and keys, windows in every or every n-th layer,
-an offset of the softmax, biases, the router. :class:`Parts` describes the rest. A field that asks for anything else is
-refused.
+a softmax offset, biases, the router. :class:`Parts` describes the rest. A field that requires anything else is
+rejected.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from nemo_rao.mcore.norms import LayerNormColumnParallelLinear, Norm, RowParalle
 
 @dataclass(frozen=True)
 class Parts:
-    """What a family's layers have that Megatron's config has no field for. The default: nothing.
+    """Parts of a family's layers for which Megatron's config has no field. The default: none.
 
     Attributes:
-        norms_behind: the outputs of attention and feed-forward are normed before they are added to the residual.
-        local_layers: layers with a window and rotary angles of their own.
+        norms_behind: the outputs of attention and feed-forward are normalized before they are added to the residual.
+        local_layers: layers with a window and separate rotary angles.
     """
 
     norms_behind: bool = False
@@ -58,24 +58,24 @@ NO_PARTS = Parts()
 
 
 class LocalAndGlobalSelfAttention(SelfAttention):
-    """Self-attention in a model whose rotary angles, ``[2, T, ...]``, are those of local and of global layers."""
+    """Self-attention in a model with rotary angles ``[2, T, ...]`` for local and for global layers."""
 
     def __init__(self, *arguments: Any, local_layers: LocalLayers, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self._angles = 0 if local_layers.has(self.layer_number) else 1
 
     def forward(self, hidden_states: Tensor, *arguments: Any, rotary_pos_emb: Tensor, **keywords: Any) -> Any:
-        """As Megatron's own, with the angles of this layer's kind."""
+        """Like Megatron's, with the angles of this layer's kind."""
         return super().forward(hidden_states, *arguments, rotary_pos_emb=rotary_pos_emb[self._angles], **keywords)
 
 
 def layer_spec_without_te(
     config: TransformerConfig, vp_stage: int | None = None, *, parts: Parts = NO_PARTS
 ) -> ModuleSpec:
-    """The decoder's spec for a machine without Transformer Engine: MHA or GQA, dense or with experts in every layer.
+    """Return the decoder's spec without Transformer Engine: MHA or GQA, dense or with experts in every layer.
 
     Raises:
-        UserError: a field of ``config`` asks for what these layers do not have.
+        UserError: a field of ``config`` requires a feature that these layers lack.
     """
     _check(config)
     query_key_norm = Norm if config.qk_layernorm else IdentityOp
@@ -120,7 +120,7 @@ def _experts() -> ModuleSpec:
     )
 
 
-# Field of Megatron's config -> (values that these layers have, what another one asks for). A release may lack a field.
+# Field of Megatron's config -> (supported values, meaning of the others). A release may lack a field.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "multi_latent_attention": ((False,), "multi-latent attention"),
     "experimental_attention_variant": ((None,), "linear or sparse attention"),
@@ -144,10 +144,10 @@ def _check(config: TransformerConfig) -> None:
         value = fields.get(name, values[0])
         if name == "moe_layer_freq" and config.num_moe_experts is None:
             continue
-        if isinstance(value, list) and len(set(value)) == 1:  # of each layer
+        if isinstance(value, list) and len(set(value)) == 1:  # one value per layer
             value = value[0]
         if value not in values:
             raise UserError(
-                f"model.arch: {name}={value} asks for {meaning}, which needs Transformer Engine's layers and a GPU; "
-                "choose another model here"
+                f"model.arch: {name}={value} requires {meaning}, which needs Transformer Engine's layers and a GPU. "
+                "Use another model here."
             )

@@ -1,9 +1,9 @@
-"""From a micro-batch and the model's logits to the loss: the one owner of every scaling.
+"""The loss of a micro-batch from the model's logits; all loss scaling is in this module.
 
 A global batch's loss is the mean over its prompts. Micro-batches and data-parallel ranks hold different numbers of
-them, so no rank can divide by the right count alone. Each micro-batch therefore returns its *sum* over prompts and
-the number of prompts; with ``calculate_per_token_loss`` Megatron adds up both over micro-batches and data-parallel
-ranks, and divides the gradients once by the global count (``finalize_model_grads``). Nothing else scales anything.
+them, so no rank can divide by the correct count alone. Therefore each micro-batch returns its *sum* over prompts and
+the number of prompts; with ``calculate_per_token_loss`` Megatron sums both over micro-batches and data-parallel ranks,
+and divides the gradients once by the global count (``finalize_model_grads``). Nothing else scales anything.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ LOSS = "loss"
 
 
 def configure_loss_scaling(config: TransformerConfig) -> None:
-    """Make Megatron normalise gradients by the global number of prompts, as this module's sums expect.
+    """Make Megatron normalize gradients by the global number of prompts, as this module's sums expect.
 
-    A mixture of experts trains without a load-balancing loss. Megatron adds one inside the router, behind the
-    objective's back, weighted by a micro-batch's tokens; divided by prompts it would be thousands of times what its
-    coefficient says, it depends on how a batch is cut into micro-batches, and it counts padding. The router of a
-    pretrained model is balanced, and a run of a few thousand prompts changes that little: that of transformers and TRL
-    is off as well unless it is asked for.
+    A mixture of experts trains without a load-balancing loss. Megatron adds one inside the router, independently of the
+    objective, weighted by a micro-batch's tokens. Divided by prompts it would be thousands of times its nominal
+    coefficient; it also depends on how a batch is split into micro-batches, and it counts padding. The router of a
+    pretrained model is balanced, and a run of a few thousand prompts changes little of that: transformers and TRL also
+    disable the loss by default.
     """
     config.calculate_per_token_loss = True
-    # Micro-batches are padded to their own longest row, and hold as many rows as their prompts have responses.
+    # Micro-batches are padded to their longest row, and have as many rows as their prompts have responses.
     config.variable_seq_lengths = True
-    # Refused together with variable lengths by a check that does not ask whether the model has experts at all; the
-    # other dispatcher needs equally many tokens on all ranks.
+    # Rejected together with variable lengths by a check that does not consider whether the model has experts at all;
+    # the other dispatcher requires equally many tokens on all ranks.
     config.moe_token_dispatcher_type = "alltoall"
     config.moe_router_load_balancing_type = "none"
     config.moe_aux_loss_coeff = 0.0
@@ -54,22 +54,22 @@ def sequence_log_probs(
     prompts: bool = True,
     prompt_gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of every prompt (without t0) and response, in nats, float32.
+    """Compute log-probabilities of every prompt (without t0) and response, in nats, float32.
 
     Args:
         output: logits, or what they would be computed from.
-        batch: labels, and what is predicted where.
+        batch: labels, and the positions that predict them.
         vocab_size: V without padding.
-        prompts: those of the prompts are wanted; where not, nothing is computed for their tokens, and they are 0.
-        prompt_gradient: they carry one; where not, nothing is computed backward for their tokens.
+        prompts: whether to compute those of prompts; if not, they are 0.
+        prompt_gradient: whether those of prompts carry a gradient; if not, no backward pass is computed for them.
 
     Returns:
         ``([R], [R])``: prompt sums, response sums; the same on every tensor- and context-parallel rank.
     """
-    places, num_trained = batch.all_response_places, len(batch.all_response_places)
+    positions, num_trained = batch.all_response_places, len(batch.all_response_places)
     if prompts:
-        places = torch.cat([places, batch.all_prompt_places])
-    logps = _token_log_probs(output, batch, places, len(places) if prompt_gradient else num_trained, vocab_size)
+        positions = torch.cat([positions, batch.all_prompt_places])
+    logps = _token_log_probs(output, batch, positions, len(positions) if prompt_gradient else num_trained, vocab_size)
     response_sums = sums_at(logps, batch.response_places)
     if not prompts:
         response_logps = summed(response_sums)
@@ -80,21 +80,21 @@ def sequence_log_probs(
 
 
 def response_token_log_probs(output: ModelOutput, batch: MicroBatch, *, vocab_size: int) -> Tensor:
-    """``[R, longest]`` float32, log pi of every response token, in nats; 0 behind a response's last.
+    """Compute ``[R, longest]`` float32, log pi of every response token, in nats; 0 after a response's last token.
 
     The same on every tensor- and context-parallel rank. Carries a gradient.
     """
-    places = batch.all_response_places
-    logps = _token_log_probs(output, batch, places, len(places), vocab_size)
+    positions = batch.all_response_places
+    logps = _token_log_probs(output, batch, positions, len(positions), vocab_size)
     return summed(values_at(logps, batch.response_places))
 
 
 def _token_log_probs(
-    output: ModelOutput, batch: MicroBatch, places: Tensor, num_trained: int, vocab_size: int
+    output: ModelOutput, batch: MicroBatch, positions: Tensor, num_trained: int, vocab_size: int
 ) -> Tensor:
-    """``[B, T]`` float32, nats; 0 but at the ``[N]`` places, of which the first so many carry a gradient."""
+    """Compute ``[B, T]`` float32, nats; 0 except at ``[N]`` positions, of which the first ones carry a gradient."""
     length = batch.tokens.shape[1]
-    at_b, at_t = places // length, places % length
+    at_b, at_t = positions // length, positions % length
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "group": parallel_state.get_tensor_model_parallel_group(),
@@ -102,7 +102,9 @@ def _token_log_probs(
     }
     if output.logits is not None:
         return vocab_parallel_log_probs(output.logits, batch.labels, positions=(at_b, at_t), **common)
-    assert output.hidden is not None and output.output_weight is not None, "a model without log-probabilities"
+    assert output.hidden is not None and output.output_weight is not None, (
+        "the model returns what log-probabilities need"
+    )
     return linear_vocab_parallel_log_probs(
         output.hidden,
         output.output_weight,
@@ -125,7 +127,7 @@ def objective_batch(
     token_values: Tensor | None = None,
 ) -> ObjectiveBatch:
     """Arrange row sums and values ``[R]``, scores ``[R, A]``, log-probabilities and values of tokens ``[R, longest]``
-    by prompt and response, with what the data knows."""
+    by prompt and response, together with the data's fields."""
     num_responses = batch.max_responses
 
     def by_prompt(values: Tensor) -> Tensor:
@@ -170,19 +172,19 @@ def micro_batch_loss(
     kl_estimate: Tensor | None = None,
     observe: Callable[[ObjectiveBatch], None] | None = None,
 ) -> LossOutput:
-    """The objective's sums over one micro-batch, from the last pipeline stage's output.
+    """Compute the objective's sums over one micro-batch, from the last pipeline stage's output.
 
     Args:
-        kl_estimate: ``[]``, of the global batch (:func:`nemo_rao.mcore.mismatched.mean_log_ratio`), for the
-            objectives that need it.
-        observe: called with what the objective sees.
+        kl_estimate: ``[]``, of the global batch (:func:`nemo_rao.mcore.mismatched.mean_log_ratio`), for objectives that
+            need it.
+        observe: called with the objective's input.
     """
     needs = objective.needs_of(config)
     token_logps = None
     if needs.scores:
         prompt_logps = response_logps = torch.zeros_like(batch.rewards)
     elif needs.values_alone:
-        assert output.values is not None, "the model is a critic"
+        assert output.values is not None, "the model has a value head"
         prompt_logps = response_logps = torch.zeros_like(batch.rewards)
         token_logps = torch.zeros_like(output.values)
     elif needs.tokens:
@@ -213,12 +215,12 @@ def micro_batch_loss(
 
 
 def for_schedule(output: LossOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """A micro-batch's result in the form that Megatron's schedules take: (sum, count, what to report)."""
+    """Convert a micro-batch's result to the form of Megatron's schedules: (sum, count, statistics)."""
     statistics = {LOSS: torch.stack([output.loss_sum.detach(), output.num_prompts])}
     statistics.update(output.metrics)
     num_prompts = output.num_prompts.to(torch.int)
     if parallel_state.get_context_parallel_rank() > 0:
-        num_prompts = torch.zeros_like(num_prompts)  # every rank of the group has the same prompts: one counts them
+        num_prompts = torch.zeros_like(num_prompts)  # every rank of the group has the same prompts, so one counts them
     return output.loss_sum, num_prompts, statistics
 
 
@@ -228,15 +230,15 @@ def reduce_statistics(
     names: Sequence[str] = (),
     of_rank: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Tensor]:
-    """Add up the micro-batches' (sum, count) pairs over the whole global batch.
+    """Sum the micro-batches' (sum, count) pairs over the whole global batch.
 
     A collective over all ranks.
 
     Args:
-        outputs: one mapping name -> ``[2]`` for each micro-batch; empty before the last pipeline stage.
-        names: those of ``outputs``, where every rank knows them from an earlier call: an objective's are always the
-            same. Without them they are gathered first, as Python objects, which costs more than the sum.
-        of_rank: further pairs, under the same names on every rank, of which each rank gives its own part.
+        outputs: one mapping name -> ``[2]`` per micro-batch; empty except on the last pipeline stage.
+        names: the names in ``outputs``, if every rank knows them from an earlier call: an objective's never change.
+            Otherwise they are gathered first, as Python objects, which costs more than the sum.
+        of_rank: further pairs, with the same names on every rank, each of which contributes its part.
 
     Returns:
         name -> ``[2]`` float64 (sum, count), the same on every rank; those of ``of_rank`` come last.
@@ -244,7 +246,7 @@ def reduce_statistics(
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     names, of_rank = names or _gathered_names(outputs), of_rank or {}
     totals = torch.zeros(len(names) + len(of_rank), 2, dtype=torch.float64, device=device)
-    # Tensor- and context-parallel ranks hold the same statistics: one of each counts.
+    # Tensor- and context-parallel ranks hold the same statistics, so only one of them contributes.
     if outputs and parallel_state.get_tensor_and_context_parallel_rank() == 0:
         assert all(set(output) == set(names) for output in outputs), (names, [list(output) for output in outputs])
         stacked = torch.stack([torch.stack([output[name] for name in names]) for output in outputs])
@@ -256,15 +258,15 @@ def reduce_statistics(
 
 
 def _gathered_names(outputs: Sequence[Mapping[str, Tensor]]) -> Sequence[str]:
-    """The names that any rank has: a data-parallel rank may have had nothing to compute, and only the last pipeline
-    stage has statistics at all."""
+    """Return the names that any rank has: a data-parallel rank may have had nothing to compute, and only the last
+    pipeline stage has statistics at all."""
     by_rank: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(by_rank, list(outputs[0]) if outputs else [])
     return max(by_rank, key=len)
 
 
 def means(statistics: Mapping[str, Tensor]) -> dict[str, float]:
-    """(sum, count) -> mean; what was never counted is left out."""
+    """Convert (sum, count) to means, without entries of count 0."""
     if not statistics:
         return {}
     pairs = torch.stack(list(statistics.values())).tolist()  # in one copy from the GPU

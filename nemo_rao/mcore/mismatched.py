@@ -1,7 +1,8 @@
-"""How far the policy has moved from the reference on responses that do not belong to their prompts.
+"""Distance of the policy from the reference on responses that do not belong to their prompts.
 
-An estimate of the divergence between the two (KTO's z0 is made of it). It is a number of the whole *global* batch, so
-that a loss does not depend on how the batch is split: it is computed by a forward-only pass of its own before the step.
+It estimates the divergence between the two, from which KTO's z0 is computed. It is a number of the whole *global*
+batch,
+so that a loss does not depend on how the batch is split: a separate forward-only pass before the step computes it.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ def mean_log_ratio(
     vocab_size: int,
     log_ratios: LogRatios | None = None,
 ) -> Tensor:
-    """The mean over mismatched rows of rho(y') = log pi(y'|x) - log pi_ref(y'|x). A collective over all ranks.
+    """Compute the mean over mismatched rows of rho(y') = log pi(y'|x) - log pi_ref(y'|x). A collective over all ranks.
 
     Args:
-        model: this rank's model chunks; left in the mode they came in.
-        micro_batches: prompt numbers of this data-parallel rank's micro-batches; ranks may have different numbers.
-        make_micro_batch: prompt numbers -> micro-batch of mismatched rows, with their reference log-probs.
+        model: this rank's model chunks; their mode is preserved.
+        micro_batches: prompt indices of this data-parallel rank's micro-batches; their number may differ between ranks.
+        make_micro_batch: prompt indices -> micro-batch of mismatched rows, with their reference log-probs.
         vocab_size: V without padding.
-        log_ratios: collects the rows' own, in the first step.
+        log_ratios: collects the log-ratios of rows, in the first step.
 
     Returns:
         ``[]`` float32, nats, the same on every rank.

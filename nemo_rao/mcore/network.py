@@ -1,9 +1,9 @@
-"""What a network computes with its weights, as a fingerprint: the same weights under another rotary base, number of
-heads or window are another policy, though no tensor differs.
+"""Fingerprint of what a network computes with its weights: with another rotary base, number of heads or window, the
+same weights are another policy, though no tensor differs.
 
-Every field of Megatron's config, and of the framework's class derived from it, counts, unless it is listed here as one
-that cannot change a forward pass without dropout. A field that a later version adds therefore counts: at worst, numbers
-are computed again.
+Every field of Megatron's config, and of the framework's subclass, is included, unless it is listed here as one that
+cannot change a forward pass without dropout. A field added by a later version is therefore included: at worst, the
+reference is recomputed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-# How the work is divided, in what order it is done, and how ranks talk to each other.
+# How work is split and ordered, and how ranks communicate.
 _LAYOUT = """
     tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size
     hierarchical_context_parallel_sizes expert_model_parallel_size expert_tensor_parallel_size sequence_parallel
@@ -36,7 +36,7 @@ _LAYOUT = """
     tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend overlap_moe_expert_parallel_comm moe_token_dispatcher_type
     moe_enable_deepep moe_deepep_num_sms moe_shared_expert_overlap _pg_collection
 """
-# Only of the backward pass, the optimizer, the loss, or what is logged.
+# Only for the backward pass, the optimizer, the loss, or logging.
 _TRAINING = """
     timers finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func
     gradient_accumulation_fusion defer_embedding_wgrad_compute wgrad_deferral_limit delay_wgrad_compute
@@ -44,23 +44,23 @@ _TRAINING = """
     mtp_loss_scaling_factor moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate moe_per_layer_logging
     barrier_with_L1_time config_logger_dir data_step_fn generation_config
 """
-# Dropout is off in a reference pass.
+# Dropout is disabled in a reference pass.
 _DROPOUT = "hidden_dropout attention_dropout use_te_rng_tracker inference_rng_tracker inference_sampling_seed"
-# Weights are read, or hashed by themselves; the vocabulary's padding has no part in a log-probability, and a row that
-# is longer than seq_length is not in the data.
+# Weights are loaded, and hashed separately; padding of the vocabulary does not affect log-probabilities, and rows
+# longer than seq_length are not in the data.
 _WEIGHTS = """
     init_method output_layer_init_method embedding_init_method init_method_std embedding_init_method_std
     perform_initialization use_cpu_initialization init_model_with_meta_device make_vocab_size_divisible_by seq_length
     hetereogenous_dist_checkpoint hf_model_id hf_model_revision should_pad_vocab restore_modelopt_state
 """
-# What is kept in memory, and what is computed again.
+# What is kept in memory, and what is recomputed.
 _MEMORY = """
     recompute_granularity recompute_method recompute_num_layers recompute_modules distribute_saved_activations
     num_microbatches_with_partial_activation_checkpoints moe_layer_recompute activation_func_fp8_input_store
     cpu_offloading cpu_offloading_num_layers _cpu_offloading_context cpu_offloading_activations cpu_offloading_weights
     cpu_offloading_double_buffering disable_parameter_transpose_cache memory_efficient_layer_norm
 """
-# Which kernel computes the same function: its rounding is no more another policy than another GPU's.
+# Which kernel computes the same function: it may round differently, like another GPU.
 _KERNELS = """
     bias_activation_fusion masked_softmax_fusion persist_layer_norm bias_dropout_fusion apply_rope_fusion
     use_fused_weighted_squared_relu fused_single_qkv_rope attention_backend transformer_impl flash_decode
@@ -70,7 +70,7 @@ _KERNELS = """
     cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_warmup_steps
     dense_grouped_gemm use_arbitrary_attention_mask
 """
-# Number formats, which are a part of the key by themselves (nemo_rao.config.precision_checks.quantisation).
+# Number formats, which are a separate part of the key (nemo_rao.config.precision_checks.quantisation).
 _PRECISION = """
     fp16 bf16 params_dtype pipeline_dtype enable_autocast autocast_dtype fp8 fp8_recipe fp8_param fp8_margin
     fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad first_last_layers_bf16
@@ -78,11 +78,11 @@ _PRECISION = """
 """
 NO_EFFECT = frozenset(" ".join((_LAYOUT, _TRAINING, _DROPOUT, _WEIGHTS, _MEMORY, _KERNELS, _PRECISION)).split())
 
-# Gives the layers of another spec, its argument ``spec``, a different attention kernel.
+# Replaces the attention kernel in the layers of another spec, its argument ``spec``.
 _KERNEL_ONLY = "nemo_rao.mcore.flex_attention.layer_spec_with_flex_attention"
 
-# Forms of one and the same layers, with and without Transformer Engine. A class with layers of another kind names a
-# spec of its own.
+# Variants of the same layers, with and without Transformer Engine. A class with layers of another kind defines its own
+# spec.
 _OF_ENGINES = (
     "default_layer_spec",
     "local_layer_spec",
@@ -114,25 +114,25 @@ def network_fingerprint(config: TransformerConfig) -> str:
 
 
 def network_description(config: TransformerConfig) -> dict[str, Any]:
-    """What is hashed: field -> value, of JSON types."""
+    """Return what is hashed: field -> value, as JSON types."""
     described = {
         field.name: _plain(getattr(config, field.name))
         for field in dataclasses.fields(config)
         if field.name not in NO_EFFECT
     }
-    # A class may change what it builds: NeMo's Llama 3.1 scales its rotary frequencies there. The method has one name
-    # in NeMo and another in Megatron-Bridge.
+    # A class may override how it is built: NeMo's Llama 3.1 scales its rotary frequencies there. The method has one
+    # name in NeMo and another in Megatron-Bridge.
     methods = (inspect.getattr_static(type(config), name, None) for name in ("configure_model", "provide"))
     described["built by"] = next((_plain(method) for method in methods if method is not None), None)
     return described
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON, alike in every process: functions and classes by name, objects by what they hold."""
+    """Convert a value to JSON, deterministically: functions and classes by name, objects by their contents."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
-        return int(value) if value.is_integer() else value  # 10000 and 10000.0 are one rotary base
+        return int(value) if value.is_integer() else value  # 10000 and 10000.0 are the same rotary base
     if isinstance(value, enum.Enum):
         return f"{type(value).__qualname__}.{value.name}"
     if isinstance(value, (torch.dtype, torch.Size)):

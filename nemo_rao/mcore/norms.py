@@ -1,4 +1,4 @@
-"""Norms, alone and fused with the linear layer behind or before them, under Transformer Engine's parameter names."""
+"""Norms, alone and fused with the following or preceding linear layer, with Transformer Engine's parameter names."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.nn import Parameter
 
 
 def _norm_parameters(config: TransformerConfig, size: int) -> tuple[Parameter, Parameter | None]:
-    """Weight and bias ``[size]`` of a norm; the bias is ``None`` for RMSNorm."""
+    """Create weight and bias ``[size]`` of a norm; the bias is ``None`` for RMSNorm."""
     start = 0.0 if config.layernorm_zero_centered_gamma else 1.0
     weight = Parameter(torch.full((size,), start, dtype=config.params_dtype))
     bias = Parameter(torch.zeros(size, dtype=config.params_dtype)) if config.normalization == "LayerNorm" else None
     for parameter in (weight, bias):
         if parameter is not None:
-            # Each tensor-parallel rank norms its own part of the sequence: Megatron sums these gradients.
+            # Each tensor-parallel rank normalizes its part of the sequence: Megatron sums these gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return weight, bias
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, config: TransformerConfig) -> Tensor:
-    """RMSNorm or LayerNorm over the last dimension of ``[..., hidden]``."""
+    """Apply RMSNorm or LayerNorm over the last dimension of ``[..., hidden]``."""
     if config.layernorm_zero_centered_gamma:
         weight = weight + 1
     if config.normalization == "LayerNorm":
@@ -35,7 +35,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, config: TransformerCon
 
 
 class Norm(torch.nn.Module):
-    """A norm by itself: the block's final one, those of queries and keys, and the one before a router.
+    """A separate norm: the block's final one, those of queries and keys, and the one before a router.
 
     Parameters ``weight`` and ``bias``, ``[hidden]``.
     """
@@ -51,10 +51,10 @@ class Norm(torch.nn.Module):
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
-    """A norm and the column-parallel linear layer behind it, under Transformer Engine's parameter names.
+    """A norm and the following column-parallel linear layer, with Transformer Engine's parameter names.
 
-    ``return_layernorm_output`` makes the forward pass return ``((output, normed input), bias)``, which is what NeMo's
-    LoRA wrapper looks for: the adapter's input is the linear layer's input, not the norm's.
+    ``return_layernorm_output`` makes the forward pass return ``((output, normalized input), bias)``, which NeMo's LoRA
+    wrapper looks for: the adapter's input is the linear layer's input, not the norm's.
     """
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
@@ -69,11 +69,11 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinearLayerNorm(RowParallelLinear):
-    """A row-parallel linear layer and a norm of its output, ``post_layernorm``, as Gemma 3's layers have them."""
+    """A row-parallel linear layer and a norm of its output, ``post_layernorm``, as in Gemma 3's layers."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
-        assert not config.add_bias_linear, "the bias is added later, and would not be normed"
+        assert not config.add_bias_linear, "the bias is added later, and would not be normalized"
         self.post_layernorm = Norm(config, output_size, config.layernorm_epsilon)
 
     def forward(self, hidden: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The loss that Megatron's schedules call: an objective over the last pipeline stage's output of a micro-batch."""
+"""The loss function of Megatron's schedules: an objective over the last pipeline stage's output of a micro-batch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from nemo_rao.objectives.base import Objective
 
 
 class ObjectiveLoss:
-    """An objective with its keys, what a step hands to it, and what the step's micro-batches showed.
+    """An objective with its keys, its inputs per step, and the statistics of the step's micro-batches.
 
     One object serves all model chunks of a rank.
 
     Args:
-        objective: of :mod:`nemo_rao.objectives.registry`.
-        config: the objective's keys; what depends on the data is resolved.
+        objective: an objective of :mod:`nemo_rao.objectives.registry`.
+        config: the objective's keys, with values that depend on the data resolved.
         vocab_size: V without padding.
 
     Attributes:
-        needs: what the objective, under its keys, asks for.
-        kl_estimate: ``[]`` float32, nats, of the global batch at hand; set before each step where
+        needs: needs of the objective with these keys.
+        kl_estimate: ``[]`` float32, nats, of the current global batch; set before each step if
             ``needs.kl_estimate``.
-        log_ratios: collects those of the first step (:mod:`nemo_rao.loop.first_step`).
+        log_ratios: collects the log-ratios of the first step (:mod:`nemo_rao.loop.first_step`).
         statistics: name -> ``[2]`` (sum, count) of each micro-batch since they were last taken; filled on the last
             pipeline stage.
     """
@@ -41,7 +41,7 @@ class ObjectiveLoss:
         self.statistics: list[dict[str, Tensor]] = []
 
     def __call__(self, output: ModelOutput, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(sum over prompts, number of prompts, statistics) of a micro-batch; see :mod:`nemo_rao.mcore.loss`."""
+        """Return (sum over prompts, number of prompts, statistics) of a micro-batch; see :mod:`nemo_rao.mcore.loss`."""
         loss_sum, num_prompts, statistics = for_schedule(
             micro_batch_loss(
                 output,
@@ -57,6 +57,6 @@ class ObjectiveLoss:
         return loss_sum, num_prompts, statistics
 
     def take_statistics(self) -> list[dict[str, Tensor]]:
-        """Those collected so far, which are then forgotten."""
+        """Return the statistics collected so far, and clear them."""
         taken, self.statistics = self.statistics, []
         return taken

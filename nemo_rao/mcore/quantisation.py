@@ -1,11 +1,11 @@
-"""Quantised layers remember: amax histories and scales. Who only looks leaves them as they were.
+"""State of quantized layers: amax histories and scales. Evaluation leaves it unchanged.
 
-Delayed scaling casts under a scale made of the largest values of *earlier* micro-batches. That state is each module's
-extra state (``get_extra_state``, ``_extra_state`` in a checkpoint), of Transformer Engine's layers and of simulated
-ones (:mod:`nemo_rao.mcore.fp8_simulation`) alike. A reference pass, a validation or a pass over mismatched rows runs
-the layers too, and the largest values that they see would count in the next scales: a run would depend on how often
-it was validated. Transformer Engine moves its histories on under gradients alone, but its casts note what they see
-always.
+Delayed scaling casts with a scale computed from the largest values of *earlier* micro-batches. This is each module's
+extra state (``get_extra_state``, ``_extra_state`` in a checkpoint), both for Transformer Engine's layers and for
+simulated ones (:mod:`nemo_rao.mcore.fp8_simulation`). A reference pass, a validation or a pass over mismatched rows
+runs
+the layers, too, and the largest values that it sees would affect the next scales: a run would depend on how often it
+was validated. Transformer Engine shifts its histories only with gradients enabled, but its casts always record values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def quantisation_kept(model: Sequence[Any]) -> Iterator[None]:
-    """Whatever runs inside, every module's extra state is afterwards what it was before, bit for bit.
+    """Restore every module's extra state after the block, bit for bit.
 
     Args:
         model: this rank's model chunks.
@@ -36,7 +36,7 @@ def quantisation_kept(model: Sequence[Any]) -> Iterator[None]:
 
 
 def quantisation_fingerprint(model: Sequence[Any]) -> str:
-    """Hash what all ranks' quantised layers remember; empty where none does. A collective over all ranks.
+    """Hash the state of all ranks' quantized layers; empty if there is none. A collective over all ranks.
 
     Returns:
         16 hexadecimal digits, the same on every rank, or "".
@@ -53,14 +53,15 @@ def quantisation_fingerprint(model: Sequence[Any]) -> str:
 
 
 def _states(model: Sequence[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Modules that remember something, and what: a tensor, of bytes where it is Transformer Engine's."""
+    """Yield modules with extra state, and the state: a tensor, which consists of bytes for Transformer Engine."""
     for chunk in model:
         config = get_model_config(chunk)
         if config.fp8 is not None and config.fp8_recipe != "delayed":
-            continue  # Transformer Engine's layers have a state then that says nothing of what they have seen
+            continue  # the state of Transformer Engine's layers then does not depend on their inputs
         for module in chunk.modules():
             if type(module).get_extra_state is nn.Module.get_extra_state:
                 continue
             state = module.get_extra_state()
-            if isinstance(state, Tensor) and state.numel():  # layers that are not quantised have None, or nothing in it
+            # Layers that are not quantized have None or an empty tensor.
+            if isinstance(state, Tensor) and state.numel():
                 yield module, state

@@ -1,19 +1,19 @@
-"""Numbers of every response of a data set by one forward-only pass, kept on disk; above all the reference policy's.
+"""Numbers of every response of a data set from one forward-only pass, cached on disk; mainly reference log-probs.
 
 The reference is the policy before its first step and enters a loss only through two sums per response. They are
-computed once, under the parallelism of the training run, and read back by every later epoch, resumed run, and run that
-starts from the same weights. Nothing of the model is held twice.
+computed once, under the parallelism of the training run, and read by every later epoch, resumed run, and run that
+starts from the same weights. No second copy of the model is held.
 
-On disk, below the cache folder::
+On disk, in the cache directory::
 
-    <key>/part-<writer>-<number>.npz   response numbers and their sums, while a pass is under way
+    <key>/part-<writer>-<number>.npz   response indices and their sums, while a pass is running
     <key>/sums.npy                     [responses, W] float32, when it is complete; W = 2 for the reference
 
-Every file is written under a temporary name first. A pass that was interrupted goes on with what its parts lack,
-under any parallelism.
+Every file is written under a temporary name first. An interrupted pass resumes with what its parts lack, under any
+parallelism.
 
-Several runs may compute the same numbers at once, on a file system without reliable locks: each writes parts under
-names of its own, overwrites nobody's, and merges what it has in memory. Parts only serve a successor; once ``sums.npy``
+Several runs may compute the same numbers concurrently, on a file system without reliable locks: each writes parts under
+unique names, overwrites no other's, and merges what it has in memory. Parts only serve a successor; once ``sums.npy``
 exists they may vanish at any time.
 """
 
@@ -41,24 +41,24 @@ _SUMS = "sums.npy"
 
 
 def reference_key(*, weights: str, network: str, data: str, precision: str) -> str:
-    """The cache key of a reference pass: what its numbers depend on, and nothing else.
+    """Return the cache key of a reference pass, from everything that its numbers depend on.
 
     Args:
         weights: see :func:`nemo_rao.mcore.fingerprint.weights_fingerprint`.
-        network: what is computed with them, see :func:`nemo_rao.mcore.network.network_fingerprint`.
-        data: fingerprint of the tokenised rows.
+        network: what they compute, see :func:`nemo_rao.mcore.network.network_fingerprint`.
+        data: fingerprint of the tokenized rows.
         precision: number formats, scales included.
     """
     return hashlib.sha256("|".join((_FORMAT, weights, network, data, precision)).encode()).hexdigest()[:32]
 
 
 def earlier_reference_key(*, weights: str, data: str, precision: str) -> str:
-    """The key of earlier versions, whose checkpoints do not record their network, for the same numbers."""
+    """Return the key of earlier versions for the same numbers; their checkpoints do not record the network."""
     return hashlib.sha256("|".join(("reference-sums-1", weights, data, precision)).encode()).hexdigest()[:32]
 
 
 def load_numbers(cache_dir: Path, key: str, num_responses: int, width: int) -> np.ndarray | None:
-    """The finished numbers ``[responses, width]`` float32, memory-mapped, or ``None``."""
+    """Return the complete numbers ``[responses, width]`` float32, memory-mapped, or ``None``."""
     path = cache_dir / key / _SUMS
     if not path.exists():
         return None
@@ -68,15 +68,15 @@ def load_numbers(cache_dir: Path, key: str, num_responses: int, width: int) -> n
 
 
 def load_reference(cache_dir: Path, key: str, num_responses: int) -> np.ndarray | None:
-    """The finished sums ``[responses, 2]`` float32 (prompt without t0, response; nats), or ``None``."""
+    """Return the complete sums ``[responses, 2]`` float32 (prompt without t0, response; nats), or ``None``."""
     return load_numbers(cache_dir, key, num_responses, 2)
 
 
 def compute_reference(model: Sequence[Any], *, vocab_size: int, **arguments: Any) -> np.ndarray:
-    """Compute, or read back, the reference log-probs of a data set. A collective over all ranks.
+    """Compute, or read from the cache, the reference log-probs of a data set. A collective over all ranks.
 
     Args:
-        model: this rank's model chunks, holding the reference weights; left in the mode they came in.
+        model: this rank's model chunks, holding the reference weights; their mode is preserved.
         vocab_size: V without padding.
         arguments: see :func:`compute_numbers`.
 
@@ -103,18 +103,18 @@ def compute_numbers(
     key: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Compute, or read back, some numbers of every response. A collective over all ranks.
+    """Compute, or read from the cache, numbers of every response. A collective over all ranks.
 
     Args:
-        model: this rank's model chunks; left in the mode they came in.
+        model: this rank's model chunks; their mode is preserved.
         numbers: (output, micro-batch) -> ``[R, width]``; called on the last pipeline stage.
-        prompts: for each prompt, the numbers of its responses.
-        make_micro_batch: prompt numbers -> micro-batch.
+        prompts: for each prompt, the indices of its responses.
+        make_micro_batch: prompt indices -> micro-batch.
         micro_batch_size: prompts in a micro-batch.
-        micro_batches_per_part: how much is lost at most when the pass is interrupted.
-        cache_dir: a folder that all ranks share.
-        key: of what the numbers depend on, such as :func:`reference_key`.
-        progress: called with (prompts done, prompts in all) on every rank, about this rank's own share.
+        micro_batches_per_part: micro-batches between writes; at most these are lost if the pass is interrupted.
+        cache_dir: a directory shared by all ranks.
+        key: key of what the numbers depend on, such as :func:`reference_key`.
+        progress: called with (prompts done, total prompts) on every rank, about this rank's share.
 
     Returns:
         ``[responses, width]`` float32. Memory-mapped, read-only.
@@ -137,14 +137,14 @@ def compute_numbers(
                 progress(done, len(mine))
         _finish(folder, known, _over_ranks(computed, covered))
     elif torch.distributed.get_rank() == 0:
-        _remove_parts(folder)  # of runs that were killed after another had finished
+        _remove_parts(folder)  # left by runs that were killed after another had finished
     finished = load_numbers(cache_dir, key, num_responses, width)
-    assert finished is not None, f"{folder} is not shared by all ranks"
+    assert finished is not None, f"{folder} is shared by all ranks"
     return finished
 
 
 def _is_complete(cache_dir: Path, key: str, num_responses: int, width: int) -> bool:
-    """Whether the numbers are there already, as rank 0 sees the disk."""
+    """Whether the numbers are already on disk, as seen by rank 0."""
     complete = [torch.distributed.get_rank() == 0 and load_numbers(cache_dir, key, num_responses, width) is not None]
     torch.distributed.broadcast_object_list(complete, src=0)
     return complete[0]
@@ -153,7 +153,7 @@ def _is_complete(cache_dir: Path, key: str, num_responses: int, width: int) -> b
 def _begin(
     folder: Path, prompts: Sequence[Sequence[int]], num_responses: int, width: int
 ) -> tuple[np.ndarray | None, list[int]]:
-    """What parts hold, on rank 0 alone, and the prompts that they do not cover, on every rank."""
+    """Return the contents of parts, only on rank 0, and the prompts that they do not cover, on every rank."""
     known, remaining = None, [[0]]
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,9 +165,9 @@ def _begin(
 
 
 def _over_ranks(computed: np.ndarray, covered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All ranks' numbers ``[responses, width]`` and which of them there are ``[responses]``. A collective.
+    """Gather all ranks' numbers ``[responses, width]``, and which of them exist ``[responses]``. A collective.
 
-    Data-parallel ranks have different responses, and one rank of each model-parallel group has them.
+    Data-parallel ranks have different responses, and one rank of each model-parallel group contributes them.
     """
     columns = np.concatenate([np.where(covered[:, None], computed, 0), covered[:, None]], axis=1, dtype=np.float32)
     total = torch.from_numpy(columns)
@@ -179,7 +179,7 @@ def _over_ranks(computed: np.ndarray, covered: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _finish(folder: Path, known: np.ndarray | None, computed: tuple[np.ndarray, np.ndarray]) -> None:
-    """Write the numbers from rank 0's memory, unless another run was first. A collective.
+    """Write the numbers from rank 0's memory, unless another run was faster. A collective.
 
     Raises:
         FloatingPointError: some of them are not finite.
@@ -189,13 +189,13 @@ def _finish(folder: Path, known: np.ndarray | None, computed: tuple[np.ndarray, 
         sums = np.where(computed[1][:, None], computed[0], known)
         missing = [int((~np.isfinite(sums)).any(axis=1).sum())]
         if missing == [0]:
-            if not (folder / _SUMS).exists():  # else readers have that one mapped
+            if not (folder / _SUMS).exists():  # otherwise readers have it memory-mapped
                 with written_atomically(folder / _SUMS) as (file,):
                     np.save(file, sums)
             _remove_parts(folder)
-    torch.distributed.broadcast_object_list(missing, src=0)  # also: nobody reads before it is written
+    torch.distributed.broadcast_object_list(missing, src=0)  # also a barrier: no rank reads before it is written
     if missing != [0]:
-        raise FloatingPointError(f"the model's numbers of {missing[0]} of {len(computed[1])} responses are not finite")
+        raise FloatingPointError(f"the model's outputs for {missing[0]} of {len(computed[1])} responses are not finite")
 
 
 def _sums_of(
@@ -208,9 +208,9 @@ def _sums_of(
     numbers: Callable[[ModelOutput, MicroBatch], Tensor],
     width: int,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Part by part: prompts done, response numbers ``[n]``, sums ``[n, width]``; n = 0 before the last stage.
+    """Yield part by part: prompts done, response indices ``[n]``, sums ``[n, width]``; n = 0 before the last stage.
 
-    ``longest``: prompts of the rank that has most. All go through equally many parts: ranks may share experts.
+    ``longest``: prompts of the rank that has most. All ranks take part in equally many parts: they may split experts.
     """
 
     def report(output: ModelOutput, batch: MicroBatch) -> dict[str, Tensor]:
@@ -235,21 +235,21 @@ def _sums_of(
 
 
 class _Parts:
-    """What this rank has computed so far, on disk.
+    """The parts that this rank has written so far.
 
     Args:
-        folder: of the pass.
-        writes: this rank is the one of its tensor- and context-parallel group that writes.
+        folder: directory of the pass.
+        writes: whether this rank writes for its tensor- and context-parallel group.
     """
 
     def __init__(self, folder: Path, *, writes: bool) -> None:
         self._folder = folder
         self._writes = writes
-        self._writer = secrets.token_hex(8)  # drawn: processes of several nodes and jobs write into one folder
+        self._writer = secrets.token_hex(8)  # random: processes of several nodes and jobs write to one directory
         self._count = 0
 
     def add(self, responses: np.ndarray, sums: np.ndarray) -> bool:
-        """Write one part: response numbers ``[n]`` and sums ``[n, width]``. Returns whether these are this rank's."""
+        """Write one part: response indices ``[n]`` and sums ``[n, width]``. Return whether this rank writes."""
         if not self._writes or not len(responses):
             return False
         with written_atomically(self._folder / f"part-{self._writer}-{self._count}.npz") as (file,):
@@ -259,14 +259,14 @@ class _Parts:
 
 
 def _read_parts(folder: Path, num_responses: int, width: int) -> np.ndarray:
-    """``[responses, width]`` float32, NaN where no part has the response. What cannot be read counts as absent."""
+    """Read ``[responses, width]`` float32, NaN if no part has the response. Unreadable parts count as absent."""
     sums = np.full((num_responses, width), np.nan, dtype=np.float32)
     for path in sorted(folder.glob("part-*.npz")):
         try:
             with np.load(path, allow_pickle=False) as part:
                 sums[part["responses"]] = part["sums"]
         except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
-            continue  # damaged, or another run has finished and removed it meanwhile
+            continue  # damaged, or removed meanwhile by another run that finished
     return sums
 
 

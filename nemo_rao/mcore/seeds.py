@@ -1,16 +1,16 @@
-"""Random numbers of the initial weights, and of a step as a function of seed, step and rank: a resumed run draws what
-an undisturbed one would.
+"""Random numbers of the initial weights, and of a step as a function of seed, step and rank: a resumed run draws the
+same numbers as an uninterrupted one.
 
-Megatron keeps several streams on each rank. What each must share, and with whom:
+Megatron keeps several streams on each rank, which ranks must share as follows:
 
-    default            dropout of activations that tensor-parallel ranks hold alike: the same on them, another on each
-                       data- and context-parallel rank, which hold other tokens, and on each pipeline stage, which
-                       holds other layers
-    tensor-parallel    dropout of what they split (attention heads; the sequence, with sequence parallelism): another
+    default            dropout of activations that are replicated over tensor-parallel ranks: the same on these, but
+                       different on each data- and context-parallel rank, which hold other tokens, and on each pipeline
+                       stage, which holds other layers
+    tensor-parallel    dropout of what these split (attention heads; the sequence, with sequence parallelism): different
                        on each of them
-    expert-parallel    another on each rank that holds other experts
+    expert-parallel    different on each rank that holds other experts
 
-The virtual stages of a rank follow each other in one stream, as its layers do.
+The virtual stages of a rank use one stream in sequence, like its layers.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_c
 
 
 def seed_weights(seed: int) -> None:
-    """Seed this rank's generators for the initial weights, as Megatron's own training does.
+    """Seed this rank's generators for the initial weights, as Megatron's training does.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
     """
     of_stage = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(of_stage)
@@ -39,10 +39,10 @@ def seed_step(seed: int, step: int) -> None:
     """Seed this rank's generators for an optimizer step.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         step: optimizer steps done.
     """
-    # Tensor-parallel ranks are left out: Megatron adds theirs to the streams that are not shared.
+    # Without the tensor-parallel rank, which Megatron adds for the streams that are not shared.
     rank = (
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
         parallel_state.get_pipeline_model_parallel_rank(),
@@ -54,7 +54,7 @@ def seed_step(seed: int, step: int) -> None:
 
 @contextlib.contextmanager
 def random_numbers_kept() -> Iterator[None]:
-    """What is drawn inside the block changes nothing of what is drawn behind it, on this rank."""
+    """Restore this rank's random state after the block."""
     tracker = get_cuda_rng_tracker()
     streams = tracker.get_states()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -66,9 +66,9 @@ def random_numbers_kept() -> Iterator[None]:
 
 
 def derived_seed(*values: int | str) -> int:
-    """A seed that these values decide, of 31 bits.
+    """Derive a 31-bit seed from these values.
 
-    A hash, not a sum of multiples: Megatron derives further seeds by adding to one. 31 bits: a CPU's generator reads no
-    more than 32.
+    A hash, not a sum of multiples: Megatron derives further seeds by addition. 31 bits: a CPU generator uses at most
+    32.
     """
     return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:4], "big") >> 1

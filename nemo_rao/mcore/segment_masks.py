@@ -1,19 +1,19 @@
-"""Attention masks of a table of segments, as FlexAttention takes them: a function of two tokens, and a block mask.
+"""Attention masks of a table of segments for FlexAttention: a function of two tokens, and a block mask.
 
 The table is that of :class:`nemo_rao.batch.MicroBatch`. Tokens are numbered through all sequences, ``L = B T``. Token q
 sees two ranges, in its own segment and in the prompt that this segment continues:
 
     first[q] <= k <= q    and    prompt_first[q] <= k < prompt_end[q]
 
-A sliding window only moves the beginnings of both. A padding token sees itself alone, as a softmax over nothing would
-be undefined.
+A sliding window only moves the beginnings of both. A padding token sees only itself, because a softmax over nothing is
+undefined.
 
 The block mask lists which blocks of 128 x 128 tokens are skipped, computed without a mask, or computed with the
 function above. PyTorch's ``create_block_mask`` evaluates that function for every pair of tokens. Here the blocks follow
 from pieces, the parts of segments within one block of queries: the first and last token of a piece bound what the
 others see. That takes ``(S + L/128) L/128`` numbers, without a loop over segments and without a synchronization.
 
-Legend: ``S`` segments, ``L`` tokens, ``N = ceil(L / 128)`` blocks, ``P = S + N`` pieces, of which some are empty.
+Legend: ``S`` segments, ``L`` tokens, ``N = ceil(L / 128)`` blocks, ``P = S + N`` pieces, some of them empty.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
     prompt_end: Tensor
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """FlexAttention's function of (batch, head, query, key)."""
+        """Return FlexAttention's function of (batch, head, query, key)."""
         first, prompt_first, prompt_end = self
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Seen(NamedTuple):
 
 
 def seen_by(table: Tensor, num_tokens: int, *, window: int | None = None) -> Seen:
-    """The ranges that each token sees.
+    """Compute the ranges that each token sees.
 
     Args:
         table: ``[S, 3]`` int64, on any device; its segments fill ``num_tokens``.
@@ -70,7 +70,7 @@ def seen_by(table: Tensor, num_tokens: int, *, window: int | None = None) -> See
 
 
 def block_mask(table: Tensor, num_tokens: int, *, window: int | None = None) -> BlockMask:
-    """FlexAttention's mask of one sequence of ``num_tokens``; for the arguments see :func:`seen_by`."""
+    """Build FlexAttention's mask for one sequence of ``num_tokens``; for the arguments see :func:`seen_by`."""
     seen = seen_by(table, num_tokens, window=window)
     partly, fully = _blocks(table, num_tokens, seen)
     return BlockMask.from_kv_blocks(
@@ -83,7 +83,7 @@ def block_mask(table: Tensor, num_tokens: int, *, window: int | None = None) -> 
 
 
 def _blocks(table: Tensor, num_tokens: int, seen: Seen) -> tuple[Tensor, Tensor]:
-    """``[N, N]`` bool each: blocks that queries see in part, and blocks that every query sees whole."""
+    """Return ``[N, N]`` bool each: blocks that queries see partially, and blocks that every query sees completely."""
     device = table.device
     blocks = torch.arange(0, num_tokens, BLOCK, device=device)
     starts = table[:, 0].cumsum(0) - table[:, 0]
@@ -92,7 +92,7 @@ def _blocks(table: Tensor, num_tokens: int, seen: Seen) -> tuple[Tensor, Tensor]
     first, last = begins.clamp(max=num_tokens - 1), (ends - 1).clamp(min=0)  # tokens of a piece
 
     def overlap(start: Tensor, end: Tensor) -> Tensor:
-        """``[P, N]``: number of tokens that ranges ``[start, end)`` and blocks have in common."""
+        """Return ``[P, N]``: number of tokens that ranges ``[start, end)`` and blocks have in common."""
         common = torch.minimum(end[:, None], (blocks + BLOCK).clamp(max=num_tokens)) - torch.maximum(
             start[:, None], blocks
         )
@@ -106,13 +106,13 @@ def _blocks(table: Tensor, num_tokens: int, seen: Seen) -> tuple[Tensor, Tensor]
     nothing = torch.zeros(len(blocks), len(blocks), dtype=torch.int32, device=device)
     some = nothing.index_add(0, block_of, (is_piece & (by_some > 0)).int()) > 0
     not_all = nothing.index_add(0, block_of, (is_piece & (by_all < BLOCK)).int()) > 0
-    # A block of queries that reaches beyond the last token is computed with the function, as in PyTorch.
+    # A block of queries that extends beyond the last token is computed with the function, as in PyTorch.
     fully = ~not_all & (blocks + BLOCK <= num_tokens)[:, None]
     return some & ~fully, fully
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """``([1, 1, N], [1, 1, N, N])`` int32: the number of true entries of each row, and the columns, those first."""
+    """Return ``([1, 1, N], [1, 1, N, N])`` int32: the number of true entries per row, and the columns, true first."""
     number = blocks.sum(-1, dtype=torch.int32)
     order = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return number[None, None], order[None, None]

@@ -1,9 +1,9 @@
-"""Megatron-core's distributed optimizer around torch's own Adam, restored exactly.
+"""Exact restoration of megatron-core's distributed optimizer around torch's Adam.
 
-Where neither apex nor Transformer Engine is installed, the distributed optimizer wraps torch's Adam, whose state
-differs from theirs in one entry: each parameter has a 0-dim ``step``. Reading a checkpoint expects that state to exist
-already, looks for ``step`` among the stored tensors, where it is not, and in the end lets all parameters share one
-``step``, which every one of them would advance.
+If neither apex nor Transformer Engine is installed, the distributed optimizer wraps torch's Adam, whose state differs
+from theirs in one entry: each parameter has a 0-dim ``step``. Loading a checkpoint expects that state to exist already,
+looks for ``step`` among the stored tensors, where it is not, and finally lets all parameters share one ``step``, which
+each of them would increment.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def allocate_state(adam: torch.optim.Adam) -> None:
-    """Give every parameter the state that Adam makes in its first step."""
+    """Create the state of every parameter that Adam creates in its first step."""
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:
@@ -28,12 +28,12 @@ def allocate_state(adam: torch.optim.Adam) -> None:
 
 
 def is_torch_adam(optimizer: Any) -> bool:
-    """Whether a megatron-core optimizer wraps torch's own."""
+    """Whether a megatron-core optimizer wraps torch's Adam."""
     return isinstance(optimizer.optimizer, torch.optim.Adam)
 
 
 def before_reading(optimizer: Any) -> None:
-    """To be called before a checkpoint is read into a megatron-core optimizer around torch's Adam."""
+    """Prepare a megatron-core optimizer around torch's Adam for loading a checkpoint."""
     allocate_state(optimizer.optimizer)
     if not optimizer.config.use_distributed_optimizer:
         return
@@ -48,6 +48,6 @@ def before_reading(optimizer: Any) -> None:
 
 
 def after_reading(optimizer: Any) -> None:
-    """To be called once it is read: every parameter counts its own steps."""
+    """Finish the loading: every parameter gets a separate ``step``."""
     for state in optimizer.optimizer.state.values():
         state["step"] = state["step"].clone()

@@ -1,4 +1,4 @@
-"""A second model that a run trains on the policy's ranks: its optimizer, its steps, its part of a checkpoint.
+"""A second model that a run trains on the policy's ranks, with its optimizer, steps and checkpoints.
 
 Built from megatron-core's distributed data parallel, schedules, optimizers and checkpoints. With GPUs, weights,
 optimizer state and gradient buffers are on the device only while they are used; weights and optimizer state are in
@@ -28,15 +28,15 @@ _NOT_OVERLAPPED = {"overlap_grad_reduce": False, "overlap_param_gather": False}
 
 
 class TrainedModel:
-    """This rank's part of such a model.
+    """This rank's part of a second model.
 
     Args:
-        chunks: with their weights, on the device, not wrapped for training.
+        chunks: model chunks with weights, on the device, not wrapped for training.
         gradients: fields of megatron-core's ``DistributedDataParallelConfig``.
         optimizer: fields of its ``OptimizerConfig``.
 
     Attributes:
-        chunks: as Megatron's schedules take them; use them inside :meth:`on_device` only.
+        chunks: chunks for Megatron's schedules; use them only inside :meth:`on_device`.
     """
 
     def __init__(self, chunks: Sequence[Any], *, gradients: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
@@ -52,11 +52,11 @@ class TrainedModel:
             config.grad_scale_func = self._optimizer.scale_loss
         for part in checkpoint.optimizer_parts(self._optimizer):
             if torch_adam.is_torch_adam(part):
-                torch_adam.allocate_state(part.optimizer)  # checkpoints have it, even if fp16 skips all steps
+                torch_adam.allocate_state(part.optimizer)  # checkpoints contain it, even if fp16 skips all steps
         for group in self._optimizer.param_groups:
             group["weight_decay"] = optimizer["weight_decay"] * group.get("wd_mult", 1.0)
             if "max_lr" in group:
-                group["max_lr"] = 1.0  # checkpoints find a group by it, and it may change when a run continues
+                group["max_lr"] = 1.0  # checkpoints identify a group by it, and it may change when a run resumes
         self._weights = HostMemory(lambda: on_gpu(_weights(self.chunks)))
         self._states = HostMemory(lambda: on_gpu(_states(self._optimizer, self.chunks)))
         self._gradients = HostMemory(lambda: on_gpu(_gradients(self.chunks)), kept=False)
@@ -64,7 +64,7 @@ class TrainedModel:
             part.send_away()
 
     def on_device(self) -> contextlib.AbstractContextManager[None]:
-        """The weights are on the device inside the block, for forward passes."""
+        """Keep the weights on the device inside the block, for forward passes."""
         return self._weights.on_device(changed=False)
 
     @contextlib.contextmanager
@@ -84,16 +84,16 @@ class TrainedModel:
         loss: Callable[[ModelOutput, MicroBatch], tuple[Tensor, Tensor, dict[str, Tensor]]],
         rate: float,
     ) -> float | None:
-        """Take an optimizer step. A collective over all ranks, which have equally many micro-batches.
+        """Take an optimizer step. A collective over all ranks, which must have equally many micro-batches.
 
         Args:
-            micro_batches: the slots of each of this rank's micro-batches.
+            micro_batches: slots of each of this rank's micro-batches.
             make_micro_batch: slots -> micro-batch.
-            loss: of the last stage's output, see :func:`nemo_rao.mcore.loss.for_schedule`.
+            loss: loss of the last stage's output, see :func:`nemo_rao.mcore.loss.for_schedule`.
             rate: learning rate.
 
         Returns:
-            the gradient norm before clipping; ``None``: in fp16 it was not finite, and the step was skipped.
+            the gradient norm before clipping; ``None`` if it was not finite in fp16 and the step was skipped.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -113,7 +113,7 @@ class TrainedModel:
             checkpoint.save(folder, self.chunks, self._optimizer, {}, keep=None)
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` has written, under any parallelism."""
+        """Load what :meth:`save` has written, under any parallelism."""
         with self._all_on_device(changed=True):
             checkpoint.load(folder, self.chunks, self._optimizer, keep=None)
 
@@ -132,7 +132,7 @@ def _gradients(chunks: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _states(optimizer: Any, chunks: Sequence[Any]) -> Iterator[Tensor]:
-    """The optimizer's own copies of weights, and its moments."""
+    """Yield the optimizer's copies of weights, and its moments."""
     of_weights = {tensor.untyped_storage()._cdata for tensor in _weights(chunks)}
     for part in checkpoint.optimizer_parts(optimizer):
         if part.optimizer is None:  # this rank has no such parameters

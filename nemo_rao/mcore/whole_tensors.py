@@ -1,8 +1,8 @@
-"""A model's tensors, whole and by their names in checkpoints, on rank 0, one after the other.
+"""A model's whole tensors, with their names in checkpoints, on rank 0, one after another.
 
-Where a rank's part of a tensor belongs is read from the sharded state dict, as checkpoints do it: so it is the same
-under any tensor, pipeline and virtual pipeline parallelism. Rank 0 holds no more than the tensor at hand besides its
-own model.
+The location of a rank's part in a tensor is read from the sharded state dict, as for checkpoints, and so is correct
+under any tensor, pipeline and virtual pipeline parallelism. Rank 0 holds only the current tensor in addition to its
+model.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class _Part:
     """A rank's part of a tensor.
 
     Attributes:
-        name: of the tensor, with its layer's number.
-        number: of the part, among its rank's.
-        shape: of the tensor; places: of the part in it, (start, end) along each axis.
+        name: name of the tensor, with its layer's number.
+        number: index of the part on its rank.
+        shape: shape of the tensor; ranges: the part in it, (start, end) along each axis.
     """
 
     name: str
@@ -37,14 +37,15 @@ class _Part:
     number: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-    places: tuple[tuple[int, int], ...]
+    ranges: tuple[tuple[int, int], ...]
 
 
 def whole_tensors(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) on rank 0, where the model is; nothing on other ranks. Value and score heads are left out.
+    """Yield (name, tensor) on rank 0, on the model's device; nothing on other ranks. Value and score heads are
+    excluded.
 
     Adapters come first; then the model from its embeddings to its output layer, layer by layer. A collective of all
-    ranks, of which each has to go on until nothing more comes.
+    ranks, each of which must exhaust the iterator.
 
     Args:
         chunks: this rank's model chunks.
@@ -66,8 +67,8 @@ def whole_tensors(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
             if rank == 0:
                 if whole is None:
                     whole = torch.empty(part.shape, dtype=part.dtype, device=own[0].data.device)
-                place = whole[tuple(slice(start, end) for start, end in part.places)]
-                place.copy_(data if part.rank == 0 else _received(place, part.rank))
+                target = whole[tuple(slice(start, end) for start, end in part.ranges)]
+                target.copy_(data if part.rank == 0 else _received(target, part.rank))
             elif part.rank == rank:
                 torch.distributed.send(data.contiguous(), 0)
         if whole is not None:
@@ -76,18 +77,18 @@ def whole_tensors(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
 
 def _part(shard: ShardedTensor, rank: int, number: int) -> _Part:
     data = shard.data
-    # Axes that sharding along layers adds in front, of which a model of one kind of layers has one.
+    # Leading axes added by sharding along layers; there is one if all layers are of one kind.
     extra = len(shard.global_shape) - data.dim()
     name, rest = shard.key, shard.key.removeprefix(_LAYERS)
     if extra:
         assert extra == 1 and rest != name, f"{name}: {shard.global_shape}"
         name = f"{_LAYERS}{shard.global_offset[0]}.{rest}"
-    places = tuple((start, start + size) for start, size in zip(shard.global_offset[extra:], data.shape, strict=True))
-    return _Part(name, rank, number, data.dtype, tuple(shard.global_shape[extra:]), places)
+    ranges = tuple((start, start + size) for start, size in zip(shard.global_offset[extra:], data.shape, strict=True))
+    return _Part(name, rank, number, data.dtype, tuple(shard.global_shape[extra:]), ranges)
 
 
 def _order(name: str) -> tuple[int, int, str]:
-    """Adapters, embeddings, layers by number, what comes after them."""
+    """Sort key: adapters, embeddings, layers by number, then the rest."""
     if ".adapter." in name:
         return 0, 0, name
     rest = name.removeprefix(_LAYERS)

@@ -1,1 +1,1 @@
-"""Models in Hugging Face's format, as files: which weights they have, and how their config.json is spelled."""
+"""Files of models in Hugging Face's format: their weights and their config.json."""

@@ -1,1 +1,1 @@
-"""Tensor operations on torch and a process group: token log-probabilities, sums over prompts and responses."""
+"""Tensor operations on torch and process groups: token log-probabilities, sums over prompts and responses."""

@@ -1,21 +1,21 @@
-"""A product of features and a weight that is too large to hold, a block of tokens and columns at a time.
+"""A product of features and a weight that is too large to hold, computed one block of tokens and columns at a time.
 
 Shape legend: ``N`` tokens that are computed, ``n`` tokens and ``c`` vocabulary columns of one block; ``H`` hidden size,
-``r`` low rank, ``F = H + r`` features; ``v`` vocabulary columns of this rank, padding left out.
+``r`` low rank, ``F = H + r`` features; ``v`` vocabulary columns of this rank, without padding.
 
-The memory of one block is set aside once and used for all of them: memory that is given back and asked for again costs
-page faults on a CPU, and two blocks of logits at a time.
+The memory of one block is allocated once and reused for all of them: memory that is freed and reallocated costs page
+faults on a CPU, and two blocks of logits at a time.
 
-Types. Results are float32 (float64 where hidden is), summed over blocks without being rounded to 16 bits in between.
-What a product of 16-bit tensors reads follows from what the device has:
+Types. Results are float32 (float64 where hidden is), summed over blocks without intermediate rounding to 16 bits. What
+a product of 16-bit tensors reads depends on the device:
 
 - CUDA: tensor cores, 16-bit factors into float32 results. The logits' gradient is rounded to 16 bits once, as a
   factor. Blocks are whole tiles of the products, and their rows begin at aligned addresses, without which cuBLAS falls
   back to slower kernels.
 - CPU: PyTorch has no product of 16-bit factors with a float32 result there; 16-bit results, rounded before they are
-  added up, would lose what summing in float32 is for. Factors are widened block by block instead, and the logits'
-  gradient is not rounded at all. Without AMX or AVX512-BF16 this is the fast way, too: on AVX512 alone, float32
-  products ran three to four times as fast as bfloat16 ones.
+  summed, would lose the precision of float32 sums. Factors are widened block by block instead, and the logits' gradient
+  is not rounded at all. Without AMX or AVX512-BF16 this is also the fast way: on AVX512 alone, float32 products ran
+  three to four times as fast as bfloat16 ones.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _ALIGNED = 16  # elements: 32 bytes in 16-bit types
 
 
 class Blocks:
-    """What is read of the features ``[N, F]`` and of the weight ``[v, F]``, a block at a time, in memory set aside.
+    """Reads the features ``[N, F]`` and the weight ``[v, F]`` block by block, into preallocated memory.
 
     Attributes:
-        dtype: of logits, statistics and sums.
+        dtype: dtype of logits, statistics and sums.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class Blocks:
         )
 
     def pairs(self, *, sums: Sequence[SlabSum] = ()) -> Iterator[tuple[slice, slice]]:
-        """Slabs of columns with chunks of tokens, each pair once; none if there is no token to compute.
+        """Yield slabs of columns with chunks of tokens, each pair once; none if there is no token to compute.
 
-        With the vocabulary outside, a slab's copy and its part of ``sums`` serve all tokens. On a GPU that needs
-        neither, chunks of tokens are outside: their features, which lie apart, are then gathered once.
+        The outer loop is over the vocabulary if a slab's copy or its part of ``sums`` is needed, which then serves all
+        tokens. Otherwise, on a GPU, it is over chunks of tokens, whose features are then gathered once.
         """
         num_rows, width = self.sizes
         if self.tokens_first and not any(one.is_wide for one in sums):
@@ -95,7 +95,7 @@ class Blocks:
             yield from ((slab, rows) for rows in chunks(self.num_tokens, num_rows))
 
     def weight_of(self, slab: slice) -> Tensor:
-        """``[c, F]``, until the next call. That of the same slab again is not read again."""
+        """Return ``[c, F]``, valid until the next call. The same slab is not read twice in a row."""
         if self.reads_in_place:
             return self.weights[0][slab]
         if slab != self.slab_held:
@@ -104,13 +104,13 @@ class Blocks:
         return self.weight_memory[: slab.stop - slab.start]
 
     def sum_of_slabs(self, weight_sum: Tensor) -> SlabSum:
-        """``weight_sum`` ``[V/TP, ...]``, to be added to a slab at a time."""
+        """Wrap ``weight_sum`` ``[V/TP, ...]`` for accumulation by slab."""
         is_wide = weight_sum.dtype != self.dtype
         shape = (self.sizes[1] if is_wide else 0, *weight_sum.shape[1:])
         return SlabSum(weight_sum, weight_sum.new_empty(shape, dtype=self.dtype), is_wide)
 
     def features_of(self, rows: slice) -> Tensor:
-        """``[n, F]``, until the next call. Those of the same rows again are not read again."""
+        """Return ``[n, F]``, valid until the next call. The same rows are not read twice in a row."""
         if rows != self.features_held:
             here = tuple(index[rows] for index in self.positions)
             _side_by_side([part[here] for part in self.features], self.features_memory)
@@ -118,14 +118,17 @@ class Blocks:
         return self.features_memory[: rows.stop - rows.start]
 
     def logits(self, features_nf: Tensor, weight_cf: Tensor) -> Tensor:
-        """``[n, c]``, until the next call; the caller may overwrite it."""
+        """Return ``[n, c]``, valid until the next call; the caller may overwrite it."""
         logits_nc = self._block(self.logits_memory, len(features_nf), len(weight_cf))
         if features_nf.dtype == self.dtype:
             return torch.mm(features_nf, weight_cf.T, out=logits_nc)
         return torch.mm(features_nf, weight_cf.T, out_dtype=self.dtype, out=logits_nc)
 
     def factor_like(self, logits_nc: Tensor) -> Tensor:
-        """``[n, c]`` memory for a factor of the products to come, until the next call; of one type, the logits' own."""
+        """Return ``[n, c]`` memory for a factor of the next products, valid until the next call.
+
+        It is the logits' memory if both have the same dtype.
+        """
         return self._block(self.factor_memory, *logits_nc.shape)
 
     def _block(self, memory: Tensor, num_rows: int, width: int) -> Tensor:
@@ -137,10 +140,10 @@ class Blocks:
 
 
 class SlabSum:
-    """A weight's gradient, added up in float32 (float64) whatever type it has.
+    """A weight's gradient, accumulated in float32 (float64) for any dtype.
 
     Attributes:
-        is_wide: a slab is added up in memory of its own, and rounded once when the next one begins.
+        is_wide: a slab is accumulated in separate memory, and rounded once when the next one begins.
     """
 
     def __init__(self, weight_sum: Tensor, memory: Tensor, is_wide: bool) -> None:
@@ -148,7 +151,7 @@ class SlabSum:
         self.held: slice | None = None
 
     def of(self, slab: slice) -> Tensor:
-        """``[c, ...]``, to be added to in place, until the next call."""
+        """Return ``[c, ...]`` for in-place accumulation, valid until the next call."""
         if not self.is_wide:
             return self.weight_sum[slab]
         part = self.memory[: slab.stop - slab.start]
@@ -159,29 +162,29 @@ class SlabSum:
         return part
 
     def finish(self) -> None:
-        """Round the last slab. To be called once, at the end."""
+        """Round the last slab. Call it once, at the end."""
         if self.held is not None:
             self.weight_sum[self.held].copy_(self.memory[: self.held.stop - self.held.start])
             self.held = None
 
 
 def read_dtype_of(hidden: Tensor) -> torch.dtype:
-    """The type in which products read their factors (this module's docstring)."""
+    """Return the dtype in which products read their factors (see the module's docstring)."""
     if hidden.dtype == torch.float64:
         return torch.float64
-    # From PyTorch 2.8 on. Before, factors are widened on a GPU, too: slower, as exact.
+    # Since PyTorch 2.8. Before, factors are also widened on a GPU: slower but equally exact.
     if hidden.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
         return hidden.dtype
     return torch.float32
 
 
 def tile_of(hidden: Tensor) -> int:
-    """Tokens and columns that blocks are multiples of (this module's docstring)."""
+    """Return the number of tokens and columns of which blocks are multiples (see the module's docstring)."""
     return CUDA_TILE if hidden.is_cuda else 1
 
 
 def _side_by_side(parts: list[Tensor], memory: Tensor) -> Tensor:
-    """``[n, F]`` in ``memory``, whose type it has."""
+    """Concatenate to ``[n, F]`` in ``memory``, with its dtype."""
     out, start = memory[: len(parts[0])], 0
     for part in parts:
         out[:, start : start + part.shape[1]].copy_(part)
@@ -190,7 +193,7 @@ def _side_by_side(parts: list[Tensor], memory: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, in the total's type."""
+    """Compute ``total += left @ right`` in the dtype of ``total``."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif _adds_in_place(left.dtype, total.dtype, total.device):
@@ -203,7 +206,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _adds_in_place(factors: torch.dtype, total: torch.dtype, device: torch.device) -> bool:
     """Whether cuBLAS may add a product of 16-bit factors to a float32 sum, which saves three passes over the sum.
 
-    PyTorch 2.8 has the operator, and refuses a sum that is not of the factors' type.
+    PyTorch 2.8 has the operator, but rejects a sum with another dtype than the factors.
     """
     sums, ones = torch.zeros(16, 16, dtype=total, device=device), torch.ones(16, 16, dtype=factors, device=device)
     try:

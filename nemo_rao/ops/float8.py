@@ -1,11 +1,11 @@
-"""Rounding through 8-bit floating point as Transformer Engine does it: a scale for a tensor or a block, then the cast.
+"""Rounding to 8-bit floating point as in Transformer Engine: a scale per tensor or block, then the cast.
 
-    scaled = x * scale            scale: as large as the format's largest number allows
+    scaled = x * scale            scale: as large as the format's range allows
     q      = cast(clamp(scaled))  e4m3: 4 bits of exponent, 3 of mantissa, up to 448; e5m2: 5 and 2, up to 57344
     x~     = q / scale            what a product sees; sums are in fp32
 
-How a scale follows from the largest magnitude (amax) is ``compute_scale_from_amax`` of Transformer Engine, and
-``float_to_e8m0`` for MXFP8. Shape legend: ``[M, K]`` a matrix of fp32; blocks at the edges may be smaller.
+The scale is computed from the largest magnitude (amax) as in ``compute_scale_from_amax`` of Transformer Engine, and
+``float_to_e8m0`` for MXFP8. Shape legend: ``[M, K]`` an fp32 matrix; blocks at the edges may be smaller.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 def largest(dtype: torch.dtype) -> float:
-    """The largest number of an 8-bit format."""
+    """Return the largest number of an 8-bit format."""
     return torch.finfo(dtype).max
 
 
 def rounded(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values`` as they are after a cast under ``scale`` and back; beyond the format's range, its largest number.
+    """Cast ``values`` with ``scale`` and back; values beyond the format's range become its largest number.
 
     Args:
         values: fp32.
@@ -41,10 +41,10 @@ def rounded(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scale_of(amax: Tensor, dtype: torch.dtype, *, power_of_2: bool = False) -> Tensor:
-    """The scale that brings ``amax`` to the format's largest number; 1 where it is 0 or not finite.
+    """Return the scale that maps ``amax`` to the format's largest number; 1 where it is 0 or not finite.
 
     Args:
-        power_of_2: rounded down to one, so that scaling itself rounds nothing.
+        power_of_2: round the scale down to a power of 2, so that scaling itself is exact.
     """
     scale = (largest(dtype) / amax).clamp(max=LARGEST_SCALE)
     if power_of_2:
@@ -53,9 +53,9 @@ def scale_of(amax: Tensor, dtype: torch.dtype, *, power_of_2: bool = False) -> T
 
 
 def e8m0_scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """MXFP8's scale: 1 / amax relative to the format's largest number, which is rounded up to a power of 2.
+    """Return MXFP8's scale: the inverse of amax / (the format's largest number), rounded up to a power of 2.
 
-    ``amax`` never exceeds the range then. 1 where it is 0 or not finite.
+    So ``amax`` never exceeds the range. 1 where it is 0 or not finite.
     """
     relative = amax * (1 / largest(dtype))
     # Adding all bits below the exponent carries into it unless they are 0.
@@ -65,13 +65,13 @@ def e8m0_scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_amax(values: Tensor, block: tuple[int, int]) -> Tensor:
-    """The largest magnitude of each block of ``[M, K]``: ``[ceil(M / rows), ceil(K / columns)]``."""
+    """Return the largest magnitude of each block of ``[M, K]``: ``[ceil(M / rows), ceil(K / columns)]``."""
     rows, columns = block
     padded = F.pad(values.abs(), (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))
     return padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax(dim=(1, 3))
 
 
 def spread(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
-    """A scale for each block -> for each number, ``[M, K]``."""
+    """Expand scales per block to scales per number, ``[M, K]``."""
     rows, columns = block
     return scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]

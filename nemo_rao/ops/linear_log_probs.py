@@ -1,32 +1,33 @@
-"""Log-probabilities of given tokens from hidden states and the output weight: the logits never exist.
+"""Log-probabilities of given tokens from hidden states and the output weight, without materializing logits.
 
 Shape legend: ``T`` positions, ``N`` of them that are computed, ``n`` tokens and ``c`` vocabulary columns of one block;
-``H`` hidden size, ``r`` low rank, ``F = H + r`` features; ``v`` vocabulary columns of this rank, padding left out.
+``H`` hidden size, ``r`` low rank, ``F = H + r`` features; ``v`` vocabulary columns of this rank, without padding.
 
 Per token, with x its features, W the weight, z = W x the logits, y the target, M the largest logit of all ranks and
-g the gradient that comes in:
+g the upstream gradient:
 
     log p(y) = (z_y - M) - log S,    S = sum_j exp(z_j - M)
     dz_j     = g ([j = y] - exp(z_j - M) / S),    dx = W^T dz,    dW = sum over tokens of dz x^T
 
-Blocks. Both passes walk the vocabulary in slabs of c columns and the tokens in chunks of n, so that only ``[n, c]``
-logits are held; :meth:`nemo_rao.ops.blocks.Blocks.pairs` says in which order. Forward keeps M and S as it goes (M may
-grow: S is scaled down with it). Backward computes the logits anew, one product more than with saved ones. n and c
-follow from a budget in bytes (:func:`nemo_rao.ops.workspace.block_sizes`), which holds whatever T and V are. Besides, a
-token takes a few dozen bytes, and 4 F more for its dx in backward. What happens to a block of logits between the
-products is :mod:`nemo_rao.ops.logit_blocks`: on a GPU, Triton kernels that read it once.
+Blocks. Both passes iterate over slabs of c columns and chunks of n tokens, so that only ``[n, c]`` logits are held;
+:meth:`nemo_rao.ops.blocks.Blocks.pairs` determines the order. Forward updates M and S as it goes (when M grows, S is
+scaled down). Backward recomputes the logits, one product more than with saved ones. n and c follow from a budget in
+bytes (:func:`nemo_rao.ops.workspace.block_sizes`), independently of T and V. In addition, a token takes a few dozen
+bytes, and 4 F for its dx in backward. :mod:`nemo_rao.ops.logit_blocks` processes a block of logits between the
+products: on a GPU, with Triton kernels that read it once.
 
-Precision. Logits, statistics, dx and dW are float32 (float64 where hidden is) and summed over blocks without being
-rounded to 16 bits in between; :mod:`nemo_rao.ops.blocks` describes what 16-bit products read.
+Precision. Logits, statistics, dx and dW are float32 (float64 where hidden is) and summed over blocks without
+intermediate rounding to 16 bits; :mod:`nemo_rao.ops.blocks` describes what 16-bit products read.
 
 Communication over the tensor-parallel ranks: one all-gather of ``[N, 3]`` in forward; in backward one all-reduce of dx
-``[N, F]``, of the tokens that were asked for alone, in float32, so that it is rounded once and not on each rank. With
-sequence parallelism hidden is all-gathered in both passes (saved is the rank's own part alone, as in Megatron), and dx
-is reduce-scattered.
+``[N, F]``, only for the requested tokens, in float32, so that it is rounded once and not on each rank. With sequence
+parallelism hidden is all-gathered in both passes (only the rank's part is saved, as in Megatron), and dx is
+reduce-scattered.
 
-Considered instead: Megatron's fused cross entropy, which still needs the logits; Liger's fused linear cross entropy,
-which computes gradients in forward, before it is known what the loss asks of each token; Apple's cut cross-entropy,
-whose products are Triton's own, not cuBLAS's. Neither of the last two adds to Megatron's ``main_grad``.
+Alternatives considered: Megatron's fused cross entropy, which still needs the logits; Liger's fused linear cross
+entropy, which computes gradients in forward, before the loss's gradient for each token is known; Apple's cut
+cross-entropy, whose products are Triton's instead of cuBLAS's. Neither of the last two adds to Megatron's
+``main_grad``.
 """
 
 from __future__ import annotations
@@ -66,33 +67,33 @@ def linear_vocab_parallel_log_probs(
     sequence_parallel: bool = False,
     workspace_bytes: int | None = None,
 ) -> Tensor:
-    """log p(target) of every position, in nats, under softmax(hidden @ weight.T).
+    """Compute log p(target) at every position, in nats, under softmax(hidden @ weight.T).
 
-    A collective of ``group`` in forward and, where hidden or u needs a gradient, in backward: all of its ranks call it
-    with the same targets and mask. Backward expects the same incoming gradient on all of them, as it is where each
-    computes the same loss. Gradients of hidden and u are whole (summed over the ranks), those of weight and b are of
-    the rank's own rows. Without ``positions``, a GPU is waited for once, to list them and to check the targets.
+    A collective of ``group`` in forward and, if hidden or u needs a gradient, in backward: all of its ranks must call
+    it with the same targets and mask. Backward expects the same upstream gradient on all of them, which holds if each
+    computes the same loss. Gradients of hidden and u are complete (summed over the ranks), those of weight and b belong
+    to the rank's rows. Without ``positions``, the host waits once for a GPU, to list them and to check the targets.
 
-    A weight with ``main_grad`` (Megatron's distributed data parallel) has its gradient added there, and autograd gets a
-    placeholder, by the protocol of Megatron's own linear layers: ``grad_added_to_main_grad``, ``zero_out_wgrad``.
+    If the weight has a ``main_grad`` (Megatron's distributed data parallel), its gradient is added there, and autograd
+    gets a placeholder, by the protocol of Megatron's linear layers: ``grad_added_to_main_grad``, ``zero_out_wgrad``.
 
     Args:
-        hidden: ``[..., H]`` of any float type and memory layout, the same on every rank. Never changed.
-        weight: ``[V/TP, H]`` of hidden's type; rank i of ``group`` holds rows ``[i * V/TP, (i + 1) * V/TP)``.
+        hidden: ``[..., H]`` of any float dtype and memory layout, the same on every rank. Never modified.
+        weight: ``[V/TP, H]`` of hidden's dtype; rank i of ``group`` holds rows ``[i * V/TP, (i + 1) * V/TP)``.
         targets: ``[...]`` integers in [0, vocab_size), the same on every rank.
-        vocab_size: V without padding. Rows from there on take no part in the softmax and get zero gradient.
+        vocab_size: V without padding. Rows from there on are excluded from the softmax and get zero gradient.
         group: the tensor-parallel ranks; ``None`` for one.
-        mask: ``[...]`` bool. Where false, nothing is computed: the result and the gradients are zero, whatever hidden
-            state and target stand there.
-        positions: in the place of a mask, the N of them that are computed, where the caller knows them: a GPU is not
-            waited for, and targets are not checked.
-        num_trained: the first so many of ``positions`` carry a gradient, the others are constants, for which nothing is
-            computed backward; ``None`` for all.
-        low_rank: u ``[..., r]``, b ``[V/TP, r]``, which add ``u @ b.T`` to the logits: LoRA on the output layer, its
-            scale inside u. As adapters have it, u is of all positions, also with ``sequence_parallel``.
-        sequence_parallel: hidden is ``[T/TP, ...]``, the rank's part of dimension 0; all else is ``[T, ...]``.
-        workspace_bytes: what the blocks may take at a time; ``None`` for 24 MiB on a CPU, where they should stay in
-            the caches, and 512 MiB on a GPU, where products should be large.
+        mask: ``[...]`` bool. Where false, nothing is computed: the result and the gradients are zero, for any hidden
+            state and target.
+        positions: instead of a mask, the N positions to compute, if the caller knows them: the host does not wait for a
+            GPU, and targets are not checked.
+        num_trained: the first ``num_trained`` of ``positions`` carry a gradient, the others are constants without
+            backward computation; ``None`` for all.
+        low_rank: u ``[..., r]``, b ``[V/TP, r]``, which add ``u @ b.T`` to the logits: LoRA on the output layer, with
+            its scale inside u. As in adapters, u has all positions, also with ``sequence_parallel``.
+        sequence_parallel: hidden is ``[T/TP, ...]``, the rank's part of dimension 0; everything else is ``[T, ...]``.
+        workspace_bytes: maximum memory of the blocks; ``None`` for 24 MiB on a CPU, where they should stay in the
+            caches, and 512 MiB on a GPU, where products should be large.
 
     Returns:
         ``[...]`` float32, or float64 for float64 hidden states; the same on every rank of ``group``.
@@ -162,10 +163,10 @@ class _LinearLogProbs(torch.autograd.Function):
         needs_hidden, needs_weight, needs_u, needs_b = ctx.needs_input_grad[:4]
         whole = _all_gather(hidden, group) if ctx.gathered else hidden
 
-        # Hidden's features are the first H, u's the others.
+        # The first H features are hidden's, the others u's.
         wanted = slice(0 if needs_hidden else size, size + (u.shape[-1] if needs_u else 0))
         features_grad = hidden.new_zeros(len(local_targets), wanted.stop - wanted.start, dtype=total.dtype)
-        # Of each weight: where its gradient is summed, and the features that it multiplies.
+        # For each weight: where its gradient is summed, and the features that it multiplies.
         sums = [(_sum_of(ctx.parameter), slice(0, size))] if needs_weight else []
         if needs_b:
             sums.append((torch.zeros_like(b), slice(size, None)))
@@ -181,7 +182,7 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden_part, u_part = features_grad.tensor_split([size - wanted.start], dim=1)
         hidden_grad = u_grad = None
         if group is not None and (needs_u or (needs_hidden and not ctx.gathered)):
-            # All at once; of a gathered hidden, u's part alone.
+            # All at once; if hidden is gathered, only u's part.
             u_part = u_part.contiguous() if ctx.gathered else u_part
             dist.all_reduce(u_part if ctx.gathered else features_grad, group=group)
         if needs_hidden:
@@ -204,11 +205,11 @@ def _add_gradients(
     *,
     wanted: slice,
 ) -> None:
-    """Add up the gradients of all N tokens, in place.
+    """Accumulate the gradients of all N tokens, in place.
 
     Args:
-        features_grad: of the ``wanted`` features, ``[N, wanted]``.
-        sums: weights' gradients ``[V/TP, part of F]``, and the features that each of them multiplies.
+        features_grad: gradient of the ``wanted`` features, ``[N, wanted]``.
+        sums: gradients of weights ``[V/TP, part of F]``, and the features that each of them multiplies.
     """
     compute = logit_blocks_for(features_grad.device, tokens.total.dtype)
     slab_sums = [blocks.sum_of_slabs(weight_sum) for weight_sum, _ in sums]
@@ -226,7 +227,7 @@ def _add_gradients(
 
 
 def _put(part: Tensor, positions: Positions, into: Tensor) -> Tensor:
-    """``part`` ``[N, F]`` at its positions of ``into`` ``[..., F]``, in the latter's type."""
+    """Write ``part`` ``[N, F]`` to its positions of ``into`` ``[..., F]``, in the latter's dtype."""
     into[positions] = part.to(into.dtype)
     return into
 
@@ -235,17 +236,17 @@ def _put(part: Tensor, positions: Positions, into: Tensor) -> Tensor:
 
 
 def _sum_of(weight: Tensor) -> Tensor:
-    """Where the weight's gradient is added up: Megatron's own sum over micro-batches, or zeros."""
+    """Return the accumulator of the weight's gradient: Megatron's sum over micro-batches, or zeros."""
     main_grad = getattr(weight, "main_grad", None)
     return torch.zeros_like(weight) if main_grad is None else main_grad
 
 
 def _for_autograd(weight: Any, weight_sum: Tensor) -> Tensor | None:
-    """What to return as the weight's gradient: :func:`_sum_of`, or a placeholder where that is in ``main_grad``.
+    """Return the weight's gradient for autograd: :func:`_sum_of`, or a placeholder if that is in ``main_grad``.
 
-    As Megatron's linear layers do. Its data-parallel hook wants ``weight.grad`` to exist, and adds it to ``main_grad``
-    if ``grad_added_to_main_grad`` is unset, or if ``zero_out_wgrad`` says that the embedding shares the weight: then
-    autograd has added the embedding's gradient to what is returned here, which must be zeros.
+    As in Megatron's linear layers. Its data-parallel hook requires ``weight.grad`` to exist, and adds it to
+    ``main_grad`` if ``grad_added_to_main_grad`` is unset, or if ``zero_out_wgrad`` states that the embedding shares the
+    weight: then autograd has added the embedding's gradient to the returned tensor, which must be zeros.
     """
     if weight_sum is not getattr(weight, "main_grad", None):
         return weight_sum
@@ -259,14 +260,14 @@ def _for_autograd(weight: Any, weight_sum: Tensor) -> Tensor | None:
 
 
 def _all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """``[T/TP, ...]`` of every rank -> ``[T, ...]``."""
+    """Gather ``[T/TP, ...]`` of every rank to ``[T, ...]``."""
     whole = part.new_empty(dist.get_world_size(group) * part.shape[0], *part.shape[1:])
     dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
     return whole
 
 
 def _reduce_scatter(whole: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """``[T, ...]`` -> this rank's ``[T/TP, ...]`` of the sum over ranks."""
+    """Sum ``[T, ...]`` over ranks and return this rank's ``[T/TP, ...]``."""
     part = whole.new_empty(whole.shape[0] // dist.get_world_size(group), *whole.shape[1:])
     dist.reduce_scatter_tensor(part, whole, group=group)
     return part

@@ -26,11 +26,11 @@ SWITCH = "NEMO_RAO_TRITON"
 
 
 class Tokens(NamedTuple):
-    """What the gradient of tokens' logits follows from besides the logits.
+    """Inputs of the gradient of tokens' logits, besides the logits.
 
     Attributes:
-        targets: ``[n]`` int64, on the same scale as ``first_column``; any value for a token of another rank.
-        largest, total, upstream: ``[n]`` M, S and g, of the statistics' type; may be strided.
+        targets: ``[n]`` int64, counted like ``first_column``; any value for a token of another rank.
+        largest, total, upstream: ``[n]`` M, S and g, with the statistics' dtype; may be strided.
     """
 
     targets: Tensor
@@ -39,12 +39,12 @@ class Tokens(NamedTuple):
     upstream: Tensor
 
     def of(self, rows: slice) -> Tokens:
-        """Those of some tokens."""
+        """Select some tokens."""
         return Tokens(*(values[rows] for values in self))
 
 
 class AddToStatistics(Protocol):
-    """Take further columns into softmax statistics, in place."""
+    """Add further columns to softmax statistics, in place."""
 
     def __call__(self, statistics_n3: Tensor, logits_nc: Tensor, targets_n: Tensor, *, first_column: int = 0) -> None:
         """
@@ -63,15 +63,15 @@ class Gradient(Protocol):
         """
         Args:
             logits_nc, first_column: see :class:`AddToStatistics`.
-            out_nc: the gradient, rounded once to its type. May be the logits' memory.
+            out_nc: output of the gradient, rounded once to its dtype. May be the logits' memory.
         """
 
 
 class LogitBlocks(NamedTuple):
-    """An implementation.
+    """An implementation of the operations.
 
     Attributes:
-        reads_16_bits: logits may be 16-bit numbers; otherwise they have the statistics' type.
+        reads_16_bits: logits may be 16-bit numbers; otherwise they have the statistics' dtype.
     """
 
     name: str
@@ -81,7 +81,7 @@ class LogitBlocks(NamedTuple):
 
 
 def logit_blocks_for(device: torch.device, dtype: torch.dtype) -> LogitBlocks:
-    """The fastest implementation for statistics of type ``dtype`` on ``device``."""
+    """Return the fastest implementation for statistics of type ``dtype`` on ``device``."""
     if device.type == "cuda" and dtype == torch.float32 and os.environ.get(SWITCH) != "0":
         return _triton() or PYTORCH
     return PYTORCH
@@ -97,7 +97,7 @@ def _triton() -> LogitBlocks | None:
 
 
 def _target_columns(targets_n: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """``([n], [n])``: each target's column among ``num_columns``, 0 if it is not one of them; whether it is."""
+    """Return ``([n], [n])``: each target's column among ``num_columns``, or 0, and whether it is one of them."""
     is_here = (targets_n >= 0) & (targets_n < num_columns)
     return torch.where(is_here, targets_n, 0), is_here
 

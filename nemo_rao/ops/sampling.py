@@ -1,7 +1,7 @@
-"""One token from each row of logits, by random numbers that depend on what is sampled and on nothing else.
+"""Draw one token from each row of logits, with random numbers that depend only on what is sampled.
 
-A token is drawn by inverting the cumulative distribution, in the order of the vocabulary, at one uniform number. How
-rows are put into batches, and on how many devices they are computed, change nothing but rounding.
+A token is drawn by inverting the cumulative distribution, in vocabulary order, at one uniform number. How rows are
+batched, and on how many devices they are computed, affects only rounding.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 
 
 def uniforms(seed: int, stream: Sequence[int], count: int) -> np.ndarray:
-    """``[count]`` float64 in [0, 1): the draws of one response, of which any beginning is the same for any count."""
+    """Return ``[count]`` float64 in [0, 1), the draws of one response; their prefixes do not depend on ``count``."""
     return np.random.default_rng([seed, *stream]).random(count)
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: int, top_p: float) -> Tensor:
-    """One token a row.
+    """Draw one token per row.
 
     Args:
-        logits: ``[R, V]``, of which -inf is never drawn.
+        logits: ``[R, V]``; entries of -inf are never drawn.
         uniform: ``[R]`` float64 in [0, 1).
         temperature: ``[R, 1]``; 0: the row's largest logit.
-        top_k: only the k largest; 0: all.
-        top_p: only the largest ones that together reach this probability, at least one.
+        top_k: draw only from the k largest; 0: all.
+        top_p: draw only from the largest ones that together reach this probability, at least one.
 
     Returns:
         ``[R]`` int64.
@@ -42,7 +42,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: int, top_p
         probabilities = probabilities.masked_fill((before >= top_p).gather(1, order.argsort(dim=1)), 0.0)
     cumulative = probabilities.cumsum(dim=1)
     total = cumulative[:, -1:]
-    # Below the total even where the product is rounded up, so that no token without probability is found.
+    # Below the total even if the product is rounded up, so that no token without probability is drawn.
     wanted = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
     return torch.where(temperature[:, 0] > 0, drawn, logits.argmax(dim=1))

@@ -1,15 +1,15 @@
 """The operations of :mod:`nemo_rao.ops.logit_blocks` as Triton kernels, which read each block of logits once.
 
-Imported on first use only, as Triton comes with PyTorch's CUDA builds. Matrix products remain cuBLAS's.
+Imported only on first use, because Triton comes with PyTorch's CUDA builds. Matrix products remain cuBLAS's.
 
-Both kernels are memory-bound: they compute one exponential for each logit of 4 bytes, a fraction of what the special
+Both kernels are memory-bound: they compute one exponential per logit of 4 bytes, a fraction of what the special
 function units do in that time. The configurations are therefore fixed, without autotuning:
 
-- statistics: one program a row. 8 warps hold 4096 logits, 16 per thread, so four 16-byte loads are in flight; a block
+- statistics: one program per row. 8 warps hold 4096 logits, 16 per thread, so four 16-byte loads are in flight; a block
   of ``linear_log_probs`` has thousands of rows, which fill the device.
 - gradient: one program for each 2048 columns of a row, 8 warps, 8 logits per thread.
 
-Rows should begin at multiples of 16 elements, as those of :class:`nemo_rao.ops.blocks.Blocks` do: Triton then loads 16
+Rows should begin at multiples of 16 elements, as in :class:`nemo_rao.ops.blocks.Blocks`: Triton then loads 16
 bytes at a time. Row offsets are 64-bit, as ``n c`` may exceed 2^31. The kernels neither synchronize with the host nor
 allocate memory, so they can be captured in a CUDA graph after their first call. Results are deterministic: every sum
 has a fixed order.
@@ -49,7 +49,7 @@ def _statistics_kernel(
     for start in range(0, num_columns, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         values = tl.load(logits + columns, mask=columns < num_columns, other=-float("inf")).to(tl.float32)
-        # Finite from the start, so that no infinities are subtracted.
+        # Finite initial values, so that no infinities are subtracted.
         larger = tl.maximum(largest, tl.max(values, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(values - larger), 0)
         largest = larger
@@ -138,7 +138,7 @@ def _gradient(logits_nc: Tensor, tokens: Tokens, *, out_nc: Tensor, first_column
 
 
 def _on_device_of(tensor: Tensor) -> Any:
-    """Make a tensor's device the current one, on which Triton launches. CPU tensors are for Triton's interpreter."""
+    """Make a tensor's device the current one, on which Triton launches. Triton's interpreter uses CPU tensors."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 

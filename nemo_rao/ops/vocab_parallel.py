@@ -1,23 +1,23 @@
 """Log-probabilities of given tokens, from logits whose vocabulary is split over tensor-parallel ranks.
 
 Shape legend: ``N`` tokens that are computed, ``n`` tokens of one chunk, ``v`` vocabulary columns of this rank,
-padding left out (``v <= V/TP``).
+without padding (``v <= V/TP``).
 
 Per token, with x the logits, t the target and M the largest logit of all ranks:
 
     log p(t) = (x_t - M) - log S,    S = sum_j exp(x_j - M),    d log p(t) / d x_j = [j = t] - exp(x_j - M) / S
 
-M is taken off before anything is added up, so that logits far from zero lose no precision.
+M is subtracted before summation, so that logits far from zero lose no precision.
 
-Memory: logits at Llama 3's vocabulary take 0.25 MiB a token in bf16 and 0.5 MiB in fp32, so copies are made one chunk
-of tokens at a time: in fp32, or in the logits' own type for a GPU's kernels, which widen them as they read
-(:mod:`nemo_rao.ops.logit_blocks`). Backward computes them anew from the saved logits and 8 bytes a token (M, S), and
-writes the gradient chunk by chunk. At no time does a second copy of the logits exist, but for that gradient.
+Memory: logits at Llama 3's vocabulary take 0.25 MiB per token in bf16 and 0.5 MiB in fp32, so copies are made one chunk
+of tokens at a time: in fp32, or in the logits' dtype for a GPU's kernels, which widen them as they read
+(:mod:`nemo_rao.ops.logit_blocks`). Backward recomputes them from the saved logits and 8 bytes per token (M, S), and
+writes the gradient chunk by chunk. Apart from that gradient, a second copy of the logits never exists.
 
 Communication: one all-gather of ``[N, 3]`` in forward (each rank's maximum, sum and target logit), none in backward.
 
-Considered instead: Megatron's ``vocab_parallel_cross_entropy``, which overwrites the logits, holds them in fp32 at
-once, takes the padding columns into the softmax and needs three exchanges.
+Alternative considered: Megatron's ``vocab_parallel_cross_entropy``, which overwrites the logits, holds them all in
+fp32, includes the padding columns in the softmax and needs three exchanges.
 """
 
 from __future__ import annotations
@@ -52,25 +52,25 @@ def vocab_parallel_log_probs(
     num_trained: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """log p(target) of every position, in nats.
+    """Compute log p(target) at every position, in nats.
 
-    A collective of ``group`` in forward: all of its ranks call it with the same targets and mask. Backward expects the
-    same incoming gradient on all of them, as it is where each computes the same loss; each returns the gradient of its
-    own columns. Without ``positions``, a GPU is waited for once, to list them and to check the targets.
+    A collective of ``group`` in forward: all of its ranks must call it with the same targets and mask. Backward expects
+    the same upstream gradient on all of them, which holds if each computes the same loss; each returns the gradient of
+    its columns. Without ``positions``, the host waits once for a GPU, to list them and to check the targets.
 
     Args:
-        logits: ``[..., V/TP]`` of any float type and memory layout; rank i of ``group`` holds columns
-            ``[i * V/TP, (i + 1) * V/TP)``. Never changed.
+        logits: ``[..., V/TP]`` of any float dtype and memory layout; rank i of ``group`` holds columns
+            ``[i * V/TP, (i + 1) * V/TP)``. Never modified.
         targets: ``[...]`` integers in [0, vocab_size), the same on every rank.
-        vocab_size: V without padding. Columns from there on take no part in the softmax and get zero gradient.
+        vocab_size: V without padding. Columns from there on are excluded from the softmax and get zero gradient.
         group: the tensor-parallel ranks; ``None`` for one.
-        mask: ``[...]`` bool. Where false, nothing is computed: the result and the gradient are zero, whatever logits
-            and target stand there.
-        positions: in the place of a mask, the N of them that are computed, where the caller knows them: a GPU is not
-            waited for, and targets are not checked.
-        num_trained: the first so many of ``positions`` carry a gradient, the others are constants, for which nothing is
-            computed backward; ``None`` for all.
-        chunk_bytes: fp32 logits that are held at once, in bytes; at least one token's.
+        mask: ``[...]`` bool. Where false, nothing is computed: the result and the gradient are zero, for any logits and
+            target.
+        positions: instead of a mask, the N positions to compute, if the caller knows them: the host does not wait for a
+            GPU, and targets are not checked.
+        num_trained: the first ``num_trained`` of ``positions`` carry a gradient, the others are constants without
+            backward computation; ``None`` for all.
+        chunk_bytes: bytes of fp32 logits held at a time; at least those of one token.
 
     Returns:
         ``[...]`` float32, or float64 for float64 logits; the same on every rank of ``group``.
@@ -141,5 +141,5 @@ def _rows_per_chunk(num_columns: int, dtype: torch.dtype, chunk_bytes: int) -> i
 
 
 def _read(columns: Tensor, positions: tuple[Tensor, ...] | list[Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
-    """``[n, v]``: the logits of some positions, always a copy, which the caller may overwrite. Contiguous."""
+    """Copy the logits of some positions to a contiguous ``[n, v]``, which the caller may overwrite."""
     return columns[tuple(index[rows] for index in positions)].to(dtype).contiguous()

@@ -1,9 +1,9 @@
-"""A vocabulary split over tensor-parallel ranks: which columns are whose, and softmax statistics put together.
+"""A vocabulary split over tensor-parallel ranks: columns of each rank, and combined softmax statistics.
 
 Shape legend: ``N`` tokens that are computed, ``V/TP`` columns of one rank, padding included.
 
-Shared by :mod:`nemo_rao.ops.vocab_parallel`, which is given logits, and :mod:`nemo_rao.ops.linear_log_probs`, which is
-given hidden states.
+Shared by :mod:`nemo_rao.ops.vocab_parallel`, which takes logits, and :mod:`nemo_rao.ops.linear_log_probs`, which is
+takes hidden states.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Columns(NamedTuple):
     """The columns of the vocabulary that this rank holds.
 
     Attributes:
-        first: the token that the first of them stands for.
-        num: how many are tokens; those behind are padding.
-        group: the ranks that hold the others, ``None`` where there are none.
+        first: token of the first column.
+        num: number of columns that are tokens; the following ones are padding.
+        group: the ranks that hold the vocabulary; ``None`` if it is not split.
     """
 
     first: int
@@ -31,7 +31,10 @@ class Columns(NamedTuple):
 
 
 def columns_of_rank(width: int, vocab_size: int, group: dist.ProcessGroup | None) -> Columns:
-    """Rank i of ``group`` holds columns ``[i * width, (i + 1) * width)``; those from ``vocab_size`` on are padding."""
+    """Return this rank's columns. Those from ``vocab_size`` on are padding.
+
+    Rank i of ``group`` holds columns ``[i * width, (i + 1) * width)``.
+    """
     num_ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     assert 0 < vocab_size <= width * num_ranks, (vocab_size, width, num_ranks)
     first = rank * width
@@ -39,16 +42,16 @@ def columns_of_rank(width: int, vocab_size: int, group: dist.ProcessGroup | None
 
 
 Positions = tuple[Tensor, ...]
-"""N places of a tensor: for each of its leading dimensions an index ``[N]`` int64."""
+"""N positions in a tensor: an index ``[N]`` int64 for each of its leading dimensions."""
 
 
 def selected(
     targets: Tensor, mask: Tensor | None, positions: Positions | None, vocab_size: int
 ) -> tuple[Positions, Tensor]:
-    """``(positions, targets [N] int64)``: those that are given, else where ``mask`` is true, row by row.
+    """Return ``(positions, targets [N] int64)``: the given positions, or those where ``mask`` is true, row by row.
 
-    To list positions and check the targets, on a GPU the host waits once for the device; it does not for positions that
-    are given, whose targets are taken on trust.
+    Listing positions and checking targets makes the host wait once for a GPU. With given positions it does not wait,
+    and their targets are not checked.
     """
     if positions is not None:
         assert mask is None and len(positions) == targets.ndim, (mask, len(positions), targets.shape)
@@ -61,20 +64,20 @@ def selected(
 
 
 def empty_statistics(num_tokens: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[N, 3]``: of each token the largest logit, the sum of exp(x - largest), the target's logit, over no column."""
+    """Return ``[N, 3]`` per token: largest logit, sum of exp(x - largest), target's logit, over no columns yet."""
     statistics = like.new_zeros(num_tokens, 3, dtype=dtype)
-    statistics[:, 0] = torch.finfo(dtype).min  # finite, so that nothing subtracts infinities
+    statistics[:, 0] = torch.finfo(dtype).min  # finite, so that no infinities are subtracted
     return statistics
 
 
 def over_all_ranks(local: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, sum of exp(x - largest) and target's logit ``[N]`` over the vocabulary, from each rank's share.
+    """Combine each rank's part to largest logit, sum of exp(x - largest) and target's logit ``[N]``.
 
-    One all-gather. It beats reducing: a sum can only be reduced once the maximum is known, which costs a second
-    exchange, and all ranks combine the same numbers in the same order, so that they agree bitwise.
+    One all-gather. It is faster than reductions: a sum can only be reduced once the maximum is known, which costs a
+    second exchange. And all ranks combine the same numbers in the same order, so they agree bitwise.
 
     Args:
-        local: ``[N, 3]``, as :func:`empty_statistics` lays it out.
+        local: ``[N, 3]``, in the layout of :func:`empty_statistics`.
     """
     if group is None:
         largest, total, target_logits = local.unbind(-1)

@@ -1,4 +1,4 @@
-"""What log-probabilities hold at a time, in bytes: plain arithmetic, for the operations and for whoever plans them.
+"""Memory that log-probabilities hold at a time, in bytes: plain arithmetic, for the operations and the planner.
 
 Shape legend: ``N`` tokens that are computed, ``n`` tokens and ``c`` vocabulary columns of one block; ``F`` features.
 """
@@ -8,23 +8,24 @@ from __future__ import annotations
 import math
 
 CHUNK_BYTES = 128 * 2**20
-"""Default size of a chunk of logits in fp32, where these exist (:mod:`nemo_rao.ops.vocab_parallel`)."""
+"""Default size of a chunk of logits in fp32, if logits are materialized (:mod:`nemo_rao.ops.vocab_parallel`)."""
 
 CPU_WORKSPACE_BYTES = 24 * 2**20
-"""Default size of a block where they do not (:mod:`nemo_rao.ops.linear_log_probs`): it should stay in the caches."""
+"""Default size of a block if they are not (:mod:`nemo_rao.ops.linear_log_probs`): it should stay in the caches."""
 
 CUDA_WORKSPACE_BYTES = 512 * 2**20
-"""The same on a GPU, where products should be large."""
+"""Default size of a block on a GPU, where products should be large."""
 
 CUDA_TILE = 256
-"""Blocks on a GPU are multiples of so many tokens and columns: the larger side of the tiles that cuBLAS computes."""
+"""Blocks on a GPU are multiples of this number of tokens and columns: the larger side of cuBLAS's tiles."""
 
 
 def cell_and_side(num_features: int, itemsize: int, read_itemsize: int) -> tuple[int, int]:
-    """Bytes of a block for each of its ``n c`` logits, and for each of its ``n + c`` tokens and columns.
+    """Return the bytes of a block per logit, of which it has ``n c``, and per token or column, of which it has ``n +
+    c``.
 
-    A logit is held in both types where they differ; a token or column as the copy ``[F]`` that is read, and as much
-    again for a sum or for gathering it.
+    A logit is held in both dtypes if they differ; a token or column as the copy ``[F]`` that is read, and as much again
+    for a sum or for gathering it.
 
     Args:
         itemsize: bytes of a number in logits and sums.
@@ -44,12 +45,12 @@ def block_sizes(
     *,
     multiple: int = 1,
 ) -> tuple[int, int]:
-    """Tokens n and columns c of a block, at least one each: as near to a square as the budget and their numbers allow.
+    """Return tokens n and columns c of a block, at least one each, as close to a square as budget and totals allow.
 
     Args:
-        workspace_bytes: of a block.
+        workspace_bytes: budget of a block.
         itemsize, read_itemsize: see :func:`cell_and_side`.
-        multiple: of both sizes, where there are several blocks and the budget allows so many.
+        multiple: both sizes are multiples of it, if there are several blocks and the budget allows it.
     """
     cell, side = cell_and_side(num_features, itemsize, read_itemsize)
     square = int((math.sqrt(side**2 + cell * workspace_bytes) - side) / cell)  # cell n^2 + 2 side n = workspace
@@ -59,13 +60,13 @@ def block_sizes(
 
     width = min(max(1, num_columns), other(max(1, min(square, num_tokens))))
     num_rows = _evenly(num_tokens, min(max(1, num_tokens), other(width)), multiple)
-    # What even parts of the tokens leave is the columns': sums over the vocabulary are then added to less often.
+    # Columns use the rest of the budget: sums over the vocabulary are then accumulated less often.
     width = min(max(1, num_columns), other(num_rows))
     return num_rows, _evenly(num_columns, width, multiple)
 
 
 def _evenly(length: int, size: int, multiple: int) -> int:
-    """The size of as many parts as parts of ``size`` would be, all of them about as large."""
+    """Return the size of parts of nearly equal length, as many as with parts of ``size``."""
     if length <= size:
         return max(1, length)
     if size < multiple:

@@ -2,9 +2,9 @@
 
 Arithmetic only: neither torch nor an engine is imported. Networks are those of nemo_rao.config.families.
 
-    network -> setting                        what is planned
-    parameters -> buffers                     exact: tensors of a rank, Megatron's buffers, the optimizer's shares
-    activations, log_probs -> memory          bytes at the peak of a step, stage by stage
+    network -> setting                        the planned run
+    parameters -> buffers                     exact: tensors of a rank, Megatron's buffers, the optimizer's shards
+    activations, log_probs -> memory          bytes at the peak of a step, by stage
     communication, compute                    bytes sent, FLOPs, pipeline bubble
     machine, links -> step_time -> whole_run  seconds of a step, hours of a run, at stated speeds
     advise -> report                          the nearest settings that fit; the table and the JSON

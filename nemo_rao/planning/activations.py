@@ -1,19 +1,18 @@
-"""Activations that a micro-batch leaves for its backward pass, tensor by tensor, on one rank.
+"""Activations that a micro-batch keeps for its backward pass on one rank, tensor by tensor.
 
-Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models) count them for GPT-3's layer;
-here are those of a layer with grouped queries, a gate and rotary positions, and with attention that never holds T x T
-weights. Legend: ``n`` tokens of the micro-batch on this context-parallel rank, ``s`` of them where norms and the
-residual stream are (n/TP under sequence parallelism), ``b`` bytes of a number, TP-divided widths ``q, k, f``, and
-hidden ``h``.
+Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models) count them for GPT-3's layer.
+Here they are counted for a layer with grouped queries, a gate and rotary positions, whose attention never holds T x T
+weights. Legend: ``n`` tokens of the micro-batch on this context-parallel rank; ``s`` of them in norms and the residual
+stream (n/TP under sequence parallelism); ``b`` bytes per number; TP-divided widths ``q, k, f``; hidden size ``h``.
 
     norm            its input and output, a statistic
-    attention       queries and keys after rotation; qkv before it, of which values are a part; output; log-sum-exp
+    attention       rotated queries and keys; qkv before rotation, which includes values; output; log-sum-exp
     feed-forward    output of fc1, input of fc2
-    experts         the same of the tokens that are sent to them, and the input of fc1, in a copy for each expert that
-                    a token has; taken to be equally many on all ranks
+    experts         the same for routed tokens, and the input of fc1, with a copy of a token for each of its experts;
+                    tokens are assumed to be spread evenly over ranks
 
-So with Transformer Engine's fused layers. PyTorch's own, on a CPU, keep in place of a norm's input two fp32 copies, the
-second one normed, besides sines and cosines, and of a gate the activation and the other half.
+This holds for Transformer Engine's fused layers. On a CPU, PyTorch's layers keep two fp32 copies instead of a norm's
+input, the second one normalized, as well as sines and cosines, and the activation and the other half of a gate.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ INT64 = 8
 
 
 def layer_items(setting: Setting, adapted: frozenset[str] | None = None) -> dict[str, int]:
-    """Bytes of one layer without recomputation, by tensor.
+    """Return the bytes that one layer keeps without recomputation, by tensor.
 
     Args:
         adapted: its linear layers, or parts of them, that have adapters; ``None``: those of the first layer.
@@ -43,7 +42,7 @@ def layer_items(setting: Setting, adapted: frozenset[str] | None = None) -> dict
         "input of linear_qkv": s * network.hidden * b * _keeps_input(setting, "linear_qkv", adapted),
         "queries, keys and values": n * (q + 2 * k) * b,
         "rotated queries and keys": 0 if network.positions else n * (q + k) * b,
-        # Sine and cosine, for queries and for keys, of each position; fused kernels compute them anew.
+        # Sine and cosine of each position, for queries and for keys; fused kernels recompute them.
         "sines and cosines": 0 if network.positions or fused else 4 * setting.sequence * network.head * b,
         "attention's output": n * q * b,
         "log-sum-exp": n * (network.heads // tensor) * FP32,
@@ -60,7 +59,7 @@ def layer_items(setting: Setting, adapted: frozenset[str] | None = None) -> dict
 
 
 def _keeps_input(setting: Setting, name: str, adapted: frozenset[str]) -> bool:
-    """Whether a linear layer's input is kept: of frozen weights, by an adapter that reads it as it is."""
+    """Whether a linear layer's input is kept. With frozen weights, only an adapter that reads it directly keeps it."""
     if setting.lora is None:
         return True
     gathered = setting.sequence_parallel and name in COLUMN_PARALLEL
@@ -92,7 +91,7 @@ def _expert_items(setting: Setting) -> dict[str, int]:
         "tokens at their experts": t * network.hidden * b,
         "output of linear_fc1": t * fc1 * b,
         "input of linear_fc2": t * f * b,
-        "places of tokens": 2 * s * network.chosen * INT64,
+        "positions of tokens": 2 * s * network.chosen * INT64,
     }
     if not setting.transformer_engine:
         items["activation, the other half and their product"] = (3 if network.gated else 1) * t * f * b
@@ -100,13 +99,13 @@ def _expert_items(setting: Setting) -> dict[str, int]:
 
 
 def routed_tokens(setting: Setting) -> int:
-    """Tokens that a rank's experts compute, each once for each of its experts; of equally busy ranks."""
+    """Tokens that a rank's experts compute, counted once per expert, with all ranks equally loaded."""
     return stream_tokens(setting) * setting.network.chosen * setting.of_expert
 
 
 def _adapter_bytes(setting: Setting, lora: Lora, adapted: frozenset[str]) -> int:
-    """Between an adapter's two products; its own copy of an input that is gathered or goes through dropout; what a
-    magnitude is multiplied with."""
+    """Bytes between an adapter's two products; its copy of an input that is gathered or dropped out; the factor of a
+    DoRA magnitude."""
     widths, found = linear_widths(setting.network), 0
     for name in adapted:
         gathered = fused(name) in COLUMN_PARALLEL
@@ -119,42 +118,43 @@ def _adapter_bytes(setting: Setting, lora: Lora, adapted: frozenset[str]) -> int
 
 
 def adapter_bytes(setting: Setting, lora: Lora, width: int, *, gathered: bool) -> int:
-    """Of one adapter, whose input has ``width`` columns on a rank; ``gathered``: from ranks that split its sequence."""
+    """Bytes of one adapter with ``width`` input columns per rank; ``gathered``: its sequence is split over ranks."""
     n, b = setting.micro_batch_tokens, setting.param_bytes
     gathered = gathered and setting.sequence_parallel
     found = n * lora.dim * b
     if gathered or lora.dropout:
         found += n * width * b
-    if lora.dropout:  # what was dropped: a byte a number, or on a CPU a number
+    if lora.dropout:  # the mask: one byte per number, or on a CPU one number
         dropped = stream_tokens(setting) if gathered and not setting.transformer_engine else n
         found += dropped * width * (1 if setting.transformer_engine else b)
     return found
 
 
 def norm_bytes(setting: Setting) -> int:
-    """A norm's input, or fp32 copies of it, and its statistic."""
+    """Bytes of a norm's input, or of fp32 copies of it, and its statistic."""
     s, hidden = stream_tokens(setting), setting.network.hidden
     if setting.transformer_engine:
         return s * (hidden * setting.param_bytes + FP32)
-    copies = 2 if setting.lora is None else 1  # the normed one is for the gradient of the norm's own weight
+    copies = 2 if setting.lora is None else 1  # the normalized copy is for the gradient of the norm's weight
     return s * (copies * hidden * FP32 + FP32)
 
 
 def stream_tokens(setting: Setting) -> int:
-    """Tokens whose residual stream a rank holds."""
+    """Number of tokens whose residual stream a rank holds."""
     return setting.micro_batch_tokens // (setting.tensor if setting.sequence_parallel else 1)
 
 
 def stored_layer(setting: Setting, adapted: frozenset[str] | None = None) -> int:
-    """Bytes of a layer that is not recomputed whole. See :func:`layer_items`."""
+    """Bytes of a layer that is not fully recomputed. See :func:`layer_items`."""
     items = layer_items(setting, adapted)
-    if setting.recompute_granularity == "selective":  # attention alone: its inputs are kept, and its output is fc's
+    # Selective recomputation recomputes attention: its inputs are kept, and its output as the next layer's input.
+    if setting.recompute_granularity == "selective":
         items["log-sum-exp"] = 0
     return sum(items.values())
 
 
 def recomputed_layers(setting: Setting, stage: int) -> int:
-    """Layers of a stage that are computed again, whole."""
+    """Number of layers of a stage that are fully recomputed."""
     return sum(_recomputed_of_chunk(setting, stage, chunk) for chunk in range(setting.virtual))
 
 
@@ -167,7 +167,7 @@ def _recomputed_of_chunk(setting: Setting, stage: int, chunk: int) -> int:
 
 def stored_layers(setting: Setting, stage: int) -> int:
     """Bytes that a stage's layers keep of one micro-batch between its forward and its backward pass."""
-    # Of each recomputed unit its input is kept: a layer, or several under the uniform method.
+    # The input of each recomputed unit is kept; a unit is a layer, or several with the uniform method.
     unit = setting.recompute_num_layers if setting.recompute_method == "uniform" else 1
     again = [_recomputed_of_chunk(setting, stage, chunk) for chunk in range(setting.virtual)]
     units = sum(-(-layers // unit) for layers in again)
@@ -178,7 +178,7 @@ def stored_layers(setting: Setting, stage: int) -> int:
 
 
 def stored_ends(setting: Setting, stage: int) -> int:
-    """Bytes outside layers: token numbers and rotary angles, the final norm."""
+    """Bytes outside of layers: token ids and rotary angles, the final norm."""
     found = 0
     if stage == 0:
         found += setting.micro_batch_tokens * 8
@@ -190,7 +190,7 @@ def stored_ends(setting: Setting, stage: int) -> int:
 
 
 def recomputed_unit(setting: Setting, stage: int) -> int:
-    """Bytes that stand again while one unit of layers goes through its backward pass; its input was kept."""
+    """Bytes that are recomputed for the backward pass of one unit of layers, whose input was kept."""
     again = max(_recomputed_of_chunk(setting, stage, chunk) for chunk in range(setting.virtual))
     if not again:
         return 0
@@ -199,7 +199,7 @@ def recomputed_unit(setting: Setting, stage: int) -> int:
 
 
 def layer_gradients(setting: Setting) -> int:
-    """Bytes of a layer's largest gradients in its backward pass: of the output of fc1 and the input of fc2."""
+    """Bytes of a layer's largest gradients in its backward pass: those of fc1's output and fc2's input."""
     network = setting.network
     tokens, ranks = setting.micro_batch_tokens, setting.tensor
     if network.experts:
@@ -208,6 +208,6 @@ def layer_gradients(setting: Setting) -> int:
 
 
 def forward_layer(setting: Setting) -> int:
-    """Bytes at the peak of a layer where nothing is kept: the residual stream, a feed-forward part and its input."""
+    """Peak bytes of a layer that keeps nothing: the residual stream, a feed-forward part and its input."""
     n, hidden, b = setting.micro_batch_tokens, setting.network.hidden, setting.param_bytes
     return (stream_tokens(setting) + n) * hidden * b + layer_gradients(setting)

@@ -1,8 +1,8 @@
-"""The nearest settings that fit: as few keys changed as possible, and among these the ones that cost least.
+"""Propose the nearest settings that fit: with as few changed keys as possible, and the cheapest of those.
 
-Every combination of the changes below is a candidate. Its cost is the sum of theirs; they stand in the order of what
-they do to a run: first those that change nothing but memory, then those that cost time, then those that need more
-GPUs or train something else. More GPUs are taken of the same nodes first, up to the size of a node.
+Every combination of the changes below is a candidate; its cost is the sum of theirs. Changes are ordered by their
+effect on a run: first those that affect only memory, then those that cost time, then those that need more GPUs or
+train something else. GPUs are first added to existing nodes, up to the size of a node.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ KEYS = {
     "param_bytes": "precision.params",
     "lora": "model.peft.scheme",
 }
-MOST = 4096  # of the sizes that are doubled, so that the search ends
-LONG = 4096  # tokens of a row from which on it may be split over two ranks
+MOST = 4096  # largest size reached by doubling, so that the search ends
+LONG = 4096  # minimum tokens of a row that may be split over two ranks
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Advice:
     """A setting that fits.
 
     Attributes:
-        overrides: ``key=value``, to be added to the command.
-        setting: with them.
-        bytes: at the peak of the rank that needs most.
+        overrides: ``key=value``, overrides to add to the command.
+        setting: the setting with these overrides.
+        bytes: peak bytes of the rank that needs most.
     """
 
     overrides: tuple[str, ...]
@@ -55,11 +55,11 @@ class Advice:
 def advise(
     setting: Setting, limit: int, *, node_size: int | None = None, need: Callable[[Setting], int] = peak
 ) -> Iterator[Advice]:
-    """Settings that take at most ``limit`` bytes, nearest first; none that only adds to one before it.
+    """Yield settings that need at most ``limit`` bytes, nearest first, without supersets of earlier ones.
 
     Args:
-        node_size: GPUs that a node may have; ``None``: as many as it has.
-        need: bytes of a setting that are to be within the limit.
+        node_size: maximum GPUs of a node; ``None``: its current number.
+        need: computes the bytes of a setting that must be within the limit.
     """
     node_size = max(node_size or 1, setting.devices)
     changes = _changes(setting, node_size)
@@ -81,7 +81,7 @@ def advise(
 
 
 def _changes(setting: Setting, node_size: int) -> list[list[tuple[float, dict[str, Any]]]]:
-    """For each key what it may become, with the cost; not to change it costs nothing."""
+    """List the possible values of each key with their costs; keeping a value costs nothing."""
     changes: list[list[tuple[float, dict[str, Any]]]] = []
 
     def add(*options: tuple[float, dict[str, Any]]) -> None:
@@ -107,7 +107,7 @@ def _changes(setting: Setting, node_size: int) -> list[list[tuple[float, dict[st
     add(*((3 + number, {"tensor": size}) for number, size in enumerate(sizes)))
     sizes = [setting.pipeline * n for n in _doubled(setting.network.layers // setting.pipeline)]
     add(*((4 + number, {"pipeline": size}) for number, size in enumerate(sizes)))
-    # Only where a sequence is long enough that its tokens are what a rank holds.
+    # Only for sequences so long that their tokens dominate the memory of a rank.
     sizes = [setting.context * n for n in _doubled(min(8, setting.tokens_per_row // LONG))]
     add(*((4 + number, {"context": size}) for number, size in enumerate(sizes)))
     if setting.network.experts:
@@ -122,17 +122,17 @@ def _changes(setting: Setting, node_size: int) -> list[list[tuple[float, dict[st
 
 
 def _more_gpus(setting: Setting, node_size: int) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Larger nodes, up to ``node_size``; then more of the largest. With costs, see :func:`_changes`."""
+    """Yield larger nodes, up to ``node_size``, then more of the largest, with costs; see :func:`_changes`."""
     devices = [setting.devices * n for n in _doubled(node_size // setting.devices)]
     yield from ((6 + number, {"devices": size}) for number, size in enumerate(devices))
     largest = {"devices": devices[-1]} if devices else {}
-    first = 10 if devices else 6  # a node is made full, and whatever saves memory on it done, before there are others
+    first = 10 if devices else 6  # fill a node and save memory on it before adding nodes
     nodes = _doubled(min(64, MOST // (setting.nodes * max([setting.devices, *devices]))))
     yield from ((first + 2 * number, {**largest, "nodes": setting.nodes * n}) for number, n in enumerate(nodes))
 
 
 def _doubled(most: int) -> list[int]:
-    """2, 4, 8, ... up to ``most``."""
+    """Return 2, 4, 8, ... up to ``most``."""
     return list(itertools.takewhile(lambda size: size <= most, (2**power for power in range(1, 32))))
 
 

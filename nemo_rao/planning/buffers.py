@@ -1,11 +1,11 @@
-"""Megatron's buffers of weights and gradients, and each data-parallel rank's share of the optimizer's state: exact.
+"""Megatron's buffers of weights and gradients, and each data-parallel rank's shard of the optimizer state: exact.
 
-Megatron lays trained parameters out in the reverse of their order, in buckets. With the distributed optimizer every
-parameter starts at a multiple of 64 elements and every bucket ends at a multiple of lcm(DP, 128), weights live in a
-buffer of the same layout, and rank r owns the r-th of DP equal parts of each bucket (ZeRO stage 1, Rajbhandari et al.
-2020). The padding is in the buffers, but not in the optimizer's state. DP counts context-parallel ranks, too. Experts
-that are shared among ranks are in buffers of their own, over those ranks that hold the same ones; every chunk of an
-interleaved pipeline has its own buffers.
+Megatron lays out trained parameters in reverse order, in buckets. With the distributed optimizer every parameter starts
+at a multiple of 64 elements, every bucket ends at a multiple of lcm(DP, 128), weights live in a buffer of the same
+layout, and rank r owns the r-th of DP equal parts of each bucket (ZeRO stage 1, Rajbhandari et al. 2020). The padding
+is in the buffers, but not in the optimizer state. DP includes context-parallel ranks. Experts that are split over
+ranks have separate buffers, sharded over the ranks that hold the same experts; every chunk of an interleaved pipeline
+has separate buffers.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from dataclasses import dataclass
 from nemo_rao.planning.parameters import Parameter, chunk_parameters
 from nemo_rao.planning.setting import Setting
 
-_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000  # megatron-core's, where gradients overlap
+# megatron-core's defaults with overlapped gradient reduction.
+_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000
 ADAM_BYTES = 8  # two moments in fp32
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of a rank.
+    """Memory and parameters of a rank.
 
     Attributes:
-        weights: frozen ones included.
-        gradients: of trained parameters.
-        optimizer: Adam's moments and, beside bf16 weights, their fp32 copies; of the data-parallel rank with the
-            largest share.
-        trained: parameters that are trained, elements.
-        parameters: all of them, elements.
+        weights: bytes of weights, frozen ones included.
+        gradients: bytes of the gradients of trained parameters.
+        optimizer: bytes of Adam's moments and, with bf16 weights, of the fp32 copies, on the data-parallel rank with
+            the largest shard.
+        trained: number of trained parameters.
+        parameters: number of all parameters.
         buffer: elements that are reduced over the ranks with the same weights, padding included.
-        expert_buffer: those of experts that are shared among ranks.
+        expert_buffer: the same for experts that are split over ranks.
     """
 
     weights: int
@@ -47,7 +48,7 @@ class States:
 
 
 def stage_states(setting: Setting, stage: int) -> States:
-    """What a rank of this stage holds throughout training."""
+    """Return what a rank of this stage holds throughout training."""
     return _states(
         tuple(tuple(chunk_parameters(setting, stage, chunk)) for chunk in range(setting.virtual)),
         _Ranks(setting.tensor, setting.shards, setting.expert * setting.of_expert, setting.expert_shards),
@@ -59,9 +60,9 @@ def stage_states(setting: Setting, stage: int) -> States:
 
 
 def bucket_elements(setting: Setting, stage: int) -> int | None:
-    """Elements from which on a bucket is full; ``None``: one bucket, as on all stages but the first.
+    """Return the elements at which a bucket is full; ``None``: one bucket, as on all stages but the first.
 
-    Of an interleaved pipeline, on all chunks but the first stage's first.
+    In an interleaved pipeline, ``None`` on all chunks but the first stage's first.
     """
     if not setting.overlap_grad_reduce or stage > 0:
         return None
@@ -70,7 +71,7 @@ def bucket_elements(setting: Setting, stage: int) -> int | None:
 
 @dataclass(frozen=True)
 class _Ranks:
-    """How a stage's ranks, numbered as Megatron does, share weights and experts.
+    """How a stage's ranks, in Megatron's order, share weights and experts.
 
     Attributes:
         tensor, shards: consecutive ranks that split a layer, and copies of it.
@@ -95,7 +96,7 @@ def _states(
     parameters = [parameter for chunk in chunks for parameter in chunk]
     frozen = sum(parameter.size for parameter in parameters if not parameter.trained)
     trained = sum(parameter.size for parameter in parameters if parameter.trained)
-    # By kind, dense and expert: elements of the buffers, and those that each of the shards updates.
+    # By kind, dense and expert: elements of the buffers, and elements that each shard updates.
     sizes, owned = [0, 0], [[0] * ranks.shards, [0] * ranks.expert_shards]
     for number, chunk in enumerate(chunks):
         for expert, shards in ((False, ranks.shards), (True, ranks.expert_shards)):
@@ -109,8 +110,10 @@ def _states(
             owned[expert] = [sum(pair) for pair in zip(owned[expert], owned_elements(buckets, shards), strict=True)]
     most = trained
     if distributed:
-        places = range(ranks.tensor * ranks.shards)
-        most = max(owned[False][place // ranks.tensor] + owned[True][place // ranks.of_experts] for place in places)
+        positions = range(ranks.tensor * ranks.shards)
+        most = max(
+            owned[False][position // ranks.tensor] + owned[True][position // ranks.of_experts] for position in positions
+        )
     return States(
         weights=(frozen + sum(sizes)) * param_bytes,
         gradients=sum(sizes) * grad_bytes,
@@ -128,44 +131,44 @@ class Bucket:
 
     start: int
     end: int
-    places: tuple[tuple[int, int], ...]
+    ranges: tuple[tuple[int, int], ...]
 
 
 def lay_out(parameters: Sequence[Parameter], *, data: int, distributed: bool, bucket_size: int | None) -> list[Bucket]:
-    """Megatron's layout of the trained parameters (megatron-core's ``_ParamAndGradBuffer``)."""
+    """Compute Megatron's layout of the trained parameters (megatron-core's ``_ParamAndGradBuffer``)."""
     buckets: list[Bucket] = []
-    places: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     start = at = 0
 
     def close() -> None:
         nonlocal start, at
         end = _up(at, math.lcm(data, 128)) if distributed else at
-        buckets.append(Bucket(start, end, tuple(places)))
-        places.clear()
+        buckets.append(Bucket(start, end, tuple(ranges)))
+        ranges.clear()
         start = at = end
 
     for parameter in reversed([one for one in parameters if one.trained]):
         alone = parameter.shared_embedding and distributed
         begins = _up(at, 64) if distributed else at
-        if alone and places:
+        if alone and ranges:
             at = begins
             close()
             begins = at
         at = begins + parameter.size
-        places.append((begins, at))
+        ranges.append((begins, at))
         if alone or (bucket_size is not None and at - start >= bucket_size):
             close()
-    if places:
+    if ranges:
         close()
     return buckets
 
 
 def owned_elements(buckets: Sequence[Bucket], data: int) -> list[int]:
-    """Parameters' elements, padding left out, that each data-parallel rank updates."""
+    """Return the parameter elements, without padding, that each data-parallel rank updates."""
     owned = [0] * data
     for bucket in buckets:
         share = (bucket.end - bucket.start) // data
-        for begins, ends in bucket.places:
+        for begins, ends in bucket.ranges:
             for rank in range((begins - bucket.start) // share, -(-(ends - bucket.start) // share)):
                 low = bucket.start + rank * share
                 owned[rank] += max(0, min(ends, low + share) - max(begins, low))

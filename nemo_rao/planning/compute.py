@@ -1,9 +1,9 @@
-"""FLOPs of a step, and the pipeline's bubble.
+"""FLOPs of a step, and the pipeline bubble.
 
-A multiplication and an addition are two. Model FLOPs are those of the network's own matrix products (Chowdhery et al.
-2022, appendix B; attention over all T x T pairs): forward once; backward once for inputs and once for weights that are
-trained. Executed FLOPs add what is computed again: recomputed layers, attention's scores in its backward pass, logits
-that were left out.
+A multiplication and an addition count as two. Model FLOPs are those of the network's matrix products (Chowdhery et al.
+2022, appendix B; attention over all T x T pairs): once forward; once backward for inputs and once for trained weights.
+Executed FLOPs add recomputation: recomputed layers, attention's scores in its backward pass, and logits that are not
+stored.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from nemo_rao.planning.setting import LINEAR_LAYERS, Setting
 
 @dataclass(frozen=True)
 class Flops:
-    """Of a whole step, over all ranks.
+    """FLOPs of a whole step, over all ranks.
 
     Attributes:
-        model: by which MFU is measured.
-        executed: with what is computed again.
-        forward: of one forward pass over the same prompts, such as the reference pass.
-        mismatched: of the pass over responses to other prompts, where a step has one; a part of the first two.
+        model: the count by which MFU is measured.
+        executed: includes recomputation.
+        forward: one forward pass over the same prompts, such as the reference pass.
+        mismatched: the pass over responses to other prompts, if a step has one; part of the first two.
     """
 
     model: int
@@ -34,7 +34,7 @@ class Flops:
 
     @property
     def in_forward(self) -> int:
-        """Of a step's forward passes."""
+        """FLOPs of a step's forward passes."""
         return self.forward + self.mismatched
 
 
@@ -52,7 +52,7 @@ class Work:
 
 
 def flops(setting: Setting, work: Work | None = None) -> Flops:
-    """FLOPs of a step.
+    """Count the FLOPs of a step.
 
     Args:
         work: what the step computes; ``None``: rows of the planned length, including padding.
@@ -65,7 +65,8 @@ def flops(setting: Setting, work: Work | None = None) -> Flops:
     attention = network.layers * 4 * network.query * work.pairs
     output = 0 if setting.scores else 2 * network.hidden * network.vocabulary(setting.tensor) * tokens
     forward = layers + adapters + attention + output
-    trained = 2 if setting.lora is None else 1  # products of a backward pass: of the inputs alone where frozen
+    # Products of a backward pass: for frozen weights only the inputs' gradients.
+    trained = 2 if setting.lora is None else 1
     model = forward + trained * (layers + output) + 2 * (attention + adapters)
     again = attention // 2  # the scores, one of two products
     if not setting.holds_logits:
@@ -75,7 +76,7 @@ def flops(setting: Setting, work: Work | None = None) -> Flops:
     share = sum(recomputed_layers(setting, stage) for stage in range(setting.pipeline))
     of_layers = adapters - _output_adapter(setting) * tokens
     again += (layers + of_layers + attention) * share // network.layers
-    if setting.lora is not None:  # the embedding is frozen: nobody asks for the gradient of the first layer's input
+    if setting.lora is not None:  # the embedding is frozen: the first layer's input needs no gradient
         inputs, outputs = linear_widths(network)["linear_qkv"]
         model -= 2 * inputs * outputs * tokens
     mismatched = forward // setting.responses if setting.kl_estimate else 0
@@ -83,13 +84,13 @@ def flops(setting: Setting, work: Work | None = None) -> Flops:
 
 
 def bubble(setting: Setting) -> float:
-    """Share of a step in which a stage waits: (p - 1) / (v m + p - 1) with v chunks a stage (Narayanan et al. 2021)."""
+    """Fraction of a step that a stage waits: (p - 1) / (v m + p - 1), v chunks per stage (Narayanan et al. 2021)."""
     waits = setting.pipeline - 1
     return waits / (setting.virtual * setting.num_micro_batches + waits)
 
 
 def _linear(setting: Setting) -> int:
-    """FLOPs a token of a layer's linear layers, forward: of the experts that it has, and of the router."""
+    """Forward FLOPs per token of a layer's linear layers, including its experts and the router."""
     network, times = setting.network, {}
     if network.experts:
         times = {"linear_fc1": network.chosen, "linear_fc2": network.chosen}
@@ -99,7 +100,7 @@ def _linear(setting: Setting) -> int:
 
 
 def _adapters(setting: Setting) -> int:
-    """FLOPs a token of all adapters, forward."""
+    """Forward FLOPs per token of all adapters."""
     lora = setting.lora
     if lora is None:
         return 0

@@ -1,14 +1,14 @@
-"""How fast a group of ranks communicates: inside a node, or over several.
+"""Communication speed of a group of ranks, inside a node or across nodes.
 
 Megatron numbers ranks tensor-parallel first, then context, data and pipeline (order ``tp-cp-ep-dp-pp``), and nodes
-hold consecutive ranks. So the ranks of a group are ``stride`` apart, ``size`` of them, and its blocks of
-``stride x size`` consecutive ranks begin at multiples of that:
+hold consecutive ranks. So a group has ``size`` ranks that are ``stride`` apart, and its blocks of ``stride x size``
+consecutive ranks begin at multiples of that:
 
     tensor      stride 1                              context   stride TP
     data        stride TP, over context and data      pipeline  stride TP x CP x DP
     expert      stride ETP                            copies of experts   stride ETP x EP
 
-Latency is not counted; it matters where messages are small.
+Latency is not modelled; it matters for small messages.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from nemo_rao.planning.setting import Setting
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that communicate.
+    """A group of communicating ranks.
 
     Attributes:
-        size: ranks.
-        stride: from one of them to the next.
-        devices, nodes: GPUs of a node, and nodes.
+        size: number of ranks.
+        stride: distance between consecutive ranks.
+        devices, nodes: GPUs per node, and number of nodes.
     """
 
     size: int
@@ -36,30 +36,30 @@ class Group:
 
     @property
     def within_node(self) -> bool:
-        """Every such group is inside one node."""
+        """Whether every such group is inside one node."""
         return self.nodes == 1 or self.devices % (self.size * self.stride) == 0
 
     @property
     def of_node(self) -> int:
-        """Ranks of the group on the same node."""
+        """Number of the group's ranks on the same node."""
         return self.size if self.within_node else max(1, min(self.size, self.devices // self.stride))
 
     def ring_seconds(self, sent: int, machine: Machine) -> float:
-        """Of ring collectives in which each rank sends ``sent`` bytes.
+        """Seconds of ring collectives in which each rank sends ``sent`` bytes.
 
-        Over several nodes NCCL has a ring for each network card: the group's ranks on a node use theirs together, up
-        to what the links inside the node carry.
+        Across nodes NCCL has one ring per network card: the group's ranks on a node use their cards together, up to
+        the bandwidth of the links inside the node.
         """
         if self.within_node:
             return sent / machine.within_node
         return sent / min(machine.within_node, self.of_node * machine.between_nodes)
 
     def neighbour_seconds(self, sent: int, machine: Machine) -> float:
-        """Of messages from each rank to the next; all wait for those that go to another node."""
+        """Seconds of messages from each rank to the next; all wait for those to another node."""
         return sent / (machine.within_node if self.within_node else min(machine.within_node, machine.between_nodes))
 
     def all_to_all_seconds(self, sent: int, machine: Machine) -> float:
-        """Of exchanges in which each rank sends ``sent`` bytes in equal parts to all others, by both links at once."""
+        """Seconds of exchanges in which each rank sends ``sent`` bytes, split evenly, over both links at once."""
         if self.size == 1:
             return 0.0
         outside = sent * (self.size - self.of_node) / (self.size - 1)
@@ -75,7 +75,7 @@ def context_group(setting: Setting) -> Group:
 
 
 def shards_group(setting: Setting) -> Group:
-    """Copies of the model, context-parallel ranks included."""
+    """Group of the ranks with the same weights, context-parallel ranks included."""
     return _group(setting, setting.shards, setting.tensor)
 
 
@@ -88,7 +88,7 @@ def expert_group(setting: Setting) -> Group:
 
 
 def expert_shards_group(setting: Setting) -> Group:
-    """Copies of the same experts."""
+    """Group of the ranks with the same experts."""
     return _group(setting, setting.expert_shards, setting.of_expert * setting.expert)
 
 

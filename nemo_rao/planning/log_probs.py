@@ -1,9 +1,9 @@
-"""Memory of the log-probabilities on the last stage: with the logits left out, or from whole logits.
+"""Memory of the log-probabilities on the last stage, without logits or from whole logits.
 
-Left out (:mod:`nemo_rao.ops.linear_log_probs`): the hidden states, gathered where the sequence is split, their gradient
-in fp32, a few dozen bytes a token, and the workspace of the blocks. Whole: the logits in the weights' type, in the
-model's layout and in the one it returns, then their gradient, and a chunk in fp32. So with an adapter on the output
-layer, which adds logits of its own. A forward-only pass has no gradients.
+Without logits (:mod:`nemo_rao.ops.linear_log_probs`): the hidden states, gathered if the sequence is split, their
+gradient in fp32, a few dozen bytes per token, and the workspace of the blocks. With whole logits: the logits in the
+weights' dtype, in the model's layout and in the one it returns, then their gradient, and a chunk in fp32. An adapter on
+the output layer needs whole logits, because it adds to them. A forward-only pass has no gradients.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from nemo_rao.ops.workspace import CHUNK_BYTES, cell_and_side
 from nemo_rao.planning.activations import FP32, adapter_bytes, stream_tokens
 from nemo_rao.planning.setting import Setting
 
-_STATISTICS = 48  # bytes a token: places, targets, sums
+_STATISTICS = 48  # bytes per token: positions, targets, sums
 
 
 def log_prob_bytes(setting: Setting) -> int:
-    """Bytes at the peak between the last stage's forward and backward pass, what it keeps for them included."""
+    """Peak bytes between the last stage's forward and backward pass, including what is kept for the latter."""
     network, n, b = setting.network, setting.micro_batch_tokens, setting.param_bytes
     hidden = stream_tokens(setting) * network.hidden * b
     if setting.scores:
         return hidden
     if not setting.holds_logits:
         gathered = n * network.hidden * b if setting.sequence_parallel else 0
-        # The tokens' gradient in fp32, and the one that is returned: fp32 before it is scattered over the ranks.
+        # The tokens' gradient in fp32, and the returned one: fp32 before it is scattered over the ranks.
         gradients = n * network.hidden * (FP32 + (FP32 if setting.sequence_parallel else b))
         return hidden + gathered + gradients + n * _STATISTICS + _blocks(setting)
     logits, lora, held = whole_logits(setting), setting.lora, 2
@@ -34,7 +34,7 @@ def log_prob_bytes(setting: Setting) -> int:
 
 
 def forward_log_prob_bytes(setting: Setting) -> int:
-    """Bytes at the peak of the last stage's log-probabilities in a forward-only pass."""
+    """Peak bytes of the last stage's log-probabilities in a forward-only pass."""
     network, n, b = setting.network, setting.micro_batch_tokens, setting.param_bytes
     hidden = stream_tokens(setting) * network.hidden * b
     if setting.scores:
@@ -47,7 +47,7 @@ def forward_log_prob_bytes(setting: Setting) -> int:
 
 
 def _blocks(setting: Setting) -> int:
-    """Bytes of the blocks: the workspace, or what all tokens and columns take where that is less."""
+    """Bytes of the blocks: the workspace, or those of all tokens and columns if that is less."""
     columns = setting.network.vocabulary(setting.tensor) // setting.tensor
     cell, side = cell_and_side(setting.network.hidden, FP32, setting.param_bytes)
     n = setting.micro_batch_tokens

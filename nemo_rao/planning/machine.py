@@ -6,23 +6,23 @@ from dataclasses import dataclass
 
 from nemo_rao.config.gpu_models import GIB
 
-_MEMORY_EFFICIENCY = 0.8  # share of a GPU's memory bandwidth that is reached; assumed
+_MEMORY_EFFICIENCY = 0.8  # assumed fraction of a GPU's memory bandwidth that is reached
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run is to fit on.
+    """The GPUs that a run is planned for.
 
     Attributes:
-        name: as it is printed.
-        memory_gib: of a GPU.
-        reserve_gib: kept free for the CUDA context, NCCL's buffers and fragmentation; not planned, assumed.
-        peak_tflops: of a GPU, in the run's number format.
-        mfu: share of it that is reached while a GPU computes.
+        name: name to print.
+        memory_gib: memory of a GPU.
+        reserve_gib: assumed for the CUDA context, NCCL's buffers and fragmentation, and kept free.
+        peak_tflops: peak of a GPU, in the run's number format.
+        mfu: fraction of it that is reached while a GPU computes.
         intra_node_gbs, inter_node_gbs: GB/s that a GPU sends, to the others of its node and to other nodes.
-        link_efficiency: share of these that is reached.
+        link_efficiency: fraction of these that is reached.
         memory_gbs: GB/s at which a GPU reads its memory.
-        node_size: GPUs that a node may have, for advice.
+        node_size: maximum GPUs of a node, for advice.
     """
 
     name: str
@@ -38,17 +38,17 @@ class Machine:
 
     @property
     def limit(self) -> int:
-        """Bytes that a plan may take."""
+        """Bytes available to a plan."""
         return int((self.memory_gib - self.reserve_gib) * GIB)
 
     @property
     def flops_per_second(self) -> float:
-        """Of one GPU while it computes."""
+        """FLOP/s of one GPU while it computes."""
         return self.peak_tflops * 1e12 * self.mfu
 
     @property
     def memory_bytes_per_second(self) -> float:
-        """Bytes that a GPU reads of its memory."""
+        """Bytes per second that a GPU reads from its memory."""
         return self.memory_gbs * 1e9 * _MEMORY_EFFICIENCY
 
     @property
@@ -58,5 +58,5 @@ class Machine:
 
     @property
     def between_nodes(self) -> float:
-        """Bytes per second that a GPU sends to other nodes, through a network card of its own."""
+        """Bytes per second that a GPU sends to other nodes, through its own network card."""
         return self.inter_node_gbs * 1e9 * self.link_efficiency

@@ -1,13 +1,13 @@
-"""The peak of a step on a rank of each pipeline stage.
+"""Peak memory of a step on a rank of each pipeline stage.
 
     states + micro-batches in flight x what each keeps + the larger of: log-probabilities; a layer's backward pass
 
-The last two never stand together: log-probabilities are done when the last layer's backward pass begins, and
-recomputation has not begun before. Where the reference pass has larger micro-batches, rows are sampled, or a critic
-takes its step, states and what these take may be more than that. On a CPU the process shares the memory with its
-tensors, and is added.
+The last two never coexist: log-probabilities are finished when the last layer's backward pass begins, and recomputation
+does not begin earlier. If the reference pass has larger micro-batches, rows are sampled, or a critic takes its step,
+the states and the memory of these may exceed that sum. On a CPU the process shares the memory with its tensors and is
+added.
 
-States are exact. The others are within ``UNCERTAINTY`` of those measured.
+States are exact. The rest is within ``UNCERTAINTY`` of measurements.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemo_rao.planning.log_probs import forward_log_prob_bytes, log_prob_bytes
 from nemo_rao.planning.rollouts import host_bytes, sampling_bytes
 from nemo_rao.planning.setting import Setting
 
-UNCERTAINTY = 0.1  # of activations and what comes with them; tests/planning/test_plan_activations.py
+UNCERTAINTY = 0.1  # of activations and temporaries; tests/planning/test_plan_activations.py
 
 PROCESS_BYTES = 3 * 2**28
 """Bytes of a rank's process on a CPU without tensors, once PyTorch, Megatron and NeMo are imported
@@ -29,22 +29,22 @@ PROCESS_BYTES = 3 * 2**28
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of a rank of one pipeline stage.
+    """Bytes needed by a rank of one pipeline stage.
 
     Attributes:
         weights, gradients, optimizer: held throughout, exact.
-        in_flight: micro-batches whose activations are held at once, counted by chunk in an interleaved pipeline.
-        activations: of all of these.
-        log_probs: at the loss, on the last stage.
-        backward: of one layer's backward pass, recomputed activations included.
-        process: of what is imported, on a CPU; 0 on GPUs.
-        reference: of a micro-batch of the reference pass, which keeps nothing for a backward pass.
-        sampling: keys, values and what else is held while tokens are sampled; 0 where none are.
-        critic: of the critic's step: its micro-batches and, with GPUs, its states, which wait in host memory otherwise;
-            0 where there is none.
+        in_flight: number of micro-batches whose activations are held at once; of chunks in an interleaved pipeline.
+        activations: activations of all of these.
+        log_probs: log-probabilities at the loss, on the last stage.
+        backward: backward pass of one layer, recomputed activations included.
+        process: imported code, on a CPU; 0 on GPUs.
+        reference: a micro-batch of the reference pass, which keeps nothing for a backward pass.
+        sampling: keys, values and temporaries while tokens are sampled; 0 without sampling.
+        critic: the critic's step: its micro-batches and, with GPUs, its states, which are otherwise in host memory; 0
+            without a critic.
         critic_states: its weights, gradients and optimizer states on a CPU, held throughout.
-        host: of host memory: offloaded optimizer states and, where the run samples, a rank's reference weights and
-            critic; not part of the total.
+        host: host memory: offloaded optimizer states and, if the run samples, a rank's reference weights and critic;
+            not part of the total.
     """
 
     weights: int
@@ -67,17 +67,17 @@ class StageMemory:
 
     @property
     def passing(self) -> int:
-        """What micro-batches take, beside the states."""
+        """Bytes of micro-batches, in addition to the states."""
         return max(self.activations + max(self.log_probs, self.backward), self.reference, self.sampling, self.critic)
 
     @property
     def uncertainty(self) -> int:
-        """Bytes by which the total may be wrong."""
+        """Error bound of the total, in bytes."""
         return int(UNCERTAINTY * self.passing)
 
 
 def stage_memory(setting: Setting, stage: int) -> StageMemory:
-    """The peak of this stage's ranks."""
+    """Compute the peak of this stage's ranks."""
     states = stage_states(setting, stage)
     kept = activations.stored_layers(setting, stage) + activations.stored_ends(setting, stage)
     in_flight = setting.in_flight(stage)
@@ -109,15 +109,15 @@ def _reference(setting: Setting, stage: int) -> int:
 
 
 def memory(setting: Setting) -> list[StageMemory]:
-    """Every stage's."""
+    """Return the memory of every stage."""
     return [stage_memory(setting, stage) for stage in range(setting.pipeline)]
 
 
 def peak(setting: Setting) -> int:
-    """Bytes of the rank that needs most."""
+    """Peak bytes of the rank that needs most."""
     return max(stage.total for stage in memory(setting))
 
 
 def upper_peak(setting: Setting) -> int:
-    """The same with the uncertainty of activations."""
+    """Peak bytes including the uncertainty of activations."""
     return max(stage.total + stage.uncertainty for stage in memory(setting))

@@ -1,4 +1,4 @@
-"""The sizes of a GPT, dense or a mixture of experts: all that parameters, activations and FLOPs depend on."""
+"""Sizes of a GPT, dense or mixture of experts, on which parameters, activations and FLOPs depend."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class Network:
     Attributes:
         layers: transformer layers.
         hidden, ffn: widths of the residual stream and of the feed-forward layers, or of each expert.
-        experts, chosen: of each layer, and of each token; 0 in a dense model.
+        experts, chosen: experts per layer and per token; 0 in a dense model.
         heads, groups, head: attention heads, key/value heads, width of one head.
-        tokens: of the tokenizer, or rows of the embedding where the recipe sets them.
-        divisible_by: tokens are padded to a multiple of it times the tensor-parallel ranks; ``None``: not padded.
+        tokens: vocabulary size of the tokenizer, or embedding rows if the recipe sets them.
+        divisible_by: the vocabulary is padded to a multiple of it times the tensor-parallel ranks, unless ``None``.
         tied: one matrix for input and output embeddings.
         gated: the feed-forward layers have a gate (SwiGLU).
         norm_bias: norms are LayerNorms.
-        linear_bias, qkv_bias: linear layers have biases; those of queries, keys and values alone.
-        qk_norm: queries and keys are normed.
+        linear_bias, qkv_bias: all linear layers have biases; only those of queries, keys and values.
+        qk_norm: queries and keys are normalized.
         positions: learned position embeddings; 0 for rotary ones.
-        dropout: of the residual stream.
-        embedding_is_layer, loss_is_layer: counted as one when layers are dealt to pipeline stages.
+        dropout: whether the residual stream has dropout.
+        embedding_is_layer, loss_is_layer: counted as a layer when layers are distributed over pipeline stages.
     """
 
     layers: int
@@ -53,7 +53,7 @@ class Network:
 
     @property
     def dealt_layers(self) -> int:
-        """Those that are dealt to pipeline stages in equal parts."""
+        """Number of layers that are distributed evenly over pipeline stages."""
         return self.layers + self.embedding_is_layer + self.loss_is_layer
 
     @property
@@ -63,7 +63,7 @@ class Network:
 
     @property
     def key(self) -> int:
-        """Width of all keys, and of all values."""
+        """Width of all keys, which is that of all values."""
         return self.groups * self.head
 
     @property
@@ -77,7 +77,7 @@ class Network:
         return -(-self.tokens // multiple) * multiple
 
 
-# Fields of Megatron's config that give stages any number of layers.
+# Fields of Megatron's config that set the number of layers of each stage freely.
 _LAYOUTS = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
@@ -86,40 +86,40 @@ _LAYOUTS = (
 
 
 def network_of(fields: Mapping[str, Any], *, kind: str, num_tokens: int | None, seq_length: int) -> Network:
-    """The network of a config's fields, as Megatron completes them.
+    """Return the network of a config's fields, as Megatron completes them.
 
     Args:
         fields: see :func:`nemo_rao.config.architecture.architecture_fields`.
         kind: the key that names its family, for messages.
-        num_tokens: of the tokenizer; not asked for where ``vocab_size`` is set.
-        seq_length: learned position embeddings, where the network has them.
+        num_tokens: vocabulary size of the tokenizer; unused if ``vocab_size`` is set.
+        seq_length: number of learned position embeddings, if the network has them.
 
     Raises:
-        UserError: a size is missing, or the network is of a kind that is not planned.
+        UserError: a size is missing, or the planner does not support this kind of network.
     """
     for name in ("multi_latent_attention", "mtp_num_layers"):
         if fields.get(name):
-            raise UserError(f"{kind}: {name} is set; such GPTs are not planned")
+            raise UserError(f"{kind}: {name} is set, which the planner does not support.")
     for name in _LAYOUTS:
         if fields.get(name):
             raise UserError(
-                f"model.arch.extra.{name}: stages of such sizes are not planned; leave it out, or set "
-                "account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split"
+                f"model.arch.extra.{name}: is not supported by the planner. Remove it, or set "
+                "account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split."
             )
 
     def whole(name: str, default: int | None = None) -> int:
         value = fields.get(name)
         value = default if value is None else value
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"model.arch.{name}: {kind} has no such size; set it")
+            raise UserError(f"model.arch.{name}: {kind} does not define it. Set it.")
         return value
 
     hidden, heads = whole("hidden_size"), whole("num_attention_heads")
     preset = fields.get("vocab_size")
     if preset is None and num_tokens is None:
         raise UserError(
-            "data.tokenizer: the number of its tokens is not known here; name the folder of a tokenizer that has "
-            "tokenizer.json, or set model.arch.extra.vocab_size"
+            "data.tokenizer: the size of its vocabulary is not known here. Give the directory of a tokenizer with "
+            "tokenizer.json, or set model.arch.extra.vocab_size."
         )
     experts, ffn = fields.get("num_moe_experts") or 0, whole("ffn_hidden_size", 4 * hidden)
     rotary = fields.get("position_embedding_type") == "rope"
@@ -148,7 +148,7 @@ def network_of(fields: Mapping[str, Any], *, kind: str, num_tokens: int | None, 
 
 
 def linear_widths(network: Network) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of a layer's linear layers, and of the parts of those that are several in one."""
+    """Return inputs and outputs of a layer's linear layers, and of the parts of fused ones."""
     hidden, query, key = network.hidden, network.query, network.key
     half = network.fc1 // 2
     return {

@@ -1,4 +1,4 @@
-"""Every parameter of a rank, in the order of the model's modules: exact, by name.
+"""All parameters of a rank, in the order of the model's modules: exact, by name.
 
 The names and shapes are megatron-core's; a tensor-parallel rank holds an equal part of each, whichever rank it is:
 
@@ -6,7 +6,7 @@ The names and shapes are megatron-core's; a tensor-parallel rank holds an equal 
     norms       [H]                 linear_proj [H, Q/TP]            linear_fc2 [H, F/TP]
     router      [E, H]              of E/EP experts each             fc1, fc2, over the ranks that share an expert
 
-Adapters are the engines': ``linear_in`` and ``linear_out`` around a linear layer, whose own weights are frozen then.
+Adapters follow the engines: ``linear_in`` and ``linear_out`` around a linear layer, whose weights are frozen.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Parameter:
     """A tensor of one rank.
 
     Attributes:
-        name: as in the model.
+        name: name in the model.
         size: elements on this rank.
-        trained: it has a gradient and optimizer state.
-        shared_embedding: a tied embedding on the first or last of several stages, which has a bucket of its own.
-        expert: of an expert whose copies are on fewer ranks than those of other weights: in a buffer of its own.
+        trained: whether it has a gradient and optimizer state.
+        shared_embedding: a tied embedding on the first or last of several stages, which has a separate bucket.
+        expert: of an expert that is copied to fewer ranks than other weights, and so is in a separate buffer.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Parameter:
 
 
 def stage_parameters(setting: Setting, stage: int) -> list[Parameter]:
-    """The parameters of a rank of this pipeline stage, chunk after chunk."""
+    """List the parameters of a rank of this pipeline stage, chunk after chunk."""
     return [one for chunk in range(setting.virtual) for one in chunk_parameters(setting, stage, chunk)]
 
 
 def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter]:
-    """The parameters of one of a rank's parts of the model."""
+    """List the parameters of one of a rank's chunks of the model."""
     network, tensor = setting.network, setting.tensor
     first, last = stage == chunk == 0, (stage, chunk) == (setting.pipeline - 1, setting.virtual - 1)
     part = network.vocabulary(tensor) // tensor * network.hidden
@@ -54,7 +54,7 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
         found.append(Parameter(name, size, trained and setting.lora is None, shared, expert))
 
     def add_linear(name: str, inputs: int, outputs: int, *, row: bool, bias: bool, norm: bool = False) -> None:
-        """A linear layer over the tensor-parallel ranks, by columns or by rows, with the norm that is fused into it."""
+        """Add a linear layer, split over tensor-parallel ranks by columns or rows, with the norm fused into it."""
         base = f"{name}.to_wrap" if adapted(name) else name
         add(f"{base}.weight", inputs * outputs // tensor)
         if bias:
@@ -136,13 +136,13 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
         if setting.value_head:
             for name, size in (("value_head.weight", network.hidden), ("value_head.bias", 1)):
                 found.append(Parameter(name, size, trained=True))  # with adapters too
-        elif setting.scores:  # a critic, whose output layer is skipped likewise, has a value head
+        elif setting.scores:  # a critic also skips its output layer, and has a value head
             add("score_head.weight", setting.scores * network.hidden)
     return found
 
 
 def model_parameters(setting: Setting) -> int:
-    """Parameters of the whole model, each once: without adapters, and without padding of the vocabulary."""
+    """Number of parameters of the whole model, without copies, adapters and padding of the vocabulary."""
     unpadded = replace(setting.network, divisible_by=None, embedding_is_layer=False, loss_is_layer=False)
     whole = replace(
         setting, network=unpadded, tensor=1, pipeline=1, virtual=1, context=1, expert=1, expert_tensor=1, lora=None

@@ -1,4 +1,4 @@
-"""``nemo-rao plan``: from a recipe to what it takes. The arithmetic is in :mod:`nemo_rao.planning`."""
+"""``nemo-rao plan``: estimate what a recipe needs. The arithmetic is in :mod:`nemo_rao.planning`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from nemo_rao.runtime.files import write_atomically
 
 NUM_ADVICE = 3
 NODE_SIZE = 8  # GPUs of NVIDIA's DGX and HGX systems
-DEFAULT_RESPONSES = 2  # of a prompt, where neither the recipe nor data says
+DEFAULT_RESPONSES = 2  # per prompt, if neither the recipe nor the data states it
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     machine = machine_of(arguments, setting)
     if arguments.gpu_memory is None:
         check_named_gpu(config, arguments.gpu, f"--gpu {arguments.gpu}")
-    # Files are read once everything else is known to be right: they may be large.
+    # Files are read last, after all other checks: they may be large.
     training, validation = size_of(config, config.data.train_path), size_of(config, config.data.validation_path)
     if arguments.responses is None and training is not None:
         setting = dataclasses.replace(setting, responses=_responses_used(config, training.responses))
@@ -70,13 +70,13 @@ def main(arguments: argparse.Namespace) -> int:
         )
     if config.data.prefix_sharing:
         print(
-            "data.prefix_sharing=true: what is saved by computing a prompt once is not planned; give\n"
-            "--tokens-per-row as the mean of the tokens that are computed of a row."
+            "data.prefix_sharing=true: the savings of computing a prompt once are not planned; set --tokens-per-row\n"
+            "to the mean number of computed tokens per row."
         )
     if config.precision.fp8 is not None:
         print(
-            f"precision.fp8={config.precision.fp8} is planned as bf16, which is no faster. Copies of weights\nin 8 "
-            "bits, up to 2 bytes each, are not counted, nor what activations in 8 bits save."
+            f"precision.fp8={config.precision.fp8} is planned as bf16, which is not faster. 8-bit copies of weights,\n"
+            "up to 2 bytes each, are not counted, nor are savings by 8-bit activations."
         )
     if arguments.json is not None:
         text = json.dumps(record(title, setting, machine, found, length), indent=2) + "\n"
@@ -85,7 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _advice(config: RunConfig, setting: Setting, machine: Machine) -> list[Advice]:
-    """Settings that fit with the uncertainty of activations; where there are none, and this one does not, without."""
+    """Return settings that fit with the uncertainty of activations, or if none does, those that fit without it."""
 
     def first(need: Callable[[Setting], int]) -> list[Advice]:
         found = advise(setting, machine.limit, node_size=machine.node_size, need=need)
@@ -95,9 +95,11 @@ def _advice(config: RunConfig, setting: Setting, machine: Machine) -> list[Advic
 
 
 def machine_of(arguments: argparse.Namespace, setting: Setting) -> Machine:
-    """The GPU that the options describe."""
+    """Return the GPU that the options describe."""
     if arguments.gpu not in GPUS:
-        raise UserError(f"--gpu {arguments.gpu}: there are {', '.join(GPUS)}; others by --gpu-memory and --peak-tflops")
+        raise UserError(
+            f"--gpu {arguments.gpu}: is unknown. Choose from {', '.join(GPUS)}, or set --gpu-memory and --peak-tflops."
+        )
     gpu = GPUS[arguments.gpu]
     given = arguments.gpu_memory is not None
     values = {
@@ -115,11 +117,11 @@ def machine_of(arguments: argparse.Namespace, setting: Setting) -> Machine:
             raise UserError(f"{name} {value:g}: must be above 0{' and at most 1' if share else ''}")
     if arguments.devices_per_node is not None and arguments.devices_per_node < setting.devices:
         raise UserError(
-            f"--devices-per-node {arguments.devices_per_node}: the recipe has trainer.devices={setting.devices} on a "
-            "node; raise it, or lower trainer.devices"
+            f"--devices-per-node {arguments.devices_per_node}: is below the recipe's "
+            f"trainer.devices={setting.devices}. Raise it, or lower trainer.devices."
         )
     if not 0 <= arguments.reserve < values["--gpu-memory"]:
-        raise UserError(f"--reserve {arguments.reserve:g}: must be at least 0, and below the GPU's memory, in GiB")
+        raise UserError(f"--reserve {arguments.reserve:g}: must be at least 0 and below the GPU's memory, in GiB.")
     return Machine(
         name="a GPU" if given else gpu.name,
         memory_gib=values["--gpu-memory"],
@@ -130,7 +132,7 @@ def machine_of(arguments: argparse.Namespace, setting: Setting) -> Machine:
         inter_node_gbs=values["--inter-node-bandwidth"],
         link_efficiency=arguments.link_efficiency,
         memory_gbs=values["--memory-bandwidth"],
-        # A recipe for several nodes says how large they are.
+        # A recipe for several nodes determines their size.
         node_size=arguments.devices_per_node or (NODE_SIZE if setting.nodes == 1 else setting.devices),
     )
 
@@ -140,15 +142,15 @@ def _either(given: float | None, otherwise: float) -> float:
 
 
 def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, responses: int | None = None) -> Setting:
-    """What is planned of a recipe.
+    """Return the planned setting of a recipe.
 
     Args:
-        tokens_per_row: mean tokens of prompt and response; ``None``: ``model.seq_length``, the most there can be.
-        responses: that each prompt of the data has; ``None``: ``data.num_responses``, or 2. Planned are those that a
-            run uses: the first ``data.num_responses``, of which objectives of pairs take two.
+        tokens_per_row: mean tokens of prompt and response; ``None``: ``model.seq_length``, the maximum.
+        responses: responses per prompt in the data; ``None``: ``data.num_responses``, or 2. The plan counts those that
+            a run uses: the first ``data.num_responses``, of which pairwise objectives take two.
 
     Raises:
-        UserError: sizes that do not divide, or that are not known.
+        UserError: sizes do not divide, or are unknown.
     """
     check_sizes(config)
     check_network(config)
@@ -157,15 +159,15 @@ def setting_of(config: RunConfig, *, tokens_per_row: int | None = None, response
     if network.vocabulary(keys.tensor_model_parallel_size) % keys.tensor_model_parallel_size:
         raise UserError(
             f"model.arch.extra.vocab_size={network.tokens} is not divisible by "
-            f"model.tensor_model_parallel_size={keys.tensor_model_parallel_size}; change one of them"
+            f"model.tensor_model_parallel_size={keys.tensor_model_parallel_size}. Change one of them."
         )
     for name, value in (("--tokens-per-row", tokens_per_row), ("--responses", responses)):
         if value is not None and value < 1:
-            raise UserError(f"{name} {value}: must be at least 1")
+            raise UserError(f"{name} {value}: must be at least 1.")
     if tokens_per_row is not None and tokens_per_row > keys.seq_length:
         raise UserError(
-            f"--tokens-per-row {tokens_per_row}: rows longer than model.seq_length={keys.seq_length} are dropped; "
-            "lower it"
+            f"--tokens-per-row {tokens_per_row}: is above model.seq_length={keys.seq_length}, and longer rows are "
+            "dropped. Lower it."
         )
     scheme = "lora" if keys.peft.scheme == "none" else keys.peft.scheme
     lora = Lora(keys.peft.lora.dim, lora_targets(config), keys.peft.lora.dropout > 0, scheme)
@@ -231,7 +233,7 @@ def _rollouts(keys: OnlineConfig, needs: Needs) -> Rollouts | None:
 
 
 def _critic_network(config: RunConfig, policy: Network) -> Network:
-    """The network of the run that the critic starts from, else the policy's.
+    """Return the network of the run that the critic starts from, else the policy's.
 
     Raises:
         UserError: the run's directory has no recipe.
@@ -241,12 +243,12 @@ def _critic_network(config: RunConfig, policy: Network) -> Network:
         return policy
     recipe = Path(run).expanduser() / "recipe.yaml"
     if not recipe.is_file():
-        raise UserError(f"model.ppo.critic_path={run}: no recipe.yaml in it; give the folder of a training run")
+        raise UserError(f"model.ppo.critic_path={run}: has no recipe.yaml. Give the directory of a training run.")
     return network_of_config(load_recipe(recipe))
 
 
 def _responses_used(config: RunConfig, given: int | None) -> int:
-    """Responses of a prompt that a run computes, of ``given`` ones in the data; or those that it samples."""
+    """Number of responses per prompt that a run computes, out of ``given`` in the data, or that it samples."""
     if config.online.num_generations is not None:
         return num_used(config.online.num_generations, chosen_responses(config))
     first = config.data.num_responses
@@ -256,11 +258,11 @@ def _responses_used(config: RunConfig, given: int | None) -> int:
 
 
 def network_of_config(config: RunConfig) -> Network:
-    """The recipe's sizes over what its family decides."""
+    """Return the family's network with the recipe's sizes."""
     keys, fields = config.model, architecture_fields(config)
     family = family_of(config)
     if family is not None and (parts := FAMILIES[family].parts):
-        raise UserError(f"{network_key(config)}: {', '.join(parts)} are not planned")
+        raise UserError(f"{network_key(config)}: {', '.join(parts)} are not supported by the planner.")
     return network_of(
         fields,
         kind=network_key(config),
@@ -274,7 +276,7 @@ def _workspace_bytes(config: RunConfig) -> int:
 
 
 def _accepted(config: RunConfig, advice: Advice) -> bool:
-    """Whether the recipe's own checks let the overrides pass, so that they can be pasted."""
+    """Whether the overrides pass the recipe's checks, so that they can be pasted."""
     try:
         setting_of(override(config, advice.overrides))
     except UserError:

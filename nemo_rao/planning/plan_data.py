@@ -1,6 +1,6 @@
-"""What a plan reads of a run's data, where it is on this machine: how many prompts, with how many responses.
+"""What a plan reads from a run's data, if it is on this machine: the number of prompts and of responses.
 
-Rows are counted before they are tokenised; those that a run drops, for their length above all, are among them.
+Rows are counted before tokenization, so rows that a run will drop, mainly for their length, are included.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from nemo_rao.rows.reading import HUB, expand_paths, read_rows
 
 @dataclass(frozen=True)
 class DataSize:
-    """Prompts, and responses of the prompt that has most."""
+    """Number of prompts, and maximum number of responses per prompt."""
 
     prompts: int
     responses: int
 
 
 def size_of(config: RunConfig, paths: Any) -> DataSize | None:
-    """Of one of a recipe's sources; ``None``: not set, not here, on the Hugging Face Hub, or prompts alone.
+    """Return the size of a source of the recipe; ``None`` if unset, not here, on the Hugging Face Hub, or only prompts.
 
     Raises:
-        UserError: it is here and cannot be read.
+        UserError: it is here but cannot be read.
     """
     if paths is None or not _is_here(paths) or config.online.num_generations is not None:
         return None
@@ -47,29 +47,29 @@ def size_of(config: RunConfig, paths: Any) -> DataSize | None:
 
 
 def _passed_over(complaint: UserError) -> None:
-    """A run drops the row, and counts it."""
+    """Do nothing: a run drops the row and counts it."""
 
 
 def run_length(
     config: RunConfig, *, training: DataSize | None, validation: DataSize | None, prompts: int | None = None
 ) -> RunLength | None:
-    """Steps of the whole run; ``None``: not known.
+    """Return the steps of the whole run; ``None``: unknown.
 
     Args:
-        training, validation: of the recipe's data, where it is here.
-        prompts: of the training data, in place of those counted.
+        training, validation: sizes of the recipe's data, if it is here.
+        prompts: number of training prompts, instead of those counted.
 
     Raises:
-        UserError: the data does not have as many prompts as the recipe draws, or as a global batch has.
+        UserError: the data has fewer prompts than the recipe draws, or than a global batch has.
     """
     wanted, trainer = config.data.num_prompts, config.trainer
     if prompts is not None and prompts < 1:
-        raise UserError(f"--prompts {prompts}: must be at least 1")
+        raise UserError(f"--prompts {prompts}: must be at least 1.")
     if prompts is None and training is not None:
         prompts = training.prompts
     if wanted is not None and prompts is not None and wanted > prompts:
         raise UserError(
-            f"data.num_prompts={wanted}, but the training data has only {prompts}; lower it, or set it to null for all"
+            f"data.num_prompts={wanted}: the training data has only {prompts}. Lower it, or set it to null for all."
         )
     used = prompts if wanted is None else wanted
     if used is not None and (trainer.max_steps or trainer.max_epochs):

@@ -21,7 +21,7 @@ from nemo_rao.planning.setting import Rollouts, Setting
 from nemo_rao.planning.step_time import StepTime, step_time
 from nemo_rao.planning.whole_run import RunLength, reference_seconds, run_time
 
-COLUMNS = 6  # stages that are shown beside each other
+COLUMNS = 6  # stages shown side by side
 
 
 def fits(setting: Setting, machine: Machine) -> bool:
@@ -29,17 +29,17 @@ def fits(setting: Setting, machine: Machine) -> bool:
 
 
 def fits_surely(setting: Setting, machine: Machine) -> bool:
-    """With the uncertainty of activations."""
+    """Whether the setting fits even with the uncertainty of activations."""
     return upper_peak(setting) <= machine.limit
 
 
 def record(
     title: str, setting: Setting, machine: Machine, advice: Sequence[Advice], length: RunLength | None
 ) -> dict[str, Any]:
-    """Everything in the table, in bytes, seconds and FLOPs, for another program.
+    """Return everything in the table, in bytes, seconds and FLOPs, for other programs.
 
     Args:
-        length: of the whole run; ``None``: not known.
+        length: length of the whole run; ``None``: unknown.
     """
     sent, work, time = communication(setting), flops(setting), step_time(setting, machine)
     stages = [
@@ -104,7 +104,7 @@ def _whole_run_record(length: RunLength, setting: Setting, machine: Machine) -> 
 
 
 def table(title: str, setting: Setting, machine: Machine, advice: Sequence[Advice], length: RunLength | None) -> str:
-    """The plan for a terminal. See :func:`record`."""
+    """Format the plan for a terminal. See :func:`record`."""
     lines = [*_head(title, setting), "", *_memory(setting), "", *_work(setting, machine), ""]
     if setting.rollouts is not None:
         lines += [*_rollout(setting, setting.rollouts, machine), ""]
@@ -127,7 +127,7 @@ def _head(title: str, setting: Setting) -> Iterator[str]:
         f"{' (tied)' if network.tied else ''}{positions}",
     )
     if network.experts:
-        yield _row("", f"{network.experts} experts in each layer, {network.chosen} for each token")
+        yield _row("", f"{network.experts} experts per layer, {network.chosen} per token")
     if setting.lora is not None:
         yield _row("", f"adapters of rank {setting.lora.dim} are trained ({setting.lora.scheme})")
     yield _row(
@@ -135,7 +135,7 @@ def _head(title: str, setting: Setting) -> Iterator[str]:
         f"{setting.ranks} = tensor {setting.tensor} x pipeline {setting.pipeline}"
         f"{f' x context {setting.context}' if setting.context > 1 else ''} x data {setting.data}"
         f"{', sequence parallel' if setting.sequence_parallel else ''}"
-        f"{f', {setting.virtual} chunks a stage' if setting.virtual > 1 else ''}",
+        f"{f', {setting.virtual} chunks per stage' if setting.virtual > 1 else ''}",
     )
     if network.experts:
         yield _row(
@@ -187,12 +187,12 @@ def _memory(setting: Setting) -> Iterator[str]:
         yield f"  {name:<32}" + "".join(f"{value / GIB:>11.2f}" for value in values)
     held = ", ".join(str(stages[n].in_flight) for n in shown)
     what = "micro-batches" if setting.virtual == 1 else "chunks of micro-batches"
-    yield f"  {what} in flight: {held}; * the larger of the two counts"
+    yield f"  {what} in flight: {held}; * only the larger of the two counts"
     if setting.rollouts is not None:
         critic = "" if setting.critic is None else ", the critic's step"
-        yield f"  ** the largest counts: a step's rows from activations on, sampling, the reference pass{critic}"
+        yield f"  ** only the largest counts: a step's rows from activations on, sampling, the reference pass{critic}"
     elif any(stage.reference == stage.passing for stage in stages):
-        yield "  ** the reference pass takes more than the rows from activations on; the larger counts"
+        yield "  ** the reference pass needs more than the rows from activations on; only the larger counts"
     if any(stage.host for stage in stages):
         of_node = max(stage.host for stage in stages) * setting.devices / GIB
         samples = setting.rollouts is not None
@@ -217,8 +217,8 @@ def _work(setting: Setting, machine: Machine) -> Iterator[str]:
     shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     yield _row("  sent by a rank", f"{sent.total / GIB:.2f} GiB" + (f": {shown}" if shown else ""))
     more = 100 * (work.executed / work.model - 1)
-    yield _row("  FLOPs", f"{work.model:.3e}; {more:.0f} % more are executed, for what is computed again")
-    yield _row("  computation", f"{time.compute:.2f} s at {machine.mfu:g} of {machine.peak_tflops:g} TFLOPS a GPU")
+    yield _row("  FLOPs", f"{work.model:.3e}; {more:.0f} % more are executed for recomputation")
+    yield _row("  computation", f"{time.compute:.2f} s at {machine.mfu:g} of {machine.peak_tflops:g} TFLOPS per GPU")
     seconds = {name: vars(time)[name] for name in (*parts,)}
     shown = ", ".join(f"{name} {size:.2f}" for name, size in seconds.items() if size >= 0.005)
     yield _row("  communication", f"{time.communication:.2f} s" + (f": {shown}" if shown else "") + _hidden(time))
@@ -228,7 +228,7 @@ def _work(setting: Setting, machine: Machine) -> Iterator[str]:
             f"at {machine.link_efficiency:g} of {machine.intra_node_gbs:g} GB/s inside a node, "
             f"{machine.inter_node_gbs:g} GB/s between nodes",
         )
-    yield _row("  pipeline bubble", f"{time.bubble:.2f} s, {100 * bubble(setting):.1f} % of what micro-batches take")
+    yield _row("  pipeline bubble", f"{time.bubble:.2f} s, {100 * bubble(setting):.1f} % of the micro-batches' time")
     yield _row("  time", f"{time.total:.2f} s, MFU {_reached_mfu(setting, machine, time):.2f}")
     if setting.critic is not None:
         yield _row("  critic", f"its step {step_time(setting.critic, machine).total:.2f} s, before that of the policy")
@@ -243,7 +243,7 @@ def _rollout(setting: Setting, keys: Rollouts, machine: Machine) -> Iterator[str
     yield f"a rollout, for {keys.steps} step{'s' * (keys.steps > 1)}"
     sampled = keys.mini_batches * setting.global_batch_size * keys.num_generations
     yield _row(
-        "  samples", f"{sampled:,} of up to {keys.max_new_tokens:,} tokens; keys and values {cache:.2f} GiB a rank"
+        "  samples", f"{sampled:,} of up to {keys.max_new_tokens:,} tokens; keys and values {cache:.2f} GiB per rank"
     )
     yield _row(
         "  sampling", f"{time.prompts + time.tokens:.2f} s: prompts {time.prompts:.2f}, tokens {time.tokens:.2f}"
@@ -259,18 +259,18 @@ def _hidden(time: StepTime) -> str:
 
 
 def _reached_mfu(setting: Setting, machine: Machine, time: StepTime) -> float:
-    """Model FLOPs over what the GPUs could do in the step's whole time."""
+    """Model FLOPs divided by the GPUs' peak over the whole step."""
     return flops(setting).model / (time.total * setting.ranks * machine.peak_tflops * 1e12)
 
 
 def _reference_seconds(setting: Setting, machine: Machine) -> float:
-    """For as many prompts as a step has."""
+    """Seconds of the reference pass for as many prompts as a step has."""
     return reference_seconds(setting, machine, setting.global_batch_size) if setting.reference else 0.0
 
 
 def _whole_run(length: RunLength | None, setting: Setting, machine: Machine) -> Iterator[str]:
     if length is None:
-        yield _row("the run", "its length is not known: give --prompts N, or trainer.max_steps")
+        yield _row("the run", "its length is unknown: set --prompts N, or trainer.max_steps")
         return
     time = run_time(length, setting, machine)
     yield "the run"
@@ -286,9 +286,9 @@ def _whole_run(length: RunLength | None, setting: Setting, machine: Machine) -> 
     yield _row("  hours", f"{_hours(time.total / 3600)}: {shown}")
     yield _row("  GPU-hours", f"{_hours(time.gpu_hours(setting))} on {setting.ranks} GPU{'s' * (setting.ranks > 1)}")
     if time.reference is None:
-        yield _row("", "without the reference pass: give --prompts N")
+        yield _row("", "without the reference pass: set --prompts N")
     if time.validation is None:
-        yield _row("", "without validation: data.validation_path is not here")
+        yield _row("", "without validation: data.validation_path is not on this machine")
 
 
 def _hours(hours: float) -> str:
@@ -297,7 +297,7 @@ def _hours(hours: float) -> str:
 
 def _verdict(setting: Setting, machine: Machine, advice: Sequence[Advice]) -> Iterator[str]:
     needed, most, limit = (size / GIB for size in (peak(setting), upper_peak(setting), machine.limit))
-    room = f"  {machine.name}: {machine.memory_gib:g} GiB, of which {machine.reserve_gib:g} GiB are kept free"
+    room = f"  {machine.name}: {machine.memory_gib:g} GiB, of which {machine.reserve_gib:g} GiB is reserved"
     percent = f"{100 * UNCERTAINTY:g} %"
     if fits(setting, machine):
         tight = not fits_surely(setting, machine)
@@ -306,7 +306,7 @@ def _verdict(setting: Setting, machine: Machine, advice: Sequence[Advice]) -> It
         over = f", {most - limit:.2f} GiB too much" if tight else ""
         yield f"  activations are known to within {percent}: the peak may be {most:.2f} GiB{over}"
         if advice:
-            yield "the nearest settings that fit even so; add one line to the command:"
+            yield "the nearest settings that fit even then; add one line to the command:"
     else:
         stages = memory(setting)
         largest = max(range(len(stages)), key=lambda number: stages[number].total)
@@ -317,10 +317,10 @@ def _verdict(setting: Setting, machine: Machine, advice: Sequence[Advice]) -> It
         if advice:
             yield "the nearest settings that fit; add one line to the command:"
         else:
-            yield "no change of parallelism, recomputation or batch makes it fit; take larger or more GPUs"
+            yield "no change of parallelism, recomputation or batch size makes it fit; use larger or more GPUs"
     for one in advice:
         close = "" if fits_surely(one.setting, machine) else f"; tight, as activations are known to within {percent}"
-        yield f"  # {one.bytes / GIB:.2f} GiB, {step_time(one.setting, machine).total:.2f} s a step{close}"
+        yield f"  # {one.bytes / GIB:.2f} GiB, {step_time(one.setting, machine).total:.2f} s per step{close}"
         yield from _wrapped(one.overrides)
 
 
@@ -344,7 +344,7 @@ def _largest_part(stage: StageMemory) -> str:
 
 
 def _wrapped(overrides: Sequence[str]) -> Iterator[str]:
-    """Overrides on lines of a shell command."""
+    """Wrap overrides as lines of a shell command."""
     line = " "
     for text in overrides:
         if len(line) + len(text) > 95:

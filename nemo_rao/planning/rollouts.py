@@ -1,12 +1,12 @@
-"""Rollouts of a run that samples its own responses: what sampling holds on a rank, and how long a rollout takes.
+"""Rollouts of a run that samples its own responses: memory of sampling on a rank, and duration of a rollout.
 
-Weights, gradients and optimizer states stay where they are. Beside them a rank holds the keys and values of the rows
-that it decodes together (:mod:`nemo_rao.rollout.decode`), and a layer's forward pass over their prompts, or on the last
-stage their logits while tokens are drawn.
+Weights, gradients and optimizer states stay in place. In addition a rank holds the keys and values of the rows that it
+decodes together (:mod:`nemo_rao.rollout.decode`), and a layer's forward pass over their prompts, or on the last stage
+their logits while tokens are drawn.
 
-A token of all rows takes each stage the longer of its products and of reading its weights, keys and values, and waits
-for the stage before: stages do not work at the same time. Every response is taken to reach ``max_new_tokens``, which is
-an upper bound. What a GPU waits for the launch of kernels is not counted; with few rows it may be most of the time.
+For a token of all rows, each stage needs the longer of computing its products and of reading its weights, keys and
+values, and waits for the previous stage: stages do not work concurrently. Every response is assumed to reach
+``max_new_tokens``, an upper bound. Kernel launch latency is not counted; with few rows it may dominate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemo_rao.planning.machine import Machine
 from nemo_rao.planning.setting import Rollouts, Setting
 from nemo_rao.planning.step_time import forward_seconds
 
-# Bytes of a logit while a token is drawn: in fp32, scaled, and in fp64 its probability and the sum up to it.
+# Bytes per logit while a token is drawn: fp32, scaled fp32, and in fp64 its probability and the cumulative sum.
 _DRAWING = 4 + 4 + 8 + 8
 _NUCLEUS = 4 * 8  # with top_p: probabilities in order, their order, its inverse, and sums
 
@@ -33,10 +33,10 @@ class RolloutTime:
     """Seconds of a rollout.
 
     Attributes:
-        prompts: of reading them.
-        tokens: of decoding.
-        passes: over the sampled rows, for log-probabilities.
-        values: of a critic's pass over them; 0 where there is none.
+        prompts: prefill of the prompts.
+        tokens: decoding.
+        passes: passes over the sampled rows for log-probabilities.
+        values: the critic's pass over them; 0 without a critic.
     """
 
     prompts: float
@@ -50,14 +50,14 @@ class RolloutTime:
 
 
 def cache_bytes(setting: Setting, stage: int) -> int:
-    """Keys and values of the rows that a rank of this stage decodes together."""
+    """Bytes of keys and values of the rows that a rank of this stage decodes together."""
     rows = _rollouts(setting).num_generations * _prompts_at_once(setting)
     width = setting.network.key // setting.tensor
     return 2 * setting.layers_of_stage(stage) * setting.tokens_per_row * rows * width * setting.param_bytes
 
 
 def sampling_bytes(setting: Setting, stage: int) -> int:
-    """At the peak of sampling, beside the states: a prompt is read once for all its responses."""
+    """Peak bytes of sampling, in addition to the states: a prompt is read once for all its responses."""
     keys, cache = _rollouts(setting), cache_bytes(setting, stage)
     reading = cache // keys.num_generations + forward_layer(_reading(setting))
     if stage < setting.pipeline - 1:
@@ -67,8 +67,8 @@ def sampling_bytes(setting: Setting, stage: int) -> int:
 
 
 def host_bytes(setting: Setting, stage: int) -> int:
-    """Host memory of a rank: the reference weights, unless adapters are switched off instead, and on GPUs the critic's
-    weights and optimizer state."""
+    """Host memory of a rank: the reference weights, unless adapters are switched off instead, and with GPUs the
+    critic's weights and optimizer state."""
     reference = stage_states(setting, stage).weights if setting.reference and setting.lora is None else 0
     if setting.critic is None or not setting.transformer_engine:
         return reference
@@ -78,11 +78,11 @@ def host_bytes(setting: Setting, stage: int) -> int:
 
 def rollout_time(setting: Setting, machine: Machine) -> RolloutTime:
     keys = _rollouts(setting)
-    of_copy = machine.flops_per_second * setting.ranks / setting.pipeline  # stages work one after the other
+    of_copy = machine.flops_per_second * setting.ranks / setting.pipeline  # stages work sequentially
     reading, decoding = _reading(setting), _decoding(setting)
     batches = decoding.num_micro_batches
-    products = flops(decoding).forward / of_copy / setting.pipeline / batches  # of one token of a batch, on a stage
-    filled = 1 - keys.max_new_tokens / (2 * setting.tokens_per_row)  # of the cache, on average
+    products = flops(decoding).forward / of_copy / setting.pipeline / batches  # for one token of a batch, on a stage
+    filled = 1 - keys.max_new_tokens / (2 * setting.tokens_per_row)  # average fraction of the cache that is filled
     reads = (
         (_read_weights(setting, stage) + filled * cache_bytes(setting, stage)) / machine.memory_bytes_per_second
         for stage in range(setting.pipeline)
@@ -114,13 +114,13 @@ def _prompts_at_once(setting: Setting) -> int:
 
 
 def _reading(setting: Setting) -> Setting:
-    """A forward pass over the prompts of a rollout, without logits but for their last tokens'."""
+    """Return a forward pass over the prompts of a rollout, with logits of their last tokens only."""
     tokens = max(setting.tokens_per_row - _rollouts(setting).max_new_tokens, 1)
     return replace(_sampling(setting, responses=1, tokens=tokens), scores=1)
 
 
 def _decoding(setting: Setting) -> Setting:
-    """A forward pass over one token of each row of a rollout."""
+    """Return a forward pass over one token of each row of a rollout."""
     return _sampling(setting, responses=_rollouts(setting).num_generations, tokens=1)
 
 
@@ -141,7 +141,7 @@ def _sampling(setting: Setting, *, responses: int, tokens: int) -> Setting:
 
 
 def _read_weights(setting: Setting, stage: int) -> int:
-    """All of a rank's but, on the first stage, the embedding, of which a row is read for each token."""
+    """Bytes of a rank's weights that are read; of the embedding, only one row per token is."""
     network = setting.network
     embedding = network.vocabulary(setting.tensor) // setting.tensor * network.hidden * setting.param_bytes
     is_output = network.tied and setting.pipeline == 1

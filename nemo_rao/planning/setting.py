@@ -1,4 +1,4 @@
-"""Everything that decides what a run takes, in one record; advice is other records of the kind."""
+"""Everything that determines the cost of a run, in one record; advice consists of other such records."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LINEAR_LAYERS = {
     "linear_fc1": "mlp.linear_fc1",
     "linear_fc2": "mlp.linear_fc2",
 }
-COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")  # whose inputs are gathered where sequences are split
+COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")  # their inputs are gathered if sequences are split
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters: their rank, what gets one, whether their inputs go through dropout, and ``model.peft.scheme``."""
+    """Adapters: their rank, their targets, whether their inputs have dropout, and ``model.peft.scheme``."""
 
     dim: int
     targets: tuple[str, ...]
@@ -30,7 +30,7 @@ class Lora:
     scheme: str = "lora"
 
     def parts(self, name: str) -> list[str]:
-        """What of a linear layer, by its name in the whole model, has an adapter: the layer, or parts of it."""
+        """Parts of a linear layer, named as in the whole model, that have adapters, or the layer itself."""
         before, dot, last = name.rpartition(".")
         parts = SPLIT.get(last, (last,)) if self.scheme == "canonical_lora" else (last,)
         return [part.rpartition(".")[2] for part in adapted(self.targets, [before + dot + part for part in parts])]
@@ -40,7 +40,7 @@ class Lora:
         return bool(self.parts(name))
 
     def adapted(self, number: int) -> frozenset[str]:
-        """What has adapters in the model's layer of this number, by its own name."""
+        """Names of the modules with adapters in the model's layer of this number."""
         return _adapted(self, number)
 
 
@@ -53,15 +53,15 @@ def _adapted(lora: Lora, number: int) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What a run samples, by the names of ``online``.
+    """Sampling of a run, with the names of ``online``.
 
     Attributes:
-        num_generations: responses of each prompt.
-        max_new_tokens: of a response, at most.
+        num_generations: responses per prompt.
+        max_new_tokens: maximum tokens of a response.
         rows_at_once: responses that a rank decodes together.
-        mini_batches, epochs: global batches that a rollout fills, and passes over it.
+        mini_batches, epochs: global batches per rollout, and passes over it.
         nucleus: tokens are drawn from the most probable ones (``top_p``).
-        passes: over the sampled rows before the first step on them, for log-probabilities.
+        passes: passes over the sampled rows for log-probabilities, before the first step on them.
     """
 
     num_generations: int
@@ -74,42 +74,42 @@ class Rollouts:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps on each rollout."""
+        """Optimizer steps per rollout."""
         return self.mini_batches * self.epochs
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A run as the planner sees it. Field names are those of the recipe's keys where there is one.
+    """A run as the planner sees it. Fields are named after the recipe's keys where possible.
 
     Attributes:
-        network: the sizes.
-        devices, nodes: GPUs of a node, and nodes.
+        network: sizes of the model.
+        devices, nodes: GPUs per node, and number of nodes.
         tensor, pipeline, context: parallel sizes; data-parallel is what remains of the ranks.
-        virtual: layer groups of each pipeline rank.
-        expert, expert_tensor: ranks that share the experts, and each of them; ``None``: as many as ``tensor``.
+        virtual: model chunks per pipeline rank.
+        expert, expert_tensor: ranks that split the experts, and ranks that split each expert; ``None``: ``tensor``.
         micro_batch_size, global_batch_size: prompts.
-        responses: of each prompt.
-        tokens_per_row: tokens of prompt and response.
-        pad_to_multiple_of: tokens; what the recipe asks for.
+        responses: responses per prompt.
+        tokens_per_row: mean tokens of prompt and response.
+        pad_to_multiple_of: tokens, as set in the recipe.
         part_multiple: tokens; each rank's part of a split sequence is a multiple of it, as 8-bit products need.
         packed: a micro-batch is one sequence, padded once.
-        param_bytes: of a weight or an activation, 2 (bf16) or 4 (fp32).
+        param_bytes: bytes of a weight or an activation, 2 (bf16) or 4 (fp32).
         grad_reduce_in_fp32: gradients are kept in fp32.
         overlap_grad_reduce, overlap_param_gather: gradients are reduced during the backward pass, weights gathered
             during the forward pass.
-        optimizer_in_host: fraction of the optimizer's state that is held in host memory.
-        lora: adapters alone are trained; ``None``: every weight.
-        lora_offered: those that advice may propose.
-        workspace_bytes: of the log-probabilities' blocks.
+        optimizer_in_host: fraction of the optimizer's state held in host memory.
+        lora: only adapters are trained; ``None``: all weights.
+        lora_offered: adapters that advice may propose.
+        workspace_bytes: workspace of the log-probabilities' blocks.
         value_head, scores: heads on the last stage (:mod:`nemo_rao.mcore.heads`).
-        reference: log-probabilities of the reference policy are computed, once; for samples, once a rollout.
+        reference: log-probabilities of the reference policy are computed, once; with sampling, once per rollout.
         reference_micro_batch_size: prompts of that pass; ``None``: ``micro_batch_size``.
-        reference_in_a_row: micro-batches of that pass between two writes, after which the pipeline is filled anew.
-        kl_estimate: each step has a forward pass over one more response of each prompt.
-        rollouts: what the run samples; ``None``: it trains on responses that lie there.
-        critic_network: sizes of a critic that is a separate model; ``None``: there is none.
-        transformer_engine: its fused layers run, as on GPUs; else PyTorch's own, as on a CPU.
+        reference_in_a_row: micro-batches of that pass between two writes, after which the pipeline is refilled.
+        kl_estimate: each step has a forward pass over one more response per prompt.
+        rollouts: sampling of the run; ``None``: it trains on existing responses.
+        critic_network: sizes of a critic that is a separate model; ``None``: no such critic.
+        transformer_engine: its fused layers are used, as on GPUs; else PyTorch's, as on a CPU.
     """
 
     network: Network
@@ -158,22 +158,22 @@ class Setting:
 
     @property
     def data(self) -> int:
-        """Copies of the model."""
+        """Number of copies of the model."""
         return self.ranks // (self.tensor * self.pipeline * self.context)
 
     @property
     def shards(self) -> int:
-        """Ranks with the same weights, over which gradients are added up and the optimizer's state is split."""
+        """Number of ranks with the same weights, over which gradients are reduced and the optimizer is sharded."""
         return self.data * self.context
 
     @property
     def of_expert(self) -> int:
-        """Ranks that share each expert."""
+        """Number of ranks that split each expert."""
         return self.expert_tensor or self.tensor
 
     @property
     def expert_shards(self) -> int:
-        """Ranks with the same experts' weights."""
+        """Number of ranks with the same experts."""
         return self.ranks // (self.pipeline * self.expert * self.of_expert)
 
     @property
@@ -198,16 +198,16 @@ class Setting:
 
     @property
     def num_micro_batches(self) -> int:
-        """Of a step, on each data-parallel rank."""
+        """Micro-batches per step on each data-parallel rank."""
         return self.global_batch_size // (self.micro_batch_size * self.data)
 
     @property
     def length(self) -> int:
-        """Tokens of a row that attend to each other, with the row's own padding, of which packed rows have none."""
+        """Tokens of a row that attend to each other, including its padding; packed rows have none."""
         return self.tokens_per_row if self.packed else self._padded(self.tokens_per_row)
 
     def _padded(self, tokens: int) -> int:
-        """Rounded up as a run does (``nemo_rao.engines.nemo.build.pad_multiple``)."""
+        """Round up as a run does (``nemo_rao.engines.nemo.build.pad_multiple``)."""
         split = self.context * (self.tensor if self.sequence_parallel else 1)
         chunks = 2 * self.context if self.context > 1 else 1
         multiple = math.lcm(self.pad_to_multiple_of, self.part_multiple * split, chunks)
@@ -215,17 +215,17 @@ class Setting:
 
     @property
     def sequence(self) -> int:
-        """T of the model's tensors on a context-parallel rank."""
+        """Sequence dimension T of the model's tensors on a context-parallel rank."""
         return self.micro_batch_tokens if self.packed else self.length // self.context
 
     @property
     def rows(self) -> int:
-        """Of a micro-batch."""
+        """Rows of a micro-batch."""
         return self.micro_batch_size * self.responses
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Of a micro-batch, those that a context-parallel rank computes."""
+        """Tokens of a micro-batch on a context-parallel rank."""
         tokens = self._padded(self.rows * self.tokens_per_row) if self.packed else self.rows * self.length
         return tokens // self.context
 
@@ -235,7 +235,7 @@ class Setting:
         return self.num_micro_batches * self.data * self.context * self.micro_batch_tokens
 
     def adapted(self, stage: int) -> Counter[frozenset[str]]:
-        """What has adapters in a layer, by its own name -> the stage's layers of which that is so."""
+        """Count the stage's layers by the set of their modules that have adapters."""
         found: Counter[frozenset[str]] = Counter()
         for chunk in range(self.virtual):
             first, layers = self.layers_before(stage, chunk), self.layers_of_chunk(stage, chunk)
@@ -245,17 +245,17 @@ class Setting:
 
     @property
     def holds_logits(self) -> bool:
-        """Log-probabilities are computed from whole logits: an adapter on the output layer adds its part to these."""
+        """Whether log-probabilities need whole logits, because an adapter on the output layer adds to them."""
         adapted = self.lora is not None and self.lora.adapts("output_layer")
         return not self.scores and (adapted or not self.fused_log_probs)
 
     def of_reference_pass(self) -> Setting:
-        """The setting with the reference pass's micro-batches, before adapters are added."""
+        """Return the setting with the reference pass's micro-batches, before adapters are added."""
         size = self.reference_micro_batch_size or self.micro_batch_size
         return replace(self, micro_batch_size=size, lora=None)
 
     def layers_of_chunk(self, stage: int, chunk: int) -> int:
-        """Layers of one of a stage's parts of the model, of which there are ``virtual``."""
+        """Number of layers of one of a stage's ``virtual`` model chunks."""
         network = self.network
         layers = network.dealt_layers // (self.pipeline * self.virtual)
         if network.embedding_is_layer and stage == chunk == 0:
@@ -265,7 +265,7 @@ class Setting:
         return layers
 
     def layers_before(self, stage: int, chunk: int) -> int:
-        """Layers of the whole model before those of a part of it."""
+        """Number of layers of the whole model before a chunk."""
         parts = [(c, s) for c in range(self.virtual) for s in range(self.pipeline)]
         return sum(self.layers_of_chunk(s, c) for c, s in parts if (c, s) < (chunk, stage))
 
@@ -277,9 +277,9 @@ class Setting:
         return 4 if self.grad_reduce_in_fp32 else self.param_bytes
 
     def in_flight(self, stage: int) -> int:
-        """Chunks of micro-batches whose activations a stage holds at most; with one chunk a stage, micro-batches.
+        """Maximum number of micro-batches whose activations a stage holds; counted in chunks if there are several.
 
-        Under 1F1B those of the stages that follow; interleaved, twice as many, and a round of all earlier chunks
+        Under 1F1B it is the number of following stages; interleaved, twice that, and a round of all earlier chunks
         (Narayanan et al. 2021, section 2.2; Korthikanti et al. 2022, section 4.2.3).
         """
         follow = self.pipeline - 1 - stage
@@ -287,7 +287,7 @@ class Setting:
         return min(self.num_micro_batches * self.virtual, warm_up + 1)
 
     def possible(self) -> bool:
-        """Whether everything divides; what else a run needs is for the recipe's own checks."""
+        """Whether all sizes divide; the recipe's checks cover other requirements."""
         network, copy = self.network, self.tensor * self.pipeline * self.context
         split = (network.heads, network.groups, network.vocabulary(self.tensor))
         return (

@@ -1,13 +1,13 @@
-"""The time of a step, and of forward-only passes: computation, communication that nothing hides, and the bubble.
+"""Time of a step, and of forward-only passes: computation, exposed communication, and the pipeline bubble.
 
     micro-batches = executed FLOPs / (ranks x peak x MFU) + tensor-, context-, expert- and pipeline-parallel messages
-    step          = micro-batches / (1 - bubble) + data-parallel messages that are not hidden + tied embeddings
+    step          = micro-batches / (1 - bubble) + exposed data-parallel messages + tied embeddings
 
-Within micro-batches nothing is taken to be hidden, which is true of tensor parallelism without Transformer Engine's
-overlapping of it, and an upper bound for the others. Data-parallel messages come once a step. With
+Messages within micro-batches are assumed to be exposed, which is true of tensor parallelism without Transformer
+Engine's overlap, and an upper bound for the others. Data-parallel messages occur once per step. With
 ``overlap_grad_reduce`` gradients are reduced during the backward pass of the last micro-batch, with
-``overlap_param_gather`` weights are gathered during the forward pass of the first: what takes longer than that pass's
-computation is left over. Later pipeline stages have one bucket and hide them in the bubble instead, which is as long.
+``overlap_param_gather`` weights are gathered during the forward pass of the first: only what takes longer than that
+pass's computation is exposed. Later pipeline stages have one bucket and hide it in the bubble, which is as long.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class StepTime:
     """Seconds of a step.
 
     Attributes:
-        compute: of a rank, with what is computed again.
+        compute: computation of a rank, recomputation included.
         tensor, context, expert, pipeline: messages within micro-batches.
-        bubble: in which a stage waits for others.
-        data: gradients and weights over the copies of the model, what is hidden left out.
-        hidden: of these, behind computation; not a part of the step's time.
+        bubble: time in which a stage waits for others.
+        data: exposed communication of gradients and weights between the copies of the model.
+        hidden: data-parallel communication hidden behind computation; not part of the step's time.
         embedding: gradients of tied embeddings between stages.
     """
 
@@ -48,7 +48,7 @@ class StepTime:
 
     @property
     def communication(self) -> float:
-        """Messages that nothing hides."""
+        """Exposed communication, in seconds."""
         return self.tensor + self.context + self.expert + self.pipeline + self.data + self.embedding
 
     @property
@@ -57,7 +57,7 @@ class StepTime:
 
 
 def step_time(setting: Setting, machine: Machine) -> StepTime:
-    """Of an optimizer step."""
+    """Estimate the time of an optimizer step."""
     sent, work = communication(setting), flops(setting)
     compute = work.executed / (setting.ranks * machine.flops_per_second)
     within = _within_micro_batches(sent, setting, machine)
@@ -88,16 +88,16 @@ def forward_seconds(
     responses: int | None = None,
     in_a_row: int | None = None,
 ) -> float:
-    """Of a forward-only pass over ``prompts``, in the setting's micro-batches.
+    """Estimate the time of a forward-only pass over ``prompts``, in the setting's micro-batches.
 
     Args:
-        responses: of each prompt; ``None``: the setting's.
-        in_a_row: micro-batches after which the pipeline is filled anew; ``None``: never.
+        responses: responses per prompt; ``None``: the setting's.
+        in_a_row: micro-batches after which the pipeline is refilled; ``None``: never.
     """
     if prompts == 0:
         return 0.0
     at_once = setting.micro_batch_size * setting.data
-    most = math.ceil(prompts / setting.data)  # of a data-parallel rank, whose last micro-batch may be smaller
+    most = math.ceil(prompts / setting.data)  # per data-parallel rank; its last micro-batch may be smaller
     rounds = math.ceil(most / setting.micro_batch_size)
     passing = dataclasses.replace(
         setting,

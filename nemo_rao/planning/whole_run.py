@@ -1,6 +1,6 @@
-"""A whole run, in hours and GPU-hours: its steps, its rollouts or the reference pass before them, its validations.
+"""Duration of a whole run, in hours and GPU-hours: steps, rollouts or the reference pass, validations.
 
-Not counted: reading and tokenising data, scorers, building the model, checkpoints, and what a cluster takes to start.
+Not counted: reading and tokenizing data, scorers, building the model, checkpoints, queueing and startup on a cluster.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from nemo_rao.planning.step_time import forward_seconds, step_time
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run is.
+    """Length of a run.
 
     Attributes:
         steps: optimizer steps.
-        prompts: of the training data that is used; ``None``: not known, and the reference pass is then left out.
-        validation_prompts: of the validation data; ``None``: there is some, and its size is not known; both its
-            validations and its part of the reference pass are then left out.
-        validations: how often it is evaluated.
+        prompts: training prompts in use; ``None``: unknown, and the reference pass is not counted.
+        validation_prompts: validation prompts; ``None``: their number is unknown, and neither validations nor their
+            part of the reference pass are counted.
+        validations: number of validations.
     """
 
     steps: int
@@ -34,13 +34,13 @@ class RunLength:
 
 @dataclass(frozen=True)
 class RunTime:
-    """Seconds of a run's parts; ``None`` for one whose size is not known, which no sum has.
+    """Seconds of a run's parts; ``None``: unknown and not part of any sum.
 
     Attributes:
-        training: steps, and those of a critic.
-        rollouts: of a run that samples, with their passes for log-probabilities.
+        training: steps, including a critic's.
+        rollouts: rollouts of a run that samples, with their passes for log-probabilities.
         reference: the pass before the first step.
-        validation: all of them.
+        validation: all validations.
     """
 
     training: float
@@ -57,7 +57,7 @@ class RunTime:
 
 
 def num_validations(steps: int, interval: int) -> int:
-    """Of a run with validation data: before the first step, at every interval, and at the end."""
+    """Number of validations: before the first step, at every interval, and at the end."""
     return 1 + steps // interval + (steps % interval > 0)
 
 
@@ -81,7 +81,7 @@ def run_time(length: RunLength, setting: Setting, machine: Machine) -> RunTime:
 
 
 def reference_seconds(setting: Setting, machine: Machine, prompts: int) -> float:
-    """Of the reference pass over so many prompts, and over their mismatched responses where the objective has them."""
+    """Seconds of the reference pass over so many prompts, with mismatched responses if the objective has them."""
     passing = setting.of_reference_pass()
     return _scoring(passing, machine, prompts, mismatched=setting.kl_estimate, in_a_row=setting.reference_in_a_row)
 

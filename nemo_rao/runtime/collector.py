@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept off what lasts as long as the process."""
+"""Exclude long-lived objects from Python's garbage collection."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uncollected_imports() -> Iterator[None]:
-    """What is imported in the block is never looked through for garbage, here or in forks of this process.
+    """Exclude what is imported in the block from garbage collection, here and in forks of this process.
 
-    An engine has some 800,000 objects. Each full collection looks at all of them, of which there are many during the
-    import itself, and in a forked rank copies the memory that they lie in: of a short run's CPU time, a third.
+    An engine has some 800,000 objects. Each full collection traverses all of them, many times during the import itself,
+    and in a forked rank copies the memory of these objects: a third of a short run's CPU time.
     """
     modules, was_enabled = len(sys.modules), gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Terminal output of a run: its own lines, and only those of the libraries that matter to a user."""
+"""Console output of a run: its own lines, and only those of libraries that matter to a user."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ _CHATTY = (
     "nv_one_logger",
     "torch.distributed",
 )
-# Loggers that warn of what is meant to be so.
+# Loggers that warn about intended behaviour.
 _WARY = ("megatron.core.rerun_state_machine", "megatron.core.dist_checkpointing", "megatron.core.optimizer")
 
 
 def global_rank() -> int:
-    """This process's rank in the run; 0 for the parent of forked ranks."""
+    """Return this process's rank in the run; 0 for the parent of forked ranks."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for the run: the parent of forked ranks, or rank 0 of those started from outside."""
+    """Whether this process prints for the run: the parent of forked ranks, or rank 0 of ranks started externally."""
     return global_rank() == 0
 
 
 def say(line: str) -> None:
-    """One line for the user, once for a run."""
+    """Print a line on one rank only."""
     if is_first_rank():
         print(line, flush=True)
 
 
 @functools.cache
 def warn_once(line: str) -> None:
-    """A warning on standard error, once for a run; not of Python's ``warnings``, which imports of engines silence."""
+    """Print a warning on stderr, once per run. Not with ``warnings``, which engines silence on import."""
     if is_first_rank():
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """For imports of an engine: what it and its dependencies report of optional parts that are absent is not shown."""
+    """Suppress messages of an engine and its dependencies about missing optional parts while importing them."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -64,7 +64,7 @@ def quiet_imports() -> Iterator[None]:
 
 
 def quiet_third_parties() -> None:
-    """Leave the terminal to the run's own lines: libraries may still warn of something, but not inform."""
+    """Limit libraries to warnings, so that the console shows the run's lines."""
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _WARY:

@@ -1,4 +1,4 @@
-"""A run's curves as one picture, drawn from its ``metrics.jsonl``."""
+"""Draw a run's curves as one image, from its ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ _COLUMNS = 3
 
 
 def is_dashed(label: str) -> bool:
-    """Whether a line is drawn dashed: what is compared with, beside what is trained."""
+    """Whether a line is drawn dashed: a value that is compared with, as opposed to a trained one."""
     return label.startswith(("held-out", "explicit"))
 
 
 def draw_curves(run_dir: Path) -> Path | None:
-    """Write ``curves.png`` into the run folder; ``None`` if nothing has been logged.
+    """Write ``curves.png`` to the run's directory; return ``None`` if nothing has been logged.
 
     The band around a line of samples spans 10 to 90 % of them.
     """
@@ -110,6 +110,6 @@ def _draw(axis: Any, records: Sequence[dict[str, float]], name: str, label: str)
 
 
 def _series(records: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric; steps that did not log it are left out."""
+    """Return steps and values of one metric, without the steps that did not log it."""
     found = [(record["step"], record[name]) for record in records if name in record]
     return [step for step, _ in found], [value for _, value in found]

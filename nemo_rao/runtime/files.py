@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from nemo_rao.errors import UserError
 
-MAKE_ROOM = "; make room and give the same command again"
+MAKE_ROOM = ". Free some space and run the same command again."
 
 
 @contextlib.contextmanager
@@ -32,10 +32,10 @@ def write_errors_at(path: Path, remedy: str = MAKE_ROOM) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    """A file with all its text (UTF-8, compressed where the name ends in .gz); else the old one stays, or none.
+    """Write a file with all its text (UTF-8, compressed if the name ends in .gz), or leave the old one unchanged.
 
     Raises:
-        UserError: it cannot be written, a full disk among the reasons.
+        UserError: it cannot be written, for example because the disk is full.
     """
     with written_atomically(path) as (file,):
         for piece in [text] if isinstance(text, str) else text:
@@ -43,9 +43,9 @@ def write_atomically(path: Path, text: str | Iterable[str]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file with a JSON object per line, without a last line that a kill cut short; empty if absent.
+    """Read a file with a JSON object per line, ignoring a truncated last line; empty if absent.
 
-    Lines end at newlines alone: ``str.splitlines`` would also split at U+2028 and others inside a JSON string.
+    Only newlines end a line: ``str.splitlines`` would also split at U+2028 and others inside a JSON string.
     """
     records = []
     if path.exists():
@@ -60,14 +60,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def written_atomically(*paths: Path) -> Iterator[list[IO[bytes]]]:
-    """Files to write to, under temporary names. When all are on the disk they take their own names, in this order.
+    """Open files for writing under temporary names. Once all are on disk, they are renamed in this order.
 
-    If anything fails before that, nothing is left of them. Their folders are made.
+    If anything fails before that, no file is left. Parent directories are created.
 
     Raises:
         UserError: one cannot be written; it names the last.
     """
-    # Drawn, not the process's number: processes on several nodes may write into one folder.
+    # Random, not the process id: processes on several nodes may write to one directory.
     temporary = [path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in paths]
     with write_errors_at(paths[-1]):
         try:
@@ -88,10 +88,10 @@ def written_atomically(*paths: Path) -> Iterator[list[IO[bytes]]]:
 
 @contextlib.contextmanager
 def folder_written_atomically(path: Path) -> Iterator[Path]:
-    """A folder to write files to, under a temporary name. When they are on the disk it takes its own name; where
-    another process was first, that one's folder stays, and this one is dropped.
+    """Create a directory to write to under a temporary name. Once its files are on disk, it is renamed; if another
+    process was faster, that one's directory is kept and this one removed.
 
-    If anything fails before that, nothing is left of it. The folders above it are made.
+    If anything fails before that, nothing is left. Parent directories are created.
 
     Raises:
         UserError: it cannot be written.
@@ -114,16 +114,16 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished_files(folder: Path) -> None:
-    """Removes what killed processes have left of files in the folder. Only where nobody is writing one."""
+    """Remove partial files of killed processes from a directory. No process may be writing there."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path, *, unfinished: bool) -> None:
-    """Removes a folder where that is allowed; no reader sees half of it.
+    """Remove a directory if allowed; no reader sees a part of it.
 
     Args:
-        unfinished: also what killed processes have left of it. Only where nobody is writing it.
+        unfinished: also remove its partial copies of killed processes. No process may be writing it.
     """
     removed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with contextlib.suppress(OSError):
@@ -134,10 +134,10 @@ def remove_folder(path: Path, *, unfinished: bool) -> None:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
-    """Lets one process in; those that come with the same path wait until it has left, or has died. The folders above
-    the path are there meanwhile; nothing is left of them where they stay empty.
+    """Admit one process; others with the same path wait until it has left or died. Parent directories of the path exist
+    meanwhile, and are removed afterwards if they are empty.
 
-    Not the package ``filelock``: on file systems without locks it tries for ever; here nobody waits there.
+    Not the package ``filelock``: on file systems without locks it retries forever, while this one does not wait.
 
     Args:
         waiting: called once by a process that has to wait.
@@ -152,21 +152,22 @@ def one_at_a_time(path: Path, waiting: Callable[[], None] = lambda: None) -> Ite
             held.callback(_remove_if_empty, [folder for folder in lock.parents if not folder.exists()])
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = held.enter_context(_locked(lock, waiting))
-            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # closing alone leaves it with what was forked meanwhile
+            # Closing alone would leave the lock with processes that were forked meanwhile.
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)
             held.callback(lock.unlink, missing_ok=True)
             alone = True
         yield alone
 
 
 def _remove_if_empty(folders: Iterable[Path]) -> None:
-    """The inner ones first."""
+    """Remove empty directories, inner ones first."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 def _locked(path: Path, waiting: Callable[[], None]) -> IO[bytes]:
-    """The open file, locked for this process until it is closed."""
+    """Return the open file, locked for this process until it is closed."""
     while True:
         file = open(path, "ab")  # noqa: SIM115
         try:
@@ -180,12 +181,12 @@ def _locked(path: Path, waiting: Callable[[], None]) -> IO[bytes]:
         except BaseException:
             file.close()
             raise
-        file.close()  # who had it has removed it: those who come now lock another
+        file.close()  # its previous holder has removed it: newcomers lock a new file
 
 
 @contextlib.contextmanager
 def _synced(path: Path, packed: bool) -> Iterator[IO[bytes]]:
-    """A file to write to, on the disk when it is left; ``packed``: compressed, alike for the same content."""
+    """Open a file that is on disk when the block ends; ``packed``: compressed, deterministically."""
     with open(path, "wb") as plain:
         if packed:
             with gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0) as file:
@@ -197,9 +198,9 @@ def _synced(path: Path, packed: bool) -> Iterator[IO[bytes]]:
 
 
 def check_place(path: Path) -> None:
-    """Refuse, while nothing is written, a file that is there already or lies in what is no folder."""
+    """Refuse an output file that exists or cannot be created, before any work is done."""
     if path.exists():
-        raise UserError(f"{path}: exists already, and is never overwritten; delete it, or give another place")
+        raise UserError(f"{path}: exists, and is never overwritten. Delete it, or choose another path.")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
-        raise UserError(f"{path}: cannot be written, {parent} is not a folder; give another place")
+        raise UserError(f"{path}: cannot be written, because {parent} is not a directory. Choose another path.")

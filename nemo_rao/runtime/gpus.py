@@ -1,7 +1,7 @@
 """Detection of usable GPUs, and of whether Transformer Engine runs on them.
 
-Every decision between Transformer Engine's layers and this project's own follows :func:`transformer_engine_is_used`.
-That the package can be imported decides nothing: it imports without a GPU too, as in a container on a login node, and
+Every choice between Transformer Engine's layers and this project's follows :func:`transformer_engine_is_used`. Whether
+the package can be imported is not sufficient: it also imports without a GPU, as in a container on a login node, and
 then fails in its first kernel.
 """
 
@@ -14,7 +14,7 @@ CPU_NOTICE = "no CUDA device, Megatron runs on the CPU (local layer spec, gloo)"
 
 
 def has_gpu() -> bool:
-    """Whether PyTorch can use a CUDA device, found without initializing CUDA, which would not survive a fork.
+    """Whether PyTorch can use a CUDA device, without initializing CUDA, which would not survive a fork.
 
     ``False`` once :func:`nemo_rao.mcore.cpu.install_if_needed` has put Megatron on the CPU.
     """
@@ -26,11 +26,11 @@ def has_gpu() -> bool:
 
 
 def transformer_engine_is_used(accelerator: str = "auto") -> bool:
-    """Whether a run's layers are Transformer Engine's: it is installed, and the run is on a GPU.
+    """Whether a run uses Transformer Engine's layers: it is installed, and the run is on a GPU.
 
     Args:
-        accelerator: ``trainer.accelerator``. ``"gpu"`` is believed, as a job is checked where it is submitted, which
-            need not have a GPU; ``"auto"`` means a GPU of this machine.
+        accelerator: ``trainer.accelerator``. ``"gpu"`` is trusted, as jobs are checked on machines that may lack GPUs;
+            ``"auto"`` means a GPU of this machine.
     """
     if accelerator == "cpu" or importlib.util.find_spec("transformer_engine") is None:
         return False

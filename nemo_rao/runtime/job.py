@@ -1,12 +1,13 @@
 """A rank inside a job that ``nemo-rao launch`` submitted: signals from the job, and records for it.
 
-The batch script (:mod:`nemo_rao.cluster.script`) names a folder of records in :data:`FOLDER`, of one job:
+The batch script (:mod:`nemo_rao.cluster.script`) names a directory of records in :data:`FOLDER`, one per job:
 
-    rank-N.log   what rank N printed                      stopped   the run was asked to stop, and has saved
-    failure      the first failure of a rank, in words
+    rank-N.log   output of rank N                         stopped   the run was asked to stop, and has saved
+    failure      message of the first rank that failed
 
-Not exit codes: srun ends the other ranks once one has failed, and then gives a code of its own. Without the variable
-nothing here does anything. Only the standard library is imported: signals are heard before anything heavy is.
+Exit codes are not sufficient: srun ends the other ranks once one has failed, and then returns a code of its choice.
+Without the variable this module does nothing. It imports only the standard library, so that signals are handled before
+anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from nemo_rao.errors import RankFailure, UserError, report
 FOLDER = "NEMO_RAO_JOB_FOLDER"
 HANG_SECONDS = "NEMO_RAO_HANG_SECONDS"
 STOPPED, FAILURE = "stopped", "failure"
-SIGNAL_SECONDS = 2.0  # within which a signal reaches all ranks
+SIGNAL_SECONDS = 2.0  # time for a signal to reach all ranks
 
 
 @dataclass
 class StopRequest:
-    """Whether this rank was asked to stop; signals may come several times.
+    """Whether this rank was asked to stop; signals may arrive several times.
 
     Attributes:
-        asked: a signal has come.
-        heard_at_steps: steps are under way, and the request is heard at the next one's end; before that, there is
-            nothing to save that is not on the disk already, and the rank leaves at once.
-        stepped: a step of this attempt is done, so that every rank hears at steps. Before, a rank may have left at once
-            and others miss it within a step.
+        asked: a signal has arrived.
+        heard_at_steps: steps are running, and the request is handled at the end of the next one; before that, there is
+            nothing new to save, and the rank exits at once.
+        stepped: a step of this attempt is complete, so every rank handles requests at steps. Before, a rank may have
+            exited at once, and others miss it within a step.
         stopped_at: the step at which all ranks have agreed to stop.
     """
 
@@ -66,17 +67,17 @@ REQUEST = StopRequest()
 
 
 def job_folder() -> Path | None:
-    """The folder of this job's records; ``None`` outside of such a job."""
+    """Return the directory of this job's records; ``None`` outside of such a job."""
     return Path(os.environ[FOLDER]) if FOLDER in os.environ else None
 
 
-def place() -> str:
+def rank_name() -> str:
     return f"rank {os.environ.get('SLURM_PROCID', '0')} on {socket.gethostname()}"
 
 
 @contextlib.contextmanager
 def supervised() -> Iterator[None]:
-    """Around all that a rank does: hears signals, and notes the failure that ends it."""
+    """Handle signals, and record the failure that ends a rank, for the whole life of the rank."""
     if job_folder() is None:
         yield
         return
@@ -84,24 +85,24 @@ def supervised() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        note_failure(f"{place()}: error: {error}")
+        note_failure(f"{rank_name()}: error: {error}")
         _leave(report(error))
     except RankFailure as error:
         _leave_if_others_have()
-        note_failure(f"{place()}: {error}")
+        note_failure(f"{rank_name()}: {error}")
         _leave(report(error))
     except Exception:
-        said = traceback.format_exc()
-        print(said, file=sys.stderr, flush=True)
+        text = traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)
         _leave_if_others_have()
-        note_failure(f"{place()} failed:\n{said}")
+        note_failure(f"{rank_name()} failed:\n{text}")
         _leave(1)
 
 
 def _leave_if_others_have() -> None:
-    """Takes a failure within the first step for that of a rank that has left, where all were asked to stop.
+    """Attribute a failure within the first step to a rank that has exited, if all were asked to stop.
 
-    Nothing is lost, and a failure of this rank's own comes back in the next attempt.
+    Nothing is lost: a failure of this rank itself recurs in the next attempt.
     """
     if REQUEST.stepped:
         return
@@ -113,7 +114,7 @@ def _leave_if_others_have() -> None:
 
 
 def note_failure(text: str) -> None:
-    """Leaves the words for the batch script, unless another rank has: who fails first is the cause."""
+    """Record the message for the batch script, unless another rank has: the first failure is the cause."""
     folder = job_folder()
     if folder is None:
         return
@@ -124,37 +125,37 @@ def note_failure(text: str) -> None:
 
 
 def leave_if_stopped() -> None:
-    """Ends this rank where the run has stopped and saved, before it is taken for finished."""
+    """End this rank if the run has stopped and saved, before it counts as finished."""
     if REQUEST.stopped_at is not None:
         leave_stopped(f"saved after step {REQUEST.stopped_at}")
 
 
 def leave_stopped(text: str) -> NoReturn:
-    """Ends this rank with a word for the batch script.
+    """End this rank with a message for the batch script.
 
-    The exit code is 0: srun signals the others, too, when one rank has failed, and gives another code then. By that
-    the batch script knows a job that was stopped from one that has failed.
+    The exit code is 0: when a rank fails, srun signals the others, too, and returns another code. The batch script thus
+    distinguishes a stopped job from a failed one.
     """
     folder = job_folder()
-    assert folder is not None, "signals are heard in a job alone"
+    assert folder is not None, "signals are handled only in a job"
     if os.environ.get("SLURM_PROCID", "0") == "0":
         (folder / STOPPED).write_text(text + "\n")
     _leave(0)
 
 
 def _leave(code: int) -> NoReturn:
-    # Without interpreter shutdown, which can wait for ranks that are gone.
-    with contextlib.suppress(Exception):  # a signal may have come in the middle of a write
+    # Without interpreter shutdown, which can wait for ranks that have exited.
+    with contextlib.suppress(Exception):  # a signal may have interrupted a write
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
 
 
 class Watchdog:
-    """Ends this rank, and so the job, when nothing has moved for too long: a line, and where each thread stands.
+    """Ends this rank, and so the job, if there is no progress for too long, with a message and all threads' stacks.
 
     Args:
-        seconds: without :meth:`moved`.
+        seconds: maximum time between two calls of :meth:`moved`.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -167,7 +168,7 @@ class Watchdog:
         self._thread.start()
 
     def moved(self, what: str) -> None:
-        """``what``: the last thing done, for the line."""
+        """Report progress; ``what`` was completed, for the message."""
         self._last, self._what = time.monotonic(), what
 
     def stop(self) -> None:
@@ -180,8 +181,8 @@ class Watchdog:
             if idle <= self._seconds:
                 continue
             line = (
-                f"{place()} hangs: nothing has moved for {idle:.0f} seconds (cluster.hang_minutes) since {self._what}; "
-                "where the ranks stand is at the end of their logs"
+                f"{rank_name()} hangs: no progress for {idle:.0f} seconds (cluster.hang_minutes) since {self._what}; "
+                "stacks of the ranks are at the end of their logs"
             )
             print(f"error: {line}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

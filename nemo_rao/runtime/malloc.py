@@ -1,11 +1,11 @@
-"""Configure the C library's heap for tensors: large blocks are mapped one by one, so that freed ones leave no holes.
+"""Configure the C library's heap for tensors: large blocks are mapped one by one, so that freed blocks leave no holes.
 
-glibc maps blocks above a threshold by themselves and returns them to the system when they are freed. It raises the
+glibc maps blocks above a threshold separately and returns them to the system when they are freed. It raises the
 threshold up to 32 MiB as such blocks are freed, after which a micro-batch's activations come from the heap. There the
-temporaries that a layer frees between two saved tensors leave holes, too small for the next, longer micro-batch: with
-SmolLM2-135M they took 4 GiB beside 12 GiB of tensors (docs/guides/planning.md).
+temporaries that a layer frees between two saved tensors leave holes that are too small for the next, longer
+micro-batch: with SmolLM2-135M they took 4 GiB beside 12 GiB of tensors (docs/guides/planning.md).
 
-Mapped blocks cost a page fault for every page each time. PyTorch can ask for pages of 2 MiB, which makes them fewer.
+Mapped blocks cost a page fault for every page each time. PyTorch can request pages of 2 MiB, which reduces them.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # read by PyTorch when it allocates its fi
 
 
 def ask_for_huge_pages() -> None:
-    """Let PyTorch ask for them for tensors from 2 MiB on, unless the user's environment says otherwise.
+    """Let PyTorch request huge pages for tensors from 2 MiB on, unless the user's environment sets this.
 
-    Some of what is imported makes a tensor: to be called at the start of a program.
+    Call it at the start of a program: some imports create a tensor.
     """
     os.environ.setdefault(_HUGE_PAGES, "1")
 
 
 def map_large_blocks() -> bool:
-    """Fix the threshold at :data:`MMAP_THRESHOLD_BYTES`. Returns whether it was fixed.
+    """Fix the threshold at :data:`MMAP_THRESHOLD_BYTES`. Return whether it was fixed.
 
-    To be called before the first tensor is made; forked processes inherit it. The threshold is left alone with another
-    C library, and where the user's environment sets up glibc's heap (``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
+    Call it before the first tensor is created; forked processes inherit it. The threshold is unchanged with another C
+    library, or if the user's environment configures glibc's heap (``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
     """
     if _set_by_user() or not _is_glibc():
         return False
@@ -45,5 +45,5 @@ def _set_by_user() -> bool:
 def _is_glibc() -> bool:
     try:
         return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
-    except (OSError, TypeError):  # a system whose programs cannot be opened as a library, such as Windows
+    except (OSError, TypeError):  # a system where the program cannot be opened as a library, such as Windows
         return False

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line of JSON for each step, and for each validation, written by rank 0 as it happens.
+"""``metrics.jsonl``: one line of JSON per step and per validation, written immediately by rank 0.
 
 Each line has ``step``, the optimizer steps done; a training line has ``loss`` and the objective's metrics,
 ``grad_norm``, ``lr`` and ``tokens_per_second``, on GPUs also ``perf/mfu`` and ``perf/tflops_per_gpu``; a validation
@@ -15,17 +15,17 @@ from nemo_rao.runtime.files import read_json_lines, write_atomically
 
 
 def append_metrics(path: Path, record: Mapping[str, float]) -> None:
-    """Add one line in a single write."""
+    """Append one line in a single write."""
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines, without a last one that a kill cut short."""
+    """Return the lines, without a truncated last one."""
     return read_json_lines(path)
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop what was logged after ``last_step``: those steps are computed again."""
+    """Drop what was logged after ``last_step``: those steps will be repeated."""
     kept = [record for record in read_metrics(path) if record["step"] <= last_step]
     write_atomically(path, (json.dumps(record) + "\n" for record in kept))

@@ -24,22 +24,22 @@ from typing import Any
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_errors_at
 
-SYNC_EVERY = 5.0  # seconds; a kill loses nothing that is written, a power cut what came after the last sync
-_KEPT = "; what was finished is kept: make room and give the same command again"
+SYNC_EVERY = 5.0  # seconds; a killed process loses nothing, a power failure what was written after the last sync
+_KEPT = ". Finished work is kept: free some space and run the same command again."
 
 
 def part_path(output: Path) -> Path:
-    """Where unfinished work lies: out.jsonl -> out.jsonl.part.jsonl."""
+    """Return the path of unfinished work: out.jsonl -> out.jsonl.part.jsonl."""
     return output.with_name(f"{output.name}.part.jsonl")
 
 
 class PartFile:
-    """An unfinished result, continued where it is there already; locked for this process.
+    """An unfinished result, resumed if the file exists; locked for this process.
 
     Args:
-        path: the file; its folder is made.
-        work: what tells this work from other work; of JSON types. A name that begins with ``digest_of_`` is told
-            without its value.
+        path: the file; its directory is created.
+        work: identifies the work, as JSON types. Values whose name begins with ``digest_of_`` are not shown in
+            messages.
 
     Attributes:
         num_records: finished items in it.
@@ -52,9 +52,9 @@ class PartFile:
     def __init__(self, path: Path, work: Mapping[str, Any]) -> None:
         self.path = path
         self.num_records = 0
-        with write_errors_at(path, "; choose another output"):
+        with write_errors_at(path, ". Choose another output."):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Not buffered: a buffer that could not be written would be tried again when the file is closed.
+            # Unbuffered: a buffer that could not be written would be retried when the file is closed.
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
             self._lock()
@@ -70,10 +70,10 @@ class PartFile:
         self._synced_at, self._synced_end = time.monotonic(), self._end
 
     def append(self, records: Iterable[Any]) -> None:
-        """Adds finished items, in order.
+        """Add finished items, in order.
 
         Raises:
-            UserError: the disk is full, or another fault of it; whole items are kept.
+            UserError: the disk is full, or another error occurred; complete items are kept.
         """
         for record in records:
             self._write(_line({"item": self.num_records, "record": record}))
@@ -82,22 +82,22 @@ class PartFile:
             self._sync()
 
     def records(self) -> Iterator[Any]:
-        """The finished items, in order."""
+        """Yield the finished items, in order."""
         with open(self.path, "rb") as file:
             for line in itertools.islice(file, 1, 1 + self.num_records):
                 yield json.loads(line)["record"]
 
     def close(self) -> None:
-        """Twice is as good as once."""
+        """Close the file. Idempotent."""
         if self._file.closed:
             return
         if self._end != self._synced_end:
-            with contextlib.suppress(UserError):  # the work goes on from what the disk has
+            with contextlib.suppress(UserError):  # work resumes from what is on disk
                 self._sync()
         self._file.close()
 
     def remove(self) -> None:
-        """The result is whole elsewhere."""
+        """Remove the file, once the result is complete elsewhere."""
         self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -129,17 +129,17 @@ class PartFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{self.path}: another process is writing it; wait for it, or choose another output"
+                f"{self.path}: is being written by another process. Wait for it, or choose another output."
             ) from None
         except OSError:  # a file system without locks
             pass
 
     def _read(self, header: bytes) -> int:
-        """Counts the finished items of the file as it is. Returns the byte after the last of them, or the header."""
+        """Count the finished items. Return the offset after the last of them, or after the header."""
         end = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
-                # A first line cut short is this work's own, or else somebody's file that is none of ours.
+                # A truncated first line is accepted only if it is a prefix of this work's header.
                 if not line.endswith(b"\n") and (number or header.startswith(line)):
                     break
                 try:
@@ -149,8 +149,8 @@ class PartFile:
                         raise ValueError
                 except (ValueError, KeyError, TypeError):
                     raise UserError(
-                        f"{self.path} line {number + 1}: was not written by this command, or is damaged; delete the "
-                        "file, or choose another output"
+                        f"{self.path} line {number + 1}: was not written by this command, or is damaged. Delete the "
+                        "file, or choose another output."
                     ) from None
                 if number == 0:
                     self._check_work(found, json.loads(header)["part_of"])
@@ -163,11 +163,13 @@ class PartFile:
         for name in work:
             if before.get(name) == work[name]:
                 continue
-            remedy = f"give what it was begun with, or delete {self.path} to start anew"
+            remedy = f"Use the previous one, or delete {self.path} to start over."
             if name.startswith("digest_of_"):
-                raise UserError(f"{self.path}: was begun with another {name.removeprefix('digest_of_')}; {remedy}")
+                raise UserError(
+                    f"{self.path}: was started with a different {name.removeprefix('digest_of_')}. {remedy}"
+                )
             raise UserError(
-                f"{self.path}: was begun with {name}={before.get(name)!r}, not {name}={work[name]!r}; {remedy}"
+                f"{self.path}: was started with {name}={before.get(name)!r}, not {name}={work[name]!r}. {remedy}"
             )
 
 

@@ -4,7 +4,7 @@
         ...
         progress.update(120)
 
-A log file (SLURM, CI, a pipe) gets at most a line every 20 seconds, and one at the end::
+A log file (SLURM, CI, a pipe) gets at most one line every 20 seconds, and one at the end::
 
     reference log-probs: 120 of 480 prompts, 3.2 prompts/s, 1 min 52 s left
     reference log-probs: 480 of 480 prompts in 2 min 30 s, 3.2 prompts/s
@@ -27,13 +27,13 @@ class Progress:
     """Shows the progress of one piece of work.
 
     Args:
-        label: names the work.
+        label: name of the work.
         unit: what is counted, in the singular.
-        total: units of the whole work; ``None``: not known, or given to :meth:`update`.
-        done: units that were finished before, by an earlier process.
-        shown: ``False``: nothing is written, as on all ranks but one. Nor is it under ``TQDM_DISABLE=1``.
+        total: total number of units; ``None``: unknown, or given to :meth:`update`.
+        done: units that an earlier process finished.
+        shown: ``False``: write nothing, as on all ranks but one. ``TQDM_DISABLE=1`` has the same effect.
         stays: the bar remains on the terminal when the work is done, and a log file gets a last line.
-        position: lines below the cursor at which the bar stands; work inside other work is shown on terminals alone.
+        position: line of the bar, below the cursor; nested work is shown only on terminals.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class Progress:
         return self
 
     def update(self, done: int, total: int | None = None, metrics: Mapping[str, float] | None = None) -> None:
-        """Report the units finished so far, those of earlier processes included.
+        """Report the units finished so far, including those of earlier processes.
 
         Args:
-            total: of the whole work, where it becomes known only now.
-            metrics: numbers to show with it.
+            total: total number of units, if it becomes known only now.
+            metrics: values to show with it.
         """
         self._updated = True
         self._done, self._total = done, self._total if total is None else total
@@ -99,11 +99,11 @@ class Progress:
         self.update(self._done + count)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        stays = self._stays and self._updated  # work that was found done needs no line
+        stays = self._stays and self._updated  # work that was already finished needs no line
         if self._bar is not None:
             self._bar.leave = stays
             self._bar.close()
-        elif self._shown and stays and kind is None:  # an error is to stand alone
+        elif self._shown and stays and kind is None:  # an error should be the last line
             self._write(ended=True)
 
     def _write(self, *, ended: bool) -> None:
@@ -127,7 +127,7 @@ class Progress:
 
 
 def _rate(per_second: float, unit: str) -> str:
-    """ "3.2 prompts/s", or "12 s/step" of what takes longer than a second."""
+    """ "3.2 prompts/s", or "12 s/step" if a unit takes longer than a second."""
     if per_second < 1:
         return f"{_three_digits(1 / per_second)} s/{unit}"
     return f"{_three_digits(per_second)} {unit}s/s"

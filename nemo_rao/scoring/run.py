@@ -162,7 +162,7 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
             counts = total_notes(part.records(), list(scorers))
             statistics = write_output(part, job.output, list(scorers), scaling, missing, counts)
         except (ScoringFailure, UserError) as error:  # a full disk, an input that has changed meanwhile, ...
-            raise ScoringFailure(f"{error}. {_kept(part, found.num_rows)}") from error
+            raise ScoringFailure(f"{str(error).removesuffix('.')}. {_kept(part, found.num_rows)}") from error
         except KeyboardInterrupt:
             print(f"interrupted. {_kept(part, found.num_rows)}", file=sys.stderr)
             raise

@@ -19,21 +19,23 @@ from nemo_rao.training.several_runs import print_table
 
 
 def main(arguments: argparse.Namespace, planning: argparse.Namespace | None) -> int:
-    """Runs a study, or lists what it would do.
+    """Run a study, or list what it would do.
 
     Args:
         planning: options of ``nemo-rao plan`` for estimates of time.
 
     Returns:
-        the exit code: 0, or 1 where a step failed.
+        the exit code: 0, or 1 if a step failed.
 
     Raises:
         UserError: the study file or a recipe cannot be used; nothing has been written then.
     """
     if (launcher := started_externally()) is not None:
-        raise UserError(f"{launcher} started several ranks, and a study starts its own on one node; run it without")
+        raise UserError(
+            f"nemo-rao study: {launcher} started several ranks, but a study starts its own. Run it without {launcher}."
+        )
     if planning is not None and planning.gpu not in GPUS:
-        raise UserError(f"--gpu {planning.gpu}: there are {', '.join(GPUS)}")
+        raise UserError(f"--gpu {planning.gpu}: is unknown. Choose one of {', '.join(GPUS)}.")
     made = plan(load_study(arguments.study, arguments.overrides), arguments.out)
     check(made)
     check_steps(made)
@@ -48,20 +50,20 @@ def main(arguments: argparse.Namespace, planning: argparse.Namespace | None) -> 
         write_report(made, collect(made, outcomes))
     failed = [name for name, one in outcomes.items() if one.state == "failed"]
     if failed:
-        print(f"\n{len(failed)} of {len(outcomes)} steps failed, {failed[0]} first; the same command tries them again")
+        print(f"\n{len(failed)} of {len(outcomes)} steps failed, {failed[0]} first; run the same command to retry them")
     print(f"\nreport: {made.folder / PAGE}, {made.folder / MARKDOWN}")
     return 1 if failed else 0
 
 
 def list_steps(made: Plan, planning: argparse.Namespace | None) -> None:
-    """Prints the data, the runs with what is left of each, and the policies to sample."""
+    """Print the data, the runs with what is left of each, and the policies to sample."""
     from rich.table import Table
 
     from nemo_rao.study.estimate import expected
 
     for step in made.steps:
         if isinstance(step, PlannedData):
-            print(f"files {step.name}: {step.path}{' (there already)' if step.path.exists() else ''}")
+            print(f"files {step.name}: {step.path}{' (exists)' if step.path.exists() else ''}")
     with errors_at(str(made.study.path)):
         runs = expected(made, planning)
     table = Table(title=f"{made.study.name}: {len(runs)} runs in {made.folder}", title_justify="left")
@@ -88,7 +90,7 @@ def list_steps(made: Plan, planning: argparse.Namespace | None) -> None:
 
 
 def report_run(arguments: argparse.Namespace) -> int:
-    """Writes the report of one run.
+    """Write the report of one run.
 
     Raises:
         UserError: the directory is not that of a run, or the output exists and is not a report.
@@ -99,10 +101,10 @@ def report_run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.run).expanduser()
     page = folder / "report.html" if arguments.output is None else Path(arguments.output).expanduser()
     if page.suffix != ".html":
-        raise UserError(f"--output {page}: must end in .html")
+        raise UserError(f"--output {page}: must end in .html.")
     document = run_document(folder)
     if page.is_dir() or (page.exists() and MARK.encode() not in page.read_bytes()[:1000]):
-        raise UserError(f"--output {page}: exists and was not written by nemo-rao report; give another file")
+        raise UserError(f"--output {page}: exists and was not written by nemo-rao report. Give another file.")
     write_atomically(page, html(document))
     markdown = page.with_suffix(".md")
     write_markdown(document, markdown)

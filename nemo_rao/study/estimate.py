@@ -1,4 +1,4 @@
-"""What is left of a study and how long it may take, from runs that are there and from plans of GPUs."""
+"""Estimate the remaining work of a study and its time, from existing runs and from plans for GPUs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from nemo_rao.study.planned import Plan, StudyRun
 
 @dataclass(frozen=True)
 class Expected:
-    """A run that is to be done.
+    """The expected remainder of a run.
 
     Attributes:
         state: "finished", "to continue" or "to do".
-        steps: optimizer steps left; ``None``: not known before its data is there.
-        seconds: of these; ``None``: not known.
-        source: what the time was derived from, in words.
+        steps: optimizer steps left; ``None``: unknown until its data exists.
+        seconds: their time; ``None``: unknown.
+        source: description of where the time comes from.
     """
 
     run: StudyRun
@@ -36,11 +36,10 @@ class Expected:
 
 
 def expected(made: Plan, planning: argparse.Namespace | None) -> list[Expected]:
-    """What is left of each run.
+    """Estimate what is left of each run.
 
     Args:
-        planning: options of ``nemo-rao plan``, for arms that have not been trained yet; ``None``: their times are not
-            known.
+        planning: options of ``nemo-rao plan``, for arms without a trained run; ``None``: their times are unknown.
     """
     measured = {run.name: _seconds_per_step(run) for run in made.runs}
     found, planned = [], {}
@@ -66,7 +65,7 @@ def expected(made: Plan, planning: argparse.Namespace | None) -> list[Expected]:
 
 
 def _seconds_per_step(run: StudyRun) -> float | None:
-    """Median over the steps that are logged, of all that a step does."""
+    """Return the median time of the logged steps, with everything a step does."""
     of_steps = [
         sum(value for name, value in record.items() if name.startswith("seconds/"))
         for record in read_metrics(run_dir(run.config) / "metrics.jsonl")
@@ -76,7 +75,7 @@ def _seconds_per_step(run: StudyRun) -> float | None:
 
 
 def _planned(run: StudyRun, planning: argparse.Namespace | None) -> tuple[int | None, float | None]:
-    """Steps of the whole run, and seconds of a step with everything around it; ``None``: not known."""
+    """Return the steps of the whole run, and the seconds of a step with its overheads; ``None``: unknown."""
     try:
         training, validation = size_of(run.config, run.config.data.train_path), None
         if training is not None:
@@ -90,6 +89,6 @@ def _planned(run: StudyRun, planning: argparse.Namespace | None) -> tuple[int | 
         return length.steps, None
     try:
         setting = setting_of(run.config)
-    except UserError:  # a tokenizer that is still to be made, a network that is not planned
+    except UserError:  # the tokenizer does not exist yet, or the planner does not support the network
         return length.steps, None
     return length.steps, run_time(length, setting, machine_of(planning, setting)).total / length.steps

@@ -1,7 +1,7 @@
 """Figures of a report as SVG text: curves with bands, intervals, regressions. Pure functions of numbers.
 
-The same numbers give the same text: no date, no random identifiers. Letters are drawn as paths, so that a page looks
-alike everywhere.
+The same numbers give the same text: no date, no random identifiers. Letters are drawn as paths, so that pages look the
+same everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BLUE = "#1f5fa8"
 _WIDTH = 11.0  # inches of a figure; a page shows it 1,100 pixels wide
 _STYLE = {
     "svg.fonttype": "path",
-    "text.parse_math": False,  # "$" in a label is a dollar
+    "text.parse_math": False,  # "$" in a label is a dollar sign
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.grid": True,
@@ -39,8 +39,8 @@ class Panel:
     """One metric over steps.
 
     Attributes:
-        title, unit: of the axis.
-        lines: label -> a series for each seed.
+        title, unit: labels of the axis.
+        lines: label -> one series per seed.
         dashed: labels that are drawn dashed.
     """
 
@@ -60,7 +60,7 @@ class Bar:
 
 
 def curves(panels: Sequence[Panel], name: str, *, shares_legend: bool = True) -> str:
-    """Panels, three in a row. A line is the mean over seeds, at steps that all have; its band spans the seeds.
+    """Draw panels, three per row. A line is the mean over seeds at their common steps; its band spans the seeds.
 
     Args:
         shares_legend: draw one legend below all panels, which have the same lines, instead of one below each panel.
@@ -101,11 +101,11 @@ def curves(panels: Sequence[Panel], name: str, *, shares_legend: bool = True) ->
 
 
 def intervals(groups: Mapping[str, Sequence[Bar]], name: str, *, mark: float | None = None) -> str:
-    """A panel for each group, three in a row, with the same rows: an estimate's interval, and a dot for each seed.
+    """Draw a panel for each group, three per row, with the same rows: an estimate's interval, and a dot per seed.
 
     Args:
-        groups: title -> its bars, of the same labels everywhere.
-        mark: a value to compare with, drawn as a line.
+        groups: title -> its bars, with the same labels in every group.
+        mark: a reference value, drawn as a line.
     """
     columns = min(3, len(groups))
     rows, num_bars = math.ceil(len(groups) / columns), max(len(bars) for bars in groups.values())
@@ -139,7 +139,7 @@ def regression(
     measure: str,
     name: str,
 ) -> str:
-    """Points of each arm, the least-squares line, and a line of the expected slope through the same centre.
+    """Draw the points of each arm, the least-squares line, and a line of the expected slope through the same centre.
 
     Args:
         points: arm -> (x, y) of each run.
@@ -164,7 +164,7 @@ def regression(
 
 
 def _aligned(of_seeds: Sequence[Series]) -> tuple[list[float], np.ndarray]:
-    """Steps that all seeds have, and their values ``[seeds, steps]``."""
+    """Return the steps that all seeds have, and their values ``[seeds, steps]``."""
     logged = [dict(zip(steps, values, strict=True)) for steps, values in of_seeds if steps]
     if not logged:
         return [], np.empty((0, 0))
@@ -181,7 +181,7 @@ def _colours(labels: Sequence[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _figure(name: str, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
-    """A figure, and a function that gives it as SVG without the XML header."""
+    """Yield a figure, and a function that returns it as SVG without the XML header."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What data and samples were made from, as JSON: results are reused only while these are the same."""
+"""Fingerprints, as JSON, of what data and samples were made from: results are reused only while these are equal."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from nemo_rao.scoring.rule import RuleScorer
 from nemo_rao.scoring.run import KINDS
 from nemo_rao.scoring.scorer import Kind, parse_spec
 
-# Keys of a judge that its scores do not depend on.
+# Keys of a judge on which its scores do not depend.
 _OPERATIONAL = ("api_key_variable", "concurrency", "timeout", "retries", "backoff", "engine", "batch_size", "cache")
 
 
 def parsed_scorer(spec: str) -> tuple[str, str, str]:
-    """Column, kind and argument of ``[NAME=]KIND:ARGUMENT``, for the kinds of ``nemo-rao score``.
+    """Return column, kind and argument of ``[NAME=]KIND:ARGUMENT``, for the kinds of ``nemo-rao score``.
 
     Raises:
-        UserError: it is not of this form, or there is no such kind.
+        UserError: it does not have this form, or the kind is unknown.
     """
     return parse_spec(spec, {**KINDS, "model": Kind(_never_made, lambda path: Path(path).name, "RUN_FOLDER")})
 
 
 def of_scorer(spec: str) -> Mapping[str, Any]:
-    """A scorer with what is behind its name: a rule's source, a judge's question, a model's checkpoint.
+    """Describe a scorer with its source: a rule's code, a judge's question, a model's checkpoint.
 
     Raises:
         UserError: it cannot be used.
@@ -48,13 +48,13 @@ def of_scorer(spec: str) -> Mapping[str, Any]:
 
 
 def of_checkpoint(folder: Path, key: str) -> Mapping[str, Any]:
-    """A checkpoint, or the last one of a run, with the run's recipe.
+    """Describe a checkpoint, or the last one of a run, with the run's recipe.
 
     Args:
-        key: that names it, for errors.
+        key: key that names it, for errors.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     recipe = folder / RECIPE
     return {
@@ -64,7 +64,7 @@ def of_checkpoint(folder: Path, key: str) -> Mapping[str, Any]:
 
 
 def of_rows(given: str) -> list[str]:
-    """Digests of the files that ``data.train_path`` would read; names of what is not a file.
+    """Return digests of the files that ``data.train_path`` would read, or names where it is not a file.
 
     Raises:
         UserError: there are none.
@@ -81,4 +81,4 @@ def _digest(path: Path) -> str:
 
 
 def _never_made(*_: object) -> Any:
-    raise AssertionError("made when it scores")
+    raise AssertionError("model scorers are created when they score")

@@ -1,4 +1,4 @@
-"""Numbers as a report shows them."""
+"""Number formatting of reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def shown(value: float | None) -> str:
-    """A number to four significant digits; empty for ``None`` and NaN."""
+    """Format a number to four significant digits; empty for ``None`` and NaN."""
     if value is None or math.isnan(value):
         return ""
     if value == 0:
@@ -18,7 +18,7 @@ def shown(value: float | None) -> str:
 
 
 def with_interval(found: Mapping[str, Any]) -> str:
-    """``0.7123 ± 0.0140``, rounded alike."""
+    """Format as ``0.7123 ± 0.0140``, both rounded to the same digit."""
     value, half_width = found["value"], found["half_width"]
     if value is None or math.isnan(value):
         return ""
@@ -33,5 +33,5 @@ def with_interval(found: Mapping[str, Any]) -> str:
 
 
 def percent(found: Mapping[str, Any]) -> str:
-    """A rate with its interval, times 100."""
+    """Format a rate with its interval as percentages."""
     return with_interval({"value": 100 * found["value"], "half_width": 100 * found["half_width"]})

@@ -1,4 +1,4 @@
-"""Data that a study makes before it trains: rows split by prompt, rows with new rewards, or a function's directory."""
+"""Data that a study prepares before training: rows split by prompt, rows with new rewards, or a function's output."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ RECORD = "made.json"
 
 
 def check_data(data: PlannedData, *, ready: bool) -> None:
-    """Checks what can be checked before the steps that the data needs.
+    """Check what can be checked before the steps on which the data depends.
 
     Args:
-        ready: whether it needs none.
+        ready: whether it depends on no step.
 
     Raises:
         UserError: names the key.
@@ -40,7 +40,7 @@ def check_data(data: PlannedData, *, ready: bool) -> None:
         try:
             inspect.signature(function).bind(data.path, **spec.arguments)
         except TypeError as error:
-            raise UserError(f"{where}.arguments: {spec.function} does not take them ({error})") from None
+            raise UserError(f"{where}.arguments: {spec.function} does not accept them ({error}).") from None
     elif ready:
         key, source = ("split", spec.split) if isinstance(spec, Split) else ("input", spec.input)
         with errors_at(f"{where}.{key}"):
@@ -51,10 +51,10 @@ def check_data(data: PlannedData, *, ready: bool) -> None:
 
 
 def make_data(data: PlannedData) -> bool:
-    """Makes the data; returns whether there was anything to do.
+    """Make the data; return whether anything had to be done.
 
     Raises:
-        UserError: it cannot be made, or it exists and its input or scorers have changed since.
+        UserError: it cannot be made, or its input or scorers have changed since it was made.
         RankFailure: a scorer failed.
     """
     spec, record = data.spec, _record_file(data)
@@ -64,7 +64,7 @@ def make_data(data: PlannedData) -> bool:
             raise UserError(_made_differently(data, "before its input or a scorer changed"))
         return False
     if not isinstance(spec, Scored):
-        shutil.rmtree(data.path, ignore_errors=True)  # left by an interruption
+        shutil.rmtree(data.path, ignore_errors=True)  # left by an interrupted attempt
         data.path.mkdir(parents=True)
     if isinstance(spec, Made):
         function: Callable[..., object] = find_function(spec.function)
@@ -80,19 +80,19 @@ def make_data(data: PlannedData) -> bool:
 
 
 def _record_file(data: PlannedData) -> Path:
-    """What the data was made from; absent until it is complete."""
+    """Path of the record of what the data was made from; absent until the data is complete."""
     is_file = isinstance(data.spec, Scored)
     return data.path.with_name(f"{data.path.name}.{RECORD}") if is_file else data.path / RECORD
 
 
 def _keys(spec: Files) -> dict[str, Any]:
-    """The keys, of JSON types."""
+    """Return the keys as JSON types."""
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(spec)))
     return found
 
 
 def _contents(spec: Files) -> dict[str, Any]:
-    """What the keys name: rows and scorers. The code of a function is not compared."""
+    """Fingerprint what the keys name: rows and scorers. The code of a function is not compared."""
     if isinstance(spec, Made):
         return {}
     if isinstance(spec, Split):
@@ -107,4 +107,4 @@ def _contents(spec: Files) -> dict[str, Any]:
 
 def _made_differently(data: PlannedData, how: str) -> str:
     record = _record_file(data)
-    return f"files.{data.name}: {data.path} was made {how}; give another --out, or remove it and {record.name}"
+    return f"files.{data.name}: {data.path} was made {how}. Give another --out, or remove it and {record.name}."

@@ -13,7 +13,7 @@ from nemo_rao.study.schema import Measure
 
 Records = Sequence[Mapping[str, float]]
 
-# For a study that names no measures: those of which any run has logged the metrics.
+# Default measures of a study that names none; those whose metrics no run has logged are left out.
 USUAL_MEASURES: Mapping[str, Measure] = {
     "held-out loss": Measure("val/loss"),
     "held-out accuracy": Measure("val/rewards/accuracies", better="higher"),
@@ -29,7 +29,7 @@ USUAL_CURVES: Mapping[str, tuple[str, str]] = {
     "val/rewards/accuracies": ("held-out accuracy", "share of pairs"),
     "logps/chosen": ("log-probability of chosen", "nats"),
     "logps/rejected": ("log-probability of rejected", "nats"),
-    "rewards/margins": ("implicit reward, chosen less rejected", "β · log-ratio"),
+    "rewards/margins": ("implicit reward, chosen minus rejected", "β · log-ratio"),
     "rao/target_error": ("target error", "|explicit − fitted reward|"),
     "rollout/reward": ("reward of samples", ""),
     "rollout/kl": ("log-ratio of samples to the reference (KL)", "nats"),
@@ -38,12 +38,12 @@ USUAL_CURVES: Mapping[str, tuple[str, str]] = {
 
 
 def coefficients(measure: Measure) -> Mapping[str, float]:
-    """Metric -> its coefficient."""
+    """Map each metric to its coefficient."""
     return {measure.metric: 1.0} if isinstance(measure.metric, str) else measure.metric
 
 
 def value_of(measure: Measure, records: Records) -> float:
-    """The measure of a run; NaN if it has not logged one of the metrics, or, for a change, logged it once.
+    """Compute the measure of a run; NaN if a metric was not logged, or for a change, was logged only once.
 
     Args:
         records: the lines of its ``metrics.jsonl``.
@@ -58,11 +58,11 @@ def value_of(measure: Measure, records: Records) -> float:
 
 
 def series(records: Records, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric; steps that did not log it are left out."""
+    """Return steps and values of a metric, without the steps that did not log it."""
     found = [(record["step"], record[name]) for record in records if name in record]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def logged(runs: Iterable[Records]) -> set[str]:
-    """Names of the metrics that any run has logged."""
+    """Return the names of the metrics that any run has logged."""
     return {name for records in runs for record in records for name in record}

@@ -1,8 +1,8 @@
-"""From a study to its plan: what is made and trained, in which order, and with which recipe.
+"""Turn a study into a plan: what is made and trained, in which order, and with which recipe.
 
     Study -> references {NAME} -> order -> a StudyRun for each arm and seed -> checks across runs
 
-Reads recipes and the names of files, no data; writes nothing.
+Reads recipes and file names, but no data; writes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Composed = dict[tuple[str, tuple[str, ...]], RunConfig]  # recipe and overrides 
 
 
 def plan(study: Study, out: str | None = None) -> Plan:
-    """Composes all runs.
+    """Compose all runs.
 
     Args:
         out: directory of the results; ``None``: the file's, or ``runs/study/NAME``.
@@ -49,14 +49,14 @@ def plan(study: Study, out: str | None = None) -> Plan:
 
 
 def _steps(layout: Layout) -> Iterator[StudyRun | PlannedData]:
-    """Seed by seed, so that every arm has a result early; each step after those that it needs."""
+    """Yield the steps seed by seed, so that every arm has a result early, and each step after its dependencies."""
     study = layout.study
     needs = {name: _needs_of_arm(study, name) for name in study.arms}
     needs |= {name: _needs_of_data(study, name) for name in study.files}
     try:
         order = list(graphlib.TopologicalSorter(needs).static_order())
     except graphlib.CycleError as error:
-        raise UserError(f"arms: {' -> '.join(error.args[1])} need each other; remove one reference") from None
+        raise UserError(f"arms: {' -> '.join(error.args[1])} depend on each other. Remove one reference.") from None
     composed: Composed = {}
     for number, seed in enumerate(study.keys.seeds):
         for name in order:
@@ -69,7 +69,7 @@ def _steps(layout: Layout) -> Iterator[StudyRun | PlannedData]:
 
 
 def _needs_of_arm(study: Study, name: str) -> list[str]:
-    """Names of the arms and files that an arm refers to."""
+    """Return the names of the arms and files that an arm refers to."""
     arm = study.arms[name]
     found = [arm.start] if arm.start is not None and arm.start in study.arms else []
     for key, value in arm.set.items():
@@ -77,14 +77,14 @@ def _needs_of_arm(study: Study, name: str) -> list[str]:
     for key, value in study.keys.common.items():
         of_common = references(value, study, f"common.{key}", per_seed=False)
         if of_arms := [need for need in of_common if need in study.arms]:
-            raise UserError(f"common.{key}: {{{of_arms[0]}}} is an arm itself; set the key in the arms that need it")
+            raise UserError(f"common.{key}: {{{of_arms[0]}}} is an arm itself. Set the key in the arms that need it.")
         found += of_common if key not in arm.set else []
     needs = list(dict.fromkeys(found))
     for need in needs:
         if need in study.arms and arm.once and not study.arms[need].once:
             raise UserError(
-                f"arms.{name}: is trained once, but needs {need}, which is trained with every seed; set "
-                f"arms.{need}.once, or leave it out here"
+                f"arms.{name}: is trained once, but needs {need}, which is trained with every seed. Set "
+                f"arms.{need}.once, or remove it here."
             )
     return needs
 
@@ -101,7 +101,7 @@ def _data(layout: Layout, name: str, needs: Sequence[str]) -> PlannedData:
 
 
 def _run(layout: Layout, name: str, seed: int, needs: Sequence[str], composed: Composed) -> StudyRun:
-    """One run.
+    """Compose one run.
 
     Args:
         composed: configs that seeds share; a new one is added.

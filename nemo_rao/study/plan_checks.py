@@ -1,4 +1,4 @@
-"""Checks of a plan: across runs when it is made, and of every run before the first step."""
+"""Checks of a plan: across runs when it is created, and of every run before the first step."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _SET_BY_STUDY = {
 
 
 def refuse_keys_of_study(where: str, keys: Iterable[str]) -> None:
-    """Refuses overrides of keys that the study sets for each run.
+    """Refuse overrides of keys that the study sets for each run.
 
     Args:
-        where: the mapping that has them, for errors.
+        where: the mapping that contains them, for errors.
 
     Raises:
         UserError: the first such key.
     """
     for key in keys:
         if (remedy := _SET_BY_STUDY.get(key)) is not None:
-            raise UserError(f"{where}.{key}: is set by the study; {remedy}")
+            raise UserError(f"{where}.{key}: is set by the study; {remedy}.")
 
 
 def check_common(made: Plan) -> None:
-    """Refuses a common key that no arm reads."""
+    """Refuse a common key that no arm reads."""
     one_of_each = list({run.arm: run for run in made.runs}.values())
     for key, value in made.study.keys.common.items():
         refusals = []
@@ -51,32 +51,32 @@ def check_common(made: Plan) -> None:
             except UserError as error:
                 refusals.append(error)
         if len(refusals) == len(one_of_each):
-            raise UserError(f"common.{key}: no arm reads it ({refusals[0]})")
+            raise UserError(f"common.{key}: no arm reads it ({refusals[0]}).")
 
 
 def check_runs_differ(made: Plan) -> None:
-    """Refuses two arms that would train the same run."""
+    """Refuse two arms that would train the same run."""
     seen: dict[str, str] = {}
     for arm in made.study.arms:
         config = copy.deepcopy(made.runs_of(arm)[0].config)
         config.exp_manager.name = ""
         earlier = seen.setdefault(repr(config), arm)
         if earlier != arm:
-            raise UserError(f"arms.{arm}: is the same run as arms.{earlier}; change a key, or remove one of them")
+            raise UserError(f"arms.{arm}: is the same run as arms.{earlier}. Change a key, or remove one of them.")
 
 
 def check_relations(made: Plan) -> None:
-    """Refuses relations over keys that an arm does not have."""
+    """Refuse relations over keys that an arm does not have."""
     for name, relation in made.study.relations.items():
         for arm in relation.arms or made.compared:
             key_value(made.runs_of(arm)[0].config, relation.over, f"relations.{name}.over")
 
 
 def check(made: Plan) -> None:
-    """Checks every run as far as possible before the study's own data and runs exist. Writes nothing.
+    """Check every run as far as possible before the study's own data and runs exist. Writes nothing.
 
     Raises:
-        UserError: the first mistake, with the study file and the arm.
+        UserError: on the first mistake, with the study file and the arm.
     """
     with errors_at(str(made.study.path)):
         present = {step.name: _exists(step) for step in made.steps}
@@ -87,7 +87,7 @@ def check(made: Plan) -> None:
                 start = run.config.model.restore_from_path
                 if start is not None and run.start is None and not Path(start).expanduser().is_dir():
                     remedy = made_by(start) or f"set arms.{run.arm}.start to one{did_you_mean(start, made.study.arms)}"
-                    raise UserError(f"start: {start} is neither an arm nor the directory of a checkpoint; {remedy}")
+                    raise UserError(f"start: {start} is neither an arm nor the directory of a checkpoint; {remedy}.")
                 check_run(run.config, start_exists=not absent, data_exists=not absent & data)
                 check_settings(run.config, another="--out")
 

@@ -1,4 +1,4 @@
-"""What a study does, in order: data that is made and runs that are trained, each with its path."""
+"""Steps of a study, in order: data that is made and runs that are trained, each with its path."""
 
 from __future__ import annotations
 
@@ -49,29 +49,29 @@ class PlannedData:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of runs and paths in a study's directory.
+    """Run names and paths in a study's directory.
 
     Attributes:
-        folder: of runs, data, samples and report.
+        folder: directory of runs, data, samples and report.
     """
 
     study: Study
     folder: Path
 
     def is_shared(self, name: str) -> bool:
-        """Whether there is one for all seeds: files, and arms that are trained once."""
+        """Whether all seeds share it: files, and arms that are trained once."""
         return name in self.study.files or self.study.arms[name].once
 
     def step_name(self, name: str, seed: int | None) -> str:
-        """``ARM-seedN``; files and arms that are trained once keep their name.
+        """Return ``ARM-seedN``, or the plain name of files and of arms that are trained once.
 
         Args:
-            seed: ``None`` where the name is known to be shared.
+            seed: ``None`` if the name is known to be shared.
         """
         return name if self.is_shared(name) else f"{name}-seed{seed}"
 
     def path(self, name: str, seed: int | None) -> Path:
-        """Of an arm's run, or of data."""
+        """Path of an arm's run, or of data."""
         spec = self.study.files.get(name)
         if spec is None:
             return self.folder / self.step_name(name, seed)
@@ -83,7 +83,7 @@ class Plan:
     """A study's steps.
 
     Attributes:
-        steps: each after those that it needs.
+        steps: the steps, each after its dependencies.
     """
 
     layout: Layout
@@ -105,7 +105,7 @@ class Plan:
         return [run for run in self.runs if run.arm == arm]
 
     def run_of(self, arm: str, seed: int) -> StudyRun:
-        """The arm's run with this seed, or its only one."""
+        """Return the arm's run with this seed, or its only one."""
         found = self.runs_of(arm)
         return found[0] if self.study.arms[arm].once else next(run for run in found if run.seed == seed)
 
@@ -115,7 +115,7 @@ class Plan:
         return [name for name, arm in self.study.arms.items() if not arm.once]
 
     def resolved(self, text: str, where: str) -> str:
-        """A value of ``samples``, with references to data and to arms that are trained once.
+        """Resolve a value of ``samples``, which may refer to data and to arms that are trained once.
 
         Raises:
             UserError: see :func:`nemo_rao.study.references.references`.

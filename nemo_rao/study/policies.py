@@ -4,7 +4,7 @@
                             -> tasks of lm-evaluation-harness -> tasks/NAME/results.json
 
 Each step runs in its own process, since a conversion must not see GPUs and sampling must. Results are kept with a
-record of what they were made from; an interrupted step is continued. The exported model is removed afterwards.
+record of what they were made from; an interrupted step is resumed. The exported model is removed afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nemo_rao.study.schema import Samples, Tasks
 from nemo_rao.training.several_runs import in_child
 
 SAMPLES, TASKS, EXPORTED, LOGS = "samples", "tasks", "exported", "logs"
-_VERSION = 2  # changed when the same study would leave other files
+_VERSION = 2  # increased when the same study would write other files
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Policy:
     """A policy to sample or evaluate.
 
     Attributes:
-        name: of its files.
+        name: prefix of its files.
         checkpoint: a checkpoint, or the directory of a run.
     """
 
@@ -47,11 +47,11 @@ class Policy:
 
 
 def check_samples(samples: Samples, prompts: str, scorer: str, *, ready: bool) -> None:
-    """Checks what can be checked before any policy exists.
+    """Check what can be checked before any policy exists.
 
     Args:
         prompts, scorer: with references resolved.
-        ready: whether the files behind ``prompts`` exist already.
+        ready: whether the files of ``prompts`` exist already.
 
     Raises:
         UserError: names the key.
@@ -68,7 +68,7 @@ def check_samples(samples: Samples, prompts: str, scorer: str, *, ready: bool) -
 
 
 def check_tasks(tasks: Tasks) -> None:
-    """Refuses tasks that lm-evaluation-harness does not have. Imports it, in a child process.
+    """Refuse tasks that lm-evaluation-harness does not have. Imports it, in a child process.
 
     Raises:
         UserError: a task is unknown, or the library is not installed.
@@ -86,12 +86,12 @@ def _find_tasks(task_manager: Callable[..., Any], names: Sequence[str], include_
 def examine(
     folder: Path, policy: Policy, samples: Samples | None, prompts: str, scorer: str, tasks: Tasks | None
 ) -> None:
-    """Samples, scores and evaluates one policy; returns at once if that is done.
+    """Sample, score and evaluate one policy; return at once if that is done.
 
     Args:
-        folder: of the study.
-        samples, tasks: ``None``: none.
-        prompts, scorer: of ``samples``, with references resolved.
+        folder: directory of the study.
+        samples, tasks: what to do; ``None``: nothing.
+        prompts, scorer: those of ``samples``, with references resolved.
 
     Raises:
         UserError: the checkpoint, the prompts or the scorer cannot be used.
@@ -111,7 +111,7 @@ def examine(
     def step(function: Callable[..., None], *args: Any, name: str) -> None:
         in_child(policy_steps.logged, log, function, *args, name=f"{name} of {policy.name}")
 
-    shutil.rmtree(model, ignore_errors=True)  # of an interrupted export, perhaps of an earlier checkpoint
+    shutil.rmtree(model, ignore_errors=True)  # left by an interrupted export, perhaps of an earlier checkpoint
     step(policy_steps.export, policy.checkpoint, model, name="export")
     if samples is not None and not scored.exists():
         raw = folder / SAMPLES / f"{policy.name}.jsonl"
@@ -126,13 +126,13 @@ def examine(
 
 
 def is_examined(folder: Path, policy: Policy) -> bool:
-    """Whether it has results; they may be of another checkpoint, which :func:`examine` notices."""
+    """Whether it has results. :func:`examine` detects results of another checkpoint."""
     record = _record_file(folder, policy)
     return record.is_file() and bool(json.loads(record.read_text()).get("finished"))
 
 
 def beta_of(policy: Policy) -> float | None:
-    """Implicit reward per nat of log-ratio; ``None``: the policy's objective has no reference or no beta."""
+    """Return the implicit reward per nat of log-ratio; ``None`` if the objective has no reference or no beta."""
     recipe = policy.checkpoint / RECIPE
     if not recipe.is_file():
         return None
@@ -143,7 +143,7 @@ def beta_of(policy: Policy) -> float | None:
 
 
 def scored_file(folder: Path, policy: Policy) -> Path:
-    """Rows with a policy's samples and their rewards."""
+    """Path of the rows with a policy's samples and their rewards."""
     return folder / SAMPLES / f"{policy.name}.scored.jsonl"
 
 
@@ -154,7 +154,7 @@ def _record_file(folder: Path, policy: Policy) -> Path:
 def _made_from(
     policy: Policy, samples: Samples | None, prompts: str, scorer: str, tasks: Tasks | None
 ) -> dict[str, Any]:
-    """All that a policy's results depend on, of JSON types."""
+    """Return all that a policy's results depend on, as JSON types."""
     found: dict[str, Any] = {"version": _VERSION, **fingerprints.of_checkpoint(policy.checkpoint, "start")}
     if samples is not None:
         chosen = {name: value for name, value in asdict(samples).items() if name not in ("against", "batch_size")}
@@ -170,7 +170,7 @@ def _made_from(
 
 
 def _remove_results(folder: Path, policy: Policy) -> None:
-    """Removes what was made from another checkpoint, or with other settings."""
+    """Remove results of another checkpoint, or of other settings."""
     for file in (folder / SAMPLES).glob(f"{policy.name}.*"):
         if file.is_file():
             file.unlink()

@@ -29,7 +29,7 @@ class Judged:
 
 
 def read_judged(folder: Path, policy: Policy) -> Judged:
-    """A policy's scored samples."""
+    """Read a policy's scored samples."""
     scores: dict[str, list[float]] = {}
     lengths: dict[str, list[float]] = {}
     for row in read_rows(str(scored_file(folder, policy))):
@@ -41,7 +41,7 @@ def read_judged(folder: Path, policy: Policy) -> Judged:
 
 
 def compare(one: Judged, other: Judged) -> Wins:
-    """One policy's wins over another, on the prompts that both have samples for."""
+    """Compute one policy's wins over another, on the prompts for which both have samples."""
     prompts = [prompt for prompt in one.scores if prompt in other.scores]
     return wins(
         [one.scores[prompt] for prompt in prompts],
@@ -52,7 +52,7 @@ def compare(one: Judged, other: Judged) -> Wins:
 
 
 def log_ratio(folder: Path, policy: Policy) -> float:
-    """Mean of log pi(y) - log pi_ref(y) over a policy's own samples, nats; NaN where it was not computed."""
+    """Return the mean of log pi(y) - log pi_ref(y) over a policy's samples, in nats; NaN if it was not computed."""
     beta, found = beta_of(policy), []
     for row in read_json_lines(scored_file(folder, policy)):
         found += [one[IMPLICIT_REWARD] for one in row["responses"] if one.get(IMPLICIT_REWARD) is not None]
@@ -60,7 +60,7 @@ def log_ratio(folder: Path, policy: Policy) -> float:
 
 
 def task_metrics(folder: Path, policy: Policy) -> dict[str, float]:
-    """``TASK METRIC`` -> value, without standard errors; empty where no tasks were run."""
+    """Map ``TASK METRIC`` to its value, without standard errors; empty if no tasks were run."""
     file = folder / TASKS / policy.name / "results.json"
     if not file.is_file():
         return {}
@@ -73,6 +73,6 @@ def task_metrics(folder: Path, policy: Policy) -> dict[str, float]:
 
 
 def _metric_name(given: str) -> str:
-    """lm-evaluation-harness' ``METRIC,FILTER``; a task may have one metric under several filters."""
+    """Shorten lm-evaluation-harness' ``METRIC,FILTER``; a task may have one metric under several filters."""
     metric, _, of_filter = given.partition(",")
     return metric if of_filter in ("", "none") else f"{metric} ({of_filter})"

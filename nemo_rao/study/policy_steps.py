@@ -18,7 +18,7 @@ IMPLICIT_REWARD = "implicit_reward"  # column of scored samples
 
 
 def export(checkpoint: Path, model: Path) -> None:
-    """``nemo-rao export-hf``."""
+    """Run ``nemo-rao export-hf``."""
     from nemo_rao.hugging_face.exporter import main
 
     options = {"dtype": None, "adapters": False, "base": None, "allow_pickle": False}
@@ -26,7 +26,7 @@ def export(checkpoint: Path, model: Path) -> None:
 
 
 def generate_samples(model: Path, prompts: str, output: Path, samples: Samples) -> None:
-    """``nemo-rao generate``."""
+    """Run ``nemo-rao generate``."""
     from nemo_rao.generation.generate import generate
     from nemo_rao.generation.settings import GenerateSettings
 
@@ -35,7 +35,7 @@ def generate_samples(model: Path, prompts: str, output: Path, samples: Samples) 
 
 
 def score_rows(job: Job) -> None:
-    """``nemo-rao score``, with trained models among the scorers.
+    """Run ``nemo-rao score``, with trained models among the scorers.
 
     Raises:
         UserError, RankFailure: see :func:`nemo_rao.scoring.run.score`.
@@ -51,7 +51,7 @@ def score_rows(job: Job) -> None:
 
 
 def score_samples(raw: Path, output: Path, scorer: str, model_of_ratio: Path | None) -> None:
-    """Scores samples; the implicit reward of ``model_of_ratio`` becomes a column of weight 0."""
+    """Score samples; the implicit reward of ``model_of_ratio`` becomes a column of weight 0."""
     if model_of_ratio is None:
         score_rows(Job(str(raw), output, [scorer]))
     else:
@@ -60,7 +60,7 @@ def score_samples(raw: Path, output: Path, scorer: str, model_of_ratio: Path | N
 
 
 def evaluate_tasks(model: Path, out: Path, tasks: Tasks) -> None:
-    """``nemo-rao evaluate``."""
+    """Run ``nemo-rao evaluate``."""
     from nemo_rao.generation.evaluate import Asked, evaluate
     from nemo_rao.generation.settings import EvaluateSettings
 
@@ -70,7 +70,7 @@ def evaluate_tasks(model: Path, out: Path, tasks: Tasks) -> None:
 
 
 def logged(log: Path, function: Callable[..., None], *args: Any) -> None:
-    """``function(*args)`` with all output of this process and its children appended to a file."""
+    """Call ``function(*args)`` and append all output of this process and its children to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

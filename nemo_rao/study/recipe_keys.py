@@ -1,4 +1,4 @@
-"""Keys of recipes as a study uses them: written as overrides, and read as numbers."""
+"""Keys of recipes in studies: written as overrides, and read as numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./:+-]+")  # text that Hydra reads without quot
 
 
 def override_text(key: str, value: Any) -> str:
-    """``key=value`` in the syntax of the command line, for a value of YAML."""
+    """Format a YAML value as ``key=value`` of the command line."""
     if isinstance(value, str):
         if _PLAIN.fullmatch(value):
             return f"{key}={value}"
@@ -30,14 +30,14 @@ def override_text(key: str, value: Any) -> str:
 
 
 def key_value(config: RunConfig, over: str, where: str) -> float | str:
-    """The value of a key or of its inverse ``1/KEY``; text where it is not a number, such as ``auto``.
+    """Return the value of a key or of its inverse ``1/KEY``; text if it is not a number, such as ``auto``.
 
     Args:
         over: ``KEY`` or ``1/KEY``.
         where: the study's key that names it, for errors.
 
     Raises:
-        UserError: there is no such key, it is a group, or 0 is to be inverted.
+        UserError: the key does not exist or is a group, or the inverse of 0 is requested.
     """
     inverse = over.startswith("1/")
     found: Any = config
@@ -47,9 +47,9 @@ def key_value(config: RunConfig, over: str, where: str) -> float | str:
             raise UserError(f"{where}: {over}: no such key{did_you_mean(part, known)}")
         found = known[part]
     if dataclasses.is_dataclass(found):
-        raise UserError(f"{where}: {over} is a group of keys; name one of them")
+        raise UserError(f"{where}: {over} is a group of keys. Name one of them.")
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         return str(found)
     if inverse and found == 0:
-        raise UserError(f"{where}: {over}: the key is 0, which has no inverse")
+        raise UserError(f"{where}: {over}: the key is 0, which has no inverse.")
     return 1 / found if inverse else float(found)

@@ -13,15 +13,15 @@ _REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 
 
 def references(value: Any, study: Study, where: str, *, per_seed: bool = True) -> list[str]:
-    """Names that a value refers to, each once.
+    """Return the names that a value refers to, each once.
 
     Args:
-        value: of YAML; mappings and lists are searched.
+        value: a YAML value; mappings and lists are searched.
         where: the value's key, for errors.
         per_seed: whether the value may refer to arms that are trained with every seed.
 
     Raises:
-        UserError: there is no such arm or files, or the arm is trained with every seed where that is not allowed.
+        UserError: there is no such arm or file, or the arm is trained with every seed and that is not allowed.
     """
     found = []
     for text in _texts(value):
@@ -29,17 +29,17 @@ def references(value: Any, study: Study, where: str, *, per_seed: bool = True) -
             known = [*study.arms, *study.files]
             if name not in known:
                 raise UserError(
-                    f"{where}: {{{name}}} is neither an arm nor files of this study{did_you_mean(name, known)}; there "
-                    f"are {', '.join(known)}"
+                    f"{where}: {{{name}}} is neither an arm nor files of this study{did_you_mean(name, known)}. Known "
+                    f"names are {', '.join(known)}."
                 )
             if not per_seed and name in study.arms and not study.arms[name].once:
-                raise UserError(f"{where}: {{{name}}} is trained with every seed; set arms.{name}.once: true")
+                raise UserError(f"{where}: {{{name}}} is trained with every seed. Set arms.{name}.once: true.")
             found.append(name)
     return list(dict.fromkeys(found))
 
 
 def resolved(value: Any, paths: Mapping[str, str]) -> Any:
-    """The value with its references replaced by ``paths``; other text in braces is unchanged."""
+    """Replace the references in a value by ``paths``; other text in braces is unchanged."""
     if isinstance(value, str):
         return _REFERENCE.sub(lambda found: paths.get(found[1], found[0]), value)
     if isinstance(value, Mapping):

@@ -23,7 +23,7 @@ RESULTS, MARKDOWN, PAGE = "results.json", "report.md", "report.html"
 
 
 def write_report(made: Plan, results: Mapping[str, Any]) -> None:
-    """Writes ``results.json``, ``report.md`` and ``report.html`` into the study's directory."""
+    """Write ``results.json``, ``report.md`` and ``report.html`` into the study's directory."""
     write_atomically(made.folder / RESULTS, json.dumps(_plain(results), indent=1) + "\n")
     document = study_document(made, results)
     write_markdown(document, made.folder / MARKDOWN)
@@ -31,7 +31,7 @@ def write_report(made: Plan, results: Mapping[str, Any]) -> None:
 
 
 def study_document(made: Plan, results: Mapping[str, Any]) -> Document:
-    """The report, in the order: what was asked, what failed, results, win rates, relations, curves, settings, runs."""
+    """Build the report: question, failures, results, win rates, relations, curves, settings, runs."""
     return Document(str(results["title"]), list(_blocks(made, results)))
 
 
@@ -116,7 +116,7 @@ def _arrow(results: Mapping[str, Any], name: str) -> str:
 
 
 def _absent_measures(results: Mapping[str, Any]) -> Iterator[Block]:
-    """Names measures without any value, whose columns are empty."""
+    """Name measures without any value, which have empty columns."""
     compared = [run for run in results["runs"] if not results["arms"][run["arm"]]["once"]]
     if all(run["state"] == "failed" for run in compared):
         return
@@ -129,7 +129,7 @@ def _absent_measures(results: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _of_seeds(found: Mapping[str, Any], expected: int) -> str:
-    """An estimate; of fewer than ``expected`` seeds, with their number."""
+    """Format an estimate; if it has fewer than ``expected`` seeds, with their number."""
     missing = f" ({found['n']} of {expected})" if 0 < found["n"] < expected else ""
     return f"{with_interval(found)}{missing}"
 
@@ -210,7 +210,7 @@ def _relations(results: Mapping[str, Any]) -> Iterator[Block]:
     yield Table(header, rows, num_labels=3)
     if any(len(found["points"]) < found["num_runs"] for found in results["relations"].values()):
         yield Text(
-            "Runs are left out if they failed, did not log the measure, or have a key that is not a number (auto)."
+            "Runs are excluded if they failed, did not log the measure, or have a key that is not a number (auto)."
         )
     yield from figures
 
@@ -252,7 +252,7 @@ def _curves(made: Plan, results: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _titled(metric: str) -> tuple[str, str]:
-    """Title and unit of a metric that the study names."""
+    """Return title and unit of a metric that the study names."""
     title, unit = USUAL_CURVES.get(metric) or USUAL_CURVES.get(metric.removeprefix("val/"), (metric, ""))
     is_held_out = metric.startswith("val/") and title != metric and not title.startswith("held-out")
     return f"held-out {title}" if is_held_out else title, unit
@@ -301,7 +301,7 @@ def _estimate(found: Mapping[str, Any]) -> Estimate:
 
 
 def _plain(value: Any) -> Any:
-    """Of JSON: null in the place of NaN."""
+    """Convert to JSON values, with null instead of NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
-"""What a study has found, as one JSON document: how each run ended, its measures, summaries over seeds, win rates.
+"""The results of a study as one JSON document: outcomes of runs, their measures, summaries over seeds, win rates.
 
-    results.json    everything in the report but the curves, which are read from each run's metrics.jsonl
+    results.json    everything in the report except the curves, which are read from each run's metrics.jsonl
 
-Nothing in it depends on when or how often the study was started: a study that was killed and run again has the same.
+It does not depend on when or how often the study was started: an interrupted and resumed study gives the same document.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from nemo_rao.study.run import Outcome, policies_of, start_policy
 from nemo_rao.study.schema import Measure, label_of
 from nemo_rao.study.statistics import Estimate, mean, paired_difference, slope
 
-# Keys of a recipe that tell runs of a study apart without being settings of their arm.
+# Keys of a recipe that differ between runs of a study but are not settings of their arm.
 _OF_THE_RUN = ("exp_manager.", "trainer.seed", "data.seed", "online.seed", "model.restore_from_path")
 
 
 def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """``results.json``, see the module; NaN stands where there is no value."""
+    """Collect the contents of ``results.json``; missing values are NaN."""
     study = made.study
     records = {run.name: read_metrics(run_dir(run.config) / "metrics.jsonl") for run in made.runs}
     measures = measures_of(made, records)
     runs = [_run(run, outcomes, measures, records[run.name]) for run in made.runs]
     _add_findings(made, outcomes, runs)
-    # Policies that were not sampled because their run failed, which is said of the run.
+    # Without policies that were not sampled because their run failed: the run itself is listed.
     follows = [
         step
         for step, policy in policies_of(made).items()
@@ -70,9 +70,9 @@ def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
 
 
 def measures_of(made: Plan, records: Mapping[str, Records]) -> Mapping[str, Measure]:
-    """Those of the study file, or the usual ones that any run has logged.
+    """Return the measures of the study file, or the default ones whose metrics any run has logged.
 
-    Losses of different objectives cannot be compared, so that they are then not among the usual ones.
+    Losses of different objectives cannot be compared and are then not among the defaults.
     """
     if made.study.measures:
         return made.study.measures
@@ -83,7 +83,7 @@ def measures_of(made: Plan, records: Mapping[str, Records]) -> Mapping[str, Meas
 
 
 def version() -> str:
-    """The package's version; of a checkout also the commit, with + where files differ from it."""
+    """Return the package's version; in a checkout also the commit, with + if files differ from it."""
     folder = Path(__file__).resolve().parents[2]
     try:
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
@@ -94,7 +94,7 @@ def version() -> str:
 
 
 def _git(folder: Path, *words: str) -> str:
-    if not (folder / ".git").exists():  # installed, perhaps below somebody else's repository
+    if not (folder / ".git").exists():  # installed, perhaps inside an unrelated repository
         raise OSError
     done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=20)
     return done.stdout.strip()
@@ -124,7 +124,7 @@ def _run(
 
 
 def _add_findings(made: Plan, outcomes: Mapping[str, Outcome], runs: Sequence[dict[str, Any]]) -> None:
-    """Puts what was found with a run's policy among its measures: tasks of lm-evaluation-harness, the log-ratio."""
+    """Add the results of a run's policy to its measures: tasks of lm-evaluation-harness, the log-ratio."""
     of_run, samples = {run["name"]: run for run in runs}, made.study.samples
     for step, policy in policies_of(made).items():
         if outcomes[step].state == "failed" or policy.name not in of_run:
@@ -142,7 +142,7 @@ def _arm(made: Plan, name: str) -> dict[str, Any]:
 
 
 def differing_settings(made: Plan) -> dict[str, dict[str, str]]:
-    """Arm -> key -> value, of the keys in which the compared arms differ; keys that an arm does not read are absent."""
+    """Map arm -> key -> value for keys that differ between the compared arms, without keys an arm does not read."""
     of_arms = {name: _settings(made.runs_of(name)[0].config) for name in made.compared}
     keys = dict.fromkeys(key for settings in of_arms.values() for key in settings)
     differing = [key for key in keys if len({settings.get(key) for settings in of_arms.values()}) > 1]
@@ -162,7 +162,7 @@ def _settings(config: RunConfig) -> dict[str, str]:
 
 
 def _summaries(made: Plan, runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measure -> arm -> mean over seeds, and paired difference from the baseline."""
+    """Map measure -> arm -> mean over seeds, and paired difference from the baseline."""
     names = list(dict.fromkeys(name for run in runs for name in run["measures"]))
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in names:
@@ -179,7 +179,7 @@ def _summaries(made: Plan, runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[
 
 
 def _relations(made: Plan, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Regressions of a measure over a key, a point for each run."""
+    """Regress measures over keys, with one point per run."""
     found = {}
     configs = {run.name: run.config for run in made.runs}
     for name, relation in made.study.relations.items():
@@ -202,7 +202,7 @@ def _relations(made: Plan, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _wins(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
-    """Whom against -> arm -> each seed's wins, and their mean; a policy is not compared with itself."""
+    """Map opponent -> arm -> each seed's wins, and their mean; a policy is not compared with itself."""
     samples = made.study.samples
     if samples is None:
         return {}
@@ -240,7 +240,7 @@ def _policy(run: StudyRun) -> Policy:
 
 
 def over_seeds(of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Win rates over seeds; the interval of a single seed is that over prompts.
+    """Average win rates over seeds; the interval of a single seed is over prompts.
 
     Args:
         of_seeds: :class:`nemo_rao.study.statistics.Wins` as mappings, each with its ``seed``.

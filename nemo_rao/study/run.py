@@ -1,9 +1,9 @@
-"""Runs a study: every step once, in order; what failed does not stop what does not need it.
+"""Run a study: every step once, in order. A failure stops only the steps that depend on it.
 
     Plan -> data, runs -> policies sampled and evaluated -> results.json -> report.md, report.html
 
-The same command continues: finished runs, data and samples are left as they are, an interrupted run resumes from its
-last checkpoint. The reference pass over the start's log-probabilities is shared, as runs lie in one ``exp_dir``.
+The same command resumes: finished runs, data and samples are left unchanged, an interrupted run resumes from its
+last checkpoint. Runs share one ``exp_dir`` and therefore the reference pass over the start's log-probabilities.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MAX_REASON = 300  # characters
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended.
+    """The outcome of a step.
 
     Attributes:
         state: "finished" or "failed".
-        reason: of a failure, in one line.
+        reason: reason of a failure, in one line.
     """
 
     state: str
@@ -38,10 +38,10 @@ class Outcome:
 
 
 def check_steps(made: Plan) -> None:
-    """Checks data to be made, samples and tasks; runs are checked by :func:`nemo_rao.study.plan.check`.
+    """Check data to be made, samples and tasks; runs are checked by :func:`nemo_rao.study.plan.check`.
 
     Raises:
-        UserError: the first mistake, with the study file and the key.
+        UserError: on the first mistake, with the study file and the key.
     """
     study = made.study
     with errors_at(str(study.path)):
@@ -56,7 +56,7 @@ def check_steps(made: Plan) -> None:
 
 
 def run_steps(made: Plan) -> dict[str, Outcome]:
-    """Makes, trains, samples and evaluates what is not finished. Step -> how it ended.
+    """Make, train, sample and evaluate what is not finished, and return the outcome of each step.
 
     Policies are steps, too, named by :func:`policies_of`.
 
@@ -86,7 +86,7 @@ def run_steps(made: Plan) -> dict[str, Outcome]:
         else:
             say(f"\n{label}")
             try:
-                check_run(step.config)  # its data and its start are there now
+                check_run(step.config)  # its data and its start exist now
                 if not is_loaded:
                     load_engine([run.config for run in made.runs])
                     is_loaded = True
@@ -101,7 +101,7 @@ def run_steps(made: Plan) -> dict[str, Outcome]:
 
 
 def policies_of(made: Plan) -> dict[str, Policy]:
-    """Step name (``policy NAME``) -> policy to sample or evaluate: every compared run, and those they start from."""
+    """Map step names (``policy NAME``) to policies to sample or evaluate: compared runs, and their starts."""
     study = made.study
     if study.samples is None and study.tasks is None:
         return {}
@@ -118,7 +118,7 @@ def policies_of(made: Plan) -> dict[str, Policy]:
 
 
 def start_policy(made: Plan, run: StudyRun) -> Policy:
-    """What a compared run starts from."""
+    """Return the policy that a compared run starts from."""
     if run.start is not None:
         return Policy(run.start, run_dir(next(one for one in made.runs if one.name == run.start).config))
     outside = [made.runs_of(arm)[0] for arm in made.compared]  # checkpoints that are not runs of this study
@@ -140,7 +140,7 @@ def _examine_all(made: Plan, outcomes: Mapping[str, Outcome], *, is_loaded: bool
             found[step] = Outcome("failed", f"needs {policy.name}, which failed")
             continue
         if not is_examined(made.folder, policy):
-            if not is_loaded:  # once, for the forks that export
+            if not is_loaded:  # once, for the forked processes that export
                 load_engine([run.config for run in made.runs])
                 is_loaded = True
             say(f"{policy.name}: samples and tasks (output in {made.folder / 'logs'})")
@@ -166,7 +166,7 @@ def _outcome(function: Callable[..., object], *args: object, **named: object) ->
 
 
 def _failed(error: UserError | RankFailure) -> Outcome:
-    """The error in one line: of a traceback, its last one; the whole is printed."""
+    """Reduce the error to one line, the last one of a traceback; all of it is printed."""
     if isinstance(error, RankFailure):
         print(error, file=sys.stderr, flush=True)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -1,4 +1,4 @@
-"""The report of one run: settings, data, curves with explicit beside fitted reward, samples if there are any."""
+"""The report of one run: settings, data, curves of explicit and fitted reward, samples if there are any."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from nemo_rao.study.measures import Records, logged, series
 
 SAMPLES = "samples.jsonl"
 MAX_SAMPLES = 4  # prompts of the last rollout that is kept
-MAX_CHARACTERS = 2000  # of a sample
+MAX_CHARACTERS = 2000  # shown of a sample
 
 
 def run_document(folder: Path) -> Document:
-    """The report of the run in ``folder``.
+    """Build the report of the run in ``folder``.
 
     Raises:
-        UserError: it is not the directory of a run.
+        UserError: it is not a run's directory.
     """
     if not (folder / RECIPE).is_file():
-        raise UserError(f"{folder}: has no {RECIPE}, so is not the directory of a run; give one, such as runs/gpt_rao")
+        raise UserError(f"{folder}: has no {RECIPE}, so it is not a run's directory. Give one, such as runs/gpt_rao.")
     config, records = load_recipe(folder / RECIPE), read_metrics(folder / "metrics.jsonl")
     blocks = [*_setup(folder, config), *_data(folder), *_metrics(records), *_curves(records)]
     blocks += [*_samples(folder), *_settings(config), *_changes(folder)]
@@ -61,7 +61,7 @@ def _data(folder: Path) -> Iterator[Block]:
 
 
 def _metrics(records: Records) -> Iterator[Block]:
-    """First and last value of everything that was evaluated on held-out data; of training, where there is none."""
+    """Tabulate first and last values of the held-out metrics, or of training if there is no held-out data."""
     names = sorted(name for name in logged([records]) if name.startswith("val/"))
     names = names or sorted(name for name in logged([records]) if name not in ("step", "lr"))
     if not names:
@@ -77,7 +77,7 @@ def _metrics(records: Records) -> Iterator[Block]:
 
 
 def panels(records: Records) -> list[Panel]:
-    """The curves of what was logged."""
+    """Build the panels of the logged metrics."""
     found = []
     for title, unit, metrics in PANELS:
         lines = {label: [line] for name, label in metrics if (line := series(records, name))[0]}
@@ -96,7 +96,7 @@ def _curves(records: Records) -> Iterator[Block]:
 
 
 def _samples(folder: Path) -> Iterator[Block]:
-    """Of the last step that kept some."""
+    """Show samples of the last step that kept some."""
     if not (records := read_json_lines(folder / SAMPLES)):
         return
     last = records[-1]["step"]

@@ -1,10 +1,10 @@
-"""A study as its YAML file describes it: the keys with their defaults, and the typed result.
+"""Schema of a study's YAML file: the keys with their defaults, and the typed result.
 
     title, about           heading and question of the report
     extends: [FILE, ...]   studies in this directory or of the package; later ones, and this one, replace their keys
     common: {key: value}   overrides of every arm, keys of recipes or groups such as model
     seeds: [1, 2, 3]       each arm is trained once with each
-    baseline: NAME         the arm that differences are taken against
+    baseline: NAME         the arm from which differences are taken
     files: {NAME: ...}     data made before training            (:class:`Made`, :class:`Scored`, :class:`Split`)
     arms: {NAME: ...}      what is trained                                   (:class:`Arm`)
     measures, curves, relations, samples, tasks                              contents of the report
@@ -35,7 +35,7 @@ class Arm:
 
 
 def label_of(name: str, arm: Arm) -> str:
-    """What the report calls an arm."""
+    """Return the name of an arm in the report."""
     return arm.label or name
 
 
@@ -125,7 +125,7 @@ class Tasks:
 
 @dataclass
 class StudyFile:
-    """The top level of the file; see the module."""
+    """The top level of the file; see the module's docstring."""
 
     title: str = key("", "heading of the report")
     about: str = key("", "question of the study, shown below the heading")
@@ -145,7 +145,7 @@ class StudyFile:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file, typed and checked.
+    """A typed and checked study file.
 
     Attributes:
         path: the file.

@@ -1,4 +1,4 @@
-"""One source of rows as two files, ``train.jsonl`` and ``held_out.jsonl``, that share no prompt.
+"""Split one source of rows into ``train.jsonl`` and ``held_out.jsonl``, which share no prompt.
 
 Prompts are ordered by a digest of their content, and the first of them are held out: the split depends neither on the
 order of the rows nor on a seed. Records are written unchanged, so that the recipe's keys for columns and rewards apply
@@ -23,12 +23,12 @@ TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 
 
 def split_rows(source: str, folder: Path, held_out: float, columns: Mapping[str, str]) -> None:
-    """Writes both files.
+    """Write ``train.jsonl`` and ``held_out.jsonl``.
 
     Args:
-        source: in any form of ``data.train_path``.
-        folder: exists.
-        held_out: fraction of the prompts; at least one prompt is held out, and one is not.
+        source: the rows, in any form of ``data.train_path``.
+        folder: an existing directory.
+        held_out: fraction of prompts to hold out; both files get at least one prompt.
         columns: see :func:`nemo_rao.rows.reading.read_rows`.
 
     Raises:
@@ -36,7 +36,7 @@ def split_rows(source: str, folder: Path, held_out: float, columns: Mapping[str,
     """
     prompts = sorted({digest for digest, _ in _records(source, columns)})
     if len(prompts) < 2:
-        raise UserError(f"{source}: has {len(prompts)} prompts, and a split needs two or more; give more rows")
+        raise UserError(f"{source}: has {len(prompts)} prompts, but a split needs at least two. Give more rows.")
     number = min(max(1, round(held_out * len(prompts))), len(prompts) - 1)
     kept_back = set(prompts[:number])
     with written_atomically(folder / TRAIN, folder / HELD_OUT) as (train, held):
@@ -45,7 +45,7 @@ def split_rows(source: str, folder: Path, held_out: float, columns: Mapping[str,
 
 
 def _records(source: str, columns: Mapping[str, str]) -> Iterator[tuple[bytes, bytes]]:
-    """(digest of the prompt, line of JSON) of every record."""
+    """Yield (digest of the prompt, line of JSON) of every record."""
     names = Columns(dict(columns))
     for path in expand_paths(source):
         for place, record in read_records_of(path):
@@ -55,7 +55,7 @@ def _records(source: str, columns: Mapping[str, str]) -> Iterator[tuple[bytes, b
 
 
 def _digest(row: Row) -> bytes:
-    """Of what :func:`nemo_rao.rows.reading.same_prompt` compares."""
+    """Digest of what :func:`nemo_rao.rows.reading.same_prompt` compares."""
     prompt = row.prompt if isinstance(row.prompt, str) else [dict(message) for message in row.prompt]
     content = json.dumps([prompt, dict(row.template_fields), row.plain_prompt], sort_keys=True)
     return hashlib.sha256(content.encode()).digest()

@@ -1,9 +1,9 @@
 """Statistics of several seeds: means with intervals, paired differences, win rates, slopes.
 
-Pure functions of arrays. Intervals are two-sided, of 95 % unless stated, by Student's t:
+Pure functions of arrays. Intervals are two-sided, 95 % unless stated, by Student's t:
 
     mean                 m ± t_{n-1} s / sqrt(n), s with n - 1 degrees of freedom
-    paired difference    the same of the differences between runs of the same seed
+    paired difference    the same for the differences between runs of the same seed
     slope                ordinary least squares, t with n - 2 degrees of freedom
 
 A single value has no interval: its half-width is NaN, and reports show the value alone.
@@ -19,17 +19,17 @@ import numpy as np
 from scipy import optimize, special, stats
 
 LEVEL = 0.95
-# Of the length coefficient: keeps it finite where length alone separates wins from losses.
+# Penalty of the length coefficient: keeps it finite if length alone separates wins from losses.
 _RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or a slope, with its interval.
+    """A mean or a slope, with its interval.
 
     Attributes:
         value: the estimate; NaN if n is 0.
-        half_width: of its interval; NaN with too few values for one, 0 if all values are equal.
+        half_width: half-width of its interval; NaN with too few values, 0 if all values are equal.
         n: number of values.
     """
 
@@ -52,20 +52,20 @@ def student(degrees: int, level: float = LEVEL) -> float:
 
 
 def mean(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Estimate:
-    """Mean of ``[n]`` values; NaN is ignored."""
+    """Return the mean of ``[n]`` values; NaN is ignored."""
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
     n = len(known)
     if n == 0:
         return Estimate(math.nan, math.nan, 0)
-    if n > 1 and np.ptp(known) == 0:  # exactly: the mean of three 0.1 is not 0.1
+    if n > 1 and np.ptp(known) == 0:  # exact result: the computed mean of three 0.1 is not 0.1
         return Estimate(float(known[0]), 0.0, n)
     error = float(stats.sem(known)) if n > 1 else math.nan
     return Estimate(float(known.mean()), student(n - 1, level) * error, n)
 
 
 def paired_difference(of: dict[int, float], against: dict[int, float], level: float = LEVEL) -> Estimate:
-    """Mean of ``of - against`` over the seeds that both have.
+    """Return the mean of ``of - against`` over the seeds that both have.
 
     Args:
         of, against: seed -> value.
@@ -75,7 +75,7 @@ def paired_difference(of: dict[int, float], against: dict[int, float], level: fl
 
 
 def slope(x: Sequence[float], y: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Slope of the least-squares line through ``[n]`` points; NaN where x takes a single value."""
+    """Return the slope of the least-squares line through ``[n]`` points; NaN if all x are equal."""
     of_x, of_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     known = ~(np.isnan(of_x) | np.isnan(of_y))
     of_x, of_y = of_x[known], of_y[known]
@@ -98,7 +98,7 @@ class Wins:
         rate: win + tie / 2.
         interval: of the rate, over prompts: its pairs of samples are not independent, prompts are.
         length_controlled: the rate at equal lengths (:func:`length_controlled_rate`).
-        num_prompts, num_pairs: that were compared.
+        num_prompts, num_pairs: number of compared prompts and pairs.
     """
 
     win: float
@@ -117,10 +117,10 @@ def wins(
     lengths: Sequence[Sequence[float]],
     other_lengths: Sequence[Sequence[float]],
 ) -> Wins:
-    """Compares every sample of a prompt with every one of the other policy's samples of it.
+    """Compare every sample of a prompt with every one of the other policy's samples of it.
 
     Args:
-        scores, other: for each prompt the scores of its samples, NaN for a sample without a score, which is left out.
+        scores, other: for each prompt the scores of its samples, NaN for a sample without a score, which is ignored.
             The prompts are the same, in the same order; the numbers of samples may differ.
         lengths, other_lengths: of these samples, in any one unit.
 
@@ -140,7 +140,7 @@ def wins(
         nan = math.nan
         return Wins(nan, nan, nan, nan, Estimate(nan, nan, 0), nan, 0, 0)
     all_outcomes = np.concatenate(outcomes)
-    # Each prompt counts once, however many of its samples have a score.
+    # Each prompt counts once, regardless of how many of its samples have a score.
     weights = np.concatenate([np.full(len(one), 1 / len(one)) for one in outcomes]) / len(outcomes)
     win, tie, loss = (float(weights[all_outcomes == value].sum()) for value in (1.0, 0.5, 0.0))
     return Wins(
@@ -158,17 +158,17 @@ def wins(
 def length_controlled_rate(
     outcomes: np.ndarray, length_differences: np.ndarray, weights: np.ndarray | None = None
 ) -> float:
-    """The win rate that a logistic regression predicts for answers of equal length, as AlpacaEval 2 reports it.
+    """Return the win rate that a logistic regression predicts for answers of equal length, as in AlpacaEval 2.
 
         P(win) = sigmoid(theta + phi tanh(d / std(d)))        at d = 0: sigmoid(theta)
 
     (Dubois et al. 2024, arXiv:2404.04475, Eq. 2.) Their third term, the difficulty of an instruction, is fitted over a
-    leaderboard of models and is left out here: with two policies it is not identified.
+    leaderboard of models and is omitted here: two policies do not identify it.
 
     Args:
         outcomes: ``[n]``, 1 for a win, 0.5 for a tie, 0 for a loss.
-        length_differences: ``[n]``, own length less the other's.
-        weights: ``[n]``; ``None``: equal ones.
+        length_differences: ``[n]``, own length minus the other's.
+        weights: ``[n]``; ``None``: equal weights.
     """
     outcomes, difference = np.asarray(outcomes, dtype=np.float64), np.asarray(length_differences, dtype=np.float64)
     weights = np.full(len(outcomes), 1 / len(outcomes)) if weights is None else weights / weights.sum()

@@ -1,8 +1,8 @@
-"""A study file as a checked :class:`Study`.
+"""Load a study file as a checked :class:`Study`.
 
     file, or name of a shipped study -> values (:mod:`nemo_rao.study.yaml_values`) -> typed sections -> checks
 
-Everything that the file alone can show is checked here. Recipes are composed later, in :mod:`nemo_rao.study.plan`.
+Everything that depends on the file alone is checked here. Recipes are composed in :mod:`nemo_rao.study.plan`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from nemo_rao.study.yaml_values import STUDIES, override, read_values
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# Directories of a study that no run may be named after.
+# Directories of a study; runs must not have these names.
 _DIRECTORIES = ("data", "samples", "tasks", "exported", "logs", "figures", "reference", "tokenised")
 Section = TypeVar("Section", bound="DataclassInstance")
 
 
 def load_study(given: str, overrides: Sequence[str] = ()) -> Study:
-    """Reads and checks a study file.
+    """Read and checks a study file.
 
     Args:
         given: a file, or the name of one of the package's studies.
@@ -67,17 +67,19 @@ def _find(given: str) -> Path:
     shipped = sorted(file.stem for file in own.glob("[!_]*.yaml"))  # _NAME: only extended by others
     if path.stem in shipped and path.parent == Path("."):
         return own / f"{path.stem}.yaml"
-    raise UserError(f"study {given}: no such file{did_you_mean(path.stem, shipped)}; studies are {', '.join(shipped)}")
+    raise UserError(
+        f"study {given}: no such file{did_you_mean(path.stem, shipped)}. The studies are {', '.join(shipped)}."
+    )
 
 
 def _study(path: Path, values: Mapping[str, Any]) -> Study:
     keys = _section(StudyFile, values, "")
     if not keys.arms:
-        raise UserError("arms: there are none; add at least one, such as arms: {rao: {recipe: gpt_rao}}")
+        raise UserError("arms: is empty. Add at least one, such as arms: {rao: {recipe: gpt_rao}}.")
     if not keys.seeds:
-        raise UserError("seeds: is empty; give at least one, such as [1, 2, 3]")
+        raise UserError("seeds: is empty. Give at least one, such as [1, 2, 3].")
     if len(set(keys.seeds)) < len(keys.seeds):
-        raise UserError(f"seeds: {keys.seeds} has a seed twice, which would count one run as two; give each once")
+        raise UserError(f"seeds: {keys.seeds} has a seed twice, which would count one run as two. Give each once.")
     arms = {name: _section(Arm, value, f"arms.{name}") for name, value in keys.arms.items()}
     files = {name: _file(name, value) for name, value in keys.files.items()}
     _check_names(arms, files)
@@ -100,19 +102,19 @@ def _study(path: Path, values: Mapping[str, Any]) -> Study:
         _check_samples(samples, keys, compared, arms)
     tasks = None if keys.tasks is None else _section(Tasks, keys.tasks, "tasks")
     if tasks is not None and not tasks.names:
-        raise UserError("tasks.names: is empty; name tasks of lm-evaluation-harness, or leave tasks out")
+        raise UserError("tasks.names: is empty. Name tasks of lm-evaluation-harness, or remove tasks.")
     return Study(path, path.stem, keys, files, arms, measures, relations, samples, tasks)
 
 
 def _section(kind: type[Section], values: Any, where: str) -> Section:
-    """A mapping as an instance of ``kind``, checked."""
+    """Convert a mapping to a checked instance of ``kind``."""
     if not isinstance(values, dict):
-        raise UserError(f"{where}: must be a mapping of keys and values")
+        raise UserError(f"{where}: must be a mapping of keys to values.")
     known = [field.name for field in dataclasses.fields(kind)]
     for name in values:
         if name not in known:
             full = f"{where}.{name}" if where else name
-            raise UserError(f"{full}: unknown key{did_you_mean(str(name), known)}; there are {', '.join(known)}")
+            raise UserError(f"{full}: unknown key{did_you_mean(str(name), known)}. Known keys are {', '.join(known)}.")
     made = kind(**values)
     check(made, where)
     return made
@@ -126,36 +128,38 @@ def _file(name: str, value: Any) -> Files:
         return _section(Split, value, where)
     made = _section(Scored, value, where)
     if not (made.input and made.scorer):
-        raise UserError(f"{where}: needs input and scorer, or split, or function")
+        raise UserError(f"{where}: needs input and scorer, or split, or function.")
     return made
 
 
 def _check_names(arms: Mapping[str, Arm], files: Mapping[str, Files]) -> None:
     if both := sorted(arms.keys() & files.keys()):
-        raise UserError(f"files.{both[0]}: an arm has the same name; rename one of them")
+        raise UserError(f"files.{both[0]}: an arm has the same name. Rename one of them.")
     for name in [*arms, *files]:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
-            raise UserError(f"{name!r}: becomes a directory; use letters, digits, '_' and '-'")
+            raise UserError(f"{name!r}: becomes a directory name. Use letters, digits, '_' and '-'.")
     for name, arm in arms.items():
         if arm.once and name in _DIRECTORIES:
-            raise UserError(f"arms.{name}: the study uses a directory of this name itself; rename the arm")
+            raise UserError(f"arms.{name}: the study itself uses a directory of this name. Rename the arm.")
 
 
 def _check_arms(arms: Mapping[str, Arm], compared: Sequence[str]) -> None:
     for name, arm in arms.items():
         if not arm.recipe:
-            raise UserError(f"arms.{name}.recipe: is missing; name a recipe, such as gpt_rao")
+            raise UserError(f"arms.{name}.recipe: is missing. Name a recipe, such as gpt_rao.")
     if not compared:
-        raise UserError("arms: all are trained once; leave out `once` where arms are to be compared")
+        raise UserError("arms: all are trained once. Remove `once` from the arms to compare.")
     labels: dict[str, str] = {}
     for name in compared:
         other = labels.setdefault(label := label_of(name, arms[name]), name)
         if other != name:
-            raise UserError(f"arms.{name}: is labelled {label!r} in the report, as arms.{other}; change one label")
+            raise UserError(f"arms.{name}: is labelled {label!r} in the report, like arms.{other}. Change one label.")
 
 
 def _not_compared(name: str, compared: Sequence[str]) -> str:
-    return f"{name} is not an arm that is compared{did_you_mean(name, compared)}; there are {', '.join(compared)}"
+    return (
+        f"{name} is not an arm that is compared{did_you_mean(name, compared)}. Compared arms are {', '.join(compared)}."
+    )
 
 
 def _check_metric(where: str, metric: Any) -> None:
@@ -175,11 +179,11 @@ def _check_metric(where: str, metric: Any) -> None:
 def _check_relation(where: str, relation: Relation, measures: Mapping[str, Measure], compared: list[str]) -> None:
     if relation.measure not in measures:
         raise UserError(
-            f"{where}.measure: {relation.measure!r} is not one of measures"
-            f"{did_you_mean(relation.measure, measures)}; there are {', '.join(measures) or 'none'}"
+            f"{where}.measure: {relation.measure!r} is not among the measures"
+            f"{did_you_mean(relation.measure, measures)}. The measures are {', '.join(measures) or 'none'}."
         )
     if not relation.over:
-        raise UserError(f"{where}.over: is missing; name a key, such as model.rao.log_z0")
+        raise UserError(f"{where}.over: is missing. Name a key, such as model.rao.log_z0.")
     for name in relation.arms:
         if name not in compared:
             raise UserError(f"{where}.arms: {_not_compared(name, compared)}")
@@ -188,23 +192,23 @@ def _check_relation(where: str, relation: Relation, measures: Mapping[str, Measu
 def _check_samples(samples: Samples, keys: StudyFile, compared: list[str], arms: Mapping[str, Arm]) -> None:
     for name, value in (("prompts", samples.prompts), ("scorer", samples.scorer)):
         if not value:
-            raise UserError(f"samples.{name}: is missing")
+            raise UserError(f"samples.{name}: is missing.")
     if samples.temperature == 0 and samples.num_responses > 1:
         raise UserError(
-            f"samples.temperature=0: gives the same response {samples.num_responses} times; raise it, or set "
+            f"samples.temperature=0: gives the same response {samples.num_responses} times. Raise it, or set "
             "samples.num_responses=1"
         )
     for name in ("start", "baseline"):
         if name in arms and (name == "start" or keys.baseline != "baseline"):
-            raise UserError(f"arms.{name}: has another meaning in samples.against; rename the arm")
+            raise UserError(f"arms.{name}: has a special meaning in samples.against. Rename the arm.")
     for name in samples.against:
         if name == "baseline" and keys.baseline is None:
-            raise UserError("samples.against: baseline, but none is set; set baseline, or name an arm or start")
+            raise UserError("samples.against: baseline is not set. Set it, or name an arm or start.")
         if name not in ("baseline", "start", *arms):
             known = ["baseline", "start", *arms]
             raise UserError(
-                f"samples.against: {name} is neither an arm nor baseline nor start{did_you_mean(name, known)}; there "
-                f"are {', '.join(known)}"
+                f"samples.against: {name} is neither an arm nor baseline nor start{did_you_mean(name, known)}. Known "
+                f"names are {', '.join(known)}."
             )
     if "start" in samples.against and (without := [name for name in compared if arms[name].start is None]):
-        raise UserError(f"samples.against: start, but arms.{without[0]}.start is not set; set it, or leave start out")
+        raise UserError(f"samples.against: start needs arms.{without[0]}.start. Set it, or remove start.")

@@ -1,4 +1,4 @@
-"""The values of a study file: read, merged over the files that it extends, and overridden on the command line."""
+"""Values of a study file: read, merged with the files that it extends, and overridden on the command line."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ STUDIES = "study"  # directory of the package's studies, next to its recipes
 
 
 def read_values(path: Path, extended_by: Sequence[Path] = ()) -> dict[str, Any]:
-    """The values of a file, merged over those of the files that it extends; later files win.
+    """Read a file and merge its values over those of the files that it extends; later files win.
 
     Args:
-        extended_by: the files that led here, to detect cycles.
+        extended_by: the files that extend this one, to detect cycles.
 
     Raises:
         UserError: a file is missing, cannot be read or extends itself.
@@ -30,7 +30,7 @@ def read_values(path: Path, extended_by: Sequence[Path] = ()) -> dict[str, Any]:
     extends = values.pop("extends", None) or []
     names = [extends] if isinstance(extends, str) else extends
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: extends: must be the name of a study, or a list of names")
+        raise UserError(f"{path}: extends: must be the name of a study, or a list of names.")
     for name in names:
         candidates = [folder / name for folder in (path.parent, package_recipes() / STUDIES)]
         candidates += [one.with_name(f"{one.name}.yaml") for one in candidates]
@@ -38,24 +38,24 @@ def read_values(path: Path, extended_by: Sequence[Path] = ()) -> dict[str, Any]:
         if other is None:
             raise UserError(f"{path}: extends: {name}: no such file in {path.parent} or conf/{STUDIES}")
         if other.resolve() in [one.resolve() for one in (*extended_by, path)]:
-            raise UserError(f"{path}: extends: {name} leads back to this file; remove one of the references")
+            raise UserError(f"{path}: extends: {name} leads back to this file. Remove one of the references.")
         below = _merged(below, read_values(other, [*extended_by, path]))
     return _merged(below, values)
 
 
 def override(values: dict[str, Any], text: str) -> None:
-    """Sets one key of the study; any other key is a recipe's and goes into ``common``.
+    """Set one key of the study; any other key is a recipe's and goes into ``common``.
 
     Args:
-        values: changed in place.
+        values: values, changed in place.
         text: ``key=value``, such as ``seeds=[1,2]``, ``arms.sft.start=runs/sft`` or ``model.optim.lr=1e-6``.
 
     Raises:
-        UserError: it is not ``key=value``, or a part of the key has no keys below it.
+        UserError: it is not ``key=value``, or a part of the key cannot have subkeys.
     """
     name, equals, given = text.partition("=")
     if not name or not equals:
-        raise UserError(f"{text!r} is not an override; write key=value, such as seeds=[1,2]")
+        raise UserError(f"{text!r} is not an override. Write key=value, such as seeds=[1,2].")
     try:
         value = yaml.safe_load(given)
     except yaml.YAMLError:  # {NAME}/file
@@ -72,16 +72,16 @@ def override(values: dict[str, Any], text: str) -> None:
     inside = values
     for part in parts[:-1]:
         if not isinstance(inside.setdefault(part, {}), dict):
-            raise UserError(f"{text}: {part} has no keys below it; set {part} itself")
+            raise UserError(f"{text}: {part} has no subkeys. Set {part} itself.")
         inside = inside[part]
     if value is None and isinstance(inside.get(parts[-1]), dict):
-        del inside[parts[-1]]  # as null in a file that extends another
+        del inside[parts[-1]]  # like null in a file that extends another
     else:
         inside[parts[-1]] = value
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice: YAML's own loader keeps the last one silently."""
+    """A loader that rejects duplicate keys: PyYAML silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -92,7 +92,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(name, Hashable):
                 continue  # refused by the base class
             if name in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: {name} is given twice; rename or remove one")
+                raise UserError(f"line {key_node.start_mark.line + 1}: {name} is given twice. Rename or remove one.")
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -108,12 +108,12 @@ def _read(path: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path} {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a mapping with arms, such as arms: {{rao: {{recipe: gpt_rao}}}}")
+        raise UserError(f"{path}: must be a mapping with arms, such as arms: {{rao: {{recipe: gpt_rao}}}}.")
     return values
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings are merged key by key; other values are replaced; null removes a mapping."""
+    """Merge mappings key by key; other values are replaced, and null removes a mapping."""
     found = dict(below)
     for name, value in above.items():
         if isinstance(value, dict) and isinstance(found.get(name), dict):

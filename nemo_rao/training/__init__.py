@@ -1,1 +1,1 @@
-"""Runs, from a recipe to a trained model: one, several in a row, and scoring by a trained model."""
+"""Training runs, from a recipe to a trained model: single runs, several in a row, and scoring by a trained model."""

@@ -1,4 +1,4 @@
-"""All checks of a run that precede heavy imports."""
+"""Checks of a run that need no heavy imports."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from nemo_rao.config.run_config import RunConfig
 
 
 def check_run(config: RunConfig, *, start_exists: bool = True, data_exists: bool = True) -> None:
-    """Checks everything that the config alone, and the files it names, can tell.
+    """Check everything that can be decided from the config and the names of the files it refers to.
 
     Args:
-        start_exists: ``False`` where another run is still to make the checkpoint to start from.
-        data_exists: ``False`` where the data or the tokenizer is still to be made: it is not looked for.
+        start_exists: ``False`` if another run has yet to write the checkpoint to start from.
+        data_exists: ``False`` if the data or the tokenizer has yet to be written: they are not looked for.
 
     Raises:
-        UserError: the first rule that does not hold.
+        UserError: on the first violated rule.
     """
     check_config(config, data_exists=data_exists)
     if start_exists and data_exists:

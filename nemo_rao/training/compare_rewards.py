@@ -1,6 +1,6 @@
 """``nemo-rao compare-rewards``: which reward ranks held-out pairs best; Table 1 of the RAO paper.
 
-    method       what gives a response y its reward                              starts from
+    method       reward of a response y                                          starts from
     rm_base      s(y), the score of a Bradley-Terry reward model (rm)            the base model
     rm_sft       the same                                                        the fine-tuned model
     dpo_sft      beta * (logp(y) - logp_ref(y)), a DPO policy's implicit reward  the fine-tuned model, its reference
@@ -8,22 +8,22 @@
 Each is trained on a small and on a large part of one preference set, and measured on the same held-out pairs. With
 m = reward of the chosen response - reward of the rejected one and p = sigmoid(m), the means over held-out pairs:
 
-    loss        -log p, nats; log 2 for a reward that knows nothing
-    accuracy    1 where m > 0; equal rewards are no right answer
-    brier       (1 - p)^2; 0.25 for a reward that knows nothing
+    loss        -log p, nats; log 2 for an uninformative reward
+    accuracy    1 where m > 0; ties count as wrong
+    brier       (1 - p)^2; 0.25 for an uninformative reward
 
-They are ``val/rewards/*`` of a run's last validation (:mod:`nemo_rao.objectives.metrics`), after its last step.
+These are ``val/rewards/*`` of a run's last validation (:mod:`nemo_rao.objectives.metrics`), after its last step.
 
-**Choices.** The loss is that of the formula above in every row: ``val/loss`` would have the reward model's centring and
-margin, and DPO's label smoothing, too. The reward of DPO has the beta that it was trained with; another one would
-change its loss, not its accuracy. No step is picked by the held-out pairs: the last one counts. The small part is drawn
-at random by ``data.seed``, the same one for every method, and a part of every larger one. A prompt is one pair: of more
-than two responses the best and the worst (``data.responses``), which is also what is held out.
+**Choices.** Every row uses the loss of the formula above: ``val/loss`` would add the reward model's centring and
+margin, and DPO's label smoothing. DPO's reward uses the beta it was trained with; another one would change its loss,
+not its accuracy. No step is selected on the held-out pairs: the last one counts. The small part is drawn at random by
+``data.seed``, is the same for every method, and is a subset of every larger one. A prompt gives one pair: of more than
+two responses the best and the worst (``data.responses``), in training and among the held-out pairs.
 
     plan: recipes gpt_rm and gpt_dpo, a PlannedRun for each method and size -> check -> run_comparison: data and
-    checkpoints of all runs checked -> several_runs.train_runs -> a row a run -> table, comparison.json, comparison.md
+    checkpoints of all runs checked -> several_runs.train_runs -> one row per run -> table, comparison.json and .md
 
-The same command again trains what is not finished.
+Running the same command again trains what is not finished.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from nemo_rao.training.several_runs import (
     write_results,
 )
 
-RANDOM = "random"  # in the place of the base model: the random weights of trainer.seed
-SMALL_AND_LARGE = ("10000", "all")  # the paper's
+RANDOM = "random"  # instead of a base model: random weights from trainer.seed
+SMALL_AND_LARGE = ("10000", "all")  # as in the paper
 
-# Keys that the command sets itself -> what to give in their place.
+# Keys that the command sets itself -> what to give instead.
 SET_HERE = {
     "exp_manager.exp_dir": "give --out",
-    "exp_manager.name": "leave it out: runs are named by method and size",
-    "model.objective": "leave it out: it is the method's",
+    "exp_manager.name": "remove it: runs are named by method and size",
+    "model.objective": "remove it: the method sets it",
     "model.restore_from_path": "give --base and --sft",
     "data.num_prompts": "give --pairs",
 }
@@ -73,13 +73,13 @@ FIGURES = {"loss": "val/rewards/log_loss", "accuracy": "val/rewards/accuracies",
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table for each size.
+    """A method of the comparison, with one row of the table per size.
 
     Attributes:
-        name: runs are named by it.
-        recipe, objective: what is trained.
+        name: prefix of its runs' names.
+        recipe, objective: the recipe and the objective that are trained.
         start: "base" or "sft".
-        label: of the table; ``{beta}`` is the run's.
+        label: label in the table; ``{beta}`` is replaced by the run's beta.
     """
 
     name: str
@@ -98,14 +98,14 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user has asked for.
+    """The arguments of the command.
 
     Attributes:
-        base, sft: NeMo checkpoints or folders of runs; ``base`` may be :data:`RANDOM`.
+        base, sft: checkpoints or directories of runs; ``base`` may be :data:`RANDOM`.
         pairs: numbers of training pairs, or "all".
-        out: folder of the runs and of the table.
-        overrides: ``key=value`` of every run.
-        of_objective: objective -> ``key=value`` of its runs, after the common ones.
+        out: directory of the runs and of the table.
+        overrides: ``key=value`` overrides of every run.
+        of_objective: objective -> ``key=value`` overrides of its runs, applied after the common ones.
         config_dir: see :func:`nemo_rao.config.compose.compose`.
     """
 
@@ -120,12 +120,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs, and where the table goes.
+    """All runs of the comparison, and where the table is written.
 
     Attributes:
-        folder: of the runs, and of ``comparison.json`` and ``comparison.md``.
-        runs: in the order in which they are trained.
-        methods: of each run.
+        folder: directory of the runs, ``comparison.json`` and ``comparison.md``.
+        runs: the runs, in the order in which they are trained.
+        methods: the method of each run.
     """
 
     folder: Path
@@ -134,7 +134,7 @@ class Comparison:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """The command; returns the exit code."""
+    """Run the command and return the exit code."""
     asked = Asked(
         base=arguments.base,
         sft=arguments.sft,
@@ -156,17 +156,17 @@ def _start(path: str, option: str) -> str:
 
 
 def plan(asked: Asked) -> Comparison:
-    """Composes all runs; reads recipes and the names of checkpoints, no data.
+    """Compose all runs. Reads recipes and the names of checkpoints, but no data.
 
     Raises:
-        UserError: an option or a key that cannot be used; runs that would be measured on different pairs.
+        UserError: an option or a key cannot be used, or the runs would be measured on different pairs.
     """
     sizes = [_size(given) for given in asked.pairs]
     for given in {given for given in asked.pairs if sizes.count(_size(given)) > 1}:
-        raise UserError(f"--pairs {given}: given twice; give each size once")
+        raise UserError(f"--pairs {given}: is given twice. Give each size once.")
     for text in (*asked.overrides, *(text for own in asked.of_objective.values() for text in own)):
         if (remedy := SET_HERE.get(key := text.lstrip("+").partition("=")[0])) is not None:
-            raise UserError(f"{text}: compare-rewards sets {key} itself; {remedy}")
+            raise UserError(f"{text}: compare-rewards sets {key} itself. Instead, {remedy}.")
     starts = {"sft": _start(asked.sft, "--sft")}
     starts["base"] = "null" if asked.base == RANDOM else _start(asked.base, "--base")
     runs, methods = [], []
@@ -191,19 +191,19 @@ def plan(asked: Asked) -> Comparison:
 
 
 def check(comparison: Comparison) -> None:
-    """Checks every run as far as recipes and the names of files can tell. Nothing is written.
+    """Check every run as far as recipes and file names allow. Nothing is written.
 
     Raises:
-        UserError: the first mistake.
+        UserError: on the first mistake.
     """
     check_runs(comparison.runs, another="--out")
 
 
 def run_comparison(comparison: Comparison) -> int:
-    """Trains the checked runs and prints the table.
+    """Train the checked runs and print the table.
 
     Returns:
-        the exit code: 0, or 1 where a run failed.
+        the exit code: 0, or 1 if a run failed.
 
     Raises:
         UserError: the data or a checkpoint does not fit; nothing has been trained then.
@@ -213,7 +213,7 @@ def run_comparison(comparison: Comparison) -> int:
 
     runs, rows = comparison.runs, []
     say(f"checking data and checkpoints of {len(runs)} runs")
-    # In a child: tokenizers that have worked in this process would be slow in the forks of it.
+    # In a child process: a tokenizer that was used before a fork is slow in the forked processes.
     in_child(_check_data, runs, name="the check of data and checkpoints")
     for method, run, state in zip(comparison.methods, runs, train_runs(runs), strict=True):
         rows.append(_row(method, run, state))
@@ -226,26 +226,27 @@ def run_comparison(comparison: Comparison) -> int:
 
 
 def _size(given: str) -> int | None:
-    """Pairs to train on; ``None``: all."""
+    """Number of pairs to train on; ``None``: all."""
     if given == "all":
         return None
     if given.isascii() and given.isdigit() and int(given) > 0:
         return int(given)
-    raise UserError(f"--pairs {given}: give a number of pairs above 0, or all")
+    raise UserError(f"--pairs {given}: must be a positive number of pairs, or all.")
 
 
 def _check_same_pairs(configs: Sequence[RunConfig]) -> None:
-    """Refuses runs that would keep other held-out pairs than the first, or take other prompts from the same data."""
+    """Check that all runs use the held-out pairs of the first, and draw the same prompts from the data."""
     first = configs[0]
     for config in configs:
         if config.data.validation_path is None:
             raise UserError(
-                "data.validation_path is not set; add data.validation_path=FILE.jsonl, the held-out pairs that all "
-                "rewards are compared on"
+                "data.validation_path: is not set. Add data.validation_path=FILE.jsonl, the held-out pairs on which "
+                "all rewards are compared."
             )
         if config.data.responses == "all":
             raise UserError(
-                "data.responses=all: a prompt is one pair in this comparison; set it to best_worst or best_random"
+                "data.responses=all: is not supported here, because each prompt must give one pair. Set it to "
+                "best_worst or best_random."
             )
         for key, one, other in (
             ("model.seq_length", first.model.seq_length, config.model.seq_length),
@@ -257,15 +258,15 @@ def _check_same_pairs(configs: Sequence[RunConfig]) -> None:
         ):
             if one != other:
                 raise UserError(
-                    f"{key} is {one} for {first.model.objective}, but {other} for {config.model.objective}: all "
-                    "rewards are compared on the same pairs; set it without --rm or --dpo"
+                    f"{key}: is {one} for {first.model.objective}, but {other} for {config.model.objective}, and all "
+                    "rewards must be compared on the same pairs. Set it without --rm or --dpo."
                 )
 
 
 def _check_data(runs: Sequence[PlannedRun]) -> None:
-    """Checks what only the data and the checkpoints can tell, for all runs that are to be trained.
+    """Check what only the data and the checkpoints show, for all runs that are still to be trained.
 
-    A run that is finished must have been measured on the pairs that the others will be.
+    A finished run must have been measured on the same pairs as the others will be.
     """
     from nemo_rao.runtime.console import quiet_third_parties
     from nemo_rao.training.devices import check_ranks_started, select_device
@@ -293,23 +294,22 @@ def _check_data(runs: Sequence[PlannedRun]) -> None:
         if len(held_out) > 1:
             raise UserError(
                 f"data.validation_path={run.config.data.validation_path}: {next(iter(held_out.values()))} was measured "
-                f"on other pairs than those that are in it now, on which {run.name} is; give another --out, or the "
-                "file as it was"
+                f"on other held-out pairs than {run.name} would be. Restore the previous file, or give another --out."
             )
 
 
 def _data_record(config: RunConfig) -> Mapping[str, Any]:
-    """What a run has written of its data."""
+    """The data record that a run has written."""
     if record := read_data_record(run_dir(config)):
         return record
-    raise UserError(f"{run_dir(config) / DATA}: is missing; remove {run_dir(config)}, and it is trained again")
+    raise UserError(f"{run_dir(config) / DATA}: is missing. Remove {run_dir(config)} to train the run again.")
 
 
 # ---------------------------------------------------------------------------------------------------------- results
 
 
 def _row(method: Method, run: PlannedRun, state: State) -> dict[str, Any]:
-    """A run's line of the table; a run that failed has no figures."""
+    """A run's row of the table; a failed run has no figures."""
     label = method.label.format(**vars(objective_config(run.config)))
     row: dict[str, Any] = {
         "run": run.name,
@@ -338,7 +338,7 @@ def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table as text, its header first."""
+    """The cells of the table as text, header first."""
     cells = [["reward", "trained from", "pairs", "steps", "held-out loss", "held-out accuracy", "Brier score"]]
     for row in rows:
         numbers = ["", row["state"], *[""] * len(FIGURES)]
@@ -355,7 +355,7 @@ def _print(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     from nemo_rao.runtime.console import say
 
     held_out = next((row["held_out_pairs"] for row in rows if row["held_out_pairs"] is not None), None)
-    title = f"rewards on {held_out:,} held-out pairs" if held_out is not None else "no run has reached its end"
+    title = f"rewards on {held_out:,} held-out pairs" if held_out is not None else "no run has finished"
     table = Table(title=title, title_justify="left")
     header, *lines = _cells(rows)
     for number, label in enumerate(header):
@@ -363,4 +363,4 @@ def _print(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for number, line in enumerate(lines, start=1):
         table.add_row(*line, end_section=number % len(METHODS) == 0)
     print_table(table)
-    say(f"the same: {folder / 'comparison.json'}, {folder / 'comparison.md'}")
+    say(f"also written to: {folder / 'comparison.json'}, {folder / 'comparison.md'}")

@@ -36,13 +36,13 @@ _KEY = "model.ppo.critic_path"
 
 @dataclass(frozen=True)
 class Critic:
-    """A critic before it is built.
+    """Description of a critic that is not built yet.
 
     Attributes:
-        config: its recipe: the network of the run that it starts from, everything else from the policy's.
-        needs: of the objective that trains it, which decide its head.
+        config: its recipe: the network of the run that it starts from, everything else from the policy.
+        needs: needs of the objective that trains it, which decide its head.
         trained: the run that it starts from; ``None``: it has the policy's start and network.
-        run: that run's directory, as the user named it.
+        run: directory of that run, as the user wrote it.
     """
 
     config: RunConfig
@@ -54,7 +54,7 @@ class Critic:
         """Check that the run it starts from was trained with the policy's tokenizer and chat template.
 
         Raises:
-            UserError: it was trained with others.
+            UserError: it was trained with different ones.
         """
         if self.trained is not None:
             with self._named():
@@ -74,8 +74,8 @@ class Critic:
                 check_model(self.config, num_tokens, self.trained.checkpoint, None)
         if resume_from is not None and not (resume_from / CRITIC).is_dir():
             raise UserError(
-                f"{resume_from}: has no critic, and model.ppo.critic=model continues from one; restore {CRITIC}/, or "
-                "give another exp_manager.name"
+                f"{resume_from}: has no critic, but model.ppo.critic=model resumes from one. Restore {CRITIC}/, or "
+                "change exp_manager.name."
             )
 
     def task(self, start_from: Path | None, resume_from: Path | None) -> CriticTask:
@@ -103,21 +103,21 @@ class Critic:
 
 
 def critic_of(policy: RunConfig) -> Critic | None:
-    """The critic of a run; ``None`` unless its objective has one that is a separate model.
+    """Return the critic of a run; ``None`` unless its objective has one that is a separate model.
 
     Raises:
-        UserError: there is nothing that it could start from, or that cannot be split as the policy is.
+        UserError: there is no checkpoint to start from, or its model cannot be split as the policy is.
     """
     objective, keys = registry.get(policy.model.objective), objective_config(policy)
     if not objective.needs_of(keys).critic:
         return None
-    assert objective.critic is not None, "an objective that needs one has it"
+    assert objective.critic is not None, "an objective that needs a critic defines one"
     optim = policy.model.optim if keys.value_lr is None else replace(policy.model.optim, lr=keys.value_lr)
     run, trained = keys.critic_path, None
     if run is None:
         if policy.model.restore_from_path is None:
             raise UserError(
-                f"model.ppo.critic=model: starts from a checkpoint, and both {_KEY} and {START} are null; name one"
+                f"model.ppo.critic=model: needs a checkpoint to start from, but {_KEY} and {START} are null. Set one."
             )
         config = policy
     else:
@@ -138,7 +138,7 @@ def critic_of(policy: RunConfig) -> Critic | None:
 
 
 def _built(config: RunConfig, needs: Needs, start: Path | None, resumed: bool) -> TrainedModel:
-    """This rank's part, with the weights of ``start`` unless the run is resumed. A collective of all ranks."""
+    """Build this rank's part, with the weights of ``start`` unless the run is resumed. A collective of all ranks."""
     import torch
 
     from nemo_rao.mcore.trained_model import TrainedModel

@@ -1,4 +1,4 @@
-"""The ranks and devices of a run, before anything of Megatron is imported."""
+"""Ranks and devices of a run, selected before Megatron is imported."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from nemo_rao.runtime.launch import started_externally
 
 
 def check_ranks_started(config: RunConfig) -> None:
-    """Refuses ranks that SLURM or torchrun did not start, or started in another number.
+    """Check that SLURM or torchrun started the ranks that the recipe asks for.
 
     Raises:
-        UserError: names the launcher and both numbers.
+        UserError: they are missing or their number differs.
     """
     launcher, ranks = started_externally(), world_size(config)
     if launcher is None:
         if config.trainer.num_nodes > 1:
             raise UserError(
-                f"trainer.num_nodes={config.trainer.num_nodes}, but nothing started the other nodes: use srun (one "
-                "task a device) or torchrun"
+                f"trainer.num_nodes={config.trainer.num_nodes}: the other nodes were not started. Use srun (one task "
+                "per device) or torchrun."
             )
         return
     started = int(os.environ["WORLD_SIZE" if launcher == "torchrun" else "SLURM_STEP_NUM_TASKS"])
     if started != ranks:
         raise UserError(
-            f"{launcher} started {started} ranks, but trainer.devices={config.trainer.devices} x "
-            f"trainer.num_nodes={config.trainer.num_nodes} are {ranks}; make them equal"
+            f"trainer.devices={config.trainer.devices} x trainer.num_nodes={config.trainer.num_nodes}: are {ranks} "
+            f"ranks, but {launcher} started {started}. Make them equal."
         )
 
 
 def select_device(config: RunConfig) -> None:
-    """Decide what Megatron is to run on, before anything of it is imported.
+    """Decide which device Megatron runs on, before it is imported.
 
     Raises:
-        UserError: GPUs are asked for and there are none.
+        UserError: GPUs are required and there are none.
     """
     if config.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -46,18 +46,18 @@ def select_device(config: RunConfig) -> None:
 
     if not has_gpu():
         if config.trainer.accelerator == "gpu":
-            raise UserError("trainer.accelerator is gpu, but this machine has no CUDA device; set it to cpu")
+            raise UserError("trainer.accelerator=gpu: this machine has no CUDA device. Set it to cpu.")
         if config.precision.fp8 is not None and not config.precision.fp8_simulation:
             raise UserError(
-                f"{FP8}={config.precision.fp8}: this machine has no CUDA device, and a CPU no 8-bit products; choose "
-                "precision=bf16_mixed, or precision.fp8_simulation=true to study the accuracy"
+                f"{FP8}={config.precision.fp8}: this machine has no CUDA device, and CPUs have no 8-bit products. Set "
+                "precision=bf16_mixed, or precision.fp8_simulation=true to study the accuracy."
             )
-        # Forking after torch has started threads of its own can hang the children.
+        # Forking after torch has started its threads can hang the children.
         torch.set_num_threads(1)
     elif config.trainer.devices > torch.cuda.device_count():
         raise UserError(
-            f"trainer.devices={config.trainer.devices}, but this machine has {torch.cuda.device_count()} CUDA devices; "
-            "lower it, or set trainer.accelerator=cpu"
+            f"trainer.devices={config.trainer.devices}: this machine has {torch.cuda.device_count()} CUDA devices. "
+            "Lower it, or set trainer.accelerator=cpu."
         )
     else:
         check_gpus_present(config)

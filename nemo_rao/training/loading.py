@@ -1,4 +1,4 @@
-"""A run's data: read, tokenised and checked according to its recipe, or loaded from the cache."""
+"""Load a run's data: read, tokenized and checked according to its recipe, or from the cache."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from nemo_rao.scoring.rule import asked_for, find_function, rules_among
 
 @dataclass(frozen=True)
 class LoadedData:
-    """What a run's files hold.
+    """The data of a run.
 
     Attributes:
-        train: all of it, before ``data.num_prompts`` are drawn.
-        validation: or ``None``.
-        num_tokens: of the tokenizer.
+        train: all training data, before ``data.num_prompts`` are drawn.
+        validation: the validation data, or ``None``.
+        num_tokens: size of the tokenizer's vocabulary.
         pad_token_id: see :func:`nemo_rao.data.tokens.pad_token_id`.
-        prompts, validation_prompts: of a run that samples its own responses, ``train`` and ``validation`` as text,
-            without responses; empty for others.
+        prompts, validation_prompts: for a run that samples its own responses, ``train`` and ``validation`` as text
+            without responses; empty otherwise.
     """
 
     train: PreferenceData
@@ -47,7 +47,7 @@ class LoadedData:
 
 
 def load_data(config: RunConfig) -> LoadedData:
-    """Reads, tokenises and checks a run's data, or reads it back. See :func:`train` for the errors."""
+    """Read, tokenize and check a run's data, or read it from the cache. See :func:`train` for the errors."""
     return _load_preferences(config) if config.online.num_generations is None else _load_prompts(config)
 
 
@@ -62,7 +62,7 @@ def _load_prompts(config: RunConfig) -> LoadedData:
             paths,
             tokenizer,
             longest=_longest_prompt(config),
-            set_by=f"model.seq_length={length} leaves beside online.max_new_tokens={config.online.max_new_tokens}",
+            set_by=f"model.seq_length={length} minus online.max_new_tokens={config.online.max_new_tokens}",
             strict=keys.strict,
             needs_shared_first_token=needs.shared_first_token,
             needed_by=f"objective {config.model.objective}",
@@ -86,7 +86,7 @@ def _load_prompts(config: RunConfig) -> LoadedData:
 
 
 def _longest_prompt(config: RunConfig) -> int:
-    """Tokens that leave room for a sampled response."""
+    """Maximum tokens of a prompt that leave room for a sampled response."""
     return config.model.seq_length - config.online.max_new_tokens
 
 
@@ -121,14 +121,14 @@ def _load_preferences(config: RunConfig) -> LoadedData:
 
 
 def data_identity(config: RunConfig) -> str:
-    """The same text for runs for which :func:`load_data` gives the same."""
+    """A key that is equal for runs for which :func:`load_data` returns the same data."""
     paths = (config.data.train_path, config.data.validation_path, config.data.tokenizer)
     samples = None if config.online.num_generations is None else _longest_prompt(config)
     return repr((paths, samples, {name: value for name, value in wanted_rows(config).items() if name != "needed_by"}))
 
 
 def wanted_rows(config: RunConfig) -> dict[str, Any]:
-    """What a run asks of its rows; see :func:`nemo_rao.data.dataset.load_preferences`."""
+    """Arguments by which a run selects rows; see :func:`nemo_rao.data.dataset.load_preferences`."""
     objective = registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
     return {
@@ -157,14 +157,14 @@ def wanted_rows(config: RunConfig) -> dict[str, Any]:
 
 
 def drawn(config: RunConfig, loaded: LoadedData) -> PreferenceData:
-    """The prompts that are trained on: all, or those that ``data.num_prompts`` draws."""
+    """The prompts to train on: all, or ``data.num_prompts`` drawn from them."""
     if config.data.num_prompts is None:
         return loaded.train
     return draw_prompts(loaded.train, config.data.num_prompts, seed=config.data.seed)
 
 
 def drawn_prompts(config: RunConfig, loaded: LoadedData) -> Sequence[Row]:
-    """Those of :func:`drawn`, as text."""
+    """The prompts of :func:`drawn`, as text."""
     if config.data.num_prompts is None:
         return loaded.prompts
     chosen = drawn_indices(loaded.train, config.data.num_prompts, seed=config.data.seed)
@@ -172,12 +172,12 @@ def drawn_prompts(config: RunConfig, loaded: LoadedData) -> Sequence[Row]:
 
 
 def draw_prompts(data: PreferenceData, num_prompts: int, *, seed: int) -> PreferenceData:
-    """``num_prompts`` of the prompts, drawn by the seed, in the data's order; fewer of them are a part of more.
+    """Draw ``num_prompts`` of the prompts by the seed, in the data's order; a smaller draw is a subset of a larger.
 
-    Drawn rather than the first ones: files are often sorted by where their rows come from.
+    Drawn rather than the first ones: files are often sorted by the origin of their rows.
 
     Raises:
-        UserError: there are not so many.
+        UserError: the data has fewer prompts.
     """
     drawn = drawn_indices(data, num_prompts, seed=seed)
     say(f"training data: {num_prompts} of {len(data)} prompts drawn (data.num_prompts)")
@@ -188,8 +188,8 @@ def drawn_indices(data: PreferenceData, num_prompts: int, *, seed: int) -> np.nd
     """``[num_prompts]`` int64: which prompts :func:`draw_prompts` draws, in the data's order."""
     if num_prompts > len(data):
         raise UserError(
-            f"data.num_prompts={num_prompts}, but the training data has only {len(data)} ({data.report}); lower it, "
-            "or set it to null for all"
+            f"data.num_prompts={num_prompts}: the training data has only {len(data)} ({data.report}). Lower it, or set "
+            "it to null for all."
         )
     # RandomState: its stream is frozen, see nemo_rao.data.order.
     generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed])))

@@ -1,4 +1,4 @@
-"""The scorers of a run that samples its own responses; their weighted sum is the reward."""
+"""Scorers of a run that samples its own responses. Their weighted sum is the reward."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from nemo_rao.scoring.run import KINDS
 from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, Scorer, ScoringFailure, make_scorers
 from nemo_rao.training.reward_models import RewardModelOfRun, reward_model_of
 
-# Kinds that score the text of a single response.
+# Kinds of scorers that read the text of a single response.
 TEXT: Mapping[str, Kind] = {name: KINDS[name] for name in ("rule", "judge")}
-_PROBE = "The answer is 42."  # the response that rules are called with before the run
-_PAUSE_SECONDS = 2.0  # before a scorer that has failed is called again; doubled each further time
+_PROBE = "The answer is 42."  # response on which rules are tried before the run
+_PAUSE_SECONDS = 2.0  # wait before retrying a failed scorer; doubled after every attempt
 
 
 def scorers_of(config: RunConfig) -> tuple[TextScorersOfRun, dict[str, RewardModelOfRun]]:
-    """The scorers of a run's samples: those of their text, and by name the reward models, which read their tokens.
+    """Create the scorers of a run's samples: text scorers, and by name the reward models, which read tokens.
 
     Raises:
-        UserError: there are none, a scorer cannot be made, or a weight does not fit the scorers.
+        UserError: there are none, a scorer cannot be created, or a weight does not match the scorers.
     """
     keys, folder = config.online, run_dir(config)
     if not keys.reward:
         raise UserError(
-            "online.reward is empty, and the samples have no other reward; give [NAME=]KIND:ARGUMENT, such as "
+            "online.reward: is empty, and samples have no other reward. Set it to [NAME=]KIND:ARGUMENT, such as "
             "online.reward=[rule:my_rules:exact_match]"
         )
-    # Not a scorer of text: it scores on the ranks of the run.
+    # Not a text scorer: it runs on the ranks of the run.
     model = Kind(lambda run, _: cast(Scorer, reward_model_of(run, config)), lambda run: Path(run).name, "RUN_FOLDER")
     made = _make(keys.reward, {**TEXT, "model": model}, folder)
     models: dict[str, RewardModelOfRun] = {}
@@ -53,9 +53,9 @@ def scorers_of(config: RunConfig) -> tuple[TextScorersOfRun, dict[str, RewardMod
             text.append(spec)
     for name, weight in keys.reward_weights.items():
         if name not in made:
-            raise UserError(f"online.reward_weights: there is no scorer {name}; there are {', '.join(made)}")
+            raise UserError(f"online.reward_weights: no scorer is named {name}. The scorers are {', '.join(made)}.")
         if not math.isfinite(weight):
-            raise UserError(f"online.reward_weights.{name}={weight}: must be finite")
+            raise UserError(f"online.reward_weights.{name}={weight}: must be finite.")
     return TextScorersOfRun(text, attempts=keys.scoring_attempts, folder=folder), models
 
 
@@ -67,13 +67,13 @@ def _make(specs: Sequence[str], kinds: Mapping[str, Kind], folder: Path) -> dict
 
 
 def check_rules(config: RunConfig, prompts: Sequence[Row]) -> None:
-    """Call each rule once, in a separate process: threads that it starts would be missing in the ranks' forks.
+    """Call each rule once, in a separate process: threads started by a rule would be missing in the ranks' forks.
 
     Args:
-        prompts: of the run's data.
+        prompts: prompts of the run.
 
     Raises:
-        UserError: a rule asks for a field that a row does not have, raises, or returns no finite number.
+        UserError: a rule reads a field that a row does not have, raises, or does not return a finite number.
     """
     rules = rules_among(config.online.reward)
     if rules:
@@ -92,16 +92,16 @@ def _call(rules: Sequence[str], folder: Path, asked: InputRow) -> None:
         try:
             scorer.score([asked])
         except ScoringFailure as failure:
-            raise UserError(f"online.reward: {name}, asked about the response {_PROBE!r}: {failure}") from None
+            raise UserError(f"online.reward: {name}, called with the response {_PROBE!r}: {failure}") from None
 
 
 class TextScorersOfRun:
-    """Scorers that read text. They are made in the process that first calls them.
+    """Scorers that read text. They are created in the process that first calls them.
 
     Args:
         specs: ``[NAME=]KIND:ARGUMENT`` each.
-        attempts: calls of a scorer that fail before the run ends.
-        folder: of the run, for files of scorers.
+        attempts: number of failed calls of a scorer after which the run ends.
+        folder: directory of the run, for files of scorers.
     """
 
     def __init__(self, specs: Sequence[str], *, attempts: int, folder: Path) -> None:
@@ -109,10 +109,10 @@ class TextScorersOfRun:
         self._attempts = attempts
         self._folder = folder
         self._scorers: Mapping[str, Scorer] | None = None
-        self._counts: Counter[tuple[str, str]] = Counter()  # (scorer, what it has counted)
+        self._counts: Counter[tuple[str, str]] = Counter()  # (scorer, counted event)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
-        """By scorer, ``[S, K]`` float64 scores of S rows with K responses; NaN if missing.
+        """Return by scorer the ``[S, K]`` float64 scores of S rows with K responses; NaN if missing.
 
         Raises:
             RankFailure: a scorer has failed ``attempts`` times.
@@ -128,11 +128,11 @@ class TextScorersOfRun:
         return found
 
     def notes(self) -> list[str]:
-        """Counts that the scorers report, one a line."""
+        """Return the counts that the scorers report, one per line."""
         return [f"{name}: {count} {what}" for (name, what), count in self._counts.items()]
 
     def close(self) -> None:
-        """Close the scorers that were made."""
+        """Close the scorers that were created."""
         for scorer in (self._scorers or {}).values():
             scorer.close()
         self._scorers = None

@@ -1,4 +1,4 @@
-"""vLLM as the sampler of a run: what is worked out before any rank exists."""
+"""vLLM as the sampler of a run: preparation before the ranks start."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from nemo_rao.rollout.vllm_model import VllmModel, check_python
 
 
 def python_of_sampler(config: RunConfig) -> str | None:
-    """The python of vLLM's environment; ``None`` where vLLM does not sample.
+    """Return the python of vLLM's environment; ``None`` if vLLM does not sample.
 
     Raises:
-        UserError: it is none, or has no vLLM.
+        UserError: it is not a python interpreter, or does not have vLLM.
     """
     keys = config.online
     if keys.num_generations is None or keys.sampler != "vllm":
@@ -21,14 +21,14 @@ def python_of_sampler(config: RunConfig) -> str | None:
 
 
 def vllm_model(config: RunConfig, python: str, num_tokens: int) -> VllmModel:
-    """The policy of a run, for vLLM. Imports megatron.
+    """Describe the policy of a run for vLLM. Imports megatron.
 
     Args:
         python: from :func:`python_of_sampler`.
-        num_tokens: V without padding.
+        num_tokens: vocabulary size without padding.
 
     Raises:
-        UserError: the model has no form there.
+        UserError: vLLM cannot represent the model.
     """
     policy, keys = policy_of(config, num_tokens), config.online
     return VllmModel(

@@ -1,6 +1,6 @@
-"""Preparation before any rank starts: data, sizes, checkpoints. Errors are reported here, once.
+"""Prepare a run before any rank starts: data, sizes, checkpoints. Errors are reported here, once.
 
-In order of cost: the environment, then the data, and only then anything that imports the engine.
+Ordered by cost: the environment first, then the data, and last what imports the engine.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from nemo_rao.training.steps import plan_steps
 
 
 def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
-    """Everything that can be checked and computed without a model. See :func:`train` for the errors.
+    """Check and compute everything that does not need a model. See :func:`train` for the errors.
 
     Args:
-        loaded: what :func:`load_data` gives, where it is known; it is read otherwise.
+        loaded: the result of :func:`load_data`, if already known; it is loaded otherwise.
     """
     keys, objective = config.model, registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
@@ -52,7 +52,7 @@ def prepare(config: RunConfig, loaded: LoadedData | None = None) -> Prepared:
         for name, source in sources.items():
             others[name] = mismatched(source, seq_length=keys.seq_length, seed=config.data.seed)
 
-    # Of samples, rewards are not known yet: what depends on them is resolved anew with each rollout.
+    # Rewards of samples are not known yet: what depends on them is resolved again for each rollout.
     rewards = data.reward_summary() if scorers is None else RewardSummary(mean=0.0)
     resolved = objective.resolve(objective_config(config), rewards)
     if validation is not None and scorers is None:

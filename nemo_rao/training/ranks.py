@@ -1,6 +1,6 @@
-"""One rank's part of a run, or of a pass over data, up to where the engine takes over. Its place is in the environment.
+"""One rank's part of a run, or of a pass over data, up to the engine. The rank's number comes from the environment.
 
-To be imported by ranks, with the engine loaded: what it imports in its functions imports Megatron.
+Imported by ranks, with the engine loaded; the imports inside functions import Megatron.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def train_rank(
     """Train.
 
     Args:
-        prepared: what the parent has worked out.
-        record: called on rank 0 before the first step, once nothing is left that may refuse the run.
-        change: the run's hooks -> those that it has.
+        prepared: result of the parent's preparation.
+        record: called on rank 0 before the first step, once all checks have passed.
+        change: maps the default hooks to those of the run.
     """
     from nemo_rao.loop.run_hooks import data_sets_of, hooks_of, training_data
 

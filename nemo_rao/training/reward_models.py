@@ -21,12 +21,12 @@ from nemo_rao.training.trained_run import TrainedRun, trained_run
 
 @dataclass(frozen=True)
 class RewardModelOfRun:
-    """A reward model before it is built.
+    """Description of a reward model that is not built yet.
 
     Attributes:
-        run: the directory that the user named.
-        trained: the run in it.
-        config: its recipe, with parallel sizes and tokenizer of the policy's run.
+        run: directory of its run, as the user wrote it.
+        trained: that run.
+        config: its recipe, with the parallel sizes and the tokenizer of the policy.
     """
 
     run: str
@@ -42,7 +42,7 @@ class RewardModelOfRun:
         """Check that it was trained with the policy's tokenizer and chat template.
 
         Raises:
-            UserError: it was trained with others.
+            UserError: it was trained with different ones.
         """
         with self._named():
             check_tokens(self.trained.config.data, policy, loaded, what="reward model")
@@ -57,7 +57,7 @@ class RewardModelOfRun:
             check_model(self.config, num_tokens, self.trained.checkpoint, None)
 
     def close(self) -> None:
-        """Nothing to release, unlike with scorers of text."""
+        """Do nothing; only text scorers hold resources."""
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -68,19 +68,19 @@ class RewardModelOfRun:
 
 
 def reward_model_of(run: str, policy: RunConfig) -> RewardModelOfRun:
-    """The reward model that a run has trained.
+    """Return the reward model that a run has trained.
 
     Args:
-        run: its directory, as the user named it.
+        run: its directory, as the user wrote it.
         policy: the recipe of the run that it scores for.
 
     Raises:
-        UserError: the run has not trained one, or it cannot be split as the policy is.
+        UserError: the run did not train a reward model, or it cannot be split as the policy is.
     """
     trained = trained_run(run)
     if not trained.needs.scores:
         raise UserError(
-            f"{run}: objective {trained.config.model.objective} trains no reward model (its implicit reward is for "
-            "nemo-rao score); name a run of rm or rm_regression"
+            f"{run}: objective {trained.config.model.objective} does not train a reward model (nemo-rao score can use "
+            "its implicit reward). Name a run of rm or rm_regression."
         )
     return RewardModelOfRun(run, trained, beside(trained, run, policy))

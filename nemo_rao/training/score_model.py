@@ -1,13 +1,13 @@
 """A trained run as a scorer: ``nemo-rao score IN OUT --scorer model:runs/gpt_rm``.
 
-A reward model gives the score of its head, of several the first. A policy gives its implicit reward
-beta * rho(y) = beta * (logp(y) - logp_ref(y)); the reference is the checkpoint that its run started from.
+A reward model gives the score of its head (the first, if there are several). A policy gives its implicit reward
+beta * rho(y) = beta * (logp(y) - logp_ref(y)); the reference is the checkpoint from which its run started.
 
-The run's recipe.yaml says all that is needed: sizes, tokenizer, parallelism, precision. The whole file is scored in
-one forward-only pass over its ranks before the first row is written. What the pass has computed lies beside the output
-(``model_scores/``) and is continued after an interruption. A response that is longer than the run's model.seq_length
-(or ``--max-length``), or cannot be rendered as in training, gets no score; the prompt's others do. One that was cut
-short is scored without an end token; how many these are is reported, as is what the run's training did with such.
+Sizes, tokenizer, parallelism and precision come from the run's recipe.yaml. The whole file is scored in one
+forward-only pass over its ranks before the first row is written. Intermediate results are kept beside the output
+(``model_scores/``), and an interrupted pass resumes from them. A response that is longer than the run's
+model.seq_length (or ``--max-length``), or cannot be rendered as in training, gets no score; the prompt's others do. A
+truncated response is scored without an end token; their number is reported, with how training treated them.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ _FORMAT = "model-scores-2"
 
 
 def model_kind(job: Job) -> Kind:
-    """The kind ``model:RUN_FOLDER`` for what the command is to do."""
+    """The scorer kind ``model:RUN_FOLDER`` for one job of the command."""
     return Kind(lambda run, place: ModelScorer(run, job, place), lambda run: Path(run).name, "RUN_FOLDER")
 
 
 class ModelScorer:
-    """Scores of a whole file, given out row by row; see :mod:`nemo_rao.scoring.scorer`.
+    """Scores of a whole file, returned row by row; see :mod:`nemo_rao.scoring.scorer`.
 
     Args:
-        run: folder of a finished training run.
-        job: what is to be scored, up to which length, and how many responses may be longer.
-        place: where the output goes.
+        run: directory of a finished training run.
+        job: what to score, up to which length, and how many responses may be longer.
+        place: path of the output.
 
     Raises:
         UserError: the run, its recipe or its checkpoint cannot be used, or ``job.max_length`` is beyond its context.
@@ -100,7 +100,7 @@ class ModelScorer:
         pass
 
     def _score_file(self) -> dict[str, Scored]:
-        """Place of a row -> its responses' scores."""
+        """Map the location of each row to the scores of its responses."""
         rows = list(self._job.source().rows())
         made = tokenise(rows, self._model.config, self._limit)
         self._check_missing(rows, made)
@@ -112,17 +112,17 @@ class ModelScorer:
             try:
                 columns = [_numbers(self._model, one, made, self._folder) for one in self._model.checkpoints]
             except RankFailure as failure:
-                raise ScoringFailure(f"the model's pass failed; the same command continues it: {failure}") from None
+                raise ScoringFailure(f"the model's pass failed: {failure}. The same command resumes it.") from None
             scores |= {
                 number: float(value) for number, value in zip(made.numbers, self._model.score(columns), strict=True)
             }
         return {row.place: tuple(scores[at, k] for k in range(len(row.responses))) for at, row in enumerate(rows)}
 
     def _check_missing(self, rows: Sequence[Row], made: Tokenised) -> None:
-        """Stops before the pass where it could not give scores enough.
+        """Stop before the pass if it could not give enough scores.
 
         Raises:
-            ScoringFailure: see there.
+            ScoringFailure: too many responses cannot be scored.
         """
         missing = Missing([self._run], sum(len(row.responses) for row in rows), self._job.max_missing)
         for at, row in enumerate(rows):
@@ -133,14 +133,14 @@ class ModelScorer:
 
 @dataclass(frozen=True)
 class _Model:
-    """What a run computes of each response, and how that becomes its score.
+    """What a run's model computes for each response, and how the score follows from it.
 
     Attributes:
         config: the run's recipe.
-        objective_config: of its objective, with the number of scores that its head has.
-        checkpoints: whose weights are run: the run's own, and for an implicit reward its start's.
-        width: numbers of each response.
-        score: arrays ``[responses, width]``, one for each checkpoint -> ``[responses]``.
+        objective_config: keys of its objective, with the number of scores of its head.
+        checkpoints: checkpoints to run: the run's last one, and for an implicit reward also its start.
+        width: numbers computed per response.
+        score: maps arrays ``[responses, width]``, one per checkpoint, to ``[responses]``.
     """
 
     config: RunConfig
@@ -161,11 +161,13 @@ def _model(run: str) -> _Model:
     beta = getattr(keys, "beta", None)
     if beta is None or not needs.reference:
         raise UserError(
-            f"{run}: objective {config.model.objective} has no implicit reward (a beta and a reference); give the run "
-            "of a reward model, or of an objective such as rao or dpo"
+            f"{run}: objective {config.model.objective} has no implicit reward (a beta and a reference). Name the run "
+            "of a reward model, or of an objective such as rao or dpo."
         )
     if config.model.restore_from_path is None:
-        raise UserError(f"{run}: started from random weights, no reference; give a run that started from a model")
+        raise UserError(
+            f"{run}: started from random weights and has no reference. Name a run that started from a model."
+        )
     start = resolve_checkpoint(config.model.restore_from_path, f"{run}/recipe.yaml: model.restore_from_path")
     refuse_adapters(start, f"{run}/recipe.yaml: model.restore_from_path")
     if not config.model.allow_pickle:
@@ -174,14 +176,14 @@ def _model(run: str) -> _Model:
 
 
 def _digest(checkpoint: Path) -> str:
-    """Of a checkpoint's place and files; other weights are other files."""
+    """Digest of a checkpoint's path and files; other weights are other files."""
     files = sorted(weights_of(checkpoint).glob("*"))
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr((str(checkpoint), stamps)).encode()).hexdigest()
 
 
 def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
-    """Of a run's recipe: network, number formats, objective, and how text becomes tokens."""
+    """The keys of a run's recipe on which scores depend: network, precision, objective, tokenization."""
     data = config.data
     return {
         "network": [network_key(config), dataclasses.asdict(config.model.arch), config.model.seq_length],
@@ -192,12 +194,12 @@ def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
 
 
 def _numbers(model: _Model, checkpoint: Path, made: Tokenised, folder: Path) -> np.ndarray:
-    """``[responses, width]`` of one checkpoint: read back, or computed on the run's ranks."""
+    """``[responses, width]`` of one checkpoint: read from disk, or computed on the run's ranks."""
     from nemo_rao.runtime.launch import launch, started_externally
     from nemo_rao.training.devices import select_device
 
     if started_externally() or model.config.trainer.num_nodes > 1:
-        raise UserError("nemo-rao score starts its ranks itself, on one node; do not start it with srun or torchrun")
+        raise UserError("nemo-rao score: starts its ranks itself, on one node. Do not start it with srun or torchrun.")
     quiet_third_parties()
     select_device(model.config)
     engine = engine_of(model.config)
@@ -219,7 +221,7 @@ def _numbers(model: _Model, checkpoint: Path, made: Tokenised, folder: Path) -> 
 
 
 def _compute(session: Session, *, config: RunConfig, folder: Path, key: str, width: int) -> None:
-    """One rank's part of the pass: ``[responses, width]`` into ``folder``."""
+    """Run one rank's part of the pass and write ``[responses, width]`` to ``folder``."""
     import torch
 
     from nemo_rao.mcore.loss import sequence_log_probs

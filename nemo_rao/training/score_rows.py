@@ -1,4 +1,4 @@
-"""The rows of a file as the model of a trained run reads them: its template, its tokens, its length."""
+"""Rows of a file as the model of a trained run reads them: with its template, tokenizer and length limit."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from nemo_rao.data.store import PreferenceData
 
 
-# Remarks about rows, to be read behind their number.
-AS_TRAINED = "have responses marked as truncated, which are scored without an end token, as the model learned them"
+# Remarks about rows; each is printed after a number of rows.
+AS_TRAINED = "have responses marked as truncated, which are scored without an end token, as in the model's training"
 NOT_AS_TRAINED = (
     "have responses marked as truncated, which are scored without an end token; the model was trained without such "
     "responses (data.truncated=drop)"
@@ -32,7 +32,7 @@ NOT_AS_TRAINED = (
 
 @dataclass(frozen=True)
 class Limit:
-    """The longest prompt with a response that is scored: ``tokens``, and what sets it, for messages."""
+    """Maximum length of prompt and response, ``tokens``, and the setting that it comes from, for messages."""
 
     tokens: int
     set_by: str
@@ -43,15 +43,15 @@ class Limit:
 
 @dataclass
 class Tokenised:
-    """What the model can read of the rows, and what it cannot.
+    """Rows in tokens, and the responses that the model cannot read.
 
     Attributes:
         data: prompts with the responses that can be read.
-        pad_token_id: of the tokenizer.
-        numbers: of each response in ``data``, in its order, (row, response) in the rows.
+        pad_token_id: padding token of the tokenizer.
+        numbers: for each response in ``data``, in order, its (row, response) indices.
         lacks: (row, response) -> why the response is not in ``data``.
-        remarks: row -> what was noticed about it, to be counted.
-        notes: about the tokenizer and its chat template.
+        remarks: row -> remarks to be counted.
+        notes: remarks about the tokenizer and its chat template.
     """
 
     data: PreferenceData
@@ -63,28 +63,28 @@ class Tokenised:
 
 
 def length_limit(config: RunConfig, run: str, max_length: int | None) -> Limit:
-    """What ``--max-length`` allows, or else the length that the run was trained with.
+    """Return the limit of ``--max-length``, or else the length that the run was trained with.
 
-    It is not checked where nothing states the model's context; positions are computed for any length.
+    Nothing is checked if the model's context is unknown; positions can be computed for any length.
 
     Raises:
         UserError: ``--max-length`` is beyond the model's context.
     """
     trained = config.model.seq_length
     if max_length is None:
-        return Limit(trained, f"model.seq_length={trained}, with which {run} was trained (--max-length reads more)")
+        return Limit(trained, f"model.seq_length={trained}, with which {run} was trained (--max-length raises it)")
     longest = context_length(config) if max_length > trained else None
     if longest is not None and max_length > longest:
-        raise UserError(f"--max-length {max_length}: the context of {run}'s model is {longest} tokens; lower it")
+        raise UserError(f"--max-length {max_length}: the context of {run}'s model is {longest} tokens. Lower it.")
     return Limit(max_length, f"--max-length {max_length}")
 
 
 def context_length(config: RunConfig) -> int | None:
-    """Tokens that the network's positions are made for: at least those that it was trained with.
+    """Return the number of tokens that the network's positions are made for: at least its training length.
 
-    A checkpoint does not state it. Learned positions end where training did. For others the config.json beside an
-    imported model's tokenizer states it, and the defaults of a class that ``model.config_class`` names. Those of a
-    family's class belong to no model of it: ``None``.
+    A checkpoint does not state it. Learned positions end at the training length. Otherwise it comes from the
+    config.json beside an imported model's tokenizer, or from the defaults of the class ``model.config_class``. The
+    defaults of a family's base class describe no particular model: ``None``.
     """
     engine, trained = engine_of(config), config.model.seq_length
     engine.load()
@@ -103,14 +103,14 @@ def context_length(config: RunConfig) -> int | None:
 
 
 def with_length(config: RunConfig, num_tokens: int) -> RunConfig:
-    """The recipe for sequences of so many tokens, or as many more as its parallelism needs."""
+    """Return the recipe for sequences of ``num_tokens``, rounded up to what its parallelism needs."""
     multiple = sequence_multiple(config)
     model = replace(config.model, seq_length=-(-num_tokens // multiple) * multiple)
     return replace(config, model=model)
 
 
 def tokenise(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenised:
-    """Renders the responses as in the run's training, and keeps those that are no longer than the limit."""
+    """Render the responses as in the run's training, and keep those within the limit."""
     from nemo_rao.data.dataset import ROWS_AT_ONCE
     from nemo_rao.data.store import PreferenceData
 
@@ -151,19 +151,19 @@ def tokenise(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenised:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A response in tokens: the one of this number in a sample."""
+    """A response in tokens: a sample and the response's index in it."""
 
     sample: Sample
     number: int
 
     @property
     def num_tokens(self) -> int:
-        """With the prompt."""
+        """Number of tokens of prompt and response."""
         return len(self.sample.prompt) + len(self.sample.responses[self.number])
 
 
 def _encode(encoder: Encoder, rows: Sequence[Row]) -> list[list[_Encoded | NoScore]]:
-    """Each row's responses in tokens, or what keeps them from being read."""
+    """Encode each row's responses, or return why they cannot be read."""
     wanted = [replace(row, responses=tuple(replace(one, weight=1.0) for one in row.responses)) for row in rows]
     return [_of_responses(encoder, *pair) for pair in zip(wanted, encoder.encode_many(wanted), strict=True)]
 
@@ -171,16 +171,16 @@ def _encode(encoder: Encoder, rows: Sequence[Row]) -> list[list[_Encoded | NoSco
 def _of_responses(encoder: Encoder, row: Row, encoded: Sample | UserError) -> list[_Encoded | NoScore]:
     if isinstance(encoded, Sample):
         return [_Encoded(encoded, number) for number in range(len(row.responses))]
-    if len(row.responses) > 1:  # one of them may be all that cannot be read
+    if len(row.responses) > 1:  # perhaps only one of them cannot be read
         single = [replace(row, responses=(response,)) for response in row.responses]
         return [one for responses in _encode(encoder, single) for one in responses]
     reason = encoded.reason if isinstance(encoded, BoundaryError) else "cannot be rendered as in the run's training"
-    said = OPTIONS(str(encoded).removeprefix(f"{row.place}: "))
-    return [NoScore(reason, said.replace("response 1", "the response"))]  # the caller says which one it is
+    detail = OPTIONS(str(encoded).removeprefix(f"{row.place}: "))
+    return [NoScore(reason, detail.replace("response 1", "the response"))]  # the caller adds its number
 
 
 def _unrewarded(kept: Sequence[_Encoded]) -> Sample:
-    """A prompt with some of its responses, and nothing of what the file says of them."""
+    """A sample with some of a prompt's responses, without the fields that the file has for them."""
     import numpy as np
 
     answers = [one.sample.answers[one.number] for one in kept if one.sample.answers is not None]

@@ -1,8 +1,7 @@
-"""A second model on the policy's ranks, from the run that trained it: a reward model, or the start of a critic.
+"""A second model on the policy's ranks, loaded from the run that trained it: a reward model, or a critic's start.
 
-It reads the sampled tokens, which are not decoded and tokenised again, so tokenizer and chat template must be the
-policy's. Its network may differ; it is split over ranks as the policy is. Whatever does not fit is reported before a
-model is built.
+It reads the sampled token ids directly, so tokenizer and chat template must be the policy's. Its network may differ,
+but is split over ranks as the policy is. All mismatches are reported before a model is built.
 """
 
 from __future__ import annotations
@@ -37,24 +36,24 @@ _COMPARED = 64  # prompts
 
 
 def beside(trained: TrainedRun, run: str, policy: RunConfig, **keys: Any) -> RunConfig:
-    """The recipe of a run's model, split as the policy is.
+    """Return the recipe of a run's model, split as the policy is.
 
     Args:
         trained: the run.
-        run: its directory, as the user named it, for messages.
+        run: its directory as the user wrote it, for messages.
         policy: the policy's recipe.
         keys: further groups of keys to replace.
 
     Raises:
-        UserError: it cannot be split so, was trained in 8-bit formats, or on shorter rows than the policy's.
+        UserError: it cannot be split that way, was trained in 8-bit formats, or on shorter rows than the policy's.
     """
     config, of_policy = trained.config, policy.model
     if config.precision.fp8 is not None:
-        raise UserError(f"{run}: precision.fp8={config.precision.fp8}: 8-bit models do not read samples yet")
+        raise UserError(f"{run}: precision.fp8={config.precision.fp8}: 8-bit models cannot score samples yet.")
     if config.model.seq_length < of_policy.seq_length:
         raise UserError(
-            f"{run}: was trained on at most model.seq_length={config.model.seq_length} tokens, and samples may have "
-            f"{of_policy.seq_length} with their prompts; lower model.seq_length, or train it on longer rows"
+            f"{run}: was trained with model.seq_length={config.model.seq_length}, but samples with their prompts may "
+            f"have {of_policy.seq_length} tokens. Lower model.seq_length, or train it on longer rows."
         )
     with_experts = bool(architecture_fields(config).get("num_moe_experts"))
     split = {name: vars(of_policy)[name] for name in (*_PARALLEL, *(_OF_EXPERTS if with_experts else ()))}
@@ -77,13 +76,13 @@ def beside(trained: TrainedRun, run: str, policy: RunConfig, **keys: Any) -> Run
 
 
 def chunks_of(config: RunConfig, needs: Needs, checkpoint: Path | None, *, is_trained: bool = False) -> Sequence[Any]:
-    """Build this rank's chunks of such a model. A collective of all ranks.
+    """Build this rank's chunks of a second model. A collective of all ranks.
 
     Args:
         config: see :func:`beside`.
-        needs: of the objective that it is used for, which decide its head.
-        checkpoint: the weights to read; ``None``: the caller reads them.
-        is_trained: this run trains it.
+        needs: needs of the objective that uses it, which decide its head.
+        checkpoint: checkpoint of the weights; ``None``: the caller loads them.
+        is_trained: whether this run trains it.
     """
     from nemo_rao.mcore.checkpoint import load_weights
     from nemo_rao.mcore.seeds import random_numbers_kept
@@ -102,10 +101,10 @@ def check_tokens(own: DataConfig, policy: RunConfig, loaded: LoadedData, *, what
         own: ``data`` of the model's recipe.
         policy: the policy's recipe.
         loaded: the run's prompts.
-        what: the name of such a model, for messages.
+        what: what to call the model in messages.
 
     Raises:
-        UserError: it was trained with others.
+        UserError: it was trained with different ones.
     """
     _check_tokenizer(own, policy.data, f"train the {what} with this run's tokenizer and chat template")
     _check_prompts(own, loaded, f"train the {what} with this run's tokenizer")
@@ -117,25 +116,25 @@ def _check_tokenizer(own: DataConfig, policy: DataConfig, remedy: str) -> None:
     if (vocabulary := there.get_vocab()) != here.get_vocab():
         differ = sum(here.get_vocab().get(token) != number for token, number in vocabulary.items())
         raise UserError(
-            f"its tokenizer {own.tokenizer} is not data.tokenizer={policy.tokenizer}: {differ} of its "
-            f"{len(vocabulary)} tokens are absent there or have other ids; {remedy}"
+            f"its tokenizer {own.tokenizer} differs from data.tokenizer={policy.tokenizer}: {differ} of its "
+            f"{len(vocabulary)} tokens are missing there or have other ids; {remedy}"
         )
     for name in ("chat_template", "template_arguments"):
         if (given := vars(own)[name]) != (value := vars(policy)[name]):
-            raise UserError(f"was trained with data.{name}={given}, and this run has {value}; {remedy}")
+            raise UserError(f"was trained with data.{name}={given}, but this run has {value}; {remedy}")
     if own.chat_template != "never" and there.chat_template != here.chat_template:
-        raise UserError(f"the chat template of its tokenizer {own.tokenizer} is another one; {remedy}")
+        raise UserError(f"its tokenizer {own.tokenizer} has a different chat template; {remedy}")
     if there.all_special_ids != here.all_special_ids:
-        raise UserError(f"its tokenizer {own.tokenizer} has other special tokens than {policy.tokenizer}; {remedy}")
+        raise UserError(f"its tokenizer {own.tokenizer} has different special tokens than {policy.tokenizer}; {remedy}")
 
 
 def _check_prompts(own: DataConfig, loaded: LoadedData, remedy: str) -> None:
-    """Compare the tokens of the first prompts: a vocabulary does not determine how text is split."""
+    """Compare the tokens of the first prompts: equal vocabularies do not imply equal tokenization."""
     rendering = Rendering(cast(ChatTemplate, own.chat_template), own.template_arguments)
     rows: Sequence[Row] = loaded.prompts[:_COMPARED]
     for number, sample in enumerate(rendering.encoder(load_tokenizer(own.tokenizer or "")).encode_many(rows)):
         if isinstance(sample, UserError) or sample.prompt.tolist() != loaded.train[number].prompt.tolist():
             raise UserError(
-                f"its tokenizer {own.tokenizer} cuts the prompt of {rows[number].place} into other tokens than this "
-                f"run's does; {remedy}"
+                f"its tokenizer {own.tokenizer} splits the prompt of {rows[number].place} into other tokens than this "
+                f"run's; {remedy}"
             )

@@ -1,4 +1,4 @@
-"""The steps of a run over its data, and those that earlier starts have completed."""
+"""Steps of a run over its data, and those that earlier starts have completed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_rao.runtime.console import say
 
 @dataclass(frozen=True)
 class PlannedSteps:
-    """A run's steps over its data, and whether they have been taken.
+    """A run's steps over its data, and whether they are complete.
 
     Attributes:
         max_steps, changes, finished_at: see :class:`Prepared`.
@@ -32,10 +32,10 @@ def plan_steps(
     *,
     another: str = "exp_manager.name",
 ) -> PlannedSteps:
-    """What a run has to do over its data, and what of it an earlier start has done.
+    """Plan the steps of a run over its data, and find those that an earlier start has completed.
 
     Args:
-        another: the key or option that gives results another folder, for messages.
+        another: the key or option that selects another output directory, for messages.
 
     Raises:
         UserError: an earlier start had other data.
@@ -46,12 +46,12 @@ def plan_steps(
 
 
 def _max_steps(config: RunConfig, num_prompts: int) -> int:
-    """Optimizer steps of the run; says so where ``max_epochs`` ends it before ``max_steps``."""
+    """Return the optimizer steps of the run; report if ``max_epochs`` ends it before ``max_steps``."""
     steps, asked = total_steps(config, num_prompts), config.trainer.max_steps
     if asked is not None and steps < asked:
         say(
             f"trainer.max_steps={asked}, but trainer.max_epochs={config.trainer.max_epochs} ends the run after step "
             f"{steps} ({num_prompts} prompts, model.global_batch_size={config.model.global_batch_size}); "
-            "trainer.max_epochs=null leaves it to max_steps"
+            "set trainer.max_epochs=null to reach max_steps"
         )
     return steps

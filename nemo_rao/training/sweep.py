@@ -1,12 +1,12 @@
-"""``nemo-rao train --multirun``: the runs of a grid, one after the other, and a table of how each ended.
+"""``nemo-rao train --multirun``: run a grid of recipes one after the other, and print a table of the results.
 
     overrides with several values, search=dpo -> compose_grid -> plan: a name for each run -> check
-        -> run_sweep (several_runs.train_runs) -> a row a run -> table, .sweep.jsonl
+        -> run_sweep (several_runs.train_runs) -> one row per run -> table, .sweep.jsonl
 
 The runs share ``exp_manager.exp_dir`` and so the cache of reference log-probabilities: those that start from the same
-weights on the same data share one reference pass. How runs are started and continued, also under SLURM and torchrun:
-:mod:`nemo_rao.training.several_runs`. Not supported: runs side by side, several values for what all runs share
-(:data:`ONE_FOR_ALL`), Hydra's other sweepers, and NeMo-Run, whose own experiments start one task a run.
+weights on the same data share one reference pass. :mod:`nemo_rao.training.several_runs` starts and continues the runs,
+also under SLURM and torchrun. Not supported: concurrent runs, several values for what all runs share
+(:data:`ONE_FOR_ALL`), Hydra's other sweepers, and NeMo-Run, whose experiments start one task per run.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from nemo_rao.training.several_runs import (
     write_results,
 )
 
-# Keys with one value for the whole sweep: where results go, and what the process that starts the runs has set up.
+# Keys with one value for the whole sweep: output paths, and what the process that starts the runs has set up.
 ONE_FOR_ALL = ("exp_manager.exp_dir", "exp_manager.name", "trainer.accelerator")
-# Metrics in the table, of those that a run has logged; the .sweep.jsonl has all.
+# Metrics in the table, if logged; the .sweep.jsonl has all of them.
 SHOWN = ("val/loss", "loss", "rewards/margins", "rewards/accuracies", "rao/target_error")
-MAX_NAME = 120  # characters of a run's name after the sweep's own; folders of checkpoints and logs lie below it
+MAX_NAME = 120  # characters of a run's name after the sweep's; checkpoints and logs add to the path
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SweepRun(PlannedRun):
     """One run of a sweep.
 
     Attributes:
-        overrides: what it sets differently from the others, ``key=value`` each; together they are its label.
+        overrides: what it sets differently from the others, ``key=value`` each; together its label.
     """
 
     overrides: tuple[str, ...]
@@ -56,8 +56,8 @@ class Sweep:
     """The runs of a grid.
 
     Attributes:
-        name: ``exp_manager.name`` as it was given; those of the runs begin with it.
-        runs: in the order in which they are trained.
+        name: ``exp_manager.name`` as given; prefix of the runs' names.
+        runs: the runs, in the order in which they are trained.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Sweep:
 
 
 def plan(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Sweep:
-    """Composes and names all runs; reads recipes alone, no data.
+    """Compose and name all runs. Reads recipes only, no data.
 
     Args:
         config_name, overrides, config_dir: see :func:`nemo_rao.config.compose.compose_grid`.
 
     Raises:
-        UserError: what is wrong in a run, with its overrides; a key that cannot be swept over; two runs of one name.
+        UserError: a run is invalid (its overrides are quoted), a key cannot be swept over, or two runs get one name.
     """
     grid = compose_grid(config_name, overrides, config_dir)
     sweep_name = grid[0][1].exp_manager.name
@@ -83,8 +83,8 @@ def plan(config_name: str, overrides: Sequence[str] = (), config_dir: str | None
         for identity in (name, repr(config)):
             if (earlier := seen.setdefault(identity, own)) is not own:
                 raise UserError(
-                    f"{' '.join(own)}: the run of {' '.join(earlier)} again, or another one of its name, {name}; give "
-                    "each value once, and texts that differ in more than punctuation"
+                    f"{' '.join(own)}: gives the same run or run name, {name}, as {' '.join(earlier)}. Give each value "
+                    "once, and texts that differ in more than punctuation."
                 )
         config.exp_manager.name = name
         runs.append(SweepRun(name, " ".join(own), config, own))
@@ -97,13 +97,13 @@ def check(sweep: Sweep) -> None:
 
 
 def run_sweep(sweep: Sweep) -> int:
-    """Trains the runs of a checked sweep and prints the table.
+    """Train the runs of a checked sweep and print the table.
 
     Returns:
-        the exit code: 0, or 1 where a run failed.
+        the exit code: 0, or 1 if a run failed.
 
     Raises:
-        UserError: the data or a checkpoint does not fit: the first such run stops the sweep.
+        UserError: the data or a checkpoint does not fit; the first such run stops the sweep.
         RankFailure: under SLURM or torchrun, a run failed.
     """
     rows = []
@@ -118,15 +118,15 @@ def run_sweep(sweep: Sweep) -> int:
 
 
 def _check_swept_keys(own: Sequence[str], config: RunConfig) -> None:
-    """Refuses keys that all runs share, and those that a run's objective does not read: equal runs would be trained."""
+    """Refuse keys that all runs share, and keys that a run's objective does not read: its runs would be identical."""
     for text in own:
         if (key := text.partition("=")[0]) in ONE_FOR_ALL:
-            raise UserError(f"{text}: {key} is one for all runs of a sweep; give one value")
+            raise UserError(f"{text}: {key} must be the same for all runs of a sweep. Give one value.")
     check_keys_are_read(own, config)
 
 
 def _name_of(own: Sequence[str]) -> str:
-    """``beta=0.05-lr=1e-07``, fit for a folder; a long text ends in a digest of the whole."""
+    """Return a directory name such as ``beta=0.05-lr=1e-07``; a long one ends in a digest of the whole."""
     keys = [text.partition("=")[0] for text in own]
     values = [re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", text.partition("=")[2]).strip("_") for text in own]
     name = "-".join(f"{label}={value}" for label, value in zip(_labels(keys), values, strict=True))
@@ -134,7 +134,7 @@ def _name_of(own: Sequence[str]) -> str:
 
 
 def _labels(keys: Sequence[str]) -> list[str]:
-    """The keys' last parts; of keys that end alike, the whole."""
+    """Return the last part of each key, or the whole key if last parts are equal."""
     last = [key.rpartition(".")[2] for key in keys]
     return [short if last.count(short) == 1 else key for short, key in zip(last, keys, strict=True)]
 
@@ -143,13 +143,13 @@ def _labels(keys: Sequence[str]) -> list[str]:
 
 
 def _row(run: SweepRun, state: str) -> dict[str, Any]:
-    """How a run ended: name, overrides, state, and the last value of all that it has logged."""
+    """Return the outcome of a run: name, overrides, state, and the last value of each logged metric."""
     overrides = {key: _read(value) for key, _, value in (text.partition("=") for text in run.overrides)}
     return {"name": run.name, "overrides": overrides, "state": state, **last_values(run.config)}
 
 
 def _read(value: str) -> Any:
-    """A number as a number, anything else as it is written."""
+    """Parse a number; return anything else unchanged."""
     try:
         return float(value) if "." in value or "e" in value else int(value)
     except ValueError:
@@ -157,7 +157,7 @@ def _read(value: str) -> Any:
 
 
 def results_file(sweep: Sweep) -> Path:
-    """``<exp_dir>/<sweep's name>.sweep.jsonl``: a line a run."""
+    """Path of ``<exp_dir>/<sweep's name>.sweep.jsonl``, which has one line per run."""
     return run_dir(sweep.runs[0].config).with_name(f"{sweep.name}.sweep.jsonl")
 
 
@@ -179,4 +179,4 @@ def _print(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> None:
         numbers = [f"{row[name]:.4g}" if name in row else "" for name in ("step", *shown)]
         table.add_row(*(own or [row["name"]]), *numbers, row["state"])
     print_table(table)
-    say(f"the same, with all metrics: {results_file(sweep)}")
+    say(f"with all metrics: {results_file(sweep)}")

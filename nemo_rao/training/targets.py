@@ -1,4 +1,4 @@
-"""Report, before the first step, of keys set from the data, and of targets that are far from the starting policy."""
+"""Report keys resolved from the data, and targets far from the starting policy, before the first step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.objectives import registry
 from nemo_rao.runtime.console import say
 
-# Nats of a response's mean target log-ratio: e^5 = 148 times as probable, or as improbable, as under the reference.
+# Nats of the mean target log-ratio of a response: e^5 = 148 times as probable as under the reference, or 1/148.
 FAR_TARGET = 5.0
 
 
 def say_targets(config: RunConfig, resolved: Any, rewards: RewardSummary) -> None:
-    """One line for each key that was resolved, and one where the mean target log-ratio is far from 0.
+    """Report each resolved key, and warn if the mean target log-ratio is far from 0.
 
     Args:
-        resolved: the objective's keys, with what the data decides.
-        rewards: of the training data.
+        resolved: the objective's keys, with values resolved from the data.
+        rewards: summary of the training rewards.
     """
     for line in (*_resolved_keys(config, resolved), *_far_target(config, resolved, rewards)):
         say(line)
@@ -43,6 +43,6 @@ def _far_target(config: RunConfig, resolved: Any, rewards: RewardSummary) -> Ite
         direction = "gain" if target.nats > 0 else "lose"
         yield (
             f"warning: the mean target log-ratio of the training data is {target.nats:.4g} nats per response, more "
-            f"than {FAR_TARGET:g} from 0: on average each response is to {direction} that much log-probability; "
+            f"than {FAR_TARGET:g} from 0: each response must on average {direction} that much log-probability; "
             f"{target.remedy} centres it"
         )

@@ -1,4 +1,4 @@
-"""A run from its recipe to its last checkpoint: the parent prepares and starts the ranks, each rank trains."""
+"""Train a run from its recipe to its last checkpoint: the parent prepares and starts the ranks, each rank trains."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def as_they_are(hooks: list[Hook]) -> list[Hook]:
 def train(
     config: RunConfig, *, hooks: Callable[[list[Hook]], list[Hook]] = as_they_are, in_children: bool = False
 ) -> None:
-    """Train as the recipe says; continue where an earlier run of this name stopped.
+    """Train according to the recipe; resume if an earlier run of this name was interrupted.
 
     Args:
         config: a composed and checked recipe (:func:`nemo_rao.training.checks.check_run`).
-        hooks: what happens around the run's steps -> what is to happen; called on every rank.
-        in_children: a single rank, too, is a separate process, so that another run can follow in this one: Megatron
-            keeps batch sizes and process groups.
+        hooks: maps the default hooks around the run's steps to those to use; called on every rank.
+        in_children: run even a single rank in a separate process, so that another run can follow in this one
+            (Megatron keeps batch sizes and process groups).
 
     Raises:
         UserError: the data, the model's sizes or a checkpoint do not fit; raised before a model is built.
@@ -53,12 +53,12 @@ def train(
     """
     quiet_third_parties()
     check_ranks_started(config)
-    engine = engine_of(config)  # refuses one that is not there, before anything is written
+    engine = engine_of(config)  # fails if it is not installed, before anything is written
     select_device(config)
     changes, folder = check_settings(config), run_dir(config)
     prepared = prepare(config)
     if prepared.finished_at is not None:
-        asked = "" if prepared.finished_at == prepared.max_steps else f", and this recipe asks for {prepared.max_steps}"
+        asked = "" if prepared.finished_at == prepared.max_steps else f" (this recipe asks for {prepared.max_steps})"
         say(f"{folder}: finished at step {prepared.finished_at} of {prepared.finished_at}{asked}: nothing to do")
         return
     if engine.load():
@@ -92,7 +92,7 @@ def train(
 
 
 def _record_start(config: RunConfig, prepared: Prepared) -> None:
-    """What the run is from its next step on: its recipe, data and start, and what has changed since its last start."""
+    """Write the run's recipe, data and start, and what has changed since its last start."""
     folder = run_dir(config)
     write_atomically(folder / RECIPE, to_yaml(config))
     write_atomically(folder / DATA, json.dumps(data_record(prepared.train, prepared.validation), indent=2) + "\n")

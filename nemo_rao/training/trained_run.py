@@ -1,4 +1,4 @@
-"""A finished run as the model that it has trained: what it says of itself, and its last checkpoint."""
+"""A finished run as a trained model: its recipe and its last checkpoint."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class TrainedRun:
 
     Attributes:
         config: its recipe.
-        objective_config: the keys of its objective; of a reward model, with the number of scores that its head has.
-        checkpoint: its last one.
+        objective_config: keys of its objective; for a reward model, with the number of scores of its head.
+        checkpoint: its last checkpoint.
     """
 
     config: RunConfig
@@ -33,30 +33,32 @@ class TrainedRun:
 
     @property
     def needs(self) -> Needs:
-        """Of its objective; ``needs.scores``: it is a reward model."""
+        """Needs of its objective; ``needs.scores`` if it is a reward model."""
         return registry.get(self.config.model.objective).needs_of(self.objective_config)
 
 
 def trained_run(run: str) -> TrainedRun:
-    """The run in a folder.
+    """Return the run in a directory.
 
     Raises:
-        UserError: it is no run, has no checkpoint, or trained adapters alone.
+        UserError: it is not a run, has no checkpoint, or trained only adapters.
     """
     folder = Path(run).expanduser()
     if not (folder / "recipe.yaml").is_file():
         if (found := hugging_face_file(folder)) is not None:
             raise UserError(
-                f"{run}: is a model in Hugging Face's format (it has {found}); `model:` takes the folder of a run: "
-                "import the model with nemo-rao import-hf and train from it"
+                f"{run}: is a model in Hugging Face's format (it has {found}), but `model:` takes the directory of a "
+                "run. Import the model with nemo-rao import-hf and train from it."
             )
-        raise UserError(f"{run}: no recipe.yaml in it; give the folder of a training run")
+        raise UserError(f"{run}: has no recipe.yaml. Give the directory of a training run.")
     config = load_recipe(folder / "recipe.yaml")
     if config.model.peft.scheme != "none":
-        raise UserError(f"{run}: trained adapters ({config.model.peft.scheme}); name a run that trained all weights")
+        raise UserError(
+            f"{run}: trained only adapters ({config.model.peft.scheme}). Name a run that trained all weights."
+        )
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
-        raise UserError(f"{run}: no finished checkpoint in checkpoints/; train it first")
+        raise UserError(f"{run}: has no complete checkpoint in checkpoints/. Train it first.")
     if not config.model.allow_pickle:
         refuse_code(checkpoint, run)
     trained = TrainedRun(config, objective_config(config), checkpoint)
@@ -70,4 +72,4 @@ def _num_scores(trained: TrainedRun) -> int:
     for name, (shape, _) in stored_tensors(trained.checkpoint, trusted=trained.config.model.allow_pickle).items():
         if name.endswith(f"{SCORE_HEAD}.weight"):
             return shape[0]
-    raise UserError(f"{trained.checkpoint}: has no score head; name the run of a reward model")
+    raise UserError(f"{trained.checkpoint}: has no score head. Name the run of a reward model.")

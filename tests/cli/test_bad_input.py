@@ -464,14 +464,17 @@ def test_a_model_that_there_is_not_is_named_with_the_nearest(refused: Callable[.
 
 @needs_nemo
 def test_a_model_that_nemo_does_not_have_is_named(refused: Callable[..., str]) -> None:
-    has(refused("model.family=gpt_oss"), "model.family=gpt_oss: NeMo's engine does not offer it; it offers llama, mis")
+    has(
+        refused("model.family=gpt_oss"),
+        "model.family=gpt_oss: is not supported by NeMo's engine. It supports llama, mis",
+    )
     has(refused("model.config_class=LlamaConfg"), "model.config_class", "'LlamaConfg'", "did you mean LlamaConfig?")
 
 
 @needs_bridge
 def test_a_class_of_nemo_is_refused_without_it(refused: Callable[..., str]) -> None:
     message = refused("model.config_class=LlamaConfig")
-    has(message, "model.config_class", "a class of NeMo", "set model.family and model.arch instead")
+    has(message, "model.config_class", "a class of NeMo", "Set model.family and model.arch")
 
 
 @needs_nemo
@@ -508,7 +511,7 @@ def test_a_checkpoint_of_another_shape_is_named_with_both_sizes(
 def test_a_run_whose_last_checkpoint_has_another_shape_is_named(refused: Callable[..., str], trained: Path) -> None:
     before = contents(trained)
     message = refused(f"exp_manager.exp_dir={trained}", "model.arch.num_layers=3", recipe="gpt_sft")
-    has(message, "gpt_sft continues from step=1-last", "another exp_manager.name")
+    has(message, "gpt_sft resumes from step=1-last", "another exp_manager.name")
     has(message, "model.arch.num_layers from 2 to 3")
     assert contents(trained) == before
 
@@ -520,9 +523,9 @@ def test_a_tokenizer_of_another_model_is_named(refused: Callable[..., str], trai
 
 
 def test_a_folder_without_a_checkpoint_is_named(refused: Callable[..., str], inputs: Path) -> None:
-    has(refused("model.restore_from_path=./nope"), "model.restore_from_path=./nope: no such folder")
+    has(refused("model.restore_from_path=./nope"), "model.restore_from_path=./nope: no such directory")
     message = refused(f"model.restore_from_path={inputs}")
-    has(message, f"model.restore_from_path: {inputs}", "neither a NeMo checkpoint", "nor a run folder")
+    has(message, f"model.restore_from_path: {inputs}", "neither a checkpoint", "nor a run's directory")
 
 
 def test_a_checkpoint_that_was_interrupted_is_refused_and_never_resumed(
@@ -532,8 +535,8 @@ def test_a_checkpoint_that_was_interrupted_is_refused_and_never_resumed(
     for checkpoint in list((tmp_path / "cut/checkpoints").glob("step=1*")):
         checkpoint.with_name(checkpoint.name + "-unfinished").touch()
     message = refused(f"model.restore_from_path={tmp_path}/cut/checkpoints/step=1-last")
-    has(message, "model.restore_from_path", "step=1-last was interrupted", "name a finished checkpoint")
-    has(refused(f"model.restore_from_path={tmp_path}/cut"), f"{tmp_path}/cut is neither", "finished")
+    has(message, "model.restore_from_path", "step=1-last was interrupted", "Name a complete checkpoint")
+    has(refused(f"model.restore_from_path={tmp_path}/cut"), f"{tmp_path}/cut is neither", "complete")
 
 
 def damage_metadata(weights: Path) -> None:
@@ -564,4 +567,4 @@ def test_a_damaged_checkpoint_is_refused(
     shutil.copytree(trained / "gpt_sft/checkpoints/step=1", tmp_path / "copy", symlinks=False)
     damage(tmp_path / "copy/weights")
     message = refused(f"model.restore_from_path={tmp_path}/copy")
-    has(message, f"model.restore_from_path: {tmp_path}/copy", part, "name a complete checkpoint")
+    has(message, f"model.restore_from_path: {tmp_path}/copy", part, "Name a complete checkpoint")

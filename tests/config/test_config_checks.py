@@ -95,7 +95,7 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
         (("model.optim.sched.min_lr=1",), ("min_lr=1", "model.optim.lr=0.0005")),
         (("model.optim.overlap_param_gather=true",), ("overlap_grad_reduce",)),
         (("model.recompute_num_layers=2",), ("recompute_num_layers=2", "recompute_granularity=full")),
-        (("model.restore_from_path=/nope",), ("model.restore_from_path=/nope", "no such folder")),
+        (("model.restore_from_path=/nope",), ("model.restore_from_path=/nope", "no such directory")),
         (("data.train_path=null",), ("data.train_path is not set",)),
         (("data.train_path=/nope.jsonl",), ("data.train_path", "/nope.jsonl", "no such file")),
         (("data.train_path=[]",), ("data.train_path", "a list of paths")),

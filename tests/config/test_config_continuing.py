@@ -316,7 +316,7 @@ def test_a_run_that_keeps_no_checkpoint_can_be_finished(tmp_path: Path) -> None:
 
 def test_a_new_run_does_not_mix_with_the_checkpoints_of_an_earlier_one(tmp_path: Path) -> None:
     run = begin(tmp_path)
-    with pytest.raises(UserError, match="mix with its own"):
+    with pytest.raises(UserError, match="mix with those of a new one"):
         check_settings(config(tmp_path, "exp_manager.resume_if_exists=false"))
     (run / run_records.RECIPE).unlink()
     with pytest.raises(UserError, match=r"recipe\.yaml is missing"):
@@ -342,7 +342,7 @@ def test_a_change_of_samples_or_rewards_is_said_to_leave_the_rollout_that_the_ru
     anyway = "exp_manager.resume_with_changes=true"
     for override in ("online.temperature=0.5", "online.reward=[rule:a:b]", "online.reward_weights={b: 2.0}"):
         _, said = describe(check_settings(config(tmp_path, override, anyway)))
-        assert "has been sampled keeps its samples and rewards" in said
+        assert "the current rollout keeps its samples and rewards" in said
     for override in ("online.vllm_importance_cap=2", "online.rows_at_once=8"):
         assert len(describe(check_settings(config(tmp_path, override, anyway)))) == 1
 
@@ -354,7 +354,7 @@ def test_a_run_is_not_continued_on_another_engine(tmp_path: Path, began_on: str,
     with pytest.raises(UserError) as refused:
         check_settings(config(tmp_path, f"trainer.engine={asked}"))
     message = str(refused.value)
-    assert f"{run} was begun on {began_on}, and would continue on {asked}" in message and "\n" not in message
+    assert f"{run} was trained with {began_on} and would resume with {asked}" in message and "\n" not in message
     assert check_settings(config(tmp_path, f"trainer.engine={began_on}"))[0].key == "trainer.engine"
 
 
@@ -362,5 +362,5 @@ def test_runs_of_versions_before_there_were_engines_are_nemos(tmp_path: Path) ->
     run = begin(tmp_path)
     (run / "run.json").write_text(json.dumps({"start_from": "/checkpoints/base", "max_steps": 4}))
     check_settings(config(tmp_path, "trainer.engine=nemo"))
-    with pytest.raises(UserError, match="begun on nemo"):
+    with pytest.raises(UserError, match="trained with nemo"):
         check_settings(config(tmp_path, "trainer.engine=bridge"))

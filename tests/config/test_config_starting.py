@@ -65,7 +65,7 @@ def test_parameters_are_counted_to_a_hundredth(model: str) -> None:
 def test_a_tokenizer_whose_ids_stand_for_other_tokens_is_refused(tokenizers: Path, tmp_path: Path) -> None:
     checkpoint = with_tokenizer(tmp_path / "checkpoint", tokenizers / "large")
     config = compose("gpt_rao", [f"data.tokenizer={tokenizers}/small"])
-    with pytest.raises(UserError, match=r"data.tokenizer=.*small: \d+ of the 2000 tokens .* absent or have other ids"):
+    with pytest.raises(UserError, match=r"data.tokenizer=.*small: \d+ of the 2000 tokens .* missing or have other ids"):
         check_tokenizer(config, checkpoint, 310)
     check_tokenizer(compose("gpt_rao", [f"data.tokenizer={tokenizers}/large"]), checkpoint, 2000)
 

@@ -162,7 +162,7 @@ def test_a_part_of_other_work_is_refused(
     before = path.read_bytes()
     assert generate(model_folder, prompts, tmp_path / "out.jsonl", option) == 2
     message = one_line(capfd)
-    assert "was begun with" in message and part in message and f"delete {path} to start anew" in message
+    assert "was started with" in message and part in message and f"delete {path} to start over" in message
     assert path.read_bytes() == before
 
 
@@ -178,7 +178,7 @@ def test_a_part_of_another_model_is_refused_and_of_another_batch_size_is_not(
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
     assert generate(other, prompts, tmp_path / "out.jsonl") == 2
-    assert "was begun with another model" in one_line(capfd)
+    assert "was started with a different model" in one_line(capfd)
     copied = shutil.copytree(model_folder, tmp_path / "elsewhere")
     assert generate(copied, prompts, tmp_path / "out.jsonl", "--batch-size=2") == 0
 
@@ -202,7 +202,7 @@ def test_a_full_disk_is_told_and_what_was_finished_is_kept(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = one_line(capfd)
-    assert "out.jsonl.part.jsonl: cannot be written" in message and "give the same command again" in message
+    assert "out.jsonl.part.jsonl: cannot be written" in message and "run the same command again" in message
     kept = (tmp_path / "out.jsonl.part.jsonl").read_bytes().count(b"\n")
     assert kept > 1 and not (tmp_path / "out.jsonl").exists()
     assert generate(model_folder, prompts, tmp_path / "out.jsonl", "--batch-size=3") == 0
@@ -263,7 +263,7 @@ def test_prompts_that_cannot_be_used_are_told_with_their_line(
         ("config.json", "has no config.json"),
         ("model.safetensors", "has no weights"),
         ("pickled", "pytorch_model.bin is pickled, and pickles can run code"),
-        ("cut", "bytes; copy, export or download the model again"),
+        ("cut", "bytes. Copy, export or download the model again"),
         ("shard", "model-2.safetensors is missing"),
         ("whole beside shards", "has both model.safetensors and model.safetensors.index.json"),
         pytest.param("rotary per layer", "rope_parameters differs by kind of layer", marks=needs_transformers_4),
@@ -327,11 +327,11 @@ def test_output_is_never_overwritten(
 ) -> None:
     (tmp_path / "out.jsonl").write_text("mine")
     assert generate(model_folder, prompts, tmp_path / "out.jsonl") == 2
-    assert "exists already" in one_line(capfd) and (tmp_path / "out.jsonl").read_text() == "mine"
+    assert "exists, and is never overwritten" in one_line(capfd) and (tmp_path / "out.jsonl").read_text() == "mine"
     assert generate(model_folder, prompts, tmp_path / "out.txt") == 2
     assert "end its name with one of .jsonl" in one_line(capfd)
     assert generate(model_folder, prompts, tmp_path / "out.jsonl" / "deeper.jsonl") == 2
-    assert "is not a folder" in one_line(capfd)
+    assert "is not a directory" in one_line(capfd)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from .on_device import DEVICE, NO_TE, ON_GPU, WITH_TE, RunsOnTheCpu, result_of, 
 pytestmark = pytest.mark.gpu
 
 BF16 = (*DEVICE, "precision=bf16_mixed")
-FIRST_STEP = "log-ratios to the reference are 0 but for rounding"
+FIRST_STEP = "log-ratios to the reference are 0 up to rounding"
 ALL_CHECKPOINTS = (
     "exp_manager.checkpoint_callback_params.every_n_train_steps=3",
     "exp_manager.checkpoint_callback_params.save_top_k=-1",

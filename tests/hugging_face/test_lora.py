@@ -125,8 +125,8 @@ def test_a_killed_run_continues_under_another_parallelism_and_is_exported(
         (("model.peft.lora.dim=8",), ("model.peft.lora.dim from 4 to 8", "another exp_manager.name")),
         (("model.peft.lora.target_modules=[linear_proj]",), ("model.peft.lora.target_modules", "another exp_manager")),
         (("model.peft.scheme=none",), ("model.peft.scheme from lora to none", "another exp_manager.name")),
-        ((f"model.restore_from_path={run}", "exp_manager.name=next"), ("holds adapters alone", "import-hf")),
+        ((f"model.restore_from_path={run}", "exp_manager.name=next"), ("holds only adapters", "import-hf")),
     ):
         refused(again(*extra), *parts)
     other = converted["llama" if model != "llama" else "tied qwen2, padded"].imported
-    refused(["export-hf", run, tmp_path / "x", "--base", other], "are others")
+    refused(["export-hf", run, tmp_path / "x", "--base", other], "has other weights")

@@ -126,14 +126,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "GPT2LMHeadModel, which cannot be imported; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3",
     ),
     "a missing shard": (lambda folder: shard(folder).unlink(), "model-00001-of-00004.safetensors is missing"),
-    "a truncated shard": (lambda folder: cut(shard(folder), 9000), "is not whole: it has 9000 of"),
+    "a truncated shard": (lambda folder: cut(shard(folder), 9000), "is truncated: it has 9000 of"),
     "an empty shard": (lambda folder: cut(shard(folder), 0), "is not a safetensors file"),
     "a header that contradicts itself": (tensors_that_overlap, "is damaged"),
     "a shard of TensorFlow": (lambda folder: rewrite(shard(folder), {"format": "tf"}), "a model in tf"),
     "whole weights beside shards": (whole_beside_shards, "has both model.safetensors and model.safetensors.index.json"),
-    "an index of other files": (index_of_other_files, "index.json does not belong to the files: tensor another"),
+    "an index of other files": (index_of_other_files, "index.json does not match the files: tensor another"),
     "a tensor in two shards": (a_tensor_twice, "both have a tensor model.layers.0"),
-    "a missing tensor": (without_a_tensor, "is in the index and not in the files"),
+    "a missing tensor": (without_a_tensor, "is in the index but not in the files"),
     "other sizes": (lambda folder: change(folder, hidden_size=64), "config.json asks for [300, 64]"),
     "a layer too many": (lambda folder: change(folder, num_hidden_layers=1), "for which the model has no place"),
     "other positions": (
@@ -180,7 +180,7 @@ def test_what_is_no_checkpoint_is_not_exported(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert "is neither a NeMo checkpoint" in refusal(capsys, "export-hf", tmp_path / "empty", tmp_path / "made")
+    assert "is neither a checkpoint" in refusal(capsys, "export-hf", tmp_path / "empty", tmp_path / "made")
 
 
 def test_a_hugging_face_folder_in_a_checkpoints_place_is_answered_with_the_command_that_imports_it(
@@ -193,7 +193,7 @@ def test_a_hugging_face_folder_in_a_checkpoints_place_is_answered_with_the_comma
     assert remedy in refusal(capsys, *train, f"model.restore_from_path={source}")
     assert "nemo-rao import-hf org/name DEST" in refusal(capsys, *train, "model.restore_from_path=org/name")
     scored = ("score", data / "train.jsonl", tmp_path / "scored.jsonl", "--scorer", f"model:{source}")
-    assert "import the model with nemo-rao import-hf" in refusal(capsys, *scored)
+    assert "Import the model with nemo-rao import-hf" in refusal(capsys, *scored)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert "model.restore_from_path takes it" in refusal(capsys, "import-hf", tmp_path / "run", tmp_path / "made")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "empty", "run"} - {"empty"}
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_not_exported(
         shutil.rmtree(folder / "tokenizer")
 
     for name, spoil, said in (
-        ("cut", lambda folder: cut(next((folder / "weights").glob("__0_*.distcp")), 1000), "is not whole"),
+        ("cut", lambda folder: cut(next((folder / "weights").glob("__0_*.distcp")), 1000), "is incomplete"),
         ("nameless", nameless, "model.yaml is missing"),
         ("another", rename, f"is a {other.rpartition('.')[2]}, which cannot be exported"),
     ):

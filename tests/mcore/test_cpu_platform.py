@@ -137,7 +137,7 @@ except UserError as error:
 
 def test_a_megatron_that_has_taken_transformer_engine_already_is_refused() -> None:
     output, _ = in_fresh_process(TOO_LATE)
-    assert output.startswith("0 Megatron was imported with transformer_engine, which needs a GPU, and there is none;")
+    assert output.startswith("0 Megatron was imported with transformer_engine, which needs a GPU, but there is none.")
 
 
 IMPORT = """

@@ -291,7 +291,7 @@ def test_fields_that_flex_attention_does_not_have_are_refused_and_rotary_fusion_
     for field, value in {"attention_dropout": 0.1, "context_parallel_size": 2, "softmax_type": "learnable"}.items():
         config = tiny.config_for(tiny.Layout())
         setattr(config, field, value)
-        with pytest.raises(UserError, match=f"data.prefix_sharing=true: not with .*{field}={value}"):
+        with pytest.raises(UserError, match=f"data.prefix_sharing=true: not supported with .*{field}={value}"):
             share_prompts(config, packed=True)
     for packed in (True, False):
         config = tiny.config_for(tiny.Layout())

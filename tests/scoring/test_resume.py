@@ -128,13 +128,13 @@ def stopped_run(command: Command, *arguments: str) -> None:
 @pytest.mark.parametrize(
     ("change", "scorers", "parts"),
     [
-        (lambda: write_rows("in.jsonl", 7), ["a=rule:rules_that_stop:score"], ("begun with another input",)),
-        (lambda: None, ["b=rule:rules_that_stop:score"], ("begun with columns=['a'], not columns=['b']",)),
-        (lambda: None, ["a=rule:json:dumps"], ("begun with another scorer a",)),
+        (lambda: write_rows("in.jsonl", 7), ["a=rule:rules_that_stop:score"], ("started with a different input",)),
+        (lambda: None, ["b=rule:rules_that_stop:score"], ("started with columns=['a'], not columns=['b']",)),
+        (lambda: None, ["a=rule:json:dumps"], ("started with a different scorer a",)),
         (
             lambda: Path("rules_that_stop.py").write_text(COUNTING + "# changed\n"),
             ["a=rule:rules_that_stop:score"],
-            ("begun with another scorer a",),
+            ("started with a different scorer a",),
         ),
         (lambda: PART.write_text('{"mine": 1}\n'), ["a=rule:rules_that_stop:score"], ("line 1: was not written by",)),
     ],
@@ -147,7 +147,8 @@ def test_a_part_file_of_other_scores_is_refused_and_named(
     before = PART.read_bytes()
     code, _, message = command("in.jsonl", "out.jsonl", *(text for one in scorers for text in ("--scorer", one)))
     assert code == 2 and message.count("\n") == 1
-    assert all(part in message for part in ("error: out.jsonl.part.jsonl", *parts, "delete")), message
+    assert all(part in message for part in ("error: out.jsonl.part.jsonl", *parts)), message
+    assert "delete" in message.lower(), message
     assert PART.read_bytes() == before
 
 
@@ -167,7 +168,7 @@ def test_two_runs_do_not_write_the_same_output(command: Command) -> None:
         code, _, message = command("in.jsonl", "out.jsonl", "--scorer", "a=rule:rules_that_stop:score")
     finally:
         held.close()
-    assert code == 2 and "another process is writing it" in message
+    assert code == 2 and "is being written by another process" in message
 
 
 def test_a_full_disk_is_told_in_one_line_and_what_is_scored_is_kept(command: Command) -> None:
@@ -181,7 +182,7 @@ def test_a_full_disk_is_told_in_one_line_and_what_is_scored_is_kept(command: Com
     run = start(*arguments, preexec_fn=limited)
     _, message = run.communicate(timeout=60)
     assert run.returncode == 1 and message.startswith("error: out.jsonl.part.jsonl: cannot be written (File too large)")
-    assert message.count("\n") == 1 and "make room" in message
+    assert message.count("\n") == 1 and "free some space" in message
     done = num_lines(PART) - 1
     assert 0 < done < 40 and f"{done} of 40 rows are kept" in message and PART.read_bytes().endswith(b"\n")
     code, output, _ = command(*arguments)

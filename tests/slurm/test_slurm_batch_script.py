@@ -82,7 +82,7 @@ def test_one_task_for_each_gpu_and_every_key_where_it_belongs() -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"directives": {"output": "x"}}, ("cluster.directives.output", "launch sets --output itself")),
+        ({"directives": {"output": "x"}}, ("cluster.directives.output", "is set by launch itself")),
         ({"directives": {"qos; rm": "x"}}, ("cluster.directives.qos; rm", "long name")),
         ({"environment": {"A B": "x"}}, ("cluster.environment: 'A B'",)),
         ({"account": "a\n#SBATCH --uid=0"}, ("line breaks",)),
@@ -179,7 +179,7 @@ def refused(
 @pytest.mark.parametrize(
     ("cluster", "arguments", "parts"),
     [
-        ("scheduler: slurm\n", (), ("cluster.partition is not set", "sinfo")),
+        ("scheduler: slurm\n", (), ("cluster.partition: is not set", "sinfo")),
         ("partition: a\npartiton: b\n", (), ("mine.yaml: unknown key partiton", "did you mean partition?")),
         ("partition: [a\n", (), ("mine.yaml: cannot be read",)),
         ("- a\n", (), ("mine.yaml: it must be keys and values",)),
@@ -193,16 +193,19 @@ def refused(
             (),
             ("cluster.mounts: /no/data: no such",),
         ),
-        ("partition: a\nmounts: [/tmp]\n", (), ("cluster.mounts=['/tmp']", "set cluster.container")),
+        ("partition: a\nmounts: [/tmp]\n", (), ("cluster.mounts=['/tmp']", "Set cluster.container")),
         (
             "partition: a\ncontainer: some#image\n",
             ("exp_manager.exp_dir=/elsewhere",),
-            ("exp_manager.exp_dir=/elsewhere: in no folder that the container sees", "cluster.mounts"),
+            ("exp_manager.exp_dir=/elsewhere: is not inside a directory that the container mounts", "cluster.mounts"),
         ),
         (
             "partition: a\nnodes: 2\ngpus_per_node: 8\n",
             ("trainer.devices=8", "trainer.num_nodes=3", "model.global_batch_size=24"),
-            ("trainer.devices=8 x trainer.num_nodes=3 = 24 GPUs", "cluster.nodes=2 x cluster.gpus_per_node=8 are 16"),
+            (
+                "trainer.devices=8 x trainer.num_nodes=3: are 24 GPUs",
+                "cluster.nodes=2 x cluster.gpus_per_node=8 are only 16",
+            ),
         ),
         ("partition: a\ngpus_per_node: 2\n", ("trainer.devices=4",), ("trainer.devices=4", "cluster.gpus_per_node=2")),
         ("partition: a\nnodes: 1\n", ("trainer.num_nodes=2",), ("trainer.num_nodes=2", "cluster.nodes=1")),
@@ -218,10 +221,10 @@ def refused(
         ),
         ("partition: a\n", ("model.rao.beta=0",), ("model.rao.beta=0", "> 0")),
         ("partition: a\n", ("data.train_path=no.jsonl",), ("data.train_path", "no.jsonl")),
-        ("partition: a\n", ("exp_manager.exp_dir=100%",), ("SLURM reads %",)),
+        ("partition: a\n", ("exp_manager.exp_dir=100%",), ("special in log names of SLURM",)),
         ("partition: a\n", ("--dependency", "afterok;17"), ("--dependency afterok;17", "afterok:17")),
         ("scheduler: local\n", ("--dependency", "afterok:17"), ("--dependency afterok:17", "cluster=NAME")),
-        ("partition: a\n", ("-m", "trainer.devices=1,2"), ("trainer.devices=2", "launch them apart")),
+        ("partition: a\n", ("-m", "trainer.devices=1,2"), ("trainer.devices=2", "Launch them separately")),
         ("partition: a\n", ("model=llama3_8b", "trainer.devices=8"), ("random weights", "allow_random_weights=true")),
     ],
 )
@@ -248,7 +251,7 @@ def test_paths_that_no_task_would_see_are_refused(
     files = Path(data[0].partition("=")[2]).parent
     cluster = f"partition: a\ncontainer: some#image\nmounts: ['{files}']\n"
     message = refused(f"{key}={path}", cluster=cluster)
-    assert f"{key}={path}: in no folder that the container sees; add it to cluster.mounts" in message
+    assert f"{key}={path}: is not inside a directory that the container mounts. Add it to cluster.mounts" in message
 
 
 def test_an_unknown_cluster_is_refused_with_the_nearest(refused: Callable[..., str]) -> None:
@@ -309,7 +312,7 @@ def test_a_resume_under_another_parallelism_is_allowed_and_said(
     assert main(["launch", "cluster=slurm", "cluster.partition=a", "--dry-run", *data, *split]) == 0
     said, error = capfd.readouterr()
     assert not error
-    assert "continues from" in said and "model.tensor_model_parallel_size 1 -> 2" in said
+    assert "resumes from" in said and "model.tensor_model_parallel_size 1 -> 2" in said
     assert "numbers agree to rounding, not bit for bit" in said
 
 

@@ -132,7 +132,7 @@ def test_a_run_survives_its_time_limit_and_pre_emption_with_the_numbers_of_an_un
     lab.call("scontrol", "update", f"JobId={run.job}", "EndTime=now+31")
     run.until(lambda: "a signal" in run.log, "told before its time limit")
     os.kill(pid, signal.SIGCONT)
-    run.until(lambda: "queued again" in run.log, "queued again")
+    run.until(lambda: "requeued" in run.log, "requeued")
     run.until(lambda: "JobState=PENDING" in run.state(), "in the queue")
     lab.call("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
     stopped = [int(step) for step in re.findall(r"saved after step (\d+)", run.log)]
@@ -146,12 +146,12 @@ def test_a_run_survives_its_time_limit_and_pre_emption_with_the_numbers_of_an_un
     urgent = lab.call("sbatch", "--parsable", *both_nodes, "--wrap", "sleep 1").strip()
     run.until(lambda: "PreemptTime=None" not in run.state(), "pre-empted")
     os.kill(pid, signal.SIGCONT)
-    run.until(lambda: run.log.count("queued again") == 2, "queued again")
+    run.until(lambda: run.log.count("requeued") == 2, "requeued")
     run.until(lambda: "attempt 3" in run.log, "started a third time")
     assert "JobState=COMPLETED" in lab.call("scontrol", "show", "job", urgent)
 
     assert run.end() == 0, run.said.read_text()
-    assert run.log.count("queued again") == 2 and "finished" in run.log
+    assert run.log.count("requeued") == 2 and "finished" in run.log
     in_order = [run.said.read_text().find(f"job {run.job} RUNNING attempt {attempt}") for attempt in (1, 2, 3)]
     assert -1 not in in_order and in_order == sorted(in_order)
     told = status(lab, run.run)
@@ -183,5 +183,5 @@ def test_a_hang_and_a_killed_rank_end_their_jobs(lab: Lab, data: tuple[str, ...]
 
     assert hanging.end() == 1
     assert "JobState=FAILED" in hanging.state()
-    assert re.search(r"rank \d on node\d hangs: nothing has moved for \d+ seconds", hanging.log)
+    assert re.search(r"rank \d on node\d hangs: no progress for \d+ seconds", hanging.log)
     assert "Thread" in hanging.rank_log(0)

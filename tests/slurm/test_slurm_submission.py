@@ -166,7 +166,7 @@ def test_a_chain_waits_and_a_run_is_not_launched_twice(lab: Lab, data: tuple[str
 
     lab.call("scancel", first.job)  # a signal, but not one to come back from
     first.until_state("CANCELLED")
-    assert "queued again\n" not in first.log().replace("not queued again", "")
+    assert "requeued\n" not in first.log()
     until(lambda: "JobState=CANCELLED" in second.shown(), lambda: second.shown())  # not left waiting for ever
     third.until_state("COMPLETED")
 
@@ -181,7 +181,7 @@ def test_a_job_told_to_stop_before_its_first_step_comes_back_as_often_as_it_may(
     assert "stopped before the first step of this attempt" in job.log()
     lab.call("scancel", "--batch", "--signal=USR1", job.job)
     job.until_state("FAILED")
-    assert "not queued again: restarted 1 times (cluster.max_restarts)" in job.log()
+    assert "not requeued: restarted 1 times (cluster.max_restarts)" in job.log()
 
 
 def test_a_job_that_loses_a_node_comes_back(lab: Lab, data: tuple[str, ...], tmp_path: Path) -> None:
@@ -236,5 +236,5 @@ def test_what_slurm_refuses_is_told_in_its_words(lab: Lab, data: tuple[str, ...]
     job.until_state("COMPLETED")
     refused = job.launch("cluster.partition=nope", "exp_manager.name=other")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-    assert "sbatch refuses the job: " in refused.stderr and "partition" in refused.stderr
+    assert "sbatch rejects the job: " in refused.stderr and "partition" in refused.stderr
     assert not (tmp_path / "runs/other").exists()

@@ -142,10 +142,10 @@ REFUSED = [
         ("model.dpo.beta: 0.2", "trainer.max_step: 2"),
         "arms.dpo: unknown key trainer.max_step; did you mean trainer.max_steps?",
     ),
-    (("label: RAO", "label: dpo"), "arms.rao: is labelled 'dpo' in the report, as arms.dpo"),
+    (("label: RAO", "label: dpo"), "arms.rao: is labelled 'dpo' in the report, like arms.dpo"),
     (("seeds:", "extends: 3\nseeds:"), "extends: must be the name of a study, or a list"),
     (("start: sft, once: true", "start: dpo, once: true"), "arms.rm: is trained once, but needs dpo"),
-    (("gpt_sft, once: true", "gpt_sft, start: rm, once: true"), "need each other"),
+    (("gpt_sft, once: true", "gpt_sft, start: rm, once: true"), "depend on each other"),
     (
         (
             '{recipe: gpt_rao, start: dpo, label: RAO, set: {data.train_path: "{rewarded}", model.optim.lr: 1e-5}}',
@@ -162,7 +162,10 @@ REFUSED = [
     (("seeds:", "samples: {prompts: p.jsonl, scorer: judge:none.yaml}\nseeds:"), "samples.scorer: none.yaml"),
     (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:math:sqrt}\nseeds:"), "samples.prompts: p.jsonl"),
     (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:math:sqrt, against: [ipo]}\nseeds:"), "samples.against: ipo"),
-    (("seeds:", "relations: {a: {measure: loss, over: x}}\nseeds:"), "relations.a.measure: 'loss' is not one of"),
+    (
+        ("seeds:", "relations: {a: {measure: loss, over: x}}\nseeds:"),
+        "relations.a.measure: 'loss' is not among the measures",
+    ),
     (
         ("seeds:", "measures: {loss: val/loss}\nrelations: {a: {measure: loss, over: model.lr}}\nseeds:"),
         "model.lr: no such",
@@ -251,7 +254,7 @@ def test_rows_are_split_by_prompt_and_otherwise_unchanged(tmp_path: Path, planne
             make_data(data)
         shutil.rmtree(data.path)
     assert found[0] == found[1]
-    with pytest.raises(UserError, match=r"files\.rows\.split: .*rows.jsonl: has 1 prompts, .* give more rows"):
+    with pytest.raises(UserError, match=r"files\.rows\.split: .*rows.jsonl: has 1 prompts, .* Give more rows"):
         make_data(data)
 
 

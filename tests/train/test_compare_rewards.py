@@ -198,7 +198,7 @@ def test_the_prompts_drawn_are_a_part_of_a_larger_draw_in_their_order(data: tupl
     assert many == [place for place in order if place in many] and many != order[:24]
     assert places(draw_prompts(whole, 24, seed=2)) != many
     assert draw_prompts(whole, len(whole), seed=1).fingerprint() == whole.fingerprint()
-    with pytest.raises(UserError, match=f"data.num_prompts=65, but the training data has only {len(order)}"):
+    with pytest.raises(UserError, match=f"data.num_prompts=65: the training data has only {len(order)}"):
         draw_prompts(whole, 65, seed=1)
 
 
@@ -208,14 +208,14 @@ def test_the_prompts_drawn_are_a_part_of_a_larger_draw_in_their_order(data: tupl
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
-        (("--pairs", "0"), ("--pairs 0", "above 0, or all")),
-        (("--pairs", "many"), ("--pairs many", "above 0, or all")),
+        (("--pairs", "0"), ("--pairs 0", "positive number of pairs, or all")),
+        (("--pairs", "many"), ("--pairs many", "positive number of pairs, or all")),
         (("--pairs", "8", "--pairs", "08"), ("--pairs", "given twice")),
         (("--pairs", "100"), ("rm_base-100: data.num_prompts=100", "only 64")),
         (("--pairs", "6"), ("rm_base-6: global_batch_size is 8", "only 6")),
-        (("--base", "nowhere"), ("--base: ", "nowhere", "neither a NeMo checkpoint")),
-        (("--sft", "."), ("--sft: ", "neither a NeMo checkpoint")),
-        (("data.validation_path=null",), ("data.validation_path is not set", "held-out")),
+        (("--base", "nowhere"), ("--base: ", "nowhere", "neither a checkpoint")),
+        (("--sft", "."), ("--sft: ", "neither a checkpoint")),
+        (("data.validation_path=null",), ("data.validation_path: is not set", "held-out")),
         (("data.validation_path=gone.jsonl",), ("rm_base-8: data.validation_path", "gone.jsonl", "no such file")),
         (("data.responses=all",), ("data.responses=all", "best_worst")),
         (("exp_manager.exp_dir=runs",), ("exp_manager.exp_dir=runs", "give --out")),

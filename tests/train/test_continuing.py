@@ -82,7 +82,7 @@ def test_changes_that_are_asked_for_take_effect_and_are_recorded_but_no_referenc
     assert "the reference log-probabilities of the training data that this run started with" in said
     shutil.rmtree(tmp_path / "reference")
     in_fork(run, ["train", "--config-name", "gpt_rao", *settled], 2)
-    assert "is missing: the reference log-probabilities" in capfd.readouterr().err
+    assert "is missing, and has the reference log-probabilities" in capfd.readouterr().err
     newest = last_checkpoint(tmp_path / "run")
     assert newest is not None and newest.name == "step=4-last"
     assert recorded == {name: (tmp_path / "run" / name).read_text() for name in recorded}, (

@@ -77,8 +77,8 @@ def test_a_reference_that_is_not_the_starting_policys_stops_the_run_in_one_line(
     given = overrides(tmp_path, "run", data, start, *NO_CHECKPOINTS, *ranks, "model.global_batch_size=64")
     in_fork(fails_with, "gpt_rao", given, 2)
     [error] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "reference: the reference log-probabilities are not those of the starting policy" in error
-    assert "Delete the folder" in error
+    assert "reference: the reference log-probabilities do not match the starting policy" in error
+    assert "Delete the directory" in error
     assert not steps(tmp_path / "run"), "no step was taken"
 
     shutil.rmtree(tmp_path / "reference")
@@ -96,10 +96,10 @@ def test_the_first_step_says_that_log_ratios_are_0_or_why_that_is_not_checked(
     )
     run_training("gpt_rao", overrides(tmp_path, "run", data, start, four, "trainer.max_steps=2"))  # resumed
     checked, dropped_out = [line for line in capfd.readouterr().out.splitlines() if line.startswith("first step")]
-    assert "are 0 but for rounding" in checked
+    assert "are 0 up to rounding" in checked
     # Four prompts of the file, each with three or four responses; DPO compares responses alone, two of each.
     assert checked.endswith("8 rows")
-    assert "not checked: they are not 0 under dropout" in dropped_out
+    assert "not checked: they are not 0 with dropout" in dropped_out
 
 
 def test_rows_of_mismatched_prompts_and_responses_are_checked_too(
@@ -111,7 +111,7 @@ def test_rows_of_mismatched_prompts_and_responses_are_checked_too(
     assert len(first) == 2  # of the rows, and of the mismatched ones
     for key, path in sums(tmp_path).items():
         np.save(path, first[key] - 1)
-        with pytest.raises(AssertionError, match="are not those of the starting policy"):
+        with pytest.raises(AssertionError, match="do not match the starting policy"):
             run_training("gpt_rao", overrides(tmp_path, f"with_{key}", data, start, *kto))
         np.save(path, first[key])
 
@@ -124,7 +124,7 @@ def test_a_resumed_run_refuses_a_reference_that_has_been_deleted(
     run_training("gpt_rao", given)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "reference")
-    with pytest.raises(AssertionError, match=r"is missing: the reference .*restore the folder"):
+    with pytest.raises(AssertionError, match=r"is missing, and has the reference .*Restore the directory"):
         run_training("gpt_rao", [*given, "trainer.max_steps=2"])
     assert not (tmp_path / "reference").exists()
     assert [json.loads(line) for line in before.splitlines()] == steps_as_written(tmp_path / "run")

@@ -35,7 +35,7 @@ def test_a_reward_model_trained_further_keeps_its_head(
         return found, "; ".join(said)
 
     first, said = losses("first", "gpt_rm", start, "trainer.max_steps=4")
-    assert said == "score head: starts anew, drawn from trainer.seed=1234 (the start has none)"
+    assert said == "score head: newly initialized, drawn from trainer.seed=1234 (the start has none)"
     other_seed, _ = losses("seed", "gpt_rm", start, "trainer.max_steps=1", "trainer.seed=1")
     assert abs(other_seed[0] - first[0]) > 1e-5
 
@@ -43,13 +43,13 @@ def test_a_reward_model_trained_further_keeps_its_head(
     again, said = losses(
         "again", "gpt_rm", tmp_path / "first", "trainer.max_steps=1", "trainer.seed=1", *parallel(1, 2, 1)
     )
-    assert said == "score head: the start's is kept"
+    assert said == "score head: kept from the start"
     assert again[0] == pytest.approx(first[-1], rel=1e-5) and abs(first[-1] - first[0]) > 1e-3
 
     two = ("model.objective=rm_regression", "data.reward_field=[reward,other]", "trainer.max_steps=1")
     _, said = losses("two", "gpt_rm", tmp_path / "first", *two)
     assert said == (
-        "score head: starts anew, drawn from trainer.seed=1234 (the start has one of 1 outputs, 2 are needed)"
+        "score head: newly initialized, drawn from trainer.seed=1234 (the start has 1 outputs, 2 are needed)"
     )
     _, said = losses("policy", "gpt_rao", tmp_path / "first", "trainer.max_steps=1")
-    assert said == "score head: left behind, as rao has none"
+    assert said == "score head: dropped, because rao has none"

@@ -59,7 +59,7 @@ def test_what_a_kill_has_left_behind_is_removed_at_the_next_start_and_nothing_el
     run_training("gpt_sft", [*given, "trainer.max_steps=7"])
     assert kept(tmp_path) == {"mine", "step=2", "step=6", "step=7-last"}
     [said] = [line for line in capfd.readouterr().out.splitlines() if line.startswith("removed")]
-    assert said == "removed checkpoints that an earlier start has left behind: step=9, step=3, step=3-last"
+    assert said == "removed checkpoints left by an earlier start: step=9, step=3, step=3-last"
 
 
 def test_checkpoints_kept_under_another_save_top_k_stay(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_metric_that_the_data_does_not_give_stops_the_run_at_the_first_checkpo
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     keep = {"monitor": "data/reward_chosen", "every_n_train_steps": 1}
     given = overrides(tmp_path, (f"data.train_path={path}", data[1]), start, "model.objective=dpo", **keep)
-    with pytest.raises(AssertionError, match=r"monitor=data/reward_chosen: this run's data gives no such metric"):
+    with pytest.raises(AssertionError, match=r"monitor=data/reward_chosen: this run does not log such a metric"):
         run_training("gpt_rao", given)
     assert not (tmp_path / "run" / "checkpoints").exists()
 

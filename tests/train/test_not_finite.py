@@ -24,7 +24,7 @@ def test_the_rows_with_the_largest_rewards_come_first() -> None:
     rows = [row("a line 1", 1.0, -3.0), row("a line 2", np.nan), row("b line 9", 5e11, 0.0), row("a line 4", 2.0)]
     said = not_finite("grad_norm", float("inf"), 7, [*rows, row("a line 5", 0.5)])
     assert said.startswith(
-        "gradient norm of step 7 is inf; rows of the step, largest rewards first: b line 9 (|reward| up to 5e+11), "
+        "gradient norm of step 7 is inf. Rows of the step, largest rewards first: b line 9 (|reward| up to 5e+11), "
         "a line 1 (|reward| up to 3), a line 4 (|reward| up to 2), a line 5 (|reward| up to 0.5) and 1 more. "
     )
     assert "a line 2." in not_finite("loss", float("nan"), 1, rows[1:2])
@@ -55,7 +55,7 @@ def test_the_run_ends_with_step_and_rows_in_place_of_megatrons_traceback(
             ],
         )
     last = str(failed.value).splitlines()[-1]
-    assert last.startswith("nemo_rao.errors.RankFailure: loss of step 2 is nan; rows of the step")
+    assert last.startswith("nemo_rao.errors.RankFailure: loss of step 2 is nan. Rows of the step")
     # Step 2 has lines 9 to 16 of the file, in its order.
     first = max(range(9, 17), key=lambda number: rewards[number - 1])
     assert f"largest rewards first: {train_path} line {first} (|reward| up to {rewards[first - 1]:.6g})" in last

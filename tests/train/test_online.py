@@ -255,7 +255,7 @@ def test_a_run_whose_scorer_fails_is_saved_and_goes_on_bitwise(
         with pytest.raises(AssertionError, match=r"RankFailure: online.reward: early_letters failed") as said:
             run_training("gpt_grpo", keys)
         assert "failed 1 times" in str(said.value) and "nobody is there" in str(said.value)
-        assert f"The same command continues from {folder}/checkpoints/step=4-last" in str(said.value)
+        assert f"The same command resumes from {folder}/checkpoints/step=4-last" in str(said.value)
         assert [one.name for one in (folder / "checkpoints").iterdir()] == ["step=4-last"]
         with_samples_alone = rollout(folder, 1).keys()
         assert with_samples_alone == rollout(undisturbed, 1).keys() - COMPUTED

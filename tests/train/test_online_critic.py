@@ -149,16 +149,20 @@ def _die_at_the_second_checkpoint(keys: list[str]) -> None:
     [
         ({}, ["model.ppo.critic=head"], r"critic_path=.*rm: has no effect with model.ppo.critic=head; set that"),
         ({}, ["model.ppo.value_weight=0.5"], "value_weight=0.5: has no effect with model.ppo.critic=model"),
-        ({}, ["model.ppo.critic_path=/nowhere"], "critic_path=/nowhere: no recipe.yaml in it; give the folder of a"),
+        ({}, ["model.ppo.critic_path=/nowhere"], "critic_path=/nowhere: has no recipe.yaml. Give the directory of a"),
         (
             {},
             ["model.ppo.critic_path=null", "model.restore_from_path=null", "model.ppo.kl_coef=0"],
-            "critic=model: starts from a checkpoint, and both model.ppo.critic_path and model.restore_from_path are",
+            "critic=model: needs a checkpoint to start from, but model.ppo.critic_path and model.restore_from_path are",
         ),
-        ({"scheme: none": "scheme: lora"}, [], r"rm: trained adapters \(lora\); name a run that trained all weights"),
-        ({}, ["model.seq_length=128"], "trained on at most model.seq_length=64 tokens, and samples may have 128"),
+        (
+            {"scheme: none": "scheme: lora"},
+            [],
+            r"rm: trained only adapters \(lora\). Name a run that trained all weights",
+        ),
+        ({}, ["model.seq_length=128"], "trained with model.seq_length=64, but samples with their prompts may have 128"),
         ({"chat_template: auto": "chat_template: never"}, [], "rm: was trained with data.chat_template=never"),
-        ({"/tokenizer ": "/other "}, [], "tokens are absent there or have other ids; train the critic's run with"),
+        ({"/tokenizer ": "/other "}, [], "tokens are missing there or have other ids; train the critic's run with"),
     ],
 )
 def test_one_line_reports_what_does_not_fit_before_the_engine_is_imported(

@@ -141,18 +141,18 @@ def _key(run: Path, name: str) -> str:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "said"),
     [
-        ({"objective: rm": "objective: dpo"}, [], "objective dpo trains no reward model"),
-        ({"scheme: none": "scheme: lora"}, [], r"trained adapters \(lora\); name a run that trained all weights"),
-        ({}, ["model.seq_length=128"], "trained on at most model.seq_length=64 tokens, and samples may have 128"),
+        ({"objective: rm": "objective: dpo"}, [], "objective dpo does not train a reward model"),
+        ({"scheme: none": "scheme: lora"}, [], r"trained only adapters \(lora\). Name a run that trained all weights"),
+        ({}, ["model.seq_length=128"], "trained with model.seq_length=64, but samples with their prompts may have 128"),
         (
             {},
             ["model.pipeline_model_parallel_size=4", "trainer.devices=4"],
             "model.arch.num_layers=2 is not divisible by model.pipeline_model_parallel_size=4",
         ),
         ({"chat_template: auto": "chat_template: never"}, [], "was trained with data.chat_template=never"),
-        ({"/tokenizer ": "/other "}, [], "tokens are absent there or have other ids"),
-        ({"/tokenizer ": "/lower "}, [], "cuts the prompt of .*train.jsonl line 1 into other tokens"),
-        ({"/tokenizer ": "/chat "}, [], "the chat template of its tokenizer .*chat is another one"),
+        ({"/tokenizer ": "/other "}, [], "tokens are missing there or have other ids"),
+        ({"/tokenizer ": "/lower "}, [], "splits the prompt of .*train.jsonl line 1 into other tokens"),
+        ({"/tokenizer ": "/chat "}, [], "its tokenizer .*chat has a different chat template"),
     ],
 )
 def test_one_line_reports_what_does_not_fit_before_the_engine_is_imported(

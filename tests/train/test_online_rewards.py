@@ -134,14 +134,14 @@ def test_a_scorer_that_fails_is_asked_again_and_then_ends_the_run() -> None:
 @pytest.mark.parametrize(
     ("specs", "weights", "said"),
     [
-        ([], {}, "online.reward is empty"),
+        ([], {}, "online.reward: is empty"),
         (["rule:rules_of_this_test:none"], {}, "online.reward=rule:rules_of_this_test:none: .* has no none"),
         (
             ["column:score"],
             {},
             "online.reward=column:score: must be .*there are rule:module:func.*, judge:",
         ),
-        (["rule:rules_of_this_test:length"], {"lenght": 1.0}, "online.reward_weights: there is no scorer lenght"),
+        (["rule:rules_of_this_test:length"], {"lenght": 1.0}, "online.reward_weights: no scorer is named lenght"),
     ],
 )
 def test_one_line_reports_what_is_wrong(specs: list[str], weights: dict[str, float], said: str) -> None:

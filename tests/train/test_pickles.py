@@ -123,5 +123,5 @@ def test_a_name_that_walks_to_another_module_is_refused(checkpoint: Path, tmp_pa
 def test_a_damaged_pickle_is_told(name: str, checkpoint: Path) -> None:
     file = common(checkpoint).with_name(name)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=rf"KEY: .*{name} cannot be read .*; name a complete checkpoint"):
+    with pytest.raises(UserError, match=rf"KEY: .*{name} cannot be read .*. Name a complete checkpoint"):
         refuse_code(checkpoint, "KEY")

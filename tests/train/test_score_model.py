@@ -97,10 +97,10 @@ def test_a_file_with_responses_too_long_for_the_model_is_scored_and_trains(
     run_training("gpt_rm", [*rm, "exp_manager.name=rm", "trainer.max_steps=1"])
     scorer = f"model:{tmp_path / 'rm'}"
     too_many = fails(tmp_path, str(given), str(scored), "--scorer", scorer, "--max-missing", "0.02")
-    assert f"model.seq_length=64, with which {tmp_path / 'rm'} was trained (--max-length reads more)" in too_many
+    assert f"model.seq_length=64, with which {tmp_path / 'rm'} was trained (--max-length raises it)" in too_many
     assert "given.jsonl line 5, response 2" in too_many and not list(tmp_path.glob("model_scores/*"))
     beyond = fails(tmp_path, str(given), str(scored), "--scorer", scorer, "--max-length", "1001")
-    assert f"--max-length 1001: the context of {tmp_path / 'rm'}'s model is 1000 tokens; lower it" in beyond
+    assert f"--max-length 1001: the context of {tmp_path / 'rm'}'s model is 1000 tokens. Lower it" in beyond
     score(str(given), str(tmp_path / "long.jsonl"), "--scorer", scorer, "--max-length", "1000")
     scored_lines = (tmp_path / "long.jsonl").read_text().splitlines()
     longer = [[answer["reward"] for answer in json.loads(line)["responses"]] for line in scored_lines]

@@ -90,7 +90,7 @@ def test_the_context_is_what_the_model_states_and_is_not_guessed(
     assert length_limit(config, "runs/rm", 99999) == Limit(99999, "--max-length 99999")  # nothing states it
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8, "max_position_embeddings": 2048}))
     assert length_limit(config, "runs/rm", 2048).tokens == 2048
-    with pytest.raises(UserError, match=r"^--max-length 2049: the context of runs/rm's model is 2048 tokens; lower it"):
+    with pytest.raises(UserError, match=r"^--max-length 2049: the context of runs/rm's model is 2048 tokens. Lower it"):
         length_limit(config, "runs/rm", 2049)
     positions["hidden_size"] = 16  # of another model
     assert length_limit(config, "runs/rm", 2049).tokens == 2049

@@ -1,1 +1,1 @@
-"""Megatron-Bridge as an engine: the only part of the package that imports it."""
+"""The Megatron-Bridge engine: the only part of the package that imports it."""

@@ -1,13 +1,13 @@
-"""Bridge's forms of adapters around one linear layer: LoRA, canonical LoRA and DoRA.
+"""Bridge's adapter schemes for one linear layer: LoRA, canonical LoRA and DoRA.
 
-    lora             W x + s B A x                      one adapter; W may be several matrices in one
-    canonical_lora   W x + s B A x                      for each of these matrices with a B and A of its own
+    lora             W x + s B A x                      one adapter; W may be several fused matrices
+    canonical_lora   W x + s B A x                      separate B and A for each of the fused matrices
     dora             m * (W + s B A) x / |W + s B A|    norms and m row by row (https://arxiv.org/abs/2402.09353, eq. 5)
 
-with ``s = alpha / dim``. Adapters and their names in checkpoints are Bridge's. What its wrappers compute is replaced
-where it is not right for every run: canonical LoRA of some parts of a layer, or with an odd number of tokens on several
-TP ranks; DoRA where TP ranks share a layer's input, or the layer has a bias. So is what checkpoints hold of either form
-for gated feed-forward layers: their rows would be in another order under another TP.
+with ``s = alpha / dim``. Adapters and their names in checkpoints are Bridge's. Its wrappers' computation is replaced
+where it is not correct for every run: canonical LoRA of some parts of a layer, or with an odd number of tokens on
+several TP ranks; DoRA if TP ranks share a layer's input, or if the layer has a bias. So is the checkpoint layout of
+both schemes for gated feed-forward layers, whose row order would depend on TP.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nemo_rao.config.lora_targets import SPLIT
 from nemo_rao.config.model_config import LoraConfig
 
-# A wrapped layer, and its adapters by the names of the layers, or parts of layers, that they are for.
+# A wrapped layer, and its adapters by the name of the layer, or part of a layer, that they apply to.
 Wrapped = tuple[Any, Mapping[str, Any]]
 
 
@@ -53,7 +53,7 @@ def _canonical_lora(layer: nn.Module, name: str, wanted: set[str], keys: LoraCon
             del wrapper.adapter[key]
             continue
         part = f"{before}.{next(one for one in parts if one.endswith(key.removeprefix('adapter')))}"
-        # By the layer's name, checkpoints would hold the rows of this part as if they were those of two.
+        # Under the layer's name, checkpoints would store the rows of this part as if they belonged to two matrices.
         adapter.base_linear_name = part.replace("linear_fc1_", "linear_")
         found[part] = adapter
     return wrapper, found
@@ -78,7 +78,7 @@ def _sizes(keys: LoraConfig) -> dict[str, Any]:
 
 
 class _Chosen:
-    """Of Bridge's transforms, over layers that are chosen already."""
+    """Bridge's transforms, applied to layers that are already selected."""
 
     def match(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> tuple[str, str] | None:
         whole = f"{prefix}.{name}" if prefix else name
@@ -95,14 +95,14 @@ class _NamedDoRA(_Chosen, DoRA): ...
 
 
 class _SplitQKV(LoRALinearSplitQKV):
-    """Queries, keys and values, which lie group by group: a group's queries, its key, its value."""
+    """Queries, keys and values, interleaved by group: a group's queries, its key, its value."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias, normed = self.base_linear_forward(x, *args, **kwargs)
         if not self._adapter_enabled:
             return output, bias
         config = self.to_wrap.config
-        groups = config.num_query_groups // config.tensor_model_parallel_size  # of this rank
+        groups = config.num_query_groups // config.tensor_model_parallel_size  # on this rank
         of_query = config.num_attention_heads // config.num_query_groups * config.kv_channels
         by_group = output.unflatten(-1, (groups, of_query + 2 * config.kv_channels))
         sizes = (of_query, config.kv_channels, config.kv_channels)
@@ -116,7 +116,7 @@ class _SplitQKV(LoRALinearSplitQKV):
 
 
 class _SplitFC1(LoRALinearSplitFC1UpGate):
-    """The gate and what it gates, one behind the other."""
+    """The gate and the up projection, concatenated."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias, normed = self.base_linear_forward(x, *args, **kwargs)
@@ -135,20 +135,20 @@ class _DoRAAdapter(ParallelLinearDoRAAdapter):
     ) -> Any:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata, **further)
         if "linear_fc1" in self.base_linear_name and self.config.gated_linear_unit:
-            name = f"{prefix}weight_magnitude"  # of two matrices, each of which has rows on every TP rank
+            name = f"{prefix}weight_magnitude"  # of two matrices, each with rows on every TP rank
             state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets)
         return state
 
 
 class _DoRALinear(DoRALinear):
     def start_magnitude(self) -> None:
-        """The norms of the start's rows, as TP ranks share them."""
+        """Initialize the magnitude with the norms of the initial weight's rows, split over TP ranks."""
         config, magnitude = self.to_wrap.config, self.adapter.weight_magnitude
         magnitude.data.copy_(self._get_weight_norm())
         if not self.adapter.input_is_parallel:
             set_tensor_model_parallel_attributes(magnitude, True, 0, 1)
         elif config.sequence_parallel:
-            magnitude.sequence_parallel = True  # each rank has the gradient of its tokens
+            magnitude.sequence_parallel = True  # each rank has the gradient of its tokens only
 
     @torch.no_grad()
     def _get_weight_norm(self) -> Tensor:
@@ -170,6 +170,7 @@ class _DoRALinear(DoRALinear):
         scale = self.adapter.weight_magnitude / self._get_weight_norm()
         product = output + self.adapter(normed.contiguous())
         added = self.to_wrap.bias
-        if bias is None and added is not None and added.numel():  # the output has it, which no norm divides
+        # The output then includes the bias, which must not be divided by the norm.
+        if bias is None and added is not None and added.numel():
             return scale * (product - added) + added, bias
         return scale * product, bias

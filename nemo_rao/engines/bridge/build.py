@@ -1,4 +1,4 @@
-"""From a checked recipe to Bridge's config: one small function each."""
+"""Build Bridge's config from a checked recipe, one part per function."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from nemo_rao.mcore.heads import VALUE_HEAD
 
 
 def container(config: RunConfig, provider: Any, data: Any, *, max_steps: int) -> ConfigContainer:
-    """Bridge's config of a run. Checkpoints, metrics, validation and signals are this project's: Bridge has none.
+    """Build Bridge's config of a run. This project handles checkpoints, metrics, validation and signals, not Bridge.
 
     Args:
-        provider: of the model.
+        provider: provider of the model.
         data: a :func:`data_set`.
     """
     keys = config.model
@@ -46,7 +46,7 @@ def container(config: RunConfig, provider: Any, data: Any, *, max_steps: int) ->
         mixed_precision=precision(config),
         optimizer=optimizer(config),
         optimizer_config_override_provider=HeadsRate(value_lr(config)),
-        # The rate is set before each step (:mod:`nemo_rao.loop.schedule`); of the scheduler's, weight decay remains.
+        # The rate is set before each step (:mod:`nemo_rao.loop.schedule`); the scheduler only sets weight decay.
         scheduler=SchedulerConfig(
             lr_decay_style="constant",
             lr_warmup_iters=0,
@@ -61,7 +61,7 @@ def container(config: RunConfig, provider: Any, data: Any, *, max_steps: int) ->
         validation=ValidationConfig(eval_iters=0, eval_interval=None),
         rerun_state_machine=RerunStateMachineConfig(check_for_nan_in_loss=False),
         checkpoint=CheckpointConfig(save=None, load=None),
-        # Only asked for the size of a vocabulary, which the provider has.
+        # Only used for the vocabulary size, which the provider defines.
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1),
         logger=LoggerConfig(skip_train_metrics_log=True, log_interval=max_steps + 1, tensorboard_dir=None),
         dist=DistributedInitConfig(
@@ -73,7 +73,7 @@ def container(config: RunConfig, provider: Any, data: Any, *, max_steps: int) ->
 
 
 def precision(config: RunConfig) -> MixedPrecisionConfig:
-    """Number formats, which Bridge writes into Megatron's configs of model, optimizer and gradient buffers."""
+    """Return the number formats that Bridge writes into Megatron's configs of model, optimizer and gradient buffers."""
     keys = config.precision
     dtype = DTYPES[keys.params]
     fp8 = fp8_fields(keys)
@@ -88,7 +88,7 @@ def precision(config: RunConfig) -> MixedPrecisionConfig:
         min_loss_scale=keys.fp16_min_loss_scale,
         loss_scale_window=keys.fp16_loss_scale_window,
         hysteresis=keys.fp16_hysteresis,
-        # Asserted to go together where the weights are gathered in this format.
+        # Megatron asserts this combination if weights are gathered in this format.
         reuse_grad_buf_for_mxfp8_param_ag=bool(fp8) and keys.fp8_recipe == "mxfp8" and keys.fp8_param_gather,
         **fp8,
     )
@@ -108,14 +108,14 @@ def gradient_buffers(config: RunConfig) -> DistributedDataParallelConfig:
 
 
 def value_lr(config: RunConfig) -> float | None:
-    """A value head's learning rate is a key of the objective that has one; ``None``: it is that of all weights."""
+    """Return the learning rate of a value head, a key of its objective; ``None``: the same as for all weights."""
     given = getattr(objective_config(config), "value_lr", None)
     return None if given == config.model.optim.lr else given
 
 
 @dataclass
 class HeadsRate(OptimizerConfigOverrideProvider):
-    """Gives a value head a learning rate of its own."""
+    """Sets a separate learning rate for a value head."""
 
     rate: float | None = None
 
@@ -127,7 +127,7 @@ class HeadsRate(OptimizerConfigOverrideProvider):
 
 
 def data_set(micro_batches: Any) -> Any:
-    """Bridge's config of a data source: an iterator over this rank's micro-batches, which Bridge hands on."""
+    """Build Bridge's config of a data source that passes on an iterator over this rank's micro-batches."""
 
     @dataclass
     class Stream(dataset_provider()):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Megatron-Bridge as an engine; see :class:`nemo_rao.engines.engine.Engine`."""
+"""The Megatron-Bridge engine; see :class:`nemo_rao.engines.engine.Engine`."""
 
 from __future__ import annotations
 

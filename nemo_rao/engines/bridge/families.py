@@ -1,4 +1,4 @@
-"""Megatron-Bridge's families on layers without Transformer Engine: which can be built of them, and of what parts."""
+"""Megatron-Bridge's model families on layers without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_rao.mcore.attention import LocalLayers
 from nemo_rao.mcore.layer_spec import Parts
 
 _USUAL = (GPTModelProvider, MistralModelProvider)
-# Our layers, by the names by which Bridge recognizes how a module's weights are split over tensor-parallel ranks.
+# Our layers, with the kind of tensor-parallel split that Bridge registers for a class name.
 _SPLIT = {
     "SegmentAttention": "column",
     "FlexSegmentAttention": "column",
@@ -27,43 +27,44 @@ _SPLIT = {
 
 
 def register_families() -> None:
-    """Let Bridge convert models of our layers, and the families that it lacks. Safe to call more than once."""
+    """Let Bridge convert models with our layers, and families that it lacks. Idempotent."""
     for name, split in _SPLIT.items():
         AutoMapping.register_module_type(name, split)
     mixtral.register()
 
 
 def in_bridges_terms(family: str | None, fields: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
-    """The class of Bridge's provider for a network, and its fields.
+    """Return Bridge's provider class for a network, and its fields.
 
     Args:
-        family: the value of ``model.family``; ``None``: of no family.
-        fields: see :mod:`nemo_rao.config.families`; those that are ``None`` are left to Bridge.
+        family: the value of ``model.family``; ``None``: no family.
+        fields: see :mod:`nemo_rao.config.families`; ``None`` values are left to Bridge.
 
     Raises:
-        UserError: Bridge has no such rotary scaling.
+        UserError: Bridge does not support this rotary scaling.
     """
     made = {name: value for name, value in fields.items() if value is not None}
     if (scaling := made.pop("rope_scaling", None)) is not None:
         for name, value in BRIDGE_ROPE_SCALING.items():
             if scaling[name] != value:
                 raise UserError(
-                    f"model.arch.rope_scaling.{name}={scaling[name]}: Megatron-Bridge has {value}, as published models "
-                    "do; set it to that"
+                    f"model.arch.rope_scaling.{name}={scaling[name]}: must be {value}, the value of Megatron-Bridge "
+                    "and of published models. Set it to that."
                 )
         made |= {"rope_scaling": True, "rope_scaling_factor": scaling["factor"]}
     if family != "gemma3":
         return GPTModelProvider, made
     made["rotary_base"] = made.pop("rotary_base_local"), made["rotary_base"]
-    made["window_size"] = made["window_size"][0] + 1  # Bridge counts the present token, as Hugging Face does
+    made["window_size"] = made["window_size"][0] + 1  # Bridge includes the current token, like Hugging Face
     made["interleaved_attn_pattern"] = made.pop("window_attn_skip_freq") - 1, 1
     return Gemma3ModelProvider, made
 
 
 def parts_of(provider: Any, family: str) -> Parts:
-    """What a model of Bridge's ``provider`` has beside what its fields say.
+    """Return the parts of a model that its fields do not describe.
 
     Args:
+        provider: Bridge's provider of the model.
         family: for messages, such as ``Gemma2ForCausalLM``.
 
     Raises:
@@ -77,6 +78,6 @@ def parts_of(provider: Any, family: str) -> Parts:
     if kind in _USUAL and spec is default_layer_spec:
         return Parts()
     raise UserError(
-        f"{family}: Megatron-Bridge builds its layers with Transformer Engine alone, which needs a GPU; choose another "
-        "model here"
+        f"{family}: Megatron-Bridge builds its layers only with Transformer Engine, which needs a GPU. Use another "
+        "model here."
     )

@@ -1,10 +1,10 @@
 """Hugging Face's models through Megatron-Bridge's ``AutoBridge``, in both directions, one tensor at a time.
 
-Import reads each tensor from its file when its place in the Megatron model is filled. Export gathers a tensor over the
-ranks, converts it, and writes a file whenever enough have come together: beside the model, which is as large as its
-weights, neither direction holds more than a few tensors or one file.
+Import reads each tensor from its file when its parameter of the Megatron model is filled. Export gathers a tensor over
+the ranks, converts it, and writes a file whenever it has collected enough: in addition to the model, which is as large
+as its weights, neither direction holds more than a few tensors or one file.
 
-Both are collectives, under any tensor, pipeline and expert parallelism.
+Both are collectives and work under any tensor, pipeline and expert parallelism.
 """
 
 from __future__ import annotations
@@ -31,41 +31,43 @@ from nemo_rao.mcore import checkpoint
 from nemo_rao.mcore.layer_spec import layer_spec_without_te
 
 WEIGHTS = "model.safetensors"
-SHARD_BYTES = 5 * 10**9  # of a file, as transformers' own
+SHARD_BYTES = 5 * 10**9  # maximum size of a file, as in transformers
 _EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Conversion:
-    """One model, between Hugging Face's form and Megatron's.
+    """Converts one model between the formats of Hugging Face and Megatron.
 
     Args:
         config: transformers' config, with ``architectures``.
-        place: what names the model, for messages.
+        name: name of the model, for messages.
 
     Attributes:
         provider: Bridge's description of the Megatron model, on layers without Transformer Engine.
 
     Raises:
-        UserError: Bridge does not know the architecture, or builds it with Transformer Engine alone.
+        UserError: Bridge does not support the architecture, or only with Transformer Engine.
     """
 
-    def __init__(self, config: Any, place: str) -> None:
+    def __init__(self, config: Any, name: str) -> None:
         register_families()
         architecture = ", ".join(config.architectures or [f"model_type {config.model_type}"])
         if not AutoBridge.supports(config) or architecture not in AutoBridge.list_supported_models():
-            raise UserError(f"{place} is a {architecture}, which the installed {_release()} does not know")
-        self._place = place
+            raise UserError(
+                f"{name} is a {architecture}, which the installed {_release()} does not support. Use another model."
+            )
+        self._name = name
         self._tied, self._vocab_size = bool(config.tie_word_embeddings), config.vocab_size
         self._bridge = AutoBridge.from_hf_config(config)
         self.provider = self._bridge.to_megatron_provider(load_weights=False)
-        parts = parts_of(self.provider, f"{place}: {architecture}")
+        parts = parts_of(self.provider, f"{name}: {architecture}")
         self.provider.transformer_layer_spec = functools.partial(layer_spec_without_te, parts=parts)
 
     def build(self, dtype: torch.dtype, **parallelism: Any) -> list[Any]:
-        """This rank's model chunks, with weights that are still to be filled.
+        """Build this rank's model chunks, without their weights.
 
         Args:
-            dtype: of the weights.
+            dtype: dtype of the weights.
             parallelism: fields of Megatron's config, such as ``tensor_model_parallel_size``.
         """
         fields = {
@@ -88,10 +90,10 @@ class Conversion:
         return chunks
 
     def names(self, chunks: list[Any], folder: Path) -> set[str]:
-        """Hugging Face's names of all tensors that the chunks of all ranks are filled from.
+        """Return Hugging Face's names of all tensors that fill the chunks of all ranks.
 
         Args:
-            folder: with safetensors.
+            folder: directory with safetensors.
         """
         wanted: set[str] = set()
         for task in self._bridge.get_conversion_tasks(chunks, folder):
@@ -99,17 +101,17 @@ class Conversion:
                 names = task.mapping.hf_param
                 wanted |= {names} if isinstance(names, str) else set(names.values())
         of_ranks: list[set[str]] = [set()] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(of_ranks, wanted)  # of experts, each rank knows its own
+        torch.distributed.all_gather_object(of_ranks, wanted)  # each rank knows only its own experts
         return set().union(*of_ranks)
 
     def load(self, chunks: list[Any], folder: Path) -> None:
         """Fill the chunks with the weights of a Hugging Face model.
 
-        Bridge leaves a weight unchanged where its tensor is missing, and ignores a tensor that has no place: compare
-        :meth:`names` with those that are stored.
+        Bridge leaves a weight unchanged if its tensor is missing, and ignores tensors without a counterpart: compare
+        :meth:`names` with the stored ones.
 
         Args:
-            folder: with config.json and safetensors.
+            folder: directory with config.json and safetensors.
 
         Raises:
             UserError: a tensor has another shape.
@@ -117,14 +119,14 @@ class Conversion:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # a progress bar
                 self._bridge.load_hf_weights(chunks, folder)
-        except (ValueError, RuntimeError, KeyError) as error:  # of shapes, from each kind of mapping its own
+        except (ValueError, RuntimeError, KeyError) as error:  # raised for shapes; the class depends on the mapping
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{self._place}: the tensors do not fit config.json ({reason}); download it again"
+                f"{self._name}: the tensors do not fit config.json ({reason}). Download it again."
             ) from None
 
     def tensors(self, chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face's names and whole tensors, on the CPU, one after another; on every rank."""
+        """Yield Hugging Face's names and whole tensors on the CPU, one after another, on every rank."""
         for name, tensor in self._bridge.export_hf_weights(chunks, cpu=True, show_progress=False):
             if not (self._tied and name == _OUTPUT):
                 # Megatron pads the vocabulary to a multiple of its ranks.
@@ -140,11 +142,11 @@ def _release() -> str:
 def write_shards(
     tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype | None, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write tensors as safetensors, in the form that ``from_pretrained`` reads: one file, or several and an index.
+    """Write tensors as safetensors for ``from_pretrained``: one file, or several and an index.
 
     Args:
-        dtype: to which they are cast; ``None``: as they are.
-        shard_bytes: of a file; a larger tensor has one to itself.
+        dtype: dtype to cast to; ``None``: unchanged.
+        shard_bytes: maximum size of a file; a larger tensor gets a separate file.
     """
     written: list[list[str]] = []
     shard: dict[str, Tensor] = {}
@@ -171,7 +173,7 @@ def write_shards(
 
 
 def _numbered(number: int) -> str:
-    return f"shard-{number}.safetensors"  # how many there will be is known at the end
+    return f"shard-{number}.safetensors"  # the number of files is known only at the end
 
 
 def _write(shard: Mapping[str, Tensor], folder: Path, number: int) -> list[str]:
@@ -182,7 +184,7 @@ def _write(shard: Mapping[str, Tensor], folder: Path, number: int) -> list[str]:
 
 
 def save_checkpoint(chunks: list[Any], folder: Path) -> None:
-    """Write the weights of one rank's model as ``folder/weights``, under the names that NeMo's checkpoints have."""
+    """Write the weights of one rank's model as ``folder/weights``, with the names of NeMo's checkpoints."""
     (folder / "weights").mkdir()
     dist_checkpointing.save(checkpoint.sharded_model(chunks, prefix=checkpoint.PREFIX), str(folder / "weights"))
     checkpoint.write_common(folder / "weights")
@@ -192,7 +194,7 @@ def load_checkpoint(chunks: list[Any], folder: Path, *, tied_before: bool = Fals
     """Fill the chunks of one rank's model from a checkpoint of either engine.
 
     Args:
-        tied_before: the checkpoint has one matrix for input and output embeddings, and the model two.
+        tied_before: the checkpoint has one matrix for input and output embeddings, but the model has two.
 
     Raises:
         UserError: the checkpoint lacks a tensor of the model.
@@ -206,18 +208,20 @@ def load_checkpoint(chunks: list[Any], folder: Path, *, tied_before: bool = Fals
         checkpoint.load_weights(weights_of(folder), chunks, keep=is_stored)
     except CheckpointingException as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"CHECKPOINT: {folder} is not of the model that is described beside it ({reason})") from None
+        raise UserError(
+            f"CHECKPOINT: {folder} does not match the model described beside it ({reason}). Restore the checkpoint."
+        ) from None
     if tied_before:
         with torch.no_grad():
             chunk.output_layer.weight.copy_(chunk.embedding.word_embeddings.weight)
 
 
 def change_weights(chunks: list[Any], change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Replace weights of a model of one rank.
+    """Replace weights of a model on one rank.
 
     Args:
-        change: is given all weights by name, ``[out, in]`` each, and puts others in their place; of a vocabulary, they
-            may be without padding.
+        change: receives all weights by name, ``[out, in]`` each, and replaces some in place; those of a vocabulary may
+            be without padding.
     """
     [chunk] = chunks
     parameters = dict(chunk.named_parameters())

@@ -1,4 +1,4 @@
-"""Bridge's adapters as runs have them: names of the whole model, a start that no parallelism changes, stored to resume.
+"""Bridge's adapters for runs: names of the whole model, initialization independent of parallelism, resumable storage.
 
 Imports Bridge; what can be checked without it is in :mod:`nemo_rao.config.lora_targets`.
 """
@@ -25,20 +25,20 @@ from nemo_rao.mcore.heads import is_of_head, train_heads
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor, by its name in the model, is an adapter's."""
+    """Whether a tensor with this name in the model belongs to an adapter."""
     return ".adapter." in name
 
 
 def is_trained(name: str) -> bool:
-    """Whether a tensor is trained, and stored, in a run of adapters: theirs, and a head's."""
+    """Whether a tensor is trained and stored in a run of adapters: those of adapters and of heads."""
     return is_adapter(name) or is_of_head(name)
 
 
 def add_adapters(chunks: Sequence[Any], config: RunConfig) -> None:
-    """Freeze a rank's model chunks, and give the linear layers that the recipe names an adapter.
+    """Freeze a rank's model chunks, and add adapters to the linear layers that the recipe names.
 
     Raises:
-        UserError: there is none on this pipeline stage.
+        UserError: this pipeline stage has no adapter.
     """
     peft, targets = config.model.peft, list(lora_targets(config))
     made = chunks[0].config
@@ -47,7 +47,7 @@ def add_adapters(chunks: Sequence[Any], config: RunConfig) -> None:
     layers = {fused(name) for name in wanted}
     names = {id(layer): name for chunk in chunks for name, layer in adapters.linear_layers(chunk) if name in layers}
     if not names:
-        raise UserError(f"{KEY}={targets}: a pipeline stage has no adapter to train; add a target there")
+        raise UserError(f"{KEY}={targets}: a pipeline stage has no adapter to train. Add a target there.")
     wrap = FORMS[peft.scheme]
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -68,7 +68,7 @@ def add_adapters(chunks: Sequence[Any], config: RunConfig) -> None:
 
 
 class _OutputLayer(LoRALinear):
-    """An output layer with an adapter: its weight stays its own, which with tied embeddings the model asks for."""
+    """An output layer with an adapter. It exposes the wrapped weight, which the model reads with tied embeddings."""
 
     @property
     def weight(self) -> Tensor:
@@ -76,7 +76,7 @@ class _OutputLayer(LoRALinear):
 
 
 def _store(adapter: Any, name: str, wanted: set[str], every: list[str]) -> None:
-    """Decides how checkpoints hold an adapter of the layer, or part of one, with this name."""
+    """Set how checkpoints store an adapter of the layer, or part of one, with this name."""
     if name == OUTPUT_LAYER:
         adapters.store_as_vocabulary(adapter)
     elif not all(other in wanted for other in every if other.rpartition(".")[2] == name.rpartition(".")[2]):
@@ -84,6 +84,6 @@ def _store(adapter: Any, name: str, wanted: set[str], every: list[str]) -> None:
 
 
 def record_base(checkpoint: Path, base: Path) -> None:
-    """Write which checkpoint's weights the adapters of a checkpoint change; see :mod:`nemo_rao.checkpoint.adapters`."""
+    """Record the checkpoint whose weights the adapters modify; see :mod:`nemo_rao.checkpoint.adapters`."""
     record = {"model_ckpt_path": str(base), "model_digest": digest_of_weights(base)}
     (weights_of(checkpoint) / METADATA).write_text(json.dumps(record) + "\n")

@@ -1,4 +1,4 @@
-"""Mixtral for Megatron-Bridge, which has Mistral and other mixtures, but not this one: names of weights, and sizes."""
+"""Mixtral for Megatron-Bridge, which lacks this family: names of weights, and sizes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _NAMES = {
     f"{_LAYER}pre_mlp_layernorm.weight": f"{_HF_LAYER}post_attention_layernorm.weight",
     f"{_LAYER}mlp.router.weight": f"{_HF_LAYER}block_sparse_moe.gate.weight",
 }
-# Transformer Engine's grouped experts, and those that are computed one after another.
+# Transformer Engine's grouped experts, and experts that are computed sequentially.
 _EXPERTS = ("{}.weight*", "local_experts.*.{}.weight")
 
 
 class MixtralBridge(MegatronModelBridge):
-    """Registered by :func:`register`."""
+    """Bridge's description of Mixtral, registered by :func:`register`."""
 
     def provider_bridge(self, hf_pretrained: Any) -> Any:
-        """Bridge's provider of these sizes."""
+        """Return Bridge's provider for these sizes."""
         provider = super().provider_bridge(hf_pretrained)
         window = hf_pretrained.config.sliding_window
         provider.normalization = "RMSNorm"
@@ -42,14 +42,14 @@ class MixtralBridge(MegatronModelBridge):
         provider.moe_ffn_hidden_size = provider.ffn_hidden_size
         provider.moe_grouped_gemm = True
         provider.moe_token_dispatcher_type = "alltoall"
-        # Hugging Face takes the softmax of all experts and norms what the chosen have of it: the chosen ones' softmax.
+        # Hugging Face normalizes the chosen experts' part of the softmax over all: the softmax of the chosen ones.
         provider.moe_router_pre_softmax = False
-        # Megatron counts the tokens before the present one, Hugging Face that one, too.
+        # Megatron counts the tokens before the current one; Hugging Face includes the current one.
         provider.window_size = None if window is None else (window - 1, 0)
         return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        """Megatron's names and Hugging Face's."""
+        """Map Megatron's names to Hugging Face's."""
         attention, experts = f"{_HF_LAYER}self_attn.", f"{_HF_LAYER}block_sparse_moe.experts.*."
         mappings = [AutoMapping(megatron_param=own, hf_param=theirs) for own, theirs in _NAMES.items()]
         mappings.append(
@@ -67,10 +67,10 @@ class MixtralBridge(MegatronModelBridge):
 
 
 def register() -> None:
-    """Make ``AutoBridge`` know the family, unless the installed release does."""
+    """Register the family with ``AutoBridge``, unless the installed release has it."""
     from megatron.bridge import AutoBridge
 
     if ARCHITECTURE not in AutoBridge.list_supported_models():
-        # The class itself: by its name Bridge would look for one that brings its own code.
+        # The class itself: given a name, Bridge would look for a model with custom code.
         source = importlib.import_module("transformers").MixtralForCausalLM
         MegatronModelBridge.register_bridge(source=source, target=GPTModel, model_type="mixtral")(MixtralBridge)

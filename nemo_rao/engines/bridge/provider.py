@@ -1,6 +1,6 @@
-"""From a recipe to Bridge's model provider, which builds the network on each rank.
+"""Build Bridge's model provider from a recipe; it builds the network on each rank.
 
-Bridge marks providers as deprecated, in favour of a config and a builder that its releases before 0.6 do not have.
+Bridge deprecates providers in favour of a config and a builder, which its releases before 0.6 do not have.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def provider(config: RunConfig) -> Any:
-    """The provider of the recipe's network, split over ranks as the recipe says; its vocabulary is not padded yet.
+    """Return the provider of the recipe's network, split over ranks; its vocabulary is not padded yet.
 
     Raises:
-        UserError: Megatron has no such field, or refuses the sizes.
+        UserError: Megatron has no such field, or rejects the sizes.
     """
     keys = config.model
     family = keys.family
@@ -47,7 +47,7 @@ def provider(config: RunConfig) -> Any:
     fields = {field.name for field in dataclasses.fields(kind)}
     for name in keys.arch.extra:
         if name not in fields and name not in FAMILIES[keys.family].fields:
-            raise UserError(f"model.arch.extra.{name}: Megatron's GPT has no such field{did_you_mean(name, fields)}")
+            raise UserError(f"model.arch.extra.{name}: Megatron's GPT has no such field{did_you_mean(name, fields)}.")
     sizes = {name: value for name, value in given.items() if name in fields}
     if isinstance(named := sizes.get("activation_func"), str):
         sizes["activation_func"] = activation(named)
@@ -65,10 +65,10 @@ def provider(config: RunConfig) -> Any:
 
 
 def model_config(config: RunConfig) -> Any:
-    """The same, with what Megatron works out of it."""
+    """Return the provider completed by Megatron."""
     made = provider(config)
     complete = copy.copy(made)
-    # Whether the ranks that share it fit is said by the checks of the recipe, in its own words.
+    # Sizes are checked against the ranks by the recipe's checks, in terms of its keys.
     for name in ("tensor", "pipeline", "context", "expert"):
         size = "context_parallel_size" if name == "context" else f"{name}_model_parallel_size"
         setattr(complete, size, 1)
@@ -77,13 +77,13 @@ def model_config(config: RunConfig) -> Any:
     try:
         complete.finalize()
     except (AssertionError, ValueError) as error:
-        raise UserError(f"model.arch: Megatron refuses these sizes: {error}") from None
+        raise UserError(f"model.arch: Megatron rejects these sizes: {error}") from None
     check_experts(config, vars(complete))
     check_targets(config, num_layers=complete.num_layers, experts=bool(complete.num_moe_experts))
     if config.model.peft.scheme == "canonical_lora" and not complete.gated_linear_unit:
         names = linear_layers(complete.num_layers, experts=bool(complete.num_moe_experts), split=True)
         if any(fused(name).endswith("linear_fc1") for name in adapted(lora_targets(config), names)):
-            raise UserError(f"{KEY}: linear_fc1 of this model has no gate to split; take model.peft.scheme=lora")
+            raise UserError(f"{KEY}: linear_fc1 of this model has no gate to split. Set model.peft.scheme=lora.")
     return complete
 
 
@@ -91,7 +91,7 @@ def _split(config: RunConfig) -> Mapping[str, Any]:
     keys = config.model
     return {
         **parallel_fields(config),
-        # Bridge's default is 1 where experts are shared; a recipe's is Megatron's.
+        # Bridge's default is 1 if experts are split; recipes use Megatron's default.
         "expert_tensor_parallel_size": keys.expert_tensor_parallel_size or keys.tensor_model_parallel_size,
         "pipeline_dtype": DTYPES[config.precision.params],
         **messages_between_stages(config),
@@ -99,10 +99,10 @@ def _split(config: RunConfig) -> Mapping[str, Any]:
 
 
 def padded_vocab_size(made: Any, num_tokens: int) -> int:
-    """Rows of a provider's embeddings.
+    """Return the rows of a provider's embeddings.
 
-    The recipe's vocabulary size where the tensor-parallel ranks can share it, as in NeMo; else that or the tokenizer's,
-    padded as Megatron does. Bridge itself pads a tokenizer's size alone.
+    The recipe's vocabulary size if it is divisible by the tensor-parallel ranks, as in NeMo; else that or the
+    tokenizer's, padded as Megatron does. Bridge itself only pads a tokenizer's size.
     """
     ranks = made.tensor_model_parallel_size
     if made.vocab_size and made.vocab_size % ranks == 0:
@@ -112,7 +112,7 @@ def padded_vocab_size(made: Any, num_tokens: int) -> int:
 
 
 def finish_when_built(made: Any, config: RunConfig, needs: Needs) -> None:
-    """Have a provider's chunks finished for an objective (:mod:`nemo_rao.mcore.finish`) before they are wrapped."""
+    """Make a provider finish its chunks for an objective (:mod:`nemo_rao.mcore.finish`) before they are wrapped."""
 
     def finish(chunks: list[Any]) -> list[Any]:
         for chunk in chunks:

@@ -1,4 +1,4 @@
-"""One rank's part of a run on Bridge: the model it builds, the loop it drives, and this project's checkpoints."""
+"""One rank of a run on Bridge: Bridge's model and training loop, and this project's checkpoints."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from nemo_rao.runtime.console import quiet_third_parties
 
 
 class Run:
-    """A run, of which Bridge builds the parts.
+    """A run whose parts are built by Bridge.
 
     Args:
-        objective_config: the objective's keys, with what the data decides.
-        max_steps: of the whole run.
+        objective_config: the objective's keys, with values resolved from the data.
+        max_steps: optimizer steps of the whole run.
 
     Attributes:
         loss: the objective over a micro-batch.
@@ -61,11 +61,11 @@ class Run:
 
     @contextlib.contextmanager
     def built(self, data: TrainingData, *, folder: Path, start_from: Path | None = None) -> Iterator[None]:
-        """Model, optimizer and process groups, for as long as the block lasts.
+        """Build model, optimizer and process groups for the duration of the block.
 
         Args:
-            folder: of results.
-            start_from: a checkpoint whose weights the model has; of a run of adapters, those below them.
+            folder: directory of results.
+            start_from: checkpoint of the model's weights; for a run of adapters, of the weights under them.
         """
         self._data, self._folder, self._start_from = data, folder, start_from
         self._provider.vocab_size = self._padded_vocab_size
@@ -82,16 +82,16 @@ class Run:
                 runtime_config_update(state.cfg)
                 self._parts = setup(state, get_dataset_provider(state.cfg.dataset))
             quiet_third_parties()
-            self._provider.vocab_size = self.loss.vocab_size  # the network is the same whatever the padding
+            self._provider.vocab_size = self.loss.vocab_size  # the network does not depend on the padding
             yield
             torch.distributed.barrier()
         finally:
-            ahead.close()  # ends the thread that makes them
+            ahead.close()  # ends the prefetching thread
             destroy_global_state()
         torch.distributed.destroy_process_group()
 
     def session(self, **arguments: Any) -> BridgeSession:
-        """The run as it stands."""
+        """Return the current state of the run as a session."""
         return BridgeSession(
             self._parts.state,
             self._parts.model,
@@ -99,13 +99,13 @@ class Run:
             data=self._data,
             loss=self.loss,
             max_steps=self._max_steps,
-            # Adapters start without effect: the reference policy is the model below them.
+            # Adapters initially have no effect: the reference policy is the model without them.
             keep=(lambda name: not is_adapter(name)) if self._adapters_only else None,
             **arguments,
         )
 
     def train(self, hooks: list[Hook], *, resume_from: Path | None) -> None:
-        """The steps that are left of the run.
+        """Take the remaining steps of the run.
 
         Args:
             resume_from: this run's last checkpoint.
@@ -142,15 +142,15 @@ class Run:
         calls.close()
 
     def _micro_batches(self) -> Generator[MicroBatch, None, None]:
-        # A generator: nothing is made before the first one is asked for, when the reference log-probs are there.
+        # A generator: the first micro-batch is collated when requested, after the reference log-probs exist.
         with self._data.stream(self._step) as ahead:
             yield from ahead
 
     def _name_groups(self) -> Sequence[float]:
-        """The highest learning rate of each group of parameters.
+        """Return the highest learning rate of each parameter group.
 
-        Checkpoints find a group by its ``max_lr``, among others, and a run may be continued with another one: in its
-        place the groups get the number of their kind, which stays.
+        Checkpoints identify a group by its ``max_lr``, among others, but a run may resume with another rate. So the
+        groups get the constant index of their kind instead.
         """
         groups, usual = self._parts.optimizer.param_groups, self._config.model.optim.lr
         rates = [float(group["max_lr"]) for group in groups]
@@ -171,7 +171,7 @@ class Run:
 
     @property
     def _stored(self) -> checkpoint.Filter | None:
-        """What of the model a checkpoint of this run holds."""
+        """Return which parts of the model a checkpoint of this run contains."""
         return is_trained if self._adapters_only else None
 
     def _resume(self, resume_from: Path) -> None:

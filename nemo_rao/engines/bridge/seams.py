@@ -1,7 +1,7 @@
-"""What Megatron-Bridge needs on a machine without CUDA and Transformer Engine, beyond :mod:`nemo_rao.mcore.cpu`, and
-what its releases do differently: 0.4, 0.5 and 0.6.
+"""Patches of Megatron-Bridge for machines without CUDA and Transformer Engine, beyond :mod:`nemo_rao.mcore.cpu`, and
+for differences between its releases 0.4, 0.5 and 0.6.
 
-Everything here works around a release of Bridge, or of a package that it imports; nothing else in the package does.
+All workarounds for a release of Bridge, or of a package that it imports, are in this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-# Modules that import Transformer Engine unconditionally, to compare classes with its own.
+# Modules that import Transformer Engine unconditionally, to compare classes with its classes.
 _COMPARES_WITH_TE = ("megatron.bridge.peft.lora_layers", "megatron.bridge.peft.lora", "megatron.bridge.peft.utils")
 _TE_CLASSES = ("Linear", "LayerNormLinear", "GroupedLinear")
 
@@ -32,26 +32,26 @@ def import_models(*, on_cpu: bool) -> None:
 
 
 def import_bridge(*, on_cpu: bool) -> None:
-    """Import Bridge's training loop, and change what it cannot do on this machine."""
+    """Import Bridge's training loop, and patch what does not work on this machine."""
     import_models(on_cpu=on_cpu)
     from megatron.bridge.training import initialize, setup, train
 
-    # Megatron's own data sets are not used, and a wheel has no makefile to compile their helpers with.
+    # Megatron's data sets are not used, and a wheel has no makefile to compile their helpers.
     initialize.compile_helpers = lambda: None
-    train.print_rank_0 = lambda message: None  # a loop that begins, a step that it goes on from: the run says both
+    train.print_rank_0 = lambda message: None  # start of the loop, step to resume from: the run reports both
     if on_cpu:
         from megatron.bridge.peft import utils as peft_utils
 
-        # Asserts that there is CUDA; its caller has no way to say otherwise.
+        # Asserts that CUDA is available; its caller has no option to disable this.
         setup.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
-        # Compiles fused kernels, which are off here, with the machine's C++ compiler: half a minute for each rank.
+        # Compiles fused kernels, which are disabled here, with the C++ compiler: half a minute per rank.
         setup.set_jit_fusion_options = lambda *_: None
-        # Megatron's stand-ins for Transformer Engine's classes are taken for the classes.
+        # Megatron's placeholders for Transformer Engine's classes would be mistaken for the classes.
         peft_utils.HAVE_TE = False
 
 
 def dataset_provider() -> type:
-    """The base class of data sets of one's own; deprecated since Bridge 0.6, which moved it."""
+    """Return the base class of custom data sets; deprecated since Bridge 0.6, which moved it."""
     try:
         return importlib.import_module("megatron.bridge.data.base").DatasetProvider  # type: ignore[no-any-return]
     except (ModuleNotFoundError, AttributeError):
@@ -60,7 +60,7 @@ def dataset_provider() -> type:
 
 @functools.cache
 def _mend_release() -> None:
-    """Change what earlier releases convert wrongly or not at all."""
+    """Patch what earlier releases convert incorrectly or not at all."""
     import megatron.bridge
     from packaging.version import Version
 
@@ -78,8 +78,8 @@ def _mend_release() -> None:
 
 
 def _read_gemma3_from_its_config() -> None:
-    """Bridge 0.4 and 0.5 read a Gemma 3's precision from the config that a name stands for, which a config without
-    weights does not have; 0.6 reads it from the config itself."""
+    """Bridge 0.4 and 0.5 read a Gemma 3's precision from a config looked up by name, which a config without weights
+    does not have; 0.6 reads it from the config itself."""
     from megatron.bridge.models.gemma import gemma3_bridge
     from megatron.bridge.models.hf_pretrained import causal_lm
 
@@ -88,7 +88,7 @@ def _read_gemma3_from_its_config() -> None:
 
 
 def _pad_vocabulary_of_gemma3() -> None:
-    """Bridge 0.4 and 0.5 pad the vocabulary of a Gemma 3's output layer, and not that of its embedding; 0.6 both."""
+    """Bridge 0.4 and 0.5 pad the vocabulary of a Gemma 3's output layer but not of its embedding; 0.6 pads both."""
     from megatron.bridge.models.gemma.gemma3_provider import Gemma3ModelProvider
     from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 
@@ -108,7 +108,7 @@ def _pad_vocabulary_of_gemma3() -> None:
 
 
 def _read_gates_of_qwen3_moe() -> None:
-    """Bridge 0.4 and 0.5 take ``norm_topk_prob`` of a Qwen3-MoE for true; 0.6 reads it."""
+    """Bridge 0.4 and 0.5 assume ``norm_topk_prob`` of a Qwen3-MoE to be true; 0.6 reads it."""
     from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
 
     def set_order(provider: Any, config: Any) -> None:
@@ -118,7 +118,7 @@ def _read_gates_of_qwen3_moe() -> None:
 
 
 def _give_gemma3_its_norms() -> None:
-    """Bridge 0.4 has a Gemma 3's norms of queries and keys in its layer spec alone; 0.5 in the provider's fields."""
+    """Bridge 0.4 has a Gemma 3's norms of queries and keys only in its layer spec; 0.5 in the provider's fields."""
     from megatron.bridge.models.gemma.gemma3_bridge import Gemma3ModelBridge
 
     def set_norms(provider: Any, _: Any) -> None:
@@ -128,7 +128,7 @@ def _give_gemma3_its_norms() -> None:
 
 
 def _complete_provider(bridge: Any, complete: Callable[[Any, Any], None]) -> None:
-    """Have ``complete`` called with each provider that a family's bridge makes, and Hugging Face's config."""
+    """Call ``complete`` with each provider that a family's bridge creates, and Hugging Face's config."""
     original = bridge.provider_bridge
 
     @functools.wraps(original)
@@ -141,7 +141,7 @@ def _complete_provider(bridge: Any, complete: Callable[[Any, Any], None]) -> Non
 
 
 def _recognize_local_layers() -> None:
-    """Bridge 0.4 knows a norm before a column-parallel layer by Transformer Engine's name alone; 0.5 by ours too."""
+    """Bridge 0.4 recognizes a norm before a column-parallel layer only by TE's name; 0.5 also by ours."""
     from megatron.bridge.models.conversion.param_mapping import AutoMapping
 
     original = AutoMapping._detect_parallelism_type
@@ -157,7 +157,7 @@ def _recognize_local_layers() -> None:
 
 
 def _number_local_experts() -> None:
-    """Bridge 0.4 numbers experts over their ranks where Transformer Engine groups them alone; 0.5 also single ones."""
+    """Bridge 0.4 numbers experts over ranks only if Transformer Engine groups them; 0.5 also single ones."""
     from megatron.bridge.models.conversion import model_bridge
 
     original = model_bridge._megatron_local_name_to_global
@@ -175,7 +175,7 @@ def _number_local_experts() -> None:
 
 
 def _pad_vocabulary() -> None:
-    """Bridge 0.4 cannot import a vocabulary that tensor-parallel ranks do not divide; 0.5 pads it."""
+    """Bridge 0.4 cannot import a vocabulary that is not divisible by the tensor-parallel ranks; 0.5 pads it."""
     import torch
     from megatron.bridge.models.conversion.param_mapping import ColumnParallelMapping
     from megatron.bridge.models.conversion.utils import get_module_and_param_from_name
@@ -195,7 +195,7 @@ def _pad_vocabulary() -> None:
 
 
 class _EveryName:
-    """Of a model without weights: nothing that its network has is missing."""
+    """Tensor names of a model without weights: contains every name."""
 
     source = types.SimpleNamespace(get_all_keys=lambda: _EveryName())
 
@@ -204,7 +204,7 @@ class _EveryName:
 
 
 def _export_without_tensors() -> None:
-    """Bridge 0.4 exports only what a Hugging Face model's weights have, and from a config alone fails; 0.5 does not."""
+    """Bridge 0.4 exports only tensors of an existing Hugging Face model, and fails with only a config; 0.5 does not."""
     from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 
     original = MegatronModelBridge.build_conversion_tasks
@@ -224,7 +224,7 @@ def _export_without_tensors() -> None:
 
 @contextlib.contextmanager
 def _modules(made: Mapping[str, types.ModuleType]) -> Iterator[None]:
-    """While it lasts, imports of these names find these modules."""
+    """Make imports of these names find these modules, within the block."""
     before = {name: sys.modules[name] for name in made if name in sys.modules}
     sys.modules.update(made)
     try:
@@ -236,8 +236,8 @@ def _modules(made: Mapping[str, types.ModuleType]) -> Iterator[None]:
 
 
 def _transformer_engine_named() -> contextlib.AbstractContextManager[None]:
-    """While it lasts, ``import transformer_engine.pytorch`` finds classes of which nothing is an instance."""
-    # These ask whether it is there, and are not to find it.
+    """Make ``import transformer_engine.pytorch`` find classes without instances, within the block."""
+    # These check whether it is installed, and must not find it.
     import megatron.core.extensions.transformer_engine
     import megatron.core.models.gpt.gpt_model
     import megatron.core.transformer.moe.moe_utils  # noqa: F401
@@ -250,7 +250,7 @@ def _transformer_engine_named() -> contextlib.AbstractContextManager[None]:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds :data:`_COMPARES_WITH_TE`, and has them run while Transformer Engine is named."""
+    """Finds :data:`_COMPARES_WITH_TE`, and executes them while Transformer Engine is importable."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> Any:
         if fullname not in _COMPARES_WITH_TE:

@@ -1,4 +1,4 @@
-"""Chunks of a second model in a rank of a run, over the run's process groups: built by Bridge's provider alone."""
+"""Chunks of a second model on a run's rank, over the run's process groups, built only by Bridge's provider."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ class BridgeSession:
     Args:
         state: Bridge's global state.
         chunks: this rank's model chunks.
-        keep: of the policy's weights; adapters are none of the reference policy.
-        save_last: of a run that trains, see :meth:`nemo_rao.loop.session.Session.save`.
+        keep: selects the reference policy's weights, which exclude adapters.
+        save_last: for a run that trains, see :meth:`nemo_rao.loop.session.Session.save`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class BridgeSession:
         return self._reported
 
     def done(self, step: int, numbers: Mapping[str, float]) -> None:
-        """So many optimizer steps are done; the last one's numbers replace those of the step before."""
+        """Set the number of optimizer steps done; the last one's metrics replace those of the previous step."""
         self.step, self._reported = step, dict(numbers)
 
     def report(self, values: Mapping[str, float]) -> None:
@@ -85,10 +85,10 @@ class BridgeSession:
 
 
 class CallHooks(Callback):
-    """Calls a run's hooks, in their order, and sets each step's learning rate.
+    """Calls a run's hooks, in order, and sets each step's learning rate.
 
     Args:
-        rates: of each group of the optimizer's parameters, the highest learning rate.
+        rates: the highest learning rate of each parameter group.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class CallHooks(Callback):
             hook.micro_batch(self._session, batch, embeds_tokens=embeds_tokens)
 
     def on_train_step_end(self, context: Any) -> None:
-        step = int(context.state.train_state.step) + 1  # Bridge counts it after this
+        step = int(context.state.train_state.step) + 1  # Bridge increments it later
         numbers = {} if context.grad_norm is None else {"grad_norm": float(context.grad_norm)}
         self._session.done(step, {**numbers, "lr": self._lr})
         for hook in self._hooks:
@@ -136,7 +136,7 @@ class CallHooks(Callback):
 
 
 class ForwardStep:
-    """What Bridge calls for a chunk and a micro-batch: (its output, the loss of the last stage's output)."""
+    """Runs a chunk on a micro-batch for Bridge: returns (its output, the loss function of the last stage's output)."""
 
     def __init__(self, loss: ObjectiveLoss, callback: CallHooks) -> None:
         self._loss = loss

@@ -1,1 +1,1 @@
-"""NeMo 2's LLM collection as the engine. NeMo and Lightning are imported here alone."""
+"""The NeMo 2 engine, on NeMo's LLM collection. Only this package imports NeMo and Lightning."""

@@ -1,4 +1,4 @@
-"""From a checked recipe to NeMo's objects: one small function each."""
+"""Build NeMo's objects from a checked recipe, one per function."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _PRECISIONS: dict[str, Any] = {"fp32": "32", "bf16": "bf16-mixed", "fp16": "16-m
 
 
 def model_config(config: RunConfig) -> GPTConfig:
-    """NeMo's config of the recipe's network.
+    """Return NeMo's config of the recipe's network.
 
     Raises:
         UserError: NeMo has no such network, or no such field.
@@ -69,12 +69,12 @@ def model_config(config: RunConfig) -> GPTConfig:
 
 
 def _config_of_class(config: RunConfig, name: str, more: dict[str, Any]) -> GPTConfig:
-    """That of a recipe which names a class of NeMo."""
+    """Return the config of a recipe that names a class of NeMo."""
     given, key = given_fields(config), f"model.config_class={name}"
     if "rope_scaling" in given:
         raise UserError(
-            f"model.arch.rope_scaling.factor={given['rope_scaling']['factor']}: goes with model.family; set that in "
-            f"place of {key}"
+            f"model.arch.rope_scaling.factor={given['rope_scaling']['factor']}: requires model.family. Set that "
+            f"instead of {key}."
         )
     config_class = class_named(name, "model.config_class")
     check_fields(config_class, config.model.arch.extra)
@@ -87,7 +87,7 @@ def _of_value_head(name: str, parameter: torch.nn.Parameter) -> bool:
 
 def optimizer(config: RunConfig, max_steps: int) -> MegatronOptimizerModule:
     keys = config.model.optim
-    # A value head's learning rate is a key of the objective that has one; NeMo scales what the schedule starts from.
+    # The learning rate of a value head is a key of its objective; NeMo scales the schedule's initial rate.
     value_lr = getattr(objective_config(config), "value_lr", None)
     if keys.sched.name == "cosine":
         schedule: Any = CosineAnnealingScheduler(
@@ -112,14 +112,14 @@ def optimizer(config: RunConfig, max_steps: int) -> MegatronOptimizerModule:
 
 
 def tokenizer(config: RunConfig) -> AutoTokenizer:
-    """The Hugging Face tokenizer in NeMo's wrapper."""
+    """Return the Hugging Face tokenizer in NeMo's wrapper."""
     assert config.data.tokenizer is not None
     return AutoTokenizer(_loadable(str(Path(config.data.tokenizer).expanduser())), trust_remote_code=False)
 
 
 @functools.cache
 def _loadable(name: str) -> str:
-    """The tokenizer's folder or name, or a copy that lasts as long as the process, where NeMo could not load it."""
+    """Return the tokenizer's directory or name, or a temporary copy if NeMo could not load it."""
     if not written_by_5(name):
         return name
     folder = tempfile.mkdtemp(prefix="nemo_rao_tokenizer_")
@@ -129,7 +129,7 @@ def _loadable(name: str) -> str:
 
 
 def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignmentModel:
-    """The model that a recipe describes; ``resolved``: the objective's block, with what the data decides."""
+    """Build the recipe's model; ``resolved``: the objective's keys, with values resolved from the data."""
     return MegatronGPTAlignmentModel(
         model_config(config),
         objective=config.model.objective,
@@ -145,7 +145,7 @@ def model(config: RunConfig, resolved: Any, max_steps: int) -> MegatronGPTAlignm
     )
 
 
-# Fields of Megatron's config that say which layers a stage has: NeMo's strategy overwrites them with its own.
+# Fields of Megatron's config that assign layers to stages: NeMo's strategy overwrites them.
 _STAGES = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
@@ -163,11 +163,11 @@ def strategy(config: RunConfig) -> AlignmentStrategy:
         expert_tensor_parallel_size=keys.expert_tensor_parallel_size,
         pipeline_dtype=_DTYPES[config.precision.params],
         ddp=DistributedDataParallelConfig(**ddp_fields(config)),
-        # The reshardable format lets a run resume under another TP, PP or DP, and is the only one that takes
-        # torch's own Adam, which runs where apex and Transformer Engine are absent.
+        # The reshardable format lets a run resume under another TP, PP or DP, and is the only one that supports torch's
+        # Adam, which is used if apex and Transformer Engine are absent.
         ckpt_optim_fully_reshardable=True,
         ckpt_async_save=config.exp_manager.checkpoint_callback_params.async_save,
-        # NeMo's printer lets rank 0 take part in a collective alone, which hangs the next one over gloo.
+        # NeMo's progress printer calls a collective on rank 0 only, which hangs the next one over gloo.
         replace_progress_bar=False,
     )
     made.seed = config.trainer.seed
@@ -175,7 +175,7 @@ def strategy(config: RunConfig) -> AlignmentStrategy:
 
 
 def precision(config: RunConfig) -> nl.MegatronMixedPrecision:
-    """Number formats, which NeMo writes into Megatron's configs of model, optimizer and gradient buffers."""
+    """Return the number formats that NeMo writes into Megatron's configs of model, optimizer and gradient buffers."""
     keys = config.precision
     dtype = _DTYPES[keys.params]
     return nl.MegatronMixedPrecision(
@@ -201,7 +201,7 @@ def checkpoint_callback(config: RunConfig, folder: Path) -> StepCheckpoint:
         monitor=keys.monitor,
         mode=keys.mode,
         save_top_k=keys.save_top_k,
-        # A link where the newest is also among the best: nothing is written twice.
+        # A link if the newest is also among the best: nothing is written twice.
         save_last="link" if keys.save_last else False,
         every_n_train_steps=keys.every_n_train_steps,
         save_optim_on_train_end=True,  # a finished run can be extended

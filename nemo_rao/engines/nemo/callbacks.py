@@ -19,7 +19,7 @@ from nemo_rao.mcore.objective_loss import ObjectiveLoss
 
 
 def model_chunks(trainer: pl.Trainer) -> list[Any]:
-    """This rank's model chunks, as Megatron's schedules take them."""
+    """Return this rank's model chunks, as Megatron's schedules expect them."""
     pipeline = trainer.strategy.megatron_parallel.pipeline
     return pipeline if isinstance(pipeline, list) else [pipeline]
 
@@ -28,19 +28,19 @@ class NemoSession:
     """See :class:`nemo_rao.loop.session.Session`.
 
     Args:
-        trainer: NeMo's, with a model and a data module of this project attached.
-        folder: of the run.
-        loggers: of the run.
+        trainer: NeMo's trainer, with a model and a data module of this project attached.
+        folder: directory of the run.
+        loggers: loggers of the run.
     """
 
     def __init__(self, trainer: pl.Trainer, folder: Path, loggers: Sequence[Logger] = ()) -> None:
         self._trainer: Any = trainer
         self._folder = folder
         self._loggers = loggers
-        for chunk in self.chunks:  # of an interleaved pipeline, NeMo builds each anew
+        for chunk in self.chunks:  # in an interleaved pipeline, NeMo rebuilds each chunk
             chunk.loss = self.loss
         self._logged_step = -1
-        self._logged: set[str] = set()  # names that callback_metrics have of that step
+        self._logged: set[str] = set()  # names in callback_metrics of that step
 
     @property
     def chunks(self) -> Sequence[Any]:
@@ -82,8 +82,8 @@ class NemoSession:
         return {name: float(value) for name, value in self._trainer.callback_metrics.items()}
 
     def report(self, values: Mapping[str, float]) -> None:
-        # Not by log_dict, which takes about a millisecond for each number. What a checkpoint's monitor and the progress
-        # bar read, callback_metrics, has nothing of earlier steps.
+        # Not by log_dict, which takes about a millisecond per number. The checkpoints' monitor and the progress bar
+        # read callback_metrics, which must not contain metrics of earlier steps.
         metrics = self._trainer.callback_metrics
         if self.step != self._logged_step:
             for name in self._logged:
@@ -104,15 +104,15 @@ class NemoSession:
 
 
 class CallHooks(pl.Callback):
-    """Calls a run's hooks, in their order. The first of the callbacks, so that a checkpoint sees a step's metrics.
+    """Calls a run's hooks, in order. Must be the first callback, so that checkpoints see a step's metrics.
 
     Args:
-        hooks: of :mod:`nemo_rao.loop`.
-        folder: of the run.
-        loggers: of the run.
+        hooks: hooks of :mod:`nemo_rao.loop`.
+        folder: directory of the run.
+        loggers: loggers of the run.
     """
 
-    # Under which checkpoints have always carried the state of the reference pass.
+    # Key of the reference pass's state in checkpoints; unchanged, so that earlier ones can be resumed.
     state_key = "ReferencePass"
 
     def __init__(self, hooks: Sequence[Hook], folder: Path, loggers: Sequence[Logger]) -> None:
@@ -124,7 +124,7 @@ class CallHooks(pl.Callback):
 
     @property
     def session(self) -> NemoSession:
-        assert self._session is not None, "the run has not begun"
+        assert self._session is not None, "the session exists once the run has started"
         return self._session
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class CallHooks(pl.Callback):
             hook.after_step(self.session)
 
     def save(self, folder: Path) -> None:
-        """Have the hooks write into a checkpoint that is being written."""
+        """Let the hooks write their parts of a checkpoint."""
         for hook in self._hooks:
             hook.save(self.session, folder)
 
@@ -169,11 +169,11 @@ class CallHooks(pl.Callback):
 
 
 class KeepSchedule(pl.Callback):
-    """Learning rate and optimizer settings follow the recipe, also on resume: a run may be made longer, or changed.
+    """Sets learning rate and optimizer settings from the recipe, also on resume: a run may be extended, or changed.
 
-    A checkpoint restores the scheduler's every attribute, the length of the run included, and the optimizer's
-    hyperparameters; past that length the learning rate would stay at its minimum without a word. Only the number of
-    steps done is the checkpoint's.
+    A checkpoint restores all attributes of the scheduler, including the length of the run, and the optimizer's
+    hyperparameters; beyond that length the learning rate would silently stay at its minimum. Only the number of
+    completed steps is taken from the checkpoint.
     """
 
     _OF_CHECKPOINT = ("last_epoch", "_step_count", "_last_lr", "base_lrs", "optimizer")
@@ -191,7 +191,7 @@ class KeepSchedule(pl.Callback):
             vars(scheduler).update(
                 {name: value for name, value in vars(of_recipe).items() if name not in self._OF_CHECKPOINT}
             )
-            scheduler._get_lr_called_within_step = True  # spares a warning meant for other callers
+            scheduler._get_lr_called_within_step = True  # avoids a warning meant for other callers
             scheduler._last_lr = scheduler.get_lr()
             scheduler._get_lr_called_within_step = False
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):

@@ -1,11 +1,11 @@
-"""NeMo's config classes, which recipes named before there was ``model.family``; read from NeMo's source.
+"""Sizes of NeMo's config classes, which recipes named before ``model.family`` existed, read from NeMo's source.
 
 Importing NeMo takes some twenty seconds. A config class is a dataclass whose sizes are constants in the class body,
-inherited and overridden by others; that much is read from the syntax tree. What is not constant (functions) is kept as
-``NOT_CONSTANT``. Considered instead: a table of the classes' sizes, which would be a second source, and an import in a
-child process.
+inherited and overridden by others; this is read from the syntax tree. Values that are not constant (functions) are
+represented by ``NOT_CONSTANT``. Alternatives considered: a table of the classes' sizes, which would be a second source,
+and an import in a child process.
 
-Nothing here is imported before a recipe names such a class: :mod:`nemo_rao.config.architecture` asks.
+This module is imported only if a recipe names such a class, by :mod:`nemo_rao.config.architecture`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from nemo_rao.errors import UserError, did_you_mean
 
 NOT_CONSTANT = object()
 
-# Where the classes stand, in their packages: those of the models, and what they extend.
+# Files of the classes within their packages: those of the models, and their base classes.
 _SOURCES = (
     ("nemo", "collections/llm/gpt/model/*.py"),
     ("megatron", "core/transformer/transformer_config.py"),
     ("megatron", "core/model_parallel_config.py"),
 )
 
-# Class -> the family of all that extend it, as far as they stand in the same few files: embedding models and networks
-# of unequal layers extend them elsewhere.
+# Class -> the family of its subclasses, as far as they are in the same files: embedding models and networks of unequal
+# layers are subclasses in other files.
 _FAMILIES = {
     "LlamaConfig": "llama",
     "MistralConfig7B": "mistral",
@@ -40,7 +40,7 @@ _FAMILIES = {
     "Qwen3MoEConfig": "qwen3_moe",
 }
 _FILES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
-_OTHER = "Llama4Config"  # in one of them
+_OTHER = "Llama4Config"  # defined in one of them
 # Fields of NeMo's Llama 3.1 -> those of ``model.arch.rope_scaling``.
 ROPE_SCALING = {
     "scale_factor": "factor",
@@ -51,14 +51,14 @@ ROPE_SCALING = {
 
 
 def fields_of_class(name: str, given: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The family of a config class, and its fields with ``given`` in their place.
+    """Return the family of a config class, and its fields, overridden by ``given``.
 
     Returns:
-        ``(family, fields)``, fields as :mod:`nemo_rao.config.families` names them; or ``(None, fields)`` as NeMo names
-        them, where the class is of no family there.
+        ``(family, fields)`` with the field names of :mod:`nemo_rao.config.families`; or ``(None, fields)`` with NeMo's
+        names if the class belongs to no family there.
 
     Raises:
-        UserError: there is no such class, or NeMo is not installed.
+        UserError: the class does not exist, or NeMo is not installed.
     """
     read, family = config_fields(name), _family(name)
     if family is None:
@@ -72,7 +72,7 @@ def fields_of_class(name: str, given: Mapping[str, Any]) -> tuple[str | None, di
 
 
 def _family(name: str) -> str | None:
-    """Of the class, or of the nearest one that it extends."""
+    """Return the family of the class, or of its nearest base class."""
     if name not in _classes() or name == _OTHER:
         return None
     bases, _, file = _classes()[name]
@@ -82,14 +82,14 @@ def _family(name: str) -> str | None:
 
 
 def config_fields(name: str) -> dict[str, Any]:
-    """Field -> default of a config class and of those that it extends, by NeMo's names.
+    """Map the fields of a config class, including inherited ones, to their defaults, by NeMo's names.
 
     Raises:
-        UserError: there is no such class, or NeMo is not installed.
+        UserError: the class does not exist, or NeMo is not installed.
     """
     classes = _classes()
     if name not in classes:
-        raise UserError(f"model.config_class: NeMo has no GPT config named {name!r}{did_you_mean(name, classes)}")
+        raise UserError(f"model.config_class: NeMo has no GPT config named {name!r}{did_you_mean(name, classes)}.")
     return _fields(name)
 
 
@@ -105,7 +105,7 @@ def _fields(name: str) -> dict[str, Any]:
 
 @functools.cache
 def _classes() -> dict[str, tuple[list[str], dict[str, Any], str]]:
-    """Class -> its bases, the fields of its own body, and the name of its file."""
+    """Map each class to its bases, the fields of its body, and the name of its file."""
     found = {}
     for package, pattern in _SOURCES:
         for file in _first(package, pattern):
@@ -115,21 +115,21 @@ def _classes() -> dict[str, tuple[list[str], dict[str, Any], str]]:
                     found[node.name] = bases, _own_fields(node), file.stem
     if "GPTConfig" not in found:
         raise UserError(
-            "model.config_class: names a class of NeMo, which is not installed; set model.family and model.arch instead"
+            "model.config_class: names a class of NeMo, which is not installed. Set model.family and model.arch."
         )
     return found
 
 
 def _first(package: str, pattern: str) -> list[Path]:
-    """The files in the first folder that has them, as an import does: megatron may be spread over several."""
-    spec = importlib.util.find_spec(package)  # of a top-level package: imports nothing
+    """Return the files in the first directory that has them, like an import: megatron may be a namespace package."""
+    spec = importlib.util.find_spec(package)  # imports nothing for a top-level package
     folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
     return next((files for folder in folders if (files := sorted(folder.glob(pattern)))), [])
 
 
 def _own_fields(node: ast.ClassDef) -> dict[str, Any]:
     if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        return {}  # what such a class sets is no field: its instances have the values of the class above it
+        return {}  # attributes of such a class are not fields: instances have the values of its base class
     return {
         line.target.id: _constant(line.value)
         for line in node.body

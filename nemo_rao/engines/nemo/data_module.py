@@ -14,21 +14,21 @@ from nemo_rao.loop.data import TrainingData
 
 
 class _Stream(IterableDataset):
-    """This data-parallel rank's micro-batches from a step on, without end."""
+    """Yields this data-parallel rank's micro-batches from a step on, endlessly."""
 
     def __init__(self, module: AlignmentDataModule, start_step: int) -> None:
         self._module = module
         self._start_step = start_step
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        # A generator: nothing is made before the first one is asked for, when the reference log-probs are there.
+        # A generator: the first micro-batch is collated when requested, after the reference log-probs exist.
         with self._module.data.stream(self._start_step) as ahead:
             self._module.ahead = ahead
             yield from ahead
 
 
 class _Sampler(MegatronDataSampler):
-    """Tells NeMo the sizes; the data loaders already yield each rank's micro-batches."""
+    """Provides the sizes to NeMo; the data loaders already yield each rank's micro-batches."""
 
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
         return dataloader
@@ -38,8 +38,8 @@ class AlignmentDataModule(pl.LightningDataModule):
     """Training data for NeMo's trainer. Validation passes over whole data sets and has no loader.
 
     Args:
-        data: what is trained on, and in which order.
-        seq_length: tokens, the longest row allowed.
+        data: training data, with its order.
+        seq_length: maximum tokens of a row.
     """
 
     def __init__(self, data: TrainingData, *, seq_length: int) -> None:
@@ -64,7 +64,7 @@ class AlignmentDataModule(pl.LightningDataModule):
         self._stop()
 
     def _stop(self) -> None:
-        # Said, not left to the loader's end: Lightning, or the traceback of what went wrong, may hold on to it.
+        # Explicitly: Lightning, or a traceback, may keep a reference to the loader.
         if self.ahead is not None:
             self.ahead.close()
             self.ahead = None

@@ -1,4 +1,4 @@
-"""NeMo 2 as an engine; see :class:`nemo_rao.engines.engine.Engine`."""
+"""The NeMo 2 engine; see :class:`nemo_rao.engines.engine.Engine`."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def load() -> bool:
             from nemo.lightning.callback_group import CallbackGroup
         except ModuleNotFoundError:  # before NeMo 2.6
             return on_cpu
-    # NeMo's telemetry is on wherever torchrun has set RANK=0, and then fails at the first checkpoint unless NeMo's own
-    # API has described the run to it. It has no exporter anyhow.
+    # NeMo's telemetry is enabled if torchrun has set RANK=0, and then fails at the first checkpoint unless NeMo's API
+    # has described the run to it. It has no exporter anyway.
     CallbackGroup.get_instance().callbacks.clear()
     return on_cpu
 
@@ -69,13 +69,13 @@ def train_rank(config: RunConfig, prepared: Prepared, data: TrainingData, hooks:
     trainer.strategy.save_beside = calls.save
     adapters_only = model.model_transform is not None
     if adapters_only:
-        # Adds the adapters after the reference pass, which so sees the model that they start from.
+        # Adds the adapters after the reference pass, which therefore runs the model without them.
         own.insert(1, model.model_transform)
-    # Set after construction: NeMo copies and stores a trainer's arguments with every checkpoint, and these hold the
-    # data. They come first, so that a checkpoint sees the step's metrics.
+    # Set after construction: NeMo copies a trainer's arguments and stores them with every checkpoint, and these hold
+    # the data. They are first, so that checkpoints see the step's metrics.
     trainer.callbacks[:0] = own
     if prepared.resume_from is not None:
-        # A LoRA run's checkpoints hold its adapters alone: the weights below them come from where the run started.
+        # Checkpoints of a LoRA run contain only its adapters: the other weights come from the run's start.
         trainer.ckpt_path = (
             AdapterPath(prepared.resume_from, base_model_path=prepared.start_from)
             if adapters_only
@@ -102,7 +102,7 @@ def pass_rank(
     from nemo_rao.engines.nemo.trainer import make_trainer, set_up_rank
 
     class Done(Exception):
-        """The pass is over: nothing is to be trained."""
+        """The pass is complete; there is nothing to train."""
 
     class Pass(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

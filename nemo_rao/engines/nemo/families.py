@@ -1,4 +1,4 @@
-"""NeMo's config of a family of :mod:`nemo_rao.config.families`."""
+"""NeMo's configs for the families of :mod:`nemo_rao.config.families`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_rao.engines.nemo.config_classes import ROPE_SCALING
 from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.mcore.activations import activation
 
-# Family -> a class that nemo.collections.llm offers; its sizes, where it has any, are all replaced.
+# Family -> a class of nemo.collections.llm; all of its sizes are replaced.
 _CLASSES = {
     "llama": "LlamaConfig",
     "mistral": "MistralConfig7B",
@@ -23,37 +23,37 @@ _CLASSES = {
     "qwen3": "Qwen3Config",
     "qwen3_moe": "Qwen3Config30B_A3B",
 }
-_SCALED_LLAMA = "Llama31Config8B"  # scales its rotary frequencies; the smallest that nemo.collections.llm offers
+_SCALED_LLAMA = "Llama31Config8B"  # scales its rotary frequencies; the smallest such class of nemo.collections.llm
 
 
 def class_named(name: str, key: str) -> type[GPTConfig]:
-    """A class of ``nemo.collections.llm``.
+    """Return a class of ``nemo.collections.llm``.
 
     Raises:
-        UserError: there is none; the message begins with ``key``.
+        UserError: it does not exist; the message begins with ``key``.
     """
     classes = {
         found: value for found, value in vars(llm).items() if isinstance(value, type) and issubclass(value, GPTConfig)
     }
     if name not in classes:
-        raise UserError(f"{key}: nemo.collections.llm has no GPT config named {name!r}{did_you_mean(name, classes)}")
+        raise UserError(f"{key}: nemo.collections.llm has no GPT config named {name!r}{did_you_mean(name, classes)}.")
     return classes[name]
 
 
 def config_of_family(family: str, fields: Mapping[str, Any], **more: Any) -> GPTConfig:
-    """NeMo's config of a network.
+    """Return NeMo's config of a network.
 
     Args:
         family: the value of ``model.family``.
-        fields: see :mod:`nemo_rao.config.families`; every field that a family decides is among them.
+        fields: see :mod:`nemo_rao.config.families`; includes every field that a family decides.
         more: further fields of Megatron's and NeMo's configs.
 
     Raises:
-        UserError: NeMo has no such family, or its class lacks a field that is set, or refuses the values.
+        UserError: NeMo does not have this family, or its class lacks a given field, or rejects the values.
     """
     key = f"model.family={family}"
     if family not in _CLASSES:
-        raise UserError(f"{key}: NeMo's engine does not offer it; it offers {', '.join(_CLASSES)}")
+        raise UserError(f"{key}: is not supported by NeMo's engine. It supports {', '.join(_CLASSES)}.")
     fields = dict(fields)
     scaling = fields.pop("rope_scaling")
     config_class = class_named(_CLASSES[family] if scaling is None else _SCALED_LLAMA, key)
@@ -61,30 +61,30 @@ def config_of_family(family: str, fields: Mapping[str, Any], **more: Any) -> GPT
         fields |= {old: scaling[new] for old, new in ROPE_SCALING.items()}
     if fields["activation_func"] not in ACTIVATIONS:
         raise UserError(
-            f"model.arch.extra.activation_func={fields['activation_func']}: must be one of {', '.join(ACTIVATIONS)}"
+            f"model.arch.extra.activation_func={fields['activation_func']}: must be one of {', '.join(ACTIVATIONS)}."
         )
     fields["activation_func"] = activation(fields["activation_func"])
-    if family == "mistral":  # its class sets how context-parallel ranks exchange a window's keys, without a window too
+    if family == "mistral":  # its class sets how context-parallel ranks exchange a window's keys, even without a window
         fields.setdefault("cp_comm_type", None if fields["window_size"] is None else "a2a")
     known = {field.name for field in dataclasses.fields(config_class)}
-    # A field that this Megatron does not have yet is off there.
+    # A field that this Megatron lacks is disabled there.
     fields = {name: value for name, value in fields.items() if name in known or value is not None}
     check_fields(config_class, fields)
     return construct(config_class, {**fields, **more})
 
 
 def check_fields(config_class: type[GPTConfig], names: Mapping[str, Any]) -> None:
-    """Refuses fields that a class does not have."""
+    """Reject fields that a class does not have."""
     known = {field.name for field in dataclasses.fields(config_class)}
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known)
-            raise UserError(f"model.arch.extra.{name}: {config_class.__name__} has no such field{hint}")
+            raise UserError(f"model.arch.extra.{name}: {config_class.__name__} has no such field{hint}.")
 
 
 def construct(config_class: type[GPTConfig], fields: Mapping[str, Any]) -> GPTConfig:
-    """An instance, with its own refusals as the user's mistakes."""
+    """Create an instance, reporting its errors as user errors."""
     try:
         return config_class(**fields)
     except (AssertionError, ValueError) as error:
-        raise UserError(f"model.arch: {config_class.__name__} refuses these sizes: {error}") from None
+        raise UserError(f"model.arch: {config_class.__name__} rejects these sizes: {error}") from None

@@ -1,4 +1,4 @@
-"""NeMo's LoRA as runs have it: names of the whole model, a start that no parallelism changes, checkpoints that resume.
+"""NeMo's LoRA for runs: names of the whole model, initialization independent of parallelism, resumable checkpoints.
 
 Imports NeMo; what can be checked without it is in :mod:`nemo_rao.config.lora_targets`.
 """
@@ -29,7 +29,7 @@ from nemo_rao.runtime.console import is_first_rank
 
 
 def lora(config: RunConfig) -> NamedLoRA | None:
-    """The LoRA transform of a run, or ``None`` where every weight is trained."""
+    """Return the LoRA transform of a run, or ``None`` if all weights are trained."""
     if config.model.peft.scheme == "none":
         return None
     keys = config.model.peft.lora
@@ -44,12 +44,12 @@ def lora(config: RunConfig) -> NamedLoRA | None:
 
 @dataclass
 class NamedLoRA(llm.peft.LoRA):
-    """NeMo's LoRA over the linear layers of the whole model, by their names there.
+    """NeMo's LoRA, with targets named as in the whole model.
 
     NeMo numbers layers by pipeline stage. Adapters read the linear layer's input with or without Transformer Engine.
 
     Attributes:
-        seed: of the adapters' start.
+        seed: seed of the adapters' initialization.
     """
 
     seed: int = field(kw_only=True)
@@ -64,7 +64,7 @@ class NamedLoRA(llm.peft.LoRA):
         self._names = {number: name for number, name in here.items() if name in wanted}
         if not self._names:
             raise UserError(
-                f"{KEY}={self.target_modules}: a pipeline stage has no adapter to train; add a target there"
+                f"{KEY}={self.target_modules}: a pipeline stage has no adapter to train. Add a target there."
             )
         model = super().__call__(model)
         adapters.feed_normed_inputs(model)
@@ -78,12 +78,12 @@ class NamedLoRA(llm.peft.LoRA):
         return model
 
     def match(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> tuple[str, str] | None:
-        """(name, name) in the whole model of a layer that gets an adapter."""
+        """Return (name, name) in the whole model if the layer gets an adapter, else ``None``."""
         found = self._names.get(id(module))
         return None if found is None else (found, found)
 
     def adapter_key_filter(self, key: str) -> bool:
-        """Whether the tensor of this name is stored: adapters are, and a head."""
+        """Whether the tensor of this name is stored: those of adapters and of heads are."""
         return super().adapter_key_filter(key) or (isinstance(key, str) and is_of_head(key))
 
     def _finish(self, wrapper: LoRALinear, wanted: set[str], every: list[str]) -> None:
@@ -100,10 +100,10 @@ class NamedLoRA(llm.peft.LoRA):
 
 
 class AdapterIO(WrappedAdapterIO):
-    """NeMo's reading and writing of adapters, which keeps to the base that a run started from.
+    """NeMo's reading and writing of adapters, which keeps the base that a run started from.
 
-    On resume, NeMo reads the base's weights first and the adapters next, and takes the latter's checkpoint for the base
-    of those that it writes from then on.
+    On resume, NeMo loads the base's weights first and the adapters next, and then records the adapters' checkpoint as
+    the base of those that it writes.
     """
 
     model_ckpt_path: Path | None = None

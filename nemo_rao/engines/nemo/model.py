@@ -1,4 +1,4 @@
-"""The Megatron GPT that is aligned: NeMo's ``GPTModel`` with an objective in place of next-token cross-entropy."""
+"""The aligned Megatron GPT: NeMo's ``GPTModel`` with an objective instead of next-token cross-entropy."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from nemo_rao.mcore.loss import LOSS
 from nemo_rao.mcore.objective_loss import ObjectiveLoss
 from nemo_rao.objectives import registry
 
-# Before megatron-core 0.15 the wrapper that casts inputs to 16 bits always casts the logits to a second, fp32 copy.
+# Before megatron-core 0.15 the wrapper that casts inputs to 16 bits always makes an fp32 copy of the logits.
 _TAKES_FP32_OUTPUT = "fp32_output" in inspect.signature(Float16Module.forward).parameters
 
 
 class MegatronGPTAlignmentModel(GPTModel):
     """Any NeMo GPT, trained with an objective of :mod:`nemo_rao.objectives`.
 
-    The last pipeline stage turns its vocab-parallel logits into log-probabilities per sequence and hands them to the
+    The last pipeline stage computes log-probabilities per sequence from vocab-parallel logits and passes them to the
     objective. Gradients are those of the mean over the global batch's prompts, however it is split.
 
     Args:
-        config: a NeMo GPT config (Llama, Qwen2, Mistral, ...). Its loss scaling is set; where Transformer Engine is
-            not used, its layer spec is replaced by one with the same parameter names.
+        config: a NeMo GPT config (Llama, Qwen2, Mistral, ...). Its loss scaling is set; without Transformer Engine its
+            layer spec is replaced by one with the same parameter names.
         objective: a name of :mod:`nemo_rao.objectives.registry`.
-        objective_config: the objective's ``config_type``, or its keys, of which any may be left out. ``log_z0: auto``
-            must be resolved already.
+        objective_config: the objective's ``config_type``, or its keys, all optional. ``log_z0: auto`` must be resolved
+            already.
         optim: NeMo optimizer module.
-        tokenizer: NeMo tokenizer; its ``vocab_size`` counts where ``config.vocab_size`` is ``None``.
+        tokenizer: NeMo tokenizer; its ``vocab_size`` is used if ``config.vocab_size`` is ``None``.
         model_transform: such as ``nemo.collections.llm.peft.LoRA``.
         fused_log_probs: never hold the logits, see :mod:`nemo_rao.mcore.output_layer`.
-        head_seed: decides a new score head's start. An argument, as NeMo makes the further chunks of an interleaved
+        head_seed: seed of a new score head. An argument, because NeMo creates the further chunks of an interleaved
             pipeline from the first one's arguments.
-        fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: nothing is rounded.
+        fp8_simulation: fields of :class:`nemo_rao.mcore.fp8_simulation.Fp8Simulation`; ``None``: no simulation.
         shared_prompts, packed: the layout of micro-batches, see :func:`nemo_rao.data.collate.collate`.
 
     Attributes:
@@ -79,9 +79,9 @@ class MegatronGPTAlignmentModel(GPTModel):
         self._fp8_is_simulated = fp8_simulation is not None
 
     def io_transform_args(self, init_fn: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The arguments that NeMo keeps, to make further chunks of an interleaved pipeline and for checkpoints.
+        """Return the arguments that NeMo stores, for further chunks of an interleaved pipeline and for checkpoints.
 
-        The objective's keys are kept as plain values: a checkpoint's context holds no pickle of this package's classes.
+        The objective's keys are stored as plain values, so that a checkpoint has no pickles of this package's classes.
         """
         keys = kwargs.get("objective_config")
         if dataclasses.is_dataclass(keys) and not isinstance(keys, type):
@@ -89,7 +89,7 @@ class MegatronGPTAlignmentModel(GPTModel):
         return super().io_transform_args(init_fn, *args, **kwargs)
 
     def configure_model(self, vp_stage: int | None = None) -> None:
-        """Build this rank's part of the model, on the last pipeline stage with the head that is needed."""
+        """Build this rank's part of the model, with its head on the last pipeline stage."""
         built_before = hasattr(self, "module")
         super().configure_model(vp_stage=vp_stage) if vp_stage is not None else super().configure_model()
         if built_before:
@@ -104,25 +104,25 @@ class MegatronGPTAlignmentModel(GPTModel):
 
     @property
     def vocab_size(self) -> int:
-        """V without padding: the columns of the logits that are tokens."""
+        """V without padding: the number of logit columns that are tokens."""
         return self.config.vocab_size or self.tokenizer.vocab_size
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As ``GPTModel.forward``, with bf16 logits left in bf16: their log-probabilities accumulate in fp32.
+        """Like ``GPTModel.forward``, but keep bf16 logits in bf16: their log-probabilities accumulate in fp32.
 
-        Before adapters are added, as in their reference pass, NeMo has not put the wrapper that casts around the model.
+        Before adapters are added, as in their reference pass, NeMo has not wrapped the model in the casting module.
         """
         if _TAKES_FP32_OUTPUT and isinstance(self.module, Float16Module):
             return self.module(*args, **kwargs, fp32_output=False)
         return super().forward(*args, **kwargs)
 
     def data_step(self, dataloader_iter: Iterator) -> MicroBatch:
-        """The next micro-batch, on this rank's device."""
+        """Return the next micro-batch, on this rank's device."""
         batch, *_ = next(dataloader_iter)
         return to_device(batch)
 
     def forward_step(self, batch: MicroBatch) -> Tensor | ModelOutput:
-        """The model's output on the last pipeline stage, hidden states before it."""
+        """Return the model's output on the last pipeline stage, hidden states on earlier ones."""
         return forward_step(self, batch)
 
     @property
@@ -135,7 +135,7 @@ class MegatronGPTAlignmentModel(GPTModel):
 
 
 class AlignmentLossReduction(MegatronLossReduction):
-    """What NeMo calls with the last pipeline stage's output of a micro-batch."""
+    """Called by NeMo with the last pipeline stage's output of a micro-batch."""
 
     def __init__(self, model: MegatronGPTAlignmentModel) -> None:
         super().__init__()
@@ -145,6 +145,6 @@ class AlignmentLossReduction(MegatronLossReduction):
         return self.model.loss(forward_out, batch)
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
-        """This data-parallel rank's mean loss. The global statistics are the metrics hook's to reduce and log."""
+        """Return this data-parallel rank's mean loss. The metrics hook reduces and logs the global statistics."""
         pairs = torch.stack([statistics[LOSS] for statistics in losses_reduced_per_micro_batch]).sum(0)
         return pairs[0] / pairs[1].clamp(min=1)

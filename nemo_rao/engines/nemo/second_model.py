@@ -1,4 +1,4 @@
-"""Chunks of a second model in a rank of a run, over the run's process groups: built by NeMo without a trainer."""
+"""Chunks of a second model on a run's rank, over the run's process groups, built by NeMo without a trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _chunk(config: RunConfig, needs: Needs, is_trained: bool, virtual_stage: int
     made = build.model_config(config)
     finish_config(made, fp8_simulation=None)
     model = GPTModel(made, tokenizer=build.tokenizer(config))
-    # As a trainer does it: the strategy writes parallel sizes and number formats into the model's config.
+    # Like a trainer: the strategy writes parallel sizes and number formats to the model's config.
     strategy = build.strategy(config)
     strategy.precision_plugin = build.precision(config)
     strategy.connect(model)

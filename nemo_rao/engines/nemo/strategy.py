@@ -1,4 +1,4 @@
-"""NeMo's Megatron strategy: reads checkpoints where the optimizer is torch's own Adam, or a head is new; fp16."""
+"""NeMo's Megatron strategy, extended for checkpoints with torch's Adam or a new head, and for fp16."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemo_rao.mcore.checkpoint import COMMON
 from nemo_rao.mcore.heads import heads
 from nemo_rao.mcore.seeds import seed_weights
 
-# Entries of an optimizer's group of parameters that a recipe sets.
+# Entries of an optimizer's parameter group that a recipe sets.
 _HYPERPARAMETERS = ("initial_lr", "weight_decay", "betas", "eps")
 
 
@@ -29,14 +29,14 @@ class AlignmentStrategy(nl.MegatronStrategy):
     In fp16 the loss is multiplied by the optimizer's loss scale.
 
     Attributes:
-        seed: of the initial weights, to be set before the run is started: NeMo takes the same one for every run. No
-            argument, as NeMo stores those with every checkpoint.
-        save_beside: called with the folder of each checkpoint after model and optimizer, which may still be written in
-            the background, and before the checkpoint counts as finished; set before the run, if at all.
-        of_recipe: for each optimizer, the hyperparameters of its groups of parameters as the recipe has them; a
-            checkpoint brings its own.
+        seed: seed of the initial weights, set before the run starts: NeMo uses the same one for every run. Not an
+            argument, because NeMo stores those with every checkpoint.
+        save_beside: called with the directory of each checkpoint after model and optimizer, which may still be written
+            in the background, and before the checkpoint counts as complete; set before the run, if at all.
+        of_recipe: for each optimizer, the recipe's hyperparameters of its parameter groups, which override those of a
+            checkpoint.
 
-    A run that starts from a checkpoint without its head, or with one of another size, starts with a new one
+    A run that starts from a checkpoint without its head, or with a head of another size, starts with a new one
     (:mod:`nemo_rao.mcore.heads`).
     """
 
@@ -51,12 +51,12 @@ class AlignmentStrategy(nl.MegatronStrategy):
         weights = Path(ckpt_to_weights_subdir(checkpoint_path, is_saving=False))
         if not (weights / COMMON).is_file():
             raise UserError(
-                f"model.restore_from_path: {weights} has no {COMMON}: a newer megatron-core has written it, whose "
-                "checkpoints NeMo's cannot read; start from one that a run of this version has written"
+                f"model.restore_from_path: {weights} has no {COMMON}: it was written by a newer megatron-core, whose "
+                "checkpoints NeMo's cannot read. Start from one written by a run with this version."
             )
         new = list(heads(self.megatron_parallel))
         if new:
-            # Adapters that are resumed: what is read first is the model below them.
+            # When adapters are resumed, the model under them is loaded first.
             base = checkpoint_path.base_model_path if isinstance(checkpoint_path, AdapterPath) else checkpoint_path
             metadata = load_tensors_metadata(str(ckpt_to_weights_subdir(base, is_saving=False)))
             stored = {name: tensor.global_shape for name, tensor in metadata.items()}
@@ -81,7 +81,7 @@ class AlignmentStrategy(nl.MegatronStrategy):
         ]
         for optimizer in self.optimizers:
             if optimizer.mcore_optimizer.config.fp16:
-                # Megatron divides fp16's gradients by the loss scale; NeMo has nobody multiply the loss by it.
+                # Megatron divides fp16 gradients by the loss scale, but NeMo does not multiply the loss by it.
                 for chunk in self.megatron_parallel:
                     get_model_config(chunk).grad_scale_func = optimizer.mcore_optimizer.scale_loss
 

@@ -22,10 +22,10 @@ from nemo_rao.runtime.launch import started_externally
 
 
 def set_up_rank(config: RunConfig) -> None:
-    """What of NeMo and Lightning a rank sets before it builds anything; its place is in the environment."""
-    vars(rank_zero_only)["rank"] = global_rank()  # read once, at the import, which forked ranks have behind them
+    """Set up NeMo and Lightning in a rank before it builds anything; its rank is in the environment."""
+    vars(rank_zero_only)["rank"] = global_rank()  # read once, on import, which precedes the fork of ranks
     nemo_logging.setLevel(nemo_logging.WARNING)
-    # The one place where NeMo reads how long ranks wait for each other.
+    # The only place where NeMo reads the timeout of process groups.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(config.trainer.timeout_minutes * 60)))
     torch.manual_seed(config.trainer.seed)
 
@@ -38,12 +38,12 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
     start_from: Path | None = None,
 ) -> Any:
-    """NeMo's trainer over the recipe's ranks.
+    """Create NeMo's trainer over the recipe's ranks.
 
     Args:
-        folder: of results.
-        callbacks: what NeMo may copy and store with every checkpoint: nothing that holds data.
-        start_from: a checkpoint whose weights are read before the first step.
+        folder: directory of results.
+        callbacks: callbacks that NeMo may copy and store with every checkpoint, so none that holds data.
+        start_from: checkpoint whose weights are loaded before the first step.
     """
     trainer = nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -54,13 +54,13 @@ def make_trainer(
         strategy=build.strategy(config),
         plugins=build.precision(config),
         callbacks=list(callbacks),
-        # NeMo and Lightning, left to themselves, log some numbers under a count of their own.
+        # By default NeMo and Lightning log some numbers under a different step count.
         logger=False,
         log_every_n_steps=0,
         enable_checkpointing=bool(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,  # validation is a callback: it sees every prompt once, however many ranks there are
+        limit_val_batches=0,  # validation is a callback that evaluates every prompt once, for any number of ranks
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         accumulate_grad_batches=1,

@@ -1,4 +1,4 @@
-"""Inspection: of data before training, of a run afterwards."""
+"""Inspection commands: data before training, a run afterwards."""
 
 from __future__ import annotations
 
