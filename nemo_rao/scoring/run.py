@@ -49,7 +49,7 @@ def _make_judge(path: str, place: Place) -> Scorer:
     return make(path, place)
 
 
-OPTIONS = OptionNames(READING, {"leave data.reward_field unset": "take these with --scorer column, without a field"})
+OPTIONS = OptionNames(READING, {"Leave data.reward_field unset": "Take these with --scorer column, without a field"})
 KINDS: Mapping[str, Kind] = {
     "rule": RULE,
     "judge": Kind(_make_judge, lambda path: Path(path).stem.replace(".", "_"), "FILE.yaml"),

@@ -102,7 +102,7 @@ def test_a_system_message_or_a_prompt_that_differs_from_the_messages_is_refused(
     said = refusal({"system": "Be brief.", "prompt": [SYSTEM, USER]} | SIDES)
     assert "field 'system' differs from the system message of the prompt" in said
     said = refusal({"question": "Which?", "chosen": [USER, GOOD], "rejected": [USER, BAD]})
-    assert "field 'question' is text that belongs among the messages" in said
+    assert "field 'question' is text that is missing from the messages" in said
 
 
 def test_columns_without_content_or_said_by_the_row_already_are_no_remark(read):

@@ -271,7 +271,7 @@ def test_prompts_that_cannot_be_used_are_told_with_their_line(
             *("rotary within", "text_config.rope_parameters is ignored by the installed `transformers`"),
             marks=needs_transformers_4,
         ),
-        ("tokenizer", "give a folder with a Hugging Face tokenizer"),
+        ("tokenizer", "Pass a directory with a Hugging Face tokenizer"),
         ("end token", "has no end token"),
         ("of a kind there is not", "cannot read the configuration of this lama"),
         ("of another task", "t5 is no causal language model"),

@@ -236,7 +236,7 @@ def test_thinking_that_the_generation_prompt_opens_is_no_answer_before_it_ends(
         ("pickled", ("pytorch_model.bin is pickled, and pickles can run code",)),
         ("of a kind there is not", ("configuration of this lama",)),
         ("template", ("has no chat template",)),
-        ("system", ("the chat template", "refuses messages of system, user", "set system to null")),
+        ("system", ("the chat template", "rejects messages of system, user", "set system to null")),
     ],
 )
 def test_a_folder_that_is_no_chat_model_is_named_before_anything_is_asked(

@@ -183,7 +183,7 @@ def test_nothing_of_a_row_is_lost(command: Command) -> None:
     write_lines("in.jsonl", row)
     code, output, message = command("in.jsonl", "same.jsonl", "--scorer", "column")
     assert code == 0, message
-    assert "fields that are not used: source (1 row)" in output and "reference_rewards" not in output
+    assert "unused fields: source (1 row)" in output and "reference_rewards" not in output
     [before], [after] = read_rows("in.jsonl"), read_rows("same.jsonl")
     assert replace(after, place="", unused=()) == replace(before, place="", unused=())
     # Rewards of another scorer are not on the scale of the reference policy's.
@@ -212,7 +212,7 @@ def test_columns_of_other_names_are_read_and_bad_rows_dropped_and_counted_by_cau
     code, output, message = command(*given, "--bad-rows", "drop", "--max-bad-rows", "0.4", "--ignore-field", "id")
     assert code == 0, message
     assert output.count("1 bad row dropped") == 4 and "in.jsonl line 5: field 'chosen' is empty" in output, output
-    assert "fields that are not used: topic (7 rows)" in output
+    assert "unused fields: topic (7 rows)" in output
     assert [row["prompt"] for row in read_lines("out.jsonl")] == ["q0", "q1", "q2", "q3", "q5", "q6", "q7"]
     assert column("reward") == [[0, 0]] * 6 + [[1, 0]]
 

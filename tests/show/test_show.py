@@ -108,7 +108,7 @@ def test_dropped_rows_are_counted_by_reason_and_the_first_of_each_is_shown(
     lengths = charts(seen)[0][1][2].histogram
     assert lengths.counts["trained on"].sum() == 22 and lengths.counts["dropped"].sum() == 4
     for written in ("\n".join(Writer(colour=False, width=80).lines(seen)), "".join(page(seen))):
-        assert "fields that are not used: source" in written
+        assert "unused fields: source" in written
         assert all(
             row.problem is not None and row.problem[0][:40] in written.replace("&#x27;", "'") for row in shown.values()
         )
