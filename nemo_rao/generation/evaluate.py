@@ -135,9 +135,7 @@ def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> 
         if task in benchmarks:
             remarks.update(benchmarks[task].check(policy))
             path = results.folder / benchmarks[task].file_name
-            if not part_path(
-                path
-            ).exists():  # otherwise the answers are ours, from a run killed before their result was saved
+            if not part_path(path).exists():  # else the answers are ours, from a run killed before saving
                 check_place(path)
     print_notes(policy, remarks)
     for task in todo:

@@ -66,5 +66,5 @@ class OptionNames:
 
 
 def _as_assignment(match: re.Match[str]) -> str:
-    verb = "Set" if match[1] == "A" else "set"
+    verb = "Pass" if match[1] == "A" else "pass"
     return f"{verb} {match[3]}=[{match[2]}]"

@@ -104,7 +104,7 @@ def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
                     continue
                 yield place, _json_object(line, "utf-8-sig" if number == 1 else "utf-8", place)
     except EOFError:
-        raise UserError(f"{path}: truncated .gz file (ends after line {number}). Copy it again.") from None
+        raise UserError(f"{path}: truncated .gz file (ends after line {number}). Copy or download it again.") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{path}: damaged .gz file after line {number} ({_one_line(error)}). Copy or download it again, "

@@ -161,7 +161,7 @@ def test_by_reward_forgets_the_labels_and_nothing_else():
     ],
 )
 def test_by_reward_refuses_a_row_without_one_and_says_where_it_belongs(lacking, remedy):
-    with pytest.raises(UserError, match=f"line 7: response 2 has no reward, and data.pairs_by is reward; {remedy}"):
+    with pytest.raises(UserError, match=f"line 7: response 2 has no reward, and data.pairs_by is reward. {remedy}"):
         prefer_by(lacking, "reward")
 
 

@@ -438,9 +438,13 @@ UNPAIRED = {"prompt": "Hi?", "completion": "Hello!"}
         # rewards
         (responses({"content": "x", "reward": float("nan")}), "responses[0].reward", "must be a finite number"),
         (responses({"content": "x", "reward": float("inf")}), "responses[0].reward", "must be a finite number"),
-        (responses({"content": "x", "reward": -1e39}), "responses[0].reward", "above 1e+12 squared errors"),
+        (
+            responses({"content": "x", "reward": -1e39}),
+            "responses[0].reward",
+            "squared errors and gradients above 1e+12",
+        ),
         (responses({"content": "x", "reward": 1.1e12}), "responses[0].reward", "nemo-rao score --standardize global"),
-        (PAIR | {"score_rejected": 1e30}, "score_rejected", "is 1e+30, and above 1e+12 squared errors"),
+        (PAIR | {"score_rejected": 1e30}, "score_rejected", "is 1e+30, but squared errors and gradients above"),
         (responses({"content": "x", "reward": 10**400}), "responses[0].reward", "must be a finite number"),
         (responses({"content": "x", "reward": "1"}), "responses[0].reward", "must be a number, found text ('1')"),
         (responses({"content": "x", "reward": True}), "responses[0].reward", "must be a number, found a boolean"),
