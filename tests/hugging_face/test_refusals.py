@@ -118,7 +118,7 @@ def pickled(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, "no such folder"),
+    "no folder": (shutil.rmtree, "no such directory"),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config.json cut off": (lambda folder: cut(folder / "config.json", 40), "config.json cannot be read"),
     "another architecture": (

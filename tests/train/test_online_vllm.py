@@ -45,7 +45,7 @@ for line in sys.stdin:
     elif what == "sample":
         (FOLDER / f"sample{{begun}}.json").write_text(line)
         responses = []
-        for place, seed in zip(asked["places"], asked["seeds"], strict=True):
+        for index, seed in zip(asked["prompt_indices"], asked["seeds"], strict=True):
             draw = random.Random(seed)
             length = draw.randint(1, asked["settings"]["max_tokens"])
             tokens = [draw.randint(8, 99) for _ in range(length)]
