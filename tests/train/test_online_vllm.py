@@ -122,10 +122,10 @@ def test_it_is_given_what_an_export_has_and_its_samples_are_trained_on(
     assert tensors.keys() == exported.keys()
     for one, tensor in tensors.items():
         torch.testing.assert_close(tensor, exported[one], rtol=1e-6, atol=1e-6)
-    described, same = (json.loads((place / "config.json").read_text()) for place in (other, tmp_path / "exported"))
-    for place in (described, same):
+    described, same = (json.loads((folder / "config.json").read_text()) for folder in (other, tmp_path / "exported"))
+    for folder in (described, same):
         for key in ("torch_dtype", "dtype", "transformers_version", "tie_word_embeddings"):
-            place.pop(key, None)
+            folder.pop(key, None)
     assert described == same
     assert json.loads((other / "start.json").read_text())["max_model_len"] == 64
 
@@ -155,7 +155,7 @@ def test_its_end_is_that_of_the_run_in_one_line(tmp_path: Path) -> None:
 def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:
     from nemo_rao.rollout.vllm_model import check_python
 
-    with pytest.raises(UserError, match=r"online.vllm_python=.*: has no vLLM; install it there"):
+    with pytest.raises(UserError, match=r"online.vllm_python=.*: has no vLLM. Install it there"):
         check_python(sys.executable)
     with pytest.raises(UserError, match=r"online.vllm_python=/nowhere/python: no such program"):
         check_python("/nowhere/python")
