@@ -368,7 +368,12 @@ def test_rewards_that_are_no_labels_are_refused_by_kto_without_a_threshold(
     refused_early: Callable[..., str], tmp_path: Path
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", UNPAIRED, row(("a b", 0.5), prompt="Sort: c b"))
-    has(refused_early("kto", rows), "model.kto.threshold is null", "not labels (1 or 0)", "set the reward above which")
+    has(
+        refused_early("kto", rows),
+        "model.kto.threshold is null",
+        "not labels (1 or 0)",
+        "Set it to the reward above which",
+    )
 
 
 def test_one_prompt_is_too_few_for_responses_to_others(refused_early: Callable[..., str], tmp_path: Path) -> None:

@@ -123,9 +123,9 @@ def test_it_is_given_what_an_export_has_and_its_samples_are_trained_on(
     for one, tensor in tensors.items():
         torch.testing.assert_close(tensor, exported[one], rtol=1e-6, atol=1e-6)
     described, same = (json.loads((folder / "config.json").read_text()) for folder in (other, tmp_path / "exported"))
-    for folder in (described, same):
+    for config in (described, same):
         for key in ("torch_dtype", "dtype", "transformers_version", "tie_word_embeddings"):
-            folder.pop(key, None)
+            config.pop(key, None)
     assert described == same
     assert json.loads((other / "start.json").read_text())["max_model_len"] == 64
 
@@ -148,7 +148,7 @@ def test_its_end_is_that_of_the_run_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(AssertionError) as failed:
             run_training("gpt_rloo", [*keys, *layout, f"exp_manager.name=run{number}"])
         last = str(failed.value).strip().splitlines()[-1]
-        assert "online.sampler=vllm: its process ended with code 3 (out of memory); its log is" in last
+        assert "online.sampler=vllm: the vLLM process ended with code 3 (out of memory). See its log," in last
         shutil.rmtree(tmp_path / f"run{number}")
 
 
