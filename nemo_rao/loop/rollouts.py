@@ -152,7 +152,7 @@ class MakeRollouts(Hook):
                 with self._timed("reward"):
                     rollout = self._parts.rewarded(train, self._text, size)
             except RankFailure as failure:  # on every rank
-                raise RankFailure(f"{failure}. {_save_where_it_stopped(session)}") from failure
+                raise RankFailure(f"{str(failure).removesuffix('.')}. {_save_where_it_stopped(session)}") from failure
             assert rollout.rewards is not None
             known = rollout.rewards[~np.isnan(rollout.rewards)]
             rollout = replace(rollout, rewards_so_far=before + np.array([known.sum(), len(known)]))

@@ -140,8 +140,8 @@ class Endpoint:
     def _refusal(self, response: httpx.Response) -> str:
         status = f"{response.status_code} ({self._begin(response)})"
         if response.status_code in (401, 403):
-            return (
-                f"{status}{'; no key was sent. Set api_key_variable.' if self._api_key is None else '. Check the key.'}"
+            return status + (
+                "; no key was sent. Set api_key_variable." if self._api_key is None else ". Check the key."
             )
         return f"{status}. Check base_url, model and parameters."
 

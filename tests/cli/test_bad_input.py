@@ -183,7 +183,7 @@ def test_a_truncated_gz_file_is_named_with_its_last_whole_line(refused: Callable
             ("line 2", "'responses[0].content' is missing", "add it"),
         ),
         ("gpt_rao", row(("a b", 1.0), ("b a", None)), ("line 2", "response 2 has no reward", "objective rao")),
-        ("gpt_rao", row(("a b", 1.0), (" ", 0.0)), ("line 2", "'responses[1].content' is empty", "drop the row")),
+        ("gpt_rao", row(("a b", 1.0), (" ", 0.0)), ("line 2", "'responses[1].content' is empty", "Drop the row")),
         ("gpt_rao", row(("a b", 1.0), ("b", float("nan"))), ("line 2", "'responses[1].reward'", "nan", "finite")),
         ("gpt_rao", row(("a b", "good"), ("b", 0.0)), ("line 2", "'responses[0].reward'", "a number", "'good'")),
         ("gpt_dpo", row(("a b", 1.0)), ("line 2", "1 responses", "objective dpo needs at least 2")),
