@@ -139,7 +139,7 @@ def test_a_scorer_that_fails_is_asked_again_and_then_ends_the_run() -> None:
         (
             ["column:score"],
             {},
-            "online.reward=column:score: must be .*there are rule:module:func.*, judge:",
+            "online.reward=column:score: must be .*one of rule:module:func.*, judge:",
         ),
         (["rule:rules_of_this_test:length"], {"lenght": 1.0}, "online.reward_weights: there is no scorer lenght"),
     ],
