@@ -65,7 +65,9 @@ class AlpacaEval:
         self.model_name, self._settings = model_name, settings
         self._max_new_tokens = settings.max_new_tokens or 2048
         columns = Columns(ignore_fields=ignore_fields)
-        self._examples = [_example(place, record, columns) for place, record in read_records(path)][: settings.limit]
+        self._examples = [_example(location, record, columns) for location, record in read_records(path)][
+            : settings.limit
+        ]
         self.file_name = "alpaca_eval.json"
         self.identity = {
             "digest_of_instructions": hashlib.sha256(
@@ -128,9 +130,9 @@ class AlpacaEval:
         return Question(content, row.place, (number, 0, 0), self._settings.temperature, row.template_fields, plain)
 
 
-def _example(place: str, record: Mapping[str, Any], columns: Columns) -> Example:
-    view = columns.view(record, place)
-    instruction = read_text(view.required("instruction"), place, "instruction")
+def _example(location: str, record: Mapping[str, Any], columns: Columns) -> Example:
+    view = columns.view(record, location)
+    instruction = read_text(view.required("instruction"), location, "instruction")
     dataset = str(view.get("dataset") or DATASET)
     for name in _IGNORED:
         view.get(name)

@@ -81,7 +81,9 @@ class MtBench:
         self.model_name, self._settings = model_name, settings
         self._max_new_tokens = settings.max_new_tokens or 1024
         columns = Columns(ignore_fields=ignore_fields)
-        self._examples = [_example(place, record, columns) for place, record in read_records(path)][: settings.limit]
+        self._examples = [_example(location, record, columns) for location, record in read_records(path)][
+            : settings.limit
+        ]
         self.file_name = f"mt_bench/{model_name}.jsonl"
         self.identity = {
             "digest_of_questions": hashlib.sha256(
@@ -184,12 +186,12 @@ def _identity(example: Example) -> list[Any]:
     return [example.question_id, example.category, example.turns, *more]
 
 
-def _example(place: str, record: Mapping[str, Any], columns: Columns) -> Example:
-    view = columns.view(record, place)
+def _example(location: str, record: Mapping[str, Any], columns: Columns) -> Example:
+    view = columns.view(record, location)
     turns = view.required("turns")
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{place}: field 'turns' must be a list of texts, found {describe(turns)}")
-    texts = tuple(read_text(turn, place, f"turns[{number}]") for number, turn in enumerate(turns))
-    question_id, category = view.required("question_id"), read_text(view.required("category"), place, "category")
+        raise UserError(f"{location}: field 'turns' must be a list of texts, found {describe(turns)}")
+    texts = tuple(read_text(turn, location, f"turns[{number}]") for number, turn in enumerate(turns))
+    question_id, category = view.required("question_id"), read_text(view.required("category"), location, "category")
     view.get("reference")  # used by the judge only
-    return Example(place, question_id, category, texts, make_row(view, with_context(view, texts[0]), (), ()))
+    return Example(location, question_id, category, texts, make_row(view, with_context(view, texts[0]), (), ()))

@@ -151,13 +151,13 @@ class Policy:
         """
         return self.encoder.encode(question.row()).remarks
 
-    def prompt_text(self, content: str | Messages, place: str) -> str:
+    def prompt_text(self, content: str | Messages, location: str) -> str:
         """Render the prompt, including the generation prompt.
 
         Raises:
             UserError: the chat template cannot render it.
         """
-        return self.encoder.prompt_text(Row(content, (), place))
+        return self.encoder.prompt_text(Row(content, (), location))
 
     def problem_of(self, question: Question, answer: Answer) -> str | None:
         """Check whether training could read the answer. A missing token boundary to its prompt is an example.

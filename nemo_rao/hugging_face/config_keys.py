@@ -115,14 +115,14 @@ _SAMPLING_IN_4 = {
 _REPORTED = (_CODE, _DROPOUT, _SAMPLING)
 
 
-def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: Collection[str] | None = ()) -> Any:
+def read_config(given: Mapping[str, Any], family: Family, location: str, ignored: Collection[str] | None = ()) -> Any:
     """Read the network's config under the names of transformers 4, with its defaults for missing keys.
 
     ``rope_scaling`` is ``None``, or has all settings of Llama 3's scaling.
 
     Args:
         given: config.json, as written by transformers 4 or 5.
-        place: the file, for messages.
+        location: the file, for messages.
         ignored: keys that the user declares harmless; all of them must be unknown. ``None``: all unknown keys, as for
             a model that has already been imported.
 
@@ -131,34 +131,34 @@ def read_config(given: Mapping[str, Any], family: Family, place: str, ignored: C
     """
     from transformers import CONFIG_MAPPING
 
-    flat = with_flat_rope(given, place)
-    _check_fixed(flat, family, place)
+    flat = with_flat_rope(given, location)
+    _check_fixed(flat, family, location)
     read = {name: flat[name] for name in _read_keys(family) if name in flat}
     unknown = [name for name in flat if name not in read and not _is_known(name, family)]
     ignored = unknown if ignored is None else ignored
     if wrong := sorted(set(ignored) - set(unknown)):
         raise UserError(
-            f"--ignore-key {wrong[0]}: {place} has no such unknown key (unknown: {', '.join(unknown) or 'none'})"
+            f"--ignore-key {wrong[0]}: {location} has no such unknown key (unknown: {', '.join(unknown) or 'none'})"
         )
     for name in unknown:
         if name not in ignored and flat[name] is not None:
             raise UserError(
-                f"{place}: key {name} ({_shown(flat[name])}) is unknown and may change the network. If "
+                f"{location}: key {name} ({_shown(flat[name])}) is unknown and may change the network. If "
                 f"{family.architecture} does not depend on it, pass --ignore-key {name}."
             )
-    _check_read(read, family, place)
+    _check_read(read, family, location)
     if "num_experts" in family.reads and "num_local_experts" in read:  # as transformers 5 writes it
         read["num_experts"] = read.pop("num_local_experts")
     try:
         made = CONFIG_MAPPING[family.model_type].from_dict(dict(read))
     except Exception as error:  # whatever its validation raises
-        raise UserError(f"{place} is rejected by transformers: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{location} is rejected by transformers: {' '.join(str(error).split())[:200]}") from None
     network = _as_in_4(made, read)
     heads, groups = network.num_attention_heads, network.num_key_value_heads
     if heads % groups or (not vars(network).get("head_dim") and network.hidden_size % heads):
         raise UserError(
-            f"{place}: num_attention_heads ({heads}) must divide hidden_size ({network.hidden_size}) and be a multiple "
-            f"of num_key_value_heads ({groups}). Download it again."
+            f"{location}: num_attention_heads ({heads}) must divide hidden_size ({network.hidden_size}) and be a "
+            f"multiple of num_key_value_heads ({groups}). Download it again."
         )
     return network
 
@@ -206,20 +206,20 @@ def _is_known(name: str, family: Family) -> bool:
     return name in (*FIXED, *family.fixed, *HARMLESS, *family.unused, "layer_types", "sliding_window")
 
 
-def _check_fixed(given: Mapping[str, Any], family: Family, place: str) -> None:
+def _check_fixed(given: Mapping[str, Any], family: Family, location: str) -> None:
     for name, values in {**FIXED, **family.fixed}.items():
         if name in given and given[name] not in values:
-            _reject(place, name, given[name], f"only {' or '.join(map(_shown, values))} can be imported")
+            _reject(location, name, given[name], f"only {' or '.join(map(_shown, values))} can be imported")
     window = given.get("sliding_window")
     if window is not None and not family.period and "sliding_window" not in family.unused:
-        _reject(place, "sliding_window", window, f"{family.architecture} has no window. Remove the key.")
+        _reject(location, "sliding_window", window, f"{family.architecture} has no window. Remove the key.")
     layers, kinds = given.get("num_hidden_layers"), given.get("layer_types")
     if kinds is None:
         return
     if layers not in (len(kinds), None) or kinds != kinds_of_layers(family, len(kinds), window):
         wanted = ", ".join(sorted(set(kinds_of_layers(family, len(kinds), window))))
         _reject(
-            place,
+            location,
             "layer_types",
             kinds,
             f"only {wanted} in the order of {family.architecture} with num_hidden_layers={layers} can be imported",
@@ -234,41 +234,41 @@ def kinds_of_layers(family: Family, num_layers: int, window: int | None) -> list
     return [everywhere if (number + 1) % family.period == 0 else local for number in range(num_layers)]
 
 
-def _check_read(read: Mapping[str, Any], family: Family, place: str) -> None:
+def _check_read(read: Mapping[str, Any], family: Family, location: str) -> None:
     sizes = (*SIZES, *(name for name in family.reads if name not in _OF_FAMILIES))
     for name in sizes:
         value = read.get(name, 1)
         if not (_is_size(value) or (value is None and name in _MAY_BE_NULL)):
-            _reject(place, name, value, "it must be a positive integer. Download it again.")
+            _reject(location, name, value, "it must be a positive integer. Download it again.")
     for name in NUMBERS:
         if name in read and not _is_number(read[name]):
-            _reject(place, name, read[name], "it must be a positive number. Download it again.")
+            _reject(location, name, read[name], "it must be a positive number. Download it again.")
     for name in ("tie_word_embeddings", "norm_topk_prob"):
         if (value := read.get(name, False)) not in (True, False):
-            _reject(place, name, value, "it must be true or false. Download it again.")
+            _reject(location, name, value, "it must be true or false. Download it again.")
     if (window := read.get("sliding_window")) is not None and not _is_size(window):
-        _reject(place, "sliding_window", window, "it must be a positive integer, or null. Download it again.")
+        _reject(location, "sliding_window", window, "it must be a positive integer, or null. Download it again.")
     if family.period > 1 and "sliding_window" in read and window is None:
-        _reject(place, "sliding_window", window, f"{family.architecture} needs one. Download it again.")
+        _reject(location, "sliding_window", window, f"{family.architecture} needs one. Download it again.")
     if (scaling := read.get("rope_scaling")) is not None:
-        _check_scaling(scaling, family, place)
+        _check_scaling(scaling, family, location)
 
 
-def _check_scaling(scaling: Mapping[str, Any], family: Family, place: str) -> None:
+def _check_scaling(scaling: Mapping[str, Any], family: Family, location: str) -> None:
     kind = scaling["rope_type"]
     if kind == "default":
-        _reject(place, "rope_scaling", scaling, "rope_type default does not scale. Remove the other settings.")
+        _reject(location, "rope_scaling", scaling, "rope_type default does not scale. Remove the other settings.")
     if kind != family.rope_type:
-        _reject(place, "rope_scaling", scaling, "only the default, and llama3 of LlamaForCausalLM, can be imported")
+        _reject(location, "rope_scaling", scaling, "only the default, and llama3 of LlamaForCausalLM, can be imported")
     if "rope_scaling" in family.fixed:
         return
     for name in _LLAMA3:
         if not _is_number(scaling.get(name)):
             _reject(
-                place, f"rope_scaling.{name}", scaling.get(name), "it must be a positive number. Download it again."
+                location, f"rope_scaling.{name}", scaling.get(name), "it must be a positive number. Download it again."
             )
     if other := sorted(set(scaling) - {"rope_type", *_LLAMA3}):
-        _reject(place, f"rope_scaling.{other[0]}", scaling[other[0]], "llama3 has no such setting. Remove it.")
+        _reject(location, f"rope_scaling.{other[0]}", scaling[other[0]], "llama3 has no such setting. Remove it.")
 
 
 def _is_size(value: Any) -> bool:
@@ -279,8 +279,8 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
-def _reject(place: str, name: str, value: Any, remedy: str) -> None:
-    raise UserError(f"{place}: {name} ({_shown(value)}) cannot be imported: {remedy}")
+def _reject(location: str, name: str, value: Any, remedy: str) -> None:
+    raise UserError(f"{location}: {name} ({_shown(value)}) cannot be imported: {remedy}")
 
 
 def _shown(value: Any) -> str:

@@ -65,7 +65,7 @@ def _sound(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return fields, changed
 
 
-def _check(fields: Mapping[str, Any], place: str) -> None:
+def _check(fields: Mapping[str, Any], location: str) -> None:
     """Reject settings that transformers refuses to save. They are saved for this, since the checks vary by release."""
     from transformers import GenerationConfig
 
@@ -75,5 +75,5 @@ def _check(fields: Mapping[str, Any], place: str) -> None:
     except Exception as error:  # ValueError, or anything caused by a value of a wrong type
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{place} is rejected by transformers ({reason}). Correct the file, or remove it, as it is optional."
+            f"{location} is rejected by transformers ({reason}). Correct the file, or remove it, as it is optional."
         ) from None

@@ -166,7 +166,7 @@ _ROUNDING = (
 )
 
 
-def check_expressible(fields: Mapping[str, Any], family: Family, place: str) -> None:
+def check_expressible(fields: Mapping[str, Any], family: Family, location: str) -> None:
     """Check that config.json can express the network. Imports megatron.
 
     Raises:
@@ -189,6 +189,6 @@ def check_expressible(fields: Mapping[str, Any], family: Family, place: str) -> 
     for name, value in fields.items():
         if name not in expressed and name not in NO_EFFECT and not _same(value, usual.get(name)):
             raise UserError(
-                f"{place}: {name}={value} cannot be exported: config.json of {family.architecture} cannot express it "
-                f"(its models have {usual.get(name)})"
+                f"{location}: {name}={value} cannot be exported: config.json of {family.architecture} cannot express "
+                f"it (its models have {usual.get(name)})"
             )

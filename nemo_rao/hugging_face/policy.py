@@ -108,13 +108,13 @@ def policy_of(config: RunConfig, num_tokens: int) -> Policy:
     """
     from nemo_rao.data.encode import load_tokenizer
 
-    place = f"{_KEY}: the model of this run"
+    location = f"{_KEY}: the model of this run"
     described = describe_run(
         config, run_dir(config), str(Path(config.data.tokenizer or "").expanduser()), engine_name(config)
     )
     if described.family.nemo_model is None:
         raise UserError(f"{_KEY}: {described.family.architecture} is not supported yet. Set online.sampler=megatron.")
-    check_expressible(vars(described.config), described.family, place)
+    check_expressible(vars(described.config), described.family, location)
     tied = bool(described.config.share_embeddings_and_output_weights)
     if tied and described.lora is not None and OUTPUT_LAYER in lora_targets(config):
         raise UserError(

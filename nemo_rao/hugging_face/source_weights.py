@@ -127,22 +127,22 @@ def read_pickle(file: Path) -> dict[str, Any]:
         ) from None
 
 
-def check_names(stored: Iterable[str], wanted: Iterable[str], place: str) -> None:
+def check_names(stored: Iterable[str], wanted: Iterable[str], location: str) -> None:
     """Check that all of a model's tensors are present, and no others.
 
     Args:
-        place: the model, for messages.
+        location: the model, for messages.
 
     Raises:
         UserError: a tensor is missing or unexpected; the message names the first one.
     """
     names = set(stored)
     if missing := [name for name in wanted if name not in names]:
-        raise UserError(f"{place} has no tensor {missing[0]}, which config.json requires. Download it again.")
+        raise UserError(f"{location} has no tensor {missing[0]}, which config.json requires. Download it again.")
     # Tied models may store the matrix a second time.
     left_over = sorted(name for name in names.difference(wanted) if name != OUTPUT and not name.endswith(_ROTARY))
     if left_over:
-        raise UserError(f"{place} has an unexpected tensor {left_over[0]}, which the model does not use")
+        raise UserError(f"{location} has an unexpected tensor {left_over[0]}, which the model does not use")
 
 
 def check_tie(tensors: Mapping[str, Any], folder: Path) -> None:

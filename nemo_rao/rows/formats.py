@@ -159,16 +159,16 @@ def from_messages(record: View, reward_field: RewardField) -> Row:
 
 
 def _canonical_response(record: View, reward_field: RewardField) -> Response:
-    place = record.place
+    location = record.place
     if record.get("role", "assistant") != "assistant":
         raise UserError(
-            f"{place}: field '{record.path_of('role')}' must be assistant, found {describe(record['role'])}"
+            f"{location}: field '{record.path_of('role')}' must be assistant, found {describe(record['role'])}"
         )
     response = read_response(record, "content", "reward", reward_field)
     if "continuation" in record:
         response = replace(response, continuation=read_messages(record["continuation"], record, "continuation"))
     if "plain_content" in record:
-        plain = read_text(record["plain_content"], place, record.path_of("plain_content"))
+        plain = read_text(record["plain_content"], location, record.path_of("plain_content"))
         response = replace(response, plain_content=plain)
     return response
 

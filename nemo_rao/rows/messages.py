@@ -30,7 +30,7 @@ CALLS = ("tool_calls", "function_call")  # with one of these, a message's conten
 _MESSAGES_AS_TEXT = re.compile(r"\s*(?:array\()?\[?\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 
 
-def as_messages(value: object, place: str, field: str) -> object:
+def as_messages(value: object, location: str, field: str) -> object:
     """Decode messages stored as text and wrap a single message in a list. Other values are returned unchanged.
 
     Raises:
@@ -40,7 +40,7 @@ def as_messages(value: object, place: str, field: str) -> object:
         decoded = _decoded(value)
         if decoded is None:
             raise UserError(
-                f"{place}: field '{field}' is text that begins like a list of messages, but is not JSON. "
+                f"{location}: field '{field}' is text that begins like a list of messages, but is not JSON. "
                 "Rewrite the file with messages as a list, or as JSON text."
             )
         value = decoded
@@ -49,15 +49,15 @@ def as_messages(value: object, place: str, field: str) -> object:
     return value
 
 
-def decoded_json(value: object, place: str, field: str) -> Any:
+def decoded_json(value: object, location: str, field: str) -> Any:
     """Decode a field that column stores hold as JSON text, such as ``tools``, as a whole or entry by entry."""
     if isinstance(value, list):
-        return [decoded_json(entry, place, f"{field}[{number}]") for number, entry in enumerate(value)]
+        return [decoded_json(entry, location, f"{field}[{number}]") for number, entry in enumerate(value)]
     if not isinstance(value, str):
         return value
     decoded = _decoded(value)
     if decoded is None:
-        raise UserError(f"{place}: field '{field}' must be an object or a list, or JSON text of one")
+        raise UserError(f"{location}: field '{field}' must be an object or a list, or JSON text of one")
     return decoded
 
 
@@ -88,13 +88,13 @@ def read_prompt(value: object, record: View, name: str) -> str | Messages:
     return read_messages(value, record, name)
 
 
-def check_prompt(messages: Messages, place: str, field: str) -> Messages:
+def check_prompt(messages: Messages, location: str, field: str) -> Messages:
     """Reject messages that do not end with a message to be answered."""
     last = messages[-1]
-    read_text(last["content"], place, f"{field}[{len(messages) - 1}].content")
+    read_text(last["content"], location, f"{field}[{len(messages) - 1}].content")
     if last["role"] == "assistant":
         raise UserError(
-            f"{place}: field '{field}' ends with an assistant message, but a prompt must end with the message to be "
+            f"{location}: field '{field}' ends with an assistant message, but a prompt must end with the message to be "
             "answered"
         )
     return messages
@@ -106,17 +106,18 @@ def read_messages(value: object, record: View, name: str) -> Messages:
     Raises:
         UserError: it is not such a list, or a message's content is not text.
     """
-    place, field = record.place, record.path_of(name)
-    value = as_messages(value, place, field)
+    location, field = record.place, record.path_of(name)
+    value = as_messages(value, location, field)
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{place}: field '{field}' must be text or a list of messages, found {describe(value)}")
+        raise UserError(f"{location}: field '{field}' must be text or a list of messages, found {describe(value)}")
     if not value:
-        raise UserError(f"{place}: field '{field}' is empty. Drop the row or fill it in.")
+        raise UserError(f"{location}: field '{field}' is empty. Drop the row or fill it in.")
     messages = []
     for number, message in enumerate(value):
         if not isinstance(message, Mapping):
             raise UserError(
-                f"{place}: field '{field}[{number}]' must be a message with role and content, found {describe(message)}"
+                f"{location}: field '{field}[{number}]' must be a message with role and content, found "
+                f"{describe(message)}"
             )
         messages.append(_read_message(record.child(message, name, number)))
     return tuple(messages)
@@ -218,22 +219,22 @@ def _read_content(message: View, field: str) -> str:
     return check_unicode(content, message.place, path)
 
 
-def read_weight(value: object, place: str, field: str) -> float:
+def read_weight(value: object, location: str, field: str) -> float:
     """Read a message's weight: 1, or 0 for an answer that is not learned."""
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return float(value)
-    raise UserError(f"{place}: field '{field}' must be 0 or 1, found {describe(value)}. Drop the row.")
+    raise UserError(f"{location}: field '{field}' must be 0 or 1, found {describe(value)}. Drop the row.")
 
 
-def read_truncated(value: object, place: str, field: str) -> bool:
+def read_truncated(value: object, location: str, field: str) -> bool:
     if not isinstance(value, bool):
-        raise UserError(f"{place}: field '{field}' must be true or false, found {describe(value)}")
+        raise UserError(f"{location}: field '{field}' must be true or false, found {describe(value)}")
     return value
 
 
 def answer_of(
     message: Mapping[str, Any],
-    place: str,
+    location: str,
     field: str,
     reward: float | None = None,
     ensemble: tuple[float, ...] = (),
@@ -243,7 +244,7 @@ def answer_of(
 
     Args:
         message: as returned by :func:`read_messages`.
-        place, field: its location, for error messages.
+        location, field: its location, for error messages.
         reward, ensemble, continuation: see :class:`nemo_rao.batch.Response`.
 
     Raises:
@@ -252,8 +253,8 @@ def answer_of(
     fields = {name: value for name, value in message.items() if name not in ("role", "content", "weight", "truncated")}
     content = message["content"]
     if not any(fields.get(name) for name in CALLS):
-        content = read_text(content, place, field)
-    truncated = read_truncated(message.get("truncated", False), place, f"{field}.truncated")
+        content = read_text(content, location, field)
+    truncated = read_truncated(message.get("truncated", False), location, f"{field}.truncated")
     weight = message.get("weight", 1.0)
     return Response(content, reward, ensemble, tuple(continuation), fields, weight, truncated)
 

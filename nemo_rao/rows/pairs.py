@@ -80,7 +80,7 @@ def _shared_prompt(
     prompt: str | Messages | None, conversations: tuple[Messages, Messages], record: View
 ) -> str | Messages:
     """The messages before the one assistant message in which the two sides may differ."""
-    place, (chosen, rejected) = record.place, conversations
+    location, (chosen, rejected) = record.place, conversations
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -92,22 +92,22 @@ def _shared_prompt(
             before = prompt
         elif all(" ".join(message["content"].split()) != " ".join(prompt.split()) for message in leading):
             raise UserError(
-                f"{place}: field '{name}' is text that is missing from the messages shared by 'chosen' and 'rejected'. "
-                "Add it there as a user message, write only the answers, or leave it out "
+                f"{location}: field '{name}' is text that is missing from the messages shared by 'chosen' and "
+                "'rejected'. Add it there as a user message, write only the answers, or leave it out "
                 f"(data.ignore_fields=[{name}])."
             )
     elif prompt is not None and leading[: len(prompt)] != prompt:  # otherwise both sides repeat the prompt
         before = prompt if prompt[len(prompt) - shared :] == leading else prompt + leading
     if not before:
         raise UserError(
-            f"{place}: field 'prompt' is missing, and 'chosen' and 'rejected' share no leading messages that could "
+            f"{location}: field 'prompt' is missing, and 'chosen' and 'rejected' share no leading messages that could "
             "be the prompt. Add it or drop the row."
         )
     for side, messages in zip(SIDES, conversations, strict=True):
         answer = messages[shared:]
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise UserError(
-                f"{place}: field '{side}' must hold one assistant message after the part shared with the other side, "
-                f"found messages of {roles_of(answer)}. Keep only the turn in which the two conversations differ."
+                f"{location}: field '{side}' must hold one assistant message after the part shared with the other "
+                f"side, found messages of {roles_of(answer)}. Keep only the turn in which the two conversations differ."
             )
     return before

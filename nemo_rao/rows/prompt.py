@@ -165,10 +165,11 @@ def _history(record: View) -> Messages:
     """LLaMA-Factory's earlier turns, ``[[question, answer], ...]``; or messages."""
     if not _is_filled(record, "history"):
         return ()
-    history, place = record["history"], record.place
+    history, location = record["history"], record.place
     if not isinstance(history, list):
         raise UserError(
-            f"{place}: field 'history' must be a list of [question, answer] or of messages, found {describe(history)}"
+            f"{location}: field 'history' must be a list of [question, answer] or of messages, found "
+            f"{describe(history)}"
         )
     if all(isinstance(turn, dict) for turn in history):
         return read_messages(history, record, "history")
@@ -176,10 +177,11 @@ def _history(record: View) -> Messages:
     for number, turn in enumerate(history):
         if not isinstance(turn, list) or len(turn) != 2:
             raise UserError(
-                f"{place}: field 'history[{number}]' must be [question, answer], found {describe(turn)}. Drop the row."
+                f"{location}: field 'history[{number}]' must be [question, answer], found {describe(turn)}. Drop the "
+                "row."
             )
         for role, text in zip(("user", "assistant"), turn, strict=True):
-            messages.append({"role": role, "content": read_text(text, place, f"history[{number}]")})
+            messages.append({"role": role, "content": read_text(text, location, f"history[{number}]")})
     return tuple(messages)
 
 

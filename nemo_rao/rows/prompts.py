@@ -129,15 +129,15 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
 def _prompts_of_source(source: str, names: Columns) -> Iterator[Prompt]:
     """Prompts of one source. Consecutive one-response records with the same prompt count once, as in training."""
     before: Row | None = None
-    for place, record in rows.read_records_of(source):
-        view = names.view(record, place)
+    for location, record in rows.read_records_of(source):
+        view = names.view(record, location)
         alone = _has_prompt_alone(view)
         known = None if alone else recognise(view)
         row = make_row(view, read_asked(view), (), ()) if known is None else known.convert(view, None)
         one_of_several = known is not None and known.one_response_a_record
         if not (one_of_several and before is not None and rows.same_prompt(before, row)):
             unused = tuple(path for path in row.unused if not (alone and path in row.fields))
-            yield Prompt(row.prompt, place, row.fields, row.template_fields, row.plain_prompt, unused, not alone)
+            yield Prompt(row.prompt, location, row.fields, row.template_fields, row.plain_prompt, unused, not alone)
         before = row if one_of_several else None
 
 
@@ -147,9 +147,9 @@ def _has_prompt_alone(view: View) -> bool:
 
 
 def _objects(records: list[tuple[str, Any]], path: str) -> list[tuple[str, Mapping[str, Any]]]:
-    for place, record in records:
+    for location, record in records:
         if not isinstance(record, Mapping):
-            raise UserError(f"{place}: expected an object with named fields. Write one JSON object per entry.")
+            raise UserError(f"{location}: expected an object with named fields. Write one JSON object per entry.")
     if not records:
         raise UserError(f"{path}: has no rows. Pass a file with at least one.")
     return records

@@ -63,9 +63,9 @@ def read_rows(
 def _rows_of_source(source: str, reward_field: RewardField, columns: Columns, on_bad: OnBad | None) -> Iterator[Row]:
     """Rows of one source. Consecutive one-response records with the same prompt become one row."""
     open_row: Row | None = None
-    for place, record in read_records_of(source, on_bad):
+    for location, record in read_records_of(source, on_bad):
         try:
-            view = columns.view(record, place)
+            view = columns.view(record, location)
             known = recognise(view)
             row = known.convert(view, reward_field)
         except UserError as error:

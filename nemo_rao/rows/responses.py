@@ -19,15 +19,15 @@ from nemo_rao.rows.writing import ANSWER_FIELDS
 
 def read_response(record: View, content_name: str, reward_name: str, reward_field: RewardField) -> Response:
     """Read a response whose text, reward and other fields are all in ``record``."""
-    place, path = record.place, record.path_of(content_name)
+    location, path = record.place, record.path_of(content_name)
     fields = _answer_fields(record)
     if any(fields.get(name) for name in CALLS):
         content = record.get(content_name, "")
         if not isinstance(content, str):
-            raise UserError(f"{place}: field '{path}' must be text, found {describe(content)}")
-        check_unicode(content, place, path)
+            raise UserError(f"{location}: field '{path}' must be text, found {describe(content)}")
+        check_unicode(content, location, path)
     else:
-        content = read_text(record.required(content_name), place, path)
+        content = read_text(record.required(content_name), location, path)
     reward, ensemble = read_reward(record, reward_name, reward_field)
     return Response(content, reward, ensemble, fields=fields, **_marks(record))
 
@@ -112,7 +112,7 @@ def make_row(
 
 
 def _answers_of_transcript(
-    asked: Asked, responses: Sequence[Response], names: Sequence[str], place: str
+    asked: Asked, responses: Sequence[Response], names: Sequence[str], location: str
 ) -> tuple[list[Response], str | None]:
     """(answers that end a transcript, without leading marker and whitespace; the text before the answers)."""
     plain, contents = asked.plain, [response.content for response in responses]
@@ -125,13 +125,13 @@ def _answers_of_transcript(
     for response, content, name in zip(responses, contents, names, strict=True):
         if has_turns(content):
             raise UserError(
-                f"{place}: field '{name}' must hold one assistant message after the prompt, found further turns "
+                f"{location}: field '{name}' must hold one assistant message after the prompt, found further turns "
                 "(a blank line, then 'Human:' or 'Assistant:'). Keep only the turn in which the answers differ."
             )
         answers.append(
             dataclasses.replace(
                 response,
-                content=read_text(content, place, name).strip(),
+                content=read_text(content, location, name).strip(),
                 plain_content=content if plain is not None else None,
             )
         )

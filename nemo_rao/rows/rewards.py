@@ -32,10 +32,10 @@ def read_reward(record: View, default: str, chosen: RewardField) -> tuple[float 
     return read_number(record.get(default), record.place, record.path_of(default)), ()
 
 
-def _read_label(value: object, place: str, field: str) -> float:
+def _read_label(value: object, location: str, field: str) -> float:
     if value in (0, 1) and isinstance(value, (bool, int)):
         return float(value)
-    raise UserError(f"{place}: field '{field}' must be true or false, found {describe(value)}")
+    raise UserError(f"{location}: field '{field}' must be true or false, found {describe(value)}")
 
 
 def _chosen_reward(record: View, chosen: str, may_be_null: bool = False) -> float | None:
@@ -58,7 +58,7 @@ def _chosen_reward(record: View, chosen: str, may_be_null: bool = False) -> floa
     return read_number(value, record.place, here.path_of(names[-1]))
 
 
-def read_score_of_pair(value: Any, place: str, field: str) -> float | None:
+def read_score_of_pair(value: Any, location: str, field: str) -> float | None:
     """Read the score of one side of a pair. A value that is not finite becomes NaN, not an error.
 
     Column stores write NaN for missing values, and the labels may make the score superfluous. Code that needs the score
@@ -66,14 +66,14 @@ def read_score_of_pair(value: Any, place: str, field: str) -> float | None:
     """
     if isinstance(value, float) and not math.isfinite(value):
         return math.nan
-    return read_number(value, place, field)
+    return read_number(value, location, field)
 
 
-def no_reward_field(reward_field: RewardField, own: str, place: str) -> None:
+def no_reward_field(reward_field: RewardField, own: str, location: str) -> None:
     """Reject a reward field for pairs, whose reward fields have fixed names."""
     if reward_field is not None:
         names = [reward_field] if isinstance(reward_field, str) else reward_field
         raise UserError(
-            f"{place}: reward field {', '.join(map(repr, names))} cannot be used for pairs, whose rewards are {own}. "
-            "Leave data.reward_field unset."
+            f"{location}: reward field {', '.join(map(repr, names))} cannot be used for pairs, whose rewards are "
+            f"{own}. Leave data.reward_field unset."
         )

@@ -56,9 +56,9 @@ def read_records_of(source: str, on_bad: OnBad | None = None) -> Iterator[tuple[
         source: as returned by :func:`expand_paths`.
         on_bad: called with the error of a line that is not JSON, which is then skipped; ``None``: it is raised.
     """
-    for place, record in _records(source):
+    for location, record in _records(source):
         if not isinstance(record, UserError):
-            yield place, record
+            yield location, record
         elif on_bad is None:
             raise record
         else:
@@ -99,10 +99,10 @@ def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                place = f"{path} line {number}"
+                location = f"{path} line {number}"
                 if not line.strip():
                     continue
-                yield place, _json_object(line, "utf-8-sig" if number == 1 else "utf-8", place)
+                yield location, _json_object(line, "utf-8-sig" if number == 1 else "utf-8", location)
     except EOFError:
         raise UserError(f"{path}: truncated .gz file (ends after line {number}). Copy or download it again.") from None
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -114,18 +114,18 @@ def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _json_object(line: bytes, encoding: str, place: str) -> Any:
+def _json_object(line: bytes, encoding: str, location: str) -> Any:
     """The decoded line, or the error."""
     try:
         return json.loads(line.decode(encoding))
     except UnicodeDecodeError as error:
-        return UserError(f"{place}: not UTF-8 at byte {error.start} of the line. Rewrite the file as UTF-8.")
+        return UserError(f"{location}: not UTF-8 at byte {error.start} of the line. Rewrite the file as UTF-8.")
     except json.JSONDecodeError as error:
         return UserError(
-            f"{place}: invalid JSON ({error.msg} at column {error.colno}). Write one JSON object per line."
+            f"{location}: invalid JSON ({error.msg} at column {error.colno}). Write one JSON object per line."
         )
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, endless nesting
-        return UserError(f"{place}: JSON that cannot be read ({_one_line(error)}). Drop the row.")
+        return UserError(f"{location}: JSON that cannot be read ({_one_line(error)}). Drop the row.")
 
 
 def _parquet(path: str) -> Iterator[Any]:

@@ -48,7 +48,7 @@ class Columns:
         if not all(isinstance(name, str) and name for name in self.ignore_fields):
             raise UserError(f"data.ignore_fields={list(self.ignore_fields)} must be a list of field names")
 
-    def view(self, record: object, place: str) -> View:
+    def view(self, record: object, location: str) -> View:
         """View of the record under canonical names, without ignored fields.
 
         Raises:
@@ -57,7 +57,7 @@ class Columns:
         """
         if not isinstance(record, Mapping):
             raise UserError(
-                f"{place}: expected an object with named fields, found {describe(record)}. "
+                f"{location}: expected an object with named fields, found {describe(record)}. "
                 "Write one JSON object per line (JSON Lines, not one JSON array)."
             )
         fields = {str(name): value for name, value in record.items() if name not in self.ignore_fields}
@@ -66,7 +66,7 @@ class Columns:
             if theirs not in fields:
                 found = ", ".join(fields) or "none"
                 raise UserError(
-                    f"{place}: field '{theirs}', which data.columns names for '{ours}', is missing "
+                    f"{location}: field '{theirs}', which data.columns names for '{ours}', is missing "
                     f"(fields found: {found}). Correct data.columns or drop the row."
                 )
             renamed[ours] = fields[theirs]
@@ -74,11 +74,11 @@ class Columns:
         for ours, theirs in self.columns.items():
             if others.get(ours) is not None:
                 raise UserError(
-                    f"{place}: the file has a field '{ours}' besides '{theirs}', which data.columns reads instead. "
+                    f"{location}: the file has a field '{ours}' besides '{theirs}', which data.columns reads instead. "
                     f"Add {ours} to data.ignore_fields, or name it in data.columns too."
                 )
         paths = frozenset(name for name in self.ignore_fields if "." in name or "[]" in name)
-        return View(others | renamed, place, ignored=paths)
+        return View(others | renamed, location, ignored=paths)
 
 
 class View(Mapping[str, Any]):
@@ -92,12 +92,12 @@ class View(Mapping[str, Any]):
     def __init__(
         self,
         record: Mapping[str, Any],
-        place: str,
+        location: str,
         path: str = "",
         kind: str | None = None,
         ignored: frozenset[str] = frozenset(),
     ) -> None:
-        self.place = place
+        self.place = location
         self.path = path
         self._kind = path if kind is None else kind  # the path without numbers, responses[]
         self._ignored = ignored

@@ -127,8 +127,8 @@ class Pair:
 
 def pairs_of(row: Row) -> Iterator[Pair]:
     for number, response in enumerate(row.responses, start=1):
-        place = f"{row.place}, response {number}"
-        yield Pair(row.prompt, response.content, place, response.fields, row.template_fields, row.fields)
+        location = f"{row.place}, response {number}"
+        yield Pair(row.prompt, response.content, location, response.fields, row.template_fields, row.fields)
 
 
 # ------------------------------------------------------------------------------------------- NAME=KIND:ARGUMENT
