@@ -1,13 +1,13 @@
-"""Cache of tokenised data on disk: data loaded before, from the same files in the same way, is not loaded again.
+"""On-disk cache of tokenised data.
 
-    <folder>/<key>/    a data set, see :mod:`nemo_rao.data.store`
+    <directory>/<key>/    a data set, see :mod:`nemo_rao.data.store`
 
-The key is a digest of all that decides the outcome: the names and contents of the data files, the tokenizer's files,
-how the data is loaded, the versions of the libraries that do it, and this package's code that does. An entry is
-therefore never stale, and the folder may be removed at any time. Only what was loaded without an error is kept.
+The key is a digest of everything that determines the result: names and contents of the data files, the tokenizer's
+files, the loading options, library versions and the source of this package's loading code. An entry is therefore never
+stale, and the directory may be removed at any time. Only data that loaded without an error is cached.
 
-Not kept is what has no content to take a digest of: ``hf:`` names, which may mean other data tomorrow, and prompts into
-which the chat template writes the day's date.
+Two kinds of data are not cached, because their content cannot be digested in advance: ``hf:`` names, which may resolve
+to different data tomorrow, and prompts into which the chat template writes the current date.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _BLOCK = 1 << 20  # bytes
 
 
 class DataCache:
-    """Loads data with one tokenizer, or reads it back.
+    """Load data with one tokenizer, or read it back from the cache.
 
     Args:
-        folder: made when something is to be kept.
-        tokenizer: before it is used: that changes what its files would hold.
+        folder: cache directory, created on the first write.
+        tokenizer: not used for encoding yet, since encoding changes the files that it would be saved as.
     """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -59,13 +59,13 @@ class DataCache:
         waiting: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> tuple[PreferenceData, str]:
-        """The data, memory-mapped where it is kept, and what is to be said of where it comes from.
+        """Return the data, memory-mapped if it is cached, and a remark on its origin for the report.
 
-        Processes that come at once with the same data load it once: one does, the others wait.
+        Of several processes that load the same data at the same time, one loads it and the others wait.
 
         Args:
-            paths, progress, options: see :func:`nemo_rao.data.dataset.load_preferences`, whose errors this raises.
-            waiting: called where another process is loading the same.
+            paths, progress, options: see :func:`nemo_rao.data.dataset.load_preferences`, whose errors are raised here.
+            waiting: called if another process is already loading the same data.
         """
         key = self._key(paths, options)
         if key is None:
@@ -76,23 +76,23 @@ class DataCache:
         with one_at_a_time(folder, waiting) as alone:
             if (found := open_data(folder)) is not None:
                 return found, READ_FROM_CACHE
-            remove_folder(folder, unfinished=alone)  # it is damaged, if it is there at all
+            remove_folder(folder, unfinished=alone)  # an existing entry that could not be opened is damaged
             data = load_preferences(paths, self._tokenizer, progress=progress, **options)
             if self._key(paths, options) != key:
-                return data, " (not kept: the files changed while they were read)"
+                return data, " (not cached: the files changed while they were read)"
             try:
                 data.save(folder)
             except UserError as error:
-                return data, f" (not kept: {error})"
+                return data, f" (not cached: {error})"
         return open_data(folder) or data, ""
 
     def _key(self, paths: Paths, options: Mapping[str, Any]) -> str | None:
-        """``None``: not to be kept."""
+        """Cache key, or ``None`` for data that must not be cached."""
         if self._tokenizer_digest is None or depends_on_the_day(self._tokenizer, options.get("chat_template", "auto")):
             return None
         try:
             sources = [(source, _source_digest(source)) for source in expand_paths(paths)]
-        except (OSError, UserError):  # whoever loads it says what is wrong
+        except (OSError, UserError):  # loading reports the error
             return None
         if any(digest is None for _, digest in sources):
             return None
@@ -100,15 +100,15 @@ class DataCache:
             "format": FORMAT,
             "code": _code_digest(),
             "libraries": {library: _version(library) for library in LIBRARIES},
-            "sources": sources,  # by name too: samples tell their places
+            "sources": sources,  # names too: samples carry the file names of their rows
             "tokenizer": self._tokenizer_digest,
-            "options": {name: value for name, value in options.items() if name != "needed_by"},  # for messages alone
+            "options": {name: value for name, value in options.items() if name != "needed_by"},  # used in messages only
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
 
 
 def _source_digest(source: str) -> str | None:
-    """Of a source's content; ``None`` where it cannot be told."""
+    """Digest of a source's content, or ``None`` if it has none that can be read."""
     if os.path.isfile(source):
         return _digest([source])
     if os.path.isdir(source) and is_saved_dataset(source):
@@ -117,21 +117,21 @@ def _source_digest(source: str) -> str | None:
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Of the files that the tokenizer would be saved as: vocabulary, chat template, special tokens, settings. ``None``
-    where it cannot be saved."""
+    """Digest of the files that the tokenizer would be saved as: vocabulary, chat template, special tokens, settings.
+    ``None`` if it cannot be saved."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             tokenizer.save_pretrained(folder)
-        except Exception:  # of many kinds: slow tokenizers copy files of their own
+        except Exception:  # slow tokenizers copy extra files and may raise anything
             return None
         return _digest(_files_below(folder), relative_to=folder) + f" {type(tokenizer).__qualname__}"
 
 
 @functools.cache
 def _code_digest() -> str:
-    """Of the modules between a file and a sample: nobody is to remember to make a change of theirs known."""
+    """Digest of the modules between file and sample, so that code changes invalidate the cache by themselves."""
     package = Path(nemo_rao.batch.__file__).parent
-    modules = [str(path) for room in ("rows", "data") for path in sorted((package / room).glob("*.py"))]
+    modules = [str(path) for part in ("rows", "data") for path in sorted((package / part).glob("*.py"))]
     return _digest([nemo_rao.batch.__file__, *modules], relative_to=str(package))
 
 
@@ -147,7 +147,7 @@ def _files_below(folder: str) -> list[str]:
 
 
 def _digest(files: list[str], relative_to: str | None = None) -> str:
-    """Of the files' contents, and of their names where these are relative to a folder."""
+    """Digest of the files' contents, and of their names if ``relative_to`` is given."""
     digest = hashlib.blake2b(digest_size=32)
     for name in files:
         if relative_to is not None:

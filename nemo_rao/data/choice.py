@@ -1,15 +1,14 @@
-"""Which of a prompt's K responses are used, and what decides that one is better than another.
+"""Selection of a prompt's responses, and the order of preference among them.
 
     responses   all: every response
-                best_worst: the best and the worst; of equal ones the first
-                best_random: the best, and one of those worse than it, drawn once for each prompt
-    pairs_by    auto: labels (chosen, rejected) where the data has them, else rewards
-                label: labels, which every row must have
-                reward: rewards, which every response must have, even against the labels
+                best_worst: the best and the worst; the first one in case of ties
+                best_random: the best, and one that is worse, drawn once per prompt
+    pairs_by    auto: labels (chosen, rejected) if the data has them, else rewards
+                label: labels; every row must have them
+                reward: rewards, even against the labels; every response must have one
 
-The best is found by the same: where a row's order is a preference (best first), by this order, whatever the rewards
-are. Rows of two responses are left as they are. Where all rewards are equal there is no best response: the first two
-stay.
+The same setting determines the best response: if a row's order is a preference (best first), it decides, whatever the
+rewards are. Rows of two responses are left unchanged. If all rewards are equal, the first two responses are kept.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ NO_PAIR = "no response better than another"
 
 
 def prefer_by(row: Row, pairs_by: PairsBy) -> Row:
-    """The row with its order a preference, or not, as ``pairs_by`` says.
+    """Return the row with ``ranked`` set according to ``pairs_by``.
 
     Raises:
-        UserError: it has no labels, or a response has no reward, where these are to decide.
+        UserError: the row lacks the labels, or a response lacks the reward, that ``pairs_by`` requires.
     """
     if pairs_by == "label" and not row.ranked:
         raise UserError(
-            f"{row.place}: has no labels (chosen, rejected), but data.pairs_by is label; set it to reward or auto"
+            f"{row.place}: has no labels (chosen, rejected), but data.pairs_by is label. Set it to reward or auto."
         )
     if pairs_by == "reward":
         _require_rewards(row, "data.pairs_by is reward")
@@ -45,25 +44,26 @@ def prefer_by(row: Row, pairs_by: PairsBy) -> Row:
 
 
 def num_used(num_responses: int, responses: Responses) -> int:
-    """How many of a prompt's ``num_responses`` are used."""
+    """Number of responses that are used of a prompt with ``num_responses``."""
     return num_responses if responses == "all" else min(2, num_responses)
 
 
 def first_responses(row: Row, number: int | None) -> Row:
-    """The row with its first ``number`` responses; ``None``: with all. Of labelled ones, two are left at least."""
+    """Return the row with its first ``number`` responses (``None``: all). Labelled rows keep at least two."""
     if number is None or (row.ranked and number < 2):
         number = len(row.responses) if number is None else 2
     return row if len(row.responses) <= number else replace(row, responses=row.responses[:number])
 
 
 def choose_responses(row: Row, responses: Responses, *, seed: int, number: int) -> Row:
-    """The row with the responses that are used, of one that :func:`prefer_by` gives.
+    """Return the row with only the responses that are used.
 
     Args:
-        seed, number: the draw of ``best_random`` is a function of these: of the data's seed, and of the row's number.
+        row: as returned by :func:`prefer_by`.
+        seed, number: data seed and row number; ``best_random`` draws as a function of these two.
 
     Raises:
-        UserError: a response has no reward by which to choose.
+        UserError: a response has no reward, and the choice depends on it.
     """
     if num_used(len(row.responses), responses) == len(row.responses):
         return row
@@ -83,7 +83,7 @@ def choose_responses(row: Row, responses: Responses, *, seed: int, number: int) 
 
 
 def which_pair(read: Row, used: Row, responses: Responses) -> str:
-    """Which two responses are compared of a row as it is used, and what says so. Of a row that can be compared."""
+    """Describe which responses of a row are compared, and by what. The row must be comparable."""
     by = "label" if used.ranked else "reward"
     if len(used.responses) > 2:
         return f"every two by {by}"
@@ -93,32 +93,32 @@ def which_pair(read: Row, used: Row, responses: Responses) -> str:
 
 
 def has_pair(row: Row) -> bool:
-    """One of its responses is better than another. Of a row that can be compared."""
+    """Whether one of the responses is better than another. The row must be comparable."""
     return len(row.responses) > 1 and (row.ranked or len({response.reward for response in row.responses}) > 1)
 
 
 def where_to_add_rewards(row: Row) -> str:
-    """The remedy for a response without a reward. The fields of pairs cannot be chosen."""
+    """Remedy for a response without a reward. The reward fields of pairs have fixed names."""
     if row.ranked:
-        where = "add score_chosen and score_rejected (NeMo-Aligner: chosen_reward and rejected_reward)"
+        where = "Add score_chosen and score_rejected (NeMo-Aligner: chosen_reward and rejected_reward)"
     else:
-        where = "add it, or name the field it stands in by data.reward_field"
-    return f"{where}; data.bad_rows=drop drops and counts such rows"
+        where = "Add it, or set data.reward_field to the field that holds it"
+    return f"{where}. data.bad_rows=drop drops and counts such rows."
 
 
 def _require_rewards(row: Row, why: str) -> None:
     for number, response in enumerate(row.responses, start=1):
         if not is_known(response.reward):
             raise UserError(
-                f"{row.place}: response {number} has {lacks(response)}, and {why}; {where_to_add_rewards(row)}"
+                f"{row.place}: response {number} has {lacks(response)}, and {why}. {where_to_add_rewards(row)}"
             )
 
 
 def is_known(reward: float | None) -> TypeGuard[float]:
-    """Neither missing nor NaN, which stands for a number that is not finite."""
+    """Whether the reward is neither missing nor NaN, which replaces values that are not finite."""
     return reward is not None and not math.isnan(reward)
 
 
 def lacks(response: Response) -> str:
-    """What is wrong with a reward that is not known."""
+    """Describe why a response's reward is not known."""
     return "no reward" if response.reward is None else "a reward that is not a finite number"

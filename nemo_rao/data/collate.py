@@ -1,15 +1,15 @@
-"""Samples to one micro-batch: which tokens the model computes, and what it predicts where.
+"""Collation of samples into a micro-batch: input tokens and the label of each position.
 
-Four layouts, of the same log-probabilities; x, y are the tokens of a prompt and of a response, y' of another one:
+Four layouts give the same log-probabilities; x, y are the tokens of a prompt and a response, y' of another response:
 
-    rows                    [x y    pad]  [x y' pad]  [u v    pad]      a sequence for each response
-    packed                  [x y x y' u v pad]                          one sequence, rows behind each other
-    shared prompts          [x y y' pad]  [u v    pad]                  a sequence for each prompt
+    rows                    [x y    pad]  [x y' pad]  [u v    pad]      one sequence per response
+    packed                  [x y x y' u v pad]                          one sequence, rows concatenated
+    shared prompts          [x y y' pad]  [u v    pad]                  one sequence per prompt
     packed, shared prompts  [x y y' u v pad]
 
-Where prompts are shared, a prompt stands there once, without its last token, and each response begins with a copy of
-that token: it is what predicts the response's first one, so that every position predicts one token. Positions continue
-from the prompt in each response. Nothing sees another row (:class:`nemo_rao.batch.MicroBatch`, ``segments``).
+A shared prompt occurs once, without its last token. Each response begins with a copy of that token, which predicts the
+response's first token, so that every position predicts exactly one token. In each response, positions continue from the
+prompt. Rows do not attend to each other (:class:`nemo_rao.batch.MicroBatch`, ``segments``).
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ NO_SEGMENT = -1
 
 @dataclass(frozen=True)
 class _Segment:
-    """Tokens that stand together in a sequence.
+    """Contiguous tokens of a sequence.
 
     Attributes:
-        tokens, labels: ``[n]``; a label for each token, 0 for what predicts nothing.
-        first_position: of its tokens in their row.
-        prompt: its first so many labels are tokens of a prompt.
-        tells_prompt: the prompt's log-probability is read there: in one of its segments, as it is the same in all.
-        answers: ``[n - prompt]`` bool, which of the other labels count; None for a prompt alone.
-        continues: it continues the segment before its prompt's first response.
+        tokens, labels: ``[n]``; one label per token, 0 where nothing is predicted.
+        first_position: position of the first token within its row.
+        prompt: number of leading labels that are prompt tokens.
+        reads_prompt: whether the prompt's log-probability is read here. It is the same in all of the prompt's
+            segments, so it is read in one of them.
+        answers: ``[n - prompt]`` bool, which of the other labels count; ``None`` for a prompt alone.
+        continues: whether it continues the shared prompt's segment.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     first_position: int
     prompt: int
-    tells_prompt: bool
+    reads_prompt: bool
     answers: np.ndarray | None
     continues: bool = False
 
@@ -58,20 +59,20 @@ def collate(
     shared_prompts: bool = False,
     reference: np.ndarray | None = None,
 ) -> MicroBatch:
-    """The micro-batch of some prompts; sequences are padded to the longest, rounded up to a multiple.
+    """Collate samples. Sequences are padded to the longest one, rounded up to ``pad_multiple``.
 
     Args:
-        samples: the P prompts; they may differ in their number of responses.
-        first_response_ids: ``[P]`` the number of each prompt's first response in the whole data set
+        samples: the P prompts; their numbers of responses may differ.
+        first_response_ids: ``[P]`` index of each prompt's first response in the whole data set
             (``PreferenceData.response_offset``).
-        pad_token_id: fills ``tokens`` after a sequence's end; nothing is predicted there.
-        pad_multiple: tokens. T is a multiple of it, as tensor, sequence and context parallelism need.
-        packed: all rows stand in one sequence.
-        shared_prompts: a prompt's tokens stand there once for all its responses.
-        reference: ``[all responses, 2]`` reference log-probs in nats, indexed by response number, or None.
+        pad_token_id: fills ``tokens`` after the end of a sequence; nothing is predicted there.
+        pad_multiple: tokens. T is a multiple of it, as tensor, sequence and context parallelism require.
+        packed: put all rows into one sequence.
+        shared_prompts: store a prompt's tokens once for all its responses.
+        reference: ``[all responses, 2]`` reference log-probs in nats, indexed by response id, or ``None``.
 
     Returns:
-        a :class:`MicroBatch` on the CPU, R = the number of responses of all samples.
+        a :class:`MicroBatch` on the CPU with R = number of responses of all samples.
     """
     assert samples and len(samples) == len(first_response_ids), (len(samples), len(first_response_ids))
     assert pad_multiple >= 1, pad_multiple
@@ -87,10 +88,10 @@ def collate(
     prompt_index = np.repeat(np.arange(len(samples)), num_responses)
     response_index = np.concatenate([np.arange(number) for number in num_responses])
     response_ids = np.asarray(first_response_ids, dtype=np.int64)[prompt_index] + response_index
-    sums = None
+    reference_log_probs = None
     if reference is not None:
         assert reference.ndim == 2 and reference.shape[1] == 2, reference.shape
-        sums = torch.from_numpy(reference[response_ids].astype(np.float32))
+        reference_log_probs = torch.from_numpy(reference[response_ids].astype(np.float32))
     ensemble = np.concatenate([sample.ensemble for sample in samples])
     num_reference_rewards = [len(sample.reference_rewards) for sample in samples]
     reference_rewards = np.full((len(samples), max(num_reference_rewards)), np.nan, dtype=np.float32)
@@ -118,7 +119,7 @@ def collate(
         response_ids=torch.from_numpy(response_ids),
         rewards=torch.from_numpy(np.concatenate([sample.rewards for sample in samples]).astype(np.float32)),
         ranked=torch.tensor([sample.ranked for sample in samples], dtype=torch.bool),
-        reference=sums,
+        reference=reference_log_probs,
         num_prompts=len(samples),
         max_responses=max(num_responses),
         reward_ensemble=torch.from_numpy(ensemble.astype(np.float32)) if ensemble.shape[1] else None,
@@ -128,7 +129,7 @@ def collate(
 
 
 def _of_tokens(of_samples: Sequence[Sequence[np.ndarray]]) -> Tensor:
-    """``[R, longest]`` float32, 0 behind each response's last."""
+    """``[R, longest]`` float32, padded with 0 after each response's last token."""
     every = [values for of_sample in of_samples for values in of_sample]
     made = np.zeros((len(every), max(map(len, every))), dtype=np.float32)
     for row, values in zip(made, every, strict=True):
@@ -137,7 +138,7 @@ def _of_tokens(of_samples: Sequence[Sequence[np.ndarray]]) -> Tensor:
 
 
 def _rows(samples: Sequence[Sample]) -> Iterator[list[_Segment]]:
-    """A segment for each row."""
+    """One segment per row."""
     for sample in samples:
         for number, response in enumerate(sample.responses):
             tokens = np.concatenate([sample.prompt, response])
@@ -146,18 +147,18 @@ def _rows(samples: Sequence[Sample]) -> Iterator[list[_Segment]]:
 
 
 def _shared(sample: Sample) -> Iterator[_Segment]:
-    """The prompt but for its last token, then that token with each response."""
+    """The prompt without its last token, then that token with each response."""
     last = len(sample.prompt) - 1
     if last:
         yield _Segment(sample.prompt[:last], sample.prompt[1:], 0, last, True, None)
     for number, response in enumerate(sample.responses):
         tokens, labels = np.append(sample.prompt[last], response), np.append(response, 0)
-        tells_prompt = last == 0 and number == 0  # that of no token, 0
-        yield _Segment(tokens, labels, last, 0, tells_prompt, _answers(sample, number), continues=last > 0)
+        reads_prompt = last == 0 and number == 0  # a prompt of one token predicts none of its tokens: log-prob 0
+        yield _Segment(tokens, labels, last, 0, reads_prompt, _answers(sample, number), continues=last > 0)
 
 
 def _answers(sample: Sample, number: int) -> np.ndarray:
-    """``[response tokens + 1]``: the labels that count; the one behind the end token does not."""
+    """``[response tokens + 1]`` bool: the labels that count; the one after the end token does not."""
     counted = np.ones(len(sample.responses[number]), bool) if sample.answers is None else sample.answers[number]
     return np.append(counted, False)
 
@@ -185,15 +186,15 @@ class _Layout:
             self.tokens[number, start:end] = segment.tokens
             self.labels[number, start:end] = segment.labels
             self.position_ids[number, start:end] = segment.first_position + np.arange(end - start)
-            place = number * self._length
-            if segment.tells_prompt:
-                self.prompt_places.append(place + np.arange(start, boundary))
+            offset = number * self._length
+            if segment.reads_prompt:
+                self.prompt_places.append(offset + np.arange(start, boundary))
             if segment.answers is None:
                 prompt = len(self.segments)
             else:
-                self.response_places.append(place + boundary + np.flatnonzero(segment.answers))
-                self.boundary.append(place + boundary)
-                self.end.append(place + end - 1)
+                self.response_places.append(offset + boundary + np.flatnonzero(segment.answers))
+                self.boundary.append(offset + boundary)
+                self.end.append(offset + end - 1)
             self.segments.append((end - start, prompt if segment.continues else NO_SEGMENT, 0))
             continued = segment.first_position if segment.continues else 0
             self.num_pairs += (end - start) * (continued + end - start)
@@ -204,7 +205,7 @@ class _Layout:
 
 
 def _ragged(places: Sequence[np.ndarray]) -> Tensor:
-    """``[len(places), longest]`` int64, -1 behind each one's last."""
+    """``[len(places), longest]`` int64, each row padded with -1."""
     padded = np.full((len(places), max(map(len, places))), -1, dtype=np.int64)
     for number, found in enumerate(places):
         padded[number, : len(found)] = found

@@ -1,7 +1,7 @@
 """Check that a rendered text contains the messages that it was rendered from.
 
-A message's content is contained if it occurs in the text unchanged, apart from surrounding whitespace, or escaped as in
-JSON, which is how templates quote the results of tools.
+A message's content counts as contained if it occurs in the text unchanged, apart from surrounding whitespace, or
+JSON-escaped, which is how templates quote tool results.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from nemo_rao.errors import UserError
 
 Message = Mapping[str, Any]
 
-# What a message has beside its fields for the template.
+# Keys of a message that are not extra fields for the template.
 _OWN = frozenset({"role", "content", "weight"})
 _LONGEST_QUOTE = 60  # characters
 _SHORTEST_MATCH = 3
 
 
 def find(text: str, content: str, start: int = 0) -> int:
-    """Where the content ends in ``text[start:]``, counted in ``text``; -1: it is not there."""
+    """Index in ``text`` where the first occurrence of the content at or after ``start`` ends; -1 if there is none."""
     content = content.strip()
     at = text.find(content, start)
     if at >= 0:
@@ -33,7 +33,7 @@ def find(text: str, content: str, start: int = 0) -> int:
 
 
 def first_missing(contents: Sequence[str], text: str) -> int | None:
-    """Which of the messages' contents ``text`` does not hold. Each must stand there for itself, in any order."""
+    """Index of a content that is missing from ``text``. Each one needs its own occurrence; the order is free."""
     position = 0
     for content in contents:
         position = find(text, content, position)
@@ -41,7 +41,7 @@ def first_missing(contents: Sequence[str], text: str) -> int | None:
             break
     else:
         return None
-    # Some templates move messages: Mistral's system message stands before the last question.
+    # Some templates move messages: Mistral's puts the system message before the last question.
     for at in sorted(range(len(contents)), key=lambda at: -len(contents[at])):
         if (end := find(text, contents[at])) < 0:
             return at
@@ -50,7 +50,8 @@ def first_missing(contents: Sequence[str], text: str) -> int | None:
 
 
 def difference(content: str, text: str) -> str:
-    """What of the content is not in ``text``, quoted: the content without its longest start and end that are."""
+    """The part of the content that ``text`` lacks, quoted: the content without its longest prefix and suffix in
+    ``text``."""
     content = content.strip()
     start = _longest(len(content), lambda length: content[:length] in text)
     end = _longest(len(content) - start, lambda length: content[len(content) - length :] in text)
@@ -58,8 +59,8 @@ def difference(content: str, text: str) -> str:
 
 
 def _longest(limit: int, holds: Callable[[int], bool]) -> int:
-    """The largest length up to ``limit`` for which ``holds``, which it does for every smaller one; 0 for a length that
-    says nothing, as some text holds any letter."""
+    """Largest length up to ``limit`` for which the monotone ``holds`` is true; 0 if it is too short to be significant,
+    since almost any text holds a given letter."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -73,13 +74,13 @@ def quoted(text: str) -> str:
 
 
 def contents_of(message: Message) -> str:
-    """The message's content, empty where it is null."""
+    """The message's content, or an empty string if it is null."""
     content = message.get("content")
     return content if isinstance(content, str) else ""
 
 
 def field_names(messages: Sequence[Message]) -> list[str]:
-    """The names of what the messages have beside role and content, of those that are not empty."""
+    """Names of the messages' non-empty fields other than role and content."""
     return list({name: None for message in messages for name, value in message.items() if name not in _OWN and value})
 
 
@@ -89,11 +90,11 @@ def unrendered_fields(
     text: str,
     render: Callable[[Sequence[Message], Mapping[str, Any]], str],
 ) -> list[str]:
-    """Fields that make no difference to the rendering.
+    """Names of the fields that do not change the rendering.
 
     Args:
         messages: as they were rendered. A field that is rendered for one of them counts as rendered for all.
-        beside: fields beside the messages (``tools``).
+        beside: fields next to the messages (``tools``).
         text: the rendering of both.
         render: renders messages and fields.
     """
@@ -101,7 +102,7 @@ def unrendered_fields(
     def same_without(changed: Sequence[Message], fields: Mapping[str, Any]) -> bool:
         try:
             return render(changed, fields) == text
-        except UserError:  # the template insists on the field
+        except UserError:  # the template requires the field
             return False
 
     names = []
@@ -118,7 +119,7 @@ def unrendered_fields(
 def unrendered_call(
     messages: Sequence[Message], text: str, render: Callable[[Sequence[Message], Mapping[str, Any]], str]
 ) -> Any:
-    """One of several ``tool_calls`` of a message that makes no difference to the rendering, or ``None``.
+    """One of several ``tool_calls`` of a message that does not change the rendering, or ``None``.
 
     Args:
         messages, text, render: see :func:`unrendered_fields`.
@@ -132,14 +133,14 @@ def unrendered_call(
             try:
                 if render([*messages[:at], others, *messages[at + 1 :]], {}) == text:
                     return call
-            except UserError:  # the template insists on the call
+            except UserError:  # the template requires the call
                 continue
     return None
 
 
 def find_missing_part(name: str, value: Any, text: str) -> str | None:
-    """A part of a field that ``text`` does not hold: of ``tools`` a name, of ``tool_calls`` a name or an argument, of
-    a field that is text this text. Others are not looked into."""
+    """A part of a field that is missing from ``text``: a name of ``tools``, a name or argument of ``tool_calls``, or
+    the whole of a text field. Other fields are not inspected."""
     if isinstance(value, str):
         return value if find(text, value) < 0 else None
     if name not in ("tools", "tool_calls") or not isinstance(value, (list, tuple)):
@@ -163,7 +164,7 @@ def find_missing_part(name: str, value: Any, text: str) -> str | None:
 
 
 def _parsed(arguments: str) -> Any:
-    """Arguments as JSON text, which some templates parse and write anew; text that is no JSON as it is."""
+    """Parse arguments given as JSON text, which some templates re-serialise. Other text is returned unchanged."""
     try:
         return json.loads(arguments)
     except ValueError:
@@ -171,7 +172,7 @@ def _parsed(arguments: str) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every piece of text inside a value of JSON, names of fields included."""
+    """Every string in a JSON value, including field names."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

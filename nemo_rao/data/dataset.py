@@ -1,8 +1,8 @@
-"""All samples of a data set, checked against what the objective needs.
+"""Loading of a data set, with every sample checked against the objective's requirements.
 
-Rows that do not fit are dropped and counted, never truncated: a response cut short would carry a reward that was
-given to another one. Rows that show a mistake in the data stop the run with their place, or are dropped and counted
-where the user asks for it. Whatever else of a row is not used is counted.
+Rows that are too long are dropped and counted, never truncated: the reward of a truncated response would belong to
+another text. Rows with an error in the data stop the run and are reported with file and line, or are dropped and
+counted if the user asks for it. Unused fields and responses are counted as well.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 BadRows = Literal["refuse", "drop"]
 
 ROWS_AT_ONCE = 64  # tokenised in one call
-INNER_END = "a response holds the end token inside, which looks like an early end"
+INNER_END = "a response contains the end token before its end, which looks like an early end"
 
 
 def load_preferences(
@@ -63,38 +63,38 @@ def load_preferences(
     progress: Callable[[int], None] | None = None,
     observer: Callable[[Outcome], None] | None = None,
 ) -> PreferenceData:
-    """Reads, tokenises and checks a data set.
+    """Read, tokenise and check a data set.
 
     Args:
         paths: see ``rows.read_rows``.
         tokenizer: see ``encode.load_tokenizer``.
-        seq_length: tokens. A row of which any response, with its prompt, is longer is dropped and counted.
-        num_responses: keep the first so many responses of each prompt; None keeps all. Pairs are kept as they are.
-        min_responses: each prompt must have so many, or the row is bad.
-        needs_rewards: each response must have a reward, or the row is bad. A row that is dropped for its length or its
-            boundary needs none: the model that scores a file cannot read such a response, either.
+        seq_length: tokens. A row with any prompt and response longer than this is dropped and counted.
+        num_responses: keep only the first ``num_responses`` of each prompt; ``None`` keeps all. Pairs are unaffected.
+        min_responses: minimum number of responses per prompt; a row with fewer is bad.
+        needs_rewards: each response must have a reward, or the row is bad. A row that is dropped for its length or
+            token boundary needs none: the model that scores a file cannot read such a response either.
         needs_preference: the responses of each prompt must be comparable, by rewards or by their order, or the row is
             bad.
-        needs_pairs: a row of which no response is better than another is dropped and counted, as is one of which those
-            that are compared have the same tokens.
+        needs_pairs: drop and count a row in which no response is better than another, or the compared responses have
+            the same tokens.
         needs_shared_first_token: all prompts must begin with the same token t0, or the run stops.
-        needed_by: what asks for these five, for messages ("objective rao").
+        needed_by: owner of the five requirements above, for messages ("objective rao").
         responses, pairs_by, seed: see :mod:`nemo_rao.data.choice`.
         strict: stop at the first row that would be dropped.
-        bad_rows: ``refuse``: the first bad row stops the run. A row is bad where it cannot be read, the chat template
-            refuses it, or it lacks what is needed. ``drop``: bad rows are dropped and counted.
-        max_bad_rows: the share of bad rows above which the run stops all the same, in [0, 1].
-        truncated: ``drop``: responses that are marked as cut short are left out, and a row that then has too few of
-            them is dropped. ``without_end``: they are kept, and no end token follows them.
+        bad_rows: ``refuse``: the first bad row stops the run. A row is bad if it cannot be read, the chat template
+            rejects it, or it does not meet a requirement. ``drop``: bad rows are dropped and counted.
+        max_bad_rows: fraction of bad rows in [0, 1] above which the run stops even with ``bad_rows="drop"``.
+        truncated: ``drop``: responses marked as truncated are left out, and a row that then has too few is dropped.
+            ``without_end``: they are kept, without an end token.
         chat_template, template_arguments, answers: see ``encode.Encoder``.
         reward_field, columns, ignore_fields: see ``rows.read_rows``.
-        max_rows: read the first so many rows that can be read; ``None``: all. For a look at large data.
+        max_rows: stop after this many readable rows; ``None``: read all. For a quick look at large data.
         progress: called now and then with the number of rows read so far.
-        observer: called with what became of each row, in the files' order but for records that cannot be read, which
-            may come a little early.
+        observer: called with the outcome of each row, in file order, except that unreadable records may come slightly
+            early.
 
     Raises:
-        UserError: see above; or no row is left.
+        UserError: a check above fails, or no row is left.
     """
     checks = RowChecks(
         num_responses,
@@ -113,7 +113,7 @@ def load_preferences(
     drops_bad = bad_rows == "drop" and not strict
 
     def candidates() -> Iterator[_Read]:
-        """Rows, and what is wrong with records that are none."""
+        """Rows, and the errors of unreadable records."""
         unreadable: list[UserError] = []
         rows = read_rows(
             paths,
@@ -127,14 +127,14 @@ def load_preferences(
                 yield from unreadable
                 unreadable.clear()
                 yield checks.apply(row, number)
-        except UserError as complaint:  # the rows before it come first, which are read in batches
+        except UserError as complaint:  # raised after the rows before it, which are encoded in batches
             yield from unreadable
             yield _Stop(complaint)
             return
         yield from unreadable
 
     def judged(candidate: _Read, encoded: Sample | UserError | None) -> Outcome:
-        """What becomes of a row. Bad rows and those that are dropped are counted here."""
+        """The outcome of a row. Counts bad and dropped rows."""
         if isinstance(candidate, _Stop):
             raise candidate.complaint
         if isinstance(candidate, UserError):
@@ -193,17 +193,17 @@ def load_preferences(
     sources = ", ".join(map(str, [paths] if isinstance(paths, (str, os.PathLike)) else paths))
     if report.rows_bad > max_bad_rows * report.rows_read:
         raise UserError(
-            f"{sources}: {report.rows_bad} of {report.rows_read} rows are bad, a larger share than "
-            f"data.max_bad_rows={max_bad_rows:g}; mend them, or raise it: {'; '.join(report.about_bad())}"
+            f"{sources}: {report.rows_bad} of {report.rows_read} rows are bad, more than data.max_bad_rows="
+            f"{max_bad_rows:g} allows. Fix them or raise the limit: {'; '.join(report.about_bad())}"
         )
     if not data:
-        raise UserError(f"{sources}: no rows left to train on; {report}")
+        raise UserError(f"{sources}: no rows left to train on: {report}")
     return data
 
 
 @dataclass(frozen=True)
 class _Stop:
-    """What ends the reading of the files."""
+    """An error that ends reading."""
 
     complaint: UserError
 
@@ -212,18 +212,18 @@ _Read = Candidate | UserError | _Stop
 
 
 def _encode(encoder: Encoder, batch: Sequence[_Read]) -> list[Sample | UserError | None]:
-    """Of each row its sample or the reason why it has none; ``None`` where there is nothing to encode."""
+    """For each row its sample, the error that prevented it, or ``None`` if there is nothing to encode."""
     rows = [entry.row if isinstance(entry, Candidate) and entry.dropped is None else None for entry in batch]
     made = iter(encoder.encode_many([row for row in rows if row is not None]))
     return [None if row is None else next(made) for row in rows]
 
 
 def different_first_tokens(a: Sample, b: Sample, tokenizer: PreTrainedTokenizerBase, needed_by: str) -> UserError:
-    """What is wrong where two prompts begin with different tokens."""
+    """The error for two prompts that begin with different tokens."""
     token_a, token_b = tokenizer.convert_ids_to_tokens([int(a.prompt[0]), int(b.prompt[0])])
     return UserError(
         f"{needed_by} needs all prompts to begin with the same token, but {a.place} begins with {token_a!r} and "
-        f"{b.place} with {token_b!r}; use a chat template, or a tokenizer that adds a beginning token"
+        f"{b.place} with {token_b!r}. Use a chat template, or a tokenizer that adds a beginning token."
     )
 
 

@@ -1,19 +1,19 @@
-"""Rows to tokens, with exact boundaries between prompt and response.
+"""Rows to tokens, with an exact boundary between prompt and response.
 
-A row is rendered twice: the prompt alone, up to where the model would begin to answer (its generation prompt), and
-the prompt with the answer. The first's tokens must be a prefix of the second's; what follows is the response. Where
-the tokenizer has merged characters across the boundary no such split exists, and the row is refused: its log-probs
-would be those of another text than the one the model continues.
+A row is rendered twice: the prompt alone, up to and including its generation prompt, and the prompt with the answer.
+The tokens of the first must be a prefix of the tokens of the second; the rest is the response. If the tokenizer merges
+characters across the boundary, no such split exists and the row is rejected: its log-probs would be those of a text
+other than the one that the model continues.
 
-The response ends with the end token, the one the template puts behind an answer (its end of turn) or else the
-tokenizer's; whatever a template adds behind it ("\\n" in ChatML) is dropped.
+The response ends with the end token: the one that the template puts after an answer (its end of turn), or else the
+tokenizer's. Anything that a template adds after it ("\\n" in ChatML) is dropped.
 
     tokenizer   load_tokenizer
     tokens      text -> token ids
-    template    the chat template, and what it puts around an answer
-    content     what a rendered text holds of its messages
+    template    the chat template, and the text that it puts around an answer
+    content     whether a rendered text contains its messages
     rendering   Row -> text
-    dropped     why a row is dropped
+    dropped     reasons for dropping a row
     encode      Row -> text -> Sample
 """
 
@@ -60,7 +60,7 @@ __all__ = [
 
 
 def inner_ends(sample: Sample, end_token_id: int) -> int:
-    """How many of the sample's responses hold the end token inside an answer, before its end."""
+    """Number of the sample's responses that contain the end token inside an answer, before its end."""
     count = 0
     for number, response in enumerate(sample.responses):
         learned = np.ones(len(response), dtype=bool) if sample.answers is None else sample.answers[number]
@@ -74,7 +74,7 @@ def inner_ends(sample: Sample, end_token_id: int) -> int:
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer: the chat template's end of turn, then the tokenizer's end token, if it is another one.
+    """Tokens that end an answer: the chat template's end of turn, then the tokenizer's end token if it differs.
 
     Raises:
         UserError: there is neither.
@@ -82,7 +82,7 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     try:
         turn = Encoder(tokenizer).end_token_id
-    except UserError:  # a template that nothing can be trained through; text without it can be
+    except UserError:  # unusable for training with this template, but plain text can still be used
         if not ends:
             raise
         return ends
@@ -90,24 +90,24 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class Encoder:
-    """Turns rows into samples with one tokenizer.
+    """Encode rows as samples with one tokenizer.
 
     Args:
-        tokenizer: of Hugging Face.
-        chat_template: ``auto``: through the tokenizer's chat template where it has one, a prompt of plain text being
-            one user message. ``always``: the same, but refused where it has none. ``never``: text as it stands, after
-            the beginning token where the tokenizer adds one.
+        tokenizer: a Hugging Face tokenizer.
+        chat_template: ``auto``: use the tokenizer's chat template if it has one; a plain-text prompt becomes one user
+            message. ``always``: the same, but raise if there is none. ``never``: plain text, unchanged, preceded by
+            the beginning token if the tokenizer adds one.
         template_arguments: passed to the chat template (``enable_thinking`` and the like). Llama's ``date_string``
-            is pinned to the template's own default unless given: the day's date in every prompt would make each day's
-            tokens new, and reference log-probs useless the day after.
+            defaults to the template's own default: with the current date in every prompt, tokens would change daily
+            and stored reference log-probs would be useless the day after.
         answers: ``template``: answers are rendered by the chat template. ``verbatim``: an answer's text follows the
-            generation prompt unchanged, and the template's end of turn follows the answer. A block that the generation
+            generation prompt unchanged and is followed by the template's end of turn. A block that the generation
             prompt opens (``<think>``) is not opened twice.
 
     Attributes:
-        end_token_id: the token that ends every response, unless it is truncated.
-        uses_template: prompts go through the chat template.
-        notes: what is unusual about the tokenizer or its template, one line each, to be reported once.
+        end_token_id: token that ends every response that is not truncated.
+        uses_template: whether prompts are rendered by the chat template.
+        notes: peculiarities of the tokenizer or its template, one line each, to be reported once.
     """
 
     def __init__(
@@ -127,20 +127,20 @@ class Encoder:
         self.uses_template = chat_template != "never" and tokenizer.chat_template is not None
         if chat_template == "always" and not self.uses_template:
             raise UserError(
-                f"tokenizer {self.name}: has no chat template, but chat_template is 'always'; "
-                "use a chat model's tokenizer, or chat_template 'never' for plain text"
+                f"tokenizer {self.name}: has no chat template, but chat_template is 'always'. "
+                "Use a chat model's tokenizer, or chat_template 'never' for plain text."
             )
         if tokenizer.split_special_tokens:
             self.notes.append(
-                "the tokenizer's split_special_tokens is set: special tokens in the text are single tokens here "
-                "nevertheless; unset it for the programs that are to serve the model"
+                "the tokenizer's split_special_tokens is set, but special tokens in the text are encoded as single "
+                "tokens here; unset it for the programs that will serve the model"
             )
-        # How many end tokens the template itself puts behind an answer; 0: none, the end token is appended.
+        # Number of end tokens that the template puts after an answer; 0: none, so the end token is appended.
         self._template_ends = 0
         self._template: Template | None = None
         self._beginning: list[int] = []
-        self._boundary_remedy = "end plain-text prompts with one line break and begin responses without any"
-        self._conversation_remedy = "set data.answers=verbatim, " if answers == "template" else ""
+        self._boundary_remedy = "End plain-text prompts with one line break and begin responses without any"
+        self._conversation_remedy = "Set data.answers=verbatim, use" if answers == "template" else "Use"
         if self.uses_template:
             self._template = template = Template(tokenizer, template_arguments)
             self._renderer = ChatRenderer(template, answers)
@@ -149,12 +149,12 @@ class Encoder:
             if template.between and answers == "template":
                 self.notes.append(
                     f"the chat template puts {template.between!r} between the generation prompt and an answer: it is "
-                    "learned with each; see data.template_arguments and data.answers"
+                    "learned as part of each answer; see data.template_arguments and data.answers"
                 )
-            self._boundary_remedy = "begin the response without line breaks or use another chat template"
+            self._boundary_remedy = "Begin the response without line breaks, use another chat template"
             if template.opening:
                 self._boundary_remedy = (
-                    f"the generation prompt ends with {template.opening!r}: set data.answers=verbatim for answers that "
+                    f"The generation prompt ends with {template.opening!r}: set data.answers=verbatim for answers that "
                     "continue it, use another chat template"
                 )
         else:
@@ -164,17 +164,17 @@ class Encoder:
         self._unknown = None if unknown in (None, tokenizer.eos_token_id) else int(unknown)
 
     def encode(self, row: Row) -> Sample:
-        """The row's sample; its reason is raised where it has none. See :meth:`encode_many`."""
+        """Encode one row. Raises the error that :meth:`encode_many` returns."""
         sample = self.encode_many([row])[0]
         if isinstance(sample, UserError):
             raise sample
         return sample
 
     def prompt_text(self, row: Row) -> str:
-        """The row's prompt as text, up to where a response begins; of plain text, without the beginning token.
+        """Render the row's prompt, up to where a response begins; plain text comes without the beginning token.
 
         Raises:
-            UserError: it cannot be rendered, or not with all of its content.
+            UserError: the prompt cannot be rendered completely.
         """
         rendered = self._render(replace(row, responses=()))
         if isinstance(rendered, UserError):
@@ -182,12 +182,12 @@ class Encoder:
         return rendered.prompt
 
     def encode_many(self, rows: Sequence[Row]) -> list[Sample | UserError]:
-        """The rows' samples, tokenised in one call, which fast tokenizers spread over threads.
+        """Encode rows in one tokenizer call, which fast tokenizers spread over threads.
 
         Returns:
-            for each row its sample, or the reason why it has none: a :class:`BoundaryError` of a row that is to be
-            dropped and counted under the error's ``reason``; another :class:`UserError` of a row that is a mistake,
-            since the chat template or this choice of ``chat_template`` does not take it.
+            for each row its sample, or an error: a :class:`BoundaryError` for a row to be dropped and counted under
+            the error's ``reason``; another :class:`UserError` for an invalid row, which the chat template or the value
+            of ``chat_template`` does not accept.
         """
         rendered = [self._render(row) for row in rows]
         texts: list[str] = []
@@ -213,10 +213,10 @@ class Encoder:
     # ------------------------------------------------------------------------------------------------- text to tokens
 
     def _sample(self, row: Row, text: RenderedRow, tokens: Iterator[list[int]]) -> Sample | BoundaryError:
-        """The row's sample.
+        """Build the row's sample.
 
         Args:
-            tokens: of the prompt; then of each answer's ``before``, where that is not the prompt, and ``whole``.
+            tokens: token ids of the prompt; then of each answer's ``before``, if that is not the prompt, and ``whole``.
         """
         prompt = self._begun(next(tokens), text.remarks)
         parts = []
@@ -234,7 +234,7 @@ class Encoder:
             unknown = str(self.tokenizer.unk_token)
             for answer, response in zip(text.answers, responses, strict=False):
                 if self._unknown in response and unknown not in answer.whole:
-                    text.remarks.append(f"responses hold characters that the tokenizer does not know ({unknown})")
+                    text.remarks.append(f"responses contain characters unknown to the tokenizer ({unknown})")
         return Sample(
             prompt=prompt,
             responses=tuple(responses),
@@ -243,7 +243,7 @@ class Encoder:
             ),
             ranked=row.ranked,
             place=row.place,
-            # Of a prompt without responses, no reward of no model.
+            # Shape [0, 0] for a prompt without responses.
             ensemble=np.array([one.ensemble for one in row.responses] or np.zeros((0, 0)), dtype=np.float64),
             reference_rewards=np.array(row.reference_rewards, dtype=np.float64),
             answers=marks,
@@ -251,15 +251,15 @@ class Encoder:
         )
 
     def _begun(self, ids: list[int], remarks: list[str] | None = None) -> np.ndarray:
-        """The tokens after the beginning tokens that plain text gets, unless it has them already."""
+        """Prepend the beginning tokens that plain text gets, unless they are present."""
         if self._beginning and ids[: len(self._beginning)] != self._beginning:
             ids = self._beginning + ids
         elif self._beginning and remarks is not None:
-            remarks.append("prompts begin with the tokenizer's beginning token already; no other one is added")
+            remarks.append("prompts already begin with the tokenizer's beginning token, which is not added again")
         return np.array(ids, dtype=np.int32)
 
     def _ended(self, response: np.ndarray, truncated: bool) -> np.ndarray:
-        """The response with its end token, and without what a template adds behind it."""
+        """The response with its end token, without the text that a template adds after it."""
         if truncated:
             return response
         ends = np.flatnonzero(response == self.end_token_id)
@@ -277,40 +277,40 @@ class Encoder:
             if len(prompt) == 0 or not np.array_equal(whole[: len(prompt)], prompt):
                 raise BoundaryError(
                     f"{row.place}: {answer.name} has no boundary in tokens: the prompt's tokens are not the "
-                    f"first tokens of prompt and response together; {self._boundary_remedy}, or drop the row"
+                    f"first tokens of prompt and response together. {self._boundary_remedy}, or drop the row."
                 )
             response = self._ended(whole[len(prompt) :], answer.truncated)
             if len(response) < (1 if answer.truncated else 2):
-                raise BoundaryError(f"{row.place}: {answer.name} has {NO_TOKEN}; drop the row")
+                raise BoundaryError(f"{row.place}: {answer.name} has {NO_TOKEN}. Drop the row.")
             if given.weight == 0:
-                raise NothingToLearnError(f"{row.place}: {answer.name} is not to be learned (weight 0); drop the row")
+                raise NothingToLearnError(f"{row.place}: {answer.name} has weight 0. Drop the row.")
             responses.append(response)
         return responses
 
     def _conversation(
         self, row: Row, parts: Sequence[tuple[Answer, np.ndarray, np.ndarray]], remarks: list[str]
     ) -> tuple[np.ndarray, list[np.ndarray], tuple[np.ndarray]]:
-        """(prompt, one row of tokens, a mask of every answer in it from its generation prompt to its end token).
+        """(prompt, one row of tokens, mask of the answers in it, each from its generation prompt to its end token).
 
-        An answer that the template renders otherwise once others follow, as Qwen3's does, is context: its tokens there
-        are not those that a policy would say.
+        An answer that the template renders differently once others follow, as Qwen3's does, is context: its tokens in
+        the conversation are not those that a policy would generate.
         """
         last, before, whole = parts[-1]
         whole = np.concatenate([whole[: len(before)], self._ended(whole[len(before) :], last.truncated)])
         is_answer = np.zeros(len(whole), dtype=bool)
         first, changed = len(whole), None
         for answer, before, after in parts:
-            said = after[len(before) :]
+            tokens = after[len(before) :]
             if self._template_ends or answer is last:
-                said = self._ended(said, answer.truncated)
-            end = len(before) + len(said)
+                tokens = self._ended(tokens, answer.truncated)
+            end = len(before) + len(tokens)
             fits = np.array_equal(whole[: len(before)], before) and np.array_equal(after[: len(before)], before)
             if answer is last and answer.learned and not fits:
                 raise BoundaryError(
                     f"{row.place}: {answer.name} has no boundary in tokens: the tokens before it are not the first "
-                    f"tokens of the whole conversation; {self._boundary_remedy}, or drop the row"
+                    f"tokens of the whole conversation. {self._boundary_remedy}, or drop the row."
                 )
-            if not fits or not np.array_equal(whole[len(before) : end], said):
+            if not fits or not np.array_equal(whole[len(before) : end], tokens):
                 changed = changed or answer
             elif answer.learned:
                 is_answer[len(before) : end] = True
@@ -318,11 +318,11 @@ class Encoder:
         if changed is not None and not is_answer.any():
             raise BoundaryError(
                 f"{row.place}: {changed.name} has no boundary in tokens: the chat template renders earlier messages "
-                f"otherwise once others follow; {self._conversation_remedy}use another template, or drop the row"
+                f"differently once others follow. {self._conversation_remedy} another template, or drop the row."
             )
         if changed is not None:
             remarks.append(
-                "conversations have answers that the chat template renders otherwise once others follow: they are "
+                "conversations have answers that the chat template renders differently once others follow: they are "
                 "context and not learned"
             )
         return whole[:first], [whole[first:]], (is_answer[first:],)

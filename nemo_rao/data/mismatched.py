@@ -1,4 +1,4 @@
-"""Every prompt with a response to another one, for objectives that compare with unrelated responses."""
+"""Prompts paired with responses to other prompts, for objectives that compare with unrelated responses."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from nemo_rao.errors import UserError
 
 
 def mismatched(data: PreferenceData, *, seq_length: int, seed: int) -> PreferenceData:
-    """Every prompt with a response to another one: what the log-ratio of unrelated responses is estimated on.
+    """Pair every prompt with a response to another one, to estimate the log-ratio of unrelated responses.
 
-    The other prompt is the next one in a seeded random order, the response one of its own at random: always the same
-    for the same data and seed. **Choice** A response too long for its new prompt is cut there, since no reward belongs
-    to it.
+    The other prompt is the next one in a seeded random order, and the response is one of its responses at random: the
+    result is a function of data and seed. **Choice** A response that is too long for its new prompt is truncated, since
+    no reward belongs to it.
 
     Raises:
         UserError: there is only one prompt.
     """
     if len(data) < 2:
         raise UserError(
-            f"{data[0].place}: the only prompt that is left, but the objective compares with responses to other "
-            "prompts; add data"
+            f"{data[0].place}: the only prompt left, but the objective compares with responses to other prompts. "
+            "Add data."
         )
     generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, len(data)])))
     order = generator.permutation(len(data))

@@ -1,4 +1,4 @@
-"""Prompts in both the training and the validation data: metrics on them do not measure unseen prompts."""
+"""Prompts that are in both training and validation data: metrics on them do not measure unseen prompts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nemo_rao.data.store import PreferenceData
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Validation prompts whose tokens are those of a training prompt. ``str()`` gives one line for the user.
+    """Validation prompts with the same tokens as a training prompt. ``str()`` gives one line for the user.
 
     Attributes:
-        prompts: validation prompts that are shared, of ``validation_prompts``.
-        first: place of the first of them, and of a training row with the same prompt.
+        prompts: number of shared validation prompts, of ``validation_prompts``.
+        first: location of the first of them, and of a training row with the same prompt.
     """
 
     prompts: int
@@ -23,15 +23,15 @@ class SharedPrompts:
     first: tuple[str, str]
 
     def __str__(self) -> str:
-        place, training_place = self.first
+        location, training_location = self.first
         return (
             f"{self.prompts} of {self.validation_prompts} prompts are also prompts of the training data "
-            f"(first: {place}, as in {training_place})"
+            f"(first: {location}, as in {training_location})"
         )
 
 
 def shared_prompts(train: PreferenceData, validation: PreferenceData) -> SharedPrompts | None:
-    """The prompts of both data sets; ``None`` where there are none. Reads 8 bytes a prompt."""
+    """Prompts that both data sets contain; ``None`` if there are none. Reads 8 bytes per prompt."""
     found = np.flatnonzero(np.isin(validation.prompt_digests, train.prompt_digests))
     if not len(found):
         return None

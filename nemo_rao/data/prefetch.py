@@ -1,8 +1,8 @@
-"""The next micro-batches, made on a thread while the model computes.
+"""Prefetching of micro-batches on a thread while the model computes.
 
-Not the workers of torch's DataLoader: they are forks of a rank, which holds process groups and a CUDA context, and hand
-micro-batches over through pipes. Here nothing is copied, and nothing is drawn at random: what comes next, and in which
-order, is the caller's iterator's to say, so a resumed run sees the same.
+torch's DataLoader workers are not used: they are forks of a rank, which holds process groups and a CUDA context, and
+pass micro-batches through pipes. A thread copies nothing. The caller's iterator determines the items and their order,
+so a resumed run sees the same ones.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 
-MICRO_BATCHES_AHEAD = 2  # one is too few where their making takes uneven time; more only take memory
+MICRO_BATCHES_AHEAD = 2  # 1 is too few if collation times vary; more only cost memory
 
 
 @dataclass(frozen=True)
 class _End:
-    """No item is left, or ``error`` has ended them."""
+    """End of the items, caused by ``error`` if set."""
 
     error: BaseException | None
 
 
 class Prefetcher(Generic[_T]):
-    """``with Prefetcher(items) as ahead: for item in ahead: ...``; the thread ends with the block, wherever it stands.
+    """Iterate over ``items`` on a thread: ``with Prefetcher(items) as ahead: for item in ahead: ...``.
 
-    What the iterator raises is raised in its place among the items, with its traceback.
+    The thread starts with the block and ends with it, even in the middle of the items. An exception of the iterator is
+    raised after the items before it, with its traceback.
 
     Args:
-        items: iterated on the thread, which begins at the start of the block.
-        num_ahead: items that are made before they are asked for, at most.
+        items: iterated on the thread.
+        num_ahead: maximum number of items made before they are requested.
     """
 
     def __init__(self, items: Iterable[_T], num_ahead: int = MICRO_BATCHES_AHEAD) -> None:
@@ -42,7 +43,7 @@ class Prefetcher(Generic[_T]):
         self._room = threading.Semaphore(num_ahead)
         self._stopped = False
         self._end: _End | None = None
-        # Daemon: an interpreter that ends without leaving the block does not wait for it.
+        # Daemon: an interpreter that exits inside the block must not wait for the thread.
         self._thread = threading.Thread(target=self._make, name="prefetch", daemon=True)
 
     def __enter__(self) -> Prefetcher[_T]:
@@ -53,7 +54,7 @@ class Prefetcher(Generic[_T]):
         self.close()
 
     def close(self) -> None:
-        """Ends the thread, which may be making an item; what was made is dropped. Twice is as good as once."""
+        """Stop the thread once its current item is made, and discard what is queued. Idempotent."""
         self._stopped = True
         self._room.release()
         self._thread.join()
@@ -88,7 +89,7 @@ class Prefetcher(Generic[_T]):
 
 
 class NotAhead(Generic[_T]):
-    """A :class:`Prefetcher` that makes an item when it is asked for, and none before."""
+    """Drop-in replacement for :class:`Prefetcher` that makes each item when it is requested."""
 
     def __init__(self, items: Iterable[_T]) -> None:
         self._items = iter(items)
@@ -100,7 +101,7 @@ class NotAhead(Generic[_T]):
         self.close()
 
     def close(self) -> None:
-        """As there is no thread to end, nothing."""
+        """Do nothing: there is no thread."""
 
     def __iter__(self) -> Iterator[_T]:
         return self

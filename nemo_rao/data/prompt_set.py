@@ -1,7 +1,6 @@
-"""All prompts of a data set, as samples without responses: what a run trains on that samples its own.
+"""Loading of prompts, as samples without responses, for runs that sample their own responses.
 
-Prompts that leave no room for a response are dropped and counted, never truncated. Whatever else of a row is not used
-is counted.
+Prompts that leave no room for a response are dropped and counted, never truncated. Unused fields are counted as well.
 """
 
 from __future__ import annotations
@@ -42,23 +41,23 @@ def load_prompts(
     ignore_fields: Sequence[str] = (),
     is_read: Callable[[str], bool] = lambda name: False,
 ) -> tuple[PreferenceData, list[Row]]:
-    """Reads, renders and tokenises prompts.
+    """Read, render and tokenise prompts.
 
     Args:
-        paths: see :func:`nemo_rao.rows.reading.read_rows`; rows may also be prompts alone.
+        paths: see :func:`nemo_rao.rows.reading.read_rows`; rows may also be prompts without responses.
         longest: tokens; a longer prompt is dropped and counted.
-        set_by: what sets ``longest``, for messages.
+        set_by: where ``longest`` comes from, for messages.
         strict: stop at the first prompt that would be dropped.
         needs_shared_first_token, needed_by: see :func:`nemo_rao.data.dataset.load_preferences`.
         chat_template, template_arguments: see :class:`nemo_rao.data.encode.Encoder`.
         columns, ignore_fields: see :func:`nemo_rao.rows.reading.read_rows`.
-        is_read: whether a field of a row that is no part of its prompt is read elsewhere, and so not counted.
+        is_read: whether a field outside the prompt is read elsewhere, and therefore not counted as unused.
 
     Returns:
         the prompts as samples without responses, with their report; and as rows without responses, in the same order.
 
     Raises:
-        UserError: a file cannot be read, a row has no prompt, the chat template refuses it; or none is left.
+        UserError: a file cannot be read, a row has no prompt, the chat template rejects one, or no prompt is left.
     """
     encoder = Encoder(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
     prompts = read_prompts(paths, columns=columns, ignore_fields=ignore_fields)
@@ -86,12 +85,12 @@ def load_prompts(
             samples.append(sample)
     if not samples:
         sources = ", ".join(map(str, [paths] if isinstance(paths, (str, os.PathLike)) else paths))
-        raise UserError(f"{sources}: no prompt is left to sample from; {report}")
+        raise UserError(f"{sources}: no prompt is left to sample from: {report}")
     return PreferenceData(samples, report), rows
 
 
 def _why_dropped(row: Row, sample: Sample | UserError, longest: int, set_by: str) -> tuple[str, str] | None:
-    """(reason, line with the place), or ``None``; a prompt that is a mistake is raised."""
+    """(reason, line with the location), or ``None`` to keep the prompt. Raises if the prompt is invalid."""
     if isinstance(sample, BoundaryError):
         return sample.reason, str(sample)
     if isinstance(sample, UserError):

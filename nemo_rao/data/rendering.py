@@ -1,7 +1,7 @@
 """Rows to text: a prompt, and each answer with its context. No part of a row is omitted silently.
 
-A row is rendered by the tokenizer's chat template, or is plain text. What the template leaves out of a message raises;
-what can be read in more than one way is remarked on.
+A row is rendered by the tokenizer's chat template, or is plain text. A part of a message that the template leaves out
+is an error; ambiguous input gets a remark.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from nemo_rao.errors import UserError
 
 Answers = Literal["template", "verbatim"]
 
-_NO_BLOCK = "use a template or data.template_arguments that open no block, or drop the row"
-NO_TOKEN = "no token of its own before the end token"
+_NO_BLOCK = "use a template or data.template_arguments that open no block, or drop the row."
+NO_TOKEN = "no token before the end token"
 
-# Fields without which a prompt says something else. Others, such as a name, are reported where they are not rendered.
+# Fields that change the meaning of a prompt. Others, such as a name, are only reported if they are not rendered.
 _CONTENT = ("tool_calls", "tools", "documents", "functions")
-# Those without which an answer does: these, and whatever is named after reasoning or thinking.
+# Fields that change the meaning of an answer, besides those named after reasoning or thinking.
 _CONTENT_OF_ANSWERS = ("tool_calls", "function_call", "refusal")
 
 
-def _is_said(name: str) -> bool:
-    """Whether an answer's field of this name is a part of what is answered, and not of what is known about it."""
+def _is_part_of_answer(name: str) -> bool:
+    """Whether a field of an answer's message belongs to the answer, rather than being metadata."""
     return name in _CONTENT_OF_ANSWERS or "reason" in name.lower() or "think" in name.lower()
 
 
@@ -48,10 +48,10 @@ class Answer:
 
     Attributes:
         name: for messages ("response 2").
-        before: the prompt, or the conversation so far, up to where the model begins to answer.
-        whole: the same with the answer, and what the template puts behind it.
-        learned: of a conversation, whether it is to be learned.
-        truncated: no end token belongs behind it.
+        before: the prompt, or the conversation so far, including the generation prompt.
+        whole: the same with the answer and the text that the template puts after it.
+        learned: in a conversation, whether this answer is trained on.
+        truncated: no end token follows it.
     """
 
     name: str
@@ -78,30 +78,30 @@ def is_conversation(row: Row) -> bool:
 
 
 def render_plain(row: Row, tokenizer_name: str) -> RenderedRow:
-    """The row as text without a chat template.
+    """Render the row as plain text, without a chat template.
 
     Raises:
-        UserError: it consists of messages.
+        UserError: the row consists of messages.
         ContentError: it has fields that only a template could render.
     """
     prompt = row.prompt if row.plain_prompt is None else row.plain_prompt
     if not isinstance(prompt, str) or is_conversation(row):
         raise UserError(
-            f"{row.place}: the prompt is a list of messages, which needs a chat template; tokenizer "
+            f"{row.place}: the prompt is a list of messages, which needs a chat template, but tokenizer "
             f"{tokenizer_name} has none or chat_template is 'never'"
         )
     answers, remarks = [], []
     fields = [name for name, value in row.template_fields.items() if value]
     for number, response in enumerate(row.responses, start=1):
         names = field_names([response.fields])
-        fields += [name for name in names if _is_said(name)]
-        remarks += [_not_rendered(name) for name in names if not _is_said(name)]
+        fields += [name for name in names if _is_part_of_answer(name)]
+        remarks += [_not_rendered(name) for name in names if not _is_part_of_answer(name)]
         content = response.content if response.plain_content is None else response.plain_content
         answers.append(Answer(f"response {number}", prompt, prompt + content, truncated=response.truncated))
     if fields:
         raise ContentError(
-            f"{row.place}: field '{fields[0]}' needs a chat template, and tokenizer {tokenizer_name} has none or "
-            "chat_template is 'never'; list it in data.ignore_fields or drop the row"
+            f"{row.place}: field '{fields[0]}' needs a chat template, but tokenizer {tokenizer_name} has none or "
+            "chat_template is 'never'. List it in data.ignore_fields or drop the row."
         )
     return RenderedRow(prompt, answers, remarks)
 
@@ -110,10 +110,10 @@ def render_plain(row: Row, tokenizer_name: str) -> RenderedRow:
 
 
 class ChatRenderer:
-    """Renders rows by a chat template.
+    """Render rows with a chat template.
 
     Args:
-        template: of the tokenizer.
+        template: the tokenizer's chat template.
         answers: see :class:`nemo_rao.data.encode.Encoder`.
     """
 
@@ -122,10 +122,10 @@ class ChatRenderer:
         self.verbatim = answers == "verbatim"
 
     def render(self, row: Row) -> RenderedRow:
-        """The row's text.
+        """Render one row.
 
         Raises:
-            UserError: the template refuses the row's messages.
+            UserError: the template rejects the row's messages.
             BoundaryError: a part of the row is not rendered, or its answers do not continue its prompt.
         """
         given = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
@@ -143,7 +143,7 @@ class ChatRenderer:
         return rendered
 
     def _conversation(self, row: Row, prompt: list[Message]) -> RenderedRow:
-        """Every answer that is to be learned, and the last one in any case, each with the conversation before it."""
+        """Render every answer that is trained on, and always the last one, each with the conversation before it."""
         (response,) = row.responses
         first = {**response.fields, "role": "assistant", "content": response.content, "weight": response.weight}
         given: list[Message] = [*prompt, first, *response.continuation]
@@ -155,13 +155,13 @@ class ChatRenderer:
             if not learned and not is_last:
                 continue
             answer = Answer(f"answer {number} of the conversation", "", "", learned, is_last and response.truncated)
-            # All that is rendered stands before the last answer or in it.
+            # Checking the last answer and its prompt covers the whole conversation.
             render = self._prompt if is_last else self._unchecked_prompt
             answer.before = render(messages[:at], row)
             self._complete(answer, messages[:at], given[at], row, rendered.remarks)
             rendered.answers.append(answer)
         if not any(answer.learned for answer in rendered.answers):
-            raise NothingToLearnError(f"{row.place}: no answer is to be learned (weight 0); drop the row")
+            raise NothingToLearnError(f"{row.place}: every answer has weight 0. Drop the row.")
         before = messages[: turns[-1]]
         rendered.remarks += self._check_fields_of_prompt(before, row, rendered.answers[-1].before)
         rendered.remarks += self._remarks_on_prompt([message for message in before if message["role"] != "assistant"])
@@ -174,7 +174,7 @@ class ChatRenderer:
         return self.template.prompt(messages, row.place, row.template_fields)
 
     def _prompt(self, messages: Sequence[Message], row: Row) -> str:
-        """The messages' text up to where the model begins to answer, with the content of all of them in it."""
+        """Render the messages with the generation prompt. Raises if the content of any of them is missing."""
         text = self._unchecked_prompt(messages, row)
         contents = [contents_of(message) for message in messages]
         if (lost := self.template.left_out(messages)) is not None:
@@ -185,12 +185,12 @@ class ChatRenderer:
             return text
         role = messages[lost]["role"]
         raise ContentError(
-            f"{row.place}: the chat template leaves out a part of message {lost + 1} ({role}): {what}; use another "
-            "template, or drop the row"
+            f"{row.place}: the chat template leaves out a part of message {lost + 1} ({role}): {what}. Use another "
+            "template, or drop the row."
         )
 
     def _check_fields_of_prompt(self, messages: Sequence[Message], row: Row, text: str) -> list[str]:
-        """Remarks on fields that the template does not render. Raises where the prompt says less without them."""
+        """Remarks on fields that the template does not render. Raises if the prompt loses content without them."""
         fields = {name: value for name, value in row.template_fields.items() if value}
         if not fields and not field_names(messages):
             return []
@@ -202,20 +202,20 @@ class ChatRenderer:
         for name in lost:
             if name in _CONTENT:
                 raise ContentError(
-                    f"{row.place}: the chat template does not render the prompt's field '{name}'; use another "
-                    "template, list the field in data.ignore_fields, or drop the row"
+                    f"{row.place}: the chat template does not render the prompt's field '{name}'. Use another "
+                    "template, list the field in data.ignore_fields, or drop the row."
                 )
         if (call := unrendered_call(messages, text, lambda changed, _: render(changed, fields))) is not None:
             raise ContentError(
-                f"{row.place}: the chat template does not render every one of the prompt's tool_calls: "
-                f"{quoted(str(call))}; use another template, or drop the row"
+                f"{row.place}: the chat template does not render all of the prompt's tool_calls: "
+                f"{quoted(str(call))}. Use another template, or drop the row."
             )
         for holder in (fields, *messages):
             for name, value in holder.items():
                 if name in _CONTENT and (part := find_missing_part(name, value, text)) is not None:
                     raise ContentError(
                         f"{row.place}: the chat template leaves out a part of the prompt's field '{name}': "
-                        f"{difference(part, text)}; use another template, or drop the row"
+                        f"{difference(part, text)}. Use another template, or drop the row."
                     )
         return [f"prompts have a field '{name}' that the chat template does not render" for name in lost]
 
@@ -223,7 +223,7 @@ class ChatRenderer:
         for marker in self.template.markers:
             if any(marker in contents_of(message) for message in messages):
                 return [
-                    f"prompts hold the chat template's own tokens ({marker}): if they are rendered already, set "
+                    f"prompts contain the chat template's special tokens ({marker}): if they are already rendered, set "
                     "data.chat_template=never"
                 ]
         return []
@@ -233,26 +233,26 @@ class ChatRenderer:
     def _complete(
         self, answer: Answer, messages: Sequence[Message], given: Message, row: Row, remarks: list[str]
     ) -> None:
-        """Sets ``answer.whole``.
+        """Set ``answer.whole``.
 
         Args:
-            answer: to ``messages``.
+            answer: the answer to ``messages``.
             given: the answer's message.
-            remarks: what is to be said about the answer is added to it.
+            remarks: list to which remarks on the answer are appended.
         """
         message = self.template.message(given)
         content = contents_of(message)
         if not content.strip() and not field_names([message]):
-            raise BoundaryError(f"{row.place}: {answer.name} has {NO_TOKEN}; drop the row")
+            raise BoundaryError(f"{row.place}: {answer.name} has {NO_TOKEN}. Drop the row.")
         end_text, closed = self.template.end_text, False
         bare = content.rstrip().removesuffix(end_text)
         if bare != content.rstrip() and bare.strip() and not answer.truncated:
-            remarks.append(f"responses end with the end token {end_text} already, which is not repeated")
-            closed = self.template.num_ends == 0  # the template puts none there
+            remarks.append(f"responses already end with the end token {end_text}, which is not repeated")
+            closed = self.template.num_ends == 0  # the template adds none
             message["content"] = content.rstrip() if closed else bare
         markers = [marker for marker in self.template.markers if marker in content and marker != end_text]
         if markers:
-            remarks.append(f"responses hold the chat template's own tokens ({markers[0]})")
+            remarks.append(f"responses contain the chat template's special tokens ({markers[0]})")
         complete = self._verbatim if self.verbatim else self._rendered
         answer.whole = complete(answer, messages, message, row, remarks)
         if closed:
@@ -260,8 +260,8 @@ class ChatRenderer:
         if answer.truncated:
             if not answer.whole.endswith(self.template.behind):
                 raise BoundaryError(
-                    f"{row.place}: {answer.name} is marked as truncated, but the chat template writes something behind "
-                    "its text; drop the row"
+                    f"{row.place}: {answer.name} is marked as truncated, but the chat template adds other text after "
+                    "it. Drop the row."
                 )
             answer.whole = answer.whole.removesuffix(self.template.behind)
 
@@ -269,11 +269,11 @@ class ChatRenderer:
         self, answer: Answer, messages: Sequence[Message], message: Message, row: Row, remarks: list[str]
     ) -> str:
         template, text, fields = self.template, contents_of(message), field_names([message])
-        remarks += [_not_rendered(name) for name in fields if not _is_said(name)]
-        if names := [name for name in fields if _is_said(name)]:
+        remarks += [_not_rendered(name) for name in fields if not _is_part_of_answer(name)]
+        if names := [name for name in fields if _is_part_of_answer(name)]:
             raise ContentError(
-                f"{row.place}: {answer.name} has a field '{names[0]}', which only the chat template can render; set "
-                "data.answers=template, list the field in data.ignore_fields, or drop the row"
+                f"{row.place}: {answer.name} has a field '{names[0]}', which only the chat template can render. Set "
+                "data.answers=template, list the field in data.ignore_fields, or drop the row."
             )
         if template.opening:
             tag = template.opening.strip()
@@ -281,14 +281,14 @@ class ChatRenderer:
                 text = text.removeprefix(template.opening)
             elif text.lstrip().startswith(tag):
                 raise ThinkingError(
-                    f"{row.place}: {answer.name} begins with {quoted(text[: text.index(tag) + len(tag) + 1])}, and not "
-                    f"with the {template.opening!r} that ends the generation prompt; write the same in the row, or "
+                    f"{row.place}: {answer.name} begins with {quoted(text[: text.index(tag) + len(tag) + 1])}, not "
+                    f"with the {template.opening!r} that ends the generation prompt. Write the same in the row, or "
                     f"{_NO_BLOCK}"
                 )
             if template.closing not in text and not answer.truncated:
                 raise ThinkingError(
                     f"{row.place}: {answer.name} has no {template.closing}, which closes the {tag} at the end of the "
-                    f"generation prompt; {_NO_BLOCK}"
+                    f"generation prompt. {_NO_BLOCK.capitalize()}"
                 )
         return answer.before + template.before + text + template.behind
 
@@ -300,26 +300,31 @@ class ChatRenderer:
         if not whole.startswith(answer.before):
             if template.opening and whole.startswith(answer.before.removesuffix(template.opening)):
                 closed = template.closing in contents_of(message)
-                remedy = "; set data.answers=verbatim, " if closed else f", nor does this one have {template.closing}; "
+                remedy = (
+                    f". Set data.answers=verbatim, {_NO_BLOCK}"
+                    if closed
+                    else f", and the answer has no {template.closing}. {_NO_BLOCK.capitalize()}"
+                )
                 raise ThinkingError(
                     f"{row.place}: the generation prompt ends with {template.opening!r}, which the chat template does "
-                    f"not repeat before {answer.name}{remedy}{_NO_BLOCK}"
+                    f"not repeat before {answer.name}{remedy}"
                 )
             raise BoundaryError(
-                f"{row.place}: {answer.name} has no boundary in tokens: the chat template renders the prompt otherwise "
-                "once an answer follows; set data.answers=verbatim, use another chat template, or drop the row"
+                f"{row.place}: {answer.name} has no boundary in tokens: the chat template renders the prompt "
+                "differently once an answer follows. Set data.answers=verbatim, use another chat template, or drop the "
+                "row."
             )
-        said, content = whole[len(answer.before) :], contents_of(message)
+        rendered, content = whole[len(answer.before) :], contents_of(message)
         opened = template.opening if content.lstrip().startswith(template.opening.strip()) else ""
-        if find(opened + said, content) < 0:
+        if find(opened + rendered, content) < 0:
             raise ContentError(
                 f"{row.place}: the chat template leaves out a part of {answer.name}: "
-                f"{difference(content, said.removesuffix(template.behind))}; set data.answers=verbatim, use another "
-                "template, or drop the row"
+                f"{difference(content, rendered.removesuffix(template.behind))}. Set data.answers=verbatim, use "
+                "another template, or drop the row."
             )
 
         if names := field_names([message]):
-            remarks += self._check_fields_of_answer(answer, messages, message, row, names, said)
+            remarks += self._check_fields_of_answer(answer, messages, message, row, names, rendered)
         return whole
 
     def _check_fields_of_answer(
@@ -329,33 +334,33 @@ class ChatRenderer:
         message: Message,
         row: Row,
         names: Sequence[str],
-        said: str,
+        rendered: str,
     ) -> list[str]:
-        """Raises if a field of the answer's message that is a part of it is not in ``said``, its rendering; returns
-        remarks on others."""
+        """Raise if a field that belongs to the answer is missing from ``rendered``, the answer's rendering. Returns
+        remarks on other fields."""
 
         def render(changed: Sequence[Message], _: Mapping[str, Any]) -> str:
             return self.template.render([*messages, *changed], row.place, row.template_fields)
 
-        whole = answer.before + said
+        whole = answer.before + rendered
         lost = unrendered_fields([message], {}, whole, render)
         call = unrendered_call([message], whole, render)
         for name in names:
             what = None
-            if not _is_said(name):
+            if not _is_part_of_answer(name):
                 continue
             if name in lost:
                 what = f"field '{name}'"
             elif name == "tool_calls" and call is not None:
                 what = f"one of the tool_calls: {quoted(str(call))}"
-            elif (part := find_missing_part(name, message[name], said)) is not None:
-                what = f"a part of field '{name}': {difference(part, said)}"
+            elif (part := find_missing_part(name, message[name], rendered)) is not None:
+                what = f"a part of field '{name}': {difference(part, rendered)}"
             if what is not None:
                 raise ContentError(
-                    f"{row.place}: of {answer.name}, the chat template leaves out {what}; use another template, list "
-                    "the field in data.ignore_fields, or drop the row"
+                    f"{row.place}: the chat template leaves out, from {answer.name}, {what}. Use another template, "
+                    "list the field in data.ignore_fields, or drop the row."
                 )
-        return [_not_rendered(name) for name in lost if not _is_said(name)]
+        return [_not_rendered(name) for name in lost if not _is_part_of_answer(name)]
 
 
 def _not_rendered(name: str) -> str:

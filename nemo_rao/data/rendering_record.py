@@ -1,6 +1,6 @@
-"""How prompts and answers become text: settings on which training, scoring, sampling and evaluation must agree.
+"""Settings for rendering prompts and answers, on which training, scoring, sampling and evaluation must agree.
 
-``nemo-rao export-hf`` writes the choices of the run beside the model, from which sampling takes its defaults:
+``nemo-rao export-hf`` writes those of the run next to the model; sampling takes its defaults from there:
 
     nemo_rao.json    {"chat_template": "auto", "template_arguments": {"enable_thinking": false}, "answers": "template"}
 """
@@ -30,17 +30,17 @@ FILE = "nemo_rao.json"
 
 @dataclass(frozen=True)
 class Rendering:
-    """The arguments of :class:`nemo_rao.data.encode.Encoder`, which says what they mean."""
+    """Arguments of :class:`nemo_rao.data.encode.Encoder`, where they are described."""
 
     chat_template: ChatTemplate = "auto"
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     answers: Answers = "template"
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """What renders and tokenises rows this way.
+        """The encoder with these settings.
 
         Raises:
-            UserError: the tokenizer does not suit.
+            UserError: the tokenizer does not fit these settings.
         """
         from nemo_rao.data.encode import Encoder
 
@@ -56,12 +56,12 @@ NAMES = tuple(field.name for field in dataclasses.fields(Rendering))
 
 
 def write_rendering(folder: Path, rendering: Rendering) -> None:
-    """Writes ``nemo_rao.json`` into a model's folder."""
+    """Write ``nemo_rao.json`` into a model's directory."""
     write_atomically(folder / FILE, json.dumps(dataclasses.asdict(rendering), ensure_ascii=False, indent=2) + "\n")
 
 
 def read_rendering(folder: Path) -> Rendering | None:
-    """How the model in a folder was trained; ``None`` where nothing says so, as of models from elsewhere.
+    """Read the rendering with which the model in a directory was trained; ``None`` if it was not recorded.
 
     Raises:
         UserError: ``nemo_rao.json`` cannot be read, or has other keys or values than this version writes.
@@ -69,24 +69,24 @@ def read_rendering(folder: Path) -> Rendering | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    remedy = "export the model again, or remove the file and give the options"
+    remedy = "Export the model again, or remove the file and pass the options."
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); {remedy}") from None
+        raise UserError(f"{path}: cannot be read as JSON ({error}). {remedy}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: is not a JSON object; {remedy}")
+        raise UserError(f"{path}: is not a JSON object. {remedy}")
     if unknown := sorted(found.keys() - set(NAMES)):
-        raise UserError(f"{path}: has the unknown key {unknown[0]}; {remedy}")
-    return checked_rendering(found, f"{path}: ", f"; {remedy}")
+        raise UserError(f"{path}: has the unknown key {unknown[0]}. {remedy}")
+    return checked_rendering(found, f"{path}: ", f". {remedy}")
 
 
 def checked_rendering(values: Mapping[str, Any], where: str, remedy: str = "") -> Rendering:
-    """The rendering of these keys; others are not looked at.
+    """Build a :class:`Rendering` from its keys in ``values``, ignoring others.
 
     Args:
-        values: as a file has them.
-        where, remedy: around the message.
+        values: as read from a file.
+        where, remedy: prefix and suffix of the error message.
 
     Raises:
         UserError: a value is not allowed.

@@ -1,7 +1,7 @@
-"""Checks of a row before tokenisation: which of its responses are used, and whether they are enough.
+"""Checks of a row before tokenisation: selection of its responses, and whether they suffice.
 
-A row is *bad* where it shows a mistake in the data (no reward where one is needed, too few responses). It is *dropped*
-where nothing is wrong with it but that it cannot be learned from here: its samples were cut, all rewards are equal.
+A row is *bad* if it has an error (a missing reward that is needed, too few responses). It is *dropped* if it is valid
+but nothing can be learned from it here: its responses were truncated, or all rewards are equal.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from nemo_rao.errors import UserError
 
 Truncated = Literal["drop", "without_end"]
 
-CUT_SHORT = "too few responses that are not cut short"
-CUT_LEFT_OUT = "responses that are cut short are left out (data.truncated=drop)"
-CUT_WITHOUT_END = "responses that are cut short are learned without an end token (data.truncated=without_end)"
-NOT_FINITE = "a reward is not a finite number, and is not used"
+CUT_SHORT = "too few responses that are not truncated"
+CUT_LEFT_OUT = "truncated responses are left out (data.truncated=drop)"
+CUT_WITHOUT_END = "truncated responses are learned without an end token (data.truncated=without_end)"
+NOT_FINITE = "a reward is not a finite number and is not used"
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Candidate:
     """A row before it is tokenised.
 
     Attributes:
-        read: as it was read.
-        row: with the responses that are used; ``None`` where none are.
-        bad: what shows a mistake in the data. A row that is dropped for its tokens needs not be right in this.
-        dropped: (reason, line about this row).
+        read: the row as it was read.
+        row: the row with the responses that are used; ``None`` if none are.
+        bad: the error in the row. Ignored if the row is dropped for its tokens.
+        dropped: (reason, message about this row).
         remarks, left_out: see ``report.Outcome``.
     """
 
@@ -55,7 +55,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RowChecks:
-    """What is asked of each row. See :func:`nemo_rao.data.dataset.load_preferences` for the arguments."""
+    """Requirements on each row. See :func:`nemo_rao.data.dataset.load_preferences` for the arguments."""
 
     num_responses: int | None
     min_responses: int
@@ -72,19 +72,19 @@ class RowChecks:
         if self.num_responses is not None and self.num_responses < self.min_responses:
             raise UserError(
                 f"data.num_responses is {self.num_responses}, but {self.needed_by} needs at least "
-                f"{self.min_responses} responses a prompt; raise it"
+                f"{self.min_responses} responses per prompt. Raise it."
             )
 
     def apply(self, read: Row, number: int) -> Candidate:
-        """The row as it is used, or why it is not.
+        """Check a row and select its responses.
 
         Args:
-            number: of the row, on which what is drawn depends.
+            number: index of the row, which seeds random choices.
         """
         whole = [response for response in read.responses if not response.truncated]
         cut, row = len(read.responses) - len(whole), read
         if cut and self.truncated == "drop":
-            # Of a pair whose better response was cut, the other one must not become the best.
+            # If the better response of a pair was truncated, the other one must not become the best.
             only_worse = read.ranked and read.responses[0].truncated and len(whole) == 1
             if len(whole) < max(1, self.min_responses) or only_worse:
                 return Candidate(read, None, dropped=(CUT_SHORT, _cut_short(read, cut)))
@@ -106,21 +106,21 @@ class RowChecks:
     def _check_responses(self, row: Row) -> None:
         if len(row.responses) < self.min_responses:
             raise UserError(
-                f"{row.place}: has {len(row.responses)} responses, {self.needed_by} needs at least "
-                f"{self.min_responses} a prompt; drop the row or add responses"
+                f"{row.place}: has {len(row.responses)} responses, but {self.needed_by} needs at least "
+                f"{self.min_responses} per prompt. Drop the row or add responses."
             )
         if self.needs_rewards:
             for number, response in enumerate(row.responses, start=1):
                 if not is_known(response.reward) or not all(map(is_known, response.ensemble)):
                     raise UserError(
-                        f"{row.place}: response {number} has {lacks(response)}, which {self.needed_by} needs; "
+                        f"{row.place}: response {number} has {lacks(response)}, but {self.needed_by} needs one. "
                         f"{where_to_add_rewards(row)}"
                     )
         if self.needs_preference and not row.ranked and any(response.reward is None for response in row.responses):
             raise UserError(
                 f"{row.place}: its responses have neither an order (chosen, rejected) nor a reward each, and "
-                f"{self.needed_by} compares them; add rewards (or labels), or name the field they stand in by "
-                "data.reward_field"
+                f"{self.needed_by} compares them. Add rewards (or labels), or set data.reward_field to the field that "
+                "holds the rewards."
             )
 
     def _why_dropped(self, row: Row) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Checks of a row's tokens: that they fit, and that compared responses differ."""
+"""Checks of a row's tokens: they must fit into seq_length, and compared responses must differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EQUAL_TOKENS_OTHER_REWARDS = "responses with the same tokens have different rewa
 
 
 def why_dropped(row: Row, sample: Sample, seq_length: int, needs_pairs: bool) -> tuple[str, str] | None:
-    """(reason, line about this row), or ``None`` to keep it."""
+    """(reason, message about this row), or ``None`` to keep it."""
     if len(sample.prompt) >= seq_length:
         return PROMPT_TOO_LONG, f"{row.place}: the prompt has {len(sample.prompt)} tokens, seq_length is {seq_length}"
     for number, response in enumerate(sample.responses, start=1):
@@ -35,7 +35,7 @@ def why_dropped(row: Row, sample: Sample, seq_length: int, needs_pairs: bool) ->
 
 
 def equal_tokens(sample: Sample) -> Iterator[str]:
-    """What is to be said of a sample with responses of the same tokens."""
+    """Remarks on a sample in which several responses have the same tokens."""
     if len({response.tobytes() for response in sample.responses}) == len(sample.responses):
         return
     equal = [pair for pair in _pairs(sample) if _equal(sample, *pair)]
@@ -54,6 +54,6 @@ def _equal(sample: Sample, first: int, second: int) -> bool:
 
 
 def _differ(sample: Sample, first: int, second: int) -> bool:
-    """Whether one is better than the other: by the order, or by rewards, of which NaN is none."""
+    """Whether one is better than the other, by the order or by rewards. NaN is a missing reward."""
     a, b = sample.rewards[first], sample.rewards[second]
     return sample.ranked or bool(a != b and not np.isnan(a) and not np.isnan(b))

@@ -1,10 +1,10 @@
-"""All samples of a data set as a few flat arrays, in memory or memory-mapped from a folder.
+"""All samples of a data set as a few flat arrays, in memory or memory-mapped from a directory.
 
-    <folder>/<array>.npy    one for each array of :class:`Arrays`
-    <folder>/data.json      format, sizes and digests of these files, the report, the fingerprint
+    <directory>/<array>.npy    one for each array of :class:`Arrays`
+    <directory>/data.json      format, sizes and digests of these files, the report, the fingerprint
 
-Processes that open the same folder share its pages, and read no more of it than they use: a start costs milliseconds,
-whatever the number of rows. A folder is written under a temporary name first; what is not whole is not opened.
+Processes that open the same directory share its pages and read only what they use, so opening takes milliseconds,
+whatever the number of rows. A directory is first written under a temporary name; an incomplete one is never opened.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from nemo_rao.batch import RewardSummary, Sample
 from nemo_rao.data.report import LoadReport
 from nemo_rao.runtime.files import folder_written_atomically
 
-FORMAT = "nemo_rao preference data 3"  # counts up when rows are read, checked or counted otherwise, too
+FORMAT = "nemo_rao preference data 3"  # increment it also if rows are read, checked or counted differently
 _RECORD = "data.json"
-_END = 1 << 20  # bytes of each end of a large file that are checked when it is opened
+_END = 1 << 20  # bytes at each end of a large file that are checked when it is opened
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """N samples; 4 bytes a token, and some hundred bytes a sample. All are read-only: samples are views of them.
+    """N samples; 4 bytes per token and a few hundred bytes per sample. All arrays are read-only: samples are views.
 
-    A sample's segments, its prompt and then its responses, follow each other. ``*_ends`` begin with 0.
+    A sample's segments, its prompt and then its responses, are contiguous. ``*_ends`` begin with 0.
 
     Attributes:
         tokens: ``[tokens]`` int32, segment after segment.
-        segment_ends: ``[segments + 1]`` int64 in ``tokens``.
-        first_segment: ``[N + 1]`` int64: the number of each sample's prompt.
+        segment_ends: ``[segments + 1]`` int64, offsets into ``tokens``.
+        first_segment: ``[N + 1]`` int64, index of the segment that is each sample's prompt.
         rewards: ``[all responses]`` float64.
         ensemble: ``[all responses, M]`` float64.
         reference_rewards: float64, sample after sample, delimited by ``reference_reward_ends`` ``[N + 1]`` int64.
         ranked: ``[N]`` bool.
-        prompt_digests: ``[N]`` uint64, of each prompt's tokens.
-        places: uint8, the samples' places as UTF-8, delimited by ``place_ends`` ``[N + 1]`` int64.
-        answers: bool, where a token is an answer, of the segments that are told apart so (conversations), delimited by
-            ``answer_ends``; ``answer_segments``, int64 and rising, are their numbers.
+        prompt_digests: ``[N]`` uint64, digest of each prompt's tokens.
+        places: uint8, the samples' locations as UTF-8, delimited by ``place_ends`` ``[N + 1]`` int64.
+        answers: bool, true for tokens of an answer, only for segments that need such a mask (conversations), delimited
+            by ``answer_ends``; ``answer_segments`` are the indices of these segments, int64, ascending.
     """
 
     tokens: np.ndarray
@@ -68,15 +68,15 @@ class Arrays:
     answer_segments: np.ndarray
 
 
-_LARGE = ("tokens", "answers")  # grow with the tokens; the others grow with the rows
+_LARGE = ("tokens", "answers")  # proportional to the tokens; the others to the rows
 
 
 class PreferenceData:
     """N samples, see :class:`Arrays`.
 
     Attributes:
-        report: what was dropped on the way here.
-        folder: where the arrays lie on disk; ``None`` where they lie in memory.
+        report: outcome of loading.
+        folder: directory that holds the arrays; ``None`` if they are in memory.
     """
 
     def __init__(self, samples: Iterable[Sample], report: LoadReport | None = None) -> None:
@@ -91,7 +91,7 @@ class PreferenceData:
         self._fingerprint = fingerprint
 
     def __getstate__(self) -> Any:
-        # A rank that is spawned opens the files itself: they are not sent through a pipe.
+        # A spawned rank opens the files itself instead of receiving their content through a pipe.
         return vars(self) if self.folder is None else self.folder
 
     def __setstate__(self, state: Any) -> None:
@@ -125,7 +125,7 @@ class PreferenceData:
         )
 
     def _answers(self, segment: int, number: int) -> tuple[np.ndarray, ...] | None:
-        """Of the responses from a segment on; they all are conversations, or none is."""
+        """Answer masks of a sample's responses, from its first response's segment on. Either all have one or none."""
         arrays = self._arrays
         at = int(np.searchsorted(arrays.answer_segments, segment))
         if at == len(arrays.answer_segments) or arrays.answer_segments[at] != segment:
@@ -135,16 +135,16 @@ class PreferenceData:
 
     @property
     def num_responses(self) -> int:
-        """Responses of all samples; they are numbered from 0 in the order of the samples."""
+        """Number of responses of all samples. Response ids count from 0 in the order of the samples."""
         return len(self._arrays.rewards)
 
     def response_offset(self, index: int) -> int:
-        """The number of a sample's first response in the whole data set (``MicroBatch.response_ids``)."""
+        """Id of a sample's first response in the whole data set (``MicroBatch.response_ids``)."""
         return int(self._arrays.first_segment[index]) - index
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """``[N]`` int64 tokens of each sample's longest row: its prompt with its longest response."""
+        """``[N]`` int64, tokens of each sample's prompt with its longest response."""
         sizes, first = np.diff(self._arrays.segment_ends), self._arrays.first_segment[:-1]
         prompts = sizes[first]
         sizes[first] = 0
@@ -152,16 +152,16 @@ class PreferenceData:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest prompt with one response; 0 where there is no sample."""
+        """Tokens of the longest prompt with one response; 0 without samples."""
         return int(self.lengths.max(initial=0))
 
     @property
     def prompt_digests(self) -> np.ndarray:
-        """``[N]`` uint64, equal for prompts of the same tokens."""
+        """``[N]`` uint64, equal for prompts with the same tokens."""
         return self._arrays.prompt_digests
 
     def reward_summary(self) -> RewardSummary:
-        """What is known of the rewards of all responses."""
+        """Summary of the rewards of all responses."""
         rewards, ranked = self._arrays.rewards, self._arrays.ranked
         num_columns = self._arrays.ensemble.shape[1] or 1
         known = ~np.isnan(rewards)
@@ -180,14 +180,14 @@ class PreferenceData:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of tokens and boundaries in their order. Reference log-probs depend on nothing else here, so
-        new rewards for the same responses leave it as it is."""
+        """SHA-256 (hex) of tokens and boundaries in order. It identifies reference log-probs, which depend on nothing
+        else here, so new rewards for the same responses do not change it."""
         if self._fingerprint is None:
             self._fingerprint = _fingerprint(self._arrays)
         return self._fingerprint
 
     def contents_fingerprint(self) -> str:
-        """SHA-256 (hex) of all that is trained on: tokens, and rewards, labels and ensembles of the responses."""
+        """SHA-256 (hex) of all training inputs: tokens, and the rewards, labels and ensembles of the responses."""
         digest = hashlib.sha256(f"nemo_rao preference contents 1\n{self.fingerprint()}\n".encode())
         arrays = self._arrays
         digest.update(np.array([arrays.ensemble.shape[1]], dtype="<i8").tobytes())
@@ -202,10 +202,10 @@ class PreferenceData:
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Writes all of it to a folder, from which :func:`open_data` maps it into memory. One that is there stays.
+        """Write the data to a directory that :func:`open_data` can map into memory. An existing one is not replaced.
 
         Raises:
-            UserError: it cannot be written; nothing is left of it.
+            UserError: it cannot be written; no partial directory remains.
         """
         with folder_written_atomically(folder) as temporary:
             files = {}
@@ -223,10 +223,10 @@ class PreferenceData:
 
 
 def open_data(folder: Path) -> PreferenceData | None:
-    """What :meth:`PreferenceData.save` has written there, memory-mapped and read-only; ``None`` unless it is whole.
+    """Open what :meth:`PreferenceData.save` wrote, memory-mapped and read-only; ``None`` if missing or damaged.
 
-    Every file has its size and its digest, of its whole content where it grows with the rows, and of both its ends
-    where it grows with the tokens: gigabytes are not read to be checked.
+    The size and digest of every file are checked. The digest covers the whole file if it grows with the rows, but only
+    both its ends if it grows with the tokens, so that gigabytes need not be read.
     """
     try:
         text = json.loads((folder / _RECORD).read_text())
@@ -236,10 +236,10 @@ def open_data(folder: Path) -> PreferenceData | None:
         arrays = {}
         for name, file in record["files"].items():
             path = folder / f"{name}.npy"
-            # Before numpy reads it: of a damaged header it would make anything.
+            # Before numpy reads it, since a damaged header could give an arbitrary array.
             if path.stat().st_size != file["bytes"] or _digest(path) != file["digest"]:
                 return None
-            # A plain view of the map: slices of numpy's own class for it cost several times as much.
+            # A plain ndarray view: slices of np.memmap cost several times as much.
             arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
         data = PreferenceData.__new__(PreferenceData)
         data._set(Arrays(**arrays), LoadReport(**record["report"]), folder, record["fingerprint"])
@@ -299,7 +299,7 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
 
 
 def _fingerprint(arrays: Arrays) -> str:
-    digest = hashlib.sha256(b"nemo_rao preference data 1\n")  # not FORMAT: reference log-probs are found by it
+    digest = hashlib.sha256(b"nemo_rao preference data 1\n")  # not FORMAT: it is the key of stored log-probs
     digest.update(np.array([len(arrays.ranked), len(arrays.segment_ends)], dtype="<i8").tobytes())
     for values, kind in ((arrays.first_segment, "<i8"), (arrays.segment_ends, "<i8"), (arrays.tokens, "<i4")):
         digest.update(np.ascontiguousarray(values, dtype=kind).data)
@@ -310,7 +310,7 @@ def _fingerprint(arrays: Arrays) -> str:
 
 
 def _digest(path: Path) -> str:
-    """Of a file's content, or of both its ends."""
+    """Digest of a file's content, or of both its ends if it is large."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         if path.stem in _LARGE:

@@ -1,4 +1,4 @@
-"""Loads a tokenizer, in the format of transformers 4 or 5."""
+"""Loading of tokenizers in the format of transformers 4 or 5."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from nemo_rao.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The class that transformers 5 names for any tokenizer.json; transformers 4 has the same under another name.
+# Class that transformers 5 records for any tokenizer.json; transformers 4 has it under another name.
 FAST_CLASS_OF_5 = "TokenizersBackend"
 _BYTE_LEVEL = "ByteLevel"
 OTHER_CLASSES_OF_5 = ("SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Load a Hugging Face tokenizer from a local folder or by name. Code that it brings along is never run.
+    """Load a Hugging Face tokenizer from a local directory or by name. Remote code is never run.
 
     Raises:
         UserError: it cannot be loaded, or neither it nor its chat template has an end token.
     """
     name = os.path.expanduser(os.fspath(path))
     if name.startswith((".", "/")) and not os.path.isdir(name):
-        raise UserError(f"tokenizer {name}: no such folder; give a folder with a Hugging Face tokenizer, or a name")
+        raise UserError(
+            f"tokenizer {name}: no such directory. Pass a directory with a Hugging Face tokenizer, or a name."
+        )
     try:
         tokenizer = _load(name)
     except UserError:
         raise
-    except Exception as error:  # many kinds: network, access, damaged files, a class that is not known
+    except Exception as error:  # many kinds: network, access, damaged files, an unknown class
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {reason}); give a folder with a Hugging Face "
-            "tokenizer (tokenizer.json, tokenizer_config.json) or the name of one"
+            f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {reason}). Pass a directory with a Hugging "
+            "Face tokenizer (tokenizer.json, tokenizer_config.json) or the name of one."
         ) from None
     if tokenizer.eos_token_id is None:
         if tokenizer.chat_template is None:
@@ -57,7 +59,7 @@ def _load(name: str) -> PreTrainedTokenizerBase:
     if kind in OTHER_CLASSES_OF_5:
         raise UserError(
             f"tokenizer {name}: tokenizer_config.json names the class {kind}, which transformers 5 saved and "
-            f"transformers {transformers.__version__} does not have; save it as a fast tokenizer (tokenizer.json)"
+            f"transformers {transformers.__version__} does not have. Save it as a fast tokenizer (tokenizer.json)."
         )
     arguments = _as_in_4(config)
     if not _is_of_no_model(kind, name):
@@ -69,9 +71,9 @@ def _load(name: str) -> PreTrainedTokenizerBase:
 
 
 def _is_of_no_model(kind: str | None, name: str) -> bool:
-    """Whether the tokenizer is tokenizer.json and nothing else, of no model's own class.
+    """Whether the tokenizer is a plain tokenizer.json, without a model-specific class.
 
-    Transformers 5 takes the class of some models nevertheless (Qwen2's), and adds that model's special tokens.
+    Transformers 5 nevertheless uses the class of some models (Qwen2's) and adds that model's special tokens.
     """
     import transformers
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -82,10 +84,10 @@ def _is_of_no_model(kind: str | None, name: str) -> bool:
 
 
 def _loses_bytes(name: str, loaded: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's class has put another pre-tokenizer in place of tokenizer.json's, which is byte-level.
+    """Whether the tokenizer's class has replaced the byte-level pre-tokenizer of tokenizer.json.
 
-    LlamaTokenizer of transformers 5 does (https://github.com/huggingface/transformers/issues/45488), and models such as
-    DeepSeek-R1-Distill-Llama name that class: text would lose its spaces.
+    LlamaTokenizer of transformers 5 does so (https://github.com/huggingface/transformers/issues/45488), and models such
+    as DeepSeek-R1-Distill-Llama name that class: text would lose its spaces.
     """
     import transformers
     from transformers.utils import cached_file
@@ -100,17 +102,17 @@ def _loses_bytes(name: str, loaded: PreTrainedTokenizerBase) -> bool:
 
 
 def written_by_5(name: str) -> bool:
-    """Whether transformers 5 wrote the tokenizer in a form that transformers 4's own loaders refuse."""
+    """Whether transformers 5 wrote the tokenizer in a form that the loaders of transformers 4 reject."""
     return bool(_config_of_5(name))
 
 
 def save_for_4(name: str, folder: str | os.PathLike[str]) -> None:
-    """Save the tokenizer so that transformers 4's own loaders, which others call, take it."""
+    """Save the tokenizer in a form that the loaders of transformers 4, which other libraries call, accept."""
     load_tokenizer(name).save_pretrained(folder)
 
 
 def _config_of_5(name: str) -> dict[str, Any]:
-    """tokenizer_config.json, if it is in a form that is new in transformers 5 and unknown to the one in use."""
+    """tokenizer_config.json, if its form is new in transformers 5 and unknown to the installed version."""
     import transformers
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -134,9 +136,9 @@ def _without_warnings(name: str) -> Iterator[None]:
 
 
 def _as_in_4(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that replace transformers 5's spelling of further special tokens by that of transformers 4.
+    """Arguments that translate transformers 5's spelling of extra special tokens into that of transformers 4.
 
-    A list in ``extra_special_tokens`` is what transformers 4 calls ``additional_special_tokens``; a dictionary in
+    A list in ``extra_special_tokens`` corresponds to ``additional_special_tokens``; a dictionary in
     ``model_specific_special_tokens`` (name -> token) is its ``extra_special_tokens``.
     """
     extra, named = config.get("extra_special_tokens"), config.get("model_specific_special_tokens")
@@ -151,7 +153,7 @@ def _as_in_4(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _token(given: Any) -> Any:
-    """A token as tokenizer_config.json has it: its text, or an object that describes it."""
+    """A token from tokenizer_config.json, given as text or as an object that describes it."""
     from tokenizers import AddedToken
 
     if not isinstance(given, dict):

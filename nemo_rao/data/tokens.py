@@ -1,4 +1,4 @@
-"""Text to token ids, and the tokens at both ends of a text."""
+"""Text to token ids, and the tokens at the beginning and end of a text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _WHOLE = {"split_special_tokens": False}
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without any that the tokenizer adds at its ends. Fast tokenizers use several threads.
+    """Token ids of each text, without those that the tokenizer adds at its ends. Fast tokenizers use several threads.
 
-    Special tokens in the text are single tokens even where the tokenizer's ``split_special_tokens`` is set: the markers
+    Special tokens in the text become single tokens even if the tokenizer's ``split_special_tokens`` is set: the markers
     of a chat template would otherwise be spelled out letter by letter.
     """
     if not texts:
@@ -33,7 +33,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def beginning_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before plain text."""
+    """Special tokens that the tokenizer puts before plain text."""
     text = "Plain text."
     (bare,) = token_ids(tokenizer, [text])
     full = tokenizer(text, add_special_tokens=True, **_WHOLE if tokenizer.split_special_tokens else {})["input_ids"]
@@ -44,18 +44,18 @@ def beginning_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase, complaint: str) -> int:
-    """The tokenizer's end token.
+    """Id of the tokenizer's end token.
 
     Raises:
         UserError: it has none; ``complaint`` is the message.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {name_of(tokenizer)}: {complaint}; set its eos_token")
+        raise UserError(f"tokenizer {name_of(tokenizer)}: {complaint}. Set its eos_token.")
     return int(tokenizer.eos_token_id)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills rows after their end: the tokenizer's pad token, else its end token, else 0 (it is never seen)."""
+    """Id for padding: the tokenizer's pad token, else its end token, else 0. The model never attends to it."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -67,16 +67,16 @@ def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Special and other added tokens by id, without the runs of blanks that some vocabularies have among them."""
+    """Special and other added tokens by id, without the runs of spaces that some vocabularies include."""
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
     added.update(zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True))
     return {number: text for number, text in added.items() if text.strip()}
 
 
 def text_behind(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens that follow a prompt, special tokens included.
+    """Text of the tokens that follow a prompt, including special tokens.
 
-    Decoded behind the prompt: some tokenizers drop a blank at the beginning of a text.
+    They are decoded after the prompt, since some tokenizers drop a space at the beginning of a text.
 
     Raises:
         UserError: the tokenizer does not decode to text.
@@ -90,8 +90,8 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
         tokens,
         skip_special_tokens=False,
         clean_up_tokenization_spaces=False,
-        spaces_between_special_tokens=False,  # of tokenizers in Python
+        spaces_between_special_tokens=False,  # only slow tokenizers use this
     )
     if not isinstance(text, str):
-        raise UserError(f"tokenizer {name_of(tokenizer)}: does not decode to text; use another tokenizer")
+        raise UserError(f"tokenizer {name_of(tokenizer)}: does not decode to text. Use another tokenizer.")
     return text

@@ -1,14 +1,14 @@
-"""A made-up world for studies: short captions on request, of graded quality, by a computable judge.
+"""A synthetic task for studies: short captions on request, whose quality a program can compute.
 
     Write 9 words, calm, about the sea: gull, wave. Not salt.
     ->  the quiet gull and a still wave under the tide
 
-A request asks for a number of words, a mood, a topic and two of its nouns, and excludes a third. There are 184,320
-requests, whose parts all recur: a small model that has seen a few thousand generalizes to the others. A caption is a
+A request specifies a number of words, a mood, a topic and two of its nouns, and excludes a third noun. There are
+184,320 requests with recurring parts: a small model trained on a few thousand generalizes to the others. A caption is a
 chain of noun phrases. Many captions fulfil a request, and most fulfil it in part.
 
-Captions come from writers of varying skill (:func:`caption`), a different one for each. Their quality has a mean of
-0.71 and a standard deviation of 0.18; the best of four has 0.88, of sixteen 0.97.
+Each caption comes from a different writer of random skill (:func:`caption`). The quality has a mean of 0.71 and a
+standard deviation of 0.18; the best of four has 0.88, of sixteen 0.97.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nemo_rao.runtime.files import write_atomically
 
 Split = Literal["train", "held_out"]
 
-NUM_WORDS = (5, 12)  # of a caption, both included
+NUM_WORDS = (5, 12)  # words of a caption, inclusive
 TOPICS: Mapping[str, tuple[str, ...]] = {
     "sea": ("wave", "gull", "salt", "tide", "shell", "sail", "reef", "foam", "crab", "pier"),
     "farm": ("barn", "hay", "cow", "plough", "fence", "goat", "wheat", "hen", "field", "cart"),
@@ -50,7 +50,7 @@ LINKS = ("and", "near", "under", "with")
 
 _NOUNS = {noun: topic for topic, nouns in TOPICS.items() for noun in nouns}
 _ADJECTIVES = {adjective: mood for mood, adjectives in MOODS.items() for adjective in adjectives}
-# What each kind of word may be followed by.
+# Kind of word -> kinds that may follow it.
 _FOLLOWING = {
     "article": {"adjective", "noun"},
     "adjective": {"adjective", "noun"},
@@ -58,7 +58,7 @@ _FOLLOWING = {
     "link": {"article", "adjective", "noun"},
     "other": set[str](),
 }
-# Shares of quality. A caption that uses the excluded noun keeps EXCLUDED_FACTOR of it.
+# Weights of the parts of quality. Using the excluded noun multiplies quality by EXCLUDED_FACTOR.
 WEIGHTS: Mapping[str, float] = {
     "mentions": 0.25,
     "topic": 0.2,
@@ -74,13 +74,13 @@ _REQUEST = re.compile(r"Write (\d+) words, (\w+), about the (\w+): (\w+), (\w+)\
 
 @dataclass(frozen=True)
 class Request:
-    """What a prompt asks for.
+    """A parsed prompt.
 
     Attributes:
-        words: length of the caption.
+        words: requested length of the caption.
         mood, topic: keys of :data:`MOODS` and :data:`TOPICS`.
-        nouns: to be mentioned, two of the topic.
-        excluded: a third one of the topic.
+        nouns: two nouns of the topic to mention.
+        excluded: a third noun of the topic, to avoid.
     """
 
     words: int
@@ -95,34 +95,34 @@ class Request:
 
 
 def parse(prompt: str | Sequence[Mapping[str, Any]]) -> Request:
-    """The request of a prompt, which is text or messages of which the last is the request.
+    """Parse a prompt, given as text or as messages that end with the request.
 
     Raises:
-        UserError: it is no request of this world.
+        UserError: it is not a request of this task.
     """
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     found = _REQUEST.fullmatch(text.strip())
     if found is None or found[2] not in MOODS or found[3] not in TOPICS or int(found[1]) < 1:
         raise UserError(
-            f"prompt {text[:80]!r} is no request for a caption; it must be like "
-            "'Write 9 words, calm, about the sea: gull, wave. Not salt.'"
+            f"prompt {text[:80]!r} is not a request for a caption. It must be like "
+            "'Write 9 words, calm, about the sea: gull, wave. Not salt.'."
         )
     return Request(int(found[1]), found[2], found[3], (found[4], found[5]), found[6])
 
 
 def quality(prompt: str | Sequence[Mapping[str, Any]], response: str) -> float:
-    """The judge: how far a caption fulfils its request, in [0, 1].
+    """Compute how well a caption fulfils its request, in [0, 1].
 
     The mean, weighted by :data:`WEIGHTS`, of
 
-        mentions    share of the two nouns that it has
-        topic       share of its nouns that belong to the topic
-        mood        share of its adjectives that belong to the mood
-        length      1 - |words - asked for| / asked for, at least 0
-        variety     share of its nouns and adjectives that are not repeated
-        grammar     share of words that may follow the one before, the end counting as one, which follows a noun
+        mentions    fraction of the two requested nouns that occur
+        topic       fraction of its nouns that belong to the topic
+        mood        fraction of its adjectives that belong to the mood
+        length      1 - |words - requested| / requested, at least 0
+        variety     fraction of its nouns and adjectives that are not repeated
+        grammar     fraction of words that may follow the previous one; the end counts as a word that follows a noun
 
-    times :data:`EXCLUDED_FACTOR` if it has the excluded noun. Shares of nothing are 0.
+    times :data:`EXCLUDED_FACTOR` if the excluded noun occurs. Empty fractions are 0.
 
     Raises:
         UserError: see :func:`parse`.
@@ -144,7 +144,7 @@ def quality(prompt: str | Sequence[Mapping[str, Any]], response: str) -> float:
 
 
 def caption(request: Request, generator: random.Random) -> str:
-    """A caption by a writer whose skill in each respect is drawn first, from a distribution with mean 1/2."""
+    """Write a caption with random skills, each drawn from a distribution with mean 1/2."""
     mentions, topic, mood, counting, varying = (generator.betavariate(1.2, 1.2) for _ in range(5))
     length = request.words
     if generator.random() > counting:
@@ -168,11 +168,11 @@ def caption(request: Request, generator: random.Random) -> str:
 
 
 def requests(seed: int, split: Split) -> Iterator[tuple[Request, random.Random]]:
-    """Requests without end, none twice, each with what its captions are to be drawn with.
+    """Endless iterator over distinct requests, each with a generator for its captions.
 
     Args:
-        seed: another one gives other requests.
-        split: no request of ``train`` is ever one of ``held_out``, whatever the seeds.
+        seed: different seeds give different requests.
+        split: ``train`` and ``held_out`` never share a request, whatever the seeds.
     """
     generator = random.Random(f"captions {seed} {split}")
     seen: set[str] = set()
@@ -193,9 +193,9 @@ def preferences(
 
     Args:
         num_prompts: records, up to 100,000, or 20,000 of ``held_out``.
-        num_responses: of each prompt, 1 to 16, all different.
+        num_responses: distinct responses per prompt, 1 to 16.
         seed, split: see :func:`requests`.
-        noise: standard deviation of a normal error that is added to each reward.
+        noise: standard deviation of the normal error added to each reward.
 
     Raises:
         UserError: an argument is outside its range.
@@ -207,7 +207,7 @@ def preferences(
         if not low <= value <= high:
             raise UserError(f"{name} is {value}; allowed are {low} to {high}")
     if not 0 <= noise < float("inf"):
-        raise UserError(f"noise is {noise}; it must not be negative")
+        raise UserError(f"noise is {noise}. It must not be negative.")
     for (request, generator), _ in zip(requests(seed, split), range(num_prompts), strict=False):
         prompt = str(request)
         captions: dict[str, None] = {}
@@ -237,13 +237,13 @@ def make_data(
     num_held_out: int = 400,
     noise: float = 0.3,
 ) -> None:
-    """Write the data of studies. Equal arguments give equal files.
+    """Write the data of studies. The same arguments give the same files.
 
-    examples.jsonl      one caption of each of ``num_examples`` prompts of another seed, for fine-tuning
-    train.jsonl         ``num_responses`` captions of each of ``num_prompts`` prompts, rewarded by :func:`quality`
-    train_noisy.jsonl   the same with errors of the rewards
-    held_out.jsonl      4 captions of each of ``num_held_out`` prompts that occur in no other file
-    tokenizer           of these texts
+    examples.jsonl      one caption for each of ``num_examples`` prompts of another seed, for fine-tuning
+    train.jsonl         ``num_responses`` captions for each of ``num_prompts`` prompts, rewarded by :func:`quality`
+    train_noisy.jsonl   the same with noisy rewards
+    held_out.jsonl      4 captions for each of ``num_held_out`` prompts that occur in no other file
+    tokenizer           trained on train.jsonl
     """
     from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
     from nemo_rao.rows.reading import read_rows
@@ -256,12 +256,12 @@ def make_data(
 
 
 def _is_held_out(text: str) -> bool:
-    """One request in eight, by its text alone."""
+    """Whether a request is held out: one in eight, determined by its text."""
     return hashlib.sha256(text.encode()).digest()[0] % 8 == 0
 
 
 def _choose(words: Sequence[str], used: Sequence[str], varying: float, generator: random.Random) -> str:
-    """One of ``words``; with probability ``varying`` one that is not used yet, as long as there is one."""
+    """Choose one of ``words``; with probability ``varying`` an unused one, if there is any."""
     new = [word for word in words if word not in used]
     return generator.choice(new if new and generator.random() < varying else words)
 
@@ -275,6 +275,6 @@ def _kind(word: str) -> str:
 
 
 def _share(held: Iterable[bool]) -> float:
-    """The share that is true; 0 of none."""
+    """Fraction of true values; 0 if there are none."""
     values = list(held)
     return sum(values) / max(1, len(values))

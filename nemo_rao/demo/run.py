@@ -1,7 +1,7 @@
-"""``nemo-rao demo``: a small Llama on four local ranks, fine-tuned, aligned with RAO, and compared with its start.
+"""``nemo-rao demo``: fine-tune a small Llama on four local ranks, align it with RAO, and compare before and after.
 
-Nothing is downloaded: the package makes the preferences (letter puzzles with a ground-truth reward) and trains the
-tokenizer. Both runs are ordinary recipes; what is printed is what a user would type.
+Nothing is downloaded: the package generates the preferences (letter puzzles with a ground-truth reward) and trains the
+tokenizer. Both runs are ordinary recipes; the printed commands can be typed by a user.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
         "model.micro_batch_size=24",
         "model.optim.lr=2e-3",
         "model.optim.sched.warmup_steps=10",
-        # The start is no pretrained model: prompts are learned too, as RAO compares their log-probabilities.
+        # There is no pretrained model: prompts are learned too, since RAO compares their log-probabilities.
         "model.sft.prompt_weight=1",
     ]
     rao = [
@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
         # Chosen by trial, as the learning rate was, for targets of a few nats: r / 0.3 spans 0 to 3.3.
         "model.rao.beta=0.3",
     ]
-    # Both recipes are checked before either runs: a mistaken override costs nothing.
+    # Check both recipes before either runs, so that a wrong override fails early.
     recipes = [(SFT, [*common, *sft, *arguments.overrides]), (RAO, [*common, *rao, *arguments.overrides])]
     configs = [compose(name, overrides) for name, overrides in recipes]
     make_data(data)
@@ -89,12 +89,12 @@ def make_data(
     num_held_out: int = NUM_HELD_OUT,
     num_responses: int = NUM_RESPONSES,
 ) -> None:
-    """Preferences and tokenizer, made once: the same every time."""
+    """Generate preferences and tokenizer unless they exist. The result is deterministic."""
     if (folder / "tokenizer" / "tokenizer.json").exists():
         return
-    print(f"making {num_prompts} prompts with {num_responses} responses each in {folder}", flush=True)
+    print(f"generating {num_prompts} prompts with {num_responses} responses each in {folder}", flush=True)
     write_preferences(folder / "train.jsonl", num_prompts, num_responses)
-    # A seed of their own: the settings above were chosen while looking at the held-out prompts of seed 0.
+    # A separate seed, since the settings above were tuned on the held-out prompts of seed 0.
     write_preferences(folder / "held_out.jsonl", num_held_out, num_responses, seed=1, split="held_out")
     train_tokenizer(texts_of_rows(read_rows(str(folder / "train.jsonl"))), folder / "tokenizer", 320)
 
@@ -104,7 +104,7 @@ def _command(recipe: str, overrides: Sequence[str]) -> str:
 
 
 def print_comparison(config: RunConfig) -> None:
-    """A RAO run's policy before its first step and after its last, on the held-out prompts."""
+    """Print metrics of a RAO run's policy on the held-out prompts, before its first and after its last step."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,13 +1,13 @@
-"""A preference set that the package makes itself: letter puzzles whose answers have a computable reward.
+"""A synthetic preference set: letter puzzles whose answers have a computable reward.
 
     Copy: d a c b       ->  d a c b
     Reverse: d a c b    ->  b c a d
     Sort: d a c b       ->  a b c d
 
-Each prompt has one perfect answer and others spoiled in varied ways (letters swapped, replaced, left out, repeated,
-the answer to another task, chatter). A model of two layers and 128 channels, trained on the perfect answers of 4,000
-prompts, gets most of them right within a minute on a CPU core. Length does not give the reward away: more than a third
-of the spoiled answers are exactly as long as the perfect one.
+Each prompt has one perfect answer and others with various errors (letters swapped, replaced, left out, repeated, the
+answer to another task, chatter). A model of two layers and 128 channels, trained on the perfect answers of 4,000
+prompts, gets most of them right within a minute on a CPU core. Length does not reveal the reward: more than a third of
+the wrong answers are exactly as long as the perfect one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_atomically
 
 LETTERS = "abcdefghijkl"
-NUM_LETTERS = (3, 8)  # of a puzzle, both included
+NUM_LETTERS = (3, 8)  # letters of a puzzle, inclusive
 CHATTER = ("Sure:", "I think", "The answer is", "Well,")
 Split = Literal["train", "held_out"]
 
@@ -36,16 +36,16 @@ TASKS = {
 
 
 def ground_truth_reward(prompt: str | Sequence[Mapping[str, Any]], response: str) -> float:
-    """The reward in [0, 1]: 1 minus the edit distance to the right answer, in words, over the longer one's length.
+    """Reward in [0, 1]: 1 minus the word edit distance to the right answer, divided by the longer one's length.
 
-    1 only for the right answer (blanks aside), 0 where nothing of it is there.
+    It is 1 only for the right answer (up to whitespace), and 0 if no word matches.
 
     Args:
-        prompt: a puzzle, as text or as messages of which the last is the puzzle.
+        prompt: a puzzle, as text or as messages that end with the puzzle.
         response: any text.
 
     Raises:
-        UserError: the prompt is no puzzle.
+        UserError: the prompt is not a puzzle.
     """
     expected = right_answer(prompt if isinstance(prompt, str) else prompt[-1]["content"])
     given = response.split()
@@ -53,21 +53,23 @@ def ground_truth_reward(prompt: str | Sequence[Mapping[str, Any]], response: str
 
 
 def right_answer(puzzle: str) -> list[str]:
-    """The letters of the right answer."""
+    """Letters of the right answer."""
     task, _, letters = puzzle.partition(": ")
     if task not in TASKS or not letters.strip():
         tasks = ", ".join(TASKS)
-        raise UserError(f"prompt {puzzle[:60]!r} is no letter puzzle; it must be like 'Sort: c a b' (tasks: {tasks})")
+        raise UserError(
+            f"prompt {puzzle[:60]!r} is not a letter puzzle. It must be like 'Sort: c a b' (tasks: {tasks})."
+        )
     return TASKS[task](letters.split())
 
 
 def write_preferences(
     path: str | os.PathLike[str], num_prompts: int, num_responses: int = 4, seed: int = 0, split: Split = "train"
 ) -> None:
-    """Writes canonical JSON Lines (compressed where the name ends in .gz). A reader never sees half a file.
+    """Write canonical JSON Lines (compressed if the name ends in .gz), atomically.
 
     Args:
-        path: its folder is made if it is not there.
+        path: its directory is created if missing.
         num_prompts, num_responses, seed, split: see :func:`preferences`.
     """
     rows = preferences(num_prompts, num_responses, seed, split)
@@ -75,13 +77,13 @@ def write_preferences(
 
 
 def preferences(num_prompts: int, num_responses: int = 4, seed: int = 0, split: Split = "train") -> Iterator[dict]:
-    """Canonical records, no prompt twice. The same arguments give the same records.
+    """Canonical records with distinct prompts. The same arguments give the same records.
 
     Args:
-        num_prompts: records.
-        num_responses: of each prompt, 2 to 16, all different: the perfect one, at a random place, and spoiled ones.
-        seed: another seed gives other prompts and answers.
-        split: no prompt of ``train`` is ever one of ``held_out``, whatever the seeds.
+        num_prompts: number of records.
+        num_responses: distinct responses per prompt, 2 to 16: the perfect one, at a random position, and wrong ones.
+        seed: different seeds give different prompts and answers.
+        split: ``train`` and ``held_out`` never share a prompt, whatever the seeds.
     """
     if split not in get_args(Split):
         raise UserError(f"split is {split!r}; allowed are {', '.join(get_args(Split))}")
@@ -109,12 +111,12 @@ def _puzzle(generator: random.Random) -> str:
 
 
 def _is_held_out(puzzle: str) -> bool:
-    """One puzzle in eight, by its text alone."""
+    """Whether a puzzle is held out: one in eight, determined by its text."""
     return hashlib.sha256(puzzle.encode()).digest()[0] % 8 == 0
 
 
 def _answers(puzzle: str, number: int, generator: random.Random) -> list[str]:
-    """The perfect answer and ``number - 1`` different spoiled ones, shuffled."""
+    """The perfect answer and ``number - 1`` distinct wrong ones, shuffled."""
     expected = right_answer(puzzle)
     answers = {" ".join(expected): None}  # a dict keeps their order, which the seed determines
     while len(answers) < number:
@@ -129,7 +131,7 @@ def _answers(puzzle: str, number: int, generator: random.Random) -> list[str]:
 
 
 def _spoil(words: list[str], puzzle: str, generator: random.Random) -> list[str]:
-    """One of eight mistakes. Half of them keep the length."""
+    """Introduce one of eight kinds of errors. Half of them keep the length."""
     mistake = generator.randrange(8)
     at = generator.randrange(len(words)) if words else 0
     if not words or mistake == 0:  # another task's answer
@@ -154,7 +156,7 @@ def _spoil(words: list[str], puzzle: str, generator: random.Random) -> list[str]
 
 
 def _edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Insertions, deletions and replacements of words that turn one into the other (Levenshtein)."""
+    """Levenshtein distance in words."""
     before = list(range(len(b) + 1))
     for i, word in enumerate(a, start=1):
         row = [i]

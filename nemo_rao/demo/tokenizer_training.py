@@ -1,7 +1,7 @@
-"""A small byte-level tokenizer trained on given texts, for runs that start from no model at all.
+"""Training of a small byte-level tokenizer, for runs that start without a model.
 
-Byte-level: any text can be written in it, without an unknown token. Its chat template puts a special token on either
-side of every message, so that no merge ever crosses a boundary:
+It can encode any text without an unknown token. Its chat template puts a special token before and after every message,
+so that no merge crosses a boundary:
 
     <|begin|><|user|>Sort: b a<|end|><|assistant|>a b<|end|>
 """
@@ -32,19 +32,19 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], folder: str | os.PathLike[str], vocab_size: int = 512) -> None:
-    """Trains a byte-level BPE and saves it so that ``AutoTokenizer.from_pretrained(folder)`` loads it.
+    """Train a byte-level BPE and save it for ``AutoTokenizer.from_pretrained(folder)``.
 
     Args:
-        texts: what to learn merges from. The same texts give the same tokenizer.
-        folder: made if it is not there.
-        vocab_size: tokens, special ones included; few texts may give fewer. At least 262.
+        texts: training texts. The same texts give the same tokenizer.
+        folder: output directory, created if missing.
+        vocab_size: number of tokens, including special ones; small corpora may give fewer. At least 262.
 
     Raises:
-        UserError: ``vocab_size`` does not hold the bytes and the special tokens.
+        UserError: ``vocab_size`` is too small for the bytes and the special tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
-            f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {SMALLEST_VOCABULARY} "
+            f"vocab_size is {vocab_size}, but a byte-level tokenizer needs at least {SMALLEST_VOCABULARY} "
             f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -60,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | os.PathLike[str], vocab_
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Plain text begins with t0 too, so that data without a chat template can be used for RAO.
+    # Plain text also begins with t0, so that RAO can use data without a chat template.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, SPECIAL_TOKENS.index(BEGIN))]
     )
@@ -77,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | os.PathLike[str], vocab_
 
 
 def texts_of_rows(rows: Iterable[Row]) -> Iterator[str]:
-    """All text of the rows, prompts and responses, to train on."""
+    """All texts of the rows, prompts and responses."""
     for row in rows:
         if isinstance(row.prompt, str):
             yield row.prompt

@@ -1,1 +1,1 @@
-"""Responses sampled from a policy: training data made by the model itself, and the answers that benchmarks judge."""
+"""Responses sampled from a policy, as training data or as answers for benchmarks."""

@@ -1,9 +1,9 @@
-"""AlpacaEval 2: a policy's answers in the form that ``alpaca_eval --model_outputs`` takes.
+"""AlpacaEval 2: a policy's answers in the format of ``alpaca_eval --model_outputs``.
 
     [{"instruction": ..., "output": ..., "generator": ..., "dataset": ...}, ...]
 
-https://github.com/tatsu-lab/alpaca_eval. Its 805 instructions are licensed CC BY-NC and are not shipped: the user names
-the file. Judging is theirs: it asks a model by OpenAI.
+https://github.com/tatsu-lab/alpaca_eval. Its 805 instructions are licensed CC BY-NC and are not shipped: the user
+provides the file. The answers are judged by AlpacaEval itself, which queries an OpenAI model.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from nemo_rao.rows.responses import make_row
 from nemo_rao.rows.view import Columns
 from nemo_rao.runtime.part_file import PartFile
 
-DATASET = "alpaca_eval"  # of instructions whose file has no `dataset`
-_OF_OTHERS = ("output", "generator", "datasplit")  # AlpacaEval's own file has the answers of a model
+DATASET = "alpaca_eval"  # for instructions without `dataset`
+_IGNORED = ("output", "generator", "datasplit")  # AlpacaEval's own file contains a model's answers
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Example:
 
 
 class AlpacaEval:
-    """The benchmark with a user's instructions.
+    """AlpacaEval with the user's instructions.
 
     Args:
-        path: a JSON array or JSON Lines, each with ``instruction`` and perhaps ``dataset``, and what training reads
-            beside a prompt (``input``, ``system``, ``tools``).
-        model_name: becomes ``generator``.
-        settings: of sampling.
-        ignore_fields: fields that are not wanted.
+        path: a JSON array or JSON Lines, each record with ``instruction``, optionally ``dataset``, and the fields that
+            training reads next to a prompt (``input``, ``system``, ``tools``).
+        model_name: written as ``generator``.
+        settings: sampling settings.
+        ignore_fields: fields to skip.
     """
 
     name = "alpaca_eval"
@@ -59,13 +59,15 @@ class AlpacaEval:
     ) -> None:
         if path is None:
             raise UserError(
-                "task alpaca_eval needs --instructions FILE: alpaca_eval.json of the data set tatsu-lab/alpaca_eval, "
-                "or rows with `instruction`"
+                "--instructions: is required by task alpaca_eval. Pass alpaca_eval.json of the data set "
+                "tatsu-lab/alpaca_eval, or a file of rows with `instruction`."
             )
         self.model_name, self._settings = model_name, settings
         self._max_new_tokens = settings.max_new_tokens or 2048
         columns = Columns(ignore_fields=ignore_fields)
-        self._examples = [_example(place, record, columns) for place, record in read_records(path)][: settings.limit]
+        self._examples = [_example(location, record, columns) for location, record in read_records(path)][
+            : settings.limit
+        ]
         self.file_name = "alpaca_eval.json"
         self.identity = {
             "digest_of_instructions": hashlib.sha256(
@@ -76,23 +78,23 @@ class AlpacaEval:
         }
 
     def check(self, policy: Policy) -> Iterator[str]:
-        """Refuses what the chat template does not take. Yields remarks on prompts."""
+        """Reject prompts that the chat template cannot render. Yields remarks on prompts."""
         for number, example in enumerate(self._examples):
             yield from policy.check(self._question(number))
             yield from (f"instructions have a field '{name}' that is not used" for name in example.row.unused)
 
     def answer(self, policy: Policy, part: PartFile) -> None:
-        """Answers what ``part`` does not have yet. A record: ``[output, tokens, cut]``."""
+        """Answer the instructions missing from ``part``. A record is ``[output, tokens, cut]``."""
 
         def produce(numbers: Sequence[int]) -> list[Any]:
             answers = policy.answer([self._question(number) for number in numbers], self._max_new_tokens)
-            # An instruction without room for an answer has an empty one: the judge counts on all.
+            # An instruction without room for an answer gets an empty one: the judge expects all of them.
             return [["", 0, True] if found is None else [found.text, found.num_tokens, found.cut] for found in answers]
 
         work_through(part, range(len(self._examples)), self._settings.batch_size, produce, self.name)
 
     def whole(self, records: Sequence[Any]) -> str:
-        """The file for the judge."""
+        """Content of the file for the judge."""
         outputs = [
             {
                 "instruction": example.instruction,
@@ -105,7 +107,7 @@ class AlpacaEval:
         return json.dumps(outputs, ensure_ascii=False, indent=2) + "\n"
 
     def metrics(self, records: Sequence[Any]) -> Mapping[str, float]:
-        """What can be told without a judge."""
+        """Metrics that need no judge."""
         return {
             "answers": len(records),
             "mean_tokens": sum(num_tokens for _, num_tokens, _ in records) / len(records),
@@ -114,7 +116,7 @@ class AlpacaEval:
         }
 
     def judge_command(self, folder: Path) -> str:
-        """How AlpacaEval 2 judges the file (its default annotator since 2.0, named here so that it stays that one)."""
+        """Command that judges the file, with AlpacaEval's default annotator since 2.0, given explicitly to pin it."""
         file = shlex.quote(str(folder / self.file_name))
         return (
             "pip install alpaca-eval && OPENAI_API_KEY=... "
@@ -128,17 +130,17 @@ class AlpacaEval:
         return Question(content, row.place, (number, 0, 0), self._settings.temperature, row.template_fields, plain)
 
 
-def _example(place: str, record: Mapping[str, Any], columns: Columns) -> Example:
-    view = columns.view(record, place)
-    instruction = read_text(view.required("instruction"), place, "instruction")
+def _example(location: str, record: Mapping[str, Any], columns: Columns) -> Example:
+    view = columns.view(record, location)
+    instruction = read_text(view.required("instruction"), location, "instruction")
     dataset = str(view.get("dataset") or DATASET)
-    for name in _OF_OTHERS:
+    for name in _IGNORED:
         view.get(name)
     return Example(instruction, dataset, make_row(view, read_asked(view, "instruction"), (), ()))
 
 
 def _identity(example: Example) -> list[Any]:
-    """What an answer depends on."""
+    """Everything about an example that its answer depends on."""
     row = example.row
     more = [] if row.prompt == example.instruction and not row.template_fields else [row.prompt, row.template_fields]
     return [example.instruction, example.dataset, *more]

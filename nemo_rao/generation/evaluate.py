@@ -1,6 +1,6 @@
-"""``nemo-rao evaluate``: benchmarks of a policy. Each task's result is kept as soon as it is finished.
+"""``nemo-rao evaluate``: benchmarks of a policy. Each task's result is saved as soon as the task is finished.
 
-alpaca_eval, mt_bench      answers in the form that these projects judge
+alpaca_eval, mt_bench      answers in the format that these projects judge
 any other name             a task of lm-evaluation-harness, run here
 """
 
@@ -31,14 +31,14 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be evaluated.
+    """What to evaluate.
 
     Attributes:
-        tasks: commas separate them, too.
-        name: the model's, in answers; ``None``: its folder's.
+        tasks: task names; each entry may be a comma-separated list.
+        name: the model's name in answers; ``None``: the name of its directory.
         instructions, questions: files of alpaca_eval and mt_bench.
-        include_path: folder of tasks of lm-evaluation-harness.
-        ignore_fields: fields of instructions and questions that are not wanted.
+        include_path: directory with tasks of lm-evaluation-harness.
+        ignore_fields: fields of instructions and questions to skip.
     """
 
     tasks: Sequence[str]
@@ -50,10 +50,10 @@ class Asked:
 
 
 class Results:
-    """``results.json``: the model, and of each finished task how it was run and what came out.
+    """``results.json``: the model, and the settings and metrics of each finished task.
 
     Raises:
-        UserError: the file there is of another model, or is damaged.
+        UserError: the existing file is of another model or damaged.
     """
 
     def __init__(self, folder: Path, model: str, fingerprint: str) -> None:
@@ -67,10 +67,10 @@ class Results:
             of_model, tasks = before["digest_of_model"], dict(before["tasks"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"{self._path}: was not written by this command, or is damaged; give another --out"
+                f"{self._path}: was not written by this command, or is damaged. Use another --out."
             ) from None
         if of_model != fingerprint:
-            raise UserError(f"{self._path}: has the results of another model; give another --out")
+            raise UserError(f"{self._path}: has the results of another model. Use another --out.")
         self._kept["tasks"] = tasks
 
     def has(self, task: str, settings: Mapping[str, Any]) -> bool:
@@ -85,8 +85,8 @@ class Results:
         for name, value in json.loads(json.dumps(settings)).items():
             if before["settings"].get(name) != value:
                 raise UserError(
-                    f"{self._path}: has {task} with another {name.removeprefix('digest_of_')}; "
-                    "give the same again, or another --out"
+                    f"{self._path}: has {task} with another {name.removeprefix('digest_of_')}. "
+                    "Use the same setting, or another --out."
                 )
         return True
 
@@ -99,19 +99,19 @@ class Results:
 
 
 def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> None:
-    """Runs the tasks that ``out/results.json`` does not have yet, and prints a table.
+    """Run the tasks that are missing from ``out/results.json`` and print a table.
 
     Raises:
-        UserError: before any weights are loaded, for whatever is wrong with model, tasks, files or settings; later,
-            where a file cannot be written or the harness cannot run a task.
+        UserError: before any weights are loaded, for invalid models, tasks, files or settings; later, if a file cannot
+            be written or the harness cannot run a task.
     """
     folder = check_folder(model)
     tasks = list(dict.fromkeys(name.strip() for given in asked.tasks for name in given.split(",") if name.strip()))
     if not tasks:
-        raise UserError("--task names none; give alpaca_eval, mt_bench, or a task of lm-evaluation-harness")
+        raise UserError("--task: no task is given. Pass alpaca_eval, mt_bench, or a task of lm-evaluation-harness.")
     name = folder.name if asked.name is None else asked.name
     if not name.strip() or "/" in name or name.startswith("."):
-        raise UserError(f"--name {name!r}: becomes the name of a file; choose one without / and without leading dot")
+        raise UserError(f"--name {name!r}: is used as a file name. Choose one without / and without a leading dot.")
     benchmarks: dict[str, Benchmark] = {}
     if AlpacaEval.name in tasks:
         benchmarks[AlpacaEval.name] = AlpacaEval(asked.instructions, name, settings, asked.ignore_fields)
@@ -121,7 +121,7 @@ def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> 
     if of_harness:
         if settings.engine == "vllm":
             raise UserError(
-                f"engine='vllm': task {of_harness[0]} is run on `transformers`; evaluate it in a command of its own"
+                f"engine='vllm': task {of_harness[0]} runs on `transformers`. Evaluate it in a separate command."
             )
         settings = dataclasses.replace(settings, engine="transformers")
     manager = task_manager(of_harness, asked.include_path) if of_harness else None
@@ -135,7 +135,7 @@ def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> 
         if task in benchmarks:
             remarks.update(benchmarks[task].check(policy))
             path = results.folder / benchmarks[task].file_name
-            if not part_path(path).exists():  # else the answers are ours, and a kill came before their result was kept
+            if not part_path(path).exists():  # else the answers are ours, from a run killed before saving
                 check_place(path)
     print_notes(policy, remarks)
     for task in todo:
@@ -152,7 +152,7 @@ def evaluate(model: str, out: str, asked: Asked, settings: EvaluateSettings) -> 
 
 
 def _answer(benchmark: Benchmark, policy: Policy, results: Results, work: Mapping[str, Any]) -> None:
-    """Answers a benchmark, goes on with what is there of it, and keeps the file for its judge."""
+    """Answer a benchmark, resuming earlier work, and write the file for its judge."""
     path = results.folder / benchmark.file_name
     with PartFile(part_path(path), work) as part:
         benchmark.answer(policy, part)
@@ -163,7 +163,7 @@ def _answer(benchmark: Benchmark, policy: Policy, results: Results, work: Mappin
 
 
 def _work(policy: Policy, task: str, benchmark: Benchmark | None, harness: Harness) -> dict[str, Any]:
-    """What a task's result is a function of."""
+    """Everything that a task's result depends on."""
     common = {"command": task, "version": 2, "digest_of_model": policy.fingerprint, "engine": policy.engine_name}
     if benchmark is None:
         return common | harness.identity()
@@ -173,14 +173,14 @@ def _work(policy: Policy, task: str, benchmark: Benchmark | None, harness: Harne
 
 
 def _cut_line(task: str, metrics: Mapping[str, float], limit: int) -> str | None:
-    """How many answers are not whole, which a judge cannot know."""
-    told = {"cut": f"cut at {limit} tokens (--max-new-tokens)", "no_room": "without room in the model's context"}
-    parts = [f"{round(metrics[name] * metrics['answers'])} {words}" for name, words in told.items() if metrics[name]]
+    """Report how many answers are incomplete, which a judge cannot know."""
+    causes = {"cut": f"cut at {limit} tokens (--max-new-tokens)", "no_room": "without room in the model's context"}
+    parts = [f"{round(metrics[name] * metrics['answers'])} {words}" for name, words in causes.items() if metrics[name]]
     return f"{task}: of {metrics['answers']:.0f} answers {', '.join(parts)}" if parts else None
 
 
 def print_table(name: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Task, metric, value and standard error, one metric a row."""
+    """Print task, metric, value and standard error, one metric per row."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""``nemo-rao generate``: a policy's own responses to given prompts, as rows that can be scored and trained on."""
+"""``nemo-rao generate``: sample a policy's responses to prompts, as rows that can be scored and trained on."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from nemo_rao.rows.writing import record_of
 from nemo_rao.runtime.files import check_place, write_atomically
 from nemo_rao.runtime.part_file import PartFile, part_path
 
-# Changed when the same settings would give other responses than before, or records of another form.
+# Incremented when the same settings give other responses than before, or the form of records changes.
 _VERSION = 2
 
 TOO_LONG, UNREADABLE = "too long", "unreadable"  # reasons why a prompt has no responses, besides EMPTY
-# What a policy could say: one of them at least has to be readable for training.
+# Possible answers: training must be able to read at least one of them.
 _PROBES = ("An answer.", "A thought.\n</think>\n\nAn answer.")
 
 
@@ -38,19 +38,19 @@ def generate(
     columns: Mapping[str, str] | None = None,
     ignore_fields: Sequence[str] = (),
 ) -> None:
-    """Samples K responses to each prompt into ``output``, in the prompts' order.
+    """Sample K responses to each prompt and write them to ``output``, in the order of the prompts.
 
-    What is finished is kept in ``OUTPUT.part.jsonl``, from which the same command goes on.
+    Finished work is kept in ``OUTPUT.part.jsonl``, from which the same command resumes.
 
     Args:
         columns, ignore_fields: see :func:`nemo_rao.rows.reading.read_rows`.
 
     Raises:
-        UserError: before any weights are loaded, for whatever is wrong with model, prompts, settings or output;
-            later, where a file cannot be written or no prompt got usable responses.
+        UserError: before any weights are loaded, for an invalid model, prompt, setting or output; later, if a file
+            cannot be written or no prompt got usable responses.
     """
     path = check_output(output)
-    check_folder(model)  # before the prompts are read, which may be many
+    check_folder(model)  # before reading the prompts, which may take long
     prompts = read_prompts(prompts_path, settings.system, columns=columns, ignore_fields=ignore_fields)
     policy = Policy(model, settings)
     remarks = Counter(remark for prompt in prompts for remark in policy.check(_question(prompt)))
@@ -65,38 +65,40 @@ def generate(
         records = list(part.records())
         if not any(record["responses"] for record in records):
             raise UserError(
-                f"{output}: no prompt got {settings.num_responses} usable responses ({skipped(records)}); look at the "
-                "model and its chat template, or shorten the prompts"
+                f"{output}: no prompt got {settings.num_responses} usable responses ({skipped(records)}). Check the "
+                "model and its chat template, or shorten the prompts."
             )
         write_atomically(path, rows_of(prompts, records))
         part.remove()
     print(report(path, records), flush=True)
     if keys := training_keys(policy.rendering):
-        print(f"to train on them as they were sampled: {keys}", flush=True)
+        print(f"to train with the rendering used for sampling: {keys}", flush=True)
 
 
 def check_answers(policy: Policy, question: Question) -> None:
-    """Refuses, before the weights are loaded, a chat template behind whose prompts no response could be trained on.
+    """Reject, before the weights are loaded, a chat template with which no response could be trained on.
+
+    Such templates cut or move text after their generation prompt.
 
     Raises:
-        UserError: it says why. Templates are meant that cut or move what stands behind their generation prompt.
+        UserError: no probe can be read for training.
     """
-    if not policy.encoder.uses_template:  # plain text has its boundary at one prompt and not at another
+    if not policy.encoder.uses_template:  # for plain text it depends on the prompt
         return
     problems = [policy.problem_of(question, Answer(probe, 1, False, False)) for probe in _PROBES]
     if all(problems):
-        remedy = "" if policy.rendering.answers == "verbatim" else "; --answers verbatim keeps responses unchanged"
+        remedy = "" if policy.rendering.answers == "verbatim" else " --answers verbatim keeps responses unchanged."
         raise UserError(f"training could not read any response to these prompts: {problems[0]}{remedy}")
 
 
 def respond(policy: Policy, items: Sequence[tuple[int, Prompt]], settings: GenerateSettings) -> list[dict[str, Any]]:
-    """The records of some prompts: K responses each, or none and the reason why.
+    """Sample the records of some prompts: K responses each, or none and the reason.
 
     Args:
-        policy: who answers.
-        items: (the prompt's number in the file, the prompt).
-        settings: of sampling. A response that training could not read, such as an empty one, is sampled again, with
-            another draw, ``resamples`` times.
+        policy: the policy to sample from.
+        items: (index of the prompt in the file, prompt).
+        settings: sampling settings. A response that training could not read, such as an empty one, is sampled again
+            up to ``resamples`` times.
     """
     questions = {
         (number, response): dataclasses.replace(
@@ -106,19 +108,19 @@ def respond(policy: Policy, items: Sequence[tuple[int, Prompt]], settings: Gener
         for response in range(settings.num_responses)
     }
     found: dict[tuple[int, int], Answer] = {}
-    problems: dict[tuple[int, int], str] = {}  # of those not found, at the last attempt
+    problems: dict[tuple[int, int], str] = {}  # of the latest attempt, for responses not found
     open_questions = questions
     for attempt in range(1 + (settings.resamples if settings.temperature > 0 else 0)):
-        asked = [dataclasses.replace(question, stream=(*place, attempt)) for place, question in open_questions.items()]
+        asked = [dataclasses.replace(question, stream=(*index, attempt)) for index, question in open_questions.items()]
         answers = policy.answer(asked, settings.max_new_tokens)
-        for place, answer in zip(open_questions, answers, strict=True):
-            problem = TOO_LONG if answer is None else policy.problem_of(questions[place], answer)
+        for index, answer in zip(open_questions, answers, strict=True):
+            problem = TOO_LONG if answer is None else policy.problem_of(questions[index], answer)
             if problem is not None:
-                problems[place] = problem
+                problems[index] = problem
             elif answer is not None:
-                found[place] = answer
-                problems.pop(place, None)
-        open_questions = {place: questions[place] for place, problem in problems.items() if problem != TOO_LONG}
+                found[index] = answer
+                problems.pop(index, None)
+        open_questions = {index: questions[index] for index, problem in problems.items() if problem != TOO_LONG}
         if not open_questions:
             break
     responses = range(settings.num_responses)
@@ -132,7 +134,7 @@ def respond(policy: Policy, items: Sequence[tuple[int, Prompt]], settings: Gener
 
 
 def _record(answers: Sequence[Answer], problems: Sequence[str]) -> dict[str, Any]:
-    """``{"responses": [[text, tokens, cut, has special tokens], ...]}``, or why there are none."""
+    """``{"responses": [[text, tokens, cut, has special tokens], ...]}``, or the reason why there are none."""
     if not problems:
         return {"responses": [dataclasses.astuple(answer) for answer in answers]}
     problem = next((problem for problem in problems if problem != EMPTY), EMPTY)
@@ -146,7 +148,7 @@ def _question(prompt: Prompt) -> Question:
 
 
 def rows_of(prompts: Iterable[Prompt], records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Lines of the project's own format; what else a prompt's row had is kept beside it."""
+    """Lines in the canonical format, each with the other fields of its prompt's row."""
     for prompt, record in zip(prompts, records, strict=True):
         if record["responses"]:
             responses = [Response(text, truncated=cut) for text, _, cut, _ in record["responses"]]
@@ -154,7 +156,7 @@ def rows_of(prompts: Iterable[Prompt], records: Iterable[Mapping[str, Any]]) -> 
 
 
 def report(path: Path, records: Sequence[Mapping[str, Any]]) -> str:
-    """What was made, in a line: how much of it, how long, how much was cut or skipped."""
+    """One line about the result: number and length of responses, and how many were cut or skipped."""
     responses = [response for record in records for response in record["responses"]]
     rows = sum(bool(record["responses"]) for record in records)
     mean = sum(num_tokens for _, num_tokens, _, _ in responses) / len(responses)
@@ -165,12 +167,12 @@ def report(path: Path, records: Sequence[Mapping[str, Any]]) -> str:
         + (' ("truncated": true, which training drops unless data.truncated=without_end)' if num_cut else "")
     ]
     if num_special:
-        parts.append(f"{num_special} responses hold special tokens")
+        parts.append(f"{num_special} responses contain special tokens")
     return "; ".join([*parts, *filter(None, [skipped(records)])])
 
 
 def training_keys(rendering: Rendering) -> str:
-    """The keys of a recipe that render rows this way, where they are not the default."""
+    """Recipe keys for this rendering, without those at their default."""
     return " ".join(
         f"data.{name}={shown(value)}"
         for name, value in dataclasses.asdict(rendering).items()
@@ -179,19 +181,19 @@ def training_keys(rendering: Rendering) -> str:
 
 
 def skipped(records: Sequence[Mapping[str, Any]]) -> str:
-    """How many prompts have no responses, by reason; of those that training could not read, the first one's problem."""
+    """Number of prompts without responses by reason, with the first problem of those that training could not read."""
     counts = Counter(record["skipped"] for record in records if "skipped" in record)
     first = next((record["problem"] for record in records if "problem" in record), "")
-    told = {
+    causes = {
         EMPTY: "skipped for empty responses",
         UNREADABLE: f"skipped for responses that training could not read, the first: {first}",
         TOO_LONG: "skipped as too long for the model's context",
     }
-    return ", ".join(f"{counts[reason]} {words}" for reason, words in told.items() if counts[reason])
+    return ", ".join(f"{counts[reason]} {words}" for reason, words in causes.items() if counts[reason])
 
 
 def work_of(policy: Policy, prompts: Sequence[Prompt], settings: GenerateSettings) -> dict[str, Any]:
-    """What the responses are a function of. ``batch_size`` is not among it, and may be changed on the way."""
+    """Everything that the responses depend on. ``batch_size`` is excluded and may be changed on resuming."""
     keys = dataclasses.asdict(settings)
     del keys["batch_size"], keys["system"]  # the system message is in the prompts
     keys |= dataclasses.asdict(policy.rendering) | {"engine": policy.engine_name}
@@ -205,20 +207,20 @@ def work_of(policy: Policy, prompts: Sequence[Prompt], settings: GenerateSetting
 
 
 def check_output(output: str) -> Path:
-    """The path, once it is known that it can be written without losing anything.
+    """Check that a new file can be written to the path, and return it.
 
     Raises:
-        UserError: it is there already, has another ending than JSON Lines, or lies in what is no folder.
+        UserError: the file exists, does not have an extension of JSON Lines, or its parent is not a directory.
     """
     path = Path(output).expanduser()
     if not path.name.endswith(JSON_LINES):
-        raise UserError(f"{output}: rows are written as JSON Lines; end its name with one of {', '.join(JSON_LINES)}")
+        raise UserError(f"{output}: rows are written as JSON Lines. Use one of the extensions {', '.join(JSON_LINES)}.")
     check_place(path)
     return path
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """One line of JSON, readable unless it holds half a surrogate pair, which UTF-8 cannot."""
+    """One line of JSON, ASCII-escaped only if it contains half a surrogate pair, which UTF-8 cannot represent."""
     line = json.dumps(record, ensure_ascii=False, default=str)
     try:
         line.encode()

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (``lm_eval``), run by that library on the policy's weights.
+"""Tasks of lm-evaluation-harness (``lm_eval``), run by that library with the policy's weights.
 
 The RAO paper's Table 3 reports ``mmlu``, ``gsm8k``, ``arc_easy``, ``arc_challenge``, ``mathqa`` and ``social_iqa``.
 """
@@ -17,17 +17,17 @@ from nemo_rao.generation.settings import EvaluateSettings
 
 
 def task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
-    """Finds the tasks; imports the library, but loads no model and no data.
+    """Find the tasks. Imports the library but loads neither model nor data.
 
     Raises:
         UserError: the library is not installed, or has no such task.
     """
     if include_path is not None and not os.path.isdir(include_path):
-        raise UserError(f"--include-path {include_path}: no such folder; give one with YAML files of tasks")
+        raise UserError(f"--include-path {include_path}: no such directory. Pass one with YAML files of tasks.")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            f"task {tasks[0]}: is run by lm-evaluation-harness, which is not installed; "
-            "pip install 'nemo-rao[eval]' (tasks without it: alpaca_eval, mt_bench)"
+            f"task {tasks[0]}: needs lm-evaluation-harness, which is not installed. "
+            "Run pip install 'nemo-rao[eval]' (alpaca_eval and mt_bench do not need it)."
         )
     from lm_eval.tasks import TaskManager
 
@@ -39,22 +39,22 @@ def task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
         if task not in manager.all_tasks:
             near = ", ".join(name for name in manager.all_tasks if task in name)[:200]
             raise UserError(
-                f"task {task}: lm_eval has none of this name{f' (it has {near})' if near else ''}; `lm_eval ls tasks` "
-                "lists them, --include-path adds your own"
+                f"task {task}: lm_eval has no task of this name{f' (it has {near})' if near else ''}. `lm_eval ls "
+                "tasks` lists them; --include-path adds your own."
             )
     return manager
 
 
 class Harness:
-    """The policy's weights in the form that the library takes, loaded once for all tasks.
+    """Runs tasks with the policy's weights, which are loaded once for all of them.
 
     Args:
-        policy: whose engine is `transformers`.
-        manager: from :func:`task_manager`.
+        policy: a policy whose engine is `transformers`.
+        manager: as returned by :func:`task_manager`.
         settings: batch size, number of examples, few-shot examples, chat template.
 
     Raises:
-        UserError: the chat template is asked for, and there is none or it is not to be used.
+        UserError: ``apply_chat_template`` is set, but there is no template or it is disabled.
     """
 
     def __init__(self, policy: Policy, manager: Any, settings: EvaluateSettings) -> None:
@@ -62,11 +62,11 @@ class Harness:
         self._model: Any = None
         if settings.apply_chat_template and not policy.encoder.uses_template:
             raise UserError(
-                "apply_chat_template: the tokenizer has no chat template, or chat_template is 'never'; leave it out"
+                "apply_chat_template: the tokenizer has no chat template, or chat_template is 'never'. Leave it out."
             )
 
     def identity(self) -> dict[str, Any]:
-        """What the results are a function of, besides the model."""
+        """Everything that the results depend on, besides the model."""
         import lm_eval
 
         keys = ("limit", "num_fewshot", "apply_chat_template", "system", "seed")
@@ -76,7 +76,7 @@ class Harness:
         return identity
 
     def run(self, task: str) -> dict[str, Any]:
-        """The task's metrics, of its sub-tasks too: ``{"metrics": {...}, "subtasks": {...}, "versions": {...}}``."""
+        """Run a task: ``{"metrics": {...}, "subtasks": {...}, "versions": {...}, "num_fewshot": {...}}``."""
         from lm_eval import simple_evaluate
 
         settings = self._settings
@@ -98,10 +98,10 @@ class Harness:
             )
         except UserError:
             raise
-        except Exception as error:  # data that cannot be downloaded, a task's own mistakes, memory
+        except Exception as error:  # failed downloads, errors in a task, memory
             raise UserError(
-                f"task {task}: lm_eval stopped with {type(error).__name__}: {_one_line(error)}; tasks that were "
-                "finished are kept in results.json"
+                f"task {task}: lm_eval stopped with {type(error).__name__}: {_one_line(error)}. Finished tasks are "
+                "kept in results.json."
             ) from None
         results = dict(found["results"]) | dict(found.get("groups") or {})
         return {
@@ -118,7 +118,7 @@ class Harness:
 
 
 def _model_class() -> Any:
-    """The library's class of models, with prompts rendered as in training."""
+    """Subclass of the library's model that renders prompts as in training."""
     from lm_eval.models.huggingface import HFLM
 
     from nemo_rao.generation.with_transformers import TransformersEngine
@@ -132,14 +132,14 @@ def _model_class() -> Any:
                 batch_size=settings.batch_size,
                 trust_remote_code=False,
                 chat_template_args=dict(policy.rendering.template_arguments),
-                # A chat template writes the beginning token itself, if it wants one.
+                # A chat template writes the beginning token itself if needed.
                 add_bos_token=False if settings.apply_chat_template else None,
             )
             self._policy = policy
 
         def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-            """The library's own drops a system message that the template refuses, in silence."""
-            if not add_generation_prompt:  # the task has written the beginning of the answer
+            """Render as in training. The library's method silently drops a system message that the template rejects."""
+            if not add_generation_prompt:  # the task provides the beginning of the answer
                 return super().apply_chat_template(chat_history, add_generation_prompt=False)
             return self._policy.prompt_text(tuple(chat_history), "a question of lm_eval")
 

@@ -1,6 +1,6 @@
-"""A policy's folder, looked at before anything is loaded: what is missing, what is cut short, which model it is.
+"""Checks of a policy's directory before anything is loaded: missing and truncated files, and the kind of model.
 
-Only safetensors are loaded: a pickled file could run code.
+Only safetensors are loaded, since a pickled file could run code.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from nemo_rao.errors import UserError
 from nemo_rao.model_files.config_json import ROPE_PARAMETERS, read_json, with_flat_rope
 from nemo_rao.model_files.weights import read_headers, weight_files
 
-_KEY = "model"  # how messages name the folder's option or argument
-# Kinds of rotary scaling whose settings transformers 4 and 5 spell alike.
+_KEY = "model"  # name of the directory's option or argument in messages
+# Kinds of rotary scaling whose settings are the same in transformers 4 and 5.
 _SAME_IN_BOTH = (None, "linear", "dynamic", "yarn", "llama3")
 _BLOCK, _BLOCKS = 1 << 16, 64
 
 
 def check_folder(given: str | os.PathLike[str]) -> Path:
-    """The folder, absolute, once it is known to hold a whole model.
+    """Check that the directory holds a complete model, and return its absolute path.
 
     Raises:
-        UserError: there is no such folder, or no configuration, or no weights in it, or not all of them.
+        UserError: there is no such directory, it has no configuration or no weights, or some of them are missing.
     """
     folder = Path(os.path.expanduser(given)).absolute()
     if not folder.is_dir():
         raise UserError(
-            f"model {given}: no such folder; give a folder in Hugging Face's format, "
-            "such as `nemo-rao export-hf` writes"
+            f"model {given}: no such directory. Pass a directory in Hugging Face's format, "
+            "such as the output of `nemo-rao export-hf`."
         )
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"model {given}: has no config.json; give a folder in Hugging Face's format (a checkpoint of a run is "
-            "turned into one by `nemo-rao export-hf`)"
+            f"model {given}: has no config.json. Pass a directory in Hugging Face's format (`nemo-rao export-hf` "
+            "converts a checkpoint of a run)."
         )
     if "model_type" not in read_json(folder / "config.json", _KEY):
-        raise UserError(f"model {given}: its config.json names no model_type; export or download the model again")
+        raise UserError(f"model {given}: its config.json has no model_type. Export or download the model again.")
     read_headers(folder, weight_files(folder, _KEY), _KEY)
     return folder
 
 
 def read_configuration(folder: Path) -> Any:
-    """`transformers`' configuration of the model, in the installed release's spelling.
+    """Read the model's `transformers` configuration, with the keys of the installed release.
 
     Raises:
-        UserError: a kind of model that it does not know, or knows for other tasks only, or settings that it would
-            ignore.
+        UserError: the kind of model is unknown to the installed release or not a causal language model, or some
+            settings would be ignored.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
@@ -57,31 +57,31 @@ def read_configuration(folder: Path) -> Any:
     moved = moved_settings(folder)
     try:
         configuration = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # many kinds: a type that is not known, code of its own, values out of range
+    except Exception as error:  # many kinds: an unknown type, remote code, values out of range
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model {folder}: `transformers` cannot read the configuration of this {kind} ({reason}); give a model of "
-            "a kind that it has, or install a release that has this one"
+            f"model {folder}: `transformers` cannot read the configuration of this {kind} ({reason}). Use a model of "
+            "a kind that it supports, or install a release that supports this one."
         ) from None
     if type(configuration) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"model {folder}: {kind} is no causal language model that `transformers` has; give one that generates text"
+            f"model {folder}: {kind} is not a causal language model of `transformers`. Use a model that generates text."
         )
     for name, value in moved.items():
         if name not in vars(configuration) and name != "rope_scaling":
             raise UserError(
                 f"model {folder}: config.json has {name} in {ROPE_PARAMETERS}, which the installed `transformers` does "
-                f"not read from a {kind}; save the model with `transformers` 4"
+                f"not read for {kind}. Save the model with `transformers` 4."
             )
         setattr(configuration, name, value)
     return configuration
 
 
 def moved_settings(folder: Path) -> dict[str, Any]:
-    """Settings that `transformers` 5 writes into ``rope_parameters``, by the keys that the installed release reads.
+    """Settings that `transformers` 5 writes into ``rope_parameters``, under the keys that the installed release reads.
 
     Raises:
-        UserError: they have no such keys.
+        UserError: the installed release has no such keys.
     """
     import transformers
 
@@ -92,7 +92,7 @@ def moved_settings(folder: Path) -> dict[str, Any]:
         if ROPE_PARAMETERS in inner:
             raise UserError(
                 f"{file}: {name}.{ROPE_PARAMETERS} is ignored by the installed `transformers` "
-                f"{transformers.__version__}; save the model with `transformers` 4"
+                f"{transformers.__version__}. Save the model with `transformers` 4."
             )
     scaling = given.get("rope_scaling")
     if ROPE_PARAMETERS not in given and not (isinstance(scaling, Mapping) and "rope_theta" in scaling):
@@ -101,15 +101,15 @@ def moved_settings(folder: Path) -> dict[str, Any]:
     kind = (flat["rope_scaling"] or {}).get("rope_type")
     if kind not in _SAME_IN_BOTH:
         raise UserError(
-            f"{file}: rope_type {kind} in {ROPE_PARAMETERS} is spelled otherwise for the installed `transformers` "
-            f"{transformers.__version__}; save the model with `transformers` 4"
+            f"{file}: rope_type {kind} in {ROPE_PARAMETERS} has a different form in the installed `transformers` "
+            f"{transformers.__version__}. Save the model with `transformers` 4."
         )
     names = ("rope_theta", "rope_scaling", "partial_rotary_factor")
     return {name: flat[name] for name in names if name in flat and flat[name] != given.get(name)}
 
 
 def _objects(given: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The objects within config.json, such as ``text_config``, with their dotted names."""
+    """Objects within config.json, such as ``text_config``, with their dotted names."""
     for name, value in given.items():
         if isinstance(value, Mapping):
             yield before + name, value
@@ -117,9 +117,9 @@ def _objects(given: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
 
 
 def tensors_for_transformers(folder: Path) -> dict[str, Any] | None:
-    """The weights, where `transformers` would refuse their files: metadata that does not name a format; else ``None``.
+    """Load the weights if `transformers` would reject their files for metadata without a format; else ``None``.
 
-    Without that entry the tensors are the same.
+    The missing entry does not affect the tensors.
     """
     files = weight_files(folder, _KEY)
     if all(header.has_format for header in read_headers(folder, files, _KEY).values()):
@@ -130,10 +130,10 @@ def tensors_for_transformers(folder: Path) -> dict[str, Any] | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells one model from another, wherever it lies: its settings, its tokenizer, and blocks from all its weights.
+    """Digest that identifies a model independently of its path: settings, tokenizer, and samples of the weights.
 
-    Of each file of weights its size, its header and 64 blocks of 64 KiB are read: whole files would take as long as
-    loading the model, and training changes every part of a matrix.
+    For each weight file, its size, header and 64 blocks of 64 KiB are read: whole files would take as long as loading
+    the model, and training changes every part of a matrix.
     """
     found = hashlib.sha256()
     weights = weight_files(folder, _KEY)
@@ -151,7 +151,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def context_length(folder: Path) -> int | None:
-    """Tokens of prompt and response together that the model takes; ``None`` where its configuration has no limit."""
+    """Maximum number of tokens of prompt and response together; ``None`` if the configuration has no limit."""
     configuration = read_json(folder / "config.json", _KEY)
     configuration = configuration.get("text_config") or configuration
     for name in ("max_position_embeddings", "n_positions"):
@@ -161,7 +161,7 @@ def context_length(folder: Path) -> int | None:
 
 
 def stop_tokens(folder: Path) -> set[int]:
-    """The tokens with which the model itself says that it ends, besides its tokenizer's."""
+    """End tokens in the model's generation_config.json, in addition to the tokenizer's."""
     path = folder / "generation_config.json"
     ends = read_json(path, _KEY).get("eos_token_id") if path.is_file() else None
     return {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}

@@ -1,4 +1,4 @@
-"""MT-Bench: a policy's answers in the form that FastChat's ``llm_judge`` takes, one question a line.
+"""MT-Bench: a policy's answers in the format of FastChat's ``llm_judge``, one question per line.
 
     {"question_id": 81, "answer_id": ..., "model_id": ..., "choices": [{"index": 0, "turns": [...]}], "tstamp": ...}
 
@@ -29,7 +29,7 @@ from nemo_rao.rows.responses import make_row
 from nemo_rao.rows.view import Columns
 from nemo_rao.runtime.part_file import PartFile
 
-# FastChat's `temperature_config`; 0 is greedy. Other categories have 0.7.
+# FastChat's `temperature_config`; 0 is greedy. Other categories use 0.7.
 TEMPERATURES: Mapping[str, float] = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -45,7 +45,7 @@ OTHER_TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Example:
-    """One question of several turns; ``row`` has the first one as its prompt, and no responses."""
+    """One question of several turns; ``row`` has the first turn as its prompt and no responses."""
 
     place: str
     question_id: Any
@@ -55,13 +55,13 @@ class Example:
 
 
 class MtBench:
-    """The benchmark with the user's copy of its questions.
+    """MT-Bench with the user's copy of its questions.
 
     Args:
         path: FastChat's ``question.jsonl``: ``question_id``, ``category``, ``turns``.
-        model_name: becomes ``model_id``, and the name of the file, from which FastChat takes it.
-        settings: of sampling; the temperature is the category's.
-        ignore_fields: fields that are not wanted.
+        model_name: written as ``model_id`` and used as the file name, from which FastChat takes it.
+        settings: sampling settings; the temperature is the category's.
+        ignore_fields: fields to skip.
     """
 
     name = "mt_bench"
@@ -71,16 +71,19 @@ class MtBench:
     ) -> None:
         if path is None:
             raise UserError(
-                "task mt_bench needs --questions FILE: FastChat's fastchat/llm_judge/data/mt_bench/question.jsonl"
+                "--questions: is required by task mt_bench. Pass FastChat's "
+                "fastchat/llm_judge/data/mt_bench/question.jsonl."
             )
         if settings.chat_template == "never":
             raise UserError(
-                "chat_template='never': mt_bench has several turns, which need a chat template; leave it at auto"
+                "chat_template='never': mt_bench has several turns, which need a chat template. Leave it at auto."
             )
         self.model_name, self._settings = model_name, settings
         self._max_new_tokens = settings.max_new_tokens or 1024
         columns = Columns(ignore_fields=ignore_fields)
-        self._examples = [_example(place, record, columns) for place, record in read_records(path)][: settings.limit]
+        self._examples = [_example(location, record, columns) for location, record in read_records(path)][
+            : settings.limit
+        ]
         self.file_name = f"mt_bench/{model_name}.jsonl"
         self.identity = {
             "digest_of_questions": hashlib.sha256(
@@ -90,13 +93,14 @@ class MtBench:
         }
 
     def check(self, policy: Policy) -> Iterator[str]:
-        """Refuses what the chat template does not take, a second turn included. Yields remarks on prompts."""
+        """Reject questions that the chat template cannot render, including later turns. Yields remarks on prompts."""
         for number, example in enumerate(self._examples):
             yield from policy.check(self._question(number, ["An answer."] * (len(example.turns) - 1)))
             yield from (f"questions have a field '{name}' that is not used" for name in example.row.unused)
 
     def answer(self, policy: Policy, part: PartFile) -> None:
-        """Answers what ``part`` does not have yet. A record: answers by turn, their tokens, whether cut, the time."""
+        """Answer the questions missing from ``part``. A record is [answers, tokens, cut, time], the first three by
+        turn."""
 
         def produce(numbers: Sequence[int]) -> list[Any]:
             turns: dict[int, list[str]] = {number: [] for number in numbers}
@@ -114,12 +118,12 @@ class MtBench:
         work_through(part, range(len(self._examples)), self._settings.batch_size, produce, self.name)
 
     def whole(self, records: Sequence[Any]) -> Iterator[str]:
-        """The file for the judge."""
+        """Lines of the file for the judge."""
         for example, (turns, _, _, tstamp) in zip(self._examples, records, strict=True):
-            told = json.dumps([example.question_id, self.model_name, turns])
+            identity = json.dumps([example.question_id, self.model_name, turns])
             line = {
                 "question_id": example.question_id,
-                "answer_id": hashlib.sha256(told.encode()).hexdigest()[:22],
+                "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
                 "model_id": self.model_name,
                 "choices": [{"index": 0, "turns": turns}],
                 "tstamp": tstamp,
@@ -127,9 +131,9 @@ class MtBench:
             yield json.dumps(line, ensure_ascii=False) + "\n"
 
     def metrics(self, records: Sequence[Any]) -> Mapping[str, float]:
-        """What can be told without a judge."""
+        """Metrics that need no judge."""
         tokens = [count for _, counts, _, _ in records for count in counts]
-        # Without room for an answer there is one without tokens, which counts as cut.
+        # A question without room for an answer has one of 0 tokens, which counts as cut.
         cut = [count for _, counts, cuts, _ in records for count, was_cut in zip(counts, cuts, strict=True) if was_cut]
         return {
             "answers": len(tokens),
@@ -139,7 +143,7 @@ class MtBench:
         }
 
     def judge_command(self, folder: Path) -> str:
-        """How FastChat judges the file."""
+        """Instructions for judging the file with FastChat."""
         return (
             f"copy {folder / self.file_name} to data/mt_bench/model_answer/ in FastChat's fastchat/llm_judge, and "
             f"there OPENAI_API_KEY=... python gen_judgment.py --model-list {self.model_name} && "
@@ -147,7 +151,7 @@ class MtBench:
         )
 
     def _asked(self, policy: Policy, number: int, answers: Sequence[str]) -> Question:
-        """The next turn. Thinking in earlier answers is left out where the chat template would cut it."""
+        """The next turn. Thinking in earlier answers is removed if the chat template would cut it."""
         question = self._question(number, answers)
         try:
             policy.check(question)
@@ -156,7 +160,7 @@ class MtBench:
         return question
 
     def _question(self, number: int, answers: Sequence[str]) -> Question:
-        """The turn after those that were answered, with the conversation before it."""
+        """The turn after the answered ones, with the conversation before it."""
         example = self._examples[number]
         content = with_system(example.row.prompt, self._settings.system)
         first = [{"role": "user", "content": content}] if isinstance(content, str) else content
@@ -170,24 +174,24 @@ class MtBench:
 
 
 def _without_thinking(answer: str) -> str:
-    """The answer proper; all of an answer whose thinking does not end."""
+    """The answer without its thinking, or all of it if the thinking does not end."""
     rest = after_thinking(answer)
     return answer if rest is None else rest.lstrip()
 
 
 def _identity(example: Example) -> list[Any]:
-    """What answers depend on."""
+    """Everything about an example that its answers depend on."""
     row = example.row
     more = [] if row.prompt == example.turns[0] and not row.template_fields else [row.prompt, row.template_fields]
     return [example.question_id, example.category, example.turns, *more]
 
 
-def _example(place: str, record: Mapping[str, Any], columns: Columns) -> Example:
-    view = columns.view(record, place)
+def _example(location: str, record: Mapping[str, Any], columns: Columns) -> Example:
+    view = columns.view(record, location)
     turns = view.required("turns")
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"{place}: field 'turns' must be a list of texts, found {describe(turns)}")
-    texts = tuple(read_text(turn, place, f"turns[{number}]") for number, turn in enumerate(turns))
-    question_id, category = view.required("question_id"), read_text(view.required("category"), place, "category")
-    view.get("reference")  # the judge's
-    return Example(place, question_id, category, texts, make_row(view, with_context(view, texts[0]), (), ()))
+        raise UserError(f"{location}: field 'turns' must be a list of texts, found {describe(turns)}")
+    texts = tuple(read_text(turn, location, f"turns[{number}]") for number, turn in enumerate(turns))
+    question_id, category = view.required("question_id"), read_text(view.required("category"), location, "category")
+    view.get("reference")  # used by the judge only
+    return Example(location, question_id, category, texts, make_row(view, with_context(view, texts[0]), (), ()))

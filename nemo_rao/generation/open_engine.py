@@ -1,4 +1,4 @@
-"""The choice between the engines that sample, and the one that is chosen, with its weights."""
+"""Selection and construction of the sampling engine."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nemo_rao.generation.settings import PolicySettings
 
 
 def choose_engine(asked: str) -> str:
-    """The name of the engine: vLLM where it can run, unless one is asked for.
+    """Name of the engine: the one asked for, or with ``auto``, vLLM if it can run here.
 
     Raises:
-        UserError: vLLM is asked for and not installed.
+        UserError: vLLM is requested but not installed.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if asked == "vllm" and not installed:
-        raise UserError("engine='vllm': vLLM is not installed; install it, or give --engine transformers")
+        raise UserError("engine='vllm': vLLM is not installed. Install it, or use --engine transformers.")
     if asked != "auto":
         return asked
     if not installed:
@@ -32,15 +32,15 @@ def choose_engine(asked: str) -> str:
 def open_engine(
     name: str, folder: Path, settings: PolicySettings, stop: Collection[int], num_tokens: int, padding: int
 ) -> Engine:
-    """Loads the policy's weights.
+    """Load the policy's weights into an engine.
 
     Args:
-        name: from :func:`choose_engine`.
-        folder: a checked folder.
-        settings: of sampling.
-        stop: the tokens that end a response.
-        num_tokens: of the tokenizer; a model may have more, which stand for nothing and are never drawn.
-        padding: the token that fills batches.
+        name: as returned by :func:`choose_engine`.
+        folder: a checked model directory.
+        settings: sampling settings.
+        stop: tokens that end a response.
+        num_tokens: size of the tokenizer; the model's vocabulary may be larger, but the excess is never sampled.
+        padding: token that pads batches.
     """
     if name == "vllm":
         from nemo_rao.generation.with_vllm import VllmEngine

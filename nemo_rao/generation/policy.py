@@ -1,9 +1,9 @@
-"""A policy that is asked in text and answers in text: folder, tokenizer, template, engine.
+"""A policy with text in and text out: model directory, tokenizer, template and engine.
 
 prompt -> (chat template, as in training) -> tokens -> (engine) -> tokens -> text
 
-Special tokens that a model says within an answer, such as ``[TOOL_CALLS]`` or ``<think>``, are part of it and stay in
-the text; the token that ends the answer does not.
+Special tokens within an answer, such as ``[TOOL_CALLS]`` or ``<think>``, are part of it and stay in the text; the end
+token does not.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Question:
         content: messages or plain text.
         place: where it came from, for messages.
         stream: see :class:`nemo_rao.generation.engine.Request`.
-        temperature: of this answer.
+        temperature: sampling temperature of the answer.
         template_fields: see :class:`nemo_rao.batch.Row`.
         plain_prompt: see :class:`nemo_rao.batch.Row`.
     """
@@ -57,7 +57,7 @@ class Question:
     plain_prompt: str | None = None
 
     def row(self, *responses: Response) -> Row:
-        """The prompt with these responses, as training reads them."""
+        """The prompt with these responses, as a row for training."""
         return Row(
             self.content,
             responses,
@@ -69,13 +69,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the policy said.
+    """An answer of the policy.
 
     Attributes:
-        text: with the special tokens that are part of it.
-        num_tokens: without the end token.
-        cut: it reached its largest length before it ended.
-        has_special_tokens: there are some in it.
+        text: includes the special tokens that are part of it.
+        num_tokens: number of tokens without the end token.
+        cut: whether it reached the maximum length before it ended.
+        has_special_tokens: whether the text contains special tokens.
     """
 
     text: str
@@ -85,30 +85,30 @@ class Answer:
 
 
 class Policy:
-    """A model in a folder.
+    """A policy loaded from a model directory.
 
-    Nothing heavy happens before :meth:`answer`, but everything that can be wrong with the folder's files is found.
+    The constructor checks all files; weights are loaded on the first :meth:`answer`.
 
     Args:
-        folder: in Hugging Face's format, with safetensors.
-        settings: how it is asked.
+        folder: directory in Hugging Face's format, with safetensors.
+        settings: sampling and rendering settings.
 
     Attributes:
-        engine_name: what generates.
-        fingerprint: tells this model from others.
-        rendering: as the model was trained, where its folder has that, unless the settings say otherwise.
-        encoder: renders prompts that way.
-        notes: lines for the user, such as how ``rendering`` differs from the training.
+        engine_name: name of the sampling engine.
+        fingerprint: digest that identifies the model.
+        rendering: rendering used in training, if the directory records it, with the settings' overrides.
+        encoder: renders prompts accordingly.
+        notes: lines for the user, such as differences between ``rendering`` and training.
 
     Raises:
-        UserError: the folder, its tokenizer, or the settings cannot be used.
+        UserError: the directory, its tokenizer, or the settings cannot be used.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: PolicySettings) -> None:
         self.folder = check_folder(folder)
         self.settings = settings
         self.engine_name = choose_engine(settings.engine)
-        if self.engine_name == "transformers":  # vLLM has models of its own
+        if self.engine_name == "transformers":  # vLLM has its own model implementations
             read_configuration(self.folder)
         self.fingerprint = fingerprint(self.folder)
         self._context = context_length(self.folder)
@@ -117,19 +117,19 @@ class Policy:
         self.encoder = self.rendering.encoder(self.tokenizer)
         self.notes = (*differences, *self.encoder.notes)
         if settings.template_arguments and not self.encoder.uses_template:
-            raise UserError("template_arguments: the tokenizer has no chat template to pass them to; leave them out")
+            raise UserError("template_arguments: the tokenizer has no chat template to pass them to. Leave them out.")
         self._stop = {self.encoder.end_token_id} | stop_tokens(self.folder)
         if self.tokenizer.eos_token_id is not None:
             self._stop.add(int(self.tokenizer.eos_token_id))
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """Loads the weights when it is first asked for."""
+        """The engine; loads the weights on first access."""
         padding = pad_token_id(self.tokenizer)
         return open_engine(self.engine_name, self.folder, self.settings, self._stop, len(self.tokenizer), padding)
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer | None]:
-        """The policy's answers, in order; ``None`` where the prompt leaves no room in the model's context."""
+        """Sample the answers, in order; ``None`` if a prompt leaves no room in the model's context."""
         prompts = [self._tokens(question) for question in questions]
         rooms = [max_new_tokens if self._context is None else self._context - len(tokens) for tokens in prompts]
         requests = [
@@ -144,28 +144,28 @@ class Policy:
         ]
 
     def check(self, question: Question) -> tuple[str, ...]:
-        """Refuses, before the weights are loaded, a prompt that the chat template does not take.
+        """Reject, before the weights are loaded, a prompt that the chat template cannot render.
 
         Returns:
-            remarks on it, see :class:`nemo_rao.batch.Sample`.
+            remarks on the prompt, see :class:`nemo_rao.batch.Sample`.
         """
         return self.encoder.encode(question.row()).remarks
 
-    def prompt_text(self, content: str | Messages, place: str) -> str:
-        """The prompt as it is rendered, up to where the policy begins to answer.
+    def prompt_text(self, content: str | Messages, location: str) -> str:
+        """Render the prompt, including the generation prompt.
 
         Raises:
-            UserError: the chat template does not take it.
+            UserError: the chat template cannot render it.
         """
-        return self.encoder.prompt_text(Row(content, (), place))
+        return self.encoder.prompt_text(Row(content, (), location))
 
     def problem_of(self, question: Question, answer: Answer) -> str | None:
-        """Why training could not read the answer, such as for want of a boundary in tokens to its prompt.
+        """Check whether training could read the answer. A missing token boundary to its prompt is an example.
 
-        An answer that was cut only has to have text: it is marked, and training drops it by default.
+        An answer that was cut only needs text: it is marked, and training drops it by default.
 
         Returns:
-            :data:`EMPTY` for one without text, else a line; ``None`` for an answer that can be read.
+            :data:`EMPTY` for an answer without text, a line about another problem, or ``None`` if it can be read.
         """
         if not answer.text.strip():
             return EMPTY
@@ -175,18 +175,18 @@ class Policy:
         return self.settings.OPTIONS(str(problem)) if isinstance(problem, UserError) else None
 
     def _tokens(self, question: Question) -> np.ndarray:
-        # A row without responses: the prompt alone, up to where the policy begins to answer.
+        # A row without responses: only the prompt, including the generation prompt.
         return self.encoder.encode(question.row()).prompt
 
     @functools.cached_property
     def _special(self) -> set[int]:
-        """Tokens that the tokenizer calls special, whether or not they have a role."""
+        """All special tokens of the tokenizer, with or without a role such as eos."""
         added = self.tokenizer.added_tokens_decoder.items()
         return {number for number, token in added if token.special} | set(self.tokenizer.all_special_ids)
 
-    def _answer(self, prompt: np.ndarray, said: Continuation) -> Answer:
-        tokens = [token for token in said.tokens if token != self.tokenizer.pad_token_id]
+    def _answer(self, prompt: np.ndarray, generated: Continuation) -> Answer:
+        tokens = [token for token in generated.tokens if token != self.tokenizer.pad_token_id]
         text = text_behind(self.tokenizer, prompt.tolist(), tokens)
-        if said.cut:
-            text = text.rstrip("\ufffd")  # half of a character
-        return Answer(text, len(said.tokens), said.cut, not self._special.isdisjoint(tokens))
+        if generated.cut:
+            text = text.rstrip("\ufffd")  # an incomplete character
+        return Answer(text, len(generated.tokens), generated.cut, not self._special.isdisjoint(tokens))

@@ -1,4 +1,4 @@
-"""Long work, batch after batch, that is kept and shown while it is done."""
+"""Batch processing with progress display and resumable results."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nemo_rao.runtime.progress import Progress
 def work_through(
     part: PartFile, items: Sequence[Any], at_once: int, produce: Callable[[Sequence[Any]], list[Any]], label: str
 ) -> None:
-    """Produces the records of all items that ``part`` does not have, and shows how far it is.
+    """Produce the records of all items missing from ``part``, with a progress bar.
 
-    Items are grouped by their numbers, ``at_once`` to a group, whether or not work is resumed within a group: what a
-    batch is made of, which the last bits of its logits depend on, is then the same.
+    Items are grouped by their index, ``at_once`` per group, even if work is resumed within a group. The composition of
+    batches, on which the last bits of their logits depend, is then the same.
     """
     with Progress(label, unit="prompt", total=len(items), done=part.num_records, stays=False) as progress:
         while (done := part.num_records) < len(items):
@@ -28,6 +28,6 @@ def work_through(
 
 
 def print_notes(policy: Policy, remarks: Mapping[str, int] = MappingProxyType({})) -> None:
-    """Prints what the policy has to say, and what was noticed about prompts, with their number."""
+    """Print the policy's notes, and remarks on prompts with their counts."""
     for line in [*policy.notes, *(f"{count} {remark}" for remark, count in remarks.items())]:
         print(policy.settings.OPTIONS(line), flush=True)

@@ -1,11 +1,11 @@
-"""Where a model's thinking ends and its answer begins, in the spellings of published models."""
+"""Separation of a model's thinking from its answer, by the tags of published models."""
 
 from __future__ import annotations
 
 import re
 
 _NAME = r"(?:ant)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratchpad|inner_monologue)"
-# <think>, <seed:think>, <thinking budget="1">; [THINK] (of square brackets no other: [Analysis] is a heading);
+# <think>, <seed:think>, <thinking budget="1">; [THINK] (no other square brackets: [Analysis] is a heading);
 # ◁think▷; <|begin_of_thought|>, <|START_THINKING|>; gpt-oss's <|channel|>analysis<|message|>.
 _OPENS = (
     rf"<(?:\w+:)?{_NAME}(?:\s[^<>]*)?>|\[THINK\]|◁{_NAME}▷|<\|(?:begin_of_|start_)?{_NAME}\|>"
@@ -20,13 +20,13 @@ _OPENED = re.compile(rf"(?:{_OPENS})\s*$", re.IGNORECASE)
 
 
 def opened_thinking(prompt: str) -> str:
-    """The tag at the end of a prompt that opens thinking, with the blanks behind it; empty where there is none."""
+    """The tag at the end of a prompt that opens thinking, with trailing whitespace; empty if there is none."""
     found = _OPENED.search(prompt)
     return "" if found is None else found[0]
 
 
 def after_thinking(text: str) -> str | None:
-    """What follows the thinking, which a prompt may have opened before the text; ``None`` where it does not end."""
+    """The text after the thinking, which the prompt may have opened; ``None`` if the thinking does not end."""
     is_open, start = False, 0
     for tag in _TAG.finditer(text):
         is_open, start = tag["opens"] is not None, tag.end()

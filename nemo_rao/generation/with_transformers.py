@@ -1,10 +1,10 @@
-"""Generation with Hugging Face's own loop, in batches padded on the left; the draws are ours.
+"""Generation with Hugging Face's ``generate`` in left-padded batches, with our own sampling.
 
 Each response has its own sequence of uniform numbers u_t, made from the seed and the response's stream. Token t is the
-inverse of the cumulative distribution at u_t: the first token v, in the vocabulary's order, with P(token <= v) > u_t.
-What else is in the batch reaches it only through rounding of logits: in fp32 hardly ever; in bf16 another batch size
-gives most responses another course within some dozens of tokens. (Considered: ``do_sample`` with a seed, which draws
-for the batch as a whole.)
+inverse of the cumulative distribution at u_t: the first token v, in vocabulary order, with P(token <= v) > u_t. The
+rest of the batch affects it only through rounding of logits: hardly ever in fp32; in bf16 a different batch size makes
+most responses diverge within a few dozen tokens. ``do_sample`` with a seed was considered, but it draws for the batch
+as a whole.
 
 Shapes: R requests of a batch, V tokens of the vocabulary.
 """
@@ -27,7 +27,7 @@ from nemo_rao.ops.sampling import draw, uniforms
 
 
 def load_model(folder: Path) -> Any:
-    """The causal language model in the folder, in the precision of its weights, on the GPU where there is one.
+    """Load a causal language model in the precision of its weights, on the GPU if there is one.
 
     Raises:
         UserError: `transformers` cannot load it.
@@ -35,7 +35,7 @@ def load_model(folder: Path) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading, which a message would stand behind
+    transformers.logging.disable_progress_bar()  # of loading, which would run into our messages
     configuration, tensors = read_configuration(folder), tensors_for_transformers(folder)
     try:
         model, loading = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(configuration)].from_pretrained(
@@ -48,21 +48,19 @@ def load_model(folder: Path) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
-        if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+        if missing := sorted(loading["missing_keys"]):  # transformers would initialise them randomly
             raise UserError(f"it has no tensor {missing[0]}")
         if left_over := sorted(loading["unexpected_keys"]):
             named = f"{len(left_over)} tensors, such as {left_over[0]}"
-            print(
-                f"model {folder}: left out, as a {configuration.model_type} has no place for them: {named}", flush=True
-            )
+            print(f"model {folder}: ignored, as {configuration.model_type} has no such tensors: {named}", flush=True)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     except torch.OutOfMemoryError:
-        raise UserError(f"model {folder}: does not fit into the GPU's memory; use a larger one") from None
-    except Exception as error:  # many kinds: a class that is not known, shapes that differ, code of its own
+        raise UserError(f"model {folder}: does not fit into GPU memory. Use a larger GPU.") from None
+    except Exception as error:  # many kinds: an unknown class, different shapes, remote code
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"model {folder}: `transformers` cannot load it ({type(error).__name__}: {reason}); give a folder with a "
-            "causal language model"
+            f"model {folder}: `transformers` cannot load it ({type(error).__name__}: {reason}). Pass a directory with "
+            "a causal language model."
         ) from None
 
 
@@ -77,7 +75,7 @@ class TransformersEngine:
         import transformers
 
         self.model = load_model(folder)
-        # A chat model's folder brings temperature, penalties and the like of its own, none of which was asked for.
+        # Ignore the temperature, penalties etc. of the model's generation_config.json: none was requested.
         self.model.generation_config = transformers.GenerationConfig(
             eos_token_id=sorted(stop), pad_token_id=padding, do_sample=False
         )
@@ -85,7 +83,7 @@ class TransformersEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Continuation]:
         found: dict[int, Continuation] = {}
-        # Requests near the end of the model's context have less room than others, and go by themselves.
+        # Requests near the end of the model's context have less room and form separate batches.
         for limit in sorted({request.max_new_tokens for request in requests}):
             numbers = [at for at, request in enumerate(requests) if request.max_new_tokens == limit]
             for start in range(0, len(numbers), self._settings.batch_size):
@@ -94,14 +92,14 @@ class TransformersEngine:
                     found.update(zip(batch, self._batch([requests[at] for at in batch], limit), strict=True))
                 except torch.OutOfMemoryError:
                     raise UserError(
-                        f"batch_size={self._settings.batch_size}: {len(batch)} sequences do not fit into the GPU's "
-                        "memory; make it smaller, and the same command goes on where it was"
+                        f"batch_size={self._settings.batch_size}: {len(batch)} sequences do not fit into GPU memory. "
+                        "Lower it; the same command resumes from the finished work."
                     ) from None
         return [found[at] for at in range(len(requests))]
 
     @torch.inference_mode()
     def _batch(self, requests: Sequence[Request], limit: int) -> list[Continuation]:
-        """One call of the model's own ``generate`` for R requests."""
+        """Call the model's ``generate`` once for R requests."""
         width = max(len(request.tokens) for request in requests)
         tokens = np.full((len(requests), width), self._padding, dtype=np.int64)
         mask = np.zeros((len(requests), width), dtype=np.int64)
@@ -114,7 +112,7 @@ class TransformersEngine:
         uniforms_RT = torch.from_numpy(draws).to(device)
 
         def choose(input_ids: Tensor, scores: Tensor) -> Tensor:
-            """Leaves each row the token that is drawn, so that taking the largest takes it. ``[R, V]`` both."""
+            """Mask all but the sampled token of each row, so that argmax selects it. ``[R, V]`` -> ``[R, V]``."""
             logits = scores.clone()
             logits[:, self._num_tokens :] = -torch.inf
             settings = self._settings

@@ -1,6 +1,6 @@
-"""Generation with vLLM, which batches by itself and draws each response with a seed of its own.
+"""Generation with vLLM, which batches by itself and samples each response with a separate seed.
 
-Its kernels' rounding depends on what is computed together, so responses of a second run may differ in places.
+The rounding of its kernels depends on the composition of batches, so responses may differ slightly between runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class VllmEngine:
         self._settings, self._stop = settings, frozenset(stop)
         moved = moved_settings(folder)
         try:
-            # "vllm": not the sampling settings that the folder brings along.
+            # "vllm": ignore the sampling settings in the model's directory.
             self._model = LLM(
                 model=str(folder),
                 load_format="safetensors",
@@ -35,10 +35,10 @@ class VllmEngine:
                 generation_config="vllm",
                 hf_overrides=moved,
             )
-        except Exception as error:  # many kinds: a model it does not know, memory, drivers
+        except Exception as error:  # many kinds: an unknown model, memory, drivers
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"model {folder}: vLLM cannot load it ({type(error).__name__}: {reason}); give --engine transformers"
+                f"model {folder}: vLLM cannot load it ({type(error).__name__}: {reason}). Use --engine transformers."
             ) from None
 
     def generate(self, requests: Sequence[Request]) -> list[Continuation]:

@@ -1,4 +1,4 @@
-"""Adapters of a LoRA run, as the files that ``peft`` reads, or merged into the weights that they change."""
+"""Adapters of a LoRA run, written in the format of ``peft`` or merged into the base weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_rao.runtime.console import say
 
 _INTO, _OUT = ".adapter.linear_in.weight", ".adapter.linear_out.weight"
 
-# Megatron's linear layers, and Hugging Face's of which they are made.
+# Megatron's linear layers -> Hugging Face's modules that they combine.
 PARTS = {
     "output_layer": ("lm_head",),
     "linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -28,10 +28,10 @@ PARTS = {
 
 
 def check_adapters(described: Described) -> None:
-    """Refuses adapters that neither can be merged nor have a form in peft.
+    """Reject adapters that can neither be merged nor expressed in peft.
 
     Raises:
-        UserError: they are no LoRA of whole linear layers.
+        UserError: they are not LoRA adapters of whole linear layers.
     """
     assert described.lora is not None
     names = stored_tensors(described.folder, trusted=True)
@@ -40,41 +40,43 @@ def check_adapters(described: Described) -> None:
     kind = str(described.lora["_target_"]).rpartition(".")[2]
     if unknown or not layers or "LoRA" not in kind or "Canonical" in kind:
         what = f"{kind} of {unknown[0]}" if unknown else kind
-        raise UserError(f"CHECKPOINT: {described.folder}: {what} cannot be exported; LoRA of {', '.join(PARTS)} can")
+        raise UserError(
+            f"CHECKPOINT: {described.folder}: {what} cannot be exported. Only LoRA of {', '.join(PARTS)} can."
+        )
 
 
 def keeps_tie(described: Described, adapters: Mapping[str, Any]) -> bool:
-    """Whether input and output embeddings are one matrix, also with these adapters merged; reports where they part."""
+    """Whether input and output embeddings are still one matrix with these adapters merged. Reports it if not."""
     tied = bool(described.config.share_embeddings_and_output_weights)
     if tied and f"output_layer{_INTO}" in adapters:
-        say("the adapter of the output layer changes it alone: the exported model's embeddings are not tied to it")
+        say("the output layer has an adapter: the exported model's input and output embeddings are not tied")
         return False
     return tied
 
 
 def merge(weights: dict[str, Any], adapters: Mapping[str, Any], lora: Mapping[str, Any]) -> None:
-    """Puts ``W + alpha / dim * B A``, in fp32, in place of each ``W``.
+    """Replace each ``W`` by ``W + alpha / dim * B A``, computed in fp32.
 
     Args:
-        weights: ``[out, in]`` each, by Megatron's names; the mapping is changed, its tensors are not.
-        adapters: ``A``, ``[dim, in]``, and ``B``, ``[out, dim]``, of some of these.
-        lora: NeMo's fields of the LoRA, of which ``alpha`` and ``dim`` are read.
+        weights: ``[out, in]`` each, by Megatron's names; the mapping is changed in place, its tensors are not.
+        adapters: ``A``, ``[dim, in]``, and ``B``, ``[out, dim]``, for some of the weights.
+        lora: NeMo's LoRA fields, of which ``alpha`` and ``dim`` are read.
     """
     for name in adapters:
         if name.endswith(_INTO):
             layer = name.removesuffix(_INTO)
             change = adapters[layer + _OUT].float() @ adapters[name].float()
             weight = weights[layer + ".weight"].float()
-            rows = min(len(weight), len(change))  # of a vocabulary, padded to what was TP's multiple at the time
+            rows = min(len(weight), len(change))  # vocabularies may be padded for different TP sizes
             weights[layer + ".weight"] = weight[:rows] + lora["alpha"] / lora["dim"] * change[:rows]
 
 
 def write_adapters(described: Described, folder: Path, dtype: str, vocab_size: int) -> None:
-    """The files that peft writes. It is not imported: it would want the whole model to tell where adapters belong.
+    """Write adapters in peft's format. peft is not used: it would need the whole model to place the adapters.
 
     Args:
-        folder: that is written into.
-        dtype: of the adapters there, torch's name.
+        folder: output directory.
+        dtype: torch name of the dtype to write.
         vocab_size: V without padding.
     """
     import torch
@@ -88,7 +90,7 @@ def write_adapters(described: Described, folder: Path, dtype: str, vocab_size: i
     for name, tensor in adapters.items():
         layer, is_adapter, matrix = name.partition(".adapter.")
         if not is_adapter:
-            continue  # a value head, which no policy has
+            continue  # a value head, which is not part of a policy
         linear = layer.rpartition(".")[2]
         if matrix == "linear_in.weight":
             letter, parts = "A", [tensor] * len(PARTS[linear])
@@ -120,21 +122,21 @@ def write_adapters(described: Described, folder: Path, dtype: str, vocab_size: i
 
 
 def split_qkv(tensor: Any, config: SimpleNamespace) -> list[Any]:
-    """Rows of queries, keys and values, which Megatron keeps group by group: a group's queries, its key, its value."""
+    """Split rows into queries, keys and values. Megatron stores them by group: its queries, its key, its value."""
     groups, heads = config.num_query_groups, config.num_attention_heads
     by_group = tensor.unflatten(0, (groups, heads // groups + 2, config.kv_channels))
     return [by_group[:, :-2].flatten(0, 2), by_group[:, -2].flatten(0, 1), by_group[:, -1].flatten(0, 1)]
 
 
 def _modules(layer: str) -> list[str]:
-    """Hugging Face's modules of which a linear layer of Megatron's is made."""
+    """Hugging Face's modules that a linear layer of Megatron combines."""
     number = layer.removeprefix(LAYERS).partition(".")[0]
     before = f"model.layers.{number}." if layer.startswith(LAYERS) else ""
     return [before + part for part in PARTS[layer.rpartition(".")[2]]]
 
 
 def _targets(layers: Sequence[str], config: SimpleNamespace) -> list[str]:
-    """peft's ``target_modules``: short names where all layers of the model have such an adapter, else whole names."""
+    """peft's ``target_modules``: short names if all layers of the model have such an adapter, else full names."""
     counts = Counter(layer.rpartition(".")[2] for layer in layers)
     found: set[str] = set()
     for layer in layers:
@@ -144,6 +146,6 @@ def _targets(layers: Sequence[str], config: SimpleNamespace) -> list[str]:
 
 
 def _name_of_base(described: Described) -> str | None:
-    """What the model was imported from, where the tokenizer's config.json tells."""
+    """Name of the model that was imported, if the tokenizer's config.json has it."""
     file = Path(described.tokenizer) / "config.json"
     return json.loads(file.read_text()).get("_name_or_path") if file.is_file() else None

@@ -1,4 +1,4 @@
-"""Export by Megatron-Bridge.
+"""Export with Megatron-Bridge.
 
 weights/  --engines/bridge/hugging_face.py-->  *.safetensors
 """
@@ -20,17 +20,17 @@ from nemo_rao.hugging_face.target import Target, make_classifier, target_config
 from nemo_rao.hugging_face.tokenizer_files import generation_config
 from nemo_rao.runtime.console import say
 
-_EXPORTED = ("embedding", "decoder", "output_layer")  # a model's parts; heads are others
+_EXPORTED = ("embedding", "decoder", "output_layer")  # heads are not exported
 
 
 def write_model(described: Described, base: Path, target: Target) -> None:
-    """Write config.json and the weights, adapters merged into them, as safetensors. Of one rank.
+    """Write config.json and the weights, with adapters merged, as safetensors. Runs on one rank.
 
     Args:
-        base: the checkpoint with the weights, or with those that the adapters of ``described`` change.
+        base: checkpoint with the weights, or the base weights of the adapters of ``described``.
 
     Raises:
-        UserError: the checkpoint has not the tensors of the model; Bridge does not know the model.
+        UserError: the checkpoint lacks tensors of the model, or Bridge does not support the model.
     """
     from nemo_rao.data.encode import load_tokenizer
 
@@ -58,7 +58,7 @@ def write_model(described: Described, base: Path, target: Target) -> None:
             lora = described.lora
             change_weights(chunks, lambda weights: merge(weights, adapters, lora))
         tensors: Iterable[tuple[str, Any]] = conversion.tensors(chunks)
-        written = copy.deepcopy(config)  # Bridge goes on to read the other
+        written = copy.deepcopy(config)  # Bridge still reads the other one
         written.dtype = vars(torch)[target.dtype]
         if SCORE_HEAD in shapes:
             head = read_tensors(base, num_layers, only=[SCORE_HEAD])[SCORE_HEAD]
@@ -72,6 +72,6 @@ def write_model(described: Described, base: Path, target: Target) -> None:
 
 
 def _with_head(tensors: Iterable[tuple[str, Any]], head: Any) -> Iterator[tuple[str, Any]]:
-    """The weights of a sequence classifier."""
+    """Weights of a sequence classifier: the output layer replaced by the head."""
     yield from ((name, tensor) for name, tensor in tensors if name != OUTPUT)
     yield "score.weight", head

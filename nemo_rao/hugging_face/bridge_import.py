@@ -1,9 +1,9 @@
-"""Import by Megatron-Bridge: what its environment does in the place of NeMo's connectors.
+"""Import with Megatron-Bridge, the counterpart of NeMo's connectors.
 
     *.safetensors  --engines/bridge/hugging_face.py-->  weights/
 
-Bridge builds the network that :mod:`nemo_rao.hugging_face.config_keys` has read, not what the installed release of
-transformers would make of the whole config.json.
+Bridge builds the network described by :mod:`nemo_rao.hugging_face.config_keys`, not the installed transformers'
+interpretation of the whole config.json.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from nemo_rao.runtime.console import say
 
 
 def check_scaling(config: Any, family: Family, folder: Path) -> None:
-    """Checks that Bridge has the rotary scaling of a model.
+    """Check that Bridge supports the rotary scaling of a model.
 
     Args:
         config: from :func:`nemo_rao.hugging_face.config_keys.read_config`.
 
     Raises:
-        UserError: names the key.
+        UserError: it does not; the message names the key.
     """
     if family.rope_type != "llama3" or not config.rope_scaling:
         return
@@ -49,7 +49,7 @@ def check_scaling(config: Any, family: Family, folder: Path) -> None:
         if config.rope_scaling[name] != value:
             raise UserError(
                 f"{KEY}: {folder / 'config.json'}: rope_scaling.{name} ({config.rope_scaling[name]}) cannot be "
-                f"imported: Megatron-Bridge has {value}, as published models do"
+                f"imported: Megatron-Bridge supports only {value}, the value of published models"
             )
 
 
@@ -62,11 +62,11 @@ def import_weights(source: Source, files: Sequence[Path], folder: Path) -> None:
     Raises:
         UserError: tensors are missing, left over, of another shape, or of a dtype that cannot be imported.
     """
-    place = f"{KEY}: {source.folder}"
+    location = f"{KEY}: {source.folder}"
     family, config = source.family, source.config
     fields = {**family.network.fields, **network_fields(config, family)}
     made = transformers_config(
-        fields, family, vocab_size=config.vocab_size, seq_length=config.max_position_embeddings, place=place
+        fields, family, vocab_size=config.vocab_size, seq_length=config.max_position_embeddings, location=location
     )
     import torch
 
@@ -75,7 +75,7 @@ def import_weights(source: Source, files: Sequence[Path], folder: Path) -> None:
         made.save_pretrained(whole)
         tensors = _tensors_in(whole, files)
         check_tensors(tensors, None, source.folder)
-        # All in the widest of their formats, so that nothing is rounded.
+        # All in the widest dtype among them, so that nothing is rounded.
         stored = {dtype for dtype, _ in tensors.values()}
         dtype = vars(torch)[DTYPES[stored.pop()]] if len(stored) == 1 else torch.float32
         if config.tie_word_embeddings and {EMBEDDINGS, OUTPUT} <= tensors.keys():
@@ -83,19 +83,19 @@ def import_weights(source: Source, files: Sequence[Path], folder: Path) -> None:
         stack.enter_context(bridge_of_one_rank())
         from nemo_rao.engines.bridge.hugging_face import Conversion, save_checkpoint
 
-        conversion = Conversion(made, place)
+        conversion = Conversion(made, location)
         say("reading and converting the weights")
         chunks = conversion.build(dtype)
-        check_names(tensors, sorted(conversion.names(chunks, whole)), place)
+        check_names(tensors, sorted(conversion.names(chunks, whole)), location)
         conversion.load(chunks, whole)
         say("writing the checkpoint")
         save_checkpoint(chunks, folder)
 
 
 def _tensors_in(folder: Path, files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Fill a folder with the same weights as safetensors; dtype and shape of each tensor.
+    """Fill a directory with the weights as safetensors. Returns dtype and shape of each tensor.
 
-    Bridge takes whatever safetensors a folder has, also those that are no part of the model.
+    A new directory is needed because Bridge reads all safetensors in a directory, also unrelated ones.
     """
     from safetensors.torch import save_file
 

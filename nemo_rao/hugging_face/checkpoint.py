@@ -1,4 +1,4 @@
-"""The tensors of the checkpoint that is exported."""
+"""Tensors of the checkpoint to export."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ SCORE_HEAD = "score_head.weight"  # of a reward model
 
 
 def report_left_behind(names: Iterable[str]) -> None:
-    """Report the tensors of a checkpoint that an exported model has no place for.
+    """Report the tensors of a checkpoint that cannot be part of an exported model.
 
     Args:
-        names: of those that are no part of the model; a reward model's head has a place, and so is not reported.
+        names: tensors outside the model; a reward model's head is exported and therefore not reported.
     """
     left_behind = sorted(name for name in names if name != SCORE_HEAD and not name.endswith("_extra_state"))
     if left_behind:
-        say(f"not exported, as transformers has no place for it: {', '.join(left_behind)}")
+        say(f"not exported, as transformers has no counterpart: {', '.join(left_behind)}")
 
 
 def read_tensors(checkpoint: Path, num_layers: int, *, only: Collection[str] | None = None) -> dict[str, Any]:
-    """The model's tensors, whole, by Megatron's names; those that are stored for all layers in one, layer by layer.
+    """Read the model's full tensors by Megatron's names; tensors stacked over all layers are split by layer.
 
     Args:
-        only: names of those that are read; ``None``: all.
+        only: names to read; ``None``: all.
     """
     import torch
     from torch.distributed import checkpoint as torch_checkpoint

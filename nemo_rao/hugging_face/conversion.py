@@ -1,11 +1,11 @@
-"""What import from and export to Hugging Face have in common.
+"""Common parts of import from and export to Hugging Face.
 
     config.json      --import-->  family and arch, keys of a recipe      --export-->  config.json
     *.safetensors                 weights/, Megatron's torch_dist, for any parallelism  *.safetensors
     tokenizer files               tokenizer/, and from there into every checkpoint      the same
 
 Weights are converted by the engine's own code: NeMo's connectors (:mod:`nemo_rao.hugging_face.nemo_conversion`), or
-Megatron-Bridge's ``AutoBridge`` (:mod:`nemo_rao.engines.bridge.hugging_face`). All else is the same for both.
+Megatron-Bridge's ``AutoBridge`` (:mod:`nemo_rao.engines.bridge.hugging_face`). Everything else is the same for both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemo_rao.errors import UserError
 
 
 def on_cpu_alone() -> None:
-    """Keep this process off GPUs: a conversion moves bytes. To be called before torch is imported.
+    """Hide GPUs from this process: a conversion only moves bytes. Must be called before torch is imported.
 
     Raises:
         UserError: a launcher started several ranks.
@@ -26,9 +26,9 @@ def on_cpu_alone() -> None:
     from nemo_rao.runtime.launch import started_externally
 
     if (launcher := started_externally()) is not None:
-        raise UserError(f"{launcher} started several ranks, but one process converts a model; run it without")
+        raise UserError(f"{launcher} started several ranks, but a single process converts a model. Run without it.")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # transformers offers to load both; neither takes part, and tensorflow alone takes seconds to import.
+    # transformers would import both if installed; tensorflow alone takes seconds.
     os.environ.setdefault("USE_TF", "0")
     os.environ.setdefault("USE_FLAX", "0")
     if "torch" in sys.modules:
@@ -36,14 +36,14 @@ def on_cpu_alone() -> None:
 
 
 def engine_here() -> str:
-    """The engine by which this environment converts.
+    """Name of the engine that converts models in this environment.
 
     Raises:
-        UserError: there is none.
+        UserError: none is installed.
     """
     if (found := installed_engine()) is None:
         raise UserError(
-            "neither NeMo's LLM collection (nemo_toolkit 2.x) nor Megatron-Bridge is installed, by which models are "
-            "converted; run make install, or use NVIDIA's container"
+            "converting a model needs NeMo's LLM collection (nemo_toolkit 2.x) or Megatron-Bridge, and neither is "
+            "installed. Run make install, or use NVIDIA's container."
         )
     return found

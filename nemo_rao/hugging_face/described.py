@@ -1,11 +1,11 @@
-"""The checkpoint that is exported: what model it is, read from whatever describes it, without reading any pickle.
+"""Description of the model in a checkpoint to export, read from text files; no pickle is read.
 
-    context/model.yaml       what NeMo writes beside its pickled twin
+    context/model.yaml       written by NeMo next to its pickled counterpart
     recipe.yaml              of the run that wrote the checkpoint
-    tokenizer/config.json    what import-hf leaves
+    tokenizer/config.json    written by import-hf
 
-The recipe of a run on either engine describes the network in the same terms; NeMo's own file comes first, as it has
-every field of what was built.
+The recipe of a run describes the network in the same terms on both engines; NeMo's own file takes precedence, since it
+has every field of the model that was built.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Described:
     """A checkpoint's model.
 
     Attributes:
-        folder: of the checkpoint.
-        family: of the model.
+        folder: the checkpoint's directory.
+        family: the model's family.
         config: fields of :mod:`nemo_rao.config.families`; ``kv_channels`` and ``num_query_groups`` are never ``None``.
         lora: ``_target_``, ``dim``, ``alpha`` and ``dropout``, or ``None``.
-        tokenizer: folder, or name on huggingface.co.
-        seq_length: tokens for which the network is made, at least.
+        tokenizer: directory, or name on huggingface.co.
+        seq_length: tokens that the network supports, at least.
     """
 
     folder: Path
@@ -57,13 +57,13 @@ class Described:
 
 
 def describe(checkpoint: Path, engine: str) -> Described:
-    """The model of ``checkpoint``.
+    """Describe the model of ``checkpoint``.
 
     Args:
-        engine: that converts it.
+        engine: engine that converts it.
 
     Raises:
-        UserError: nothing describes it, or ``engine`` cannot export a model of this kind.
+        UserError: no file describes it, or ``engine`` cannot export a model of this kind.
     """
     folder = checkpoint.resolve()
     recipe = folder.parent.parent / RECIPE
@@ -77,8 +77,8 @@ def describe(checkpoint: Path, engine: str) -> Described:
     file = next((file for file in files if file.is_file()), None)
     if file is None or holds_adapters(checkpoint):
         raise UserError(
-            f"{KEY}: {written_by_nemo} is missing, and no other file beside {checkpoint} describes its model; name a "
-            "checkpoint of NeMo 2, one in the folder of its run, or what import-hf wrote"
+            f"{KEY}: {written_by_nemo} is missing, and no other file next to {checkpoint} describes its model. Pass a "
+            "checkpoint of NeMo 2, one in the directory of its run, or the output of import-hf."
         )
     return _of_config(checkpoint, file, engine)
 
@@ -96,7 +96,7 @@ def _of_nemo(checkpoint: Path, file: Path, engine: str) -> Described:
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{KEY}: {file} does not describe a model ({type(error).__name__}: {reason}); restore the file"
+            f"{KEY}: {file} does not describe a model ({type(error).__name__}: {reason}). Restore the file."
         ) from None
     family = next((one for one in FAMILIES if one.nemo_model and module == _NEMO_MODELS + one.network.name), None)
     if family is None or config.get("num_moe_experts") or bool(config.get("qk_layernorm")) != family.qk_norm:
@@ -112,12 +112,12 @@ def _of_nemo(checkpoint: Path, file: Path, engine: str) -> Described:
 
 
 def describe_run(config: RunConfig, folder: Path, tokenizer: str, engine: str) -> Described:
-    """The model of a run.
+    """Describe the model of a run.
 
     Args:
-        folder: of the run or of its checkpoint, for messages.
-        tokenizer: folder, or name on huggingface.co.
-        engine: that converts it.
+        folder: directory of the run or of its checkpoint, for messages.
+        tokenizer: directory, or name on huggingface.co.
+        engine: engine that converts it.
 
     Raises:
         UserError: ``engine`` cannot export a model of this kind.
@@ -136,7 +136,7 @@ def describe_run(config: RunConfig, folder: Path, tokenizer: str, engine: str) -
 
 def _of_run(checkpoint: Path, recipe: Path, engine: str) -> Described:
     config = load_recipe(recipe)
-    # As it was when the run was started, with what stands beside it; or the copy that the checkpoint has.
+    # The tokenizer that the run used, with its config.json; or the copy in the checkpoint.
     assert config.data.tokenizer is not None
     tokenizer, copy = Path(config.data.tokenizer).expanduser(), checkpoint / "context" / "tokenizer"
     folder = copy if not tokenizer.is_dir() and copy.is_dir() else tokenizer
@@ -152,7 +152,7 @@ def _of_config(checkpoint: Path, file: Path, engine: str) -> Described:
 
 
 def _refusal(checkpoint: Path, kind: str, engine: str) -> UserError:
-    return UserError(f"{KEY}: {checkpoint} is a {kind}, which cannot be exported; {names_of(engine)} can")
+    return UserError(f"{KEY}: {checkpoint} is a {kind}, which cannot be exported. Only {names_of(engine)} can.")
 
 
 def _described(

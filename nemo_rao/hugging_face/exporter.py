@@ -1,10 +1,10 @@
-"""``nemo-rao export-hf``: a checkpoint becomes a folder that ``transformers`` loads, or adapters for ``peft``.
+"""``nemo-rao export-hf``: convert a checkpoint to a directory for ``transformers``, or to adapters for ``peft``.
 
-What the model is stands in text beside the checkpoint (:mod:`nemo_rao.hugging_face.described`). The weights' own
-format, torch_dist, has pickles, which are looked at first (:mod:`nemo_rao.checkpoint.pickles`).
+The model is described by text files in the checkpoint (:mod:`nemo_rao.hugging_face.described`). The format of the
+weights, torch_dist, contains pickles, which are inspected first (:mod:`nemo_rao.checkpoint.pickles`).
 
-Adapters of a LoRA run are merged, ``W + alpha / dim * B A`` in fp32, into the weights that the run started from, which
-:mod:`nemo_rao.checkpoint.adapters` finds.
+Adapters of a LoRA run are merged, ``W + alpha / dim * B A`` in fp32, into the weights from which the run started, found
+by :mod:`nemo_rao.checkpoint.adapters`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _BYTES = {"fp32": 4, "bf16": 2}
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Exports ``arguments.checkpoint`` to ``arguments.dest``.
+    """Export ``arguments.checkpoint`` to ``arguments.dest``.
 
     Raises:
-        UserError: the checkpoint is not whole or of a family that is not known, or the destination does not suit.
+        UserError: the checkpoint is incomplete or of an unknown family, or the destination cannot be used.
     """
     on_cpu_alone()
     quiet_third_parties()
@@ -55,13 +55,13 @@ def main(arguments: argparse.Namespace) -> int:
     rendering = rendering_of_run(described.folder)
     vocab_size = described.config.vocab_size or len(tokenizer)
     with quiet_imports():
-        import megatron.core.dist_checkpointing  # noqa: F401  # what the check reads with
+        import megatron.core.dist_checkpointing  # noqa: F401  # used by the check
 
         check_expressible(vars(described.config), described.family, f"{KEY}: {described.folder}")
     if not arguments.allow_pickle:
         for folder in {base, described.folder}:
             refuse_code(folder, KEY)
-    remedy = "the weights are not of the model that is described beside the checkpoint"
+    remedy = "the weights do not belong to the model described in the checkpoint"
     check_checkpoint(base, described.config, vocab_size, key=KEY, remedy=remedy, trusted=True)
     if engine != BRIDGE:
         nemo_export.check_names(described, base)
@@ -87,7 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
             write_rendering(partial, rendering)
     if arguments.adapters:
         say(f"adapters  {destination}")
-        say(f'to load   peft.PeftModel.from_pretrained(model, "{destination}"), model: what the run started from')
+        say(f'to load   peft.PeftModel.from_pretrained(model, "{destination}") with the base model of the run')
     else:
         kind = "SequenceClassification" if SCORE_HEAD in tensors else "CausalLM"
         say(f"model    {destination}")
@@ -100,8 +100,8 @@ def _check_options(arguments: argparse.Namespace, described: Described) -> None:
         return
     if arguments.adapters:
         raise UserError(
-            f"--adapters: {described.folder} has none, it is a whole model; leave the option out, or name a run with "
-            "model.peft.scheme=lora"
+            f"--adapters: {described.folder} is a full model without adapters. Leave the option out, or pass a run "
+            "with model.peft.scheme=lora."
         )
     if arguments.base:
-        raise UserError(f"--base: {described.folder} has no adapters, it is a whole model; leave the option out")
+        raise UserError(f"--base: {described.folder} is a full model without adapters. Leave the option out.")

@@ -1,4 +1,4 @@
-"""The models that can be converted: what their config.json may say, and which engine converts them."""
+"""Model families that can be converted: the contents of their config.json, and the engines that convert them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from nemo_rao.config.families import Family as Network
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model that can be converted, and what is particular about its config.json.
+    """A model family that can be converted, and the peculiarities of its config.json.
 
     Attributes:
         architecture: its class in transformers.
-        network: what all its models have in common, in Megatron's terms.
-        nemo_model: its class in ``nemo.collections.llm``; ``None``: Megatron-Bridge alone converts it.
-        reads: keys that decide its network, beside those of a Llama.
-        fixed: key -> the only values that can be converted, beside those of all families or in their place.
+        network: the common properties of its models, in Megatron's terms.
+        nemo_model: its class in ``nemo.collections.llm``; ``None``: only Megatron-Bridge converts it.
+        reads: keys that determine its network, in addition to those of Llama.
+        fixed: key -> the only values that can be converted; extends or overrides those of all families.
         unused: keys that its network does not read.
-        has_windows: ``sliding_window`` is read.
+        has_windows: whether ``sliding_window`` is read.
     """
 
     architecture: str
@@ -48,21 +48,21 @@ class Family:
 
     @property
     def period(self) -> int:
-        """Every ``period``-th layer is global, the others see ``sliding_window`` tokens; 1: all layers do where it is
-        set; 0: there is no window.
+        """Every ``period``-th layer is global, the others attend to ``sliding_window`` tokens; 1: all layers do so if
+        it is set; 0: there is no window.
         """
         return (self.network.fields["window_attn_skip_freq"] or 1) if self.has_windows else 0
 
     @property
     def rope_type(self) -> str | None:
-        """The one way of scaling rotary embeddings that it has."""
+        """The only scaling of rotary embeddings that it supports."""
         if self.network.scales_rope:
             return "llama3"
         return "yarn" if self.network.fields["position_embedding_type"] == "yarn" else None
 
 
 def _yarn(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``rope_scaling`` of a network with YaRN; Megatron-Bridge takes these values as given."""
+    """``rope_scaling`` of a network with YaRN; Megatron-Bridge assumes these values."""
     return {
         "rope_type": "yarn",
         "factor": fields["yarn_rotary_scaling_factor"],
@@ -74,7 +74,7 @@ def _yarn(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _EXPERTS = ("num_local_experts", "num_experts_per_tok")
-# These networks have a window only with use_sliding_window, which is refused.
+# These networks have a window only with use_sliding_window, which is rejected.
 _UNUSED_WINDOW = ("sliding_window", "max_window_layers")
 _GEMMA3, _GPT_OSS = NETWORKS["gemma3"].fields, NETWORKS["gpt_oss"].fields
 
@@ -120,18 +120,18 @@ FAMILIES = (
             "rope_scaling": (_yarn(_GPT_OSS),),
             "tie_word_embeddings": (None, False),
         },
-        unused=("experts_per_token", "initial_context_length"),  # say again what other keys say
+        unused=("experts_per_token", "initial_context_length"),  # redundant with other keys
         has_windows=True,
     ),
 )
 
 
 def families_of(engine: str) -> tuple[Family, ...]:
-    """The families that an engine converts."""
+    """Families that an engine converts."""
     assert engine in (NEMO, BRIDGE), engine
     return tuple(family for family in FAMILIES if engine == BRIDGE or family.nemo_model is not None)
 
 
 def names_of(engine: str) -> str:
-    """Their architectures, for messages."""
+    """Architectures that an engine converts, for messages."""
     return ", ".join(family.architecture for family in families_of(engine))

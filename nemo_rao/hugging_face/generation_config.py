@@ -1,7 +1,7 @@
-"""generation_config.json, made into one that transformers saves again.
+"""Repair of generation_config.json so that transformers can save it.
 
-Published models have sampling settings without ``do_sample`` (Llama 2, Vicuna 1.5). transformers reads them, with
-warnings that few see, and refuses to save them: found at the export, this would cost a finished run.
+Some published models have sampling settings without ``do_sample`` (Llama 2, Vicuna 1.5). transformers loads them with
+a warning but refuses to save them, which would otherwise only be found when a finished run is exported.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _SAMPLING = {
 
 
 def read_generation_config(folder: Path, key: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """The settings in ``folder``, or ``None``, and a line about each change that was made to them.
+    """Read the settings in ``folder``, or ``None``, and a line about each change made to them.
 
     Args:
-        key: the option or argument that names the folder, for messages.
+        key: option or argument of the directory, for messages.
 
     Raises:
         UserError: they cannot be read, or transformers would refuse to save them.
@@ -47,9 +47,9 @@ def read_generation_config(folder: Path, key: str) -> tuple[dict[str, Any] | Non
 
 
 def _sound(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """``given`` with settings of sampling only where it samples."""
+    """Return the settings with sampling parameters only if sampling is on, and a line about each change."""
     fields, changed = dict(given), []
-    if fields.get("temperature") == 0:  # what other libraries call greedy
+    if fields.get("temperature") == 0:  # greedy in other libraries
         del fields["temperature"]
         fields["do_sample"] = False
         changed.append(f"{GENERATION}: temperature 0 becomes do_sample=false")
@@ -65,15 +65,15 @@ def _sound(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return fields, changed
 
 
-def _check(fields: Mapping[str, Any], place: str) -> None:
-    """Refuses what transformers refuses to save: by saving it, as releases check different things."""
+def _check(fields: Mapping[str, Any], location: str) -> None:
+    """Reject settings that transformers refuses to save. They are saved for this, since the checks vary by release."""
     from transformers import GenerationConfig
 
     try:
         with tempfile.TemporaryDirectory() as folder:
             GenerationConfig.from_dict(dict(fields)).save_pretrained(folder)
-    except Exception as error:  # ValueError, or what a value of a wrong type runs into
+    except Exception as error:  # ValueError, or anything caused by a value of a wrong type
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{place} is refused by transformers ({reason}); correct the file, or remove it, as it is optional"
+            f"{location} is rejected by transformers ({reason}). Correct the file, or remove it, as it is optional."
         ) from None

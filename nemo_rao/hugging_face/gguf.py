@@ -1,4 +1,4 @@
-"""A GGUF file becomes a Hugging Face model: ``python -m nemo_rao.hugging_face.gguf FILE.gguf DEST``.
+"""Conversion of a GGUF file to a Hugging Face model: ``python -m nemo_rao.hugging_face.gguf FILE.gguf DEST``.
 
     DEST/model.safetensors, config.json    weights in fp32, dequantized by transformers
     DEST/tokenizer.json and its configs    built here from the file's tokens, merges and chat template
@@ -7,7 +7,7 @@ transformers' own conversion of a GGUF tokenizer is not used (4.57 and 5.12 were
 ``<|im_start|>`` the end token, splits runs of spaces before digits differently from the model, release 4 prepends a
 token to every text, and release 4 also saves the whole GGUF file under the name tokenizer.model.
 
-The package ``gguf`` is needed (the extra ``smollm2``). Quantized weights stay as imprecise as they are in the file.
+The package ``gguf`` is needed (the extra ``smollm2``). Quantized weights keep the precision of the file.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _BYTES_PER_BYTE = 8  # a tensor of 4 bits becomes one of 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m nemo_rao.hugging_face.gguf",
-        description="Convert a GGUF file to a Hugging Face model in fp32, which nemo-rao import-hf takes.",
+        description="Convert a GGUF file to a Hugging Face model in fp32, for nemo-rao import-hf.",
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help="model in GGUF format")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert(file: Path, dest: str) -> None:
-    """Writes the model in ``file`` to the directory ``dest``, which appears complete or not at all.
+    """Write the model in ``file`` to the directory ``dest``, atomically.
 
     Raises:
         UserError: the file cannot be read or has a tokenizer that is not supported, ``dest`` exists or is too small,
@@ -80,15 +80,15 @@ def read_fields(file: Path) -> dict[str, Any]:
         from gguf import GGUFReader
     except ImportError:
         raise UserError(
-            f"{KEY}: reading {file} needs the package gguf; run make smollm2, or pip install 'nemo-rao[smollm2]'"
+            f"{KEY}: reading {file} needs the package gguf. Run make smollm2, or pip install 'nemo-rao[smollm2]'."
         ) from None
     try:
         reader = GGUFReader(file)
     except OSError as error:
-        raise UserError(f"{KEY}: {file}: cannot be read ({error.strerror or error}); give a GGUF file") from None
+        raise UserError(f"{KEY}: {file}: cannot be read ({error.strerror or error}). Pass a GGUF file.") from None
     except Exception as error:  # a damaged file: numpy's errors and the package's own
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{KEY}: {file}: not a complete GGUF file ({reason}); download it again") from None
+        raise UserError(f"{KEY}: {file}: not a complete GGUF file ({reason}). Download it again.") from None
     return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
 
 
@@ -112,8 +112,8 @@ def make_tokenizer(fields: Mapping[str, Any], file: Path) -> Any:
     }
     if kind != "gpt2" or pre not in splits:
         raise UserError(
-            f"{KEY}: {file}: has the tokenizer {kind} / {pre}, which is not supported (gpt2 / {', '.join(splits)} is); "
-            "use the Hugging Face model that it was made from"
+            f"{KEY}: {file}: has the tokenizer {kind} / {pre}, which is not supported (gpt2 / {', '.join(splits)} is). "
+            "Use the Hugging Face model that it was made from."
         )
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
@@ -147,7 +147,7 @@ def _load_model(file: Path) -> Any:
     """The model in fp32, in Hugging Face's layout.
 
     Raises:
-        UserError: transformers cannot read it, or would draw weights that it lacks at random.
+        UserError: transformers cannot read it, or would initialise missing weights randomly.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -155,24 +155,24 @@ def _load_model(file: Path) -> Any:
     logging.set_verbosity_error()  # it warns of weights that are missing, which are an error here
     try:
         model, found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, output_loading_info=True)
-    except Exception as error:  # an architecture that is not known, a quantization that is not: each its own
+    except Exception as error:  # an unknown architecture or quantization, each with its own exception
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{KEY}: {file}: transformers cannot read it ({type(error).__name__}: {reason})") from None
     if missing := sorted(set(found["missing_keys"]) - set(model._tied_weights_keys or ())):
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise UserError(f"{KEY}: {file}: lacks {missing[0]}{others}; give a complete model")
+        raise UserError(f"{KEY}: {file}: lacks {missing[0]}{others}. Pass a complete model.")
     return model.float()
 
 
 def _shortest(value: float) -> float:
-    """The number with the fewest digits that is the same in fp32."""
+    """The number with the fewest digits that rounds to the same fp32 value."""
     import numpy as np
 
     return float(str(np.float32(value)))
 
 
 def _name_class_of_4(file: Path) -> None:
-    """Replaces the class that transformers 5 writes by one that 4 and 5 have."""
+    """Replace the tokenizer class that transformers 5 writes by one that both 4 and 5 have."""
     config = read_json(file, KEY)
     file.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 

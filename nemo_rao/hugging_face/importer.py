@@ -1,12 +1,12 @@
-"""``nemo-rao import-hf``: a Hugging Face model becomes a checkpoint, its tokenizer, and a recipe's model group.
+"""``nemo-rao import-hf``: convert a Hugging Face model to a checkpoint, a tokenizer, and a recipe's model group.
 
     DEST/weights                  the checkpoint: model.restore_from_path=DEST; NeMo adds its own DEST/context
     DEST/tokenizer                tokenizer, chat template, config.json: data.tokenizer=DEST/tokenizer
     DEST/model/imported.yaml      sizes and both paths: --config-dir DEST model=imported, with any recipe
 
-Every key of config.json is understood, known to be harmless, or refused (:mod:`nemo_rao.hugging_face.config_keys`).
-Weights are read from safetensors, whose headers are compared with config.json first: nothing is missing, of another
-shape, cut short, or left over. No code of the model's is run.
+Every key of config.json is used, known to be harmless, or rejected (:mod:`nemo_rao.hugging_face.config_keys`). Weights
+are read from safetensors, whose headers are first checked against config.json for missing, misshapen, truncated and
+extra tensors. The model's code is never run.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _LONGEST = 4096  # tokens; a recipe's model.seq_length is the model's own length
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Imports ``arguments.source`` into ``arguments.dest``.
+    """Import ``arguments.source`` into ``arguments.dest``.
 
     Raises:
-        UserError: it is no whole model of a family that is known, or the destination does not suit.
+        UserError: it is not a complete model of a known family, or the destination cannot be used.
     """
     on_cpu_alone()
     quiet_third_parties()
@@ -66,8 +66,8 @@ def main(arguments: argparse.Namespace) -> int:
     num_tokens = len(load_tokenizer(folder))
     if num_tokens > config.vocab_size:
         raise UserError(
-            f"{KEY}: the tokenizer in {folder} has {num_tokens} tokens, more than the {config.vocab_size} of the "
-            "model's embeddings; give the model its own tokenizer"
+            f"{KEY}: the tokenizer in {folder} has {num_tokens} tokens, more than the {config.vocab_size} rows of the "
+            "model's embeddings. Use the model's own tokenizer."
         )
     keys = model_keys(config, family)
     say(f"{family.architecture}{_size(headers, wanted)} in {len(files)} files of {folder}")
@@ -90,25 +90,25 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _size(headers: Mapping[Path, Header], wanted: Mapping[str, tuple[int, ...]] | None) -> str:
-    """`` of N parameters``, of what the files' headers or the config say."""
+    """`` of N parameters``, counted from the config or the files' headers."""
     shapes = [shape for header in headers.values() for _, shape in header.tensors.values()]
     number = sum(math.prod(shape) for shape in (shapes if wanted is None else wanted.values()))
     return f" of {number:,} parameters" if number else ""
 
 
 def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens: int) -> str:
-    """A file of the group ``model``."""
+    """Content of a file of the group ``model``."""
     from nemo_rao.config.recipe_text import shown
 
     arch = dict(keys["arch"])
-    # Otherwise the tokenizer's: Megatron then pads it to whatever its parallelism needs.
+    # If omitted, it is the tokenizer's size, padded by Megatron as its parallelism requires.
     vocab_size = {} if num_tokens == config.vocab_size else {"vocab_size": config.vocab_size}
     extra = {**arch.pop("extra"), **vocab_size}
     lines = [
         "# @package _global_",
         "# Written by nemo-rao import-hf. For any recipe: --config-dir "
         f"{shlex.quote(str(destination))} model=imported. The two paths below are",
-        "# absolute: change them if this folder is moved.",
+        "# absolute: change them if this directory is moved.",
         "model:",
         f"  restore_from_path: {shown(str(destination))}",
         f"  family: {keys['family']}",
@@ -124,7 +124,7 @@ def _recipe(destination: Path, keys: Mapping[str, Any], config: Any, num_tokens:
 
 
 def _copy_tokenizer(source: Source, folder: Path, name: str, generation: Mapping[str, Any] | None) -> None:
-    """The tokenizer in a folder of its own, which NeMo copies into every checkpoint; unchanged if it can be read."""
+    """Copy the tokenizer into a separate directory, which NeMo copies into every checkpoint."""
     from nemo_rao.data.tokenizer import save_for_4, written_by_5
 
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Export by NeMo's connectors."""
+"""Export with NeMo's connectors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_rao.runtime.console import say
 
 
 def check_names(described: Described, base: Path) -> None:
-    """Checks that a checkpoint has all tensors of a model, and reports those that cannot be exported.
+    """Check that a checkpoint has all tensors of a model, and report those that cannot be exported.
 
     Args:
         base: the checkpoint.
@@ -36,19 +36,17 @@ def check_names(described: Described, base: Path) -> None:
     wanted |= {LAYERS + part.partition("*.")[2] for part in parts}
     missing = sorted(wanted - stored)
     if missing == ["output_layer.weight"]:
-        raise UserError(
-            f"{KEY}: {base} has no output layer: it is a reward model, not one that generates; it cannot be exported"
-        )
+        raise UserError(f"{KEY}: {base} has no output layer: it is a reward model, which cannot be exported")
     if missing:
-        raise UserError(f"{KEY}: {base} has no tensor {missing[0]}; name a {family.architecture}")
+        raise UserError(f"{KEY}: {base} has no tensor {missing[0]}. Pass a {family.architecture} model.")
     report_left_behind(stored - wanted)
 
 
 def write_model(described: Described, base: Path, target: Target) -> None:
-    """Write config.json and the weights, adapters merged into them, as safetensors. Of one rank.
+    """Write config.json and the weights, with adapters merged, as safetensors. Runs on one rank.
 
     Args:
-        base: the checkpoint with the weights, or with those that the adapters of ``described`` change.
+        base: checkpoint with the weights, or the base weights of the adapters of ``described``.
     """
     import torch
     import transformers
@@ -75,7 +73,7 @@ def write_model(described: Described, base: Path, target: Target) -> None:
     from nemo.lightning.io.state import TransformFns
 
     class Exporter(HFLlamaExporter):
-        """NeMo's, given what it would otherwise unpickle."""
+        """NeMo's exporter, with the config that it would otherwise unpickle."""
 
         config = property(lambda self: hf_config)
 
@@ -102,7 +100,7 @@ def write_model(described: Described, base: Path, target: Target) -> None:
 
 
 def _classifier(model: Any, head: Any, tokenizer: Any) -> Any:
-    """A reward model as a sequence classifier."""
+    """Convert a reward model to a sequence classifier."""
     import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.modeling_utils import no_init_weights

@@ -1,4 +1,4 @@
-"""Import by NeMo's connectors."""
+"""Import with NeMo's connectors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def import_weights(source: Source, files: Sequence[Path], folder: Path) -> None:
 
     Args:
         files: the weights.
-        folder: with ``tokenizer/``.
+        folder: output directory that already contains ``tokenizer/``.
 
     Raises:
-        UserError: pickles that cannot be read; tied embeddings with an output layer of other values.
+        UserError: a pickle cannot be read, or tied embeddings differ from the stored output layer.
     """
     import torch
 
@@ -52,7 +52,7 @@ def import_weights(source: Source, files: Sequence[Path], folder: Path) -> None:
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
     )
-    # After construction: the checkpoint's context is to know nothing of it.
+    # Set after construction so that the checkpoint's context does not contain it.
     made.transformer_layer_spec = layer_spec_without_te
     made.perform_initialization = False
     target = vars(llm)[family.nemo_model](

@@ -1,4 +1,4 @@
-"""A network in Hugging Face's terms and in a recipe's: config.json -> ``model.family`` and ``model.arch``, and back."""
+"""Translation of a network between config.json and a recipe's ``model.family`` and ``model.arch``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.config_keys import head_size, keys_of_network
 from nemo_rao.hugging_face.families import Family
 
-# Fields that stand in every imported recipe, whatever the family's default: they say which model it is.
+# Fields written to every imported recipe, even at the family's default: they identify the model.
 _ALWAYS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("rotary_base", "share_embeddings_and_output_weights"),
@@ -42,7 +42,7 @@ def network_fields(config: Any, family: Family) -> dict[str, Any]:
         length = "original_max_position_embeddings"
         fields["rope_scaling"] = {**factors, length: int(config.rope_scaling[length])}
     if family.period and config.sliding_window is not None:
-        # Megatron counts the tokens before the present one, Hugging Face that one, too.
+        # Megatron counts the tokens before the current one; Hugging Face includes the current one.
         fields["window_size"] = [config.sliding_window - 1, 0]
         fields["window_attn_skip_freq"] = family.period if family.period > 1 else None
     values = vars(config)
@@ -59,7 +59,7 @@ def network_fields(config: Any, family: Family) -> dict[str, Any]:
 
 
 def model_keys(config: Any, family: Family) -> dict[str, Any]:
-    """``model.family`` and ``model.arch`` of a recipe: sizes, and what is not as usual in the family."""
+    """``model.family`` and ``model.arch`` of a recipe: sizes, and values that differ from the family's defaults."""
     usual = family.network.fields
     keys = {field.name for field in dataclasses.fields(ArchitectureConfig)}
     arch: dict[str, Any] = {}
@@ -83,19 +83,19 @@ def transformers_config(
     vocab_size: int,
     seq_length: int,
     carried: Mapping[str, Any] | None = None,
-    place: str,
+    location: str,
 ) -> Any:
-    """The config object of a network, of the installed release of transformers.
+    """Build a network's config object of the installed release of transformers.
 
     Args:
-        fields: all of a family's, as :func:`nemo_rao.config.architecture.architecture_fields` gives them.
+        fields: all fields of the family, as returned by :func:`nemo_rao.config.architecture.architecture_fields`.
         vocab_size: rows of the embeddings.
-        seq_length: tokens for which the network is made, at least.
-        carried: a config.json that came with the model: what the network does not depend on is kept.
-        place: the file with ``carried``, for messages.
+        seq_length: tokens that the network must support, at least.
+        carried: config.json that came with the model; keys that do not affect the network are kept.
+        location: the file with ``carried``, for messages.
 
     Raises:
-        UserError: transformers refuses what was carried along.
+        UserError: transformers rejects a value in ``carried``.
     """
     from transformers import CONFIG_MAPPING
 
@@ -112,11 +112,11 @@ def transformers_config(
     try:
         return CONFIG_MAPPING[family.model_type].from_dict(values)
     except Exception as error:  # whatever its validation raises
-        raise UserError(f"{place} is refused by transformers: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{location} is rejected by transformers: {' '.join(str(error).split())[:200]}") from None
 
 
 def config_values(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Values of config.json of a network: what :func:`network_fields` reads, the other way round."""
+    """Values of config.json for a network: the inverse of :func:`network_fields`."""
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
     experts = "num_experts_per_tok" in family.reads
     ffn = fields["ffn_hidden_size"] or 4 * hidden
@@ -134,7 +134,7 @@ def config_values(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
         "rope_theta": float(fields["rotary_base"]),
     }
     kv_channels = fields["kv_channels"] or hidden // heads
-    # Some config classes always have it, others only where it does not follow from the sizes.
+    # Some config classes always have it, others only if it does not follow from the sizes.
     if family.model_type not in ("mistral", "qwen2") or kv_channels * heads != hidden:
         values["head_dim"] = kv_channels
     if (scaling := fields.get("rope_scaling")) is not None:
@@ -157,7 +157,7 @@ def config_values(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return values
 
 
-# How a forward pass is rounded, and no more.
+# Fields that only affect the rounding of a forward pass.
 _ROUNDING = (
     "attention_softmax_in_fp32",
     "apply_query_key_layer_scaling",
@@ -166,11 +166,11 @@ _ROUNDING = (
 )
 
 
-def check_expressible(fields: Mapping[str, Any], family: Family, place: str) -> None:
-    """Checks that config.json can say all that a network is. Imports megatron.
+def check_expressible(fields: Mapping[str, Any], family: Family, location: str) -> None:
+    """Check that config.json can express the network. Imports megatron.
 
     Raises:
-        UserError: names a field with a value that no model of the family has.
+        UserError: it cannot; the message names the field and its value.
     """
     from nemo_rao.mcore.network import NO_EFFECT
 
@@ -189,6 +189,6 @@ def check_expressible(fields: Mapping[str, Any], family: Family, place: str) -> 
     for name, value in fields.items():
         if name not in expressed and name not in NO_EFFECT and not _same(value, usual.get(name)):
             raise UserError(
-                f"{place}: {name}={value} cannot be exported: config.json of a {family.architecture} cannot say it "
-                f"(its models have {usual.get(name)})"
+                f"{location}: {name}={value} cannot be exported: config.json of {family.architecture} cannot express "
+                f"it (its models have {usual.get(name)})"
             )

@@ -1,7 +1,7 @@
-"""The policy of a run under Hugging Face's names while it trains: its config.json, and its weights tensor by tensor.
+"""The policy of a training run in Hugging Face's format: its config.json, and its weights tensor by tensor.
 
-Of the families that are made like a Llama, whichever engine trains them: what :mod:`nemo_rao.hugging_face.exporter`
-writes of the same weights, without a checkpoint in between.
+Supports the Llama-like families on both engines. The result equals the output of
+:mod:`nemo_rao.hugging_face.exporter` for the same weights, without a checkpoint in between.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _NORMS = {
 
 @dataclass(frozen=True)
 class Policy:
-    """What turns the weights of a run's model into those of a Hugging Face model.
+    """Converts the weights of a run's model to those of a Hugging Face model.
 
     Attributes:
         config_json: the model's config.json.
-        dtype: of its weights, torch's name.
+        dtype: torch name of the dtype of the weights.
         vocab_size: V without padding.
         network: ``num_attention_heads``, ``num_query_groups``, ``kv_channels``.
         lora: ``alpha`` and ``dim``, or ``None``.
-        tied: the model has one matrix for input and output embeddings. vLLM's has two of the same values: on a CPU it
-            keeps a form of its own of a tied output layer, which new weights do not reach.
+        tied: whether the model has one matrix for input and output embeddings. vLLM's model gets two with the same
+            values: on a CPU it keeps its own copy of a tied output layer, which new weights do not reach.
     """
 
     config_json: str
@@ -59,10 +59,10 @@ class Policy:
     tied: bool
 
     def tensors(self, given: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face's names and tensors, adapters merged.
+        """Convert names and tensors to Hugging Face's, with adapters merged.
 
         Args:
-            given: Megatron's names, with layers' numbers, and whole tensors; adapters come first.
+            given: Megatron's names, with layer numbers, and full tensors; adapters come first.
         """
         import torch
 
@@ -98,7 +98,7 @@ class Policy:
 
 
 def policy_of(config: RunConfig, num_tokens: int) -> Policy:
-    """Of a run. Imports megatron.
+    """Build the :class:`Policy` of a run. Imports megatron.
 
     Args:
         num_tokens: V without padding.
@@ -108,21 +108,18 @@ def policy_of(config: RunConfig, num_tokens: int) -> Policy:
     """
     from nemo_rao.data.encode import load_tokenizer
 
-    place = f"{_KEY}: the model of this run"
+    location = f"{_KEY}: the model of this run"
     described = describe_run(
         config, run_dir(config), str(Path(config.data.tokenizer or "").expanduser()), engine_name(config)
     )
     if described.family.nemo_model is None:
-        raise UserError(
-            f"{_KEY}: weights of a {described.family.architecture} are not yet given to vLLM while it trains; set "
-            "online.sampler=megatron"
-        )
-    check_expressible(vars(described.config), described.family, place)
+        raise UserError(f"{_KEY}: {described.family.architecture} is not supported yet. Set online.sampler=megatron.")
+    check_expressible(vars(described.config), described.family, location)
     tied = bool(described.config.share_embeddings_and_output_weights)
     if tied and described.lora is not None and OUTPUT_LAYER in lora_targets(config):
         raise UserError(
-            f"{_KEY}: an adapter of the output layer unties it from the embeddings, which vLLM's model has as one "
-            f"matrix; leave {OUTPUT_LAYER} out of model.peft.lora.target_modules, or set online.sampler=megatron"
+            f"{_KEY}: an adapter of the output layer unties it from the embeddings, which are one matrix in vLLM's "
+            f"model. Leave {OUTPUT_LAYER} out of model.peft.lora.target_modules, or set online.sampler=megatron."
         )
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision.params]
     target = Target(described.folder, dtype, described.config.vocab_size or num_tokens, None)

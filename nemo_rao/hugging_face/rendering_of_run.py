@@ -1,4 +1,4 @@
-"""How the run that wrote a checkpoint turned its rows into text, as its recipe says."""
+"""Rendering settings of the run that wrote a checkpoint, from its recipe."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nemo_rao.errors import UserError
 
 
 def rendering_of_run(checkpoint: Path) -> Rendering | None:
-    """Read from the recipe of the checkpoint's run; ``None`` for a checkpoint of no run, such as an imported model.
+    """Read the rendering from the recipe of the checkpoint's run; ``None`` without a run, as for an imported model.
 
-    Only the keys in question are read, so that runs of other versions can be exported.
+    Only the relevant keys are read, so that runs of other versions can be exported.
 
     Raises:
         UserError: the recipe cannot be read, or has a value that is not allowed.
@@ -28,7 +28,7 @@ def rendering_of_run(checkpoint: Path) -> Rendering | None:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{recipe}: cannot be read as a recipe ({type(error).__name__}: {reason}), so that nothing says how the "
-            "model's prompts are rendered; restore the file, or move it away to export without"
+            f"{recipe}: cannot be read as a recipe ({type(error).__name__}: {reason}), so the rendering of the model's "
+            "prompts is unknown. Restore the file, or move it away to export without rendering settings."
         ) from None
     return checked_rendering(data, f"{recipe}: data.")

@@ -1,6 +1,6 @@
-"""The Hugging Face model that is imported: found or downloaded, and held against what its config.json asks for.
+"""The Hugging Face model to import: found or downloaded, and checked against its config.json.
 
-Before the conversion only the headers of weights are read. No code of the model's is run.
+Before the conversion, only the headers of the weights are read. The model's code is never run.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ KEY = "SOURCE"  # the argument that names the model
 
 @dataclass(frozen=True)
 class Source:
-    """A model that can be imported, as far as its config.json says.
+    """A model that can be imported, judging by its config.json.
 
     Attributes:
-        folder: absolute.
-        given: config.json.
-        family: of the model.
+        folder: absolute path.
+        given: content of config.json.
+        family: the model's family.
         config: transformers' config of its network.
     """
 
@@ -37,22 +37,24 @@ class Source:
 
 
 def find_source(source: str, *, engine: str, allow_pickle: bool, ignored: Collection[str]) -> Source:
-    """The model in the folder that ``source`` is, or into which the model of that name is downloaded.
+    """Find the model in the directory ``source``, or download the model of that name.
 
     Args:
-        engine: that converts it.
-        allow_pickle: weights in ``*.bin`` are downloaded, too.
+        engine: engine that converts it.
+        allow_pickle: also download weights in ``*.bin``.
         ignored: see :func:`nemo_rao.hugging_face.config_keys.read_config`.
 
     Raises:
-        UserError: there is neither such a folder nor such a model, or it is one that cannot be imported; of a model
-            that would be downloaded, before its weights are.
+        UserError: there is neither such a directory nor such a model, or it cannot be imported. A model is checked
+            before its weights are downloaded.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return _describe(folder.absolute(), engine, ignored)
     if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UserError(f"{KEY}: {source}: no such folder; give the folder or name (ORG/NAME) of a Hugging Face model")
+        raise UserError(
+            f"{KEY}: {source}: no such directory. Pass the directory or name (ORG/NAME) of a Hugging Face model."
+        )
     from huggingface_hub import snapshot_download
 
     say(f"downloading {source}")
@@ -63,11 +65,11 @@ def find_source(source: str, *, engine: str, allow_pickle: bool, ignored: Collec
         return _describe(Path(snapshot_download(source, allow_patterns=[*small, *weights])), engine, ignored)
     except UserError:
         raise
-    except Exception as error:  # network, access, a name that there is not: each its own
+    except Exception as error:  # network, access, an unknown name, each with its own exception
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{KEY}: {source} is not a folder, and cannot be downloaded ({type(error).__name__}: {reason}); give a "
-            "folder, or a name that huggingface.co knows"
+            f"{KEY}: {source} is not a directory, and cannot be downloaded ({type(error).__name__}: {reason}). Pass a "
+            "directory, or the name of a model on huggingface.co."
         ) from None
 
 
@@ -79,28 +81,26 @@ def _describe(folder: Path, engine: str, ignored: Collection[str]) -> Source:
 
 
 def _check_kind(folder: Path) -> None:
-    """Refuses folders without a config.json that are something else."""
+    """Reject directories without config.json that are recognisably something else."""
     if (folder / "config.json").exists():
         return
     if (folder / "weights").is_dir() or (folder / "checkpoints").is_dir():
-        raise UserError(
-            f"{KEY}: {folder} is a NeMo checkpoint or a run already: model.restore_from_path takes it unchanged"
-        )
+        raise UserError(f"{KEY}: {folder} is already a NeMo checkpoint or a run. Set model.restore_from_path to it.")
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{KEY}: {folder} holds adapters alone (adapter_config.json); merge them into their model first, with "
-            "peft's merge_and_unload"
+            f"{KEY}: {folder} contains only adapters (adapter_config.json). Merge them into their model first, with "
+            "peft's merge_and_unload."
         )
 
 
 def family_of(given: Mapping[str, Any], folder: Path, engine: str, *, key: str = KEY) -> Family:
-    """The family of the model in ``folder``, whose config.json is ``given``.
+    """Return the family of the model in ``folder``, whose config.json is ``given``.
 
     Args:
-        key: the argument that names the folder, for messages.
+        key: argument of the directory, for messages.
 
     Raises:
-        UserError: it is of none that ``engine`` converts.
+        UserError: ``engine`` does not convert its family.
     """
     listed = given.get("architectures")
     architectures = listed if isinstance(listed, list) and listed else [f"model_type {given.get('model_type')}"]
@@ -113,7 +113,7 @@ def family_of(given: Mapping[str, Any], folder: Path, engine: str, *, key: str =
         if family in families_of(engine):
             return family
     cannot = "cannot be imported" if key == KEY else "cannot be exported"
-    here = " by NeMo's engine, but by Megatron-Bridge's (make install ENGINE=bridge)" if known else ""
+    here = " by NeMo's engine, only by Megatron-Bridge's (make install ENGINE=bridge)" if known else ""
     raise UserError(
-        f"{key}: {folder} is a {', '.join(map(str, architectures))}, which {cannot}{here}; {names_of(engine)} can"
+        f"{key}: {folder} is a {', '.join(map(str, architectures))}, which {cannot}{here}. Only {names_of(engine)} can."
     )

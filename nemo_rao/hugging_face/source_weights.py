@@ -1,7 +1,7 @@
-"""The weights of the model that is imported: held against its config.json by their headers, and read.
+"""Weights of the model to import: their headers are checked against config.json, then they are read.
 
-Not by ``from_pretrained``: it reads the files as the installed release of transformers understands config.json, and
-refuses safetensors whose metadata does not name a format.
+``from_pretrained`` is not used: it follows the installed transformers' interpretation of config.json, and rejects
+safetensors whose metadata does not name a format.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from nemo_rao.hugging_face.families import Family
 from nemo_rao.hugging_face.source import KEY
 
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, torch's
-_ROTARY = ".rotary_emb.inv_freq"  # follows from config.json; older Llamas store it
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' name -> torch's
+_ROTARY = ".rotary_emb.inv_freq"  # follows from config.json, but older Llamas store it
 
 
 def tensors_of(config: Any, family: Family) -> dict[str, tuple[int, ...]] | None:
-    """Name and shape of each tensor that a model of these sizes has; ``None`` for a family that NeMo does not convert,
-    of which Megatron-Bridge knows it.
+    """Name and shape of each tensor of a model of these sizes; ``None`` for a family that only Megatron-Bridge
+    converts, which then checks them.
     """
     if family.nemo_model is None:
         return None
@@ -57,14 +57,14 @@ def tensors_of(config: Any, family: Family) -> dict[str, tuple[int, ...]] | None
 def check_tensors(
     headers: Mapping[str, tuple[str, tuple[int, ...]]], wanted: Mapping[str, tuple[int, ...]] | None, source: Path
 ) -> None:
-    """Checks the tensors that ``source`` has.
+    """Check the tensors of ``source``.
 
     Args:
-        headers: dtype, as safetensors call it, and shape, by name.
+        headers: name -> (safetensors dtype, shape).
         wanted: from :func:`tensors_of`.
 
     Raises:
-        UserError: one is missing, left over, of another shape, or of a dtype that cannot be imported.
+        UserError: a tensor is missing, unexpected, of another shape, or of a dtype that cannot be imported.
     """
     if wanted is not None:
         check_names(headers, wanted, f"{KEY}: {source}")
@@ -72,23 +72,23 @@ def check_tensors(
             _, found = headers[name]
             if tuple(found) != shape:
                 raise UserError(
-                    f"{KEY}: {source}: tensor {name} has shape {list(found)}, config.json asks for {list(shape)}"
+                    f"{KEY}: {source}: tensor {name} has shape {list(found)}, but config.json requires {list(shape)}"
                 )
     for name, (dtype, _) in headers.items():
         if dtype not in DTYPES:
-            raise UserError(f"{KEY}: {source}: tensor {name} is {dtype}; {', '.join(DTYPES)} can be imported")
+            raise UserError(f"{KEY}: {source}: tensor {name} is {dtype}; only {', '.join(DTYPES)} can be imported")
 
 
 def read_tensors(files: Sequence[Path], wanted: Mapping[str, tuple[int, ...]], *, tied: bool) -> dict[str, Any]:
-    """The model's tensors by name, all in the widest of their formats, so that nothing is rounded.
+    """Read the model's tensors by name, all in the widest dtype among them, so that nothing is rounded.
 
     Args:
-        files: safetensors, or pickles, which are read as tensors alone.
+        files: safetensors, or pickles, from which only tensors are loaded.
         wanted: from :func:`tensors_of`.
-        tied: input and output embeddings are one matrix.
+        tied: whether input and output embeddings are one matrix.
 
     Raises:
-        UserError: pickles that cannot be read, or tensors that are not those that are wanted.
+        UserError: a pickle cannot be read, or the tensors are not the expected ones.
     """
     import torch
     from safetensors.torch import load_file
@@ -110,51 +110,51 @@ def read_tensors(files: Sequence[Path], wanted: Mapping[str, tuple[int, ...]], *
 
 
 def read_pickle(file: Path) -> dict[str, Any]:
-    """The tensors of a ``*.bin`` by name; nothing else in it is loaded.
+    """Read the tensors of a ``*.bin`` by name. Nothing else in it is loaded.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: it cannot be read, or contains something else.
     """
     import torch
 
     try:
         read = torch.load(file, map_location="cpu", weights_only=True)
         return {str(name): tensor for name, tensor in read.items() if isinstance(tensor, torch.Tensor)}
-    except Exception as error:  # of the archive, of the pickle, or of what it names
+    except Exception as error:  # from the archive, the pickle, or the classes that it names
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{KEY}: {file} cannot be read ({type(error).__name__}: {reason}); use a model in safetensors"
+            f"{KEY}: {file} cannot be read ({type(error).__name__}: {reason}). Use a model in safetensors."
         ) from None
 
 
-def check_names(stored: Iterable[str], wanted: Iterable[str], place: str) -> None:
-    """Checks that a model's tensors are all there, and no others.
+def check_names(stored: Iterable[str], wanted: Iterable[str], location: str) -> None:
+    """Check that all of a model's tensors are present, and no others.
 
     Args:
-        place: what names the model, for messages.
+        location: the model, for messages.
 
     Raises:
-        UserError: names the first one that is missing, or left over.
+        UserError: a tensor is missing or unexpected; the message names the first one.
     """
     names = set(stored)
     if missing := [name for name in wanted if name not in names]:
-        raise UserError(f"{place} has no tensor {missing[0]}, which config.json asks for; download it again")
+        raise UserError(f"{location} has no tensor {missing[0]}, which config.json requires. Download it again.")
     # Tied models may store the matrix a second time.
     left_over = sorted(name for name in names.difference(wanted) if name != OUTPUT and not name.endswith(_ROTARY))
     if left_over:
-        raise UserError(f"{place} has a tensor {left_over[0]}, for which the model has no place")
+        raise UserError(f"{location} has an unexpected tensor {left_over[0]}, which the model does not use")
 
 
 def check_tie(tensors: Mapping[str, Any], folder: Path) -> None:
-    """Checks that an output layer, where one is stored, is the embeddings, as config.json says.
+    """Check that a stored output layer equals the embeddings, as config.json states.
 
     Raises:
-        UserError: it is another matrix.
+        UserError: it differs.
     """
     import torch
 
     if OUTPUT in tensors and not torch.equal(tensors[OUTPUT], tensors[EMBEDDINGS]):
         raise UserError(
             f"{KEY}: {folder}: config.json ties the embeddings (tie_word_embeddings), but {OUTPUT} is stored "
-            "with other values; set tie_word_embeddings to false in config.json if both matrices are the model's"
+            "with other values. Set tie_word_embeddings to false in config.json if the model has both matrices."
         )

@@ -1,4 +1,4 @@
-"""The model that export writes: its config.json, which is the same whatever converts the weights."""
+"""The model to export: its config.json, which does not depend on the engine that converts the weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nemo_rao.model_files.config_json import read_json
 
 @dataclass(frozen=True)
 class Target:
-    """What is written.
+    """Output of an export.
 
     Attributes:
-        folder: exists, and is empty.
-        dtype: of the tensors, torch's name.
+        folder: existing, empty directory.
+        dtype: torch name of the dtype of the tensors.
         vocab_size: rows of the embeddings, without Megatron's padding.
         generation: the model's generation_config.json.
     """
@@ -30,14 +30,14 @@ class Target:
 
 
 def target_config(described: Described, target: Target, tokenizer: Any, *, tied: bool) -> Any:
-    """transformers' config of the exported model. The config.json beside the tokenizer adds what is no part of the
-    network, where it is of the same model.
+    """Build transformers' config of the exported model. Keys that are not part of the network are taken from the
+    config.json next to the tokenizer, if that belongs to the same model.
 
     Args:
-        tied: input and output embeddings are one matrix.
+        tied: whether input and output embeddings are one matrix.
 
     Raises:
-        UserError: transformers refuses the values.
+        UserError: transformers rejects the values.
     """
     file = Path(described.tokenizer) / "config.json"
     carried: dict[str, Any] = {}
@@ -51,19 +51,20 @@ def target_config(described: Described, target: Target, tokenizer: Any, *, tied:
         vocab_size=target.vocab_size,
         seq_length=described.seq_length,
         carried=carried,
-        place=f"{KEY}: {file if carried else described.folder}",
+        location=f"{KEY}: {file if carried else described.folder}",
     )
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     return config
 
 
 def make_classifier(config: Any, num_labels: int, tokenizer: Any) -> None:
-    """Turn the config of a model that generates into that of a sequence classifier: a label for each of a head's
-    scores, the scores its logits.
+    """Turn the config of a causal language model into that of a sequence classifier with one label per score of the
+    head, whose logits are the scores.
     """
     from nemo_rao.data.encode import end_tokens
 
     config.architectures = [name.replace("CausalLM", "SequenceClassification") for name in config.architectures]
     config.num_labels = num_labels
-    # It reads the last token that is no padding. Where the end token pads, too, one row at a time is all it can do.
+    # The classifier reads the last token that is not padding. If the end token is also the pad token, it can only
+    # score one row at a time.
     config.pad_token_id = None if tokenizer.pad_token_id in end_tokens(tokenizer) else tokenizer.pad_token_id

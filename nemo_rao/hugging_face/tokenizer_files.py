@@ -1,4 +1,4 @@
-"""What stands beside an exported model's weights: its tokenizer, and how text is generated with it."""
+"""Files next to an exported model's weights: its tokenizer and generation config."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# What a tokenizer consists of, besides config.json, which tells its class where tokenizer_config.json does not.
+# Files of a tokenizer, besides config.json, which determines its class if tokenizer_config.json does not.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
 
 
 def generation_config(carried: Mapping[str, Any], tokenizer: Any) -> Any:
-    """``carried``, the model's own, with an end at the end of a turn and of a text."""
+    """The model's own settings (``carried``), with the end of turn and the end of text as end tokens."""
     from transformers import GenerationConfig
 
     from nemo_rao.data.encode import end_tokens
@@ -43,7 +43,7 @@ def write_tokenizer(name: str, tokenizer: Any, folder: Path) -> None:
     """Copy a tokenizer's files into ``folder``.
 
     Args:
-        name: its folder, or its name on huggingface.co.
+        name: its directory, or its name on huggingface.co.
         tokenizer: the same, loaded.
     """
     source = Path(name)
@@ -54,7 +54,7 @@ def write_tokenizer(name: str, tokenizer: Any, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy what of a tokenizer's files is in ``source``."""
+    """Copy the tokenizer files that exist in ``source``."""
     for name in TOKENIZER_FILES:
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name)

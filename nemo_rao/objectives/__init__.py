@@ -1,5 +1,5 @@
-"""What is optimised, as pure functions of sequence log-probabilities and rewards. Knows no model and no parallelism.
+"""Objectives: pure functions of log-probabilities and rewards, independent of models and parallelism.
 
-``base`` says what an objective is, ``registry`` lists them, ``reductions`` ``pairs`` ``metrics`` hold what they share,
-and every other file is one objective.
+``base`` defines objectives, ``registry`` lists them, ``reductions``, ``pairs`` and ``metrics`` hold shared parts, and
+every other file contains one objective or a family of them.
 """

@@ -1,7 +1,7 @@
-"""Losses over all responses of a prompt, without pairs: rpo_partition, kimi, agro, qrpo, nca.
+"""Groupwise losses, over all responses of a prompt: rpo_partition, kimi, agro, qrpo, nca.
 
-rho(y) = logp(y) - logp_ref(y), r the explicit reward, K the prompt's responses. Rewards, reference log-probabilities
-and what is computed from them carry no gradient.
+rho(y) = logp(y) - logp_ref(y), r the explicit reward, K the number of the prompt's responses. Rewards, reference
+log-probabilities and quantities derived from them carry no gradient.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nemo_rao.objectives.reductions import (
 
 
 def known_rewards(batch: ObjectiveBatch) -> Tensor:
-    """``[P, K]`` rewards, 0 in place of what is unknown or invalid."""
+    """``[P, K]`` rewards, with 0 for unknown and invalid entries."""
     return torch.where(rewarded(batch), batch.rewards, 0)
 
 
@@ -53,7 +53,7 @@ def rpo_partition_loss(batch: ObjectiveBatch, config: RPOPartitionConfig) -> Los
     valid, rewards = rewarded(batch), known_rewards(batch)
     reference = per_token(batch.reference_response_logps.detach(), batch)
     exponents = torch.where(valid, reference + rewards / config.tau, -torch.inf)
-    # A prompt without responses has no partition function; it is given 0, and does not count.
+    # A prompt without responses has no partition function; 0 avoids NaN, and the prompt is not counted.
     exponents = torch.where(valid.any(-1, keepdim=True), exponents, 0)
     log_partition = exponents.logsumexp(-1, keepdim=True)
     log_ratio = per_token(response_log_ratio(batch), batch)
@@ -90,7 +90,7 @@ class KimiConfig(ObjectiveConfig):
 def kimi_loss(batch: ObjectiveBatch, config: KimiConfig) -> LossOutput:
     """(r - mean r - tau rho)^2, the mean over the prompt's responses. ``kimi/target_error``: mean of its root.
 
-    A prompt with one response, whose mean reward says nothing, has no part.
+    Prompts with a single response are left out, since their mean reward carries no information.
     """
     rewards, log_ratio = known_rewards(batch), response_log_ratio(batch)
     valid = rewarded(batch) & (rewarded(batch).sum(-1, keepdim=True) >= 2)
@@ -125,9 +125,9 @@ class AGROConfig(ObjectiveConfig):
 
 
 def agro_loss(batch: ObjectiveBatch, config: AGROConfig) -> LossOutput:
-    """1/2 Var_k(r - beta rho), which is 0 where r - beta rho is the same for all of a prompt's responses.
+    """1/2 Var_k(r - beta rho), which is 0 if r - beta rho is the same for all of a prompt's responses.
 
-    **Choice** The unbiased variance, divided by K - 1, so that prompts with different K estimate the same thing.
+    **Choice** The unbiased variance, divided by K - 1, so that prompts with different K estimate the same quantity.
     ``agro/deviation``: mean over prompts of the standard deviation.
     """
     valid, log_ratio = rewarded(batch), response_log_ratio(batch)
@@ -166,9 +166,9 @@ class QRPOConfig(ObjectiveConfig):
 
 
 def reward_quantiles(batch: ObjectiveBatch) -> Tensor:
-    """``[P, K]``: the fraction of the prompt's reference rewards that a reward is not below.
+    """``[P, K]``, fraction of the prompt's reference rewards that are at most the response's reward.
 
-    The reference rewards are those of the row (``reference_rewards``), or where it has none the rewards of the prompt's
+    The reference rewards are those of the row (``reference_rewards``), or if it has none, the rewards of the prompt's
     own responses.
     """
     rewards = known_rewards(batch)
@@ -230,8 +230,8 @@ class NCAConfig(ObjectiveConfig):
 def nca_loss(batch: ObjectiveBatch, config: NCAConfig) -> LossOutput:
     """-sum_k softmax(r / alpha)_k ls(beta rho_k) - 1/K sum_k ls(-beta rho_k).
 
-    **Choice** A prompt with labels and without rewards is the limit alpha -> 0: all the weight is the chosen one's. A
-    prompt with neither takes no part.
+    **Choice** A prompt with labels but without rewards is treated as the limit alpha -> 0: the chosen response gets all
+    the weight. A prompt with neither is left out.
     """
     log_ratio = response_log_ratio(batch)
     by_reward = rewards_known(batch)[:, None]

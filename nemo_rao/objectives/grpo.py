@@ -1,12 +1,12 @@
 """GRPO, group relative policy optimization (Shao et al. 2024, arXiv 2402.03300), token by token, on fresh samples.
 
     A_k   = r_k - mean of the prompt's rewards, divided by their standard deviation unless ``scale: none``
-    w_t   = pi(y_t) / pi_old(y_t), pi_old being the policy that sampled
+    w_t   = pi(y_t) / pi_old(y_t), where pi_old is the policy that sampled
     L_t   = -min(w_t A, clip(w_t, 1 - clip_low, 1 + clip_high) A) + beta KL_t
     KL_t  = k1: log pi - log pi_ref;  k2: 1/2 (log pi - log pi_ref)^2;  k3: pi_ref / pi - 1 - log(pi_ref / pi)
 
-``kl_in: reward`` takes beta times the sum of KL_t, without gradient, from each response's reward in place of adding it
-to the loss. How L_t is added up (``normalize``), each time by counts of the *global* batch:
+``kl_in: reward`` subtracts beta times the sum of KL_t, without gradient, from each response's reward instead of adding
+KL_t to the loss. ``normalize`` determines how L_t is averaged, always by counts of the *global* batch:
 
     sequence    mean over a response's tokens, then over responses         GRPO, Eq. 3
     token       mean over all tokens                                       DAPO, Yu et al. 2025, arXiv 2503.14476, Eq. 8
@@ -18,8 +18,8 @@ DAPO is ``token`` with ``clip_high`` 0.28; Dr. GRPO is ``constant`` with ``scale
 With ``online.vllm_importance_cap``, the policy's part of L_t is multiplied by min(pi_old(y_t) / mu(y_t), cap), where mu
 is the distribution that the sampler drew from.
 
-**Choice** The deviation is that of the prompt's rewards, divided by K - 1, with 1e-6 added, as in TRL. A prompt of one
-response, or of equal rewards, has advantages of 0; it counts.
+**Choice** The standard deviation is that of the prompt's rewards, with divisor K - 1, plus 1e-6, as in TRL. A prompt
+with one response, or with equal rewards, has advantages of 0 and is still counted.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class GRPOConfig(ObjectiveConfig):
     block = "grpo"
 
     beta: float = key(0.0, "weight of the KL to the reference; 0: no reference is needed", low=0)
-    kl_in: str = key("loss", "where the KL is", choices=("loss", "reward"))
-    kl: str = key("k3", "its estimator at one token", choices=("k1", "k2", "k3"))
-    scale: str = key("std", "what a group's advantages are divided by", choices=("std", "none"))
-    clip_low: float = key(0.2, "the ratio counts no further below 1 than this", low=0, high=1)
-    clip_high: float = key(0.2, "nor further above; DAPO has 0.28", low=0)
+    kl_in: str = key("loss", "whether the KL is part of the loss or the reward", choices=("loss", "reward"))
+    kl: str = key("k3", "per-token estimator of the KL", choices=("k1", "k2", "k3"))
+    scale: str = key("std", "divisor of a group's advantages", choices=("std", "none"))
+    clip_low: float = key(0.2, "the ratio is clipped at 1 minus this", low=0, high=1)
+    clip_high: float = key(0.2, "the ratio is clipped at 1 plus this; 0.28 in DAPO", low=0)
     normalize: str = key(
-        "sequence", "over what the tokens' losses are averaged", choices=("sequence", "token", "constant")
+        "sequence", "unit over which the tokens' losses are averaged", choices=("sequence", "token", "constant")
     )
     constant_length: float = key(256.0, "tokens, with normalize=constant", low=0, exclusive=True)
 
@@ -61,7 +61,7 @@ def grpo_loss(batch: ObjectiveBatch, config: GRPOConfig) -> LossOutput:
     Means over tokens:
 
         grpo/ratio       w
-        grpo/clipped     1 where clipping has taken the token's gradient away
+        grpo/clipped     1 where clipping has removed the token's gradient
         grpo/kl          KL_t to the reference by k3, with a reference
 
     ``grpo/advantage``: mean over responses of \\|A\\|.
@@ -122,7 +122,7 @@ def _kl_of(tokens: Tokens, mask: Tensor, config: GRPOConfig) -> Tensor | None:
 
 
 def _kl(logps: Tensor, reference: Tensor, estimator: str) -> Tensor:
-    """``[P, K, L]``, nats: of one token, whose mean over samples of pi is the KL for k1 and k3."""
+    """``[P, K, L]``, nats, per-token estimates; for k1 and k3 their mean over samples of pi is the KL."""
     log_ratio = logps - reference
     if estimator == "k1":
         return log_ratio
@@ -132,7 +132,7 @@ def _kl(logps: Tensor, reference: Tensor, estimator: str) -> Tensor:
 
 
 def _sum(losses: Tensor, mask: Tensor, valid: Tensor, config: GRPOConfig) -> tuple[Tensor, Tensor]:
-    """The sum, and by what it is divided once both are those of the global batch."""
+    """(sum of losses, divisor); the quotient of their sums over the global batch is the loss."""
     sums, lengths = losses.sum(-1), mask.sum(-1)
     num_responses = (valid & (lengths > 0)).sum().to(losses.dtype)
     if config.normalize == "token":
@@ -143,7 +143,7 @@ def _sum(losses: Tensor, mask: Tensor, valid: Tensor, config: GRPOConfig) -> tup
 
 
 def needs_of_grpo(config: GRPOConfig) -> Needs:
-    """Without a KL, no reference."""
+    """Requirements; the reference is only needed with a KL."""
     return Needs(reference=config.beta > 0, rewards=True, min_responses=2, tokens=True, samples=True)
 
 

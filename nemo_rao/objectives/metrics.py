@@ -1,7 +1,7 @@
-"""Metrics that objectives share, each a ``[2]`` tensor (sum, count) without gradient.
+"""Metrics shared by objectives, each a ``[2]`` tensor (sum, count) without gradient.
 
-Of prompts that have a pair (:mod:`nemo_rao.objectives.pairs`; for K > 2 the best and the worst response, whichever the
-loss compares), counted once each; a prompt with one response, or with none better than another, does not count:
+They are means over prompts that have a pair (:mod:`nemo_rao.objectives.pairs`; for K > 2 the best and the worst
+response, independently of the loss). Prompts with one response, or with none better than another, are not counted:
 
     rewards/chosen, rewards/rejected    implicit reward: beta * rho(y) = beta * (logp(y) - logp_ref(y)), beta included;
                                         without a reference, the term that the loss compares in its place
@@ -25,17 +25,17 @@ from nemo_rao.objectives.reductions import metric, sum_over_prompts
 
 
 def shared_metrics(batch: ObjectiveBatch, implicit_rewards: Tensor) -> dict[str, Tensor]:
-    """All of them.
+    """Compute all shared metrics.
 
     Args:
-        implicit_rewards: ``[P, K]``, beta included; anything in invalid entries.
+        implicit_rewards: ``[P, K]``, beta included; invalid entries are arbitrary.
     """
     pairs = best_and_worst(batch)
     return implicit_reward_metrics(implicit_rewards, pairs) | pair_metrics(batch, pairs)
 
 
 def implicit_reward_metrics(implicit_rewards: Tensor, pairs: BestAndWorst) -> dict[str, Tensor]:
-    """``rewards/*``."""
+    """Compute ``rewards/*``."""
     implicit_rewards = implicit_rewards.detach()
     chosen, rejected = pairs.of_chosen(implicit_rewards), pairs.of_rejected(implicit_rewards)
     margins = chosen - rejected
@@ -50,7 +50,7 @@ def implicit_reward_metrics(implicit_rewards: Tensor, pairs: BestAndWorst) -> di
 
 
 def pair_metrics(batch: ObjectiveBatch, pairs: BestAndWorst) -> dict[str, Tensor]:
-    """``logps/*`` and ``data/*``, for which no reference is needed."""
+    """Compute ``logps/*`` and ``data/*``, which need no reference."""
     metrics = {}
     for name, of in (("chosen", pairs.of_chosen), ("rejected", pairs.of_rejected)):
         metrics[f"logps/{name}"] = metric(sum_over_prompts(of(batch.response_logps), pairs.valid))

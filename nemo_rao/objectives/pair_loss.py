@@ -1,7 +1,7 @@
-"""What all losses of pairs share: the terms they compare, the mean over a prompt's pairs, SFT weight and metrics.
+"""Common parts of pairwise losses: the compared terms, the mean over a prompt's pairs, SFT weight and metrics.
 
-An objective of this kind is a function of the two sides of a pair. It never sees a mask: entries without a pair hold
-zeros, at which every such function is finite.
+A pairwise loss is a function of the two sides of a pair. It needs no mask: entries without a pair are zero, where
+every such function is finite.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ WITHOUT_REFERENCE = Needs(preference=True, pairs=True, min_responses=2)
 
 @dataclass(frozen=True)
 class PairConfig(ObjectiveConfig):
-    """Keys that all losses of pairs have."""
+    """Keys shared by all pairwise losses."""
 
     sft_weight: float = key(0.0, "weight of the chosen response's negative log-probability per token", low=0)
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Numbers of responses, ``[P, K]``, or of one side of every pair, ``[P, K, K]``; nats.
+    """Quantities of responses, ``[P, K]``, or of one side of every pair, ``[P, K, K]``; nats.
 
     Attributes:
         logp, mean_logp: log pi(y|x), summed over the response's tokens, and their mean.
         rho, mean_rho: log-ratio to the reference policy, summed and mean; zeros without a reference.
         length: |y|, tokens.
-        reward: explicit; NaN where unknown.
+        reward: explicit reward; NaN if unknown.
     """
 
     logp: Tensor
@@ -50,12 +50,12 @@ class Terms:
     reward: Tensor
 
     def through(self, change: Callable[[Tensor], Tensor]) -> Terms:
-        """The same terms, each changed."""
+        """Apply ``change`` to every term."""
         return Terms(**{field.name: change(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
 
 def terms(batch: ObjectiveBatch) -> Terms:
-    """The terms of every response of a batch."""
+    """Terms of every response of a batch."""
     if batch.reference_response_logps is None:
         rho = batch.response_logps.new_zeros(batch.response_logps.shape)
     else:
@@ -73,10 +73,10 @@ def terms(batch: ObjectiveBatch) -> Terms:
 def loss_of_pairs(
     pair_loss: Callable[[Terms, Terms, Any], Tensor], implicit_reward: Callable[[Terms, Any], Tensor]
 ) -> Callable[[ObjectiveBatch, Any], LossOutput]:
-    """An objective's loss from that of one pair.
+    """Build an objective's loss from the loss of one pair.
 
     Args:
-        pair_loss: (chosen, rejected, config) -> ``[P, K, K]``; finite, with finite gradient, where all terms are 0.
+        pair_loss: (chosen, rejected, config) -> ``[P, K, K]``; must be finite, with finite gradient, at all-zero terms.
         implicit_reward: (responses, config) -> ``[P, K]``, for the metrics ``rewards/*``.
     """
 

@@ -1,9 +1,10 @@
-"""Which of a prompt's K responses is better than which.
+"""Preferences among a prompt's K responses.
 
-Where a prompt's order is a preference (labels: chosen, rejected), the earlier of two responses is the better one. Else,
-where all of a prompt's responses have an explicit reward, the one with the higher reward. **Choice**: labels go before
-rewards (``data.pairs_by=reward`` makes the loader forget the labels); responses with equal rewards are no pair, and a
-prompt without a pair takes no part in a loss of pairs. Shape legend: see :mod:`nemo_rao.batch`.
+If a prompt's order is a preference (labels: chosen, rejected), the earlier of two responses is the better one.
+Otherwise, if all of a prompt's responses have an explicit reward, it is the one with the higher reward. **Choice**:
+labels take precedence over rewards (with ``data.pairs_by=reward``, the loader discards the labels); responses with
+equal rewards do not form a pair, and prompts without a pair are left out of pairwise losses. Shape legend: see
+:mod:`nemo_rao.batch`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from nemo_rao.batch import ObjectiveBatch
 
 @dataclass(frozen=True)
 class AllPairs:
-    """Every pair of a prompt's responses of which one is better.
+    """Every pair of a prompt's responses in which one is better.
 
     Attributes:
-        valid: ``[P, K, K]`` bool: [p, i, j] is true where response i is better than response j.
+        valid: ``[P, K, K]`` bool; [p, i, j] is true if response i is better than response j.
     """
 
     valid: Tensor
@@ -37,11 +38,11 @@ class AllPairs:
 
 @dataclass(frozen=True)
 class BestAndWorst:
-    """One pair a prompt, at most.
+    """At most one pair per prompt.
 
     Attributes:
-        chosen, rejected: ``[P]`` int64 in [0, K); anything in range where there is no pair.
-        valid: ``[P]`` bool: the prompt has a pair.
+        chosen, rejected: ``[P]`` int64 in [0, K); arbitrary if there is no pair.
+        valid: ``[P]`` bool, whether the prompt has a pair.
     """
 
     chosen: Tensor
@@ -58,7 +59,7 @@ class BestAndWorst:
 
 
 def all_pairs(batch: ObjectiveBatch) -> AllPairs:
-    """Every pair of each prompt's valid responses, by labels or by rewards; see the module's description."""
+    """All pairs of each prompt's valid responses, by labels or by rewards; see the module's docstring."""
     num_responses = batch.valid.shape[-1]
     earlier = torch.ones(num_responses, num_responses, dtype=torch.bool, device=batch.valid.device).triu(1)
     rewards = _comparable_rewards(batch)
@@ -68,7 +69,7 @@ def all_pairs(batch: ObjectiveBatch) -> AllPairs:
 
 
 def best_and_worst(batch: ObjectiveBatch) -> BestAndWorst:
-    """The best and the worst response of each prompt; of equal rewards, the first. For metrics, whatever the loss."""
+    """The best and the worst response of each prompt, the first one in case of ties. For metrics of any loss."""
     rewards, by_reward = _comparable_rewards(batch), rewards_known(batch)
     best, worst = _extreme(rewards, batch.valid), _extreme(-rewards, batch.valid)
     differ = by_reward & (_gather(rewards, best) > _gather(rewards, worst))
@@ -81,10 +82,10 @@ def best_and_worst(batch: ObjectiveBatch) -> BestAndWorst:
 
 
 def select_best(batch: ObjectiveBatch) -> tuple[Tensor, Tensor]:
-    """The best response of each prompt: by labels, else by rewards where all are known, else the first.
+    """The best response of each prompt: by labels, else by rewards if all are known, else the first.
 
     Returns:
-        ``([P], [P])``: its index in [0, K), and whether the prompt has a response at all.
+        ``([P], [P])``: its index in [0, K), and whether the prompt has any response.
     """
     by_reward = rewards_known(batch) & ~batch.ranked
     best = _extreme(_comparable_rewards(batch), batch.valid)
@@ -97,17 +98,17 @@ def take(values: Tensor, index: Tensor, valid: Tensor) -> Tensor:
 
 
 def rewards_known(batch: ObjectiveBatch) -> Tensor:
-    """``[P]`` bool: all of the prompt's responses have a reward. Also true of a prompt without responses."""
+    """``[P]`` bool, whether all of the prompt's responses have a reward. True for a prompt without responses."""
     return (~batch.rewards.isnan() | ~batch.valid).all(-1)
 
 
 def _comparable_rewards(batch: ObjectiveBatch) -> Tensor:
-    """``[P, K]``, 0 in place of what is unknown or invalid."""
+    """``[P, K]`` rewards, with 0 for unknown and invalid entries."""
     return torch.where(batch.valid & ~batch.rewards.isnan(), batch.rewards, 0)
 
 
 def _extreme(values: Tensor, valid: Tensor) -> Tensor:
-    """``[P]``: where the largest valid value is, the first of equal ones."""
+    """``[P]``, index of the largest valid value, the first one in case of ties."""
     return torch.where(valid, values, -torch.inf).argmax(-1)
 
 

@@ -1,8 +1,8 @@
-"""Losses of pairs that compare log-ratios to the reference policy: ipo, cal_dpo, hinge, dpop, dpo_shift, r_dpo, sppo.
+"""Pairwise losses on log-ratios to the reference policy: ipo, cal_dpo, hinge, dpop, dpo_shift, r_dpo, sppo.
 
     Delta = rho(w) - rho(l),    rho(y) = logp(y) - logp_ref(y),    w, l: the chosen and the rejected response
 
-Each function is the loss of one pair; :mod:`nemo_rao.objectives.pair_loss` does the rest. ls = log of the logistic.
+Each function computes the loss of one pair; :mod:`nemo_rao.objectives.pair_loss` reduces it. ls = log of the logistic.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from nemo_rao.objectives.pair_loss import WITH_REFERENCE, PairConfig, Terms, bet
 class IPOConfig(PairConfig):
     block = "ipo"
 
-    beta: float = key(0.1, "the margin aimed at is 1 / (2 beta) nats", low=0, exclusive=True)
-    length_normalized: bool = key(False, "compare log-ratios per token, as TRL does and the published results did")
+    beta: float = key(0.1, "the target margin is 1 / (2 beta) nats", low=0, exclusive=True)
+    length_normalized: bool = key(False, "compare log-ratios per token, as in TRL and the published results")
 
 
 def ipo_loss(chosen: Terms, rejected: Terms, config: IPOConfig) -> Tensor:
@@ -51,7 +51,7 @@ class CalDPOConfig(PairConfig):
     block = "cal_dpo"
 
     beta: float = key(0.001, "log-ratios are calibrated to +-1 / (2 beta) nats", low=0, exclusive=True)
-    calibration_weight: float = key(1.0, "of the calibration; 1 in the paper, 0.5 in its code", low=0)
+    calibration_weight: float = key(1.0, "weight of the calibration; 1 in the paper, 0.5 in its code", low=0)
 
 
 def cal_dpo_loss(chosen: Terms, rejected: Terms, config: CalDPOConfig) -> Tensor:
@@ -100,7 +100,7 @@ class DPOPConfig(PairConfig):
     block = "dpop"
 
     beta: float = key(0.3, "reward per nat of log-ratio to the reference", low=0, exclusive=True)
-    lam: float = key(50.0, "lambda: weight of the chosen response's fall below the reference", low=0)
+    lam: float = key(50.0, "lambda: penalty on the chosen response falling below the reference", low=0)
 
 
 def dpop_loss(chosen: Terms, rejected: Terms, config: DPOPConfig) -> Tensor:
@@ -129,7 +129,7 @@ class DPOShiftConfig(PairConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.f == 0:
-            raise UserError("model.dpo_shift.f=0: must be > 0; the rejected response would take no part")
+            raise UserError("model.dpo_shift.f=0: must be > 0, since 0 would ignore the rejected response")
 
 
 def dpo_shift_loss(chosen: Terms, rejected: Terms, config: DPOShiftConfig) -> Tensor:
@@ -153,7 +153,7 @@ class RDPOConfig(PairConfig):
     block = "r_dpo"
 
     beta: float = key(0.1, "reward per nat of log-ratio to the reference", low=0, exclusive=True)
-    alpha: float = key(0.05, "reward that a token of length costs", low=0)
+    alpha: float = key(0.05, "reward penalty per token of length", low=0)
 
 
 def r_dpo_loss(chosen: Terms, rejected: Terms, config: RDPOConfig) -> Tensor:
@@ -177,11 +177,11 @@ R_DPO = Objective(
 class SPPOConfig(PairConfig):
     block = "sppo"
 
-    eta: float = key(1000.0, "log-ratios aim at eta (P - 1/2) nats; TRL's 1 / beta", low=0, exclusive=True)
+    eta: float = key(1000.0, "target log-ratios are eta (P - 1/2) nats; TRL's 1 / beta", low=0, exclusive=True)
     win_probability: str = key(
         "labels",
-        "P: labels: 1 of the chosen, 0 of the rejected response; rewards: the explicit reward, from 0 to 1; "
-        "bradley_terry: the logistic of the rewards' difference",
+        "P: labels: 1 for the chosen, 0 for the rejected response; rewards: the explicit reward, from 0 to 1; "
+        "bradley_terry: logistic of the difference of rewards",
         choices=("labels", "rewards", "bradley_terry"),
     )
 
@@ -198,26 +198,26 @@ def sppo_loss(chosen: Terms, rejected: Terms, config: SPPOConfig) -> Tensor:
 
 
 def require_probabilities(config: SPPOConfig, rewards: RewardSummary) -> SPPOConfig:
-    """Refuses rewards that cannot be win probabilities, where they are to be."""
+    """Reject rewards outside [0, 1] if they are used as win probabilities."""
     if config.win_probability == "rewards" and rewards.low is not None and rewards.high is not None:
         for reward in (rewards.low, rewards.high):
             if not 0 <= reward <= 1:
                 raise UserError(
-                    f"model.sppo.win_probability=rewards: the data has a reward of {reward:g}, which is no "
-                    "probability; set it to bradley_terry or labels, or name another data.reward_field"
+                    f"model.sppo.win_probability=rewards: the data has a reward of {reward:g}, which is not a "
+                    "probability. Set it to bradley_terry or labels, or use another data.reward_field."
                 )
     return config
 
 
 def mean_target_of_sppo(config: SPPOConfig, rewards: RewardSummary) -> MeanTarget | None:
-    """eta (mean P - 1/2), which is 0 of labels and of the logistic of differences."""
+    """eta (mean P - 1/2), which is 0 for labels and Bradley-Terry."""
     if config.win_probability != "rewards" or rewards.mean is None:
         return None
     return MeanTarget(config.eta * (rewards.mean - 0.5), "model.sppo.win_probability=bradley_terry")
 
 
 def sppo_needs(config: SPPOConfig) -> Needs:
-    """Rewards, unless labels decide who wins."""
+    """Requirements; rewards are not needed with labels."""
     return Needs(
         reference=True, preference=True, pairs=True, min_responses=2, rewards=config.win_probability != "labels"
     )

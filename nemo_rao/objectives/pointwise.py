@@ -1,4 +1,4 @@
-"""Losses of single responses: dro (with a value head) and kto."""
+"""Pointwise losses, on single responses: dro (with a value head) and kto."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class DROConfig(ObjectiveConfig):
 
     tau: float = key(1.0, "reward per nat of log-ratio to the reference", low=0, exclusive=True)
     value_lr: float | None = key(
-        None, "highest learning rate of the value head; null: that of the model", low=0, exclusive=True
+        None, "maximum learning rate of the value head; null: the model's", low=0, exclusive=True
     )
 
 
 def dro_loss(batch: ObjectiveBatch, config: DROConfig) -> LossOutput:
     """DRO-V: 1/tau 1/2 (r - sg V - tau rho)^2 of the policy, plus 1/2 (V - r + tau sg rho)^2 of the value.
 
-    dL/dlogp(y) = -(r - V - tau rho), dL/dV = V - r + tau rho. Beside the shared metrics, means over responses:
+    dL/dlogp(y) = -(r - V - tau rho), dL/dV = V - r + tau rho. In addition to the shared metrics, means over responses:
 
         dro/target_error    \\|r - V - tau rho\\|
         dro/value           V(x)
@@ -51,10 +51,10 @@ def dro_loss(batch: ObjectiveBatch, config: DROConfig) -> LossOutput:
 
 
 def mean_target_of_dro(config: DROConfig, rewards: RewardSummary) -> MeanTarget | None:
-    """mean(r) / tau: V(x) is near 0 at the start, and has yet to learn the mean reward."""
+    """mean(r) / tau, since V(x) is near 0 at the start and has not learned the mean reward."""
     if rewards.mean is None:
         return None
-    remedy = f"nemo-rao score --shift={rewards.mean:.4g}, which subtracts the mean reward that V(x) has yet to learn,"
+    remedy = f"nemo-rao score --shift={rewards.mean:.4g}, which subtracts the mean reward that V(x) must still learn,"
     return MeanTarget(rewards.mean / config.tau, remedy)
 
 
@@ -78,15 +78,14 @@ class KTOConfig(ObjectiveConfig):
     block = "kto"
 
     beta: float = key(0.1, "reward per nat of log-ratio to the reference", low=0, exclusive=True)
-    desirable_weight: float = key(1.0, "lambda_D, of desirable responses", low=0)
-    undesirable_weight: float = key(1.0, "lambda_U, of undesirable responses", low=0)
-    threshold: float | None = key(
-        None, "a response whose reward is above it is desirable; null: the data's labels decide"
-    )
+    desirable_weight: float = key(1.0, "lambda_D, weight of desirable responses", low=0)
+    undesirable_weight: float = key(1.0, "lambda_U, weight of undesirable responses", low=0)
+    threshold: float | None = key(None, "responses with a reward above it are desirable; null: use the data's labels")
 
 
 def desirable(batch: ObjectiveBatch, config: KTOConfig) -> Tensor:
-    """``[P, K]`` bool: by the threshold; else the first of a ranked prompt, or a label of 1."""
+    """``[P, K]`` bool, whether a response is desirable: by the threshold; else the first response of a ranked prompt,
+    or a label of 1."""
     rewards = torch.where(rewarded(batch), batch.rewards, 0)
     if config.threshold is not None:
         return rewards > config.threshold
@@ -98,7 +97,7 @@ def kto_loss(batch: ObjectiveBatch, config: KTOConfig) -> LossOutput:
     """lambda_D (1 - s(beta (rho - z0))) of desirable, lambda_U (1 - s(beta (z0 - rho))) of undesirable responses.
 
     z0 = max(0, mean rho of mismatched prompts and responses), over the *global* batch and without gradient: the same
-    number for every micro-batch and rank. s = logistic. Beside the shared metrics:
+    number for every micro-batch and rank. s = logistic. In addition to the shared metrics:
 
         kto/z0                                     nats
         kto/reward_desirable, _undesirable         beta rho, means over prompts
@@ -124,18 +123,18 @@ def kto_loss(batch: ObjectiveBatch, config: KTOConfig) -> LossOutput:
 
 
 def require_labels(config: KTOConfig, rewards: RewardSummary) -> KTOConfig:
-    """Refuses rewards that are no labels, where no threshold makes labels of them."""
+    """Reject rewards that are not labels if no threshold is set."""
     if config.threshold is None and not (rewards.all_labels or rewards.all_ranked):
         raise UserError(
             "model.kto.threshold is null, but the data's rewards are not labels (1 or 0) and its responses "
-            "are not all pairs of chosen and rejected; set the reward above which a response is desirable"
-            + ("" if rewards.mean is None else f" (their mean is {rewards.mean:.4g})")
+            "are not all pairs of chosen and rejected. Set it to the reward above which a response is desirable"
+            + ("." if rewards.mean is None else f" (the mean reward is {rewards.mean:.4g}).")
         )
     return config
 
 
 def kto_needs(config: KTOConfig) -> Needs:
-    """Rewards for a threshold, else labels."""
+    """Requirements: rewards with a threshold, else labels."""
     return Needs(
         reference=True, kl_estimate=True, preference=config.threshold is None, rewards=config.threshold is not None
     )

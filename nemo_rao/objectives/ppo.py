@@ -1,6 +1,6 @@
 """PPO, proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347), token by token, on fresh samples.
 
-Before the first step on a rollout, from the policy that sampled (old), the reference and the values at that time:
+Computed before the first step on a rollout, from the policy that sampled (old), the reference and the values then:
 
     r_t   = -kl_coef (log pi_old(y_t) - log pi_ref(y_t)), at the last token + the response's reward
     d_t   = r_t + gamma V_old,t+1 - V_old,t,   V_old after the last token = 0
@@ -14,13 +14,13 @@ V_t = V(x, y_<t) is computed at the position that predicts y_t. In each step:
     L_t   = -min(w_t A_t, clip(w_t, 1 - clip, 1 + clip) A_t)
             + value_weight 1/2 max((V_t - R_t)^2, (clip(V_t, V_old,t - value_clip, V_old,t + value_clip) - R_t)^2)
 
-The loss is the mean of L_t over all tokens of the *global* batch. Responses without a reward are left out of
-everything. With ``online.vllm_importance_cap``, the policy's part of L_t, not the critic's, is multiplied by
+The loss is the mean of L_t over all tokens of the *global* batch. Responses without a reward are ignored. With
+``online.vllm_importance_cap``, the policy's part of L_t, not the critic's, is multiplied by
 min(pi_old(y_t) / mu(y_t), cap), where mu is the distribution that the sampler drew from.
 
-**Choice** Mean and variance are those of the *whole rollout*, in float64, the variance divided by the number of tokens
-less 1. Implementations that whiten per rank or per micro-batch depend on how the batch is split.
-**Choice** A truncated response has ended: its last token is not followed by a value. ``online.cut_responses`` decides
+**Choice** Mean and variance are those of the *whole rollout*, in float64, with the variance divided by the number of
+tokens minus 1. Implementations that whiten per rank or per micro-batch depend on how the batch is split.
+**Choice** A truncated response counts as ended: no value follows its last token. ``online.cut_responses`` determines
 its reward.
 **Choice** By default the critic is a linear head on the policy's last hidden states, which needs no second model. The
 states are detached: until the head has learned the level of the rewards, its loss is far larger than the policy's and
@@ -54,37 +54,35 @@ class PPOConfig(ObjectiveConfig):
     kl_coef: float = key(
         0.05, "reward per nat of a token's log-ratio to the reference; 0: no reference is needed", low=0
     )
-    gamma: float = key(1.0, "discount of a token's reward at the token before it", low=0, high=1)
-    gae_lambda: float = key(0.95, "0: advantages trust the values; 1: the sampled rewards alone", low=0, high=1)
-    clip: float = key(0.2, "the ratio counts no further from 1 than this", low=0, high=1)
-    value_clip: float = key(0.2, "values count no further from those before the first step than this", low=0)
-    value_weight: float = key(0.1, "of the value loss", low=0)
+    gamma: float = key(1.0, "discount factor per token", low=0, high=1)
+    gae_lambda: float = key(0.95, "0: advantages rely on the values; 1: only on the sampled rewards", low=0, high=1)
+    clip: float = key(0.2, "the ratio is clipped to 1 plus or minus this", low=0, high=1)
+    value_clip: float = key(0.2, "values are clipped to those before the first step plus or minus this", low=0)
+    value_weight: float = key(0.1, "weight of the value loss", low=0)
     critic: str = key(
         "head",
-        "head: a linear head on the policy's states, which alone the value loss trains; shared: it trains the policy "
-        "too; model: a second model, with an optimizer of its own",
+        "head: a linear head on the policy's states; the value loss trains only the head; shared: it also trains the "
+        "policy; model: a second model, with a separate optimizer",
         choices=("head", "shared", "model"),
     )
     critic_path: str | None = key(
         None,
-        "directory of the run, of a reward model or of any other objective, whose last checkpoint the critic starts "
-        "from, with critic=model; null: from the policy's start",
+        "with critic=model: directory of a run, of a reward model or any other objective, whose last checkpoint "
+        "initializes the critic; null: the policy's initial weights",
     )
-    value_lr: float | None = key(
-        None, "highest learning rate of the critic; null: that of the model", low=0, exclusive=True
-    )
+    value_lr: float | None = key(None, "maximum learning rate of the critic; null: the model's", low=0, exclusive=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.critic != "model" and self.critic_path is not None:
             raise UserError(
-                f"model.ppo.critic_path={self.critic_path}: has no effect with model.ppo.critic={self.critic}; set "
-                "that to model, or leave this out"
+                f"model.ppo.critic_path={self.critic_path}: has no effect with model.ppo.critic={self.critic}. Set "
+                "model.ppo.critic to model, or leave critic_path out."
             )
         if self.critic == "model" and self.value_weight != PPOConfig.value_weight:
             raise UserError(
-                f"model.ppo.value_weight={self.value_weight}: has no effect with model.ppo.critic=model, whose "
-                "optimizer is its own; set model.ppo.value_lr, and leave this out"
+                f"model.ppo.value_weight={self.value_weight}: has no effect with model.ppo.critic=model, which has a "
+                "separate optimizer. Set model.ppo.value_lr instead."
             )
 
 
@@ -95,7 +93,7 @@ def ppo_advantages(sampled: SampledTokens, config: PPOConfig) -> Advantages:
     constant values. ``ppo/return``: mean of R. Both are missing if no response has a reward.
     """
     num_responses, lengths = len(sampled.lengths), sampled.lengths
-    # Responses side by side, ``[N, longest]``, so that one pass from the back is over all of them.
+    # Padded to ``[N, longest]``, so that one backward recursion covers all responses.
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     known = ~np.isnan(sampled.rewards)
 
@@ -113,7 +111,7 @@ def ppo_advantages(sampled: SampledTokens, config: PPOConfig) -> Advantages:
     advantages = np.zeros(mask.shape)
     following, next_value = np.zeros(num_responses), np.zeros(num_responses)
     for t in reversed(range(mask.shape[1])):
-        # After a response's end everything is 0.
+        # All terms are 0 after the end of a response.
         delta = rewards[:, t] + config.gamma * next_value - values[:, t]
         following = delta + config.gamma * config.gae_lambda * following
         advantages[:, t], next_value = following, values[:, t]
@@ -135,10 +133,10 @@ def ppo_advantages(sampled: SampledTokens, config: PPOConfig) -> Advantages:
 def ppo_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
     """Loss and metrics of P prompts with up to K responses. Without the value part if the critic is a separate model.
 
-    Means over tokens, beside those of :func:`ppo_value_loss`:
+    Means over tokens, in addition to those of :func:`ppo_value_loss`:
 
         ppo/ratio            w
-        ppo/clipped          1 where clipping has taken the token's gradient away
+        ppo/clipped          1 where clipping has removed the token's gradient
         ppo/kl               log pi - log pi_ref, nats, with a reference
         ppo/advantage        \\|A\\|
     """
@@ -174,7 +172,7 @@ def ppo_value_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
 
         ppo/value            V
         ppo/value_loss       1/2 max(...), without its weight
-        ppo/value_clipped    1 where clipping has taken the value's gradient away
+        ppo/value_clipped    1 where clipping has removed the value's gradient
     """
     tokens, mask = _rewarded_tokens(batch)
     losses, metrics = _value_losses(tokens, mask, config)
@@ -182,7 +180,7 @@ def ppo_value_loss(batch: ObjectiveBatch, config: PPOConfig) -> LossOutput:
 
 
 def _value_losses(tokens: Tokens, mask: Tensor, config: PPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """``[P, K, L]`` 1/2 max(...), and its metrics."""
+    """Value losses 1/2 max(...), ``[P, K, L]``, and their metrics."""
     values = _at(mask, tokens.values)
     old_values, returns = _at(mask, tokens.old_values).detach(), _at(mask, tokens.returns).detach()
     error = (values - returns).square()
@@ -197,13 +195,13 @@ def _value_losses(tokens: Tokens, mask: Tensor, config: PPOConfig) -> tuple[Tens
 
 
 def _rewarded_tokens(batch: ObjectiveBatch) -> tuple[Tokens, Tensor]:
-    """The tokens, and ``[P, K, L]`` bool: those of responses with a reward."""
+    """(tokens, ``[P, K, L]`` mask of those of responses with a reward)."""
     assert batch.tokens is not None, "ppo was given no tokens"
     return batch.tokens, rewarded(batch)[..., None] & batch.tokens.mask
 
 
 def _at(mask: Tensor, values: Tensor | None) -> Tensor:
-    assert values is not None, "ppo was not given all that it asks of a rollout"
+    assert values is not None, "a per-token input that ppo needs is missing"
     return torch.where(mask, values, 0)
 
 
@@ -212,14 +210,14 @@ def _mean(mask: Tensor, numbers: Tensor) -> Tensor:
 
 
 def mean_advantages(batch: ObjectiveBatch, config: PPOConfig) -> Tensor:
-    """``[P, K]``, the mean of A over a response's tokens; 0 without a reward."""
+    """``[P, K]``, mean of A over a response's tokens; 0 without a reward."""
     assert batch.tokens is not None and batch.tokens.advantages is not None, "ppo was given no advantages"
     mask = batch.tokens.mask & rewarded(batch)[..., None]
     return torch.where(mask, batch.tokens.advantages, 0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def needs_of_ppo(config: PPOConfig) -> Needs:
-    """Without a KL, no reference."""
+    """Requirements; the reference is only needed with a KL."""
     with_model = config.critic == "model"
     return Needs(
         reference=config.kl_coef > 0,

@@ -4,17 +4,16 @@
     r_hat(y)  = beta * (rho(y) + log Z(x))
     L         = (r(x, y) - r_hat(y))^2,    dL / dlogp(y) = -2 beta (r - r_hat) / K
 
-rho(y) = logp(y) - logp_ref(y) of the response, rho_x the same of the prompt without its first token t0, sg = stop
-gradient. Mean over a prompt's responses, then over prompts. A policy reaches zero loss at
+rho(y) = logp(y) - logp_ref(y) of the response, rho_x the same for the prompt without its first token t0, sg = stop
+gradient. Mean over a prompt's responses, then over prompts. The loss of a response is zero at
 rho(y) = r / beta - log_z0 - rho_x.
 
-**Choice** The paper's Z_0 is log Z_0, in nats: it is searched in [-50, 500], and Z, a sum of positive terms, can only
-be negative as a logarithm.
-**Choice** rho_x is taken from each response's own row. The rows of one prompt hold the same number, but for rounding.
-**Beyond the paper** ``log_z0: auto``, the default, sets log_z0 = mean(r) / beta, so that the mean of the rho at which
-the loss is zero starts at 0. The paper's 50 fits the scale of its reward model: with rewards from 0 to 1 it would ask
-every response to lose 40 nats or more. ``prefix_gradient: true`` lets the gradient through rho_x (the variant of
-Eq. 8).
+**Choice** The paper's Z_0 is interpreted as log Z_0, in nats: it is searched in [-50, 500], and Z, a sum of positive
+terms, can only be negative as a logarithm.
+**Choice** rho_x is taken from each response's own row. The rows of one prompt have the same value up to rounding.
+**Beyond the paper** ``log_z0: auto``, the default, sets log_z0 = mean(r) / beta, so that the mean of the target rho is
+initially 0. The paper's 50 fits the scale of its reward model: with rewards from 0 to 1, every response would have to
+lose 40 nats or more. With ``prefix_gradient: true``, the gradient flows through rho_x (the variant of Eq. 8).
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class RAOConfig(ObjectiveConfig):
 
     beta: float = key(0.1, "reward per nat of log-ratio to the reference", low=0, exclusive=True)
     log_z0: float | str = key(
-        AUTO, "nats, the start of log Z(x); auto: mean reward of the training data / beta; the RAO paper has 50"
+        AUTO, "nats, constant part of log Z(x); auto: mean reward of the training data / beta; 50 in the RAO paper"
     )
     prefix_gradient: bool = key(False, "also train the prompt's log-probability through log Z(x) (Eq. 8)")
 
@@ -61,20 +60,20 @@ class RAOConfig(ObjectiveConfig):
 def rao_loss(batch: ObjectiveBatch, config: RAOConfig) -> LossOutput:
     """Loss and metrics of P prompts with up to K responses.
 
-    A response without an explicit reward has no part in the loss. ``rewards/*`` are beta * rho(y), without log Z(x),
-    so that they compare with other objectives'. Beside the shared metrics, means over prompts of the means over
+    Responses without an explicit reward are left out of the loss. ``rewards/*`` are beta * rho(y), without log Z(x),
+    for comparison with other objectives. In addition to the shared metrics, means over prompts of the means over
     responses:
 
         rao/target_error      |r - r_hat|; the loss is the same mean of its square
         rao/log_z             log Z(x), nats
-        rao/prompt_logratio   rho_x, nats: 0 at the start, and the prompt's drift from then on
+        rao/prompt_logratio   rho_x, nats: 0 at the start, then the drift of the prompt's log-probability
 
-    and ``rao/r_hat_chosen``, ``rao/r_hat_rejected``: r_hat of each pair, to be held against ``data/reward_*``.
+    and ``rao/r_hat_chosen``, ``rao/r_hat_rejected``: r_hat of each pair, to be compared with ``data/reward_*``.
     """
-    assert not isinstance(config.log_z0, str), "log_z0: auto is to be resolved before training"
+    assert not isinstance(config.log_z0, str), "log_z0=auto must be resolved before training"
     prompt_log_ratio = log_ratio(batch.prompt_logps, batch.reference_prompt_logps, batch.valid)
     rho = response_log_ratio(batch)
-    # Z normalises: trained, it would let the policy meet its targets by making prompts more or less probable.
+    # Z is detached: with a gradient, the policy could reach its targets by changing the probability of prompts.
     log_z = config.log_z0 + (prompt_log_ratio if config.prefix_gradient else prompt_log_ratio.detach())
     r_hat = config.beta * (rho + log_z)
 
@@ -98,21 +97,21 @@ def resolve_log_z0(config: RAOConfig, rewards: RewardSummary) -> RAOConfig:
     if config.log_z0 != AUTO:
         return config
     if rewards.mean is None:
-        raise UserError("model.rao.log_z0=auto: needs a reward of every training response; set a number of nats")
+        raise UserError("model.rao.log_z0=auto: every training response must have a reward. Set it to a number (nats).")
     return dataclasses.replace(config, log_z0=rewards.mean / config.beta)
 
 
 def mean_target_of_rao(config: RAOConfig, rewards: RewardSummary) -> MeanTarget | None:
-    """mean(r) / beta - log_z0: rho_x is 0 at the start."""
+    """mean(r) / beta - log_z0, since rho_x is 0 at the start."""
     if rewards.mean is None:
         return None
-    assert not isinstance(config.log_z0, str), "log_z0: auto is to be resolved first"
+    assert not isinstance(config.log_z0, str), "log_z0=auto must be resolved first"
     centred = rewards.mean / config.beta
     return MeanTarget(centred - config.log_z0, f"model.rao.log_z0={centred:.4g} ({AUTO})")
 
 
 def needs_of_rao(config: RAOConfig) -> Needs:
-    """``prefix_gradient`` trains through the prompts' log-probabilities, too."""
+    """Requirements; ``prefix_gradient`` needs the gradient of the prompts' log-probabilities."""
     return Needs(
         reference=True,
         rewards=True,

@@ -1,7 +1,7 @@
-"""Losses of pairs that need no reference policy: slic, simpo, alphapo, orpo.
+"""Pairwise losses without a reference policy: slic, simpo, alphapo, orpo.
 
-Each function is the loss of one pair; :mod:`nemo_rao.objectives.pair_loss` does the rest. logp and |y| as there, mean
-logp = logp / |y|, ls = log of the logistic.
+Each function computes the loss of one pair; :mod:`nemo_rao.objectives.pair_loss` reduces it and defines logp and |y|.
+mean logp = logp / |y|, ls = log of the logistic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nemo_rao.objectives.pair_loss import WITHOUT_REFERENCE, PairConfig, Terms, 
 class SLiCConfig(PairConfig):
     block = "slic"
 
-    delta: float = key(1.0, "nats by which the chosen response is to be more probable", low=0)
+    delta: float = key(1.0, "target margin of the log-probabilities, nats", low=0)
     lam: float = key(0.1, "lambda: weight of the chosen response's negative log-probability, summed over tokens", low=0)
 
 
@@ -70,15 +70,15 @@ SIMPO = Objective(
 class AlphaPOConfig(PairConfig):
     block = "alphapo"
 
-    alpha: float = key(0.25, "shape of the reward; 0 is simpo's logarithm")
+    alpha: float = key(0.25, "shape of the reward; 0: logarithm, as in simpo")
     beta: float = key(2.5, "scale of the reward", low=0, exclusive=True)
     gamma: float = key(0.1, "target margin of the rewards", low=0)
 
 
 def alphapo_reward(mean_logp: Tensor, alpha: float) -> Tensor:
-    """R = (1 - p^-alpha) / alpha with p = exp(mean logp), without its power: -expm1(-alpha mean logp) / alpha.
+    """R = (1 - p^-alpha) / alpha with p = exp(mean logp), computed as -expm1(-alpha mean logp) / alpha.
 
-    **Choice** Above e^40 the power goes on as its tangent, so that R and its gradient stay finite in float32.
+    **Choice** Above e^40 the power is continued by its tangent, so that R and its gradient stay finite in float32.
     """
     if alpha == 0:
         return mean_logp
@@ -111,17 +111,17 @@ ALPHAPO = Objective(
 class ORPOConfig(PairConfig):
     block = "orpo"
 
-    lam: float = key(0.1, "lambda: weight of the odds ratio beside the negative log-likelihood; TRL's beta", low=0)
+    lam: float = key(0.1, "lambda: weight of the odds ratio relative to the negative log-likelihood; TRL's beta", low=0)
 
 
 def log_odds(mean_logp: Tensor) -> Tensor:
     """log(p / (1 - p)) with p = exp(mean logp), exact for p near 0 and near 1.
 
-    **Choice** 1 - p is taken to be 1e-6 at least: a response that is certain has no gradient rather than NaN.
+    **Choice** 1 - p is clamped to at least 1e-6: a response with probability 1 has zero gradient instead of NaN.
     """
     mean_logp = mean_logp.clamp(max=-1e-6)
     near_one = mean_logp > -0.6931471805599453
-    # Each branch is given numbers at which it is finite, lest the other's gradient become NaN.
+    # Each branch gets inputs at which it is finite; otherwise torch.where would pass on NaN gradients.
     of_large = torch.log(-torch.expm1(torch.where(near_one, mean_logp, -0.5)))
     of_small = torch.log1p(-torch.exp(torch.where(near_one, -1.0, mean_logp)))
     return mean_logp - torch.where(near_one, of_large, of_small)
@@ -130,7 +130,7 @@ def log_odds(mean_logp: Tensor) -> Tensor:
 def orpo_loss(chosen: Terms, rejected: Terms, config: ORPOConfig) -> Tensor:
     """-mean logp(w) - lambda ls(log odds(w) - log odds(l)).
 
-    TRL's first term also covers the prompt's tokens, and averages over all tokens of a batch.
+    TRL's first term also covers the prompt's tokens and is averaged over all tokens of a batch.
     """
     ratio = log_odds(chosen.mean_logp) - log_odds(rejected.mean_logp)
     return -chosen.mean_logp - config.lam * logsigmoid(ratio)

@@ -1,7 +1,7 @@
-"""Losses of reward models: rm (Bradley-Terry, pairs) and rm_regression (given numbers).
+"""Losses of reward models: rm (Bradley-Terry, on pairs) and rm_regression (on numeric labels).
 
-s(y) is the score of a linear head on the final hidden state of the response's end token. Metrics ``rewards/*`` are of
-scores, in place of implicit rewards.
+s(y) is the score of a linear head on the final hidden state of the response's end token. The metrics ``rewards/*`` are
+computed from scores instead of implicit rewards.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ from nemo_rao.objectives.reductions import metric, sum_of_prompt_means
 class RewardModelConfig(ObjectiveConfig):
     block = "rm"
 
-    margin: float = key(0.0, "multiple of the explicit rewards' difference that the scores' is to exceed", low=0)
+    margin: float = key(0.0, "target margin of scores per unit of difference of explicit rewards", low=0)
     center: float = key(0.01, "weight of (s_w + s_l)^2, which keeps scores around 0", low=0)
 
 
 def bradley_terry_loss(batch: ObjectiveBatch, config: RewardModelConfig) -> LossOutput:
-    """-ls(s_w - s_l - m) + c (s_w + s_l)^2, m = margin (r_w - r_l); the mean over a prompt's pairs.
+    """-ls(s_w - s_l - m) + c (s_w + s_l)^2, m = margin (r_w - r_l); mean over a prompt's pairs.
 
-    Beside ``rewards/*`` of scores, means over pairs, of how far the probability p = sigmoid(s_w - s_l) can be relied
-    upon:
+    In addition to ``rewards/*`` of scores, means over pairs that measure the calibration of p = sigmoid(s_w - s_l):
 
         rm/accuracy      1 where s_w > s_l
-        rm/confidence    max(p, 1 - p); where it is above the accuracy, the model is too sure
-        rm/brier         (1 - p)^2, 0.25 for a model that knows nothing
+        rm/confidence    max(p, 1 - p); if it is above the accuracy, the model is overconfident
+        rm/brier         (1 - p)^2, 0.25 for an uninformative model
     """
     assert batch.scores is not None, "a reward model's loss was given no scores"
     pairs, scores = all_pairs(batch), batch.scores[:, :, 0]
@@ -65,7 +64,7 @@ def bradley_terry_loss(batch: ObjectiveBatch, config: RewardModelConfig) -> Loss
 
 
 def bradley_terry_needs(config: RewardModelConfig) -> Needs:
-    """Rewards, too, for a margin."""
+    """Requirements; a margin also needs rewards."""
     return Needs(preference=True, pairs=True, min_responses=2, rewards=config.margin > 0, scores=1)
 
 
@@ -87,15 +86,15 @@ RM = Objective(
 class RegressionConfig(ObjectiveConfig):
     block = "rm_regression"
 
-    mask_value: float = key(-100.0, "a label that says that an attribute is unknown, as null does")
-    num_attributes: int | None = key(None, "scores of the head; null: the fields that data.reward_field names", low=1)
+    mask_value: float = key(-100.0, "label of an unknown attribute, besides null")
+    num_attributes: int | None = key(None, "number of scores of the head; null: one per data.reward_field", low=1)
 
 
 def regression_loss(batch: ObjectiveBatch, config: RegressionConfig) -> LossOutput:
-    """The mean over a response's known attributes of (s_a - r_a)^2, then over its prompt's responses.
+    """Mean over a response's known attributes of (s_a - r_a)^2, then over its prompt's responses.
 
-    A response without a known attribute has no part. ``rm/error``: the same mean of \\|s_a - r_a\\|. ``rewards/*`` are
-    of the first attribute.
+    Responses without a known attribute are left out. ``rm/error``: the same mean of \\|s_a - r_a\\|. ``rewards/*`` are
+    those of the first attribute.
     """
     assert batch.scores is not None, "a reward model's loss was given no scores"
     labels = batch.rewards[:, :, None] if batch.reward_ensemble is None else batch.reward_ensemble
@@ -113,13 +112,13 @@ def regression_loss(batch: ObjectiveBatch, config: RegressionConfig) -> LossOutp
 
 
 def count_attributes(config: RegressionConfig, rewards: RewardSummary) -> RegressionConfig:
-    """As many scores as the data has attributes."""
+    """Set the number of scores to the number of attributes in the data."""
     if config.num_attributes is None:
         return dataclasses.replace(config, num_attributes=rewards.num_columns)
     if config.num_attributes != rewards.num_columns:
         raise UserError(
             f"model.rm_regression.num_attributes={config.num_attributes}, but data.reward_field names "
-            f"{rewards.num_columns}; make them equal, or leave num_attributes out"
+            f"{rewards.num_columns}. Make them equal, or leave num_attributes out."
         )
     return config
 

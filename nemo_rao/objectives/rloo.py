@@ -1,19 +1,19 @@
 """RLOO, REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740, Eq. 7), on fresh samples.
 
-    R_k = r_k - beta * rho(y_k)                      the reward less the response's share of the KL to the reference
+    R_k = r_k - beta * rho(y_k)                      the reward minus the response's contribution to the KL
     A_k = R_k - mean of the other R of the prompt    = K / (K - 1) (R_k - mean R)
     L   = -A_k rho(y_k),                             dL / dlogp(y_k) = -A_k / K
 
-R and A carry no gradient. Mean over a prompt's responses, then over prompts. With samples of the policy itself the
-expectation of the gradient is that of -E[r] + beta KL(pi || pi_ref).
+R and A carry no gradient. Mean over a prompt's responses, then over prompts. With samples from the current policy, the
+expected gradient is that of -E[r] + beta KL(pi || pi_ref).
 
 At eta 1 the gradient of :mod:`rpo <nemo_rao.objectives.rpo>`'s ``sqloo`` on the same samples is beta K^2 / (K - 1)
 times this one: its sum over responses is not divided by K.
 
-**Choice** The paper has logp instead of the last rho. The two differ by a constant, and rho, which is small, has less
+**Choice** The paper has logp instead of the last rho. The two differ by a constant, and rho, which is smaller, has less
 rounding error.
-**Choice** rho is that of the current policy. On fresh samples this is the policy that sampled; if a rollout serves
-several steps (``online.mini_batches``, ``online.epochs``), no importance ratio corrects for its age.
+**Choice** rho is that of the current policy. On fresh samples this is the policy that sampled; if a rollout is used for
+several steps (``online.mini_batches``, ``online.epochs``), no importance ratio corrects for staleness.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RLOOConfig(ObjectiveConfig):
 
 
 def rloo_loss(batch: ObjectiveBatch, config: RLOOConfig) -> LossOutput:
-    """Loss and metrics of P prompts with up to K responses; a prompt with one is left out.
+    """Loss and metrics of P prompts with up to K responses; prompts with a single response are left out.
 
     ``rloo/advantage``: mean over a prompt's responses of \\|A\\|, then over prompts.
     """
@@ -67,7 +67,7 @@ def rloo_advantages(batch: ObjectiveBatch, config: RLOOConfig) -> Tensor:
 
 
 def _compared(batch: ObjectiveBatch) -> Tensor:
-    """``[P, K]`` bool: the rewarded responses of prompts that have at least two."""
+    """``[P, K]`` bool, true for rewarded responses of prompts with at least two of them."""
     valid = rewarded(batch)
     return valid & (valid.sum(-1, keepdim=True) >= 2)
 

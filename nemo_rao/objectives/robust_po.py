@@ -2,9 +2,9 @@
 
     L = min over models m of (r_m(w) - r_m(l) - beta Delta)^2  - gamma mean logp(w),    Delta = rho(w) - rho(l)
 
-One reward model is plain distillation. Of several, named by ``data.reward_field=[a, b, ...]``, each pair takes the one
-that is nearest to the policy. **Choice** The minimum is taken for each pair, not for each batch, so that it does not
-depend on how a batch is split. The paper's optional forward KL to the data is the last term, per token.
+With one reward model this is plain distillation. With several (``data.reward_field=[a, b, ...]``), each pair uses the
+one closest to the policy. **Choice** The minimum is taken per pair, not per batch, so that it does not depend on how a
+batch is split. The last term is the paper's optional forward KL to the data, per token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RobustPOConfig(PairConfig):
 
 
 def robust_po_loss(batch: ObjectiveBatch, config: RobustPOConfig) -> LossOutput:
-    """Loss and metrics; ``robust_po/target_error``: mean of the root of the squared error, over pairs, then prompts."""
+    """Loss and metrics. ``robust_po/target_error``: mean absolute error over pairs, then prompts."""
     pairs, responses = all_pairs(batch), terms(batch)
     chosen, rejected = responses.through(pairs.of_chosen), responses.through(pairs.of_rejected)
     implicit = config.beta * (chosen.rho - rejected.rho)

@@ -1,20 +1,20 @@
-"""RPO, Reward-aware Preference Optimization: one family of losses (Sun et al. 2025, arXiv 2502.00203).
+"""RPO, Reward-aware Preference Optimization, a family of losses (Sun et al. 2025, arXiv 2502.00203).
 
     a_k = beta * rho(y_k), the implicit rewards;  b_k = eta * r_k, the explicit ones;  d = a - b
     bwd     KL(softmax(b) || softmax(a)),    d/da_k = softmax(a)_k - softmax(b)_k
     fwd     KL(softmax(a) || softmax(b))
     sqloo   1/2 sum_k (d_k - mean of the other d)^2 = 1/2 (K / (K-1))^2 sum_k (d_k - mean d)^2
-    sq      (a_1 - a_2 - (b_1 - b_2))^2, which at K = 2 is sqloo
+    sq      (a_1 - a_2 - (b_1 - b_2))^2, which equals sqloo at K = 2
 
-all of one prompt, over its K responses. ``use_reference: false`` puts logp in the place of rho, ``length_normalized``
-divides either by \\|y\\|, ``margin`` is subtracted from the best response's a. ``explicit: constant`` takes b = ``gap``
-for the best response and 0 for the others, in place of rewards: preferences without scores.
+for one prompt, over its K responses. ``use_reference: false`` replaces rho by logp, ``length_normalized`` divides
+either by \\|y\\|, and ``margin`` is subtracted from the best response's a. ``explicit: constant`` sets b = ``gap`` for
+the best response and 0 for the others, for preferences without rewards.
 
 DPO is bwd with a large gap, cDPO bwd with gap log((1-eps)/eps), IPO sq with gap 1/2, robust_po sq with eta 1, SimPO bwd
 with a large gap, length-normalized, without reference and with a margin; on K responses bwd is InfoNCA.
 
-**Choice** For K > 2, sq is the mean of (d_i - d_j)^2 over pairs. A prompt with one response has no part; one without a
-preference (all rewards equal) has none where constants stand in for rewards.
+**Choice** For K > 2, sq is the mean of (d_i - d_j)^2 over pairs. Prompts with a single response are left out, as are,
+with ``explicit: constant``, prompts without a preference (all rewards equal).
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from nemo_rao.objectives.pair_loss import PairConfig, terms
 from nemo_rao.objectives.pairs import best_and_worst, select_best, take
 from nemo_rao.objectives.reductions import mean_of_responses, metric, rewarded, sum_of_prompt_means, sum_over_prompts
 
-_IMPOSSIBLE = -1e30  # a logit whose softmax is 0, finite so that 0 times it is 0
+_IMPOSSIBLE = -1e30  # logit with softmax 0, finite so that its product with 0 is 0
 
 
 @dataclass(frozen=True)
 class RPOConfig(PairConfig):
     block = "rpo"
 
-    distance: str = key("bwd", "of implicit from explicit rewards", choices=("bwd", "fwd", "sq", "sqloo"))
+    distance: str = key("bwd", "distance between implicit and explicit rewards", choices=("bwd", "fwd", "sq", "sqloo"))
     beta: float = key(0.1, "implicit reward per nat of log-ratio (or log-probability)", low=0, exclusive=True)
     eta: float = key(1.0, "scale of the explicit rewards", low=0, exclusive=True)
     explicit: str = key(
         "rewards",
-        "rewards: those of the data; constant: gap for the best response, 0 for the others",
+        "rewards: the data's rewards; constant: gap for the best response, 0 for the others",
         choices=("rewards", "constant"),
     )
-    gap: float = key(1.0, "with explicit=constant: by how much the best response's reward is higher", low=0)
-    use_reference: bool = key(True, "implicit rewards of log-ratios to the reference; false: of log-probabilities")
-    length_normalized: bool = key(False, "divide log-ratios or log-probabilities by the response's tokens")
+    gap: float = key(1.0, "with explicit=constant: reward of the best response; the others have 0", low=0)
+    use_reference: bool = key(True, "compute implicit rewards from log-ratios; false: from log-probabilities")
+    length_normalized: bool = key(False, "divide log-ratios or log-probabilities by the number of response tokens")
     margin: float = key(0.0, "subtracted from the best response's implicit reward; simpo's gamma", low=0)
 
 
@@ -90,7 +90,7 @@ def rpo_loss(batch: ObjectiveBatch, config: RPOConfig) -> LossOutput:
 
 
 def sq(a: Tensor, b: Tensor, valid: Tensor) -> Tensor:
-    """``[P]``: the mean over pairs of (d_i - d_j)^2. Arguments ``[P, K]``, as of all distances; 0 where not valid."""
+    """``[P]``, mean over pairs of (d_i - d_j)^2. As for all distances, arguments are ``[P, K]``, 0 where not valid."""
     difference = a - b
     squares = (difference[:, :, None] - difference[:, None, :]).square()
     pairs = _pairs_of(valid)
@@ -98,19 +98,19 @@ def sq(a: Tensor, b: Tensor, valid: Tensor) -> Tensor:
 
 
 def sqloo(a: Tensor, b: Tensor, valid: Tensor) -> Tensor:
-    """``[P]``: half the sum of squares of each d against the mean of the others."""
+    """``[P]``, half the sum of squared differences between each d and the mean of the others."""
     difference, counts = a - b, valid.sum(-1).to(a.dtype)
     deviations = torch.where(valid, difference - mean_of_responses(difference, valid), 0)
     return 0.5 * (counts / (counts - 1).clamp(min=1)).square() * deviations.square().sum(-1)
 
 
 def bwd(a: Tensor, b: Tensor, valid: Tensor) -> Tensor:
-    """``[P]``: KL(softmax(b) || softmax(a)), nats."""
+    """``[P]``, KL(softmax(b) || softmax(a)), nats."""
     return _kl(_log_softmax(b, valid), _log_softmax(a, valid), valid)
 
 
 def fwd(a: Tensor, b: Tensor, valid: Tensor) -> Tensor:
-    """``[P]``: KL(softmax(a) || softmax(b)), nats."""
+    """``[P]``, KL(softmax(a) || softmax(b)), nats."""
     return _kl(_log_softmax(a, valid), _log_softmax(b, valid), valid)
 
 
@@ -126,13 +126,13 @@ def _kl(log_p: Tensor, log_q: Tensor, valid: Tensor) -> Tensor:
 
 
 def _pairs_of(valid: Tensor) -> Tensor:
-    """``[P, K, K]`` bool: two different valid responses, in either order."""
+    """``[P, K, K]`` bool, true for two different valid responses, in either order."""
     different = ~torch.eye(valid.shape[-1], dtype=torch.bool, device=valid.device)
     return valid[:, :, None] & valid[:, None, :] & different
 
 
 def rpo_needs(config: RPOConfig) -> Needs:
-    """As the keys say; sq alone is a loss of pairs."""
+    """Requirements according to the keys; only sq needs pairs."""
     return Needs(
         reference=config.use_reference,
         rewards=config.explicit == "rewards",

@@ -2,9 +2,9 @@
 
     L = -logp(y) / |y| - w logp(x) / |x|,    dL / dlogp(y) = -1 / |y|,    dL / dlogp(x) = -w / |x|
 
-y is the chosen response of a published pair, else the response with the highest reward where all rewards are known,
-else the first. **Choice** The mean over a response's tokens, then over prompts: a long response weighs as much as
-a short one. w = ``prompt_weight`` is 0, and the prompt is not learned, unless it is set.
+y is the chosen response of a labelled pair, else the response with the highest reward if all rewards are known, else
+the first. **Choice** Mean over a response's tokens, then over prompts: long and short responses have the same weight.
+w = ``prompt_weight`` is 0 by default, so that the prompt is not learned.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from nemo_rao.objectives.reductions import sum_over_prompts
 class SFTConfig(ObjectiveConfig):
     block = "sft"
 
-    prompt_weight: float = key(0.0, "weight of the prompt's own mean negative log-likelihood, as in pretraining", low=0)
+    prompt_weight: float = key(0.0, "weight of the prompt's mean negative log-likelihood, as in pretraining", low=0)
 
 
 def sft_loss(batch: ObjectiveBatch, config: SFTConfig) -> LossOutput:
-    """Loss and metrics of P prompts with up to K responses; where there are pairs, how the rejected ones fare too."""
+    """Loss and metrics of P prompts with up to K responses; metrics also cover the rejected ones of pairs."""
     index, valid = select_best(batch)
     losses = -take(batch.response_logps, index, valid) / take(batch.lengths, index, valid).clamp(min=1)
     if config.prompt_weight:
@@ -38,7 +38,7 @@ def sft_loss(batch: ObjectiveBatch, config: SFTConfig) -> LossOutput:
 
 
 def needs_of_sft(config: SFTConfig) -> Needs:
-    """Prompts are learned where they have a weight."""
+    """Requirements; prompts are only needed if they have a weight."""
     return Needs(prompt_logps=config.prompt_weight > 0, prompt_gradient=config.prompt_weight > 0)
 
 

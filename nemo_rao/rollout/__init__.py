@@ -1,1 +1,1 @@
-"""Rollouts: responses that the policy in training samples itself, and what is made of them before an update."""
+"""Rollouts: responses sampled from the policy in training, and their processing before an update."""

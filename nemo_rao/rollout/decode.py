@@ -1,9 +1,9 @@
-"""Responses sampled from the training model itself, in place, under its own tensor, pipeline and expert parallelism.
+"""Sampling from the training model in place, under its own tensor, pipeline and expert parallelism.
 
-Keys and values of earlier tokens are kept in megatron-core's static inference context, which its attention layers fill
-and read with Transformer Engine and without. Rows of a batch stand at the same position: all prompts are read up to the
-length of the shortest, and the longer ones' further tokens are given, not drawn. A prompt that is sampled several times
-is read once. Rows that have ended leave the batch once they are half of it.
+Keys and values of earlier tokens are cached in megatron-core's static inference context, which its attention layers
+fill and read with and without Transformer Engine. All rows of a batch are at the same position: the prefill covers all
+prompts up to the length of the shortest, and the remaining tokens of longer prompts are forced instead of sampled. A
+prompt with several responses is prefilled once. Finished rows are removed once they are half of the batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nemo_rao.ops.sampling import draw
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn; see :func:`nemo_rao.ops.sampling.draw`."""
+    """Sampling parameters; see :func:`nemo_rao.ops.sampling.draw`."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -36,11 +36,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """K responses to one prompt.
+    """Request for K responses to one prompt.
 
     Attributes:
         prompt: ``[prompt tokens]`` int32, the generation prompt last.
-        uniforms: ``[K, max_new_tokens]`` float64 in [0, 1), one for each token that may be drawn.
+        uniforms: ``[K, max_new_tokens]`` float64 in [0, 1), one for each token that may be sampled.
     """
 
     prompt: np.ndarray
@@ -49,12 +49,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One response.
+    """One sampled response.
 
     Attributes:
-        tokens: int32, the end token included where it was drawn; at least one.
-        logps: float32, each token's log-probability under the model, in nats, whatever the temperature.
-        is_cut: it ended at ``max_new_tokens``, without an end token.
+        tokens: int32, including the end token if it was sampled; at least one.
+        logps: float32, nats, each token's log-probability under the model at temperature 1.
+        is_cut: whether it reached ``max_new_tokens`` without an end token.
     """
 
     tokens: np.ndarray
@@ -72,16 +72,16 @@ def sample(
     rows_at_once: int,
     vocab_size: int,
 ) -> list[list[Sampled]]:
-    """Responses to each request, in order, the same on every rank of the model-parallel group.
+    """Sample responses to each request, in order, identical on every rank of the model-parallel group.
 
-    A collective of the model-parallel group; where data-parallel ranks share experts, of all of them.
+    A collective over the model-parallel group; if data-parallel ranks share experts, over all of them.
 
     Args:
         chunks: this rank's model chunks, as Megatron's schedules take them.
-        requests: those of this data-parallel rank.
-        max_new_tokens: tokens of a response, its end token included.
-        end_tokens: any of them ends a response.
-        rows_at_once: rows, of K for each prompt, that are decoded together; at least K.
+        requests: requests of this data-parallel rank.
+        max_new_tokens: tokens of a response, including its end token.
+        end_tokens: tokens that end a response.
+        rows_at_once: number of rows (K per prompt) decoded together; at least K.
         vocab_size: V without padding.
     """
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
@@ -95,7 +95,7 @@ def sample(
 
 
 def _batches(requests: Sequence[Request], order: Sequence[int], rows_at_once: int) -> list[list[int]]:
-    """Requests that are decoded together, of about the same length."""
+    """Group requests of similar length into batches, given as indices."""
     batches: list[list[int]] = []
     rows = 0
     for i in order:
@@ -109,7 +109,7 @@ def _batches(requests: Sequence[Request], order: Sequence[int], rows_at_once: in
 
 
 def _as_many_on_every_rank(batches: list[list[int]]) -> Iterator[list[int]]:
-    """The batches, and where ranks share experts, empty ones until no rank has any left."""
+    """The batches, followed by empty ones until no rank has any left if ranks share experts."""
     most = _largest(len(batches))
     yield from batches
     for _ in range(most - len(batches)):
@@ -117,7 +117,7 @@ def _as_many_on_every_rank(batches: list[list[int]]) -> Iterator[list[int]]:
 
 
 def _largest(number: int) -> int:
-    """Of all ranks that share experts; the number itself where they do not."""
+    """Maximum over all ranks that share experts, or ``number`` if they do not."""
     if parallel_state.get_expert_model_parallel_world_size() == 1:
         return number
     largest = torch.tensor(number, device=_device())
@@ -133,7 +133,7 @@ def _device() -> torch.device:
 
 @contextlib.contextmanager
 def _whole_tokens(chunks: Sequence[Any]) -> Iterator[None]:
-    """Without sequence parallelism: one token cannot be split over ranks."""
+    """Disable sequence parallelism: a single token cannot be split over ranks."""
     changed: list[Any] = []
     for chunk in chunks:
         for module in unwrapped(chunk).modules():
@@ -154,9 +154,9 @@ def _whole_tokens(chunks: Sequence[Any]) -> Iterator[None]:
 
 
 class _Decoder:
-    """The responses of one batch.
+    """Decodes one batch.
 
-    Tokens and everything that follows from them are the same on all ranks; logits are on the last pipeline stage alone.
+    Tokens and everything derived from them are identical on all ranks; only the last pipeline stage has logits.
     """
 
     def __init__(
@@ -176,14 +176,14 @@ class _Decoder:
         self._vocab_size = vocab_size
 
     def run(self, requests: Sequence[Request]) -> list[list[Sampled]]:
-        """Of each request K responses. Without requests, passes that the others' experts need, and nothing."""
+        """Sample K responses per request. Without requests, only run the passes that other ranks' experts need."""
         lengths = [len(one.prompt) for one in requests] or [1]
         shortest, longest = min(lengths), _largest(max(lengths)) + self._max_new_tokens
         shortest_of_all = -_largest(-shortest)
         prompts = torch.zeros(len(lengths), max(lengths), dtype=torch.long, device=_device())
         for number, one in enumerate(requests):
             prompts[number, : lengths[number]] = torch.from_numpy(one.prompt.astype(np.int64))
-        # One for each model chunk: each of them counts the tokens that it has seen.
+        # One context per model chunk, since each counts the tokens that it has seen.
         self._contexts = [StaticInferenceContext(len(prompts), longest) for _ in self._chunks]
         logits = self._forward(prompts[:, :shortest_of_all])
 
@@ -211,13 +211,13 @@ class _Decoder:
         return rows.responses([len(one.uniforms) for one in requests])
 
     def _keep(self, rows: Tensor) -> None:
-        """Keys and values of these rows, in this order, any of them several times."""
+        """Reindex the cached keys and values by rows; a row may occur several times."""
         for context in self._contexts:
             for layer, memory in context.key_value_memory_dict.items():
                 context.key_value_memory_dict[layer] = tuple(part[:, rows] for part in memory)
 
     def _next(self, logits: Tensor | None, rows: _Rows, position: int) -> tuple[Tensor, Tensor]:
-        """``([B], [B])`` of all ranks: the tokens at a position, drawn or given, and what the model gives them."""
+        """``([B], [B])`` on all ranks: the tokens at a position, sampled or forced, and their log-probabilities."""
         number = len(rows.tokens)
         drawn = torch.zeros(2, number, dtype=torch.float64, device=_device())
         if logits is not None:
@@ -227,7 +227,7 @@ class _Decoder:
             tokens = torch.where(given, rows.given(at), self._drawn(logits, rows.uniforms_at(position)))
             logps = logits.log_softmax(-1)
             drawn[0], drawn[1] = tokens, logps.gather(-1, tokens[:, None])[:, 0]
-            # Sums on a GPU need not come out the same twice: one rank has drawn for all.
+            # GPU reductions are not deterministic, so one rank samples for all.
             torch.distributed.broadcast(
                 drawn,
                 parallel_state.get_tensor_model_parallel_src_rank(),
@@ -246,7 +246,7 @@ class _Decoder:
         return draw(logits, uniform, temperature, self._sampling.top_k, self._sampling.top_p)
 
     def _forward(self, tokens: Tensor) -> Tensor | None:
-        """``[B, V]`` logits behind the last of the tokens ``[B, n]``, on the last pipeline stage; else ``None``."""
+        """``[B, V]`` logits after the last of the tokens ``[B, n]``, on the last pipeline stage; else ``None``."""
         start, (number, length) = self._contexts[0].sequence_len_offset, tokens.shape
         positions = torch.arange(start, start + length, device=tokens.device).expand(number, length)
         output: Any = None
@@ -301,19 +301,19 @@ class _Decoder:
 
 
 class _Rows:
-    """What is known of the rows of a batch: those that are still decoded, and the responses of all.
+    """State of a batch: the rows still being decoded, and the responses of all rows.
 
     Args:
         prompts: ``[B, longest]``; lengths: ``[B]`` tokens.
         uniforms: ``[B, max_new_tokens]`` float64.
-        live: there is anything to sample; else the rows are there for other ranks' sake.
+        live: whether there is anything to sample; otherwise the rows only keep collectives of other ranks going.
     """
 
     def __init__(self, prompts: Tensor, lengths: Tensor, uniforms: Tensor, max_new_tokens: int, *, live: bool) -> None:
         self.tokens = prompts
         self.lengths = lengths
         self._uniforms = uniforms.to(prompts.device)
-        self._numbers = torch.arange(len(prompts), device=prompts.device)  # of the rows, among all
+        self._numbers = torch.arange(len(prompts), device=prompts.device)  # index of each remaining row among all rows
         self._max_new_tokens = max_new_tokens
         self._live = torch.full((len(prompts),), live, device=prompts.device)
         self._drawn = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=prompts.device)
@@ -326,16 +326,16 @@ class _Rows:
         return int(self._live.sum())
 
     def given(self, at: Tensor) -> Tensor:
-        """``[B]`` the prompt's tokens at positions ``[B]``."""
+        """``[B]``, the prompts' tokens at positions ``[B]``."""
         return self.tokens.gather(1, at[:, None])[:, 0]
 
     def uniforms_at(self, position: int) -> Tensor:
-        """``[B]``; those of rows that draw nothing at this position do not count."""
+        """``[B]`` uniform numbers for a position; values of rows that do not sample there are arbitrary."""
         at = (position - self.lengths).clamp(0, self._uniforms.shape[1] - 1)
         return self._uniforms.gather(1, at[:, None])[:, 0]
 
     def take(self, tokens: Tensor, logps: Tensor, position: int, end_tokens: Tensor) -> None:
-        """Put ``[B]`` tokens at their place, and end the rows that end with them."""
+        """Store ``[B]`` tokens at a position, and mark the rows that end with them as finished."""
         drawn = self._live & (position >= self.lengths)
         at = (position - self.lengths).clamp(min=0)[drawn]
         numbers = self._numbers[drawn]
@@ -348,7 +348,7 @@ class _Rows:
         self._live = self._live & ~(drawn & (is_end | is_full))
 
     def compact(self) -> Tensor | None:
-        """Leave out ended rows once they are half of all; returns the places of those that stay, or ``None``."""
+        """Remove finished rows once they are half of all. Returns the indices of the remaining rows, or ``None``."""
         if 2 * self.num_live > len(self._live) or not self.num_live:
             return None
         kept = self._live.nonzero()[:, 0]
@@ -357,7 +357,7 @@ class _Rows:
         return kept
 
     def responses(self, numbers: Sequence[int]) -> list[list[Sampled]]:
-        """Of requests with so many responses each."""
+        """Responses grouped by request; ``numbers`` holds the number of responses per request."""
         drawn, logps = self._drawn.to(torch.int32).cpu().numpy(), self._logps.cpu().numpy()
         counts, cut = self._counts.tolist(), self._cut.tolist()
         ends = np.cumsum([0, *numbers])

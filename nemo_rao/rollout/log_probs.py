@@ -1,4 +1,4 @@
-"""Log-probabilities and values of a rollout by a pass over its whole rows, of whatever weights the model has."""
+"""Log-probabilities and values of a rollout under the model's current weights, by a forward pass over whole rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nemo_rao.rollout.samples import Rollout
 
 
 class LogProbs(NamedTuple):
-    """What a pass over a rollout's rows gives.
+    """Result of a pass over a rollout's rows.
 
     Attributes:
-        sums: ``[S * K, 2]`` float32 (prompt without t0, response; nats).
-        tokens: float32, of each token, laid out as ``rollout.tokens``; ``None`` where not wanted.
-        values: float32, the value head's, laid out likewise; ``None`` where not wanted.
+        sums: ``[S * K, 2]`` float32, log-probs of (prompt without t0, response), nats.
+        tokens: float32, log-prob of each token, laid out as ``rollout.tokens``; ``None`` if not requested.
+        values: float32, the value head's values, laid out likewise; ``None`` if not requested.
     """
 
     sums: np.ndarray
@@ -39,14 +39,14 @@ def rollout_log_probs(
     of_tokens: bool,
     of_values: bool = False,
 ) -> LogProbs:
-    """Compute log-probabilities, and values if wanted. A collective over all ranks, which all have the result.
+    """Compute log-probabilities, and values if requested. A collective over all ranks, which all get the result.
 
     Args:
-        chunks: this rank's model chunks; left in the mode they came in.
+        chunks: this rank's model chunks; their training mode is restored.
         make_micro_batch: slots of the rollout -> micro-batch.
         micro_batch_size: slots.
         vocab_size: V without padding.
-        of_tokens: also return the log-probability of each token; the sums of prompts are 0 then.
+        of_tokens: also return the log-probability of each token; the prompts' log-probs are 0 then.
         of_values: also return each token's value; requires ``of_tokens``.
     """
 
@@ -79,7 +79,7 @@ def rollout_values(
     """Compute a critic's value of each token, float32, laid out as ``rollout.tokens``. A collective over all ranks.
 
     Args:
-        chunks: this rank's of the critic.
+        chunks: this rank's model chunks of the critic.
         make_micro_batch, micro_batch_size: see :func:`rollout_log_probs`.
     """
 

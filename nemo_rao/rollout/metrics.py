@@ -23,18 +23,18 @@ def importance(rollout: Rollout, cap: float) -> np.ndarray:
     """Compute truncated importance weights min(pi(y_t) / mu(y_t), cap), float32, of each token: mu is the sampler's
     distribution, pi that of the training model with the same weights (Yao et al. 2025, "Your efficient RL framework
     secretly brings you off-policy RL training")."""
-    assert rollout.old_logps is not None, "the training model's log-probabilities are computed wherever vLLM samples"
+    assert rollout.old_logps is not None, "with vLLM, the training model's log-probabilities are always computed"
     ratio = np.exp(rollout.old_logps.astype(np.float64) - rollout.logps)
     return np.minimum(ratio, cap).astype(np.float32)
 
 
 def metrics(rollout: Rollout, importance_cap: float | None = None) -> dict[str, float]:
-    """All metrics of a scored rollout; those of rewards are missing if no sample has one.
+    """Compute all metrics of a scored rollout; those of rewards are missing if no sample has a reward.
 
     Args:
-        importance_cap: of the importance weights; ``None``: tokens are not weighted.
+        importance_cap: upper bound of the importance weights; ``None``: tokens are not weighted.
     """
-    assert rollout.rewards is not None, "scored"
+    assert rollout.rewards is not None, "the rollout has not been scored"
     logps = rollout.response_logps()
     known = rollout.rewards[~np.isnan(rollout.rewards)]
     found = {

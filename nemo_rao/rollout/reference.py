@@ -1,7 +1,7 @@
-"""The reference policy's weights: in host memory while the policy trains, swapped with it for a forward pass.
+"""Weights of the reference policy: kept in host memory during training, swapped in for a forward pass.
 
-There is one model on the device. Only what training changes has a second copy, sharded as the model: all weights, or
-the adapters alone. Weights are swapped one tensor at a time, so the device never holds a second model.
+There is only one model on the device. Only the trained weights have a second copy, sharded as the model: all weights,
+or just the adapters. Weights are swapped one tensor at a time, so the device never holds a second model.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from nemo_rao.mcore.host_memory import on_host
 
 
 class ReferenceWeights:
-    """What a model has now, as the reference; see :func:`reference_weights`."""
+    """Copy of a model's current trained weights; see :func:`reference_weights`."""
 
     def __init__(self, chunks: Sequence[Any]) -> None:
         self._kept = [(name, parameter, on_host(parameter)) for name, parameter in _trained(chunks)]
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the reference weights inside the block, and its own, bit for bit, after it."""
+        """Use the reference weights inside the block; the model's own are restored bit for bit afterwards."""
         self.swap()
         try:
             yield
@@ -51,13 +51,13 @@ class ReferenceWeights:
 def reference_weights(
     chunks: Sequence[Any], *, adapters: bool, resumed: bool, load_start: Callable[[Sequence[Any]], None]
 ) -> ReferenceWeights:
-    """Of the policy before its first step.
+    """Weights of the policy before its first step.
 
     Args:
-        chunks: this rank's model chunks, with the weights that this start of the run continues from.
-        adapters: only they are trained.
-        resumed: the run has taken steps.
-        load_start: gives the chunks the weights that the run started with; a collective of all ranks.
+        chunks: this rank's model chunks, with the weights that the run continues from.
+        adapters: whether only adapters are trained.
+        resumed: whether the run has already taken steps.
+        load_start: loads the weights that the run started with into the chunks; a collective over all ranks.
     """
     kept = ReferenceWeights(chunks)
     if adapters:

@@ -1,4 +1,4 @@
-"""A trained reward model on the policy's ranks, which scores the sampled tokens.
+"""A trained reward model on the policy's ranks that scores the sampled tokens.
 
 With GPUs, its weights are in host memory, sharded as the policy's, and on the device only during the pass.
 """
@@ -22,8 +22,8 @@ class RewardModel:
     """Scores rollouts.
 
     Args:
-        name: of the scorer.
-        chunks: this rank's, with their weights, and on the last pipeline stage with a score head.
+        name: name of the scorer.
+        chunks: this rank's model chunks with their weights, and a score head on the last pipeline stage.
     """
 
     def __init__(self, name: str, chunks: Sequence[Any]) -> None:
@@ -36,7 +36,7 @@ class RewardModel:
     def scores(
         self, rollout: Rollout, make_micro_batch: Callable[[Sequence[int]], MicroBatch], *, micro_batch_size: int
     ) -> np.ndarray:
-        """``[S, K]`` float64, each response's score, the first if the head has several. A collective over all ranks.
+        """Compute ``[S, K]`` float64 scores, the first if the head has several. A collective over all ranks.
 
         Args:
             make_micro_batch: slots of the rollout -> micro-batch.

@@ -1,4 +1,4 @@
-"""What samples the responses of a rollout: an interface, and the training model itself behind it."""
+"""Samplers of rollouts: the interface, and the implementation that samples from the training model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nemo_rao.rollout.decode import Request, Sampled, Sampling, sample
 
 @dataclass(frozen=True)
 class Wanted:
-    """K responses to the prompt of one slot.
+    """Request for K responses to the prompt of one slot.
 
     Attributes:
         prompt: ``[prompt tokens]`` int32, the generation prompt last.
-        rollout, slot: where they belong; with the number of a response, all that its draws depend on but the seed.
+        rollout, slot: index of the rollout and slot; draws depend only on these, the response index and the seed.
         num_responses: K.
     """
 
@@ -29,31 +29,31 @@ class Wanted:
 
 
 class Sampler(Protocol):
-    """Samples with the weights that the training model has."""
+    """Samples with the current weights of the training model."""
 
     def sample(self, chunks: Sequence[Any], wanted: Sequence[Wanted]) -> list[list[Sampled]]:
-        """The responses to each prompt, in order, the same on every rank of the model-parallel group.
+        """Sample the responses to each prompt, in order, identical on every rank of the model-parallel group.
 
-        A collective of all ranks.
+        A collective over all ranks.
 
         Args:
             chunks: this rank's model chunks, as Megatron's schedules take them.
-            wanted: of this data-parallel rank.
+            wanted: requests of this data-parallel rank.
 
         Raises:
-            RankFailure: it cannot go on.
+            RankFailure: the sampler has failed.
         """
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Release all resources."""
 
 
 @dataclass(frozen=True)
 class MegatronSampler:
-    """The training model, in place; see :func:`nemo_rao.rollout.decode.sample`.
+    """Samples from the training model in place; see :func:`nemo_rao.rollout.decode.sample`.
 
     Attributes:
-        seed: of the draws.
+        seed: sampling seed.
     """
 
     max_new_tokens: int

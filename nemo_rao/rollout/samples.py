@@ -1,7 +1,7 @@
-"""A rollout: K sampled responses to each of some prompts, what is known of them, and the file that holds it.
+"""Rollouts: K sampled responses per prompt with their rewards and log-probabilities, in memory and on disk.
 
-A rollout has S slots, each with one prompt; a prompt that comes twice has two. Its numbers are filled in one after the
-other: tokens by sampling, rewards by scorers, sums by the reference policy.
+A rollout has S slots with one prompt each; a prompt that occurs twice has two slots. Its arrays are filled in stages:
+tokens by sampling, rewards by scorers, reference log-probs by the reference policy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nemo_rao.rollout.decode import Sampled
 from nemo_rao.runtime.files import written_atomically
 
 _FORMAT = 1
-_SCORES = "scores/"  # in front of a scorer's name, in the file
+_SCORES = "scores/"  # prefix of scorers' names in the file
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,20 @@ class Rollout:
     """S slots of K responses.
 
     Attributes:
-        prompts: ``[S]`` int64, prompt numbers in the run's data.
-        tokens: int32, all responses' tokens one after the other, slot by slot.
-        logps: float32, nats, of each token under the policy that sampled it.
-        lengths: ``[S, K]`` int64 tokens.
-        is_cut: ``[S, K]`` bool: it ended at its limit, without an end token.
+        prompts: ``[S]`` int64, prompt indices in the run's data.
+        tokens: int32, concatenated tokens of all responses, slot by slot.
+        logps: float32, nats, log-prob of each token under the policy that sampled it.
+        lengths: ``[S, K]`` int64, tokens per response.
+        is_cut: ``[S, K]`` bool, whether a response reached its limit without an end token.
         rewards: ``[S, K]`` float64, NaN if missing; ``None``: not scored yet.
-        scores: by scorer, ``[S, K]`` float64, NaN if missing; the rewards are their weighted sum.
+        scores: scorer -> ``[S, K]`` float64, NaN if missing; the rewards are their weighted sum.
         reference: ``[S * K, 2]`` float32, the reference's log-probs (prompt without t0, response; nats); ``None``: not
             computed yet.
-        old_logps, reference_logps: float32, as ``logps``, of the policy that sampled and of the reference, by passes
-            over whole rows; ``None``: not computed.
-        values: float32, of each token, by the value head or the critic before the first step on the rollout; ``None``
-            likewise.
-        rewards_so_far: ``[2]`` float64, sum and number of the rewards of this and all earlier rollouts.
+        old_logps, reference_logps: float32, like ``logps``, under the sampling policy and the reference, by passes over
+            whole rows; ``None``: not computed.
+        values: float32, value of each token by the value head or critic before the first step on the rollout; ``None``:
+            not computed.
+        rewards_so_far: ``[2]`` float64, sum and count of the rewards of this and all earlier rollouts.
     """
 
     prompts: np.ndarray
@@ -58,7 +58,7 @@ class Rollout:
 
     @staticmethod
     def of(prompts: Sequence[int], sampled: Sequence[Sequence[Sampled]]) -> Rollout:
-        """Of the slots' responses, in their order."""
+        """Build a rollout from the slots' responses, in order."""
         every = [one for of_slot in sampled for one in of_slot]
         shape = len(sampled), len(sampled[0])
         return Rollout(
@@ -70,25 +70,25 @@ class Rollout:
         )
 
     def responses(self, slot: int) -> tuple[np.ndarray, ...]:
-        """The K responses' tokens."""
+        """Tokens of a slot's K responses."""
         return self.of_tokens(self.tokens, slot)
 
     def response_logps(self) -> np.ndarray:
-        """``[S, K]`` float64, nats: each response's log-probability under the policy that sampled it, from the pass
+        """``[S, K]`` float64, nats, log-probability of each response under the policy that sampled it, from the pass
         over whole rows if there was one, else from sampling."""
         logps = self.logps if self.old_logps is None else self.old_logps
         starts = np.cumsum(self.lengths.flatten()) - self.lengths.flatten()
         return np.add.reduceat(logps.astype(np.float64), starts).reshape(self.lengths.shape)
 
     def of_tokens(self, values: np.ndarray, slot: int) -> tuple[np.ndarray, ...]:
-        """Of numbers of all tokens, those of a slot's K responses."""
+        """Select the entries of a slot's K responses from an array over all tokens."""
         num = self.lengths.shape[1]
         ends = np.cumsum(self.lengths.flatten())
         first = int(ends[slot * num - 1]) if slot else 0
         return tuple(np.split(values[first : int(ends[(slot + 1) * num - 1])], np.cumsum(self.lengths[slot])[:-1]))
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the rollout atomically."""
         known = {name: value for name, value in vars(self).items() if value is not None and name != "scores"}
         known |= {_SCORES + name: values for name, values in self.scores.items()}
         with written_atomically(path) as (file,):
@@ -96,7 +96,7 @@ class Rollout:
 
 
 def load(path: Path) -> Rollout | None:
-    """Read what :meth:`Rollout.save` has written; ``None`` if there is no file, or one of another format."""
+    """Read a file written by :meth:`Rollout.save`; ``None`` if there is none, or it has another format."""
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as stored:
@@ -111,13 +111,13 @@ class RolloutData:
     """The current rollout, as a data set of S samples for :class:`nemo_rao.loop.data.AlignmentData`.
 
     Args:
-        prompts: the prompts of the run, as samples without responses.
+        prompts: prompts of the run, as samples without responses.
         num_slots: S.
         num_responses: K.
 
     Attributes:
         rollout: the current one; ``None`` until something has been sampled.
-        advantages: further numbers of all its tokens, by their names in :class:`nemo_rao.batch.Tokens`.
+        advantages: further per-token arrays, by their names in :class:`nemo_rao.batch.Tokens`.
     """
 
     def __init__(self, prompts: PreferenceData, *, num_slots: int, num_responses: int) -> None:

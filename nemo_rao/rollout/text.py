@@ -1,4 +1,4 @@
-"""Samples as text, for scorers and for people."""
+"""Decoding of samples to text, for scorers and for inspection."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class SampleText:
     """Decodes the current rollout into rows of text.
 
     Args:
-        tokenizer: of Hugging Face.
-        prompts: the run's prompts as text, without responses.
+        tokenizer: a Hugging Face tokenizer.
+        prompts: prompts of the run as text, without responses.
 
     Attributes:
-        end_tokens: what ends a response.
+        end_tokens: tokens that end a response.
 
     Raises:
-        UserError: nothing ends one.
+        UserError: the tokenizer has no end token.
     """
 
     def __init__(self, tokenizer: Any, prompts: Sequence[Row]) -> None:
@@ -32,7 +32,7 @@ class SampleText:
         self.end_tokens = end_tokens(tokenizer)
 
     def row(self, held: RolloutData, slot: int) -> Row:
-        """A slot's prompt with its K responses, without their end tokens; those that were cut are marked so."""
+        """A slot's prompt with its K responses, without end tokens; responses that were cut are marked as truncated."""
         assert held.rollout is not None, "nothing has been sampled yet"
         number = int(held.rollout.prompts[slot])
         prompt = held.prompt(number).tolist()

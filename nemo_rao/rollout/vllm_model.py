@@ -1,4 +1,4 @@
-"""The policy as vLLM needs to know it, and the Python that runs vLLM. Imports nothing heavy."""
+"""Description of the policy for vLLM, and the Python interpreter that runs vLLM. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Tensors = Iterable[tuple[str, "Tensor"]]
 
 @dataclass(frozen=True)
 class VllmModel:
-    """What vLLM needs to know of the policy, and where it runs.
+    """Description of the policy for vLLM, and the resources for running it.
 
     Attributes:
-        python: of an environment with vLLM; see :func:`check_python`.
-        config_json: the policy's, of Hugging Face.
-        dtype: of its weights, torch's name.
-        to_hugging_face: Megatron's names and whole tensors -> Hugging Face's.
-        seq_length: tokens of a prompt and its response together, at most.
-        gpus: those that vLLM has, by number; none: the first rank's.
-        memory: share of each that it takes.
+        python: interpreter of an environment with vLLM; see :func:`check_python`.
+        config_json: the policy's Hugging Face config.json.
+        dtype: torch name of the dtype of its weights.
+        to_hugging_face: converts Megatron's names and full tensors to Hugging Face's.
+        seq_length: maximum number of tokens of a prompt and its response together.
+        gpus: indices of vLLM's GPUs; empty: the first rank's GPU.
+        memory: fraction of each GPU's memory for vLLM.
     """
 
     python: str
@@ -44,16 +44,16 @@ class VllmModel:
 
 
 def check_python(python: str) -> str:
-    """An interpreter's absolute path.
+    """Check that an interpreter has vLLM, and return its absolute path.
 
     Raises:
-        UserError: it is none, or has no vLLM.
+        UserError: it is not an interpreter, or has no vLLM.
     """
     found = shutil.which(python)
     if found is None:
         raise UserError(
-            f"{_KEY}={python}: no such program; name the python of an environment with vLLM, such as "
-            ".venv-vllm/bin/python (make install-vllm)"
+            f"{_KEY}={python}: no such program. Set it to the python of an environment with vLLM, such as "
+            ".venv-vllm/bin/python (make install-vllm)."
         )
     try:
         looked = subprocess.run(
@@ -61,11 +61,11 @@ def check_python(python: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
-            f"{_KEY}={python}: does not run ({' '.join(str(error).split())[:200]}); name a python"
+            f"{_KEY}={python}: does not run ({' '.join(str(error).split())[:200]}). Set it to a Python interpreter."
         ) from None
     if looked.returncode != 0:
         raise UserError(
-            f"{_KEY}={python}: has no vLLM; install it there (make install-vllm makes an environment with it), or set "
-            "online.sampler=megatron"
+            f"{_KEY}={python}: has no vLLM. Install it there (make install-vllm creates an environment with it), or "
+            "set online.sampler=megatron."
         )
     return found

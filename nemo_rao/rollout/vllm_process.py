@@ -1,15 +1,15 @@
-"""vLLM in a process of its own, for :mod:`nemo_rao.rollout.vllm_sampler`: run by the python of vLLM's environment.
+"""vLLM in a separate process, for :mod:`nemo_rao.rollout.vllm_sampler`, run by the python of vLLM's environment.
 
-Nothing of this package is imported here. A line of JSON on standard input asks for something, and one on standard
-output answers it:
+Nothing else of this package is imported here. Each request is a line of JSON on standard input, answered by a line of
+JSON on standard output:
 
-    {"do": "start", "model": FOLDER, ...}     -> {"vllm": VERSION}
-    {"do": "begin"}                           -> {}            weights are about to come
-    {"do": "weights", "path": SAFETENSORS}    -> {}            some of them, by Hugging Face's names
-    {"do": "end"}                             -> {}            they are all there
+    {"do": "start", "model": DIRECTORY, ...}  -> {"vllm": VERSION}
+    {"do": "begin"}                           -> {}            new weights follow
+    {"do": "weights", "path": SAFETENSORS}    -> {}            a part of them, by Hugging Face's names
+    {"do": "end"}                             -> {}            all weights have been sent
     {"do": "sample", "prompts": ..., ...}     -> {"responses": [[TOKENS, LOGPS, IS_CUT], ...]}
 
-or with ``{"error": LINE}``. What vLLM itself prints goes to standard error. The process ends with its standard input.
+or by ``{"error": LINE}``. vLLM's own output goes to standard error. The process ends when its standard input closes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 
 class Weights:
-    """What vLLM's workers do with new weights; a worker extension of vLLM, whose ``self`` is the worker."""
+    """Weight updates in vLLM's workers; a worker extension of vLLM, whose ``self`` is the worker."""
 
     model_runner: Any
     model_config: Any
@@ -43,7 +43,7 @@ class Weights:
 
         model = self.model_runner.get_model()
         with safe_open(path, "pt") as file, set_current_vllm_config(self.vllm_config):
-            names = list(file.keys())  # it is no mapping
+            names = list(file.keys())  # the file is not a mapping
             taken = model.load_weights((name, file.get_tensor(name)) for name in names)
         self._wanted -= set(taken)
 
@@ -57,7 +57,7 @@ class Weights:
 
 
 class Server:
-    """Does what is asked."""
+    """Handles requests, one method each."""
 
     def __init__(self) -> None:
         self._model: Any = None
@@ -71,9 +71,9 @@ class Server:
             load_format="dummy",  # the weights come later
             skip_tokenizer_init=True,
             trust_remote_code=False,
-            generation_config="vllm",  # not the sampling settings that a folder brings along
-            logprobs_mode="raw_logprobs",  # of the model, whatever the temperature
-            enable_prefix_caching=True,  # a prompt is read once for its responses
+            generation_config="vllm",  # ignore the sampling settings in the directory
+            logprobs_mode="raw_logprobs",  # at temperature 1
+            enable_prefix_caching=True,  # prefill a prompt once for all its responses
             disable_log_stats=True,
             enforce_eager=current_platform.is_cpu(),  # compiling takes longer than it saves there
             worker_extension_cls=f"{os.path.splitext(os.path.basename(__file__))[0]}.{Weights.__name__}",
@@ -92,19 +92,19 @@ class Server:
     def end(self) -> dict[str, Any]:
         missing = [name for of_worker in self._model.collective_rpc("end_weights") for name in of_worker]
         if missing:
-            raise ValueError(f"weights are missing, of {missing[0]} for one")
-        self._model.reset_prefix_cache()  # keys and values of the weights before
+            raise ValueError(f"weights are missing, for example {missing[0]}")
+        self._model.reset_prefix_cache()  # it was computed with the previous weights
         return {}
 
     def sample(
-        self, prompts: list[list[int]], places: list[int], seeds: list[int], settings: dict[str, Any]
+        self, prompts: list[list[int]], prompt_indices: list[int], seeds: list[int], settings: dict[str, Any]
     ) -> dict[str, Any]:
-        """One response for each place: the number of its prompt."""
+        """Sample one response for each entry of ``prompt_indices``, which index ``prompts``."""
         from vllm import SamplingParams
 
         parameters = [SamplingParams(seed=seed, logprobs=0, detokenize=False, **settings) for seed in seeds]
         outputs = self._model.generate(
-            [{"prompt_token_ids": prompts[place]} for place in places], parameters, use_tqdm=False
+            [{"prompt_token_ids": prompts[index]} for index in prompt_indices], parameters, use_tqdm=False
         )
         responses = []
         for output in outputs:
@@ -124,7 +124,7 @@ def _answer(server: Server, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own_output() -> TextIO:
-    """Standard output, for answers alone: what anything else prints there goes to standard error."""
+    """Reserve standard output for answers and redirect all other output to standard error."""
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return own
@@ -132,12 +132,12 @@ def _own_output() -> TextIO:
 
 def main() -> None:
     folder = os.path.dirname(os.path.abspath(__file__))
-    # Behind all else: the folder's other modules must not stand in the way of those that vLLM imports.
+    # Last on the path, so that other modules of this directory do not shadow those that vLLM imports.
     sys.path[:] = [*(path for path in sys.path if os.path.abspath(path) != folder), folder]
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a rank that is killed takes it along
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the rank, even if it is killed
     output, server = _own_output(), Server()
     for line in sys.stdin:
         output.write(json.dumps(_answer(server, json.loads(line))) + "\n")

@@ -1,8 +1,8 @@
-"""Responses sampled by vLLM, in a process and an environment of its own, with the weights of the model in training.
+"""Sampling by vLLM, in a separate process and environment, with the weights of the training model.
 
-Before each rollout rank 0 gathers the weights, one tensor at a time, and hands them over in parts of a file in memory
-each. Prompts and responses are token ids; there is no text, no pickle and no port in between. Each response has a
-seed of its own, but vLLM's rounding depends on what it computes together: a second run need not draw the same tokens.
+Before each rollout, rank 0 gathers the weights one tensor at a time and passes them on in parts, each an in-memory
+file. Prompts and responses are exchanged as token ids, without text, pickles or ports. Each response has its own seed,
+but vLLM's rounding depends on the composition of batches, so a second run may sample different tokens.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from nemo_rao.rollout.sampler import Wanted
 from nemo_rao.rollout.vllm_model import Tensors, VllmModel
 
 _KEY = "online.sampler=vllm"
-_PART_BYTES = 10**9  # of the weights that are handed over at a time; a larger tensor is a part by itself
+_PART_BYTES = 10**9  # maximum size of a part; a larger tensor is a part by itself
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# What a launcher tells ranks, and this environment its Python.
-_OWN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Variables set by launchers for ranks, and by this environment for its Python: vLLM must not see them.
+_OF_RANK = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
@@ -40,9 +40,9 @@ class VllmProcess:
     """vLLM's process; see :mod:`nemo_rao.rollout.vllm_process`.
 
     Args:
-        python: of its environment.
-        folder: for its log.
-        environ: of the process.
+        python: interpreter of its environment.
+        folder: directory for its log.
+        environ: environment variables of the process.
     """
 
     def __init__(self, python: str, folder: Path, environ: Mapping[str, str]) -> None:
@@ -59,10 +59,10 @@ class VllmProcess:
             )
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
-        """Its answer.
+        """Send a request and return the answer.
 
         Raises:
-            RankFailure: it failed, or is gone.
+            RankFailure: the request failed, or the process has ended.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         line = ""
@@ -73,15 +73,15 @@ class VllmProcess:
         if not line:
             code = self._process.wait()
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            raise RankFailure(f"{_KEY}: its process {how}{self._last_line()}; its log is {self._log}")
+            raise RankFailure(f"{_KEY}: the vLLM process {how}{self._last_line()}. See its log, {self._log}.")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             self.close()
-            raise RankFailure(f"{_KEY}: {answer['error']}; its log is {self._log}")
+            raise RankFailure(f"{_KEY}: {answer['error']}. See the log of vLLM, {self._log}.")
         return answer
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -93,8 +93,8 @@ class VllmProcess:
 
     def _last_line(self) -> str:
         lines = self._log.read_text(errors="replace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f" ({said[:300]})" if said else ""
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f" ({last[:300]})" if last else ""
 
 
 class VllmSampler:
@@ -102,11 +102,11 @@ class VllmSampler:
 
     Args:
         model: the policy.
-        folder: of the run.
-        max_new_tokens: tokens of a response, its end token included.
-        end_tokens: any of them ends a response.
-        rows_at_once: responses that are decoded together, at most.
-        seed: of the draws.
+        folder: the run's directory.
+        max_new_tokens: tokens of a response, including its end token.
+        end_tokens: tokens that end a response.
+        rows_at_once: maximum number of responses decoded together.
+        seed: sampling seed.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class VllmSampler:
         self._settings = {
             "max_tokens": max_new_tokens,
             "stop_token_ids": list(end_tokens),
-            "ignore_eos": True,  # of the model's own: these are the run's
+            "ignore_eos": True,  # end tokens are the run's, not the model's
             "temperature": sampling.temperature,
             "top_k": sampling.top_k or -1,
             "top_p": sampling.top_p,
@@ -139,7 +139,7 @@ class VllmSampler:
         rank = torch.distributed.get_rank()
         is_of_model = parallel_state.get_model_parallel_group().rank() == 0
         of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-        # Ranks of one model-parallel group want the same.
+        # Ranks of one model-parallel group have the same requests.
         torch.distributed.all_gather_object(of_ranks, list(wanted) if is_of_model else [])
         found: list[Any] = [None]
         if rank == 0:
@@ -153,7 +153,7 @@ class VllmSampler:
             self._process = None
 
     def _hand_over(self, chunks: Sequence[Any]) -> None:
-        """Give vLLM the model's weights. A collective of all ranks."""
+        """Send the model's weights to vLLM. A collective over all ranks."""
         tensors = whole_tensors(chunks)
         if torch.distributed.get_rank() > 0:
             for _ in tensors:
@@ -186,11 +186,11 @@ class VllmSampler:
         usual = {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_HOST_IP": "127.0.0.1",  # where its own workers meet
+            "VLLM_HOST_IP": "127.0.0.1",  # rendezvous of its workers
             "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB, without a GPU
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the ranks compute here too
         }
-        kept = {name: value for name, value in os.environ.items() if name not in (*_OWN, *_OF_PYTHON)}
+        kept = {name: value for name, value in os.environ.items() if name not in (*_OF_RANK, *_OF_PYTHON)}
         found = {**usual, **kept, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         gpus = self._model.gpus
         if not gpus and torch.cuda.is_available():
@@ -201,19 +201,19 @@ class VllmSampler:
         return found
 
     def _sampled(self, wanted: Sequence[Wanted]) -> dict[tuple[int, int], list[Sampled]]:
-        places = [place for place, one in enumerate(wanted) for _ in range(one.num_responses)]
+        prompt_indices = [index for index, one in enumerate(wanted) for _ in range(one.num_responses)]
         seeds = [self._seed_of(one, k) for one in wanted for k in range(one.num_responses)]
         assert self._process is not None
         answer = self._process.ask(
             "sample",
             prompts=[one.prompt.tolist() for one in wanted],
-            places=places,
+            prompt_indices=prompt_indices,
             seeds=seeds,
             settings=self._settings,
         )
         found: dict[tuple[int, int], list[Sampled]] = {(one.rollout, one.slot): [] for one in wanted}
-        for place, (tokens, logps, is_cut) in zip(places, answer["responses"], strict=True):
-            one = wanted[place]
+        for index, (tokens, logps, is_cut) in zip(prompt_indices, answer["responses"], strict=True):
+            one = wanted[index]
             response = Sampled(np.array(tokens, dtype=np.int32), np.array(logps, dtype=np.float32), is_cut)
             found[one.rollout, one.slot].append(response)
         return found
@@ -224,7 +224,7 @@ class VllmSampler:
 
 
 def _parts(tensors: Tensors) -> Iterator[dict[str, Tensor]]:
-    """As many together as a part holds."""
+    """Group tensors into parts of at most ``_PART_BYTES``."""
     part: dict[str, Tensor] = {}
     num_bytes = 0
     for name, tensor in tensors:
@@ -239,8 +239,8 @@ def _parts(tensors: Tensors) -> Iterator[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def _in_memory(part: Mapping[str, Tensor]) -> Iterator[str]:
-    """The path, for other processes of this user, of a safetensors file that is in memory alone: it has no name that
-    could be left behind. `safetensors` itself writes beside such a path, where nothing can be written."""
+    """Path of an in-memory safetensors file, readable by other processes of this user. It has no name on disk, so
+    nothing can be left behind. `safetensors` cannot write it, since it creates a temporary file next to the path."""
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in part.items():

@@ -1,10 +1,10 @@
-"""From files to rows of text, of which nothing is left out in silence. Nothing is imported here.
+"""Files to rows of text. Nothing is left out silently. Nothing is imported here.
 
-sources      files, globs, `datasets` names            -> record after record, with its place
-view         a record                                  -> its fields, and which of them nothing has taken
-formats      a published shape of data                 -> a Row (``prompt``, ``responses``, ``pairs``, ``rewards``)
-messages     chats in their several spellings          -> messages; ``transcripts``: text that holds a dialogue
-fields       typed fields, or an error that names the place
+sources      files, globs, `datasets` names            -> records, each with its location
+view         a record                                  -> its fields, and which of them have not been read
+formats      a published data format                   -> a Row (``prompt``, ``responses``, ``pairs``, ``rewards``)
+messages     chats in various notations                -> messages; ``transcripts``: dialogues stored as text
+fields       typed fields, or an error with the location
 reading      all of these, source after source         -> Row after Row
 writing      a Row                                     -> a record that reads back equal
 """

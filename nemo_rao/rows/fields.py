@@ -1,4 +1,4 @@
-"""Typed fields of a record, or one line that says where the record is and what is wrong with which field."""
+"""Typed fields of a record. Errors are one line with the record's location, the field and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nemo_rao.errors import UserError
 Record = Mapping[str, Any]
 Messages = tuple[Mapping[str, Any], ...]
 
-# Rewards reach the loss in float32, which ends at 3.4e38. Losses square them, gradients are proportional to them, and
-# a gradient's norm adds up squares over up to 10^12 weights: 1e12 squared, times 1e12, still is a float32.
+# Rewards reach the loss in float32, whose maximum is 3.4e38. Losses square them, gradients are proportional to them,
+# and a gradient norm sums squares over up to 10^12 weights: 1e12 squared, times 1e12, still fits into float32.
 LARGEST_REWARD = 1e12
 
 
 def describe(value: object) -> str:
-    """A value for a message: its kind, and its beginning where that helps."""
+    """Describe a value for a message: its kind, and its beginning if that helps."""
     kinds = {type(None): "null", bool: "a boolean", str: "text", dict: "an object", list: "a list"}
     kind = "a number" if type(value) in (int, float) else kinds.get(type(value), f"a {type(value).__name__}")
     if value is None or isinstance(value, (dict, list)):
@@ -27,40 +27,40 @@ def describe(value: object) -> str:
     return f"{kind} ({shown if len(shown) <= 40 else shown[:37] + '...'})"
 
 
-def required(record: Record, name: str, place: str, inside: str | None = None) -> Any:
+def required(record: Record, name: str, location: str, inside: str | None = None) -> Any:
     if record.get(name) is None:
-        raise missing(name if inside is None else f"{inside}.{name}", name in record, record, place)
+        raise missing(name if inside is None else f"{inside}.{name}", name in record, record, location)
     return record[name]
 
 
-def missing(path: str, is_null: bool, found: Iterable[str], place: str, remedy: str = "add it") -> UserError:
-    """The error about a field that must be there."""
+def missing(path: str, is_null: bool, found: Iterable[str], location: str, remedy: str = "Add it") -> UserError:
+    """The error for a missing required field."""
     names = ", ".join(map(str, found)) or "none"
     state = "null" if is_null else "missing"
-    return UserError(f"{place}: field '{path}' is {state} (fields found: {names}); {remedy} or drop the row")
+    return UserError(f"{location}: field '{path}' is {state} (fields found: {names}). {remedy} or drop the row.")
 
 
-def read_text(value: object, place: str, field: str) -> str:
+def read_text(value: object, location: str, field: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{place}: field '{field}' must be text, found {describe(value)}")
+        raise UserError(f"{location}: field '{field}' must be text, found {describe(value)}")
     if not value or value.isspace():
-        raise UserError(f"{place}: field '{field}' is empty; drop the row or fill it in")
-    return check_unicode(value, place, field)
+        raise UserError(f"{location}: field '{field}' is empty. Drop the row or fill it in.")
+    return check_unicode(value, location, field)
 
 
-def check_unicode(value: str, place: str, field: str) -> str:
+def check_unicode(value: str, location: str, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{place}: field '{field}' holds half a surrogate pair at character {error.start}, which is not text; "
-            "write the file anew as UTF-8"
+            f"{location}: field '{field}' contains half a surrogate pair at character {error.start}, which is not "
+            "text. Rewrite the file as UTF-8."
         ) from None
     return value
 
 
 def is_json(value: object) -> bool:
-    """Whether JSON has such a value: column stores also hold dates and bytes."""
+    """Whether JSON can represent the value: column stores also hold dates and bytes."""
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError):
@@ -68,60 +68,62 @@ def is_json(value: object) -> bool:
     return True
 
 
-def check_json(value: object, place: str, field: str) -> None:
-    """Refuses values that a chat template cannot be given: dates, bytes, half surrogate pairs."""
+def check_json(value: object, location: str, field: str) -> None:
+    """Reject values that cannot be passed to a chat template: dates, bytes, half surrogate pairs."""
     if not is_json(value):
-        raise UserError(f"{place}: field '{field}' holds values that JSON does not have, such as dates; drop them")
+        raise UserError(
+            f"{location}: field '{field}' holds values that JSON cannot represent, such as dates. Drop them."
+        )
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{place}: field '{field}' holds half a surrogate pair, which is not text; write the file anew as UTF-8"
+            f"{location}: field '{field}' contains half a surrogate pair, which is not text. Rewrite the file as UTF-8."
         ) from None
 
 
-def read_records(value: object, place: str, field: str) -> Sequence[Record]:
-    """A list of objects. A column store may give an object of lists instead, which is turned round."""
+def read_records(value: object, location: str, field: str) -> Sequence[Record]:
+    """Read a list of objects. An object of lists, as column stores may give, is transposed."""
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
         lengths = {name: len(column) for name, column in value.items()}
         if len(set(lengths.values())) > 1:
-            raise UserError(f"{place}: field '{field}' has lists of different lengths: {lengths}")
+            raise UserError(f"{location}: field '{field}' has lists of different lengths: {lengths}")
         value = [dict(zip(value, entries, strict=True)) for entries in zip(*value.values(), strict=True)]
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{place}: field '{field}' must be a list of objects, found {describe(value)}")
+        raise UserError(f"{location}: field '{field}' must be a list of objects, found {describe(value)}")
     if not value:
-        raise UserError(f"{place}: field '{field}' is empty; drop the row or give it at least one response")
+        raise UserError(f"{location}: field '{field}' is empty. Drop the row or give it at least one response.")
     for number, entry in enumerate(value):
         if not isinstance(entry, Mapping):
-            raise UserError(f"{place}: field '{field}[{number}]' must be an object, found {describe(entry)}")
+            raise UserError(f"{location}: field '{field}[{number}]' must be an object, found {describe(entry)}")
     return value
 
 
-def read_numbers(value: object, place: str, field: str) -> tuple[float, ...]:
+def read_numbers(value: object, location: str, field: str) -> tuple[float, ...]:
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{place}: field '{field}' must be a list of numbers, found {describe(value)}")
+        raise UserError(f"{location}: field '{field}' must be a list of numbers, found {describe(value)}")
     numbers: list[float] = []
     for at, entry in enumerate(value):
-        number = read_number(entry, place, f"{field}[{at}]")
+        number = read_number(entry, location, f"{field}[{at}]")
         if number is None:
-            raise UserError(f"{place}: field '{field}[{at}]' is null; drop it, or leave '{field}' out")
+            raise UserError(f"{location}: field '{field}[{at}]' is null. Drop it, or leave '{field}' out.")
         numbers.append(number)
     return tuple(numbers)
 
 
-def read_number(value: object, place: str, field: str) -> float | None:
+def read_number(value: object, location: str, field: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{place}: field '{field}' must be a number, found {describe(value)}")
+        raise UserError(f"{location}: field '{field}' must be a number, found {describe(value)}")
     if not _is_finite(value):
-        raise UserError(f"{place}: field '{field}' must be a finite number, found {describe(value)}")
+        raise UserError(f"{location}: field '{field}' must be a finite number, found {describe(value)}")
     if abs(value) > LARGEST_REWARD:
         raise UserError(
-            f"{place}: field '{field}' is {value:g}, and above {LARGEST_REWARD:g} squared errors and gradients leave "
-            "float32; scale the rewards (nemo-rao score --standardize global), or drop the row"
+            f"{location}: field '{field}' is {value:g}, but squared errors and gradients above {LARGEST_REWARD:g} "
+            "overflow float32. Scale the rewards (nemo-rao score --standardize global), or drop the row."
         )
     return float(value)
 

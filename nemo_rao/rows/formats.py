@@ -1,8 +1,8 @@
-"""The shapes in which preference data is published, and how one record of each becomes a :class:`Row`.
+"""Published formats of preference data, and the conversion of one record of each to a :class:`Row`.
 
-A record's format is recognised by a field that only this format has (its *mark*); the other fields it needs are then
-required, so that a row with a field forgotten is named as such and not taken for something else. What the formats
-share is read by ``prompt`` (under any of its names, with system message and tools) and ``responses``.
+A record's format is recognised by a field that only this format has (its *mark*). Its other fields are then required,
+so that a forgotten field is reported as such and the row is not mistaken for another format. The parts that formats
+share are read by ``prompt`` (under any of its names, with system message and tools) and ``responses``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ HELPSTEER_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity",
 
 @dataclass(frozen=True)
 class Format:
-    """A published shape of data.
+    """A published data format.
 
     Attributes:
-        name: as users know it.
+        name: its common name.
         marks: a record with any of these fields has this format.
-        fields: what a record of it looks like, for messages.
+        fields: the fields of a record, for messages.
         convert: (record, reward field) -> Row.
-        one_response_a_record: consecutive records with the same prompt belong together (see ``rows``).
+        one_response_a_record: consecutive records with the same prompt belong together (see ``reading``).
     """
 
     name: str
@@ -43,10 +43,10 @@ class Format:
 
 
 def recognise(record: View) -> Format:
-    """The format of a record. A mark that is null counts only where no other is there.
+    """Return the format of a record. A mark that is null counts only if there is no other.
 
     Raises:
-        UserError: no format has such fields.
+        UserError: no format has these fields.
     """
     for is_there in (record.__contains__, record.is_null):
         for known in FORMATS:
@@ -55,16 +55,16 @@ def recognise(record: View) -> Format:
     found = ", ".join(record) or "none"
     accepted = "; ".join(f"{known.name}: {known.fields}" for known in FORMATS)
     raise UserError(
-        f"{record.place}: unknown format with the fields {found}; accepted are {accepted}. Fields of other names can "
-        "be given by data.columns (data.columns.prompt=NAME)"
+        f"{record.place}: unknown format with the fields {found}; accepted are {accepted}. Map fields with other names "
+        "by data.columns (data.columns.prompt=NAME)."
     )
 
 
 def from_canonical(record: View, reward_field: RewardField) -> Row:
     """``{"prompt": str | messages, "responses": [{"content": str, "reward": float}, ...]}``.
 
-    Optional are the reward, or ``"label": bool`` in its place; ``"reference_rewards": [float, ...]``, the rewards of
-    further responses, which the reference policy gave; and ``"ranked": true`` where the order is a preference. See
+    Optional fields: the reward, or ``"label": bool`` instead; ``"reference_rewards": [float, ...]``, the rewards of
+    further responses sampled from the reference policy; and ``"ranked": true`` if the order is a preference. See
     ``writing`` for the rest.
     """
     entries = record.records("responses")
@@ -72,7 +72,9 @@ def from_canonical(record: View, reward_field: RewardField) -> Row:
     asked = read_asked(record)
     if "plain_prompt" in record:
         if isinstance(asked.content, str):
-            raise UserError(f"{record.place}: field 'plain_prompt' stands beside a prompt of messages, not of text")
+            raise UserError(
+                f"{record.place}: field 'plain_prompt' requires a prompt of messages, not text. Drop one of the two."
+            )
         plain = read_text(record["plain_prompt"], record.place, "plain_prompt")
         asked = Asked(asked.content, plain=plain)
     return make_row(
@@ -89,8 +91,8 @@ def from_ultrafeedback(record: View, reward_field: RewardField) -> Row:
     """``instruction`` and ``completions``, each with ``response`` and ``overall_score``.
 
     ``reward_field`` may be a path into a completion, such as ``fine-grained_score`` or
-    ``annotations.helpfulness.Rating``. The system prompts under which completions were sampled differ from one to
-    the next and are no part of the prompt, as in UltraFeedback's own training sets.
+    ``annotations.helpfulness.Rating``. The system prompts with which completions were sampled differ between
+    completions and are not part of the prompt, as in UltraFeedback's own training sets.
     """
     entries = record.records("completions")
     responses = [read_response(entry, "response", "overall_score", reward_field) for entry in entries]
@@ -114,7 +116,7 @@ def from_nemo_aligner(record: View, reward_field: RewardField) -> Row:
 
 
 def from_single_response(record: View, reward_field: RewardField) -> Row:
-    """HelpSteer: ``prompt``, ``response`` and one field per attribute, of which one is the reward."""
+    """HelpSteer: ``prompt``, ``response`` and one field per attribute, one of which is the reward."""
     asked = read_asked(record)
     response = read_response(record, "response", HELPSTEER_ATTRIBUTES[0], reward_field)
     return make_row(record, asked, [response], ["response"])
@@ -133,22 +135,22 @@ def from_unpaired(record: View, reward_field: RewardField) -> Row:
 
 
 def from_messages(record: View, reward_field: RewardField) -> Row:
-    """UltraChat and other chats: ``messages``, of which every one by the assistant is an answer to be learned.
+    """UltraChat and other chats: ``messages``; every assistant message is an answer to learn.
 
-    What follows the last answer is left out, and counts as not used.
+    Messages after the last answer are left out and counted as unused.
     """
     if reward_field is not None:
-        raise UserError(f"{record.place}: a conversation has no reward field; leave data.reward_field unset")
+        raise UserError(f"{record.place}: a conversation has no reward field. Leave data.reward_field unset.")
     name = next(name for name in CONVERSATIONS if name in record or record.is_null(name))
     own = read_messages(record.required(name), record, name)
     answers = [number for number, message in enumerate(own) if message["role"] == "assistant"]
     asked = with_context(record, own[: answers[0]], name) if answers else None
     if asked is None or not asked.content:
         raise UserError(
-            f"{record.place}: field '{name}' must hold an assistant message with another one before it; drop the row"
+            f"{record.place}: field '{name}' must contain an assistant message after another message. Drop the row."
         )
     for number in answers:
-        answer_of(own[number], record.place, f"{name}[{number}].content")  # refuses empty ones
+        answer_of(own[number], record.place, f"{name}[{number}].content")  # raises if it is empty
     first, last = answers[0], answers[-1]
     response = answer_of(own[first], record.place, name, continuation=own[first + 1 : last + 1])
     row = make_row(record, asked, [response], [name])
@@ -157,16 +159,16 @@ def from_messages(record: View, reward_field: RewardField) -> Row:
 
 
 def _canonical_response(record: View, reward_field: RewardField) -> Response:
-    place = record.place
+    location = record.place
     if record.get("role", "assistant") != "assistant":
         raise UserError(
-            f"{place}: field '{record.path_of('role')}' must be assistant, found {describe(record['role'])}"
+            f"{location}: field '{record.path_of('role')}' must be assistant, found {describe(record['role'])}"
         )
     response = read_response(record, "content", "reward", reward_field)
     if "continuation" in record:
         response = replace(response, continuation=read_messages(record["continuation"], record, "continuation"))
     if "plain_content" in record:
-        plain = read_text(record["plain_content"], place, record.path_of("plain_content"))
+        plain = read_text(record["plain_content"], location, record.path_of("plain_content"))
         response = replace(response, plain_content=plain)
     return response
 

@@ -1,8 +1,8 @@
-"""Messages in every shape in which they are published, as a chat template takes them: ``role``, ``content``, others.
+"""Published forms of messages, converted to what a chat template takes: ``role``, ``content`` and further fields.
 
-Read are OpenAI's messages (content may be text, parts of text, or null beside tool calls), ShareGPT's (``from``,
-``value``), and either as JSON text or as Python prints them, which exports to CSV and Parquet leave. The other fields
-of a message (``reasoning_content``, ``tool_calls``, ``name``, ``tool_call_id``, ...) are the template's, and kept.
+Accepted are OpenAI messages (content may be text, text parts, or null next to tool calls), ShareGPT messages (``from``,
+``value``), and both as JSON text or Python literals, which exports to CSV and Parquet produce. The other fields of a
+message (``reasoning_content``, ``tool_calls``, ``name``, ``tool_call_id``, ...) are kept for the template.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.rows.fields import Messages, check_json, check_unicode, describe, is_json, read_text
 from nemo_rao.rows.view import View
 
-# ShareGPT's name of who speaks -> the role.
+# ShareGPT's speaker -> role.
 SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
@@ -26,22 +26,22 @@ SPEAKERS = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "function_call": "assistant",
 }
-CALLS = ("tool_calls", "function_call")  # beside these a message's content may be empty
+CALLS = ("tool_calls", "function_call")  # with one of these, a message's content may be empty
 _MESSAGES_AS_TEXT = re.compile(r"\s*(?:array\()?\[?\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 
 
-def as_messages(value: object, place: str, field: str) -> object:
-    """Messages that stand in a text, decoded; one message as a list of it; anything else as it is.
+def as_messages(value: object, location: str, field: str) -> object:
+    """Decode messages stored as text and wrap a single message in a list. Other values are returned unchanged.
 
     Raises:
-        UserError: a text begins like messages, and is neither JSON nor a Python literal.
+        UserError: a text begins like messages but is neither JSON nor a Python literal.
     """
     if isinstance(value, str) and _MESSAGES_AS_TEXT.match(value):
         decoded = _decoded(value)
         if decoded is None:
             raise UserError(
-                f"{place}: field '{field}' is text that begins like a list of messages, but is not JSON; "
-                "write the file anew with messages as a list, or as JSON text"
+                f"{location}: field '{field}' is text that begins like a list of messages, but is not JSON. "
+                "Rewrite the file with messages as a list, or as JSON text."
             )
         value = decoded
     if isinstance(value, Mapping) and ({"role", "content"} <= set(value) or {"from", "value"} <= set(value)):
@@ -49,27 +49,27 @@ def as_messages(value: object, place: str, field: str) -> object:
     return value
 
 
-def decoded_json(value: object, place: str, field: str) -> Any:
-    """A field that column stores hold as JSON text, such as ``tools``, whole or entry by entry."""
+def decoded_json(value: object, location: str, field: str) -> Any:
+    """Decode a field that column stores hold as JSON text, such as ``tools``, as a whole or entry by entry."""
     if isinstance(value, list):
-        return [decoded_json(entry, place, f"{field}[{number}]") for number, entry in enumerate(value)]
+        return [decoded_json(entry, location, f"{field}[{number}]") for number, entry in enumerate(value)]
     if not isinstance(value, str):
         return value
     decoded = _decoded(value)
     if decoded is None:
-        raise UserError(f"{place}: field '{field}' must be an object or a list, or JSON text of one")
+        raise UserError(f"{location}: field '{field}' must be an object or a list, or JSON text of one")
     return decoded
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field says nothing."""
+    """Whether a field is null, blank or an empty container."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, (list, dict, tuple)) and not value)
 
 
 def _decoded(text: str) -> Any:
-    """The object or list that a text holds, or None."""
+    """The object or list that a text encodes, or ``None``."""
     for decode in (json.loads, ast.literal_eval):
         try:
             value = decode(text.strip())
@@ -81,41 +81,43 @@ def _decoded(text: str) -> Any:
 
 
 def read_prompt(value: object, record: View, name: str) -> str | Messages:
-    """A prompt: text or messages."""
+    """Read a prompt: text or messages."""
     value = as_messages(value, record.place, record.path_of(name))
     if isinstance(value, str):
         return read_text(value, record.place, record.path_of(name))
     return read_messages(value, record, name)
 
 
-def check_prompt(messages: Messages, place: str, field: str) -> Messages:
-    """Refuses messages that ask for no answer."""
+def check_prompt(messages: Messages, location: str, field: str) -> Messages:
+    """Reject messages that do not end with a message to be answered."""
     last = messages[-1]
-    read_text(last["content"], place, f"{field}[{len(messages) - 1}].content")
+    read_text(last["content"], location, f"{field}[{len(messages) - 1}].content")
     if last["role"] == "assistant":
         raise UserError(
-            f"{place}: field '{field}' ends with an assistant message; a prompt ends with the message to be answered"
+            f"{location}: field '{field}' ends with an assistant message, but a prompt must end with the message to be "
+            "answered"
         )
     return messages
 
 
 def read_messages(value: object, record: View, name: str) -> Messages:
-    """A list of messages, each with ``role``, ``content`` and what else it has; nulls left out.
+    """Read a list of messages, each with ``role``, ``content`` and its other fields, without nulls.
 
     Raises:
-        UserError: it is no such list, or a message's content is not text.
+        UserError: it is not such a list, or a message's content is not text.
     """
-    place, field = record.place, record.path_of(name)
-    value = as_messages(value, place, field)
+    location, field = record.place, record.path_of(name)
+    value = as_messages(value, location, field)
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{place}: field '{field}' must be text or a list of messages, found {describe(value)}")
+        raise UserError(f"{location}: field '{field}' must be text or a list of messages, found {describe(value)}")
     if not value:
-        raise UserError(f"{place}: field '{field}' is empty; drop the row or fill it in")
+        raise UserError(f"{location}: field '{field}' is empty. Drop the row or fill it in.")
     messages = []
     for number, message in enumerate(value):
         if not isinstance(message, Mapping):
             raise UserError(
-                f"{place}: field '{field}[{number}]' must be a message with role and content, found {describe(message)}"
+                f"{location}: field '{field}[{number}]' must be a message with role and content, found "
+                f"{describe(message)}"
             )
         messages.append(_read_message(record.child(message, name, number)))
     return tuple(messages)
@@ -132,7 +134,7 @@ def _read_message(message: View) -> dict[str, Any]:
     for name in message:
         if name not in (*CALLS, "role", "content", *(("from", "value") if is_sharegpt else ())):
             read |= _read_other(message, name)
-    if role != "assistant":  # nobody learns to speak as another
+    if role != "assistant":  # only assistant messages are learned
         read.pop("weight", None)
     return read
 
@@ -147,7 +149,7 @@ def _role(message: View) -> str:
 
 
 def _speaker(message: View) -> tuple[str, str | None, dict[str, Any]]:
-    """(role, the field with the content, tool calls) of a message of ShareGPT, whose calls are JSON text."""
+    """(role, name of the content field, tool calls) of a ShareGPT message, whose calls are JSON text."""
     speaker = message["from"]
     if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
         raise UserError(
@@ -163,12 +165,12 @@ def _speaker(message: View) -> tuple[str, str | None, dict[str, Any]]:
 
 
 def _in_full(call: dict[str, Any]) -> dict[str, Any]:
-    """A call as OpenAI has it, of one that is no more than a name and arguments."""
+    """OpenAI's form of a call, also if the given one is only a name and arguments."""
     return call if "function" in call else {"type": "function", "function": call}
 
 
 def read_calls(record: View, name: str, kind: str | None = None) -> Any:
-    """``tool_calls``, a list of objects, or OpenAI's former ``function_call``, an object; either also as JSON text."""
+    """Read ``tool_calls``, a list of objects, or OpenAI's older ``function_call``, an object, also from JSON text."""
     calls = decoded_json(record[name], record.place, record.path_of(name))
     if (kind or name) == "tool_calls":
         calls = [calls] if isinstance(calls, dict) else calls
@@ -177,14 +179,14 @@ def read_calls(record: View, name: str, kind: str | None = None) -> Any:
         well_formed = isinstance(calls, dict)
     if not well_formed:
         raise UserError(
-            f"{record.place}: field '{record.path_of(name)}' must be calls of tools as objects, found {describe(calls)}"
+            f"{record.place}: field '{record.path_of(name)}' must hold tool calls as objects, found {describe(calls)}"
         )
     check_json(calls, record.place, record.path_of(name))
     return calls
 
 
 def _read_other(message: View, name: str) -> dict[str, Any]:
-    """A field for the template; none where it is empty, and none, left as not used, where JSON has no such value."""
+    """Read a field for the template. Empty fields are skipped, and values without a JSON form are left as unused."""
     value = message.peek(name)
     if name == "weight":
         return {name: read_weight(message[name], message.place, message.path_of(name))}
@@ -198,7 +200,7 @@ def _read_other(message: View, name: str) -> dict[str, Any]:
 
 
 def _read_content(message: View, field: str) -> str:
-    """Text, or the parts of a text joined."""
+    """Read text content, or join a list of text parts."""
     content, path = message.required(field), message.path_of(field)
     if isinstance(content, list):
         texts = []
@@ -206,8 +208,8 @@ def _read_content(message: View, field: str) -> str:
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = f"type {part['type']!r}" if isinstance(part, Mapping) and "type" in part else describe(part)
                 raise UserError(
-                    f"{message.place}: field '{path}' must be text, or a list of parts of text "
-                    f'({{"type": "text", "text": ...}}), found part {number + 1} of {kind}; drop the row'
+                    f"{message.place}: field '{path}' must be text, or a list of text parts "
+                    f'({{"type": "text", "text": ...}}), found part {number + 1} of {kind}. Drop the row.'
                 )
             view = message.child(part, field, number)
             texts.append(view["type"] and view["text"])
@@ -217,32 +219,32 @@ def _read_content(message: View, field: str) -> str:
     return check_unicode(content, message.place, path)
 
 
-def read_weight(value: object, place: str, field: str) -> float:
-    """A message's weight: 1, or 0 for an answer that is not learned."""
+def read_weight(value: object, location: str, field: str) -> float:
+    """Read a message's weight: 1, or 0 for an answer that is not learned."""
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return float(value)
-    raise UserError(f"{place}: field '{field}' must be 0 or 1, found {describe(value)}; drop the row")
+    raise UserError(f"{location}: field '{field}' must be 0 or 1, found {describe(value)}. Drop the row.")
 
 
-def read_truncated(value: object, place: str, field: str) -> bool:
+def read_truncated(value: object, location: str, field: str) -> bool:
     if not isinstance(value, bool):
-        raise UserError(f"{place}: field '{field}' must be true or false, found {describe(value)}")
+        raise UserError(f"{location}: field '{field}' must be true or false, found {describe(value)}")
     return value
 
 
 def answer_of(
     message: Mapping[str, Any],
-    place: str,
+    location: str,
     field: str,
     reward: float | None = None,
     ensemble: tuple[float, ...] = (),
     continuation: Messages = (),
 ) -> Response:
-    """The response that an assistant message is.
+    """Convert an assistant message to a response.
 
     Args:
-        message: as :func:`read_messages` gives it.
-        place, field: where it stands, for messages.
+        message: as returned by :func:`read_messages`.
+        location, field: its location, for error messages.
         reward, ensemble, continuation: see :class:`nemo_rao.batch.Response`.
 
     Raises:
@@ -251,12 +253,12 @@ def answer_of(
     fields = {name: value for name, value in message.items() if name not in ("role", "content", "weight", "truncated")}
     content = message["content"]
     if not any(fields.get(name) for name in CALLS):
-        content = read_text(content, place, field)
-    truncated = read_truncated(message.get("truncated", False), place, f"{field}.truncated")
+        content = read_text(content, location, field)
+    truncated = read_truncated(message.get("truncated", False), location, f"{field}.truncated")
     weight = message.get("weight", 1.0)
     return Response(content, reward, ensemble, tuple(continuation), fields, weight, truncated)
 
 
 def without_weights(messages: Messages) -> Messages:
-    """The messages of a prompt: context, whatever their weight."""
+    """Prompt messages without weights: they are context in any case."""
     return tuple({name: value for name, value in message.items() if name != "weight"} for message in messages)

@@ -1,7 +1,8 @@
-"""What a command calls the keys of a recipe's ``data`` in messages about rows.
+"""Translation of ``data`` keys in messages about rows to a command's own options.
 
-Reading and rendering name these keys as training does: "... that it is not wanted (data.ignore_fields=[source])". A
-command with options in their place passes all such messages through its table: "... (--ignore-field source)".
+Reading and rendering use the names of the keys in recipes: "... or that it is not needed
+(data.ignore_fields=[source])". A command with options instead translates all such messages by its table: "...
+(--ignore-field source)".
 """
 
 from __future__ import annotations
@@ -17,32 +18,32 @@ _KEY = re.compile(
     r"(?<![\w./-])data\.(?P<key>[a-z_]+)"
     r"(?:(?<=columns)\.(?P<name>\w+))?"  # data.columns.prompt
     r"(?:=(?P<value>\[[^]]*\]|\w+))?"
-    r"(?!\.\w)"  # a file's name, data.columns.jsonl
+    r"(?!\.\w)"  # not a file name, data.columns.jsonl
 )
-_ADD_TO_LIST = re.compile(r"\badd (\S+) to (data\.\w+)")
+_ADD_TO_LIST = re.compile(r"\b([Aa])dd (\S+) to (data\.\w+)")
 
-# Options that read rows, whatever the command.
+# Options for reading rows, shared by all commands.
 READING = {"columns": "--column", "ignore_fields": "--ignore-field"}
 
 
 @dataclass(frozen=True)
 class OptionNames:
-    """The names that one command has for keys of ``data``.
+    """One command's names for keys of ``data``.
 
     Attributes:
-        options: key -> option, or whatever the user sets instead; ``{name}`` in it stands for the column's name. Keys
-            that are not in it belong to training, and stay as they are.
-        phrases: remedies that this command words otherwise; replaced first.
+        options: key -> option or other setting; ``{name}`` in it is replaced by the column's name. Keys that are not
+            listed belong to training and are left unchanged.
+        phrases: replacements for remedies that do not apply to this command; applied first.
     """
 
     options: Mapping[str, str]
     phrases: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, text: str) -> str:
-        """The text with the command's own names in it."""
+        """Translate the keys in ``text``."""
         for ours, theirs in self.phrases.items():
             text = text.replace(ours, theirs)
-        return _KEY.sub(self._option, _ADD_TO_LIST.sub(r"give \2=[\1]", text))
+        return _KEY.sub(self._option, _ADD_TO_LIST.sub(_as_assignment, text))
 
     def _option(self, match: re.Match[str]) -> str:
         option, name, value = self.options.get(match["key"]), match["name"], match["value"]
@@ -57,8 +58,13 @@ class OptionNames:
 
     @contextlib.contextmanager
     def in_errors(self) -> Iterator[None]:
-        """The same for errors about the user's input."""
+        """Translate the messages of :class:`UserError` raised in the block."""
         try:
             yield
         except UserError as error:
             raise UserError(self(str(error))) from error
+
+
+def _as_assignment(match: re.Match[str]) -> str:
+    verb = "Pass" if match[1] == "A" else "pass"
+    return f"{verb} {match[3]}=[{match[2]}]"

@@ -1,4 +1,4 @@
-"""Pairs as TRL and UltraFeedback-binarized publish them, and the prompts that their two sides share."""
+"""Pairs in the format of TRL and UltraFeedback-binarized, and the prompt that both sides share."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SIDES = ("chosen", "rejected")
 def from_chosen_rejected(record: View, reward_field: RewardField) -> Row:
     """``chosen``, ``rejected``, and optionally a prompt (``prompt``, ``question``, ...) and the two scores.
 
-    The two sides are both text or both messages. Messages may hold the answer alone or the whole conversation; the
-    shared leading messages are then the prompt, and so are the shared turns of two transcripts. Other text needs a
-    prompt beside it: that two answers begin alike ("The answer is") makes no prompt of their beginning.
+    Both sides are text or both are messages. Messages may contain only the answer or the whole conversation; the shared
+    leading messages are then the prompt, as are the shared turns of two transcripts. Other text needs a separate
+    prompt, since two answers may begin alike ("The answer is").
     """
     no_reward_field(reward_field, "score_chosen and score_rejected", record.place)
     sides = [as_messages(record.required(side), record.place, side) for side in SIDES]
     if isinstance(sides[0], str) != isinstance(sides[1], str):
         raise UserError(
-            f"{record.place}: field 'chosen' is {describe(sides[0])} and field 'rejected' is {describe(sides[1])}; "
-            "give both as text or both as messages"
+            f"{record.place}: field 'chosen' is {describe(sides[0])} and field 'rejected' is {describe(sides[1])}. "
+            "Write both as text or both as messages."
         )
     prompt = read_given(record)
     if isinstance(sides[0], str):
@@ -53,13 +53,13 @@ def from_chosen_rejected(record: View, reward_field: RewardField) -> Row:
 
 
 def _from_texts(record: View, prompt: str | Messages | None, texts: list[str]) -> tuple[Asked, list[Response]]:
-    """The prompt and the answers of two sides that are text."""
+    """(prompt, answers) of two sides that are text."""
     if all(map(is_transcript, texts)):
         turns = [turns_of(text) for text in texts]
         conversations = [tuple(message for message, _ in side) for side in turns]
         before = _shared_prompt(prompt, (conversations[0], conversations[1]), record)
         starts = [side[-1][1] for side in turns]
-        if before == conversations[0][:-1]:  # nothing but the transcript: kept as text, too
+        if before == conversations[0][:-1]:  # the transcript is the whole prompt: also keep it as text
             before = texts[0][: starts[0]]
         answers = [text[start:] for text, start in zip(texts, starts, strict=True)]
         responses = [
@@ -69,9 +69,9 @@ def _from_texts(record: View, prompt: str | Messages | None, texts: list[str]) -
     if prompt is None:
         found = ", ".join(record) or "none"
         raise UserError(
-            f"{record.place}: field 'prompt' is missing (fields found: {found}): no field holds what 'chosen' and "
-            "'rejected' answer, and they are no transcripts (Human: ..., Assistant: ...); name the field that does "
-            "(data.columns.prompt=NAME), split the shared prompt off, or drop the row"
+            f"{record.place}: field 'prompt' is missing (fields found: {found}): no field holds the prompt of 'chosen' "
+            "and 'rejected', and they are not transcripts (Human: ..., Assistant: ...). Name the field that does "
+            "(data.columns.prompt=NAME), split the shared prompt off, or drop the row."
         )
     return with_context(record, prompt), [Response(text) for text in texts]
 
@@ -79,8 +79,8 @@ def _from_texts(record: View, prompt: str | Messages | None, texts: list[str]) -
 def _shared_prompt(
     prompt: str | Messages | None, conversations: tuple[Messages, Messages], record: View
 ) -> str | Messages:
-    """What comes before the one assistant message in which the two sides may differ."""
-    place, (chosen, rejected) = record.place, conversations
+    """The messages before the one assistant message in which the two sides may differ."""
+    location, (chosen, rejected) = record.place, conversations
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -92,22 +92,22 @@ def _shared_prompt(
             before = prompt
         elif all(" ".join(message["content"].split()) != " ".join(prompt.split()) for message in leading):
             raise UserError(
-                f"{place}: field '{name}' is text that belongs among the messages which 'chosen' and 'rejected' share, "
-                "and is none of them; write it there as a user message, give the answers alone, or leave it out "
-                f"(data.ignore_fields=[{name}])"
+                f"{location}: field '{name}' is text that is missing from the messages shared by 'chosen' and "
+                "'rejected'. Add it there as a user message, write only the answers, or leave it out "
+                f"(data.ignore_fields=[{name}])."
             )
     elif prompt is not None and leading[: len(prompt)] != prompt:  # otherwise both sides repeat the prompt
         before = prompt if prompt[len(prompt) - shared :] == leading else prompt + leading
     if not before:
         raise UserError(
-            f"{place}: field 'prompt' is missing, and 'chosen' and 'rejected' share no leading messages that could "
-            "be it; add it or drop the row"
+            f"{location}: field 'prompt' is missing, and 'chosen' and 'rejected' share no leading messages that could "
+            "be the prompt. Add it or drop the row."
         )
     for side, messages in zip(SIDES, conversations, strict=True):
         answer = messages[shared:]
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise UserError(
-                f"{place}: field '{side}' must hold one assistant message after what it shares with the other side, "
-                f"found messages of {roles_of(answer)}; keep only the turn in which the two conversations differ"
+                f"{location}: field '{side}' must hold one assistant message after the part shared with the other "
+                f"side, found messages of {roles_of(answer)}. Keep only the turn in which the two conversations differ."
             )
     return before

@@ -1,10 +1,10 @@
-"""What a record asks: its prompt, under any of the names that are in use, and the columns that belong to it.
+"""A record's prompt, under any of its common names, and the columns that belong to it.
 
     prompt (or question, query, instruction with input, ...)  +  system  +  history   ->  messages or plain text
     tools, documents, chat_template_kwargs                                            ->  the chat template's arguments
 
-A column that looks like part of the prompt and is not used is an error, never a remark: without it the model would be
-trained to answer another question.
+An unused column that looks like part of the prompt is an error, not a remark: without it the model would be trained to
+answer a different question.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nemo_rao.rows.writing import TEMPLATE_COLUMNS
 PROMPT_NAMES = ("prompt", "question", "query", "instruction", "input")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
-PROMPT_LIKE = frozenset(  # names in small letters
+PROMPT_LIKE = frozenset(  # lower-case names
     (
         *(*PROMPT_NAMES, *CONVERSATIONS, *SYSTEM_NAMES, *TEMPLATE_COLUMNS, "chat_template_kwargs", "functions"),
         *("history", "context", "contexts", "problem", "passage", "document", "dialogue", "dialog", "system_msg"),
@@ -49,9 +49,9 @@ class Asked:
 
     Attributes:
         content: messages or plain text, as in :class:`nemo_rao.batch.Row`.
-        is_transcript: it was published as one text.
-        plain: that text, unless it lacks a message that stands in another column.
-        awaits_answer: the text ends with "Assistant:"; otherwise its answers may begin with that.
+        is_transcript: whether it was published as one text.
+        plain: that text, unless another column holds one of the messages.
+        awaits_answer: whether the text ends with "Assistant:"; otherwise its answers may begin with it.
     """
 
     content: str | Messages
@@ -61,14 +61,14 @@ class Asked:
 
 
 def read_asked(record: View, own: str = "prompt") -> Asked:
-    """The record's prompt, with the system message and history that stand in columns of their own.
+    """Read the record's prompt, with the system message and history from separate columns.
 
     Args:
-        record: is left without these columns.
-        own: the format's name of the prompt, which goes before others.
+        record: these columns count as read afterwards.
+        own: the format's own name of the prompt, which takes precedence.
 
     Raises:
-        UserError: there is none, or it cannot be used.
+        UserError: there is no prompt, or it cannot be used.
     """
     content = read_given(record, own)
     if content is None:
@@ -77,7 +77,7 @@ def read_asked(record: View, own: str = "prompt") -> Asked:
 
 
 def read_given(record: View, own: str = "prompt") -> str | Messages | None:
-    """The prompt alone; None where no field holds it."""
+    """The prompt without context, or ``None`` if no field holds one."""
     name = prompt_name(record, own)
     if name is None:
         return next(filter(None, (_unanswered(record, name) for name in CONVERSATIONS if name in record)), None)
@@ -88,18 +88,18 @@ def read_given(record: View, own: str = "prompt") -> str | Messages | None:
 
 
 def prompt_name(record: View, own: str = "prompt") -> str | None:
-    """The field that holds the prompt, a conversation aside."""
+    """Name of the field that holds the prompt, apart from conversations."""
     names = dict.fromkeys((own, *PROMPT_NAMES))
     return own if own in record else next((name for name in names if _is_filled(record, name)), None)
 
 
 def _is_filled(record: View, name: str) -> bool:
-    """Whether the field is there and not empty, without taking it."""
+    """Whether the field is present and not empty, without marking it as read."""
     return name in record and not is_empty(record.peek(name))
 
 
 def _unanswered(record: View, name: str) -> Messages | None:
-    """A conversation that ends with a message to be answered; None, and not taken, where another speaks last."""
+    """A conversation that ends with a message to be answered; otherwise ``None``, and the field stays unread."""
     value = as_messages(record.peek(name), record.place, record.path_of(name))
     last = value[-1] if isinstance(value, list) and value else None
     if not isinstance(last, dict) or _is_answer(last):
@@ -108,7 +108,7 @@ def _unanswered(record: View, name: str) -> Messages | None:
 
 
 def asks_alone(record: View) -> bool:
-    """Whether the record holds a prompt, or a conversation without an answer, so that it may do without responses."""
+    """Whether the record holds a prompt, or a conversation without an answer, and so needs no responses."""
     name = next((name for name in CONVERSATIONS if name in record), None)
     if name is None:
         return any(name in record or record.is_null(name) for name in PROMPT_NAMES)
@@ -121,10 +121,13 @@ def _is_answer(message: object) -> bool:
 
 
 def with_context(record: View, content: str | Messages, name: str = "prompt") -> Asked:
-    """The prompt after its system message and history, a transcript as messages; ``name``: its field, for messages.
+    """Put system message and history before the prompt and split transcripts into messages.
+
+    Args:
+        name: the prompt's field, for messages.
 
     Raises:
-        UserError: its last message is empty or the assistant's.
+        UserError: the last message is empty or the assistant's.
     """
     plain: str | None = None
     awaits_answer = True
@@ -143,7 +146,7 @@ def with_context(record: View, content: str | Messages, name: str = "prompt") ->
 
 
 def _system(record: View, content: str | Messages) -> Messages:
-    """The system message that stands in a column and is not among the messages already."""
+    """The system message from a separate column, unless the messages already begin with it."""
     name = next((name for name in SYSTEM_NAMES if _is_filled(record, name)), None)
     if name is None:
         return ()
@@ -152,8 +155,8 @@ def _system(record: View, content: str | Messages) -> Messages:
         if _same(content[0]["content"], text):
             return ()
         raise UserError(
-            f"{record.place}: field '{name}' differs from the system message of the prompt; keep one of them, or add "
-            f"{name} to data.ignore_fields"
+            f"{record.place}: field '{name}' differs from the system message of the prompt. Keep one of them, or add "
+            f"{name} to data.ignore_fields."
         )
     return ({"role": "system", "content": text},)
 
@@ -162,10 +165,11 @@ def _history(record: View) -> Messages:
     """LLaMA-Factory's earlier turns, ``[[question, answer], ...]``; or messages."""
     if not _is_filled(record, "history"):
         return ()
-    history, place = record["history"], record.place
+    history, location = record["history"], record.place
     if not isinstance(history, list):
         raise UserError(
-            f"{place}: field 'history' must be a list of [question, answer] or of messages, found {describe(history)}"
+            f"{location}: field 'history' must be a list of [question, answer] or of messages, found "
+            f"{describe(history)}"
         )
     if all(isinstance(turn, dict) for turn in history):
         return read_messages(history, record, "history")
@@ -173,10 +177,11 @@ def _history(record: View) -> Messages:
     for number, turn in enumerate(history):
         if not isinstance(turn, list) or len(turn) != 2:
             raise UserError(
-                f"{place}: field 'history[{number}]' must be [question, answer], found {describe(turn)}; drop the row"
+                f"{location}: field 'history[{number}]' must be [question, answer], found {describe(turn)}. Drop the "
+                "row."
             )
         for role, text in zip(("user", "assistant"), turn, strict=True):
-            messages.append({"role": role, "content": read_text(text, place, f"history[{number}]")})
+            messages.append({"role": role, "content": read_text(text, location, f"history[{number}]")})
     return tuple(messages)
 
 
@@ -188,8 +193,8 @@ def read_template_fields(record: View) -> dict[str, Any]:
             value = decoded_json(record[name], record.place, name)
             if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
                 raise UserError(
-                    f"{record.place}: field '{name}' must be a list of objects, found {describe(value)}; "
-                    f"correct it, or add {name} to data.ignore_fields"
+                    f"{record.place}: field '{name}' must be a list of objects, found {describe(value)}. "
+                    f"Correct it, or add {name} to data.ignore_fields."
                 )
             if value:
                 found[name] = value
@@ -197,7 +202,7 @@ def read_template_fields(record: View) -> dict[str, Any]:
         given = decoded_json(record["chat_template_kwargs"], record.place, "chat_template_kwargs")
         if not isinstance(given, dict):
             raise UserError(
-                f"{record.place}: field 'chat_template_kwargs' must be an object, found {describe(given)}; drop it"
+                f"{record.place}: field 'chat_template_kwargs' must be an object, found {describe(given)}. Drop it."
             )
         found = given | found
     for name, value in found.items():
@@ -206,7 +211,7 @@ def read_template_fields(record: View) -> dict[str, Any]:
 
 
 def check_nothing_asked_is_left(record: View, content: str | Messages, responses: Iterable[Response]) -> None:
-    """Refuses fields that look like part of the prompt, unless empty or said by the row already; these are taken."""
+    """Reject unread fields that look like part of the prompt. Empty or redundant ones are marked as read instead."""
     suspects = {
         name: value
         for name, value in record.unread().items()
@@ -215,27 +220,27 @@ def check_nothing_asked_is_left(record: View, content: str | Messages, responses
     texts = _texts_of(content, responses) if suspects else set()
     left = []
     for name, value in suspects.items():
-        if is_empty(value) or _says_only(as_messages(value, record.place, name), texts):
+        if is_empty(value) or _is_redundant(as_messages(value, record.place, name), texts):
             record[name]
         else:
             left.append(name)
     if left:
         fields = f"field '{left[0]}' looks" if len(left) == 1 else f"fields {', '.join(map(repr, left))} look"
         raise UserError(
-            f"{record.place}: {fields} like part of the prompt, but would not be used; say which field holds what "
-            f"(data.columns.prompt={left[0]}), or that it is not wanted (data.ignore_fields=[{','.join(left)}])"
+            f"{record.place}: {fields} like part of the prompt, but would not be used. Map it "
+            f"(data.columns.prompt={left[0]}), or ignore it (data.ignore_fields=[{','.join(left)}])."
         )
 
 
 def _texts_of(content: str | Messages, responses: Iterable[Response]) -> set[str]:
-    """Every text of a row, blanks aside."""
+    """All texts of a row, with whitespace normalised."""
     texts = [content] if isinstance(content, str) else [message["content"] for message in content]
     for response in responses:
         texts += [response.content, *(message["content"] for message in response.continuation)]
     return set(map(_normal, texts))
 
 
-def _says_only(value: Any, texts: set[str]) -> bool:
+def _is_redundant(value: Any, texts: set[str]) -> bool:
     """Whether a text, or every message of a conversation, is among the row's texts."""
     if isinstance(value, str):
         return _normal(value) in texts
@@ -243,7 +248,7 @@ def _says_only(value: Any, texts: set[str]) -> bool:
         return False
     names = {name for message in value for name, entry in message.items() if entry is not None}
     if not names <= {"role", "content", "from", "value"}:
-        return False  # there is more in it
+        return False  # it holds more than texts
     contents = [message.get("content", message.get("value")) for message in value]
     return all(isinstance(content, str) and _normal(content) in texts for content in contents)
 

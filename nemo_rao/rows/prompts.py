@@ -1,4 +1,4 @@
-"""Prompts from files: of every format that training reads, whose responses are left out, and of rows without any."""
+"""Prompts from files in every training format, with responses left out, and from rows without responses."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _MARKS = {mark for known in FORMATS for mark in known.marks} - set(CONVERSATIONS
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a policy is asked.
+    """A prompt for sampling.
 
     Attributes:
         content: messages or plain text, as in :class:`nemo_rao.batch.Row`.
         place: where it came from.
-        fields: what else its row had, such as a reference answer.
+        fields: other fields of its row, such as a reference answer.
         template_fields, plain: ``template_fields`` and ``plain_prompt`` of :class:`nemo_rao.batch.Row`.
         unused: paths of the fields that nothing reads and that are not ``carried``.
-        has_responses: its row had some, which are left out.
+        has_responses: whether its row had responses, which are left out.
     """
 
     content: str | Messages
@@ -43,11 +43,11 @@ class Prompt:
 
     @property
     def carried(self) -> Mapping[str, Any]:
-        """The fields that are also written with samples: ``fields`` of a row without responses, else none."""
+        """Fields that are written along with samples: ``fields`` of a row without responses, else none."""
         return {} if self.has_responses else self.fields
 
     def as_row(self) -> Row:
-        """A row without responses, as the encoder takes it."""
+        """Convert to a row without responses, for the encoder."""
         return Row(
             self.content,
             (),
@@ -65,16 +65,16 @@ def read_prompts(
     columns: Mapping[str, str] | None = None,
     ignore_fields: Sequence[str] = (),
 ) -> list[Prompt]:
-    """The prompts of one or several files, in order; whatever is wrong with any row is found here.
+    """Read and check the prompts of one or several files, in order.
 
     Args:
-        paths: see :func:`nemo_rao.rows.reading.read_rows`. Rows may also have a prompt alone (``prompt``, ``question``,
-            ...), text or messages, with its system message and tools.
+        paths: see :func:`nemo_rao.rows.reading.read_rows`. Rows may also consist of a prompt only (``prompt``,
+            ``question``, ...), text or messages, with its system message and tools.
         system: a system message, put before prompts that do not begin with one.
         columns, ignore_fields: see :func:`nemo_rao.rows.reading.read_rows`.
 
     Raises:
-        UserError: a file cannot be read, a row has no prompt, or there is none at all.
+        UserError: a file cannot be read, a row has no prompt, or there are no rows.
     """
     names = Columns(dict(columns or {}), tuple(ignore_fields))
     prompts = [
@@ -83,7 +83,7 @@ def read_prompts(
         for prompt in _prompts_of_source(source, names)
     ]
     if not prompts:
-        raise UserError(f"{paths}: has no rows; give a file with at least one prompt")
+        raise UserError(f"{paths}: has no rows. Pass a file with at least one prompt.")
     return prompts
 
 
@@ -93,7 +93,7 @@ def _with_system(prompt: Prompt, system: str | None) -> Prompt:
 
 
 def read_records(path: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """(place, record) of a benchmark's file: one JSON array, or whatever kind of file training reads."""
+    """(location, record) pairs of a benchmark's file: one JSON array, or any kind of file that training reads."""
     if path.endswith(".json"):
         rows.expand_paths(path)
         try:
@@ -101,14 +101,14 @@ def read_records(path: str) -> list[tuple[str, Mapping[str, Any]]]:
                 text = file.read()
             whole = json.loads(text) if text.lstrip().startswith("[") else None
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as a JSON array ({error}); copy or download it again") from None
+            raise UserError(f"{path}: cannot be read as a JSON array ({error}). Copy or download it again.") from None
         if whole is not None:
             return _objects([(f"{path} item {number}", record) for number, record in enumerate(whole, start=1)], path)
     return _objects([found for source in rows.expand_paths(path) for found in rows.read_records_of(source)], path)
 
 
 def with_system(content: str | Messages, system: str | None) -> str | Messages:
-    """The prompt after a system message; unchanged where none is given or it has its own."""
+    """Put a system message before the prompt, unless none is given or the prompt has one."""
     if system is None or (not isinstance(content, str) and content[0]["role"] == "system"):
         return content
     messages = ({"role": "user", "content": content},) if isinstance(content, str) else content
@@ -116,7 +116,7 @@ def with_system(content: str | Messages, system: str | None) -> str | Messages:
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
-    """Tells one list of prompts from another, wherever it lies."""
+    """Digest of a list of prompts, independent of file names."""
     found = hashlib.sha256()
     for prompt in prompts:
         asked: list[Any] = [prompt.content, prompt.carried]
@@ -127,17 +127,17 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
 
 
 def _prompts_of_source(source: str, names: Columns) -> Iterator[Prompt]:
-    """Consecutive records of one response each and the same prompt are one prompt, as they are one row in training."""
+    """Prompts of one source. Consecutive one-response records with the same prompt count once, as in training."""
     before: Row | None = None
-    for place, record in rows.read_records_of(source):
-        view = names.view(record, place)
+    for location, record in rows.read_records_of(source):
+        view = names.view(record, location)
         alone = _has_prompt_alone(view)
         known = None if alone else recognise(view)
         row = make_row(view, read_asked(view), (), ()) if known is None else known.convert(view, None)
         one_of_several = known is not None and known.one_response_a_record
         if not (one_of_several and before is not None and rows.same_prompt(before, row)):
             unused = tuple(path for path in row.unused if not (alone and path in row.fields))
-            yield Prompt(row.prompt, place, row.fields, row.template_fields, row.plain_prompt, unused, not alone)
+            yield Prompt(row.prompt, location, row.fields, row.template_fields, row.plain_prompt, unused, not alone)
         before = row if one_of_several else None
 
 
@@ -147,9 +147,9 @@ def _has_prompt_alone(view: View) -> bool:
 
 
 def _objects(records: list[tuple[str, Any]], path: str) -> list[tuple[str, Mapping[str, Any]]]:
-    for place, record in records:
+    for location, record in records:
         if not isinstance(record, Mapping):
-            raise UserError(f"{place}: expected an object with named fields; write one JSON object per entry")
+            raise UserError(f"{location}: expected an object with named fields. Write one JSON object per entry.")
     if not records:
-        raise UserError(f"{path}: has no rows; give a file with at least one")
+        raise UserError(f"{path}: has no rows. Pass a file with at least one.")
     return records

@@ -1,4 +1,4 @@
-"""Rows from files: records (``sources``) under our names (``view``), as their format has them (``formats``)."""
+"""Rows from files: records (``sources``) under canonical names (``view``), converted by format (``formats``)."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def read_rows(
     ignore_fields: Sequence[str] = (),
     on_bad: OnBad | None = None,
 ) -> Iterator[Row]:
-    """The rows of one or several sources, in order.
+    """Iterate over the rows of one or several sources, in order.
 
     Args:
-        paths: a file, a glob, a folder written by ``Dataset.save_to_disk``, ``hf:NAME`` or ``hf:NAME:SPLIT``; or a
+        paths: a file, a glob, a directory written by ``Dataset.save_to_disk``, ``hf:NAME`` or ``hf:NAME:SPLIT``; or a
             list of these.
-        reward_field: where the reward stands, if not where the format has it: a field of the response, or a path
-            into it such as ``annotations.helpfulness.Rating``. It must then be there in every row. A list of these is
-            an ensemble of reward models, whose mean is the reward.
-        columns: our name of a field -> its name in the file (``{"prompt": "question"}``).
-        ignore_fields: fields that are not read: names, or paths as ``Row.unused`` has them (``completions[].model``).
-        on_bad: is given what is wrong with a record, which is then skipped; None: it is raised. A file that cannot be
-            read is an error in any case.
+        reward_field: field of the reward if it differs from the format's own: a field of the response, or a path into
+            it such as ``annotations.helpfulness.Rating``. Every row must then have it. A list is an ensemble of reward
+            models, whose mean is the reward.
+        columns: canonical field name -> name in the file (``{"prompt": "question"}``).
+        ignore_fields: fields to skip: names, or paths in the form of ``Row.unused`` (``completions[].model``).
+        on_bad: called with the error of a bad record, which is then skipped; ``None``: it is raised. An unreadable file
+            is always an error.
 
     Raises:
-        UserError: at once where a file is missing or ``reward_field``, ``columns`` or ``ignore_fields`` name nothing;
-            while reading, for whatever is wrong with a row.
+        UserError: immediately if a file is missing or ``reward_field``, ``columns`` or ``ignore_fields`` are invalid;
+            while reading, for an invalid row.
     """
     names = [reward_field] if isinstance(reward_field, str) else reward_field
     if names is not None and not (names and all(names)):
         raise UserError(
-            f"data.reward_field={reward_field!r} names no field; name one, or a list for an ensemble, or set it to null"
+            f"data.reward_field={reward_field!r} names no field. Name one, a list for an ensemble, or set it to null."
         )
     renaming = Columns(dict(columns or {}), tuple(ignore_fields), tuple(names or ()))
     sources = expand_paths(paths)
@@ -61,11 +61,11 @@ def read_rows(
 
 
 def _rows_of_source(source: str, reward_field: RewardField, columns: Columns, on_bad: OnBad | None) -> Iterator[Row]:
-    """Rows of one source. Consecutive records of one response each and the same prompt become one row."""
+    """Rows of one source. Consecutive one-response records with the same prompt become one row."""
     open_row: Row | None = None
-    for place, record in read_records_of(source, on_bad):
+    for location, record in read_records_of(source, on_bad):
         try:
-            view = columns.view(record, place)
+            view = columns.view(record, location)
             known = recognise(view)
             row = known.convert(view, reward_field)
         except UserError as error:
@@ -92,7 +92,7 @@ def _rows_of_source(source: str, reward_field: RewardField, columns: Columns, on
 
 
 def same_prompt(one: Row, other: Row) -> bool:
-    """Whether both ask the same."""
+    """Whether both rows have the same prompt."""
     return (one.prompt, one.template_fields, one.plain_prompt) == (
         other.prompt,
         other.template_fields,

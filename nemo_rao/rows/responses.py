@@ -1,4 +1,4 @@
-"""Responses and rows from what formats find: the steps that all formats share."""
+"""Construction of responses and rows: the steps that all formats share."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from nemo_rao.rows.writing import ANSWER_FIELDS
 
 
 def read_response(record: View, content_name: str, reward_name: str, reward_field: RewardField) -> Response:
-    """The response whose text, reward and other fields stand beside each other in ``record``."""
-    place, path = record.place, record.path_of(content_name)
+    """Read a response whose text, reward and other fields are all in ``record``."""
+    location, path = record.place, record.path_of(content_name)
     fields = _answer_fields(record)
     if any(fields.get(name) for name in CALLS):
         content = record.get(content_name, "")
         if not isinstance(content, str):
-            raise UserError(f"{place}: field '{path}' must be text, found {describe(content)}")
-        check_unicode(content, place, path)
+            raise UserError(f"{location}: field '{path}' must be text, found {describe(content)}")
+        check_unicode(content, location, path)
     else:
-        content = read_text(record.required(content_name), place, path)
+        content = read_text(record.required(content_name), location, path)
     reward, ensemble = read_reward(record, reward_name, reward_field)
     return Response(content, reward, ensemble, fields=fields, **_marks(record))
 
 
 def _answer_fields(record: View) -> dict[str, Any]:
-    """What a response has for the chat template: ``reasoning_content``, ``tool_calls``, ``message_fields``."""
+    """A response's fields for the chat template: ``reasoning_content``, ``tool_calls``, ``message_fields``."""
     others = record.get("message_fields", {})
     path = record.path_of("message_fields")
     if not isinstance(others, dict):
@@ -58,7 +58,7 @@ def _marks(record: View) -> dict[str, Any]:
 
 
 def read_answer(value: object, record: View, name: str) -> Response:
-    """The answer that is one assistant message."""
+    """Read an answer given as one assistant message."""
     messages = read_messages(value, record, name)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise UserError(
@@ -81,18 +81,17 @@ def make_row(
     ranked: bool = False,
     reference_rewards: tuple[float, ...] = (),
 ) -> Row:
-    """The row of a record from which all else has been taken.
+    """Build the row of a record whose other fields have been read.
 
     Args:
-        record: what is left in it becomes ``Row.unused`` and ``Row.fields``.
+        record: its unread fields become ``Row.unused`` and ``Row.fields``.
         asked: its prompt.
         responses: its responses.
-        names: the fields in which these stand, for messages.
+        names: fields of the responses, for messages.
         ranked, reference_rewards: see :class:`nemo_rao.batch.Row`.
 
     Raises:
-        UserError: a column that looks like part of the prompt is left, or an answer to a transcript goes on with
-            other turns.
+        UserError: an unread column looks like part of the prompt, or an answer to a transcript contains further turns.
     """
     plain = asked.plain
     if asked.is_transcript:
@@ -113,9 +112,9 @@ def make_row(
 
 
 def _answers_of_transcript(
-    asked: Asked, responses: Sequence[Response], names: Sequence[str], place: str
+    asked: Asked, responses: Sequence[Response], names: Sequence[str], location: str
 ) -> tuple[list[Response], str | None]:
-    """The answers that end a transcript, without the marker and blanks before them; and the text up to the answers."""
+    """(answers that end a transcript, without leading marker and whitespace; the text before the answers)."""
     plain, contents = asked.plain, [response.content for response in responses]
     if not asked.awaits_answer:
         markers, rests = zip(*map(split_answer_marker, contents), strict=True) if contents else ((), ())
@@ -126,13 +125,13 @@ def _answers_of_transcript(
     for response, content, name in zip(responses, contents, names, strict=True):
         if has_turns(content):
             raise UserError(
-                f"{place}: field '{name}' must hold one assistant message after the prompt, found other turns in it "
-                "(after a blank line, 'Human:' or 'Assistant:'); keep only the turn in which the answers differ"
+                f"{location}: field '{name}' must hold one assistant message after the prompt, found further turns "
+                "(a blank line, then 'Human:' or 'Assistant:'). Keep only the turn in which the answers differ."
             )
         answers.append(
             dataclasses.replace(
                 response,
-                content=read_text(content, place, name).strip(),
+                content=read_text(content, location, name).strip(),
                 plain_content=content if plain is not None else None,
             )
         )

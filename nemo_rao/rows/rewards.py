@@ -1,4 +1,4 @@
-"""The rewards of responses: under the format's own name, a label in its place, or under the user's names."""
+"""Rewards of responses: under the format's name or the user's names, or from a label."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RewardField = str | Sequence[str] | None  # a name, the names of an ensemble, or
 
 
 def read_reward(record: View, default: str, chosen: RewardField) -> tuple[float | None, tuple[float, ...]]:
-    """(reward, ensemble) of the response in ``record``.
+    """Read (reward, ensemble) of the response in ``record``.
 
-    A member of an ensemble may be null, which is NaN; the reward is the mean of the others. Where the format's own name
-    is not there, ``label``: true is a reward of 1, false of 0.
+    A member of an ensemble may be null, which is stored as NaN; the reward is the mean of the others. If the format's
+    reward field is missing, ``label`` is used: true is a reward of 1, false of 0.
     """
     if chosen is not None and not isinstance(chosen, str):
         columns = [_chosen_reward(record, name, may_be_null=True) for name in chosen]
@@ -32,14 +32,14 @@ def read_reward(record: View, default: str, chosen: RewardField) -> tuple[float 
     return read_number(record.get(default), record.place, record.path_of(default)), ()
 
 
-def _read_label(value: object, place: str, field: str) -> float:
+def _read_label(value: object, location: str, field: str) -> float:
     if value in (0, 1) and isinstance(value, (bool, int)):
         return float(value)
-    raise UserError(f"{place}: field '{field}' must be true or false, found {describe(value)}")
+    raise UserError(f"{location}: field '{field}' must be true or false, found {describe(value)}")
 
 
 def _chosen_reward(record: View, chosen: str, may_be_null: bool = False) -> float | None:
-    """The reward under the user's name, which may be a path and must be there."""
+    """The reward under the user's name, which may be a path and must exist."""
     here, value = record, None
     names = [chosen] if chosen in record or record.is_null(chosen) else chosen.split(".")
     for depth, name in enumerate(names):
@@ -49,7 +49,7 @@ def _chosen_reward(record: View, chosen: str, may_be_null: bool = False) -> floa
         if depth + 1 < len(names):
             if not isinstance(value, dict):
                 raise UserError(
-                    f"{record.place}: reward field '{chosen}' leads into {describe(value)}; name another reward field"
+                    f"{record.place}: reward field '{chosen}' leads into {describe(value)}. Name another reward field."
                 )
             here = here.inside(name)
     if chosen.endswith(".Rating") and isinstance(value, str):  # UltraFeedback publishes its ratings as text
@@ -58,21 +58,22 @@ def _chosen_reward(record: View, chosen: str, may_be_null: bool = False) -> floa
     return read_number(value, record.place, here.path_of(names[-1]))
 
 
-def read_score_of_pair(value: Any, place: str, field: str) -> float | None:
-    """The score of a pair's side, whose label may make it superfluous: NaN where it is a number that is not finite.
+def read_score_of_pair(value: Any, location: str, field: str) -> float | None:
+    """Read the score of one side of a pair. A value that is not finite becomes NaN, not an error.
 
-    Column stores write NaN for what is missing. Whoever uses the score refuses it.
+    Column stores write NaN for missing values, and the labels may make the score superfluous. Code that needs the score
+    rejects NaN.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return math.nan
-    return read_number(value, place, field)
+    return read_number(value, location, field)
 
 
-def no_reward_field(reward_field: RewardField, own: str, place: str) -> None:
-    """Refuses a reward field where pairs are read, whose rewards have names of their own."""
+def no_reward_field(reward_field: RewardField, own: str, location: str) -> None:
+    """Reject a reward field for pairs, whose reward fields have fixed names."""
     if reward_field is not None:
         names = [reward_field] if isinstance(reward_field, str) else reward_field
         raise UserError(
-            f"{place}: reward field {', '.join(map(repr, names))} cannot be chosen for pairs, whose rewards are {own}; "
-            "leave data.reward_field unset"
+            f"{location}: reward field {', '.join(map(repr, names))} cannot be used for pairs, whose rewards are "
+            f"{own}. Leave data.reward_field unset."
         )

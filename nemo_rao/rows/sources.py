@@ -1,6 +1,6 @@
 """Records from files: JSON Lines (plain or .gz), Parquet, data sets of the `datasets` package.
 
-What can be wrong with a file is found here and reported with the file and the line.
+Errors in a file are reported with file and line.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ OnBad = Callable[[UserError], None]
 
 
 def expand_paths(paths: Paths) -> list[str]:
-    """Globs resolved (in sorted order) and existence checked. ``hf:`` names are left as they are."""
+    """Expand globs (in sorted order) and check existence. ``hf:`` names are returned unchanged."""
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
-        raise UserError("no data files are given; name at least one")
+        raise UserError("no data files given. Name at least one.")
     sources: list[str] = []
     for entry in [os.fspath(path) for path in given]:
         path = os.path.expanduser(entry)
@@ -37,26 +37,28 @@ def expand_paths(paths: Paths) -> list[str]:
         elif glob.has_magic(path):
             matches = sorted(glob.glob(path, recursive=True))
             if not matches:
-                raise UserError(f"{entry}: no file matches this pattern; check it, and the folder it starts from")
+                raise UserError(
+                    f"{entry}: no file matches this pattern. Check it, and the directory that it is relative to."
+                )
             sources.extend(matches)
         else:
             raise UserError(
-                f"{entry}: no such file (looked from {os.getcwd()}); give a file, a pattern, "
-                f"or {HUB}NAME for a data set of the `datasets` package"
+                f"{entry}: no such file (current directory: {os.getcwd()}). Pass a file, a pattern, "
+                f"or {HUB}NAME for a data set of the `datasets` package."
             )
     return sources
 
 
 def read_records_of(source: str, on_bad: OnBad | None = None) -> Iterator[tuple[str, Any]]:
-    """(place, record) of one source, whatever its kind.
+    """Iterate over the (location, record) pairs of one source of any kind.
 
     Args:
-        source: as :func:`expand_paths` gives it.
-        on_bad: is given what is wrong with a line that holds no JSON, which is then skipped; None: it is raised.
+        source: as returned by :func:`expand_paths`.
+        on_bad: called with the error of a line that is not JSON, which is then skipped; ``None``: it is raised.
     """
-    for place, record in _records(source):
+    for location, record in _records(source):
         if not isinstance(record, UserError):
-            yield place, record
+            yield location, record
         elif on_bad is None:
             raise record
         else:
@@ -64,7 +66,7 @@ def read_records_of(source: str, on_bad: OnBad | None = None) -> Iterator[tuple[
 
 
 def _records(source: str) -> Iterator[tuple[str, Any]]:
-    """(place, record, or what is wrong with it)."""
+    """(location, record or its error) pairs."""
     if source.startswith(HUB):
         return _numbered(source, _hub_dataset(source))
     if os.path.isdir(source):
@@ -73,7 +75,7 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
         return _json_lines(source)
     if source.endswith(PARQUET):
         return _numbered(source, _parquet(source))
-    raise UserError(f"{source}: unknown kind of file; accepted are {', '.join(JSON_LINES + PARQUET)}")
+    raise UserError(f"{source}: unknown file type. Use one of {', '.join(JSON_LINES + PARQUET)}.")
 
 
 def _numbered(source: str, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -81,7 +83,7 @@ def _numbered(source: str, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _without_fill(value: Any, inside: bool = False) -> Any:
-    """Without the nulls that column stores put into tools and calls, whose objects differ from one to the next."""
+    """Remove the nulls with which column stores pad tools and calls, whose objects have different fields."""
     if isinstance(value, dict):
         return {
             name: _without_fill(entry, inside or name in _OF_MANY_SHAPES)
@@ -92,36 +94,38 @@ def _without_fill(value: Any, inside: bool = False) -> Any:
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
-    """Lines are numbered from 1, blank ones included though they are skipped."""
+    """(location, record) pairs. Lines are numbered from 1; blank lines count but are skipped."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                place = f"{path} line {number}"
+                location = f"{path} line {number}"
                 if not line.strip():
                     continue
-                yield place, _json_object(line, "utf-8-sig" if number == 1 else "utf-8", place)
+                yield location, _json_object(line, "utf-8-sig" if number == 1 else "utf-8", location)
     except EOFError:
-        raise UserError(f"{path}: truncated .gz file, it ends after line {number}; copy or download it again") from None
+        raise UserError(f"{path}: truncated .gz file (ends after line {number}). Copy or download it again.") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
-            f"{path}: damaged .gz file after line {number} ({_one_line(error)}); copy or download it again, "
-            "or drop .gz from its name if it is not compressed"
+            f"{path}: damaged .gz file after line {number} ({_one_line(error)}). Copy or download it again, "
+            "or drop .gz from its name if it is not compressed."
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _json_object(line: bytes, encoding: str, place: str) -> Any:
-    """What the line holds, or what is wrong with it."""
+def _json_object(line: bytes, encoding: str, location: str) -> Any:
+    """The decoded line, or the error."""
     try:
         return json.loads(line.decode(encoding))
     except UnicodeDecodeError as error:
-        return UserError(f"{place}: not UTF-8 at byte {error.start} of the line; write the file anew as UTF-8")
+        return UserError(f"{location}: not UTF-8 at byte {error.start} of the line. Rewrite the file as UTF-8.")
     except json.JSONDecodeError as error:
-        return UserError(f"{place}: invalid JSON ({error.msg} at column {error.colno}); write one JSON object per line")
+        return UserError(
+            f"{location}: invalid JSON ({error.msg} at column {error.colno}). Write one JSON object per line."
+        )
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, endless nesting
-        return UserError(f"{place}: JSON that cannot be read ({_one_line(error)}); drop the row")
+        return UserError(f"{location}: JSON that cannot be read ({_one_line(error)}). Drop the row.")
 
 
 def _parquet(path: str) -> Iterator[Any]:
@@ -133,36 +137,36 @@ def _parquet(path: str) -> Iterator[Any]:
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({_one_line(error)}); copy or download it again") from None
+        raise UserError(f"{path}: cannot be read as Parquet ({_one_line(error)}). Copy or download it again.") from None
 
 
 def _hub_dataset(source: str) -> Iterable[Any]:
-    """``hf:NAME[:SPLIT]``, through the `datasets` cache; code that a data set brings along is never run."""
+    """Load ``hf:NAME[:SPLIT]`` through the `datasets` cache. Remote code is never run."""
     import datasets
 
     name, _, split = source.removeprefix(HUB).partition(":")
     if not name:
-        raise UserError(f"{source}: no data set is named; write {HUB}NAME or {HUB}NAME:SPLIT")
+        raise UserError(f"{source}: no data set is named. Write {HUB}NAME or {HUB}NAME:SPLIT.")
     try:
         loaded = datasets.load_dataset(name, split=split or None)
     except Exception as error:  # the package raises many kinds: network, access, unknown name, unknown split
         raise UserError(
-            f"{source}: `datasets` cannot load it ({type(error).__name__}: {_one_line(error)}); check the name and the "
-            "split, or download it and give its files"
+            f"{source}: `datasets` cannot load it ({type(error).__name__}: {_one_line(error)}). Check the name and the "
+            "split, or download it and pass its files."
         ) from None
     return _only_split(loaded, source, f"{HUB}{name}:")
 
 
 def is_saved_dataset(folder: str) -> bool:
-    """Whether ``save_to_disk`` of the `datasets` package wrote the folder."""
+    """Whether ``save_to_disk`` of the `datasets` package wrote the directory."""
     return any(Path(folder, name).exists() for name in ("state.json", "dataset_dict.json"))
 
 
 def _saved_dataset(folder: str) -> Iterable[Any]:
     if not is_saved_dataset(folder):
         raise UserError(
-            f"{folder}: a folder that `save_to_disk` of the `datasets` package did not write; "
-            f"give its files, for instance {os.path.join(folder, '*.jsonl')}"
+            f"{folder}: not a directory written by `save_to_disk` of the `datasets` package. "
+            f"Pass its files, for instance {os.path.join(folder, '*.jsonl')}"
         )
     import datasets
 
@@ -177,7 +181,7 @@ def _only_split(loaded: Any, source: str, prefix: str) -> Iterable[Any]:
     if not isinstance(loaded, dict):
         return loaded
     if len(loaded) > 1:
-        raise UserError(f"{source}: has several splits; give one of {', '.join(prefix + split for split in loaded)}")
+        raise UserError(f"{source}: has several splits. Pass one of {', '.join(prefix + split for split in loaded)}.")
     return next(iter(loaded.values()))
 
 

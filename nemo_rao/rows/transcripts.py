@@ -1,7 +1,7 @@
 """Conversations published as one text, in the form of Anthropic's hh-rlhf: turns after "Human:" and "Assistant:".
 
-Under a chat template a transcript is its messages; inside one user message it would be a text about a conversation.
-Without a template it is trained on unchanged, so its text is kept beside them.
+With a chat template, a transcript is rendered as messages; inside one user message it would be a text about a
+conversation. Without a template it is trained on unchanged, so its text is kept as well.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_transcript(text: str) -> bool:
-    """Whether the text begins with the human's turn and has another one, or does so after a blank line."""
+    """Whether the text begins with a human turn, and either has another turn or begins with a blank line."""
     turns = list(_TURN.finditer(text))
     return bool(turns) and turns[0].start() == 0 and turns[0][1] == "Human" and (len(turns) > 1 or text[:2] == "\n\n")
 
 
 def turns_of(text: str) -> list[tuple[dict[str, Any], int]]:
-    """(message, where its text begins) of each turn; contents without the blanks at their ends."""
+    """(message, offset of its text) of each turn; contents are stripped."""
     found = list(_TURN.finditer(text))
     ends = [turn.start() for turn in found[1:]] + [len(text)]
     return [
@@ -36,10 +36,10 @@ def has_turns(text: str) -> bool:
 
 
 def split_prompt(text: str) -> tuple[tuple[Mapping[str, Any], ...], bool] | None:
-    """(the messages of a prompt's transcript, whether it ends where the assistant begins to answer).
+    """Split a prompt's transcript into (messages, whether it ends where the assistant begins to answer).
 
-    None for other texts, and for those that may as well be what a user wrote about a conversation: they end with an
-    answer, or with the human's turn and do not begin with the blank line of a published transcript.
+    Returns ``None`` for other texts, and for those that a user may have written about a conversation: they end with an
+    answer, or with a human turn without beginning with the blank line of a published transcript.
     """
     if not is_transcript(text):
         return None
@@ -51,6 +51,6 @@ def split_prompt(text: str) -> tuple[tuple[Mapping[str, Any], ...], bool] | None
 
 
 def split_answer_marker(text: str) -> tuple[str, str]:
-    """("Assistant:" with the blanks before it, what follows) of an answer that begins so; ("", text) otherwise."""
+    """("Assistant:" with leading whitespace, the rest) of an answer that begins so; ("", text) otherwise."""
     turn = _TURN.match(text)
     return (text[: turn.end()], text[turn.end() :]) if turn and turn[1] == "Assistant" else ("", text)

@@ -9,7 +9,7 @@ from typing import Any
 from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.rows.fields import describe, missing, read_records
 
-# The fields that some format reads, and that `columns` may provide.
+# Fields that some format reads, and that `columns` may provide.
 KNOWN_FIELDS = (
     *("prompt", "question", "query", "instruction", "input", "history", "system", "tools", "documents"),
     *("messages", "conversations", "responses", "completions", "chosen", "rejected", "response", "completion"),
@@ -21,12 +21,12 @@ KNOWN_FIELDS = (
 
 @dataclass(frozen=True)
 class Columns:
-    """How a file's fields are named, and which are not wanted.
+    """Names of a file's fields, and which of them to ignore.
 
     Attributes:
-        columns: our name of a field -> its name in the file.
-        ignore_fields: names, or paths as :meth:`View.left` gives them (``completions[].model``), that are not read.
-        rewards: the user's names of rewards, which ``columns`` may provide, too.
+        columns: canonical field name -> name in the file.
+        ignore_fields: fields to skip: names, or paths as returned by :meth:`View.left` (``completions[].model``).
+        rewards: the user's names of rewards, which ``columns`` may also provide.
 
     Raises:
         UserError: a name is empty, or no format reads the field that ``columns`` would provide.
@@ -39,26 +39,26 @@ class Columns:
     def __post_init__(self) -> None:
         for ours, theirs in self.columns.items():
             if not isinstance(theirs, str) or not theirs:
-                raise UserError(f"data.columns.{ours} is {theirs!r}; give the name of a field of the file")
+                raise UserError(f"data.columns.{ours} is {theirs!r}. It must be the name of a field of the file.")
             if ours not in KNOWN_FIELDS and ours not in self.rewards:
                 raise UserError(
                     f"data.columns.{ours}: no data format reads this field{did_you_mean(ours, KNOWN_FIELDS)}; "
                     f"allowed are {', '.join(KNOWN_FIELDS)}"
                 )
         if not all(isinstance(name, str) and name for name in self.ignore_fields):
-            raise UserError(f"data.ignore_fields={list(self.ignore_fields)} must be a list of names of fields")
+            raise UserError(f"data.ignore_fields={list(self.ignore_fields)} must be a list of field names")
 
-    def view(self, record: object, place: str) -> View:
-        """The record under our names, without the fields that are not wanted.
+    def view(self, record: object, location: str) -> View:
+        """View of the record under canonical names, without ignored fields.
 
         Raises:
-            UserError: it is not an object, it lacks a field that ``columns`` names, or a field of the file has the
-                name of one that ``columns`` provides.
+            UserError: it is not an object, it lacks a field named by ``columns``, or the file has another field with
+                the canonical name that ``columns`` provides.
         """
         if not isinstance(record, Mapping):
             raise UserError(
-                f"{place}: expected an object with named fields, found {describe(record)}; "
-                "write one JSON object per line (JSON Lines, not one JSON array)"
+                f"{location}: expected an object with named fields, found {describe(record)}. "
+                "Write one JSON object per line (JSON Lines, not one JSON array)."
             )
         fields = {str(name): value for name, value in record.items() if name not in self.ignore_fields}
         renamed = {}
@@ -66,38 +66,38 @@ class Columns:
             if theirs not in fields:
                 found = ", ".join(fields) or "none"
                 raise UserError(
-                    f"{place}: field '{theirs}', which data.columns names for '{ours}', is missing "
-                    f"(fields found: {found}); correct data.columns or drop the row"
+                    f"{location}: field '{theirs}', which data.columns names for '{ours}', is missing "
+                    f"(fields found: {found}). Correct data.columns or drop the row."
                 )
             renamed[ours] = fields[theirs]
         others = {name: value for name, value in fields.items() if name not in self.columns.values()}
         for ours, theirs in self.columns.items():
             if others.get(ours) is not None:
                 raise UserError(
-                    f"{place}: the file has a field '{ours}' beside '{theirs}', which data.columns reads in its place; "
-                    f"add {ours} to data.ignore_fields, or name it in data.columns too"
+                    f"{location}: the file has a field '{ours}' besides '{theirs}', which data.columns reads instead. "
+                    f"Add {ours} to data.ignore_fields, or name it in data.columns too."
                 )
         paths = frozenset(name for name in self.ignore_fields if "." in name or "[]" in name)
-        return View(others | renamed, place, ignored=paths)
+        return View(others | renamed, location, ignored=paths)
 
 
 class View(Mapping[str, Any]):
-    """An object of a record. A field counts as taken once it is looked up; a field that is null is not there.
+    """View of an object in a record. A field counts as read once it is looked up; null fields count as missing.
 
     Attributes:
-        place: of the record, for messages.
-        path: of this object in the record, ``responses[3]``; empty for the record itself.
+        place: location of the record, for messages.
+        path: path of this object in the record, ``responses[3]``; empty for the record itself.
     """
 
     def __init__(
         self,
         record: Mapping[str, Any],
-        place: str,
+        location: str,
         path: str = "",
         kind: str | None = None,
         ignored: frozenset[str] = frozenset(),
     ) -> None:
-        self.place = place
+        self.place = location
         self.path = path
         self._kind = path if kind is None else kind  # the path without numbers, responses[]
         self._ignored = ignored
@@ -123,7 +123,7 @@ class View(Mapping[str, Any]):
         return len(self._fields)
 
     def peek(self, name: str) -> Any:
-        """The field's value, or None; it does not count as taken."""
+        """The field's value or ``None``, without marking it as read."""
         return self._fields.get(name)
 
     def is_null(self, name: str) -> bool:
@@ -136,34 +136,34 @@ class View(Mapping[str, Any]):
         return f"{self._kind}.{name}" if self._kind else name
 
     def required(self, name: str) -> Any:
-        """The field, which must be there."""
+        """The field's value. Raises if it is missing."""
         if name not in self:
-            remedy = "add it" if self.path else f"add it, name the one that holds it (data.columns.{name}=NAME)"
+            remedy = "Add it" if self.path else f"Add it, name the one that holds it (data.columns.{name}=NAME),"
             found = [*self._fields, *self._nulls]
             raise missing(self.path_of(name), self.is_null(name), found, self.place, remedy)
         return self[name]
 
     def inside(self, name: str) -> View:
-        """The view of a field that is an object."""
+        """View of a field that is an object."""
         return self.child(self[name], name)
 
     def child(self, value: Mapping[str, Any], name: str, number: int | None = None) -> View:
-        """The view of an object in the field: the field itself, or the list's entry of this number."""
+        """View of an object in the field: the field itself, or entry ``number`` of its list."""
         at, kind = ("", "") if number is None else (f"[{number}]", "[]")
         child = View(value, self.place, self.path_of(name) + at, self._general(name) + kind, self._ignored)
         self._children.append(child)
         return child
 
     def records(self, name: str) -> list[View]:
-        """The views of the objects in a list."""
+        """Views of the objects in a list."""
         records = read_records(self.required(name), self.place, self.path_of(name))
         return [self.child(record, name, number) for number, record in enumerate(records)]
 
     def unread(self) -> dict[str, Any]:
-        """The fields of this object that were not looked up."""
+        """Fields of this object that were not looked up."""
         return {name: value for name, value in self._fields.items() if name not in self._taken}
 
     def left(self) -> tuple[str, ...]:
-        """Paths of the fields that were not looked up, here and in every object inside; each path once."""
+        """Paths of the fields that were not looked up, in this object and nested ones, without duplicates."""
         own = [self._general(name) for name in self.unread()]
         return tuple(dict.fromkeys([*own, *(path for child in self._children for path in child.left())]))

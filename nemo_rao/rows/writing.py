@@ -1,4 +1,4 @@
-"""Records from rows: the inverse of reading, in the project's own format."""
+"""Records from rows: the inverse of reading, in the canonical format."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from nemo_rao.batch import Response, Row
 
-# Fields of an answer's message that a record's response has beside ``content``; others stand in ``message_fields``.
+# Message fields that a record's response has next to ``content``; the others are in ``message_fields``.
 ANSWER_FIELDS = ("reasoning_content", "tool_calls")
-# Arguments of the chat template that are columns; others stand in ``chat_template_kwargs``.
+# Arguments of the chat template that are columns; the others are in ``chat_template_kwargs``.
 TEMPLATE_COLUMNS = ("tools", "documents")
 
 
 def record_of(row: Row, *, ensemble_names: Sequence[str] = ()) -> dict[str, Any]:
-    """The canonical record from which an equal row is read, but for ``place`` and ``unused``.
+    """Canonical record of a row. Reading it gives an equal row, except for ``place`` and ``unused``.
 
-    A reward that is NaN is written as null: JSON has no other way to say that it is not known.
+    A reward that is NaN is written as null, since JSON has no NaN.
 
     Args:
         row: any row.
-        ensemble_names: fields to write ensembles under, one for each member; to be read back with ``reward_field``.
+        ensemble_names: fields for the members of an ensemble, to be read back with ``reward_field``.
     """
     record: dict[str, Any] = {
         "prompt": row.prompt if isinstance(row.prompt, str) else [dict(message) for message in row.prompt],
@@ -40,7 +40,7 @@ def _response(response: Response, ensemble_names: Sequence[str]) -> dict[str, An
     record: dict[str, Any] = {"content": response.content}
     if response.reward is not None:
         record["reward"] = _number(response.reward)
-    assert len(response.ensemble) == len(ensemble_names), "an ensemble's rewards need a name each"
+    assert len(response.ensemble) == len(ensemble_names), "each member of an ensemble needs a name"
     record |= {name: _number(reward) for name, reward in zip(ensemble_names, response.ensemble, strict=True)}
     record |= _with_rest(dict(response.fields), ANSWER_FIELDS, "message_fields")
     if response.weight != 1:
@@ -55,7 +55,7 @@ def _response(response: Response, ensemble_names: Sequence[str]) -> dict[str, An
 
 
 def _with_rest(fields: dict[str, Any], known: Sequence[str], rest: str) -> dict[str, Any]:
-    """The known fields at the top, the others in an object of their own."""
+    """Known fields at the top level, the others in a separate object under ``rest``."""
     others = {name: value for name, value in fields.items() if name not in known}
     return {name: fields[name] for name in known if name in fields} | ({rest: others} if others else {})
 

@@ -1,6 +1,6 @@
-"""A judge's answers on disk: question's key -> its answers, oldest first.
+"""A judge's answers on disk: key of a question -> its answers, oldest first.
 
-SQLite: one file, safe against kills in the middle of a write, usable by several runs at once.
+Stored in SQLite: one file, safe against kills during a write, usable by several runs at once.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from nemo_rao.scoring.chat import CUT_OFF, ChatAnswer
 from nemo_rao.scoring.scorer import ScoringFailure
 
-# Files of early versions have a table `answers`, which does not say what was cut off; it is left alone.
+# Files of early versions have a table `answers` that does not record truncation; it is ignored.
 _TABLE = "whole_and_cut_answers"
-_PROBLEMS = {0: "", 1: CUT_OFF}  # where such a version wrote no more than whether an answer was cut off
+_PROBLEMS = {0: "", 1: CUT_OFF}  # values of early versions, which only recorded truncation
 
 
 class Answers:
-    """The file at ``path``, made when it is first asked."""
+    """The file at ``path``, created on first use."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,8 +29,8 @@ class Answers:
         return [ChatAnswer(text, _PROBLEMS.get(cut, cut)) for text, cut in found]
 
     def add(self, key: str, answer: ChatAnswer) -> None:
-        """On its way to the disk when this returns."""
-        # Half a surrogate pair, which JSON may bring, is no text to SQLite.
+        """Add an answer. It is committed when this returns."""
+        # SQLite rejects half a surrogate pair, which JSON may contain.
         text = answer.text.encode(errors="replace").decode()
         self._run(f"INSERT INTO {_TABLE} VALUES (?, ?, ?)", key, text, answer.problem)
 
@@ -41,7 +41,7 @@ class Answers:
             return self._opened.execute(statement, values).fetchall()
         except (OSError, sqlite3.Error) as error:
             raise ScoringFailure(
-                f"file of answers {self.path}: {error}; make room, remove it, or name another file (cache)"
+                f"judge answers {self.path}: {error}. Free some space, remove the file, or set cache to another file."
             ) from None
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class Answers:
 
 def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
-    opened = sqlite3.connect(path, timeout=60, isolation_level=None)  # each statement for itself
+    opened = sqlite3.connect(path, timeout=60, isolation_level=None)  # autocommit
     opened.execute("PRAGMA journal_mode=WAL")
     opened.execute("PRAGMA synchronous=NORMAL")
     columns = "key TEXT NOT NULL, answer TEXT NOT NULL, cut INTEGER NOT NULL"  # cut: ChatAnswer.problem, or as above

@@ -1,4 +1,4 @@
-"""Who a judge asks: the interface of chat models, behind an endpoint or in this process."""
+"""Interface of the chat models behind judges, at an endpoint or in this process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ CUT_OFF = "answer cut off (raise max_tokens)"
 
 @dataclass(frozen=True)
 class ChatQuestion:
-    """One answer that is wanted.
+    """Request for one answer.
 
     Attributes:
-        messages: with ``role`` and ``content``; the last is the user's.
-        place: file, line and number of the response that is judged, for messages.
-        stream: numbers that name the answer; a model that draws its own tokens draws the same for the same ones.
+        messages: messages with ``role`` and ``content``; the last is the user's.
+        place: file, line and number of the judged response, for error messages.
+        stream: numbers that identify the answer; a model in this process samples the same tokens for the same numbers.
     """
 
     messages: tuple[Mapping[str, str], ...]
@@ -26,13 +26,13 @@ class ChatQuestion:
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What a chat model answered.
+    """Answer of a chat model.
 
     Attributes:
-        text: empty where there is none.
-        problem: why this is not a whole answer, in a few words, by which such answers are counted; else empty.
-        lasting: worth keeping for later runs. Not so where the question was refused: another setting of the server may
-            take it.
+        text: empty if there is none.
+        problem: short reason why the answer is incomplete, by which such answers are counted; else empty.
+        lasting: whether to keep it for later runs. False if the question was rejected, since another setting of the
+            server may accept it.
     """
 
     text: str
@@ -44,10 +44,10 @@ class Chat(Protocol):
     """A chat model.
 
     Attributes:
-        name: for messages.
-        identity: what its answers depend on besides the question and the keys that every judge has; as JSON.
-        varies: the same question may be answered otherwise when it is asked again.
-        num_requests: that it has been asked, repeated ones included.
+        name: name for messages.
+        identity: everything its answers depend on, besides the question and the keys of all judges; as JSON.
+        varies: whether the same question may be answered differently when asked again.
+        num_requests: number of requests so far, including retries.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Chat(Protocol):
     num_requests: int
 
     def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
-        """Calls ``keep`` with a question's position and its answer, as soon as it is known.
+        """Call ``keep`` with the index of a question and its answer, as soon as the answer is known.
 
         Raises:
-            ScoringFailure: no use in going on; whatever ``keep`` raises ends the asking, too.
+            ScoringFailure: the model cannot be used. Exceptions of ``keep`` also end the questioning.
         """
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Release all resources."""

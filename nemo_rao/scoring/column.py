@@ -1,4 +1,4 @@
-"""Rewards that the file has already: to combine, standardise, or compare others with."""
+"""Rewards that are already in the file, for combining, standardising, or comparing with others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ColumnScorer:
     """A field of the responses, such as ``r_1``, or a path such as ``annotations.helpfulness.Rating``.
 
     Args:
-        field: empty for the reward where the file's format has it (labels are rewards of 1 and 0).
+        field: empty for the format's own reward field (labels are rewards of 1 and 0).
     """
 
     forks = False

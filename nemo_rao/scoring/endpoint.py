@@ -1,4 +1,4 @@
-"""Questions to an OpenAI-compatible endpoint, several at once, each asked again while there is hope of an answer.
+"""Concurrent questions to an OpenAI-compatible endpoint, with retries.
 
 Asynchronous on one thread, so that Ctrl-C or a failure ends all that is under way at once. (Considered: the client of
 the `openai` package, which repeats requests itself, and `tenacity`; neither is in the pinned set, and what is needed
@@ -22,9 +22,9 @@ from nemo_rao.scoring.judge_config import JudgeConfig
 from nemo_rao.scoring.scorer import ScoringFailure
 
 AGAIN = frozenset({408, 409, 425, 429})  # and 5xx
-NO_ANSWER = frozenset({400, 413, 422})  # this question is refused, such as one that is too long
-# `finish_reason` of whole answers, and of those that reached a limit; some servers send none. Others (content_filter,
-# abort, error, ...) are reported by their name.
+NO_ANSWER = frozenset({400, 413, 422})  # this question is rejected, for example because it is too long
+# `finish_reason` of complete answers, and of those that reached a limit; some servers send none. Others
+# (content_filter, abort, error, ...) are reported by name.
 FINISHED = frozenset(
     {
         *("stop", "eos", "eos_token", "stop_token", "stop_sequence", "end_turn", "complete", "completed"),
@@ -32,7 +32,7 @@ FINISHED = frozenset(
     }
 )
 AT_A_LIMIT = frozenset({"length", "max_tokens", "model_length", "max_length", "max_output_tokens"})
-LONGEST_WAIT = 60.0  # seconds between two requests; an endpoint may ask for five times as long
+LONGEST_WAIT = 60.0  # seconds between two requests; an endpoint may request up to five times as long
 
 
 class Endpoint:
@@ -73,7 +73,7 @@ class Endpoint:
         self._answered = False
 
     def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
-        """Where one question fails, or Ctrl-C is pressed, the others are given up."""
+        """Ask all questions. If one fails, or Ctrl-C is pressed, the others are cancelled."""
 
         async def one(number: int, question: ChatQuestion) -> None:
             keep(number, await self._answer(question))
@@ -90,24 +90,24 @@ class Endpoint:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, question: ChatQuestion) -> ChatAnswer:
-        """The answer, or what the endpoint sent in its place where it has answered other questions.
+        """Ask one question. If the endpoint has answered others, an unusable response becomes the answer.
 
         Raises:
-            ScoringFailure: the key is refused, the endpoint or the model is not there, or every retry failed.
+            ScoringFailure: the key is rejected, the endpoint or the model does not exist, or all retries failed.
         """
-        place = question.place
+        location = question.place
         async with self._free:
-            said = ""
+            problem = ""
             for retry in range(self._retries + 1):
                 wait = min(LONGEST_WAIT, self._backoff * 2**retry) * random.uniform(0.5, 1.0)
                 try:
                     response = await self._post(question)
                 except asyncio.TimeoutError:
-                    said = f"no answer within {self._timeout:g} s"
+                    problem = f"no answer within {self._timeout:g} s"
                 except httpx.TransportError as error:
-                    said = f"{type(error).__name__}: {error}"
+                    problem = f"{type(error).__name__}: {error}"
                 except (httpx.InvalidURL, httpx.HTTPError) as error:
-                    raise self._failure(place, f"{type(error).__name__}: {error}; check base_url") from None
+                    raise self._failure(location, f"{type(error).__name__}: {error}. Check base_url.") from None
                 else:
                     if response.status_code == 200:
                         try:
@@ -115,22 +115,22 @@ class Endpoint:
                         except _Unreadable as error:
                             if self._answered and error.is_completion:
                                 return ChatAnswer(self._begin(response), str(error))
-                            said = f"{error} ({self._begin(response)}); check base_url"
+                            problem = f"{error} ({self._begin(response)}). Check base_url."
                         else:
                             self._answered = True
                             return answer
                     elif response.status_code in AGAIN or response.status_code >= 500:
-                        said = f"{response.status_code} ({self._begin(response)})"
+                        problem = f"{response.status_code} ({self._begin(response)})"
                         wait = max(wait, _asked_to_wait(response))
                     elif response.status_code in NO_ANSWER and self._answered:
-                        problem = f"question refused by the endpoint ({response.status_code})"
+                        problem = f"question rejected by the endpoint ({response.status_code})"
                         return ChatAnswer(self._begin(response), problem, lasting=False)
                     else:
-                        raise self._failure(place, self._refusal(response))
+                        raise self._failure(location, self._refusal(response))
                 if retry < self._retries:
                     await asyncio.sleep(wait)
             times = "once" if not self._retries else f"{self._retries + 1} times"
-            raise self._failure(place, f"asked {times}, the last time: {said}")
+            raise self._failure(location, f"asked {times}, the last time: {problem}")
 
     async def _post(self, question: ChatQuestion) -> httpx.Response:
         self.num_requests += 1
@@ -138,14 +138,15 @@ class Endpoint:
         return await asyncio.wait_for(self._client.post(self.url, json=request), self._timeout)
 
     def _refusal(self, response: httpx.Response) -> str:
-        said = f"{response.status_code} ({self._begin(response)})"
+        status = f"{response.status_code} ({self._begin(response)})"
         if response.status_code in (401, 403):
-            sent = "no key was sent; set api_key_variable" if self._api_key is None else "check the key"
-            return f"{said}: {sent}"
-        return f"{said}; check base_url, model and parameters"
+            return status + (
+                "; no key was sent. Set api_key_variable." if self._api_key is None else ". Check the key."
+            )
+        return f"{status}. Check base_url, model and parameters."
 
-    def _failure(self, place: str, said: str) -> ScoringFailure:
-        return ScoringFailure(f"{place}: judge at {self.url}: {self._without_key(said)}")
+    def _failure(self, location: str, problem: str) -> ScoringFailure:
+        return ScoringFailure(f"{location}: judge at {self.url}: {self._without_key(problem)}")
 
     def _begin(self, response: httpx.Response) -> str:
         text = " ".join(self._without_key(response.text).split())
@@ -168,12 +169,12 @@ class Endpoint:
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Reading them takes a tenth of a second, so it is done once."""
+    """TLS context. Cached, since loading the certificates takes a tenth of a second."""
     return httpx.create_ssl_context()
 
 
 class _Unreadable(Exception):
-    """What the endpoint sent instead of an answer; ``is_completion``: a chat completion, but with no text."""
+    """The response is not an answer; ``is_completion``: it is a chat completion, but without text."""
 
     def __init__(self, what: str, is_completion: bool = False) -> None:
         super().__init__(what)
@@ -181,17 +182,17 @@ class _Unreadable(Exception):
 
 
 def _read(response: httpx.Response) -> ChatAnswer:
-    """The answer in a chat completion; empty for one without text.
+    """Read the answer from a chat completion; empty if it has no text.
 
     Raises:
-        _Unreadable: the body is no chat completion, or its content is neither text nor parts of text.
+        _Unreadable: the body is not a chat completion, or its content is neither text nor text parts.
     """
     try:
         choice = response.json()["choices"][0]
         message, reason = choice["message"], choice.get("finish_reason")
         content, refusal = message.get("content"), message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        raise _Unreadable("an answer that is no chat completion") from None
+        raise _Unreadable("the response is not a chat completion") from None
     parts = content if isinstance(content, list) else [] if content is None else [content]
     text = "".join(map(_text_of, parts))
     if refusal or any(isinstance(part, dict) and part.get("type") == "refusal" for part in parts):
@@ -203,7 +204,7 @@ def _read(response: httpx.Response) -> ChatAnswer:
 
 
 def _text_of(part: object) -> str:
-    """The text of one part of a content; none of the model's thinking, or of a refusal."""
+    """Text of one content part; empty for thinking and refusals."""
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else None
@@ -212,11 +213,11 @@ def _text_of(part: object) -> str:
     if kind in ("thinking", "reasoning", "redacted_thinking", "refusal"):
         return ""
     what = f"a part of type {kind!r}" if isinstance(kind, str) else f"a part that is {type(part).__name__}"
-    raise _Unreadable(f"an answer whose content holds {what}, and no text can be read from that", is_completion=True)
+    raise _Unreadable(f"the answer contains {what}, from which no text can be read", is_completion=True)
 
 
 def _asked_to_wait(response: httpx.Response) -> float:
-    """Seconds that the endpoint asks to be left alone."""
+    """Seconds to wait according to the endpoint's retry-after header."""
     try:
         return min(max(float(response.headers.get("retry-after", "0")), 0.0), 5 * LONGEST_WAIT)
     except ValueError:  # a date

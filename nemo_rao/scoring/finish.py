@@ -1,11 +1,12 @@
-"""From the part file to the output: standardise the columns, average them into ``reward``, keep the statistics.
+"""From the part file to the output: standardise the columns, average them to ``reward``, collect statistics.
 
     column as written  =  (standardised column - shift) / scale
-    reward             =  the columns' mean as written, weighted
+    reward             =  weighted mean of the columns as written
 
-Standardised: ``none`` as it is; ``global`` minus the column's mean, over its standard deviation, both over the whole
-file (or as another file's statistics state them); ``prompt`` the same over the prompt's own responses. Where all are
-equal they become 0. A response that lacks a column has no reward: a mean of the others would be another quantity.
+Standardisation: ``none``: unchanged; ``global``: minus the column's mean, divided by its standard deviation, both over
+the whole file (or taken from another file's statistics); ``prompt``: the same over the responses of a prompt. If all
+are equal they become 0. A response that lacks a column has no reward, since a mean of the others would not be
+comparable.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ STANDARDIZE = ("none", "global", "prompt")
 
 @dataclass(frozen=True)
 class Scaling:
-    """How columns become rewards.
+    """Conversion of columns to rewards.
 
     Attributes:
         standardize: one of ``STANDARDIZE``.
-        shift, scale: applied after that.
+        shift, scale: applied after standardisation.
         weights: column -> its weight in the mean.
-        stated: column -> (mean, sd) for ``global``; empty: the file's own.
+        stated: column -> (mean, sd) for ``global``; empty: computed from the file.
     """
 
     standardize: str = "none"
@@ -47,26 +48,26 @@ class Scaling:
     stated: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def check(self, columns: Sequence[str]) -> None:
-        """Refuses what cannot be applied to these columns."""
+        """Raise if the settings cannot be applied to these columns."""
         if not math.isfinite(self.shift):
             raise UserError(f"--shift {self.shift}: must be finite")
         if not (math.isfinite(self.scale) and self.scale > 0):
-            raise UserError(f"--scale {self.scale:g}: must be > 0, and finite")
+            raise UserError(f"--scale {self.scale:g}: must be > 0 and finite")
         for name, weight in self.weights.items():
             if name not in columns:
-                raise UserError(f"--weight {name}={weight:g}: no scorer has this name; there are {', '.join(columns)}")
+                raise UserError(f"--weight {name}={weight:g}: no such scorer. Use one of {', '.join(columns)}.")
             if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"--weight {name}={weight:g}: must be >= 0, and finite")
+                raise UserError(f"--weight {name}={weight:g}: must be >= 0 and finite")
         if not sum(self.weights.get(name, 1.0) for name in columns) > 0:
-            raise UserError("--weight: all are 0; leave one above it")
+            raise UserError("--weight: all weights are 0, but at least one must be > 0")
 
     @property
     def changes_nothing(self) -> bool:
-        """A single column is the reward."""
+        """Whether a single column equals the reward."""
         return (self.standardize, self.shift, self.scale) == ("none", 0.0, 1.0)
 
     def columns(self, raw: Mapping[str, Scores], means: Mapping[str, tuple[float, float]]) -> dict[str, Scores]:
-        """One row's columns as they are written; ``means``: column -> (mean, sd) over the file."""
+        """Scale one row's columns; ``means``: column -> (mean, sd) over the file."""
         scaled = {}
         for name, scores in raw.items():
             mean, sd = 0.0, 1.0
@@ -81,7 +82,7 @@ class Scaling:
         return scaled
 
     def reward(self, columns: Sequence[tuple[str, float | None]]) -> float | None:
-        """The mean of one response's columns; those of weight 0 may be missing."""
+        """Weighted mean of one response's columns; those of weight 0 may be missing."""
         weighted = [(self.weights.get(name, 1.0), score) for name, score in columns]
         weighted = [(weight, score) for weight, score in weighted if weight > 0]
         total = math.fsum(weight for weight, _ in weighted)
@@ -91,7 +92,7 @@ class Scaling:
 
 
 def _mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
-    if not values or min(values) == max(values):  # rounding would leave a deviation where there is none
+    if not values or min(values) == max(values):  # rounding could give a nonzero deviation
         return (values[0] if values else 0.0), 0.0
     mean = math.fsum(values) / len(values)
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
@@ -106,11 +107,11 @@ def stated_statistics(path: str, columns: Sequence[str]) -> dict[str, tuple[floa
         raise UserError(f"--statistics {path}: cannot be read ({error.strerror})") from None
     except KeyError as error:
         raise UserError(
-            f"--statistics {path}: has no {error} for the columns {', '.join(columns)}; name the .stats.json of an "
-            "output with these columns"
+            f"--statistics {path}: has no {error} for the columns {', '.join(columns)}. Pass the .stats.json of an "
+            "output with these columns."
         ) from None
     except (ValueError, TypeError):
-        raise UserError(f"--statistics {path}: is no .stats.json of nemo-rao score; name one") from None
+        raise UserError(f"--statistics {path}: is not a .stats.json of nemo-rao score. Pass one.") from None
 
 
 def write_output(
@@ -121,15 +122,15 @@ def write_output(
     missing: Missing,
     notes: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any]:
-    """Writes OUTPUT and OUTPUT.stats.json, each at once or not at all. Returns the statistics.
+    """Write OUTPUT and OUTPUT.stats.json, each atomically. Returns the statistics.
 
     Args:
         part: all rows with their columns.
-        output: the file to be written.
-        names: of the columns.
-        scaling: how columns become rewards.
+        output: the file to write.
+        names: names of the columns.
+        scaling: conversion of columns to rewards.
         missing: responses without a score.
-        notes: column -> what was counted beside scores -> how many.
+        notes: column -> note -> count.
 
     Raises:
         UserError: the disk is full.
@@ -138,7 +139,7 @@ def write_output(
     from nemo_rao.scoring.statistics import Collector
 
     statistics_path = output.with_name(f"{output.name}.stats.json")
-    with write_errors_at(output):  # what statistics collect on the disk
+    with write_errors_at(output):  # temporary files of the statistics
         with contextlib.closing(Collector(names, output.parent)) as before:
             for record in part.records():
                 before.add(_columns(record, names), bool(record.get("ranked")))
@@ -147,7 +148,7 @@ def write_output(
         means = dict.fromkeys(names, (0.0, 1.0)) | of_file | dict(scaling.stated)
         with (
             contextlib.closing(Collector(["reward"], output.parent)) as after,
-            # The output last: where it is, its statistics are.
+            # The output last: if it exists, so do its statistics.
             written_atomically(statistics_path, output) as (statistics_file, file),
         ):
             for number, record in enumerate(part.records(), start=1):
@@ -190,16 +191,18 @@ def _put_rewards(
     names: Sequence[str],
     scaling: Scaling,
     means: Mapping[str, tuple[float, float]],
-    place: str,
+    location: str,
 ) -> None:
-    """Puts the columns as they are written, and ``reward``, into the record's responses."""
+    """Store the scaled columns and ``reward`` in the record's responses."""
     columns = scaling.columns(_columns(record, names), means)
     for number, response in enumerate(record["responses"]):
         own = {name: columns[name][number] for name in names}
         reward = scaling.reward(list(own.items()))
         for value in (*own.values(), reward):
             if value is not None and not abs(value) <= LARGEST_REWARD:
-                raise ScoringFailure(f"{place}, response {number + 1}: a reward of {value:g}; choose another --scale")
+                raise ScoringFailure(
+                    f"{location}, response {number + 1}: a reward of {value:g} is too large. Choose another --scale."
+                )
         rest = {name: value for name, value in response.items() if name not in own}
         response.clear()
         response.update({"content": rest.pop("content"), "reward": reward} | own | rest)

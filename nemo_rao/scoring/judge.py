@@ -1,10 +1,10 @@
-"""A chat model as judge: what it is asked, how its answer becomes a number, and what is done where it gives none.
+"""A chat model as judge: its questions, the conversion of answers to numbers, and the handling of missing scores.
 
     judge.yaml + (prompt, response) -> messages -> (endpoint, or model here) -> answer -> (pattern, scale) -> number
 
-The judge answers at temperature 0, unless its file says otherwise. A question whose answer holds no score, was cut off
-or is not on the scale (:mod:`nemo_rao.scoring.reading`) is asked again, ``attempts`` times in all; then the response
-has no score. Answers are kept on disk as they came, so that another pattern needs no new question.
+The judge answers at temperature 0, unless its file sets another one. If an answer has no score, was cut off or is not
+on the scale (:mod:`nemo_rao.scoring.reading`), the question is asked again, up to ``attempts`` times in total; then the
+response has no score. Raw answers are kept on disk, so that a changed pattern needs no new questions.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from nemo_rao.scoring.judge_config import JudgeConfig, load_judge
 from nemo_rao.scoring.reading import EMPTY, ScoreForm
 from nemo_rao.scoring.scorer import NoScore, Pair, PairScorer, Place, ScoringFailure
 
-_OF_ALL = ("role", "content")  # what every message has
-HOPELESS_AFTER = 20  # questions: where none of the first so many has a usable answer, the rest is not asked
+_OF_ALL = ("role", "content")  # fields of every message
+HOPELESS_AFTER = 20  # questions: if none of the first ones has a usable answer, scoring stops
 
 
 @dataclass
 class _Case:
-    """A pair to be judged, with the answers about it so far, and what each of them says."""
+    """A pair to be judged, with the answers so far and the score of each."""
 
     key: str
     pair: Pair
@@ -41,13 +41,13 @@ class _Case:
 
     @property
     def score(self) -> float | NoScore:
-        """The first score there is, or what the last answer lacks."""
+        """The first score, or the reason why the last answer has none."""
         first = next((score for score in self.scores if not isinstance(score, NoScore)), None)
         return first if first is not None else self.scores[-1] if self.scores else EMPTY
 
     @property
     def lacking(self) -> list[NoScore]:
-        """What the answers before the first score lack; without one, all of them."""
+        """Reasons of the answers without a score before the first one with a score."""
         found = []
         for score in self.scores:
             if not isinstance(score, NoScore):
@@ -57,14 +57,14 @@ class _Case:
 
 
 class JudgeScorer(PairScorer):
-    """Asks the judge about each pair; see the module."""
+    """Asks the judge about each pair; see the module's docstring."""
 
     def __init__(self, config: JudgeConfig, chat: Chat, folder: Path) -> None:
         """
         Args:
-            config: checked.
-            chat: who is asked.
-            folder: where the file of answers lies, unless ``config.cache`` names one.
+            config: checked configuration.
+            chat: the chat model.
+            folder: directory of the answers' file, unless ``config.cache`` is set.
         """
         assert config.template is not None and config.low is not None and config.high is not None
         self.config, self.chat, self.template = config, chat, config.template
@@ -81,7 +81,7 @@ class JudgeScorer(PairScorer):
         self._requests_before = 0
 
     def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
-        cases: dict[str, _Case] = {}  # what is the same is asked once
+        cases: dict[str, _Case] = {}  # identical pairs are asked once
         for pair in pairs:
             if (key := self._key(pair)) not in cases:
                 answers = self.answers.get(key)
@@ -104,7 +104,7 @@ class JudgeScorer(PairScorer):
         return ChatQuestion(self.config.messages(fill(self.template, case.pair)), case.pair.place, stream)
 
     def _keep(self, cases: Sequence[_Case], number: int, answer: ChatAnswer) -> None:
-        """One more answer, to the question of this number."""
+        """Store an answer to question ``number``."""
         case = cases[number]
         if answer.lasting:
             self.answers.add(case.key, answer)
@@ -117,7 +117,7 @@ class JudgeScorer(PairScorer):
         return not isinstance(case.score, NoScore) or len(case.answers) >= self.attempts
 
     def _count(self, case: _Case) -> None:
-        """Counts a settled case; stops where there is no hope of a score."""
+        """Count a settled case. Raises if the first ``HOPELESS_AFTER`` cases have no score."""
         if not isinstance(case.score, NoScore):
             self._asked_again.update(case.lacking)
             self.num_usable += 1
@@ -127,8 +127,8 @@ class JudgeScorer(PairScorer):
         if not self.num_usable and self.num_without >= HOPELESS_AFTER:
             raise ScoringFailure(
                 f"{case.pair.place}: judge {self.chat.name} gave no score in {self.num_without} answers, the last "
-                f"{_short(case.answers[-1].text)}: {case.score.reason}; check pattern ({self.config.pattern}), low, "
-                "high, template and max_tokens"
+                f"{_short(case.answers[-1].text)}: {case.score.reason}. Check pattern ({self.config.pattern}), low, "
+                "high, template and max_tokens."
             )
 
     def _key(self, pair: Pair) -> str:
@@ -148,15 +148,15 @@ class JudgeScorer(PairScorer):
 
 
 def fill(template: str, pair: Pair) -> str:
-    """The template with both texts in place, in one pass: braces in the texts and elsewhere stay as they are."""
+    """Fill both texts into the template in one pass; braces in the texts and elsewhere are left unchanged."""
     texts = {"prompt": prompt_text(pair), "response": _with_fields(pair.response, pair.response_fields)}
     return re.sub(r"\{(prompt|response)\}", lambda match: texts[match[1]], template)
 
 
 def prompt_text(pair: Pair) -> str:
-    """A prompt to be read by a judge: a single message is its text, several have their roles before them.
+    """Format a prompt for a judge: a single message as its text, several with their roles.
 
-    Whatever else belongs to it (tools, a message's calls of them) stands there as JSON.
+    Other parts (tools, tool calls of a message) are included as JSON.
     """
     if isinstance(pair.prompt, str):
         text = pair.prompt
@@ -165,12 +165,12 @@ def prompt_text(pair: Pair) -> str:
             (str(one["role"]), _with_fields(one["content"], {k: v for k, v in one.items() if k not in _OF_ALL}))
             for one in pair.prompt
         ]
-        text = messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {said}" for role, said in messages)
+        text = messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {content}" for role, content in messages)
     return _with_fields("", pair.template_fields) + "\n\n" * bool(pair.template_fields) + text
 
 
 def _with_fields(text: str | None, fields: Mapping[str, Any]) -> str:
-    """A text, then each field in a line of its own."""
+    """A text, followed by one line per field."""
     values = {
         name: one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for name, one in fields.items()
     }
@@ -178,12 +178,12 @@ def _with_fields(text: str | None, fields: Mapping[str, Any]) -> str:
 
 
 def _short(text: str) -> str:
-    """Its end, where a score would stand."""
+    """End of a text, where a score would be."""
     return repr(text if len(text) <= 80 else "..." + text[-77:])
 
 
 def make(path: str, place: Place) -> JudgeScorer:
-    """The judge that a YAML file describes; its answers are kept beside the output.
+    """Build the judge described by a YAML file; its answers are stored next to the output.
 
     Raises:
         UserError: the file, or the model that it names, cannot be used.
@@ -195,7 +195,7 @@ def make(path: str, place: Place) -> JudgeScorer:
 
         chat = Endpoint(config, api_key)
     else:
-        from nemo_rao.scoring.local_model import JudgeSettings, LocalModel  # costs only those who ask one
+        from nemo_rao.scoring.local_model import JudgeSettings, LocalModel  # imported only if needed
 
         try:
             chat = LocalModel(config)

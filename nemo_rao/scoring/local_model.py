@@ -1,8 +1,7 @@
-"""A chat model in a folder of Hugging Face's format as judge, run in this process: ``transformers``, or vLLM.
+"""A chat model in a local Hugging Face directory as judge, run in this process by ``transformers`` or vLLM.
 
-Its weights are loaded when the first question is asked. Only safetensors are read, and no code of the folder's is run.
-At temperature 0 an answer is a function of the question, but for rounding: weights in bf16 may answer otherwise in
-another batch.
+Its weights are loaded for the first question. Only safetensors are read, and remote code is never run. At temperature 0
+an answer is a function of the question, up to rounding: bf16 weights may give another answer in another batch.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from nemo_rao.scoring.judge_config import JudgeConfig
 
 
 class JudgeSettings(PolicySettings):
-    """How a judge's model is loaded and asked."""
+    """Settings for loading and sampling from a judge's model."""
 
     OPTIONS = OptionNames({"template_arguments": "parameters.template_arguments"})
 
@@ -33,10 +32,10 @@ class LocalModel:
     """See :class:`nemo_rao.scoring.chat.Chat`.
 
     Args:
-        config: checked, with model_folder and max_tokens.
+        config: checked configuration with model_folder and max_tokens.
 
     Raises:
-        UserError: the folder holds no whole chat model, or its chat template does not take the judge's messages.
+        UserError: the directory has no complete chat model, or its chat template rejects the judge's messages.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -55,12 +54,12 @@ class LocalModel:
         try:
             prompt = self._policy.encoder.encode(Row(config.messages("a question"), (), "system and template")).prompt
         except UserError as error:
-            raise UserError(f"{error}{'; or set system to null' if config.system else ''}") from None
-        # What a generation prompt opens is part of the answer: thinking that does not end has no score.
+            raise UserError(f"{error}{' Or set system to null.' if config.system else ''}") from None
+        # A thinking block opened by the generation prompt is part of the answer: if it does not end, there is no score.
         self._opened = opened_thinking(str(self._policy.tokenizer.decode(prompt.tolist())))
 
     def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
-        # Questions of like lengths go together, to fill batches less; the longest first, as they need most memory.
+        # Batch questions of similar length, to reduce padding; the longest first, since they need most memory.
         order = sorted(range(len(questions)), key=lambda at: -len(questions[at].messages[-1]["content"]))
         with Progress("answers", unit="answer", total=len(questions), stays=False, position=1) as progress:
             for start in range(0, len(order), self._batch_size):

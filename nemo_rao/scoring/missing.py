@@ -1,4 +1,4 @@
-"""Responses without a score: why, how many, and when they are too many."""
+"""Responses without a score: reasons, counts, and the limit on their number."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ WITHOUT = "without_score"  # the field of an item in the part file
 
 
 class Missing:
-    """Counts them over the items of a part file.
+    """Counts responses without a score over the items of a part file.
 
     Args:
-        columns: their names.
-        num_responses: of the whole input.
-        limit: the largest share of them that may have no score.
+        columns: names of the columns.
+        num_responses: number of responses in the whole input.
+        limit: maximum fraction of them without a score.
     """
 
     def __init__(self, columns: Sequence[str], num_responses: int, limit: float) -> None:
@@ -34,22 +34,22 @@ class Missing:
                     self.first.setdefault((column, reason), where)
 
     def check(self) -> None:
-        """Stops as soon as the whole input's share is above the limit, whatever the rest of it gives.
+        """Check the limit, as a fraction of the whole input.
 
         Raises:
-            ScoringFailure: it is.
+            ScoringFailure: the limit is exceeded, whatever the remaining rows give.
         """
         for column in self.columns:
             count = self.counts.get(column, Counter()).total()
             if count > self.limit * self.num_responses:
                 raise ScoringFailure(
                     f"column {column}: {count} of {self.num_responses} responses have no score, more than "
-                    f"--max-missing {self.limit:g} allows: {'; '.join(self.of(column))}. Mend the cause, or raise "
+                    f"--max-missing {self.limit:g} allows: {'; '.join(self.of(column))}. Fix the cause, or raise "
                     "--max-missing"
                 )
 
     def of(self, column: str) -> list[str]:
-        """One text for each reason, with its first response."""
+        """One text per reason, with the location of its first response."""
         return [
             f"{count} {reason} (the first: {self.first[column, reason]})"
             for reason, count in self.counts.get(column, Counter()).most_common()
@@ -61,7 +61,7 @@ class Missing:
 
 
 def reasons_of(row: Row, scores: Mapping[str, Scored]) -> dict[str, Any]:
-    """What an item of the part file says of responses without a score; nothing where all have one."""
+    """Part of an item in the part file about responses without a score; empty if all have one."""
     entries: dict[str, list[list[str]]] = {}
     for column, values in scores.items():
         for number, value in enumerate(values, start=1):

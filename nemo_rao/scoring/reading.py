@@ -1,12 +1,12 @@
-"""A judge's answer as a number on its scale, or the reason why it has none.
+"""Conversion of a judge's answer to a number on its scale, or the reason why it has none.
 
-    answer -> what follows its thinking -> the pattern's last match -> the text around it -> the scale -> number
+    answer -> text after its thinking -> the pattern's last match -> the text around it -> the scale -> number
 
-The pattern's group is a number only where nothing around it makes it another one: "8,5", "1,000", "7-8", "1-10: 8",
-"4 of five", "9/10" on a scale up to 100 have no score, and "9/10" on a scale up to 10 is 9. Nor has an answer that
-states its score once more after the last number that matches, in words ("Score: two") or another form ("my final score
-is 2"): that number is most likely a quotation; or one that goes on from its overall score to those of single aspects.
-An answer that is not whole has no score, whatever it holds: it may be a first guess.
+The pattern's group is accepted as a number only if the text around it does not change its meaning: "8,5", "1,000",
+"7-8", "1-10: 8", "4 of five", and "9/10" on a scale up to 100 have no score; "9/10" on a scale up to 10 is 9. An answer
+also has no score if it states its score again after the last match, in words ("Score: two") or another form ("my final
+score is 2"), since the match is then probably a quotation; or if it continues from its overall score to scores of
+single aspects. An incomplete answer never has a score: it may be a first guess.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from nemo_rao.scoring.scorer import NoScore
 CUT = NoScore(CUT_OFF)
 EMPTY = NoScore("empty answer")
 NO_SCORE = NoScore("no score in the form of pattern")
-AMBIGUOUS = NoScore("score beside other numbers, such as 7-8 or 8,5")
+AMBIGUOUS = NoScore("score next to other numbers, such as 7-8 or 8,5")
 OTHER_SCALE = NoScore("score stated on another scale, such as 4/5")
 OUTSIDE = NoScore("score outside low and high")
-SEVERAL = NoScore("several scores, and which one is meant is not clear")
+SEVERAL = NoScore("several scores, and it is unclear which one is meant")
 
-_MARKUP = r"[\s*_`)\]$}]*"  # what may stand between a number and what continues it: "**8**/10", "8 (of 10)"
+_MARKUP = r"[\s*_`)\]$}]*"  # may separate a number from its continuation: "**8**/10", "8 (of 10)"
 _OF = re.compile(rf"{_MARKUP}[(\[]?\s*(?:[/⁄／]|\bout\s+of\b|\bof\b)[\s*_`(]*(\d+(?:\.\d+)?)(?![.,]?\d)", re.IGNORECASE)
 _PERCENT = re.compile(rf"{_MARKUP}(?:%|percent\b)", re.IGNORECASE)
 _GOES_ON = re.compile(rf"{_MARKUP}[(\[]?\s*(?:[/%‰]|(?:to|or|of|out\s+of)\b)|[A-Za-z]", re.IGNORECASE)
@@ -41,7 +41,7 @@ _BEGAN_BEFORE = re.compile(
 )
 
 
-# Right before a match: it is the one that counts; it states an end of the scale.
+# Right before a match: marks the final score; marks an end of the scale.
 _OVERALL = re.compile(r"\b(?:overall|final|total)[\s*_-]*$", re.IGNORECASE)
 _BOUND = re.compile(r"\b(?:max(?:imum)?|min(?:imum)?|highest|lowest)(?:\s+possible)?[\s*_-]*$", re.IGNORECASE)
 _STATED_AGAIN = re.compile(
@@ -54,7 +54,7 @@ class ScoreForm:
 
     Args:
         pattern: regular expression with one group, the score.
-        low, high: ends of the scale, both on it.
+        low, high: ends of the scale, inclusive.
     """
 
     def __init__(self, pattern: str, low: float, high: float) -> None:
@@ -63,7 +63,7 @@ class ScoreForm:
         self._announcement = _before_the_group(pattern)
 
     def read(self, answer: ChatAnswer) -> float | NoScore:
-        """The number that the answer states."""
+        """Read the score from an answer."""
         if answer.problem:
             return NoScore(answer.problem)
         text = after_thinking(answer.text)
@@ -88,9 +88,9 @@ class ScoreForm:
         return self._announcement is not None and self._announcement.search(text, start) is not None
 
     def _problem_around(self, text: str, match: re.Match[str]) -> NoScore | None:
-        """What the text before and behind the number makes of it; ``None``: nothing else.
+        """Reason why the text around the number makes it invalid, or ``None``.
 
-        Behind it, the line counts, up to a quotation mark: in JSON another field may follow.
+        After the number, only the rest of the line up to a quotation mark counts: in JSON another field may follow.
         """
         before = text[: match.start(1)].rpartition("\n")[2]
         glued = match.start(1) == match.start() and before[-1:].isascii() and before[-1:].isalpha()
@@ -111,8 +111,8 @@ class ScoreForm:
 
 
 def _is_one_of_several(text: str, matches: Sequence[re.Match[str]], score: float) -> bool:
-    """Whether the last match, which states ``score``, may not be the score that is meant."""
-    *earlier, last = (text[: match.start()].rpartition("\n")[2] for match in matches)  # what stands before each
+    """Whether the last match, with value ``score``, may not be the intended score."""
+    *earlier, last = (text[: match.start()].rpartition("\n")[2] for match in matches)  # the line before each match
     if _BOUND.search(last) or (any(map(_OVERALL.search, earlier)) and not _OVERALL.search(last)):
         return True
     again = _STATED_AGAIN.search(text[matches[-1].end() :].partition("\n")[2])
@@ -120,7 +120,7 @@ def _is_one_of_several(text: str, matches: Sequence[re.Match[str]], score: float
 
 
 def _before_the_group(pattern: str) -> re.Pattern[str] | None:
-    """What announces a score: the pattern up to its group. ``None`` where that may be nothing at all."""
+    """The pattern up to its group, which announces a score; ``None`` if it can match the empty string."""
     at, depth, in_class = 0, 0, False
     while at < len(pattern):
         one = pattern[at]

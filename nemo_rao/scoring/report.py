@@ -1,4 +1,4 @@
-"""The statistics of an output as tables on the terminal."""
+"""Statistics of an output as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NUMBERS = {"mean": "mean", "sd": "sd", "min": "min", "q1": "25 %", "median": "50
 
 
 def print_report(statistics: Mapping[str, Any]) -> None:
-    """Prints distributions (of columns as scored, of the reward as written) and agreements."""
+    """Print distributions (of columns as scored, of the reward as written) and agreements."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)  # no terminal whose width could be asked for
+        console = Console(width=120)  # without a terminal, the width is unknown
     table = Table(title="columns as scored, reward as written", box=box.SIMPLE, title_justify="left")
     table.add_column("")
     for heading in ("count", "missing", *NUMBERS.values()):
@@ -27,7 +27,7 @@ def print_report(statistics: Mapping[str, Any]) -> None:
     console.print(table)
     for title, key in (
         ("chosen above rejected", "agreement_with_labels"),
-        ("pairs of responses ordered alike", "agreement_between"),
+        ("pairs of responses in the same order", "agreement_between"),
     ):
         if statistics[key]:
             table = Table(title=title, box=box.SIMPLE, title_justify="left")

@@ -1,6 +1,6 @@
-"""A Python function (prompt, response) -> float, named by its import path. It is the user's own code, and is run.
+"""Scoring by a Python function (prompt, response) -> float, given by its import path. The user's code is executed.
 
-It may have further parameters, which are given the row's fields of these names, ``**fields`` all of them::
+Further parameters receive the row's fields of the same names; ``**fields`` receives all of them::
 
     def exact_match(prompt, response, answer):
         return float(response.strip() == answer)
@@ -42,17 +42,17 @@ class RuleScorer(PairScorer):
         self.not_given: Counter[str] = Counter()
 
     def check(self, row: Row) -> None:
-        """That the rule can be called about a row.
+        """Check that the rule can be called for a row.
 
         Raises:
-            UserError: the row lacks a field that the rule asks for.
+            UserError: the row lacks a field that the rule requires.
         """
         there = {**row.template_fields, **row.fields}
         for name in self.asked.needed:
             if name not in there:
                 raise UserError(
-                    f"{row.place}: rule {self.path} asks for the field {name!r}, which the row does not have (other "
-                    f"fields found: {', '.join(there) or 'none'}); add it, or give the rule's parameter a default"
+                    f"{row.place}: rule {self.path} requires the field {name!r}, which the row does not have (other "
+                    f"fields found: {', '.join(there) or 'none'}). Add it, or give the rule's parameter a default."
                 )
 
     def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
@@ -64,7 +64,7 @@ class RuleScorer(PairScorer):
 
     def take_notes(self) -> Mapping[str, int]:
         counts, self.not_given = self.not_given, Counter()
-        return {f"responses with {name}, which a rule is not given": count for name, count in counts.items()}
+        return {f"responses with {name}, which is not passed to a rule": count for name, count in counts.items()}
 
     def _score(self, pair: Pair) -> float:
         prompt = pair.prompt if isinstance(pair.prompt, str) else [dict(message) for message in pair.prompt]
@@ -76,26 +76,26 @@ class RuleScorer(PairScorer):
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise ScoringFailure(
                 f"{pair.place}: rule {self.path} raised {type(error).__name__}: {error} ({where.filename} line "
-                f"{where.lineno}); mend the rule or drop the row"
+                f"{where.lineno}). Fix the rule or drop the row."
             ) from error
         if not isinstance(value, numbers.Real):
-            raise ScoringFailure(f"{pair.place}: rule {self.path} returned {describe(value)}; return a number")
+            raise ScoringFailure(f"{pair.place}: rule {self.path} returned {describe(value)}, not a number")
         number = float(value)
-        if not abs(number) <= LARGEST_REWARD:  # so written, NaN is caught too
+        if not abs(number) <= LARGEST_REWARD:  # also true for NaN
             raise ScoringFailure(
-                f"{pair.place}: rule {self.path} returned {number}; return a finite number, at most {LARGEST_REWARD:g}"
+                f"{pair.place}: rule {self.path} returned {number}; it must be finite and at most {LARGEST_REWARD:g}"
             )
         return number
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Fields of a row that a rule asks for by its parameters.
+    """Fields of a row that a rule's parameters name.
 
     Attributes:
-        needed: without them it cannot be called.
-        names: these and those that it can do without.
-        every: it takes all that there are, but those that have the name of one of the ``first`` two parameters.
+        needed: required fields.
+        names: required and optional fields.
+        every: whether it takes all fields, except those named like one of the ``first`` two parameters.
     """
 
     needed: tuple[str, ...] = ()
@@ -108,10 +108,10 @@ class Asked:
 
 
 def asked_for(function: Callable[..., Any]) -> Asked:
-    """By the parameters behind prompt and response."""
+    """Determine the fields from the parameters after prompt and response."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # of what is not written in Python
+    except (TypeError, ValueError):  # not written in Python
         return Asked()
     further = parameters[2:]
     named = [one for one in further if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
@@ -124,38 +124,38 @@ def asked_for(function: Callable[..., Any]) -> Asked:
 
 
 def find_function(path: str) -> Callable[[Any, str], Any]:
-    """``module:function`` or ``module.function``; modules are looked for in the current folder first.
+    """Import ``module:function`` or ``module.function``; the current directory is searched first.
 
     Raises:
         UserError: no such module or function, or the module cannot be imported.
     """
     module, _, function = path.partition(":") if ":" in path else path.rpartition(".")
     if not module or not function:
-        raise UserError(f"{path!r} is no import path; write module:function, such as {EXAMPLE}")
+        raise UserError(f"{path!r} is not an import path. Write module:function, such as {EXAMPLE}.")
     with _current_folder_on_path():
         try:
             found: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is not None and f"{module}.".startswith(f"{error.name}."):
                 raise UserError(
-                    f"there is no module {error.name} (looked in {os.getcwd()} and in the installed packages); check "
-                    "the name, or go to the folder it lies in"
+                    f"there is no module {error.name} in {os.getcwd()} or the installed packages. Check the name, or "
+                    "run the command in the module's directory."
                 ) from None
             raise UserError(f"module {module} needs {error.name}, which is not installed") from None
         except (Exception, SystemExit) as error:  # whatever the user's code raises
-            raise UserError(f"module {module} cannot be imported ({type(error).__name__}: {error}); mend it") from None
+            raise UserError(f"module {module} cannot be imported ({type(error).__name__}: {error}). Fix it.") from None
     try:
         found = operator.attrgetter(function)(found)
     except AttributeError:
         file = found.__file__ or "built in"
-        raise UserError(f"module {module} ({file}) has no {function}; check the name") from None
+        raise UserError(f"module {module} ({file}) has no {function}. Check the name.") from None
     if not callable(found):
-        raise UserError(f"{path} is {describe(found)}; name a function of (prompt, response)")
+        raise UserError(f"{path} is {describe(found)}, not a function of (prompt, response)")
     return found
 
 
 def _source_digest(function: Callable[..., Any]) -> str | None:
-    """Of the file that the function stands in; ``None`` where there is none to read."""
+    """Digest of the file that defines the function; ``None`` if there is none."""
     try:
         file = inspect.getsourcefile(function)
     except TypeError:
@@ -178,7 +178,7 @@ def _current_folder_on_path() -> Iterator[None]:
 
 
 def rules_among(specs: Sequence[str]) -> dict[str, str]:
-    """Of ``[NAME=]KIND:ARGUMENT`` each, those of rules -> their import paths."""
+    """Specs of rules among ``[NAME=]KIND:ARGUMENT`` specs -> their import paths."""
     found = {spec: spec.rpartition("=")[2].partition(":") for spec in specs}
     return {spec: path for spec, (kind, _, path) in found.items() if kind == "rule"}
 

@@ -1,6 +1,6 @@
-"""The command ``nemo-rao score``: input -> scorers, batch after batch -> part file -> output with statistics.
+"""``nemo-rao score``: input -> scorers, batch by batch -> part file -> output with statistics.
 
-Everything that can be known of the input and the scorers is checked before the first response is scored.
+The input and the scorers are checked as far as possible before the first response is scored.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from nemo_rao.scoring.scorer import (
 )
 from nemo_rao.scoring.source import Source, Survey, survey
 
-VERSION = 4  # changed when the same scorers would leave another part file than before
+VERSION = 4  # incremented when the same scorers give a different part file than before
 
 
 def _make_judge(path: str, place: Place) -> Scorer:
-    from nemo_rao.scoring.judge import make  # HTTP and YAML cost only those who ask a judge
+    from nemo_rao.scoring.judge import make  # HTTP and YAML are imported only for judges
 
     return make(path, place)
 
 
-OPTIONS = OptionNames(READING, {"leave data.reward_field unset": "take these with --scorer column, without a field"})
+OPTIONS = OptionNames(READING, {"Leave data.reward_field unset": "Take these with --scorer column, without a field"})
 KINDS: Mapping[str, Kind] = {
     "rule": RULE,
     "judge": Kind(_make_judge, lambda path: Path(path).stem.replace(".", "_"), "FILE.yaml"),
@@ -59,24 +59,24 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What to score, and how; the command's arguments.
+    """Arguments of the command.
 
     Attributes:
-        input: whatever ``data.rows.read_rows`` reads.
-        output: JSON Lines, compressed where the name ends in .gz.
-        scorer: ``[NAME=]KIND:ARGUMENT`` each.
-        weight: ``NAME=NUMBER`` each.
+        input: any source that ``nemo_rao.rows.reading.read_rows`` accepts.
+        output: JSON Lines file, compressed if the name ends in .gz.
+        scorer: list of ``[NAME=]KIND:ARGUMENT``.
+        weight: list of ``NAME=NUMBER``.
         standardize, shift, scale: see ``finish``.
-        statistics: a .stats.json whose means and standard deviations ``global`` takes; ``None``: the output's own.
-        max_missing: the largest share of the responses that may have no score, in any column.
-        strict: a response without a score stops the run.
-        columns: our name of a column -> its name in the input.
-        ignore_fields: fields of the input that are not wanted.
+        statistics: .stats.json with the means and standard deviations for ``global``; ``None``: the output's own.
+        max_missing: maximum fraction of responses without a score, per column.
+        strict: stop at a response without a score.
+        columns: canonical column name -> name in the input.
+        ignore_fields: fields of the input to skip.
         bad_rows: ``refuse`` or ``drop`` rows that cannot be read.
-        max_bad_rows: the largest share of them.
-        max_length: tokens that a model as scorer reads, ``None``: as many as it was trained on.
-        overwrite: ``output`` may exist.
-        rows_at_once: rows handed to the scorers, and then written, together.
+        max_bad_rows: maximum fraction of bad rows.
+        max_length: tokens that a model scorer reads; ``None``: as many as it was trained on.
+        overwrite: whether ``output`` may exist.
+        rows_at_once: number of rows that are scored and written together.
     """
 
     input: str
@@ -99,24 +99,24 @@ class Job:
 
     @staticmethod
     def of(arguments: argparse.Namespace) -> Job:
-        """What the command's arguments ask for."""
+        """Build a job from parsed arguments."""
         given = {one.name: vars(arguments)[one.name] for one in dataclasses.fields(Job)}
         return Job(**given | {"output": Path(arguments.output).expanduser()})
 
     def source(self) -> Source:
-        """The input, with what is said of its rows."""
+        """The input, with the options for reading it."""
         return Source(self.input, self.columns, tuple(self.ignore_fields), self.bad_rows == "drop")
 
 
 def main(job: Job, kinds: Mapping[str, Kind] = KINDS) -> int:
-    """Runs the command. Returns the exit code: 0, or 1 after a failure under way, reported in one line on stderr.
+    """Run the command. Returns the exit code: 0, or 1 after a failure during scoring, reported in one line on stderr.
 
     Args:
-        job: what to score.
-        kinds: the kinds of scorers there are.
+        job: the command's arguments.
+        kinds: available kinds of scorers.
 
     Raises:
-        UserError: input that cannot be used, before anything is scored.
+        UserError: invalid input, before anything is scored.
     """
     try:
         with OPTIONS.in_errors():
@@ -128,11 +128,11 @@ def main(job: Job, kinds: Mapping[str, Kind] = KINDS) -> int:
 
 
 def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
-    """Scores every response of the input, writes the output and its statistics, prints and returns these.
+    """Score every response of the input and write the output. Prints and returns the statistics.
 
     Raises:
-        UserError: input that cannot be used, before anything is scored.
-        ScoringFailure: a failure under way; what is scored is kept, and the same call goes on from it.
+        UserError: invalid input, before anything is scored.
+        ScoringFailure: a failure during scoring; scored rows are kept, and the same call resumes.
     """
     _check_options(job)
     _check_files(job)
@@ -147,7 +147,7 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
         found = survey(source, scorers, fields, max_bad_rows=job.max_bad_rows, same_rewards=same_rewards)
         part = held.enter_context(PartFile(part_path(job.output), _work(source, scorers, same_rewards)))
         if part.num_records:
-            print(f"goes on after {part.num_records} of {found.num_rows} rows", flush=True)
+            print(f"resuming after {part.num_records} of {found.num_rows} rows", flush=True)
         missing = Missing(list(scorers), found.num_responses, job.max_missing)
         missing.add(part.records())
         try:
@@ -161,7 +161,7 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
                 missing.check()
             counts = total_notes(part.records(), list(scorers))
             statistics = write_output(part, job.output, list(scorers), scaling, missing, counts)
-        except (ScoringFailure, UserError) as error:  # a full disk, an input that has changed meanwhile, ...
+        except (ScoringFailure, UserError) as error:  # a full disk, a changed input, ...
             raise ScoringFailure(f"{str(error).removesuffix('.')}. {_kept(part, found.num_rows)}") from error
         except KeyboardInterrupt:
             print(f"interrupted. {_kept(part, found.num_rows)}", file=sys.stderr)
@@ -183,7 +183,7 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
 def _scored(
     rows: Iterator[InputRow], num_done: int, found: Survey, scorers: Mapping[str, Scorer], job: Job
 ) -> Iterator[tuple[list[InputRow], list[dict[str, Scored]]]]:
-    """The rows in batches, with their scores by column."""
+    """Batches of rows, with the scores of each by column."""
     order = sorted(scorers, key=lambda name: not scorers[name].forks)
     with Progress("score", unit="row", total=found.num_rows, done=num_done, stays=False) as progress:
         while batch := list(itertools.islice(rows, job.rows_at_once)):
@@ -195,21 +195,21 @@ def _scored(
                     for number, value in enumerate(values, start=1):
                         if job.strict and isinstance(value, NoScore):
                             raise ScoringFailure(
-                                f"{row.place}, response {number}: {name} gave no score ({value.reason}), and with "
-                                "--strict none may be missing; leave that out, or drop the row"
+                                f"{row.place}, response {number}: {name} gave no score ({value.reason}), which "
+                                "--strict does not allow. Leave the option out, or drop the row."
                             )
             yield batch, scores
             progress.advance(len(batch))
 
 
 def _kept(part: PartFile, num_rows: int) -> str:
-    return f"{part.num_records} of {num_rows} rows are kept in {part.path}; the same command goes on from there"
+    return f"{part.num_records} of {num_rows} rows are kept in {part.path}; the same command resumes from there"
 
 
 def _record(row: Row, columns: Mapping[str, Scored], same_rewards: bool) -> dict[str, Any]:
-    """An item of the part file: the row in the canonical format, with the columns in the place of its rewards.
+    """Item of the part file: the row in the canonical format, with columns instead of its rewards.
 
-    Where other scorers give the rewards, those of the reference policy's responses are kept under another name.
+    If the rewards come from other scorers, ``reference_rewards`` are renamed, since they are on another scale.
     """
     responses = tuple(dataclasses.replace(response, reward=None, ensemble=()) for response in row.responses)
     record = record_of(dataclasses.replace(row, responses=responses))
@@ -227,7 +227,7 @@ def _gives_own_rewards(scorer: Scorer) -> bool:
 
 
 def _work(source: Source, scorers: Mapping[str, Scorer], same_rewards: bool) -> dict[str, Any]:
-    """What the part file is a function of."""
+    """Everything that the part file depends on."""
     identities = {f"digest_of_scorer {name}": scorer.identity for name, scorer in scorers.items()}
     own = {"command": "score", "version": VERSION, "columns": list(scorers), "same_rewards": same_rewards}
     return own | source.identity() | identities
@@ -242,26 +242,26 @@ def _check_options(job: Job) -> None:
             raise UserError(f"{option} {value}: must be >= 1")
     for option, share in (("--max-missing", job.max_missing), ("--max-bad-rows", job.max_bad_rows)):
         if not 0 <= share <= 1:
-            raise UserError(f"{option} {share:g}: must be a share of all, from 0 to 1")
+            raise UserError(f"{option} {share:g}: must be a fraction from 0 to 1")
 
 
 def _check_files(job: Job) -> None:
-    """The files, as far as neither rows nor scorers are needed."""
+    """Check the files, as far as neither rows nor scorers are needed."""
     output = job.output
     if not output.name.endswith(JSON_LINES):
         raise UserError(f"output {output}: its name must end in one of {', '.join(JSON_LINES)}")
     if output.is_dir():
-        raise UserError(f"output {output} is a folder; name a file")
+        raise UserError(f"output {output} is a directory. Pass a file.")
     part = part_path(output)
     for source in expand_paths(job.input):
         for path in (output, part):
             if not source.startswith(HUB) and os.path.realpath(source) == os.path.realpath(path):
-                raise UserError(f"{job.input}: the input holds {path}, which is written to; choose another output")
+                raise UserError(f"{job.input}: the input includes {path}, which is written to. Choose another output.")
     pattern = PurePath(os.path.abspath(os.path.expanduser(job.input)))
     if not job.input.startswith(HUB) and "*" in job.input and PurePath(os.path.abspath(part)).match(str(pattern)):
-        raise UserError(f"{job.input}: matches {part}, which is written to; choose an output in another folder")
+        raise UserError(f"{job.input}: matches {part}, which is written to. Choose an output in another directory.")
     if output.exists() and not job.overwrite:
-        raise UserError(f"output {output} exists; add --overwrite to replace it, or choose another")
+        raise UserError(f"output {output} exists. Pass --overwrite to replace it, or choose another.")
 
 
 def _scaling(job: Job, columns: Sequence[str]) -> Scaling:
@@ -275,7 +275,7 @@ def _scaling(job: Job, columns: Sequence[str]) -> Scaling:
     stated = {}
     if job.statistics is not None:
         if job.standardize != "global":
-            raise UserError("--statistics says by what columns are standardized; add --standardize global")
+            raise UserError("--statistics: is only used with --standardize global. Add that, or leave this out.")
         stated = stated_statistics(job.statistics, columns)
     scaling = Scaling(job.standardize, job.shift, job.scale, weights, stated)
     scaling.check(columns)

@@ -1,8 +1,8 @@
-"""What a scorer is, and the rows it sees.
+"""Interface of scorers, and their input rows.
 
-A scorer is given rows in batches, in the file's order, and gives each response a number, or why it has none. Those that
-look at one (prompt, response) at a time derive from :class:`PairScorer`; a model that scores a prompt's responses
-together implements :class:`Scorer` itself.
+A scorer receives rows in batches, in file order, and returns for each response a number or the reason why it has none.
+Scorers of single (prompt, response) pairs derive from :class:`PairScorer`; a model that scores a prompt's responses
+together implements :class:`Scorer` directly.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
 from nemo_rao.rows.writing import ANSWER_FIELDS
 
-Scores = tuple[float | None, ...]  # as they are written
-# Fields of a response that have a meaning of their own.
+Scores = tuple[float | None, ...]  # as written to the file
+# Fields of a response with a fixed meaning.
 RESERVED = ("content", "reward", "label", "weight", "truncated", "message_fields", *ANSWER_FIELDS)
 
 
 class ScoringFailure(RuntimeError):
-    """What stopped scoring under way, in one line with place and remedy. What is done is kept."""
+    """Scoring was stopped. The message is one line with location and remedy; finished work is kept."""
 
 
 @dataclass(frozen=True)
 class NoScore:
-    """A response has no score.
+    """Missing score of a response.
 
     Attributes:
-        reason: in a few words, by which such responses are counted.
-        detail: what the user should see of this one, such as the judge's answer.
+        reason: short reason, by which such responses are counted.
+        detail: details of this response, such as the judge's answer.
     """
 
     reason: str
     detail: str = field(default="", compare=False)
 
 
-Scored = tuple[float | NoScore, ...]  # of a row's responses, as a scorer gives them
+Scored = tuple[float | NoScore, ...]  # of a row's responses, as returned by a scorer
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class InputRow(Row):
     """A row of the input.
 
     Attributes:
-        columns: field -> reward of each response under it, for the fields that scorers named (``fields``).
+        columns: field -> rewards of the responses, for the ``fields`` that scorers request.
     """
 
     columns: Mapping[str, Scores] = field(default_factory=dict)
@@ -59,10 +59,10 @@ class Scorer(Protocol):
     """A source of rewards; its scores become one column.
 
     Attributes:
-        fields: fields of the responses it reads from the file, handed to it in ``InputRow.columns``.
-        forks: it computes in forks of this process, and so is asked before a scorer that computes in the process
-            itself: threads that this has started would be missing in the forks, which would wait for them for ever.
-        identity: all that its scores depend on, as JSON: a part file of another identity is not continued.
+        fields: fields of the responses to read from the file, passed in ``InputRow.columns``.
+        forks: whether it computes in forks of this process. Such scorers run before those that compute in the process
+            itself: threads started by the latter would not exist in the forks, which could then deadlock.
+        identity: everything its scores depend on, as JSON: a part file with another identity is not resumed.
     """
 
     fields: tuple[str, ...]
@@ -70,17 +70,17 @@ class Scorer(Protocol):
     identity: Mapping[str, Any]
 
     def score(self, rows: Sequence[InputRow]) -> list[Scored]:
-        """For each row a number per response, or why it has none.
+        """Return a number per response of each row, or the reason why it has none.
 
         Raises:
-            ScoringFailure: no use in going on.
+            ScoringFailure: scoring cannot continue.
         """
 
     def take_notes(self) -> Mapping[str, int]:
-        """What was counted since the last call, by what it is: of the rows scored since then."""
+        """Return counts for the rows scored since the last call: note -> count."""
 
     def close(self) -> None:
-        """Gives back what it holds. Called once, also after a failure."""
+        """Release all resources. Called once, also after a failure."""
 
 
 class PairScorer(abc.ABC):
@@ -92,7 +92,7 @@ class PairScorer(abc.ABC):
 
     @abc.abstractmethod
     def score_pairs(self, pairs: Sequence[Pair]) -> Sequence[float | NoScore]:
-        """A number for each pair, in order, or why it has none."""
+        """Return a number for each pair, in order, or the reason why it has none."""
 
     def score(self, rows: Sequence[InputRow]) -> list[Scored]:
         scores = iter(self.score_pairs([pair for row in rows for pair in pairs_of(row)]))
@@ -101,7 +101,7 @@ class PairScorer(abc.ABC):
     def take_notes(self) -> Mapping[str, int]:
         return {}
 
-    def close(self) -> None:  # noqa: B027 (most have nothing to give back)
+    def close(self) -> None:  # noqa: B027 (most have nothing to release)
         pass
 
 
@@ -127,8 +127,8 @@ class Pair:
 
 def pairs_of(row: Row) -> Iterator[Pair]:
     for number, response in enumerate(row.responses, start=1):
-        place = f"{row.place}, response {number}"
-        yield Pair(row.prompt, response.content, place, response.fields, row.template_fields, row.fields)
+        location = f"{row.place}, response {number}"
+        yield Pair(row.prompt, response.content, location, response.fields, row.template_fields, row.fields)
 
 
 # ------------------------------------------------------------------------------------------- NAME=KIND:ARGUMENT
@@ -136,7 +136,7 @@ def pairs_of(row: Row) -> Iterator[Pair]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run writes, for scorers that keep something beside it."""
+    """Output directory of a run, for scorers that store files there."""
 
     folder: Path
 
@@ -146,9 +146,9 @@ class Kind:
     """A kind of scorer.
 
     Attributes:
-        make: (argument, place) -> scorer; raises UserError where the argument names nothing usable.
-        default_name: the column's name where the user gives none.
-        argument: what the argument is, for messages.
+        make: (argument, place) -> scorer; raises UserError if the argument is invalid.
+        default_name: argument -> name of the column if the user gives none.
+        argument: description of the argument, for messages.
     """
 
     make: Callable[[str, Place], Scorer]
@@ -157,17 +157,19 @@ class Kind:
 
 
 def make_scorers(specs: Sequence[str], kinds: Mapping[str, Kind], place: Place) -> dict[str, Scorer]:
-    """Column name -> scorer, in the order given.
+    """Build scorers: column name -> scorer, in the order given.
 
     Raises:
-        UserError: a text that is no ``[NAME=]KIND:ARGUMENT``, a kind there is not, a name twice or not allowed.
+        UserError: a spec is not ``[NAME=]KIND:ARGUMENT``, its kind is unknown, or its name is a duplicate or invalid.
     """
     made: dict[str, Scorer] = {}
     try:
         for spec in specs:
             name, kind, argument = parse_spec(spec, kinds)
             if name in made:
-                raise UserError(f"--scorer {spec}: a second column {name!r}; name them, such as r_1={kind}:{argument}")
+                raise UserError(
+                    f"--scorer {spec}: column {name!r} exists already. Name the columns, such as r_1={kind}:{argument}"
+                )
             try:
                 made[name] = kinds[kind].make(argument, place)
             except UserError as error:
@@ -180,19 +182,19 @@ def make_scorers(specs: Sequence[str], kinds: Mapping[str, Kind], place: Place) 
 
 
 def parse_spec(spec: str, kinds: Mapping[str, Kind]) -> tuple[str, str, str]:
-    """(column name, kind, argument) of one text."""
+    """Split a spec into (column name, kind, argument)."""
     match = re.fullmatch(r"(?:([^=:/]*)=)?([^:=]*)(?::(.*))?", spec, re.DOTALL)
     given, kind, argument = match.group(1, 2, 3) if match else (None, "", None)
     if kind not in kinds:
         forms = ", ".join(f"{name}:{one.argument}" for name, one in kinds.items())
-        raise UserError(f"--scorer {spec}: must be [NAME=]KIND:ARGUMENT; there are {forms}")
+        raise UserError(f"--scorer {spec}: must be [NAME=]KIND:ARGUMENT, one of {forms}")
     argument = argument or ""
     name = kinds[kind].default_name(argument) if given is None else given
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name, re.ASCII):
         raise UserError(
-            f"--scorer {spec}: {name!r} cannot name a column; give one of letters, digits, _ and -, such as "
+            f"--scorer {spec}: {name!r} cannot name a column. Use letters, digits, _ and -, such as "
             f"r_1={kind}:{argument}"
         )
     if name in RESERVED:
-        raise UserError(f"--scorer {spec}: {name!r} is taken; give another name, such as own_{name}={kind}:{argument}")
+        raise UserError(f"--scorer {spec}: {name!r} is reserved. Use another, such as own_{name}={kind}:{argument}")
     return name, kind, argument

@@ -1,4 +1,4 @@
-"""The input of scoring: its rows, and what has to be right with them before the first response is scored."""
+"""The input of scoring: its rows, and their checks before the first response is scored."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Source:
     """The rows of an input.
 
     Attributes:
-        path: whatever ``data.rows.read_rows`` reads.
-        columns: our name of a column -> its name in the input.
-        ignore_fields: fields that are not wanted.
-        drops_bad_rows: rows that cannot be read are left out and counted; else the first one is refused.
+        path: any source that ``nemo_rao.rows.reading.read_rows`` accepts.
+        columns: canonical column name -> name in the input.
+        ignore_fields: fields to skip.
+        drops_bad_rows: drop and count rows that cannot be read; otherwise the first one is an error.
     """
 
     path: str
@@ -39,17 +39,17 @@ class Source:
     drops_bad_rows: bool = False
 
     def rows(self, on_bad: OnBad | None = None, reward_field: Sequence[str] | None = None) -> Iterator[Row]:
-        """All rows; of those that cannot be read, where they are dropped, ``on_bad`` is told."""
+        """All rows. If bad rows are dropped, ``on_bad`` is called with their errors."""
         skipped = (on_bad or (lambda _: None)) if self.drops_bad_rows else None
         return read_rows(
             self.path, reward_field=reward_field, columns=self.columns, ignore_fields=self.ignore_fields, on_bad=skipped
         )
 
     def input_rows(self, fields: Sequence[str], on_bad: OnBad | None = None) -> Iterator[InputRow]:
-        """The rows that can be scored, with the rewards that they have under ``fields``."""
+        """Rows that can be scored, with the rewards that they have under ``fields``."""
         own = {one.name for one in dataclasses.fields(Row)}
         readings = [self.rows(on_bad)] + ([self.rows(on_bad, reward_field=fields)] if fields else [])
-        for row, *same in _with_one_place(readings, self.drops_bad_rows):
+        for row, *same in _matched_rows(readings, self.drops_bad_rows):
             columns, unused = {}, set(row.unused)
             for other in same:
                 unused &= set(other.unused)
@@ -69,7 +69,7 @@ class Source:
             yield made
 
     def identity(self) -> dict[str, Any]:
-        """What the rows are a function of: the input's content, wherever it lies (of ``hf:NAME``, its name)."""
+        """Everything that the rows depend on: the input's content, not its path (for ``hf:NAME``, its name)."""
         return {
             "digest_of_input": _digest(self.path),
             "columns_of_input": dict(self.columns),
@@ -78,8 +78,8 @@ class Source:
         }
 
 
-def _with_one_place(readings: Sequence[Iterator[Row]], may_differ: bool) -> Iterator[tuple[Row, ...]]:
-    """The same rows of several readings of one input, of which each may have dropped some."""
+def _matched_rows(readings: Sequence[Iterator[Row]], may_differ: bool) -> Iterator[tuple[Row, ...]]:
+    """Match the rows of several readings of one input, each of which may have dropped some."""
     if not may_differ:
         yield from zip(*readings, strict=True)
         return
@@ -93,7 +93,7 @@ def _with_one_place(readings: Sequence[Iterator[Row]], may_differ: bool) -> Iter
             waiting[number][row.place] = row
             if all(row.place in rows for rows in waiting):
                 found = tuple(rows[row.place] for rows in waiting)
-                for rows in waiting:  # what came before in one reading alone was dropped in another
+                for rows in waiting:  # earlier rows in one reading were dropped in another
                     while next(iter(rows)) != row.place:
                         rows.pop(next(iter(rows)))
                     rows.pop(row.place)
@@ -103,20 +103,20 @@ def _with_one_place(readings: Sequence[Iterator[Row]], may_differ: bool) -> Iter
 
 def _check(row: InputRow) -> None:
     if any(response.continuation for response in row.responses):
-        raise UserError(f"{row.place}: a conversation of several answers cannot be scored; keep its last turn")
+        raise UserError(f"{row.place}: a conversation with several answers cannot be scored. Keep only its last turn.")
     try:
         json.dumps(record_of(row))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{row.place}: the row cannot be written as JSON ({error}); drop the row") from None
+        raise UserError(f"{row.place}: the row cannot be written as JSON ({error}). Drop the row.") from None
 
 
 @dataclass
 class Survey:
-    """What there is to score.
+    """Summary of the input.
 
     Attributes:
-        num_rows, num_responses: to be scored.
-        notes: what the user should know of the input.
+        num_rows, num_responses: numbers of rows and responses to score.
+        notes: remarks on the input for the user.
     """
 
     num_rows: int = 0
@@ -127,29 +127,29 @@ class Survey:
 def survey(
     source: Source, scorers: Mapping[str, Scorer], fields: Sequence[str], *, max_bad_rows: float, same_rewards: bool
 ) -> Survey:
-    """Reads the whole input once.
+    """Read and check the whole input once.
 
     Args:
         source: the input.
         scorers: column -> scorer.
-        fields: of the responses, that scorers read.
-        max_bad_rows: the largest share of the rows that may be bad, where they are dropped.
-        same_rewards: the output's rewards are the input's.
+        fields: fields of the responses that scorers read.
+        max_bad_rows: maximum fraction of bad rows if they are dropped.
+        same_rewards: whether the output's rewards are the input's.
 
     Raises:
-        UserError: a row that cannot be scored, or too many of them where they are dropped; no row; or no reward in a
-            column that is to be taken from the input.
+        UserError: a row cannot be scored, or too many if they are dropped; there are no rows; or a column taken from
+            the input has no rewards.
     """
     found = Survey()
     report = LoadReport()
-    bad_places: set[str] = set()
+    bad_locations: set[str] = set()
     num_rewarded = num_references = 0
     empty = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, ColumnScorer)}
 
     def note_bad(error: UserError) -> None:
-        place = str(error).partition(": ")[0]
-        if place not in bad_places:  # two readings of a row may complain: it is one bad row
-            bad_places.add(place)
+        location = str(error).partition(": ")[0]
+        if location not in bad_locations:  # two readings of the same row may fail
+            bad_locations.add(location)
             report.drop_bad(str(error))
 
     rules = [scorer for scorer in scorers.values() if isinstance(scorer, RuleScorer)]
@@ -164,18 +164,19 @@ def survey(
         empty = {name: one for name, one in empty.items() if all(isinstance(s, NoScore) for s in one.score([row])[0])}
     if report.rows_bad > max_bad_rows * (report.rows_bad + found.num_rows):
         raise UserError(
-            f"{source.path}: {report.rows_bad} of {report.rows_bad + found.num_rows} rows are bad, a larger share than "
-            f"--max-bad-rows {max_bad_rows:g}; mend them, or raise it: {'; '.join(report.about_bad())}"
+            f"{source.path}: {report.rows_bad} of {report.rows_bad + found.num_rows} rows are bad, more than "
+            f"--max-bad-rows {max_bad_rows:g} allows. Fix them or raise the limit: {'; '.join(report.about_bad())}"
         )
     if not found.num_rows:
-        raise UserError(f"{source.path}: has no rows; give a file with some")
+        raise UserError(f"{source.path}: has no rows. Pass a file with at least one.")
     for name, column in empty.items():
-        where = f"under {column.field}" if column.field else "of its own"
-        raise UserError(f"--scorer column: {source.path} has no rewards {where} for column {name}; leave it out")
+        where = f" under {column.field}" if column.field else ""
+        raise UserError(f"--scorer column: {source.path} has no rewards{where} for column {name}. Leave it out.")
     found.notes += report.about_bad()
     if num_rewarded and not any(isinstance(one, ColumnScorer) and not one.field for one in scorers.values()):
         found.notes.append(
-            f"rewards or labels of {num_rewarded} responses in the input are replaced; --scorer column keeps them too"
+            f"rewards or labels of {num_rewarded} responses in the input are replaced; --scorer column keeps them as "
+            "well"
         )
     if num_references and not same_rewards:
         found.notes.append(

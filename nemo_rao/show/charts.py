@@ -1,4 +1,4 @@
-"""Histograms as SVG, drawn with classes of the page's style sheet: they follow light and dark."""
+"""Histograms as SVG, with CSS classes of the page's style sheet, so that they follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from nemo_rao.show.histogram import Histogram, number, ticks
 
 _WIDTH, _HEIGHT = 400, 190  # units of the drawing
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 392, 22, 162
-_LEAST_HEIGHT = 2.0  # of a bar that counts anything
+_LEAST_HEIGHT = 2.0  # of a bar with a nonzero count
 
 
 def svg(histogram: Histogram, *, classes: Mapping[str, str], stacked: bool, mark_name: str, label: str) -> str:
-    """The drawing.
+    """Draw a histogram.
 
     Args:
-        classes: series -> class of its bars.
-        stacked: the series' bars on each other; else side by side.
-        mark_name: what the histogram's mark is.
-        label: for those who do not see it.
+        classes: series -> CSS class of its bars.
+        stacked: stack the bars of the series; otherwise draw them side by side.
+        mark_name: name of the histogram's mark.
+        label: text for screen readers.
     """
     counts = histogram.counts
     highest = int(max(histogram.totals.max() if stacked else max(series.max() for series in counts.values()), 1))
@@ -40,7 +40,7 @@ def svg(histogram: Histogram, *, classes: Mapping[str, str], stacked: bool, mark
 
 
 def share(kept: int, total: int) -> str:
-    """A bar of how many of the rows are kept."""
+    """Draw a bar with the fraction of rows that are kept."""
     width = 100 * kept / max(total, 1)
     return (
         f'<svg class="share" viewBox="0 0 100 1" preserveAspectRatio="none" role="img" '
@@ -82,7 +82,7 @@ def _bar(
     name: str,
     count: int,
 ) -> str:
-    """One bar; ``start`` and ``part`` are shares of the bin's width."""
+    """Draw one bar; ``start`` and ``part`` are fractions of the bin's width."""
     width = (_RIGHT - _LEFT) / (len(histogram.edges) - 1)
     gap = min(1.0, width / 8)
     x = _LEFT + width * (bin + start) + gap / 2
@@ -108,7 +108,7 @@ def _ticks(histogram: Histogram) -> list[str]:
 
 
 def _mark(histogram: Histogram, name: str) -> list[str]:
-    """The mark's line; where it lies outside, an arrow towards it."""
+    """Draw the mark as a line, or as an arrow towards it if it is outside."""
     if histogram.mark is None:
         return []
     text, low, high = f"{name} {number(histogram.mark)}", histogram.edges[0], histogram.edges[-1]
@@ -127,7 +127,7 @@ def _y(count: float, top: int) -> float:
 
 
 def _round_up(count: int) -> int:
-    """The next even number of two digits that count."""
+    """Round up to an even number with two significant digits."""
     power = 10 ** max(0, len(str(count)) - 2)
     steps = int(np.ceil(count / power))
     return (steps + steps % 2) * power if count > 1 else 1

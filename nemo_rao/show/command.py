@@ -1,4 +1,4 @@
-"""``nemo-rao show``: look at data as it will be trained on, before the first training."""
+"""``nemo-rao show``: display data as it will be trained on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DEFAULT_ROWS = 3
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print what a recipe makes of its data, and write the page where one is asked for.
+    """Print how a recipe interprets its data, and write the HTML page if requested.
 
     Raises:
-        UserError: the recipe or an option cannot be used, or training would refuse the data.
+        UserError: the recipe or an option is invalid, or training would reject the data.
     """
     overrides = list(arguments.overrides)
     if (file := arguments.file) is not None and "=" in file and not os.path.exists(file):
-        overrides.insert(0, file)  # no file is named: data.train_path is the recipe's
+        overrides.insert(0, file)  # no file is given: use the recipe's data.train_path
         file = None
     config = compose(arguments.config_name, overrides, arguments.config_dir)
     check_keys_are_read(overrides, config)
@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
     num_rows = arguments.rows
     if num_rows is None:
         num_rows = 0 if arguments.row else DEFAULT_ROWS
-    seen = inspect(config, arguments.config_name, num_rows=num_rows, places=arguments.row, first=arguments.first)
+    seen = inspect(config, arguments.config_name, num_rows=num_rows, row_numbers=arguments.row, first=arguments.first)
     writer = Writer(colour=can_show_colour(), width=terminal_width(), full=arguments.full)
     encoding = sys.stdout.encoding or "utf-8"
     for line in writer.lines(seen):
@@ -55,13 +55,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _check_output(path: Path) -> None:
-    """Refuses to replace a file that is no page of this command's."""
+    """Reject a path that cannot be written, or a file that was not written by this command."""
     if path.is_dir():
-        raise UserError(f"--output {path}: is a directory; give a file, such as {path / 'page.html'}")
+        raise UserError(f"--output {path}: is a directory. Pass a file, such as {path / 'page.html'}.")
     if path.exists():
         with open(path, "rb") as file:
             if MARK.encode() not in file.read(1000):
-                raise UserError(f"--output {path}: exists and was not written by nemo-rao show; give another file")
+                raise UserError(f"--output {path}: exists and was not written by nemo-rao show. Pass another file.")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output {path}: {parent} is not a directory that can be written to; give another file")
+        raise UserError(f"--output {path}: {parent} is not a writable directory. Pass another file.")

@@ -1,4 +1,4 @@
-"""Numbers as bins with round limits, for charts of text and of SVG."""
+"""Histograms with round bin edges, for text and SVG charts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 
 _LARGEST_LEVEL, _LEAST_STEP = 1e6, 1e-6
-_MOST_LEVELS = 12  # distinct values, such as the grades 1 to 10, that have a bar each
+_MOST_LEVELS = 12  # up to this many distinct values, such as grades 1 to 10, get a bar each
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bins of one width, the same for every series.
+    """Bins of equal width, shared by all series.
 
     Attributes:
-        edges: ``[bins + 1]``; ascending.
-        counts: name of a series -> ``[bins]``. Numbers below the first edge, or above the last, are in the first and
-            the last bin.
-        is_cut: numbers lie below the first edge, and above the last.
-        levels: the bins stand for single values, their centres.
-        mark: a number to be marked, such as model.seq_length; ``None``: none.
+        edges: ``[bins + 1]``, ascending.
+        counts: series -> ``[bins]``. Values outside the edges are counted in the first and the last bin.
+        is_cut: whether there are values below the first and above the last edge.
+        levels: whether each bin stands for a single value, its centre.
+        mark: value to mark, such as model.seq_length; ``None``: none.
     """
 
     edges: np.ndarray
@@ -33,15 +32,15 @@ class Histogram:
 
     @property
     def totals(self) -> np.ndarray:
-        """``[bins]``: of all series together."""
+        """``[bins]``, counts summed over series."""
         return np.sum(list(self.counts.values()), axis=0)
 
     def bins_up_to_mark(self) -> int:
-        """How many of the bins begin below the mark; all where there is none."""
+        """Number of bins that begin below the mark; all if there is none."""
         return len(self.edges) - 1 if self.mark is None else int(np.sum(self.edges[:-1] < self.mark))
 
     def label(self, bin: int) -> str:
-        """What is counted there: "128 to 160", "3", "above 4,096"."""
+        """Range of a bin: "128 to 160", "3", "above 4,096"."""
         low, high = number(self.edges[bin]), number(self.edges[bin + 1])
         if self.levels:
             return number((self.edges[bin] + self.edges[bin + 1]) / 2)
@@ -55,13 +54,13 @@ class Histogram:
 def histogram(
     series: Mapping[str, np.ndarray], *, bins: int = 28, mark: float | None = None, from_zero: bool = False
 ) -> Histogram | None:
-    """The bins of several series; ``None`` where there is no number.
+    """Compute the histogram of several series; ``None`` if they have no values.
 
     Args:
-        series: name -> numbers, finite ones or NaN, which is left out.
-        bins: about how many.
-        mark: to be marked; the bins reach as far where the numbers come near it, and to its double at most.
-        from_zero: the first edge is 0.
+        series: name -> values; NaN is left out.
+        bins: approximate number of bins.
+        mark: value to mark. If values come near it, the bins extend to it, and at most to twice the mark.
+        from_zero: set the first edge to 0.
     """
     known = {name: values[np.isfinite(values)] for name, values in series.items()}
     everything = np.concatenate([np.empty(0), *known.values()])
@@ -95,7 +94,7 @@ def _counted(known: Mapping[str, np.ndarray], edges: np.ndarray, *, levels: bool
 
 
 def _even_step(distinct: np.ndarray) -> float:
-    """The distance of which all gaps between the values are a small multiple; 0 where there is none."""
+    """Step of which all gaps between the values are small multiples; 0 if there is none."""
     if np.abs(distinct).max() > _LARGEST_LEVEL:
         return 0.0
     if len(distinct) == 1:
@@ -110,13 +109,13 @@ def _even_step(distinct: np.ndarray) -> float:
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """Where nearly all of the values lie; single ones that are far off do not squeeze the others into one bin."""
+    """Range of nearly all values, so that outliers do not squeeze the others into one bin."""
     low, high = float(values.min()), float(values.max())
     inner_low, inner_high = np.percentile(values, (0.5, 99.5)).tolist()
     spread = inner_high - inner_low
     if 0 < spread < np.inf:
         low, high = max(low, inner_low - spread), min(high, inner_high + spread)
-    least = max(1e-9, 1e-6 * abs(low), 1e-6 * abs(high))  # so that the edges are told apart
+    least = max(1e-9, 1e-6 * abs(low), 1e-6 * abs(high))  # so that edges are distinct
     return (low, high) if high / 2 - low / 2 > least else (low - 10 * least, high + 10 * least)
 
 
@@ -127,7 +126,7 @@ def _round_width(width: float) -> float:
 
 
 def ticks(histogram: Histogram, count: int = 5) -> list[float]:
-    """About ``count`` round numbers between the first edge and the last; the centres of bins that stand for values."""
+    """About ``count`` round numbers between the first and the last edge, or with ``levels``, centres of bins."""
     low, high = float(histogram.edges[0]), float(histogram.edges[-1])
     if histogram.levels:
         centres = ((histogram.edges[:-1] + histogram.edges[1:]) / 2).tolist()
@@ -138,7 +137,7 @@ def ticks(histogram: Histogram, count: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """ "1,234", "0.25", "-3.1e-05": four digits at most behind the first that counts."""
+    """Format a number with up to four significant digits: "1,234", "0.25", "-3.1e-05"."""
     value = float(value)
     if abs(value) < 1e-12:
         return "0"

@@ -21,7 +21,7 @@ from nemo_rao.objectives import registry
 from nemo_rao.rows.reading import read_rows
 from nemo_rao.runtime.progress import Progress
 from nemo_rao.show.numbers import Collector, Numbers
-from nemo_rao.show.rows import ShownRow, indices_used, place_of, shown_row
+from nemo_rao.show.rows import ShownRow, indices_used, location_of, shown_row
 from nemo_rao.show.settings import Setting, settings, steps
 from nemo_rao.training.loading import drawn_indices, wanted_rows
 
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is shown.
+    """Everything that is displayed.
 
     Attributes:
-        source: the file or files, as they were named.
-        recipe: its name.
-        settings: what decides what is trained on.
-        report: of the training data.
-        validation: of the validation data; ``None`` where there is none.
-        shared: prompts of the validation data that are trained on.
-        num_trained: prompts that are trained on; fewer than are kept where ``data.num_prompts`` draws.
-        steps: the run's length, or why it has none.
-        first: only so many rows were read; ``None``: all.
-        numbers: of these prompts, and of dropped rows.
-        rows: chosen to be looked at.
-        dropped: the first row of each reason, where it could be read.
-        prompt_is_learned: the objective's gradient reaches the prompt's log-probability.
+        source: the file or files, as given.
+        recipe: name of the recipe.
+        settings: settings that determine what is trained on.
+        report: report on the training data.
+        validation: report on the validation data; ``None`` if there is none.
+        shared: prompts of the validation data that are also trained on.
+        num_trained: prompts that are trained on; fewer than are kept if ``data.num_prompts`` draws from them.
+        steps: length of the run, or why it cannot run.
+        first: number of rows that were read; ``None``: all.
+        numbers: statistics of these prompts, and of dropped rows.
+        rows: rows chosen for display.
+        dropped: first row dropped for each reason, if it could be read.
+        prompt_is_learned: whether the objective has a gradient with respect to the prompt's log-probability.
     """
 
     source: str
@@ -65,29 +65,29 @@ class Inspection:
     prompt_is_learned: bool
 
     def short(self, text: str) -> str:
-        """A text that names places, without the file's name: the title has it."""
+        """Shorten locations in a text by the file's name, which is in the title."""
         return text.replace(f"{self.source} line ", "line ").replace(f"{self.source} row ", "row ")
 
 
 def inspect(
-    config: RunConfig, recipe: str, *, num_rows: int, places: Sequence[int] = (), first: int | None = None
+    config: RunConfig, recipe: str, *, num_rows: int, row_numbers: Sequence[int] = (), first: int | None = None
 ) -> Inspection:
-    """Load a recipe's data and gather what is shown of it.
+    """Load a recipe's data and collect everything to display.
 
     Args:
-        recipe: its name, for the title.
-        num_rows: rows to look at, spread evenly over those that are trained on, the first among them.
-        places: numbers of lines (rows of Parquet and of `datasets`) to look at, dropped or not.
-        first: load so many rows of the training files alone, of which none are drawn; ``None``: all.
+        recipe: name of the recipe, for the title.
+        num_rows: number of rows to show, spread evenly over those that are trained on, including the first.
+        row_numbers: lines (or rows of Parquet and `datasets`) to show in addition, dropped or not.
+        first: load only this many rows of the training files, without drawing from them; ``None``: all.
 
     Raises:
-        UserError: training would refuse the data, too; or a line is not there.
+        UserError: training would reject the data, or a line does not exist.
     """
     data_keys, wanted = config.data, wanted_rows(config)
     tokenizer = load_tokenizer(data_keys.tokenizer or "")
     objective = registry.get(config.model.objective)
     needs = objective.needs_of(objective_config(config))
-    watcher = _Watcher(places, needs_pairs=needs.pairs)
+    watcher = _Watcher(row_numbers, needs_pairs=needs.pairs)
     data = _load(
         data_keys.train_path, "training data", tokenizer, {**wanted, "max_rows": first, "observer": watcher.add}
     )
@@ -142,21 +142,21 @@ def inspect(
 
 
 class _Watcher:
-    """Sees every row while it is loaded, and keeps numbers, the first dropped row of each reason, and those asked for.
+    """Observes rows while they are loaded. Keeps statistics, the first dropped row per reason, and requested rows.
 
-    Of the kept rows it remembers which responses are used: the few that are shown are read once more.
+    For kept rows it only stores which responses are used: the few that are shown are read again.
     """
 
-    def __init__(self, places: Sequence[int], *, needs_pairs: bool) -> None:
+    def __init__(self, row_numbers: Sequence[int], *, needs_pairs: bool) -> None:
         self.collector = Collector(needs_pairs=needs_pairs)
         self.first_dropped: dict[str, Outcome] = {}
-        self._found: dict[int, tuple[Outcome, int | None] | None] = dict.fromkeys(places)
+        self._found: dict[int, tuple[Outcome, int | None] | None] = dict.fromkeys(row_numbers)
         self._used: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
 
     def add(self, outcome: Outcome) -> None:
         self.collector.add(outcome)
         if self._found:
-            number = _number_of(place_of(outcome))
+            number = _number_of(location_of(outcome))
             if number in self._found and self._found[number] is None:
                 self._found[number] = outcome, None if outcome.reason is not None else len(self._used)
         if outcome.reason is not None:
@@ -166,26 +166,26 @@ class _Watcher:
             self._used.append((tuple(indices_used(outcome.read, outcome.used)), outcome.left_out))
 
     def asked_for(self) -> list[tuple[Outcome, int | None]]:
-        """The rows at the places asked for, each with its number among the kept ones.
+        """The requested rows, each with its index among the kept ones.
 
         Raises:
-            UserError: there is none at one of them.
+            UserError: one of them does not exist.
         """
         found = []
         for number, one in self._found.items():
             if one is None:
                 raise UserError(
-                    f"--row {number}: no row begins at line {number} of the data; give the number of a line that is "
-                    "not blank, or of a row of a Parquet file or data set"
+                    f"--row {number}: no row begins at line {number} of the data. Pass the number of a line that is "
+                    "not blank, or of a row of a Parquet file or data set."
                 )
             found.append(one)
         return found
 
     def kept(self, data: PreferenceData, indices: Sequence[int], read: Callable[[], Iterator[Row]]) -> list[Outcome]:
-        """The kept rows with these numbers.
+        """The kept rows with these indices.
 
         Args:
-            read: reads the files' rows once more.
+            read: reads the files' rows again.
         """
         samples = {data[index].place: index for index in indices}
         found: dict[int, Outcome] = {}
@@ -207,7 +207,7 @@ class _Watcher:
 
 
 def _rows(config: RunConfig) -> Iterator[Row]:
-    """The rows that the training files hold, those that cannot be read passed over: loading has reported them."""
+    """Rows of the training files, skipping unreadable ones, which loading has already reported."""
     keys = config.data
     return read_rows(
         keys.train_path,
@@ -218,9 +218,9 @@ def _rows(config: RunConfig) -> Iterator[Row]:
     )
 
 
-def _number_of(place: str) -> int | None:
-    """The line or row of a place such as "prefs.jsonl line 12"."""
-    last = place.rpartition(" ")[2]
+def _number_of(location: str) -> int | None:
+    """The line or row number in a location such as "prefs.jsonl line 12"."""
+    last = location.rpartition(" ")[2]
     return int(last) if last.isdecimal() else None
 
 

@@ -1,4 +1,4 @@
-"""Lengths and rewards of all rows, collected while they are loaded: some 30 bytes a response, no text."""
+"""Lengths and rewards of all rows, collected while they are loaded: about 30 bytes per response, no text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROLES = ("", "chosen", "rejected")
 
 
 class Collector:
-    """Takes one row after the other.
+    """Collects statistics row by row.
 
     Args:
         needs_pairs: see :func:`nemo_rao.show.rows.roles`.
@@ -28,7 +28,7 @@ class Collector:
         self._row_of, self._rewards, self._roles = array("q"), array("d"), array("b")  # of a response
 
     def add(self, outcome: Outcome) -> None:
-        """One row, kept or dropped."""
+        """Add one row, kept or dropped."""
         sample, used = outcome.sample, outcome.used
         if sample is None or used is None:
             return
@@ -49,7 +49,7 @@ class Collector:
             self._roles.append(_ROLES.index(role))
 
     def numbers(self, drawn: np.ndarray | None) -> Numbers:
-        """All that was collected; of the kept rows only those with these numbers, where they are given."""
+        """The collected statistics; of kept rows only those with the indices ``drawn``, if given."""
         prompts, row_of = _numpy(self._prompts), _numpy(self._row_of)
         is_drawn = np.ones(len(prompts), dtype=bool)
         if drawn is not None:
@@ -75,15 +75,15 @@ class Collector:
 
 @dataclass(frozen=True)
 class Numbers:
-    """N rows that are trained on, R responses, and the rows that are dropped.
+    """Statistics of N trained rows with R responses, and of dropped rows.
 
     Attributes:
-        prompts: ``[N]`` tokens.
-        responses, totals: ``[R]`` tokens of each response, and with its prompt.
-        row_of: ``[R]`` in [0, N), rising.
-        rewards: ``[R]``, NaN where there is none.
+        prompts: ``[N]``, tokens.
+        responses, totals: ``[R]``, tokens of each response, without and with its prompt.
+        row_of: ``[R]`` in [0, N), ascending.
+        rewards: ``[R]``, NaN if missing.
         chosen, rejected: ``[R]`` bool.
-        dropped_prompts, dropped_responses, dropped_totals: the same of dropped rows, where they could be tokenised.
+        dropped_prompts, dropped_responses, dropped_totals: the same for dropped rows that could be tokenised.
     """
 
     prompts: np.ndarray
@@ -99,7 +99,7 @@ class Numbers:
 
     @property
     def num_tokens(self) -> int:
-        """Of an epoch, each prompt counted once a response."""
+        """Tokens of an epoch, counting each prompt once per response."""
         return int(self.totals.sum())
 
     @property
@@ -107,11 +107,11 @@ class Numbers:
         return bool(self.chosen.any())
 
     def pair_values(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``[R]`` -> ``[pairs]``: of the chosen response, and of the rejected one of the same row."""
-        return values[self.chosen], values[self.rejected]  # one of each in a row that has them, in the rows' order
+        """``[R]`` -> (``[pairs]``, ``[pairs]``), values of the chosen and the rejected response of each row."""
+        return values[self.chosen], values[self.rejected]  # a row has one of each or none; both are in row order
 
     def margins(self) -> np.ndarray:
-        """``[pairs]`` r(chosen) - r(rejected); without pairs ``[rows]`` the highest reward of a row less its lowest."""
+        """``[pairs]``, r(chosen) - r(rejected); without pairs ``[rows]``, highest minus lowest reward of a row."""
         if self.are_pairs:
             chosen, rejected = self.pair_values(self.rewards)
             return chosen - rejected
@@ -122,7 +122,7 @@ class Numbers:
         return (np.maximum.reduceat(self.rewards, starts) - np.minimum.reduceat(self.rewards, starts))[several]
 
     def remarks(self) -> list[str]:
-        """What a look at the numbers would miss."""
+        """Remarks on relations that the charts do not show."""
         found = []
         if self.are_pairs:
             margins = self.margins()
@@ -144,7 +144,7 @@ class Numbers:
         rewards, lengths = self.rewards[known], self.responses[known]
         if len(rewards) < 3 or np.ptp(rewards) == 0 or np.ptp(lengths) == 0:
             return None
-        scaled = rewards / np.abs(rewards).max()  # rewards of 1e300 have no square
+        scaled = rewards / np.abs(rewards).max()  # the square of 1e300 would overflow
         found = float(np.corrcoef(scaled, lengths)[0, 1])
         return found if np.isfinite(found) else None
 

@@ -15,7 +15,7 @@ from nemo_rao.show.report import DROPPED, IN_BETWEEN, KEPT, NOT_DRAWN, Chart, ch
 from nemo_rao.show.rows import ShownResponse, ShownRow, left_out_text, reward_parts
 from nemo_rao.show.style import STYLE
 
-MARK = '<meta name="generator" content="nemo-rao show">'  # by which a page is known that may be replaced
+MARK = '<meta name="generator" content="nemo-rao show">'  # identifies pages that may be overwritten
 
 _KINDS = {Kind.PROMPT: "p", Kind.TEMPLATE: "t", Kind.RESPONSE: "r", Kind.END: "e"}
 _SERIES = {
@@ -28,7 +28,7 @@ _SERIES = {
 
 
 def page(seen: Inspection) -> Iterator[str]:
-    """The file's text, part by part."""
+    """Generate the file's text, part by part."""
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     name = os.path.basename(seen.source.rstrip("/")) or seen.source
     yield (
@@ -46,13 +46,13 @@ def page(seen: Inspection) -> Iterator[str]:
     for title, group in charts(seen):
         yield f"<h2>{_text(title)}</h2>"
         yield from _charts(group)
-    yield "<h2>Rows as they are trained on</h2>"
+    yield "<h2>Rows as trained on</h2>"
     yield from _tools(seen)
     for row in seen.rows:
         yield from _row(row, seen)
     asked = {row.place for row in seen.rows}
     if others := [row for row in seen.dropped if row.place not in asked]:
-        yield "<h2>The first row of each reason to drop one</h2>"
+        yield "<h2>First row dropped for each reason</h2>"
         for row in others:
             yield from _row(row, seen)
     yield "<h2>Settings</h2>"
@@ -71,7 +71,7 @@ def _tiles(seen: Inspection) -> Iterator[str]:
         (f"{seen.num_trained:,}", "prompts to train on"),
         (f"{report.rows_read - report.rows_kept:,}", f"of {report.rows_read:,} rows dropped"),
         (f"{len(numbers.responses):,}", "responses"),
-        (f"{numbers.num_tokens:,}", "tokens in prompts with responses"),
+        (f"{numbers.num_tokens:,}", "tokens of prompts with responses"),
     ]
     if of_what:
         tiles.append((steps, of_what))
@@ -85,10 +85,10 @@ def _tiles(seen: Inspection) -> Iterator[str]:
 
 def _counts(seen: Inspection) -> Iterator[str]:
     report = seen.report
-    kept = f"{report.rows_kept:,} of {report.rows_read:,} rows are kept"
+    kept = f"{report.rows_kept:,} of {report.rows_read:,} rows kept"
     if seen.num_trained != report.rows_kept:
         kept += f", and {seen.num_trained:,} of them drawn (data.num_prompts)"
-    yield f'<h2>What is kept, what is dropped</h2><div class="card"><p>{_text(kept)}</p>'
+    yield f'<h2>Kept and dropped rows</h2><div class="card"><p>{_text(kept)}</p>'
     yield share(report.rows_kept, report.rows_read)
     yield '<div class="reasons">'
     for reason, rows, example in reasons(report):
@@ -123,20 +123,20 @@ def _charts(group: Iterable[Chart]) -> Iterator[str]:
 
 
 def _tools(seen: Inspection) -> Iterator[str]:
-    also = " (its log-probability is trained, too)" if seen.prompt_is_learned else ""
+    also = " (its log-probability is trained as well)" if seen.prompt_is_learned else ""
     template = "template and other turns" if seen.prompt_is_learned else "not learned: template, other turns"
     yield '<div class="keys tools">'
     for kind, name in (("p", f"prompt{also}"), ("t", template), ("r", "response"), ("e", "end token")):
         yield f'<span class="sample {kind}">{name}</span>'
     yield '<label class="small"><input type="checkbox" id="borders"> token boundaries</label>'
-    yield '<label class="small"><input type="checkbox" id="whole"> whole texts</label></div>'
-    yield '<p class="soft small">Point at a token for its id.</p>'
+    yield '<label class="small"><input type="checkbox" id="whole"> full texts</label></div>'
+    yield '<p class="soft small">Hover over a token to see its id.</p>'
 
 
 def _row(row: ShownRow, seen: Inspection) -> Iterator[str]:
     yield f'<article class="card row"><header><h3>{_text(seen.short(row.place))}</h3>'
     if row.unused:
-        yield f'<span class="soft small">fields that nothing reads: {_text(", ".join(row.unused))}</span>'
+        yield f'<span class="soft small">unused fields: {_text(", ".join(row.unused))}</span>'
     yield "</header>"
     if row.problem is not None:
         yield f'<p class="notice"><b>dropped: {_text(row.problem[0])}.</b> {_text(seen.short(row.problem[1]))}</p>'
@@ -175,7 +175,7 @@ def _head(response: ShownResponse, row: ShownRow) -> str:
 
 
 def _tokens(pieces: Sequence[Piece], text: str, num_tokens: int | None, *, left_out: bool) -> str:
-    """A prompt's or response's tokens; where they are not known its text."""
+    """A prompt's or response's tokens, or its text if the tokens are unknown."""
     if not pieces:
         return f'<div class="text{" out" if left_out else ""}">{_lines(text)}</div>'
     spans = [
@@ -184,12 +184,12 @@ def _tokens(pieces: Sequence[Piece], text: str, num_tokens: int | None, *, left_
     ]
     shown = sum(len(piece.ids) for piece in pieces)
     if num_tokens is not None and shown < num_tokens:
-        spans.append(f" […] {num_tokens - shown:,} tokens more")
+        spans.append(f" […] {num_tokens - shown:,} more tokens")
     return f'<div class="text">{"".join(spans)}</div>'
 
 
 def _hint(piece: Piece) -> str:
-    """ "id 1234 · ' the'" """
+    """Tooltip of a token: "id 1234 · ' the'"."""
     ids = " + ".join(map(str, piece.ids))
     return f"{'id' if len(piece.ids) == 1 else 'ids'} {ids} · {piece.text!r}"
 

@@ -8,24 +8,24 @@ from enum import Enum
 
 Decode = Callable[[Sequence[int]], str]
 
-_UNFINISHED = "\ufffd"  # what decoders give for bytes that are no whole character yet
-_LONGEST_CHARACTER = 8  # tokens after which bytes that still are no character are taken as they are
-_BEGINNING = 100  # characters by which a message is found of which only the beginning is shown
+_UNFINISHED = "\ufffd"  # decoders return it for bytes of an incomplete character
+_LONGEST_CHARACTER = 8  # tokens; longer incomplete characters are shown as they are
+_BEGINNING = 100  # characters used to find a message of which only the beginning is shown
 _KEPT_INVISIBLE = {"\n", "\t", " ", "\u200c", "\u200d"}  # joiners are parts of emoji and of several scripts
 
 
 class Kind(Enum):
-    """What a token is to a training."""
+    """Role of a token in training."""
 
-    PROMPT = "prompt"  # of a message of the prompt
-    TEMPLATE = "template"  # written by the chat template around messages, or a later turn that is not the assistant's
+    PROMPT = "prompt"  # content of a prompt message
+    TEMPLATE = "template"  # chat template around messages, or a later turn that is not the assistant's
     RESPONSE = "response"  # its log-probability is trained
-    END = "end"  # likewise: the token that ends the response
+    END = "end"  # the token that ends the response, also trained
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One token, or several where only together they are whole characters."""
+    """One token, or several that only together form complete characters."""
 
     text: str
     ids: tuple[int, ...]
@@ -33,15 +33,15 @@ class Piece:
 
 
 def pieces_of(ids: Sequence[int], kinds: Sequence[Kind], decode: Decode) -> list[Piece]:
-    """The tokens' texts in order; joined they are the text of all.
+    """Split tokens into pieces of text, in order; joined, they give the whole text.
 
-    Tokens are decoded after those of the piece before them: decoders of SentencePiece drop the blank before the first
-    token. Tokens of different kinds are never in one piece.
+    Tokens are decoded together with the previous piece, since SentencePiece decoders drop the space before the first
+    token. A piece never contains tokens of different kinds.
 
     Args:
         ids: token ids.
-        kinds: of each.
-        decode: ids -> text, special tokens included.
+        kinds: kind of each token.
+        decode: ids -> text, including special tokens.
     """
     assert len(ids) == len(kinds)
     pieces: list[Piece] = []
@@ -59,7 +59,7 @@ def pieces_of(ids: Sequence[int], kinds: Sequence[Kind], decode: Decode) -> list
 
 
 def runs(pieces: Sequence[Piece]) -> Iterator[tuple[Kind, str]]:
-    """Neighbouring pieces of one kind as one text."""
+    """Merge neighbouring pieces of the same kind into one text."""
     kind: Kind | None = None
     text: list[str] = []
     for piece in pieces:
@@ -73,11 +73,11 @@ def runs(pieces: Sequence[Piece]) -> Iterator[tuple[Kind, str]]:
 
 
 def kinds_of_prompt(pieces: Sequence[Piece], contents: Sequence[str], *, cut: bool = False) -> list[Piece]:
-    """A prompt's pieces, those outside the messages' contents marked as the template's.
+    """Mark the pieces of a prompt that are outside the messages' contents as template.
 
     Args:
-        contents: of the messages, in order; one that is not found is passed over.
-        cut: the pieces end before the prompt does.
+        contents: contents of the messages, in order; those not found are skipped.
+        cut: whether the pieces end before the prompt does.
     """
     text = "".join(piece.text for piece in pieces)
     spans, at = [], 0
@@ -101,8 +101,8 @@ def kinds_of_prompt(pieces: Sequence[Piece], contents: Sequence[str], *, cut: bo
 
 
 def visible(text: str) -> str:
-    """The text without characters that a terminal or a page would obey rather than show: escapes, marks that turn the
-    writing direction, halves of surrogate pairs. They are written as in Python (``\\x1b``)."""
+    """Escape characters that a terminal or page would interpret instead of showing, as in Python (``\\x1b``): control
+    characters, marks that change the writing direction, halves of surrogate pairs."""
     return "".join(
         one if one.isprintable() or one in _KEPT_INVISIBLE else one.encode("unicode_escape").decode() for one in text
     )

@@ -1,4 +1,4 @@
-"""Contents that terminal and page share: reasons for dropping rows, remarks, charts with their titles."""
+"""Contents shared by terminal and page: reasons for dropping rows, remarks, charts with titles."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ KEPT, DROPPED, IN_BETWEEN = "trained on", "dropped", "in between"
 
 @dataclass(frozen=True)
 class Chart:
-    """One histogram.
+    """One histogram with title.
 
     Attributes:
-        summary: a line of numbers.
+        summary: one line of statistics.
     """
 
     title: str
@@ -30,32 +30,32 @@ class Chart:
 
     @property
     def is_stacked(self) -> bool:
-        """Its series are parts of one whole; else they are compared."""
+        """Whether its series are parts of a whole; otherwise they are compared."""
         return KEPT in self.histogram.counts
 
 
 def reasons(report: LoadReport) -> list[tuple[str, int, str]]:
-    """(reason, rows, what is said about the first), most rows first."""
+    """(reason, rows, message about the first one) in descending order of rows."""
     counts = {**report.dropped, **report.bad}
     found = [(reason, rows, report.examples[reason]) for reason, rows in counts.items()]
     return sorted(found, key=lambda one: -one[1])
 
 
 def remarks(seen: Inspection) -> list[str]:
-    """All that the loader reported, and what the numbers show."""
+    """Remarks of the loader and of the statistics."""
     found = [*seen.report.about_kept(), *seen.numbers.remarks()]
     if seen.first is not None and seen.report.rows_read >= seen.first:
         found.insert(0, f"only the first {seen.first:,} rows were read (--first); a run reads all")
     if seen.validation is not None:
-        said = seen.report.notes
-        found += [f"validation data: {part}" for part in seen.validation.parts() if part not in said]
+        notes = seen.report.notes
+        found += [f"validation data: {part}" for part in seen.validation.parts() if part not in notes]
     if seen.shared is not None:
         found.append(f"validation data: {seen.shared}")
     return found
 
 
 def charts(seen: Inspection) -> list[tuple[str, list[Chart]]]:
-    """The charts, in groups with a title. What has no number has no chart."""
+    """Charts in titled groups. Series without values are left out."""
     numbers, limit = seen.numbers, float(seen.seq_length)
     lengths = [
         ("prompt", numbers.prompts, numbers.dropped_prompts),
@@ -83,10 +83,10 @@ def _rewards(numbers: Numbers) -> list[Chart | None]:
         series = {"chosen": numbers.rewards[numbers.chosen], "rejected": numbers.rewards[numbers.rejected]}
         if between.any():
             series[IN_BETWEEN] = numbers.rewards[between]
-        margin = "margin: reward of the chosen response less the rejected one's"
+        margin = "margin: reward of the chosen minus the rejected response"
     else:
         series = {KEPT: numbers.rewards}
-        margin = "spread: a prompt's highest reward less its lowest"
+        margin = "spread: highest minus lowest reward of a prompt"
     return [
         _chart("rewards" if numbers.are_pairs else "rewards of responses", series),
         _chart(margin, {KEPT: numbers.margins()}),
@@ -106,13 +106,13 @@ def _chart(title: str, series: Mapping[str, np.ndarray]) -> Chart | None:
 
 
 def _cut(made: Histogram) -> str:
-    """What is not seen at the ends of a chart's axis."""
+    """Labels of the outer bars if they also count values beyond the axis."""
     bars = (f"first bar: {made.label(0)}", f"last bar: {made.label(len(made.totals) - 1)}")
     return "".join(f"; {bar}" for bar, is_cut in zip(bars, made.is_cut, strict=True) if is_cut)
 
 
 def _summary(values: np.ndarray) -> str:
-    """ "12 to 890, median 240, 95 % below 610" """
+    """Summarise values: "12 to 890, median 240, 95 % up to 610"."""
     known = values[np.isfinite(values)]
     if not len(known):
         return ""

@@ -1,4 +1,4 @@
-"""A row for display: its tokens by kind, the compared responses, those left out."""
+"""Rows for display: tokens by kind, compared responses, and responses that are left out."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from nemo_rao.data.report import Outcome
 from nemo_rao.show.histogram import number
 from nemo_rao.show.pieces import Decode, Kind, Piece, kinds_of_prompt, pieces_of
 
-_PLACE = re.compile(r"^.*? (?:line|row) \d+(?=: )")
-NOT_USED = "not used"  # of a row that is dropped
+_LOCATION = re.compile(r"^.*? (?:line|row) \d+(?=: )")
+NOT_USED = "not used"  # responses of dropped rows
 _FIRST = "data.num_responses="
-MOST_TOKENS = 6000  # of a prompt or response; rows that are dropped for their length can be much longer
+MOST_TOKENS = 6000  # shown of a prompt or response; rows that are dropped for their length can be much longer
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class ShownResponse:
     """One response of a row.
 
     Attributes:
-        number: in the file, from 1.
-        pieces: its tokens; empty where they are not known (left out, or without a boundary).
+        number: position in the file, from 1.
+        pieces: its tokens; empty if unknown (left out, or without a boundary).
         text: its content.
-        num_tokens: with the end token; ``None`` where not known.
-        role: "chosen" or "rejected" where that is told apart, else empty.
-        left_out: why it is not used; ``None``: it is.
-        ended: its last token is the end token.
+        num_tokens: number of tokens, including the end token; ``None`` if unknown.
+        role: "chosen" or "rejected" if responses are compared, else empty.
+        left_out: reason why it is not used; ``None``: it is used.
+        ended: whether its last token is the end token.
     """
 
     number: int
@@ -54,13 +54,13 @@ class ShownRow:
     """One row.
 
     Attributes:
-        place: where it stands, as messages name it.
-        prompt: its tokens; empty where they are not known.
-        prompt_text: its messages.
-        problem: (reason, what is said) of a row that is dropped.
-        unused: its fields that nothing reads.
-        compared_by: "label" or "reward", where two responses are told apart.
-        is_drawn: ``False`` for a row that is kept, but that ``data.num_prompts`` does not draw.
+        place: its location, as in messages.
+        prompt: tokens of the prompt; empty if unknown.
+        prompt_text: the prompt's messages.
+        problem: (reason, message) if the row is dropped.
+        unused: fields that nothing reads.
+        compared_by: "label" or "reward", if two responses are compared.
+        is_drawn: ``False`` for a row that is kept but not drawn by ``data.num_prompts``.
     """
 
     place: str
@@ -75,8 +75,8 @@ class ShownRow:
 
 
 def roles(row: Row, *, needs_pairs: bool) -> list[str]:
-    """Of each response that is used: "chosen", "rejected", or empty. By labels where the row has them; by rewards for
-    objectives of pairs. Of more than two, those between the best and the worst have none."""
+    """Role of each used response: "chosen", "rejected", or empty. Determined by labels if the row has them, or by
+    rewards for pairwise objectives. Responses between the best and the worst have no role."""
     number = len(row.responses)
     found = [""] * number
     if number < 2:
@@ -95,7 +95,7 @@ def roles(row: Row, *, needs_pairs: bool) -> list[str]:
 
 
 def indices_used(read: Row, used: Row) -> list[int]:
-    """Which of the responses in the file each used one is."""
+    """Index in the file of each used response."""
     free = list(range(len(read.responses)))
     found = []
     for response in used.responses:
@@ -107,24 +107,24 @@ def indices_used(read: Row, used: Row) -> list[int]:
     return found
 
 
-def place_of(outcome: Outcome) -> str:
-    """Where the row stands; of one that cannot be read, as its complaint names it."""
+def location_of(outcome: Outcome) -> str:
+    """Location of a row; for an unreadable one, taken from the message about it."""
     if outcome.read is not None:
         return outcome.read.place
-    found = _PLACE.match(outcome.detail)
+    found = _LOCATION.match(outcome.detail)
     return found[0] if found else ""
 
 
 def shown_row(
     outcome: Outcome, decode: Decode, end_token_id: int, *, needs_pairs: bool, drops_truncated: bool
 ) -> ShownRow:
-    """What is shown of one row."""
+    """Prepare one row for display."""
     read, used, sample = outcome.read, outcome.used, outcome.sample
     problem = None
     if outcome.reason is not None:
-        problem = outcome.reason, outcome.detail.removeprefix(f"{place_of(outcome)}: ")
+        problem = outcome.reason, outcome.detail.removeprefix(f"{location_of(outcome)}: ")
     if read is None:
-        return ShownRow(place_of(outcome), (), "", None, (), problem, (), None)
+        return ShownRow(location_of(outcome), (), "", None, (), problem, (), None)
     used = dataclasses.replace(read, responses=()) if used is None else used
     number_of = {at: number for number, at in enumerate(indices_used(read, used))}
     role = roles(used, needs_pairs=needs_pairs)
@@ -160,19 +160,19 @@ def shown_row(
 
 
 def reward_text(reward: float | None) -> str:
-    """A reward as it is shown."""
+    """Format a reward."""
     if reward is None:
         return "none"
     return "not finite" if math.isnan(reward) else number(reward)
 
 
 def left_out_text(response: ShownResponse) -> str:
-    """What is said of a response that is not used."""
+    """Label of a response that is not used."""
     return NOT_USED if response.left_out == NOT_USED else f"left out: {response.left_out}"
 
 
 def reward_parts(response: ShownResponse, row: ShownRow) -> list[str]:
-    """What is said of a response's reward; nothing where no response of the row has one."""
+    """Labels of a response's reward; empty if no response of the row has one."""
     if response.ensemble:
         return [f"reward {reward_text(response.reward)} = mean of {', '.join(map(number, response.ensemble))}"]
     if response.reward is not None:
@@ -201,8 +201,8 @@ def _response_pieces(tokens: np.ndarray, answers: np.ndarray | None, decode: Dec
 
 
 def _why_left_out(at: int, outcome: Outcome, *, drops_truncated: bool) -> str:
-    """Of the row's reasons, the one that is this response's. What is cut short goes first, then all but the first
-    ``data.num_responses`` of the others, then those that ``data.responses`` does not choose."""
+    """The reason, among the row's, that applies to this response. Truncated responses are removed first, then all but
+    the first ``data.num_responses``, then those that ``data.responses`` does not choose."""
     assert outcome.read is not None
     responses = outcome.read.responses
     if drops_truncated and responses[at].truncated:
@@ -218,7 +218,7 @@ def _why_left_out(at: int, outcome: Outcome, *, drops_truncated: bool) -> str:
 
 
 def _messages(row: Row) -> list[tuple[str, str]]:
-    """(role, content) of the prompt; a plain prompt has the role of none."""
+    """(role, content) of the prompt's messages; the role of a plain prompt is empty."""
     if isinstance(row.prompt, str):
         return [("", row.prompt)]
     return [(str(message.get("role", "")), _content(message.get("content"))) for message in row.prompt]

@@ -1,4 +1,4 @@
-"""The settings that decide what is trained on, for display."""
+"""Settings that determine what is trained on, for display."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_rao.show.pieces import Decode, visible
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Keys of ``data`` that do not change what a row becomes, or that are shown elsewhere.
+# Keys of ``data`` that do not change the interpretation of rows, or that are shown elsewhere.
 _UNSHOWN = {
     *("train_path", "tokenizer", "cache", "cache_dir", "shuffle", "pad_to_multiple_of", "packing", "prefix_sharing"),
 }
@@ -24,10 +24,10 @@ _UNSHOWN = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A key that decides what is trained on.
+    """A setting that determines what is trained on.
 
     Attributes:
-        is_default: it has its default value.
+        is_default: whether it has its default value.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Setting:
 
 
 def steps(config: RunConfig, num_prompts: int) -> str:
-    """The run's length, "144 steps of 8 prompts (3 epochs)", or why it cannot run."""
+    """Length of the run, "144 steps of 8 prompts (3 epochs)", or why it cannot run."""
     batch = config.model.global_batch_size
     try:
         number = total_steps(config, num_prompts)
@@ -55,18 +55,18 @@ def settings(
     first_token: int,
     resolved: Any,
 ) -> list[Setting]:
-    """The keys that decide what a row becomes, and what follows from the tokenizer.
+    """Keys that determine the interpretation of rows, and properties of the tokenizer.
 
     Args:
-        first_token: of the prompts.
-        resolved: the objective's keys, with what depends on the data resolved.
+        first_token: first token of the prompts.
+        resolved: the objective's keys, with data-dependent ones resolved.
     """
     objective = registry.get(config.model.objective)
-    template = "text as it stands"
+    template = "none: plain text"
     if encoder.uses_template:
         template = "the tokenizer's"
     elif tokenizer.chat_template is None:
-        template = "text as it stands: the tokenizer has none"
+        template = "none: plain text, since the tokenizer has no template"
     found = [
         Setting("objective", f"{objective.name}: {objective.formula}"),
         Setting("model.seq_length", f"{config.model.seq_length:,} tokens"),

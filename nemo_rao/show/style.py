@@ -1,5 +1,5 @@
-"""The page's style sheet. Nothing is loaded from elsewhere, and nothing on the page has a style of its own: a strict
-content security policy allows this text by its digest alone."""
+"""Style sheet of the page. Nothing is loaded from elsewhere, and elements have no inline styles: a strict content
+security policy allows only this text, by its digest."""
 
 STYLE = """
 :root { color-scheme: light dark;

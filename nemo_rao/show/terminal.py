@@ -1,4 +1,4 @@
-"""An inspection as text for a terminal, with colour if supported."""
+"""Text output of an inspection for terminals, with colour if supported."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from nemo_rao.show.rows import ShownResponse, ShownRow, left_out_text, reward_pa
 _COLOURS = {Kind.PROMPT: "36", Kind.TEMPLATE: "2", Kind.RESPONSE: "32", Kind.END: "7;32"}
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _CHART_LINES = 3
-_MOST_CHARACTERS = 900  # of a prompt or response, unless all is asked for
-_MOST_OF_DROPPED = 300  # likewise, of a row that is dropped
+_MOST_CHARACTERS = 900  # of a prompt or response, without --full
+_MOST_OF_DROPPED = 300  # the same for dropped rows
 _INDENT = "  "
 
 
 def can_show_colour() -> bool:
-    """Whether stdout is a terminal and nobody has asked for no colour (https://no-color.org)."""
+    """Whether stdout is a terminal and colour is not disabled (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -35,29 +35,29 @@ def terminal_width() -> int:
 
 
 class Writer:
-    """Makes the lines.
+    """Formats an inspection.
 
     Args:
-        colour: whether escapes for colours are written.
-        width: characters of a line.
-        full: texts are not shortened.
+        colour: write escape sequences for colours.
+        width: characters per line.
+        full: do not shorten texts.
     """
 
     def __init__(self, *, colour: bool, width: int, full: bool = False) -> None:
         self._colour, self._width, self._full = colour, width, full
 
     def lines(self, seen: Inspection) -> Iterator[str]:
-        """The whole text."""
+        """All lines of the output."""
         yield self._paint("1", f"{visible(seen.source)}  ·  {visible(seen.recipe)}")
         yield ""
         yield from self._settings(seen)
-        yield from self._heading("Rows as they are trained on")
+        yield from self._heading("Rows as trained on")
         yield from self._legend(seen)
         for row in seen.rows:
             yield from self._row(row, seen, _MOST_CHARACTERS)
         asked = {row.place for row in seen.rows}
         if others := [row for row in seen.dropped if row.place not in asked]:
-            yield from self._heading("The first row of each reason to drop one")
+            yield from self._heading("First row dropped for each reason")
             for row in others:
                 yield from self._row(row, seen, _MOST_OF_DROPPED)
         for title, group in charts(seen):
@@ -105,7 +105,7 @@ class Writer:
     # -------------------------------------------------------------------------------------------------------- rows
 
     def _legend(self, seen: Inspection) -> Iterator[str]:
-        prompt = "prompt" + (" (its log-probability is trained, too)" if seen.prompt_is_learned else "")
+        prompt = "prompt" + (" (its log-probability is trained as well)" if seen.prompt_is_learned else "")
         names = {
             Kind.PROMPT: prompt,
             Kind.TEMPLATE: "not learned: template" if not seen.prompt_is_learned else "template, other turns",
@@ -122,7 +122,7 @@ class Writer:
         if not row.is_drawn:
             yield from self._wrapped(NOT_DRAWN, code="31")
         if row.unused:
-            yield from self._wrapped(visible(f"fields that nothing reads: {', '.join(row.unused)}"), code="2")
+            yield from self._wrapped(visible(f"unused fields: {', '.join(row.unused)}"), code="2")
         if not row.responses:
             return
         size = "" if row.num_prompt_tokens is None else f" · {row.num_prompt_tokens:,} tokens"
@@ -135,7 +135,7 @@ class Writer:
                 yield self._paint("2", f"{_INDENT * 2}(no end token)")
 
     def _text(self, pieces: Sequence[Piece], text: str, kind: Kind, most: int) -> Iterator[str]:
-        """A prompt's or a response's text, shortened in its middle, line by line."""
+        """A prompt's or a response's text, line by line, with its middle left out if it is long."""
         parts = list(runs(pieces)) if pieces else [(kind, text)]
         if not self._full:
             parts = _shortened(parts, most)
@@ -144,7 +144,7 @@ class Writer:
             yield _INDENT * 2 + line
 
     def _kind(self, kind: Kind, text: str) -> str:
-        """A text in its kind's colour, each of its lines by itself; without colours what is not learned is in ⟦⟧."""
+        """Colour a text by its kind, line by line; without colours, text that is not learned is in ⟦⟧."""
         if not self._colour:
             return f"⟦{text}⟧" if kind is Kind.TEMPLATE else f"{text}⏹" if kind is Kind.END else text
         return "\n".join(self._paint(_COLOURS[kind], line) if line else "" for line in text.split("\n"))
@@ -166,7 +166,7 @@ class Writer:
 
 
 def response_title(response: ShownResponse, row: ShownRow) -> str:
-    """ "response 2 · chosen by reward · reward 0.92 · 131 tokens" """
+    """Title of a response: "response 2 · chosen by reward · reward 0.92 · 131 tokens"."""
     parts = [f"response {response.number}"]
     if response.role:
         parts.append(f"{response.role} by {row.compared_by}")
@@ -181,12 +181,12 @@ def response_title(response: ShownResponse, row: ShownRow) -> str:
 
 
 def bar_width(histogram: Histogram, width: int) -> int:
-    """Characters of one bar on lines of ``width``."""
+    """Width of one bar in characters, for lines of ``width``."""
     return max(1, min(3, (width - len(_INDENT)) // len(histogram.totals)))
 
 
 def bars(counts: np.ndarray, wide: int) -> list[str]:
-    """Bars on three lines, ``wide`` characters each. One that counts anything is never empty."""
+    """Draw bars on three lines, each ``wide`` characters wide. A nonzero count is always visible."""
     levels = np.ceil(counts / max(1, counts.max()) * _CHART_LINES * (len(_BLOCKS) - 1)).astype(int)
     lines = []
     for line in reversed(range(_CHART_LINES)):
@@ -196,13 +196,13 @@ def bars(counts: np.ndarray, wide: int) -> list[str]:
 
 
 def axis(histogram: Histogram, wide: int) -> list[str]:
-    """The line under the bars, with the mark in it, and under that as many numbers as it has room for."""
+    """The axis under the bars with the mark, and below it as many numbers as fit."""
     low, high = float(histogram.edges[0]), float(histogram.edges[-1])
     columns = wide * len(histogram.totals)
     line, labels = ["─"] * columns, [" "] * (columns + 12)
     values = ticks(histogram)
     if histogram.mark is not None and low <= histogram.mark < high:
-        values = [histogram.mark, *values]  # the first one gets the room
+        values = [histogram.mark, *values]  # the first one takes precedence
         line[_column(histogram.mark, histogram, columns)] = "┼"
     for value in values:
         at, text = _column(value, histogram, columns), number(value)
@@ -219,7 +219,7 @@ def _column(value: float, histogram: Histogram, columns: int) -> int:
 
 
 def _shortened(parts: Sequence[tuple[Kind, str]], most: int) -> list[tuple[Kind, str]]:
-    """The parts without what lies between the first two thirds and the last third of the characters shown."""
+    """Shorten to ``most`` characters, two thirds from the beginning and one third from the end."""
     total = sum(len(text) for _, text in parts)
     if total <= most * 5 // 4:
         return list(parts)

@@ -108,7 +108,7 @@ def _load_preferences(config: RunConfig) -> LoadedData:
                     waiting=lambda: say(f"{label}: another process is reading it; waiting for it"),
                     **wanted,
                 )
-        say(f"{label}: {data.report.text(remark, said=said)}")
+        say(f"{label}: {data.report.text(remark, already_reported=said)}")
         said.extend(data.report.notes)
         return data
 

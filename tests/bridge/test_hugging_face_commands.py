@@ -146,7 +146,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "an expert too many": (
         MIXTURE,
         lambda folder: change(folder, num_local_experts=3),
-        "for which the model has no place",
+        "which the model does not use",
     ),
     "other sizes": (MIXTURE, lambda folder: change(folder, hidden_size=64), "do not fit config.json"),
     "a soft cap": (GEMMA, lambda folder: change(folder, final_logit_softcapping=30.0), "final_logit_softcapping"),

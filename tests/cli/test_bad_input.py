@@ -183,7 +183,7 @@ def test_a_truncated_gz_file_is_named_with_its_last_whole_line(refused: Callable
             ("line 2", "'responses[0].content' is missing", "add it"),
         ),
         ("gpt_rao", row(("a b", 1.0), ("b a", None)), ("line 2", "response 2 has no reward", "objective rao")),
-        ("gpt_rao", row(("a b", 1.0), (" ", 0.0)), ("line 2", "'responses[1].content' is empty", "drop the row")),
+        ("gpt_rao", row(("a b", 1.0), (" ", 0.0)), ("line 2", "'responses[1].content' is empty", "Drop the row")),
         ("gpt_rao", row(("a b", 1.0), ("b", float("nan"))), ("line 2", "'responses[1].reward'", "nan", "finite")),
         ("gpt_rao", row(("a b", "good"), ("b", 0.0)), ("line 2", "'responses[0].reward'", "a number", "'good'")),
         ("gpt_dpo", row(("a b", 1.0)), ("line 2", "1 responses", "objective dpo needs at least 2")),
@@ -201,7 +201,7 @@ def test_prompts_that_do_not_begin_with_one_token_are_refused_for_rao_alone(
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", GOOD, row(("a b", 1.0), ("b a", 0.0), prompt="Copy: a b"))
     message = refused(rows, "data.chat_template=never", tokenizer="no_beginning")
-    has(message, "objective rao", "rows.jsonl line 1 begins with", "line 2 with", "use a chat template")
+    has(message, "objective rao", "rows.jsonl line 1 begins with", "line 2 with", "Use a chat template")
 
 
 def test_rows_that_are_too_long_are_refused_where_asked_or_where_none_is_left(
@@ -232,7 +232,7 @@ def test_a_row_that_is_too_long_is_dropped_and_counted(
 
 def test_a_tokenizer_without_an_end_token_is_named(refused: Callable[..., str], inputs: Path) -> None:
     message = refused("data.chat_template=never", tokenizer="no_end")
-    has(message, f"tokenizer {inputs}/no_end", "has no end token", "set its eos_token")
+    has(message, f"tokenizer {inputs}/no_end", "has no end token", "Set its eos_token")
 
 
 def test_whatever_needs_no_model_class_is_told_before_nemo_or_megatron_is_imported(
@@ -340,7 +340,7 @@ def test_objectives_of_labels_refuse_a_prompt_with_neither_labels_nor_rewards(
 ) -> None:
     message = refused_early(objective, write_rows(tmp_path / "rows.jsonl", PAIR, NEITHER))
     has(message, "rows.jsonl line 2", "neither an order (chosen, rejected) nor a reward", f"objective {objective}")
-    has(message, "add rewards", "data.reward_field")
+    has(message, "Add rewards", "data.reward_field")
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_objectives_of_rewards_refuse_pairs_without_scores(
 ) -> None:
     message = refused_early(objective, write_rows(tmp_path / "rows.jsonl", SCORED, PAIR), *overrides)
     has(message, "rows.jsonl line 2: response 1 has no reward", f"objective {objective} needs")
-    has(message, "add score_chosen and score_rejected")
+    has(message, "Add score_chosen and score_rejected")
 
 
 def test_rewards_that_are_no_probabilities_are_refused_where_they_are_to_be(
@@ -368,7 +368,12 @@ def test_rewards_that_are_no_labels_are_refused_by_kto_without_a_threshold(
     refused_early: Callable[..., str], tmp_path: Path
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", UNPAIRED, row(("a b", 0.5), prompt="Sort: c b"))
-    has(refused_early("kto", rows), "model.kto.threshold is null", "not labels (1 or 0)", "set the reward above which")
+    has(
+        refused_early("kto", rows),
+        "model.kto.threshold is null",
+        "not labels (1 or 0)",
+        "Set it to the reward above which",
+    )
 
 
 def test_one_prompt_is_too_few_for_responses_to_others(refused_early: Callable[..., str], tmp_path: Path) -> None:
@@ -382,9 +387,9 @@ def test_one_prompt_is_too_few_for_responses_to_others(refused_early: Callable[.
 @pytest.mark.parametrize(
     ("pairs_by", "first", "second", "parts"),
     [
-        ("label", PAIR, GOOD, ("has no labels (chosen, rejected)", "set it to reward or auto")),
-        ("label", PAIR, UNPAIRED, ("has no labels (chosen, rejected)", "set it to reward or auto")),
-        ("reward", SCORED, PAIR, ("response 1 has no reward", "add score_chosen and score_rejected")),
+        ("label", PAIR, GOOD, ("has no labels (chosen, rejected)", "Set it to reward or auto")),
+        ("label", PAIR, UNPAIRED, ("has no labels (chosen, rejected)", "Set it to reward or auto")),
+        ("reward", SCORED, PAIR, ("response 1 has no reward", "Add score_chosen and score_rejected")),
         ("reward", SCORED, NEITHER, ("response 1 has no reward", "data.reward_field")),
     ],
 )
@@ -425,8 +430,8 @@ def test_an_ensemble_cannot_be_named_for_pairs(refused_early: Callable[..., str]
     message = refused_early("robust_po", "data.reward_field=[kind,honest]", write_rows(tmp_path / "rows.jsonl", SCORED))
     has(
         message,
-        "rows.jsonl line 1: reward field 'kind', 'honest' cannot be chosen for pairs",
-        "leave data.reward_field",
+        "rows.jsonl line 1: reward field 'kind', 'honest' cannot be used for pairs",
+        "Leave data.reward_field",
     )
 
 

@@ -55,10 +55,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *[
             ([f"online.reward=[rule:rules_of_bad_input:{name}]"], (f"rules_of_bad_input:{name}{said}",))
             for name, said in (
-                ("not_a_number", " returned nan; return a finite number"),
-                ("endless", " returned inf; return a finite number"),
-                ("text", " returned text ('good'); return a number"),
-                ("nothing", " returned null; return a number"),
+                ("not_a_number", " returned nan; it must be finite"),
+                ("endless", " returned inf; it must be finite"),
+                ("text", " returned text ('good'), not a number"),
+                ("nothing", " returned null, not a number"),
                 ("broken", " raised TypeError: string indices must be integers"),
                 ("leaves", ": a call ended the process"),
             )

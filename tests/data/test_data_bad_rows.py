@@ -65,7 +65,7 @@ def test_bad_rows_are_dropped_and_counted_by_cause_with_the_first_of_each(load):
     assert sorted(report.bad.values()) == [1, 1, 1, 1, 1, 2]
     cause = "field 'responses[].reward' must be a number"
     assert report.bad[cause] == 2 and "data.jsonl line 4: " in report.examples[cause]
-    cause = "response N has no reward, which objective rao needs"
+    cause = "response N has no reward, but objective rao needs one"
     assert report.bad[cause] == 1 and "data.jsonl line 5: response 2 has no reward" in report.examples[cause]
     assert any("line 2: invalid JSON" in report.examples[cause] for cause in report.bad)
     assert "2 bad rows dropped (field 'responses[].reward' must be a number; first: " in str(report)
@@ -107,9 +107,9 @@ def test_a_share_of_bad_rows_above_the_key_stops_with_the_counts(load):
     with pytest.raises(UserError) as caught:
         load(records, bad_rows="drop", max_bad_rows=0.19)
     message = str(caught.value)
-    assert "2 of 10 rows are bad, a larger share than data.max_bad_rows=0.19" in message and "\n" not in message
+    assert "2 of 10 rows are bad, more than data.max_bad_rows=0.19 allows" in message and "\n" not in message
     assert message.count("1 bad row dropped (") == 2 and "line 9: " in message and "line 10: " in message
-    with pytest.raises(UserError, match=r"no rows left to train on; 0 of 2 rows kept; 1 bad row"):
+    with pytest.raises(UserError, match=r"no rows left to train on: 0 of 2 rows kept; 1 bad row"):
         load(BAD[:2], bad_rows="drop", max_bad_rows=1.0)
 
 
@@ -123,13 +123,13 @@ def test_a_row_that_is_dropped_for_its_length_is_not_bad(load):
 @pytest.mark.parametrize(
     ("complaint", "cause"),
     [
-        ("a b.jsonl line 7: field 'x[3].y' is empty; drop the row or fill it in", "field 'x[].y' is empty"),
+        ("a b.jsonl line 7: field 'x[3].y' is empty. Drop the row or fill it in.", "field 'x[].y' is empty"),
         ("hf:a/b:train row 12: field 'score_1' must be a number, found text ('7')", "field 'score_1' must be a number"),
         (
-            "f.jsonl line 2: has 1 responses, objective rao needs at least 2 a prompt; drop the row",
-            "has N responses, objective rao needs at least N a prompt",
+            "f.jsonl line 2: has 1 responses, but objective rao needs at least 2 per prompt. Drop the row.",
+            "has N responses, but objective rao needs at least N per prompt",
         ),
-        ("f.jsonl line 2: not UTF-8 at byte 17 of the line; write it anew", "not UTF-8 at byte N of the line"),
+        ("f.jsonl line 2: not UTF-8 at byte 17 of the line. Rewrite it.", "not UTF-8 at byte N of the line"),
         ("f.jsonl: truncated .gz file", "f.jsonl: truncated .gz file"),
     ],
 )
@@ -266,11 +266,11 @@ def test_the_report_is_one_line_or_a_line_for_each_part_and_notes_are_said_once(
     assert report.text(" (read from cache)") == "3 of 3 rows kept (read from cache)"
     report.not_used(["source", "completions[].model"])
     report.not_used(["source"])
-    assert report.text() == "3 of 3 rows kept; fields that are not used: source (2 rows), completions[].model (1 row)"
+    assert report.text() == "3 of 3 rows kept; unused fields: source (2 rows), completions[].model (1 row)"
     report.notes.append("tokenizer t: " + "a note of some length " * 4)
     first, *others = report.text(" (read from cache)").splitlines()
     assert first == "3 of 3 rows kept (read from cache)" and len(others) == 2
-    assert report.text(said=report.notes).count("\n") == 0
+    assert report.text(already_reported=report.notes).count("\n") == 0
     assert "\n" not in str(report) and report.notes[0] in str(report)
 
 

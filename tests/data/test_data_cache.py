@@ -309,7 +309,7 @@ def test_errors_are_those_of_loading_and_keep_nothing(data_cache, tmp_path, writ
         (path, {"chat_template": "sometimes"}, "chat_template is 'sometimes'"),
         (path, {"reward_field": []}, "names no field"),
         (str(tmp_path / "nope.jsonl"), {}, "no such file"),
-        (str(tmp_path), {}, "did not write"),
+        (str(tmp_path), {}, "not a directory written by"),
         (write_lines(["{"], "broken.jsonl"), {}, "invalid JSON"),
     ):
         for _ in range(2):
@@ -391,7 +391,7 @@ def test_an_interrupted_write_leaves_nothing(error, data_cache, tmp_path, write_
     path = write_lines(SCORED)
     if error is OSError:  # a full disk costs the cache, not the run
         data, said = data_cache.load(path, seq_length=64)
-        assert said.startswith(" (not kept: ") and "cannot be written" in said and len(data) == 2
+        assert said.startswith(" (not cached: ") and "cannot be written" in said and len(data) == 2
     else:
         with pytest.raises(error):
             data_cache.load(path, seq_length=64)

@@ -43,7 +43,7 @@ def test_quality_of_any_text_is_in_zero_to_one(response):
     "prompt", ["Sort: a b", PROMPT + " Please", PROMPT.replace("sea", "see"), "Write 0" + PROMPT[7:]]
 )
 def test_what_is_no_request_has_no_quality(prompt):
-    with pytest.raises(UserError, match="is no request for a caption"):
+    with pytest.raises(UserError, match="is not a request for a caption"):
         quality(prompt, "a")
 
 

@@ -128,8 +128,8 @@ def test_a_response_without_a_reward_to_choose_by_is_named(responses):
     with pytest.raises(UserError) as caught:
         choose_responses(row(1, None, 0), responses, seed=0, number=0)
     assert str(caught.value) == (
-        f"f.jsonl line 7: response 2 has no reward, and data.responses is {responses}; add it, or name the field it "
-        "stands in by data.reward_field; data.bad_rows=drop drops and counts such rows"
+        f"f.jsonl line 7: response 2 has no reward, and data.responses is {responses}. Add it, or set "
+        "data.reward_field to the field that holds it. data.bad_rows=drop drops and counts such rows."
     )
 
 
@@ -156,12 +156,12 @@ def test_by_reward_forgets_the_labels_and_nothing_else():
 @pytest.mark.parametrize(
     ("lacking", "remedy"),
     [
-        (row(0, None, ranked=True), "add score_chosen and score_rejected"),
-        (row(0, None), "add it, or name the field it stands in by data.reward_field"),
+        (row(0, None, ranked=True), "Add score_chosen and score_rejected"),
+        (row(0, None), "Add it, or set data.reward_field to the field that holds it"),
     ],
 )
 def test_by_reward_refuses_a_row_without_one_and_says_where_it_belongs(lacking, remedy):
-    with pytest.raises(UserError, match=f"line 7: response 2 has no reward, and data.pairs_by is reward; {remedy}"):
+    with pytest.raises(UserError, match=f"line 7: response 2 has no reward, and data.pairs_by is reward. {remedy}"):
         prefer_by(lacking, "reward")
 
 

@@ -102,7 +102,7 @@ def test_a_system_message_or_a_prompt_that_differs_from_the_messages_is_refused(
     said = refusal({"system": "Be brief.", "prompt": [SYSTEM, USER]} | SIDES)
     assert "field 'system' differs from the system message of the prompt" in said
     said = refusal({"question": "Which?", "chosen": [USER, GOOD], "rejected": [USER, BAD]})
-    assert "field 'question' is text that belongs among the messages" in said
+    assert "field 'question' is text that is missing from the messages" in said
 
 
 def test_columns_without_content_or_said_by_the_row_already_are_no_remark(read):
@@ -185,7 +185,7 @@ def test_columns_name_any_fields_of_the_file(read, refusal):
     said = refusal(record, columns=names | {"system": "nosuch"})
     assert "field 'nosuch', which data.columns names for 'system', is missing (fields found: q, good, bad, s)" in said
     said = refusal({"prompt": "a", "q": "Hi?"} | SIDES, columns={"prompt": "q"})
-    assert "a field 'prompt' beside 'q'" in said and "add prompt to data.ignore_fields" in said
+    assert "a field 'prompt' besides 'q'" in said and "add prompt to data.ignore_fields" in said
 
 
 @pytest.mark.parametrize(

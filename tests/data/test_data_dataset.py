@@ -117,21 +117,21 @@ FOUR = record("x", 0.25, 0.75, 0.0, 0.5)
     ("rows", "options", "said"),
     [
         ([FOUR], {}, "1 of 1 rows kept"),
-        ([FOUR], {"num_responses": 2}, "2 of 4 responses of a prompt are used (data.num_responses=2)"),
+        ([FOUR], {"num_responses": 2}, "2 of 4 responses per prompt are used (data.num_responses=2)"),
         (
             [FOUR, record("y", 1.0), PAIR],
             {"num_responses": 2},
-            "1 to 2 of 1 to 4 responses of a prompt are used (data.num_responses=2)",
+            "1 to 2 of 1 to 4 responses per prompt are used (data.num_responses=2)",
         ),
         (
             [FOUR],
             {"num_responses": 3, "responses": "best_worst"},
-            "2 of 4 responses of a prompt are used (data.num_responses=3 and data.responses=best_worst)",
+            "2 of 4 responses per prompt are used (data.num_responses=3 and data.responses=best_worst)",
         ),
         (
             [FOUR],
             {"responses": "best_worst", "needs_pairs": True},
-            "2 of 4 responses of a prompt are used (data.responses=best_worst); pairs: best and worst by reward",
+            "2 of 4 responses per prompt are used (data.responses=best_worst); pairs: best and worst by reward",
         ),
         (
             [FOUR],
@@ -194,10 +194,10 @@ def test_an_end_token_inside_a_response_is_counted(load):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_responses": 2}, r"data.jsonl line 2: has 1 responses, objective rao needs at least 2 a prompt"),
+        ({"min_responses": 2}, r"data.jsonl line 2: has 1 responses, but objective rao needs at least 2 per prompt"),
         ({"min_responses": 3, "num_responses": 2}, r"num_responses is 2, but objective rao needs at least 3"),
-        ({"needs_rewards": True}, r"data.jsonl line 4: response 2 has no reward, which objective rao needs"),
-        ({"seq_length": 4}, r"data.jsonl: no rows left to train on; 0 of 4 rows kept; 4 dropped \(prompt alone"),
+        ({"needs_rewards": True}, r"data.jsonl line 4: response 2 has no reward, but objective rao needs one"),
+        ({"seq_length": 4}, r"data.jsonl: no rows left to train on: 0 of 4 rows kept; 4 dropped \(prompt alone"),
     ],
 )
 def test_data_that_the_objective_cannot_use_is_refused(options, message, load):
@@ -218,7 +218,7 @@ def test_prompts_with_different_first_tokens_are_refused_with_both_rows(load, to
 
 
 def test_an_empty_file_is_refused(load):
-    with pytest.raises(UserError, match=r"data.jsonl: no rows left to train on; 0 of 0 rows kept"):
+    with pytest.raises(UserError, match=r"data.jsonl: no rows left to train on: 0 of 0 rows kept"):
         load([])
 
 
@@ -295,7 +295,7 @@ def test_strict_stops_at_a_row_without_a_pair(load):
 
 
 def test_data_without_any_pair_is_refused(load):
-    with pytest.raises(UserError, match=r"no rows left to train on; .*2 dropped \(no response better than another"):
+    with pytest.raises(UserError, match=r"no rows left to train on: .*2 dropped \(no response better than another"):
         load([EQUAL, EQUAL], needs_pairs=True)
 
 
@@ -303,12 +303,12 @@ def test_data_without_any_pair_is_refused(load):
     ("bad", "options", "message"),
     [
         (record("x", None, None), {"needs_preference": True}, "neither an order .* nor a reward each, and objective o"),
-        (record("x", 1, None), {"needs_preference": True}, "neither an order .* add rewards .*data.reward_field"),
-        (PAIR, {"needs_rewards": True}, "response 1 has no reward, which objective o needs; add score_chosen and"),
+        (record("x", 1, None), {"needs_preference": True}, "neither an order .* Add rewards .*data.reward_field"),
+        (PAIR, {"needs_rewards": True}, "response 1 has no reward, but objective o needs one. Add score_chosen and"),
         (
             record("x", None),
             {"needs_rewards": True},
-            "response 1 has no reward, which objective o needs; add it, or name the field .* data.reward_field",
+            "response 1 has no reward, but objective o needs one. Add it, or set data.reward_field",
         ),
         (record("x", 1, 0), {"pairs_by": "label"}, "has no labels"),
         (PAIR, {"pairs_by": "reward"}, "response 1 has no reward, and data.pairs_by is reward"),
@@ -466,7 +466,7 @@ def test_mismatched_responses_have_no_reward_of_any_kind_and_no_rank(load):
 
 
 def test_one_prompt_alone_is_refused_with_its_place(load):
-    with pytest.raises(UserError, match=r"data.jsonl line 2: the only prompt that is left, .*; add data"):
+    with pytest.raises(UserError, match=r"data.jsonl line 2: the only prompt left, .*. Add data"):
         mismatched(load([record("word " * 80, 1), RECORDS[0]]), seq_length=64, seed=0)
 
 

@@ -83,7 +83,7 @@ def test_parts_of_text_are_joined_and_others_refused(read, write_lines):
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}]
     assert read({"messages": [USER, GOOD | {"content": parts}]}).responses[0].content == "Hello!"
     for part in ({"type": "image_url", "image_url": "x"}, {"type": "text"}, "text"):
-        with pytest.raises(UserError, match=r"field 'messages\[1\].content' must be text, or a list of parts of text"):
+        with pytest.raises(UserError, match=r"field 'messages\[1\].content' must be text, or a list of text parts"):
             list(read_rows(write_lines([{"messages": [USER, GOOD | {"content": [*parts, part]}]}])))
 
 
@@ -143,9 +143,12 @@ def test_llama_factorys_pairs_answer_the_conversation(read):
         ([USER, {"from": "gpt"}], "field 'messages[1].value' is missing"),
         ([USER, {"from": "function_call", "value": "add(2)"}], "'messages[1].value' must be an object or a list"),
         ([USER, GOOD | {"tool_calls": "add"}], "'messages[1].tool_calls' must be an object or a list"),
-        ([USER, GOOD | {"tool_calls": 3}], "'messages[1].tool_calls' must be calls of tools"),
+        ([USER, GOOD | {"tool_calls": 3}], "'messages[1].tool_calls' must hold tool calls"),
         ([USER, {"role": "assistant", "content": None}], "field 'messages[1].content' is null"),
-        ([USER, GOOD | {"reasoning_content": "\ud800"}], "'messages[1].reasoning_content' holds half a surrogate pair"),
+        (
+            [USER, GOOD | {"reasoning_content": "\ud800"}],
+            "'messages[1].reasoning_content' contains half a surrogate pair",
+        ),
     ],
 )
 def test_messages_that_cannot_be_read_are_named(messages, complaint, write_lines):

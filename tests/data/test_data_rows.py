@@ -281,7 +281,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, write_lines, monkeypat
         assert [(row.prompt, contents(row)) for row in rows] == expected
         assert rows[1].place.endswith(place)
 
-    with pytest.raises(UserError, match=r"splits: has several splits; give one of .*splits/train, .*splits/test"):
+    with pytest.raises(UserError, match=r"splits: has several splits. Pass one of .*splits/train, .*splits/test"):
         list(read_rows(tmp_path / "splits"))
     with pytest.raises(UserError, match=r"hub:nosuch: `datasets` cannot load it"):
         list(read_rows(f"hf:{tmp_path / 'hub'}:nosuch"))
@@ -326,9 +326,9 @@ def test_a_missing_source_is_named_at_once(source, tmp_path):
 
 
 def test_no_sources_and_unknown_suffixes_are_refused(tmp_path):
-    assert "no data files are given" in fails([])
+    assert "no data files given" in fails([])
     (tmp_path / "data.csv").write_text("a,b\n")
-    assert "data.csv: unknown kind of file; accepted are .jsonl" in fails(tmp_path / "data.csv")
+    assert "data.csv: unknown file type. Use one of .jsonl" in fails(tmp_path / "data.csv")
     assert "no data set is named" in fails("hf:")
 
 
@@ -433,14 +433,18 @@ UNPAIRED = {"prompt": "Hi?", "completion": "Hello!"}
         (
             {"prompt": "Hi?", "chosen": [SYSTEM, GOOD], "rejected": [SYSTEM, BAD]},
             "prompt",
-            "belongs among the messages",
+            "is missing from the messages",
         ),
         # rewards
         (responses({"content": "x", "reward": float("nan")}), "responses[0].reward", "must be a finite number"),
         (responses({"content": "x", "reward": float("inf")}), "responses[0].reward", "must be a finite number"),
-        (responses({"content": "x", "reward": -1e39}), "responses[0].reward", "above 1e+12 squared errors"),
+        (
+            responses({"content": "x", "reward": -1e39}),
+            "responses[0].reward",
+            "squared errors and gradients above 1e+12",
+        ),
         (responses({"content": "x", "reward": 1.1e12}), "responses[0].reward", "nemo-rao score --standardize global"),
-        (PAIR | {"score_rejected": 1e30}, "score_rejected", "is 1e+30, and above 1e+12 squared errors"),
+        (PAIR | {"score_rejected": 1e30}, "score_rejected", "is 1e+30, but squared errors and gradients above"),
         (responses({"content": "x", "reward": 10**400}), "responses[0].reward", "must be a finite number"),
         (responses({"content": "x", "reward": "1"}), "responses[0].reward", "must be a number, found text ('1')"),
         (responses({"content": "x", "reward": True}), "responses[0].reward", "must be a number, found a boolean"),
@@ -490,7 +494,7 @@ UNPAIRED = {"prompt": "Hi?", "completion": "Hello!"}
         (CANONICAL | {"reference_rewards": [True]}, "reference_rewards[0]", "must be a number, found a boolean"),
         (CANONICAL | {"reference_rewards": [[1]]}, "reference_rewards[0]", "must be a number, found a list"),
         (CANONICAL | {"reference_rewards": [0, float("nan")]}, "reference_rewards[1]", "must be a finite number"),
-        (CANONICAL | {"reference_rewards": [0, None]}, "reference_rewards[1]", "is null; drop it, or leave"),
+        (CANONICAL | {"reference_rewards": [0, None]}, "reference_rewards[1]", "is null. Drop it, or leave"),
     ],
 )
 def test_a_bad_field_is_named_with_file_and_line(record, field, complaint, write_lines):
@@ -506,7 +510,7 @@ def test_a_chosen_reward_field_must_be_there_and_lead_somewhere(write_lines):
     assert "line 1: field 'responses[0].quality' is missing" in fails(path, reward_field="quality")
     assert "line 1: field 'responses[0].scores.b' is missing" in fails(path, reward_field="scores.b")
     assert "reward field 'reward.a' leads into a number (1)" in fails(path, reward_field="reward.a")
-    assert "line 1: reward field 'x' cannot be chosen for pairs" in fails(
+    assert "line 1: reward field 'x' cannot be used for pairs" in fails(
         write_lines([PAIR], "2.jsonl"), reward_field="x"
     )
 
@@ -517,10 +521,10 @@ def test_a_chosen_reward_field_must_be_there_and_lead_somewhere(write_lines):
         (responses({"content": "x", "a": 1, "b": 2}, {"content": "y", "a": 1}), "field 'responses[1].b' is missing"),
         (responses({"content": "x", "a": 1, "b": "2"}), "field 'responses[0].b' must be a number, found text ('2')"),
         (UNPAIRED | {"a": 1, "label": True}, "field 'b' is missing (fields found: prompt, completion, a, label)"),
-        (PAIR | {"a": 1, "b": 2}, "reward field 'a', 'b' cannot be chosen for pairs, whose rewards are score_chosen"),
+        (PAIR | {"a": 1, "b": 2}, "reward field 'a', 'b' cannot be used for pairs, whose rewards are score_chosen"),
         (
             {"prompt": "Hi?", "chosen_response": "x", "rejected_response": "y", "a": 1, "b": 2},
-            "reward field 'a', 'b' cannot be chosen for pairs, whose rewards are chosen_reward and rejected_reward",
+            "reward field 'a', 'b' cannot be used for pairs, whose rewards are chosen_reward and rejected_reward",
         ),
     ],
 )
@@ -559,8 +563,8 @@ def test_a_chat_is_a_prompt_with_its_first_answer_and_what_follows_up_to_the_las
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
-        (TURNS[:2], "must hold an assistant message"),
-        (TURNS[2:4], "must hold an assistant message with another one before it"),
+        (TURNS[:2], "must contain an assistant message"),
+        (TURNS[2:4], "must contain an assistant message after another message"),
         ([*TURNS[:3], TURNS[3], {"role": "assistant", "content": " "}], r"messages\[4\].content' is empty"),
     ],
 )

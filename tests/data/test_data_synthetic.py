@@ -42,7 +42,7 @@ def test_the_reward_of_any_text_is_in_zero_to_one(response):
 
 def test_what_is_no_puzzle_has_no_reward():
     for prompt in ("Hello", "Sort: ", "Shuffle: a b"):
-        with pytest.raises(UserError, match="is no letter puzzle"):
+        with pytest.raises(UserError, match="is not a letter puzzle"):
             ground_truth_reward(prompt, "a")
 
 

@@ -119,7 +119,7 @@ def test_text_that_is_moved_trimmed_or_escaped_is_held(encoder):
     result = {"role": "tool", "content": '{"sum": "4 é"}'}
     system = row("4", prompt=(SYSTEM, QUESTION, {"role": "assistant", "content": "?"}, QUESTION))
     assert isinstance(encoder("mistral", answers="verbatim").encode(system), Sample)
-    with pytest.raises(BoundaryError, match=r"renders the prompt otherwise .* set data.answers=verbatim"):
+    with pytest.raises(BoundaryError, match=r"renders the prompt differently .* Set data.answers=verbatim"):
         encoder("mistral").encode(system)  # its system message goes missing once an answer follows
     for name, given in (
         ("trims", row(" x = 1\n", prompt=({**QUESTION, "content": " code \n"},))),
@@ -142,7 +142,7 @@ def test_fields_reach_the_template_and_those_it_leaves_out_of_an_answer_drop_the
         {"role": "tool", "content": "4"},
     )
     for template, given, lost in (
-        ("chatml", row(reasoned), "of response 1, the chat template leaves out field 'reasoning_content'"),
+        ("chatml", row(reasoned), "the chat template leaves out, from response 1, field 'reasoning_content'"),
         ("one_call", row(Response("", fields={"tool_calls": [call(), call("f")]})), "one of the tool_calls: .*'f'"),
         ("one_call", row(Response("I add.", fields={"tool_calls": [call()]})), "a part of response 1: 'I add.'"),
         ("chatml", row("4", template_fields={"tools": TOOLS}), "does not render the prompt's field 'tools'"),
@@ -181,7 +181,7 @@ def test_the_header_of_a_template_without_a_generation_prompt_belongs_to_the_pro
     assert texts(without, without.encode(row("4"))) == texts(encoder("chatml"), encoder("chatml").encode(row("4")))
     assert without.encode(row()).prompt.tolist() == without.encode(row("4")).prompt.tolist()
     (note,) = without.notes
-    assert note.startswith("the chat template has no generation prompt: '<|im_start|>assistant\\n'")
+    assert note.startswith("the chat template has no generation prompt: prompts end with '<|im_start|>assistant\\n'")
     # A blank before an answer is no header: it makes one token with the answer's first word.
     mistral = encoder("mistral")
     assert texts(mistral, mistral.encode(row("The answer")))[1] == [" The answer<|end|>"] and not mistral.notes
@@ -197,7 +197,7 @@ def test_what_the_template_adds_before_every_answer_is_noted(encoder):
 def test_an_end_of_turn_that_is_no_token_is_refused_at_the_start(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["own"])
     tokenizer.chat_template = TEMPLATES["chatml"]
-    with pytest.raises(UserError, match=r"ends an answer with '<\|im_end\|>\\n', which holds no special token"):
+    with pytest.raises(UserError, match=r"ends an answer with '<\|im_end\|>\\n', which contains no special token"):
         Encoder(tokenizer)
     assert end_tokens(tokenizer) == [tokenizer.eos_token_id]  # plain text can be trained on
     tokenizer.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
@@ -239,12 +239,12 @@ def test_a_generation_prompt_that_opens_a_block_is_continued(encoder):
     assert texts(verbatim, verbatim.encode(cut))[1] == ["two and"]
     for given, cause in (
         ("4", "response 1 has no </think>"),
-        ("<think>4</think>", "begins with '<think>4', and not wi"),
+        ("<think>4</think>", "begins with '<think>4', not wi"),
     ):
         with pytest.raises(BoundaryError, match=cause) as raised:
             verbatim.encode(row(given))
         assert raised.value.reason == "the generation prompt opens a block that the answer does not continue"
-    for given, remedy in ((REASONED, "; set data.answers=verbatim"), ("4", ", nor does this one have </think>")):
+    for given, remedy in ((REASONED, ". Set data.answers=verbatim"), ("4", ", and the answer has no </think>")):
         with pytest.raises(BoundaryError, match=rf"ends with '<think>\\n', which .* before response 1{remedy}"):
             encoder("r1_opens_thinking").encode(row(given))
 
@@ -256,15 +256,15 @@ def test_text_that_is_rendered_already_gets_no_second_beginning_or_end(encoder):
     never = encoder("chatml", chat_template="never")
     sample = never.encode(row("4<|end|>", "5", prompt="<|begin|>Q: 2+2?\nA:"))
     assert texts(never, sample) == ("<|begin|>Q: 2+2?\nA:", ["4<|end|>", "5<|end|>"])
-    assert sample.remarks == ("prompts begin with the tokenizer's beginning token already; no other one is added",)
+    assert sample.remarks == ("prompts already begin with the tokenizer's beginning token, which is not added again",)
     auto = encoder("chatml")
     sample = auto.encode(row("4<|im_end|>\n", "<|im_start|>assistant\n5", prompt="<|im_start|>user\n2+2?<|im_end|>\n"))
     assert texts(auto, sample)[1] == ["4<|im_end|>", "<|im_start|>assistant\n5<|im_end|>"]
     assert sample.remarks == (
-        "prompts hold the chat template's own tokens (<|im_start|>): if they are rendered already, set "
+        "prompts contain the chat template's special tokens (<|im_start|>): if they are already rendered, set "
         "data.chat_template=never",
-        "responses end with the end token <|im_end|> already, which is not repeated",
-        "responses hold the chat template's own tokens (<|im_start|>)",
+        "responses already end with the end token <|im_end|>, which is not repeated",
+        "responses contain the chat template's special tokens (<|im_start|>)",
     )
     unended = encoder("no_end")
     assert texts(unended, unended.encode(row("4<|end|>")))[1] == [" 4<|end|>"]
@@ -308,7 +308,7 @@ def test_answers_of_weight_0_are_context(encoder):
     assert marked(chatml, late) == "five<|im_end|>"
     assert "four<|im_end|>" in texts(chatml, late)[0] and texts(chatml, late)[1][0].endswith("six<|im_end|>")
     for nothing in (chat(0, 0), row(Response("4", weight=0))):
-        with pytest.raises(BoundaryError, match="to be learned") as raised:
+        with pytest.raises(BoundaryError, match="weight 0") as raised:
             chatml.encode(nothing)
         assert raised.value.reason == "no answer to learn (weight 0)"
 

@@ -7,7 +7,7 @@ import pytest
 from nemo_rao.errors import UserError
 from nemo_rao.rows.option_names import READING, OptionNames
 
-NAMES = OptionNames({**READING, "answers": "--answers"}, {"leave data.reward_field unset": "use --scorer column"})
+NAMES = OptionNames({**READING, "answers": "--answers"}, {"Leave data.reward_field unset": "use --scorer column"})
 OF_A_BENCHMARK = OptionNames({"columns": "call it {name} in the file"})
 
 
@@ -15,11 +15,11 @@ OF_A_BENCHMARK = OptionNames({"columns": "call it {name} in the file"})
     ("names", "text", "expected"),
     [
         (NAMES, "or name it (data.columns.prompt=ask)", "or name it (--column prompt=ask)"),
-        (NAMES, "data.columns.prompt is 'ask'; correct data.columns", "--column prompt is 'ask'; correct --column"),
+        (NAMES, "data.columns.prompt is 'ask'. Correct data.columns", "--column prompt is 'ask'. Correct --column"),
         (NAMES, "unwanted (data.ignore_fields=[a,b])", "unwanted (--ignore-field a --ignore-field b)"),
-        (NAMES, "add source to data.ignore_fields, or", "give --ignore-field source, or"),
-        (NAMES, "set data.answers=verbatim, or", "set --answers verbatim, or"),
-        (NAMES, "leave data.reward_field unset", "use --scorer column"),
+        (NAMES, "add source to data.ignore_fields, or", "pass --ignore-field source, or"),
+        (NAMES, "Set data.answers=verbatim, or", "Set --answers verbatim, or"),
+        (NAMES, "Leave data.reward_field unset", "use --scorer column"),
         # Keys of training, and names of files, stay.
         (NAMES, "unless data.truncated=without_end", "unless data.truncated=without_end"),
         (NAMES, "x/data.columns.jsonl line 2, data.answers.json", "x/data.columns.jsonl line 2, data.answers.json"),

@@ -42,7 +42,7 @@ def test_prompts_are_as_a_policy_is_asked_and_the_rest_is_counted(path: str, tok
     assert "3 of 4 rows kept" in text
     assert "1 dropped (longer than 60 tokens, which the test allows; first: " in text and "line 2" in text
     assert "1 row: responses in the file are not used, as the run samples its own" in text
-    assert "fields that are not used: answer_key" in text
+    assert "unused fields: answer_key" in text
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_prompts_are_as_a_policy_is_asked_and_the_rest_is_counted(path: str, tok
             {"strict": True},
             r"line 2: the prompt has \d+ tokens, more than 60, which .* \(strict: no row may be dropped\)",
         ),
-        ({"longest": 1}, "no prompt is left to sample from; 0 of 4 rows kept"),
+        ({"longest": 1}, "no prompt is left to sample from: 0 of 4 rows kept"),
     ],
 )
 def test_what_cannot_be_is_refused(path: str, tokenizers: dict[str, Any], given: dict[str, Any], said: str) -> None:

@@ -162,16 +162,16 @@ def test_what_cannot_be_evaluated_is_told_before_weights_are_loaded(
     turns = write_rows({"question_id": 1, "category": "math", "turns": "one"}, name="turns.jsonl")
     (tmp_path / "broken.json").write_text("[{")
     for options, part in (
-        (["--task=alpaca_eval"], "needs --instructions FILE"),
-        (["--task=mt_bench"], "needs --questions FILE"),
+        (["--task=alpaca_eval"], "--instructions: is required by task alpaca_eval"),
+        (["--task=mt_bench"], "--questions: is required by task mt_bench"),
         (["--task=mt_bench", "--questions", turns], "line 1: field 'turns' must be a list of texts"),
         (["--task=mt_bench", "--questions", turns, "--chat-template=never"], "need a chat template"),
         (["--task=alpaca_eval", "--instructions", rows], "line 2: field 'instruction' is missing"),
         (["--task=alpaca_eval", "--instructions", str(tmp_path / "broken.json")], "cannot be read as a JSON array"),
         (["--task=alpaca_eval", "--instructions", "nowhere.json"], "nowhere.json: no such file"),
         (["--task=alpaca_eval", "--instructions", rows, "--name=a/b"], "--name 'a/b'"),
-        (["--task=,"], "--task names none"),
-        (["--task=mmlu", "--include-path=nowhere"], "--include-path nowhere: no such folder"),
+        (["--task=,"], "--task: no task is given"),
+        (["--task=mmlu", "--include-path=nowhere"], "--include-path nowhere: no such directory"),
         (["--task=mmlu", "--limit=0"], "limit=0: must be >= 1"),
     ):
         assert evaluate(model_folder, tmp_path / "out", *options) == 2
@@ -212,7 +212,7 @@ def test_a_users_own_task_is_run_by_the_harness_with_the_policys_log_probabiliti
     assert "own_task" in (said := capfd.readouterr().out) and f"{found['acc']:.4f}" in said
 
     assert evaluate(model_folder, tmp_path / "out", "--task=own_tusk", "--include-path", str(tasks)) == 2
-    assert "task own_tusk: lm_eval has none of this name" in capfd.readouterr().err
+    assert "task own_tusk: lm_eval has no task of this name" in capfd.readouterr().err
 
 
 def test_the_harness_renders_questions_as_in_training(

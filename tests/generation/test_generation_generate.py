@@ -55,7 +55,7 @@ def test_responses_are_rows_that_training_reads(
     num_cut = sum(response.get("truncated", False) for response in written)
     num_special = sum("<|" in response["content"] for response in written)
     assert f"{100 * num_cut / 15:.1f} % cut at --max-new-tokens" in report and 0 < num_cut < 15
-    assert f"{num_special} responses hold special tokens" in report and num_special
+    assert f"{num_special} responses contain special tokens" in report and num_special
     assert [response.truncated for row in rows for response in row.responses] == [
         response.get("truncated", False) for response in written
     ]
@@ -225,7 +225,7 @@ def test_wrong_keys_are_told_before_anything_is_read(
         (["--temperature=0"], "gives the same response 4 times"),
         (["--engine=vlm"], "--engine: invalid choice: 'vlm'"),
         (["--batch-size=many"], "invalid int value: 'many'"),
-        (["--system=x", "--chat-template=never"], "plain text has no place for --system"),
+        (["--system=x", "--chat-template=never"], "plain text cannot contain --system"),
         (["--template-arguments={a: 1}"], "{a: 1} is not a JSON object"),
         (['--template-arguments={"a": 1}', "--chat-template=never"], "plain text takes no --template-arguments"),
     ):
@@ -259,7 +259,7 @@ def test_prompts_that_cannot_be_used_are_told_with_their_line(
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        ("nothing there", "no such folder"),
+        ("nothing there", "no such directory"),
         ("config.json", "has no config.json"),
         ("model.safetensors", "has no weights"),
         ("pickled", "pytorch_model.bin is pickled, and pickles can run code"),
@@ -271,10 +271,10 @@ def test_prompts_that_cannot_be_used_are_told_with_their_line(
             *("rotary within", "text_config.rope_parameters is ignored by the installed `transformers`"),
             marks=needs_transformers_4,
         ),
-        ("tokenizer", "give a folder with a Hugging Face tokenizer"),
+        ("tokenizer", "Pass a directory with a Hugging Face tokenizer"),
         ("end token", "has no end token"),
         ("of a kind there is not", "cannot read the configuration of this lama"),
-        ("of another task", "t5 is no causal language model"),
+        ("of another task", "t5 is not a causal language model"),
         ("code of its own", "cannot read the configuration of this mine"),
     ],
 )
@@ -329,7 +329,7 @@ def test_output_is_never_overwritten(
     assert generate(model_folder, prompts, tmp_path / "out.jsonl") == 2
     assert "exists, and is never overwritten" in one_line(capfd) and (tmp_path / "out.jsonl").read_text() == "mine"
     assert generate(model_folder, prompts, tmp_path / "out.txt") == 2
-    assert "end its name with one of .jsonl" in one_line(capfd)
+    assert "Use one of the extensions .jsonl" in one_line(capfd)
     assert generate(model_folder, prompts, tmp_path / "out.jsonl" / "deeper.jsonl") == 2
     assert "is not a directory" in one_line(capfd)
 

@@ -67,10 +67,10 @@ def test_a_folder_of_transformers_5_without_a_format_entry_computes_the_same(kin
 def test_settings_that_the_installed_release_has_by_another_name_are_refused(tmp_path: Path) -> None:
     transformers.GPT2Config().save_pretrained(tmp_path)
     change(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    with pytest.raises(UserError, match=r"rope_theta in rope_parameters.* does not read from a gpt2"):
+    with pytest.raises(UserError, match=r"rope_theta in rope_parameters.* does not read for gpt2"):
         read_configuration(tmp_path)
     change(tmp_path, rope_parameters={"rope_type": "longrope", "factor": 4.0})
-    with pytest.raises(UserError, match=r"rope_type longrope in rope_parameters is spelled otherwise"):
+    with pytest.raises(UserError, match=r"rope_type longrope in rope_parameters has a different form"):
         read_configuration(tmp_path)
 
 
@@ -81,7 +81,7 @@ def test_a_missing_tensor_is_not_drawn_at_random_and_a_further_one_is_reported(
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, "score.weight": torch.ones(1, 32)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     load_model(tmp_path)
-    assert "has no place for them: 1 tensors, such as score.weight" in capsys.readouterr().out
+    assert "has no such tensors: 1 tensors, such as score.weight" in capsys.readouterr().out
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"it has no tensor model\.norm\.weight"):

@@ -78,10 +78,7 @@ def test_no_key_is_ignored_that_could_change_the_network(release: Any, family: s
     except UserError as error:
         named = "rope_scaling" if key == "rope_parameters" else key
         assert named in str(error) or key in ("model_type", "architectures")
-        assert any(
-            remedy in str(error)
-            for remedy in ("can be imported", "LlamaForCausalLM", "download it again", "Download it again")
-        )
+        assert any(remedy in str(error) for remedy in ("can be imported", "LlamaForCausalLM", "Download it again"))
         assert key not in HARMLESS or key in ("model_type", "architectures")
         return
     unused = next(known.unused for known in FAMILIES if known.model_type == family)
@@ -164,20 +161,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling ("),
     "no factor": ({"rope_scaling": {**LLAMA3_ROPE, "factor": None}}, "rope_scaling.factor (null)"),
     "a further setting": ({"rope_scaling": {**LLAMA3_ROPE, "attention_factor": 2.0}}, "rope_scaling.attention_factor"),
-    "a factor of nothing": ({"rope_scaling": {**DEFAULT, "factor": 4.0}}, "rope_type default scales nothing"),
+    "a factor of nothing": ({"rope_scaling": {**DEFAULT, "factor": 4.0}}, "rope_type default does not scale"),
     "half of each head": (
         {"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}},
         "partial_rotary_factor (0.5)",
     ),
-    "a base of 0": ({"rope_theta": 0}, "rope_theta (0) cannot be imported: it must be a number above 0"),
-    "a size in text": ({"hidden_size": "48"}, 'hidden_size ("48") cannot be imported: it must be a whole number'),
+    "a base of 0": ({"rope_theta": 0}, "rope_theta (0) cannot be imported: it must be a positive number"),
+    "a size in text": ({"hidden_size": "48"}, 'hidden_size ("48") cannot be imported: it must be a positive integer'),
     "heads that are no multiple": ({"num_key_value_heads": 3}, "a multiple of num_key_value_heads (3)"),
-    "a window": ({"sliding_window": 16}, "sliding_window (16) cannot be imported: a LlamaForCausalLM has no window"),
+    "a window": ({"sliding_window": 16}, "sliding_window (16) cannot be imported: LlamaForCausalLM has no window"),
     "both ways": ({"is_causal": False}, "is_causal (false)"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "unknown": (
         {"new_key": 1},
-        "key new_key (1) is not known, and may change the network; if a LlamaForCausalLM does not",
+        "key new_key (1) is unknown and may change the network. If LlamaForCausalLM does not",
     ),
 }
 
@@ -192,7 +189,7 @@ def test_settings_that_mean_another_network_or_nothing_are_refused(name: str) ->
 
 def test_an_unknown_key_can_be_ignored_and_no_other() -> None:
     assert network({**LLAMA, "new_key": 1}, "new_key") == network({**LLAMA, "new_key": None}) == network(LLAMA)
-    with pytest.raises(UserError, match=r"--ignore-key mlp_bias: .* no unknown key of that name"):
+    with pytest.raises(UserError, match=r"--ignore-key mlp_bias: .* no such unknown key"):
         network({**LLAMA, "new_key": 1}, "mlp_bias", "new_key")
 
 

@@ -159,4 +159,4 @@ def test_the_package_that_is_missing_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert ours.main([str(tmp_path / "model.gguf"), str(tmp_path / "made")]) == 2
-    assert "needs the package gguf; run make smollm2" in capsys.readouterr().err
+    assert "needs the package gguf. Run make smollm2" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def pickled(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, "no such folder"),
+    "no folder": (shutil.rmtree, "no such directory"),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config.json cut off": (lambda folder: cut(folder / "config.json", 40), "config.json cannot be read"),
     "another architecture": (
@@ -133,16 +133,16 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "whole weights beside shards": (whole_beside_shards, "has both model.safetensors and model.safetensors.index.json"),
     "an index of other files": (index_of_other_files, "index.json does not match the files: tensor another"),
     "a tensor in two shards": (a_tensor_twice, "both have a tensor model.layers.0"),
-    "a missing tensor": (without_a_tensor, "is in the index but not in the files"),
-    "other sizes": (lambda folder: change(folder, hidden_size=64), "config.json asks for [300, 64]"),
-    "a layer too many": (lambda folder: change(folder, num_hidden_layers=1), "for which the model has no place"),
+    "a missing tensor": (without_a_tensor, "is in the index and not in the files"),
+    "other sizes": (lambda folder: change(folder, hidden_size=64), "config.json requires [300, 64]"),
+    "a layer too many": (lambda folder: change(folder, num_hidden_layers=1), "which the model does not use"),
     "other positions": (
         lambda folder: change(folder, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),
         'rope_scaling ({"rope_type": "yarn"',
     ),
     "a generation config that cannot be saved": (
         lambda folder: (folder / "generation_config.json").write_text('{"max_new_tokens": 0}'),
-        "correct the file, or remove it",
+        "Correct the file, or remove it",
     ),
     "ties that the weights do not have": (lambda folder: change(folder, tie_word_embeddings=True), "with other values"),
     "adapters alone": (
@@ -172,7 +172,7 @@ def test_a_folder_with_something_in_it_is_not_written_to(
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "mine").write_text("mine")
     given = source if command == "import-hf" else converted["llama"].imported
-    assert "is not an empty folder" in refusal(capsys, command, given, tmp_path / "made")
+    assert "is not an empty directory" in refusal(capsys, command, given, tmp_path / "made")
     assert [file.name for file in (tmp_path / "made").iterdir()] == ["mine"]
 
 
@@ -195,7 +195,7 @@ def test_a_hugging_face_folder_in_a_checkpoints_place_is_answered_with_the_comma
     scored = ("score", data / "train.jsonl", tmp_path / "scored.jsonl", "--scorer", f"model:{source}")
     assert "Import the model with nemo-rao import-hf" in refusal(capsys, *scored)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert "model.restore_from_path takes it" in refusal(capsys, "import-hf", tmp_path / "run", tmp_path / "made")
+    assert "Set model.restore_from_path to it" in refusal(capsys, "import-hf", tmp_path / "run", tmp_path / "made")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "empty", "run"} - {"empty"}
 
 
@@ -239,7 +239,7 @@ def test_a_class_of_nemo_that_belongs_to_no_family_is_not_exported(
 def test_a_family_of_the_other_engine_is_answered_with_that_engine() -> None:
     given = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
     assert family_of(given, Path("x"), BRIDGE).model_type == "gemma3_text"
-    with pytest.raises(UserError, match="cannot be imported by NeMo's engine, but by Megatron-Bridge's"):
+    with pytest.raises(UserError, match="cannot be imported by NeMo's engine, only by Megatron-Bridge's"):
         family_of(given, Path("x"), NEMO)
 
 
@@ -257,7 +257,7 @@ def on_a_disk_that_fills(arguments: list[str], largest: int) -> None:
     assert main(arguments) == 2
 
 
-CUT_SHORT = "a write was cut short" if installed_engine() == NEMO else "a process that writes has failed"
+CUT_SHORT = "a write was cut short" if installed_engine() == NEMO else "a writer process failed"
 
 
 @pytest.mark.parametrize(("command", "said"), [("import-hf", CUT_SHORT), ("export-hf", "File too large")])

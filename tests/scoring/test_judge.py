@@ -124,12 +124,12 @@ def test_a_judge_that_asks_to_wait_is_left_alone_as_long(command: Command) -> No
     [
         (error(500, "on fire"), {}, ("asked 3 times", "500", "on fire")),
         (error(429), {"retries": 0}, ("asked once", "429")),
-        (error(401, "wrong key sk-secret"), {"api_key_variable": "MY_KEY"}, ("401", "wrong key ***", "check the key")),
-        (error(403), {}, ("403", "no key was sent", "set api_key_variable")),
-        (error(404, "no such model"), {}, ("404", "no such model", "check base_url, model")),
-        (error(400, "bad parameter"), {}, ("400", "bad parameter", "check base_url, model and parameters")),
-        (error(302, Location="http://x/"), {}, ("302", "check base_url")),
-        ((200, {}, b"<html>"), {}, ("no chat completion (<html>)", "check base_url")),
+        (error(401, "wrong key sk-secret"), {"api_key_variable": "MY_KEY"}, ("401", "wrong key ***", "Check the key")),
+        (error(403), {}, ("403", "no key was sent", "Set api_key_variable")),
+        (error(404, "no such model"), {}, ("404", "no such model", "Check base_url, model")),
+        (error(400, "bad parameter"), {}, ("400", "bad parameter", "Check base_url, model and parameters")),
+        (error(302, Location="http://x/"), {}, ("302", "Check base_url")),
+        ((200, {}, b"<html>"), {}, ("not a chat completion (<html>)", "Check base_url")),
     ],
     ids=["500", "429", "401", "403", "404", "400", "302", "html"],
 )
@@ -233,10 +233,10 @@ def test_a_response_that_gets_no_answer_alone_has_no_reward_and_its_reason_is_co
         assert code == 0, message
         assert rewards() == [*EXPECTED[:2], *([row[0], None] for row in EXPECTED[2:])]
         assert json.loads(Path("out.jsonl.stats.json").read_text())["without_score"]["judge"] == {
-            "question refused by the endpoint (400)": 1,
+            "question rejected by the endpoint (400)": 1,
             "the model refused to answer": 1,
             "answer not finished (finish_reason content_filter)": 1,
-            "an answer whose content holds a part of type 'image_url', and no text can be read from that": 1,
+            "the answer contains a part of type 'image_url', from which no text can be read": 1,
         }
         del without["2.1"]
         assert command(*given, "--overwrite")[0] == 0 and sum(server.asked.values()) == 12 + 1

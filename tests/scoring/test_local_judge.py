@@ -160,7 +160,7 @@ def test_a_run_that_was_killed_asks_nothing_again_that_was_answered(
     assert [len(batch) for batch in asked] == [3, 3, 2, 3, 3] and not Path("out.jsonl").exists()
     code, output, message = command(*arguments)
     assert code == 0, message
-    assert "goes on after 4 of 8 rows" in output and "judge: 6 questions answered before" in output
+    assert "resuming after 4 of 8 rows" in output and "judge: 6 questions answered before" in output
     assert [len(batch) for batch in asked[5:]] == [2]
     assert rewards() == expected(judge_folder)
 
@@ -231,12 +231,12 @@ def test_thinking_that_the_generation_prompt_opens_is_no_answer_before_it_ends(
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        ("nothing there", ("no such folder",)),
+        ("nothing there", ("no such directory",)),
         ("shard", ("model-2.safetensors is missing", "download the model again")),
         ("pickled", ("pytorch_model.bin is pickled, and pickles can run code",)),
         ("of a kind there is not", ("configuration of this lama",)),
         ("template", ("has no chat template",)),
-        ("system", ("the chat template", "refuses messages of system, user", "set system to null")),
+        ("system", ("the chat template", "rejects messages of system, user", "set system to null")),
     ],
 )
 def test_a_folder_that_is_no_chat_model_is_named_before_anything_is_asked(

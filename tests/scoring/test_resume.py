@@ -57,7 +57,7 @@ def test_a_run_killed_in_the_middle_goes_on_and_asks_nothing_twice_that_was_answ
         before = sum(judge.asked.values())
         code, output, message = command(*arguments)
         assert code == 0, message
-        assert f"goes on after {done} of 40 rows" in output
+        assert f"resuming after {done} of 40 rows" in output
         # Only what was on its way when the kill came is asked again.
         assert sum(judge.asked.values()) <= 80 + 4 and before < 80
         assert [row["prompt"] for row in read_lines("out.jsonl")] == [f"prompt {i}" for i in range(40)]
@@ -80,7 +80,7 @@ def test_ctrl_c_ends_at_once_with_code_130_and_the_run_goes_on(command: Command)
         run.send_signal(signal.SIGINT)
         _, message = run.communicate(timeout=10)
         assert run.returncode == 130 and message.startswith("interrupted. ") and message.count("\n") == 1
-        assert "rows are kept in out.jsonl.part.jsonl; the same command goes on" in message
+        assert "rows are kept in out.jsonl.part.jsonl; the same command resumes" in message
         judge.delay = 0
         assert command("in.jsonl", "out.jsonl", "--scorer", scorer)[0] == 0
     assert len(read_lines("out.jsonl")) == 40
@@ -112,7 +112,7 @@ def test_rows_in_the_part_file_are_not_scored_again(command: Command) -> None:
     assert num_lines(PART) == 1 + 4
     Path("stop").unlink()
     code, output, _ = command(*arguments)
-    assert code == 0 and "goes on after 4 of 6 rows" in output
+    assert code == 0 and "resuming after 4 of 6 rows" in output
     calls = Path("calls").read_text().splitlines()
     assert sorted({call: calls.count(call) for call in calls}.values()) == [1] * 11 + [2]
 
@@ -186,7 +186,7 @@ def test_a_full_disk_is_told_in_one_line_and_what_is_scored_is_kept(command: Com
     done = num_lines(PART) - 1
     assert 0 < done < 40 and f"{done} of 40 rows are kept" in message and PART.read_bytes().endswith(b"\n")
     code, output, _ = command(*arguments)
-    assert code == 0 and f"goes on after {done} of 40 rows" in output and len(read_lines("out.jsonl")) == 40
+    assert code == 0 and f"resuming after {done} of 40 rows" in output and len(read_lines("out.jsonl")) == 40
 
 
 def test_a_disk_that_fills_at_the_last_write_keeps_the_scores(
@@ -206,4 +206,4 @@ def test_a_disk_that_fills_at_the_last_write_keeps_the_scores(
     left = {path.name for path in Path().iterdir() if path.name != "__pycache__"}
     assert left == {"in.jsonl", "rules_of_two.py", PART.name}
     code, output, _ = command(*arguments)
-    assert code == 0 and "goes on after 6 of 6 rows" in output
+    assert code == 0 and "resuming after 6 of 6 rows" in output

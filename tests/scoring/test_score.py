@@ -129,7 +129,7 @@ def test_a_rule_is_given_the_fields_of_a_row_that_it_asks_for(command: Command) 
     del rows[1]["answer"]
     write_lines("in.jsonl", *rows)
     code, _, message = command(*given, "--overwrite")
-    assert code == 2 and "in.jsonl line 2: rule rules_of_fields:is_answer asks for the field 'answer'" in message
+    assert code == 2 and "in.jsonl line 2: rule rules_of_fields:is_answer requires the field 'answer'" in message
     assert column("r") == [[0, 0], [1, 1]]
 
 
@@ -183,7 +183,7 @@ def test_nothing_of_a_row_is_lost(command: Command) -> None:
     write_lines("in.jsonl", row)
     code, output, message = command("in.jsonl", "same.jsonl", "--scorer", "column")
     assert code == 0, message
-    assert "fields that are not used: source (1 row)" in output and "reference_rewards" not in output
+    assert "unused fields: source (1 row)" in output and "reference_rewards" not in output
     [before], [after] = read_rows("in.jsonl"), read_rows("same.jsonl")
     assert replace(after, place="", unused=()) == replace(before, place="", unused=())
     # Rewards of another scorer are not on the scale of the reference policy's.
@@ -191,7 +191,7 @@ def test_nothing_of_a_row_is_lost(command: Command) -> None:
     code, output, _ = command("in.jsonl", "out.jsonl", "--scorer", "rule:rules_of_a:is_a")
     assert code == 0 and "rewards or labels of 2 responses in the input are replaced" in output
     assert "reference_rewards of 1 rows are kept as input_reference_rewards" in output
-    assert "rule:" not in output and "1 responses with reasoning_content, which a rule is not given" in output
+    assert "rule:" not in output and "1 responses with reasoning_content, which is not passed to a rule" in output
     [written], [read] = read_lines("out.jsonl"), list(read_rows("out.jsonl"))
     assert written["input_reference_rewards"] == [1.0, 2.0] and read.reference_rewards == ()
     assert [one.reward for one in read.responses] == [1.0, 0.0] and read.template_fields == before.template_fields
@@ -208,11 +208,11 @@ def test_columns_of_other_names_are_read_and_bad_rows_dropped_and_counted_by_cau
     assert code == 2 and "in.jsonl line 5: field 'chosen' is empty" in message
     code, _, message = command(*given, "--bad-rows", "drop")
     assert code == 2 and message.count("\n") == 1 and not list(Path().glob("out*"))
-    assert "4 of 11 rows are bad, a larger share than --max-bad-rows 0.05; mend them, or raise it" in message
+    assert "4 of 11 rows are bad, more than --max-bad-rows 0.05 allows. Fix them or raise the limit" in message
     code, output, message = command(*given, "--bad-rows", "drop", "--max-bad-rows", "0.4", "--ignore-field", "id")
     assert code == 0, message
     assert output.count("1 bad row dropped") == 4 and "in.jsonl line 5: field 'chosen' is empty" in output, output
-    assert "fields that are not used: topic (7 rows)" in output
+    assert "unused fields: topic (7 rows)" in output
     assert [row["prompt"] for row in read_lines("out.jsonl")] == ["q0", "q1", "q2", "q3", "q5", "q6", "q7"]
     assert column("reward") == [[0, 0]] * 6 + [[1, 0]]
 
@@ -269,8 +269,8 @@ def rules(folder: Path) -> None:
     [
         ("raises", ("line 1, response 1", "rule bad_rules:raises raised KeyError", "bad_rules.py line 4")),
         ("exits", ("line 1, response 1", "SystemExit")),
-        ("none", ("returned null", "return a number")),
-        ("text", ("returned text ('1')", "return a number")),
+        ("none", ("returned null", "not a number")),
+        ("text", ("returned text ('1')", "not a number")),
         ("nan", ("returned nan", "finite")),
         ("infinite", ("returned inf", "finite")),
         ("late", ("in.jsonl line 5, response 1", "ZeroDivisionError", "4 of 6 rows are kept")),
@@ -291,29 +291,29 @@ FINE = ("in.jsonl", "out.jsonl", "--scorer", "rule:bad_rules:fine")
     ("arguments", "parts"),
     [
         (("in.jsonl", "out.jsonl"), ("--scorer", "nemo-rao score --help")),
-        (("in.jsonl", "out.jsonl", "--scorer", "rule:no_rules:f"), ("no module no_rules", "check the name")),
+        (("in.jsonl", "out.jsonl", "--scorer", "rule:no_rules:f"), ("no module no_rules", "Check the name")),
         (("in.jsonl", "out.jsonl", "--scorer", "rule:bad_rules:nope"), ("bad_rules.py", "has no nope")),
-        (("in.jsonl", "out.jsonl", "--scorer", "rule:bad_rules.constant"), ("a number (3)", "name a function")),
+        (("in.jsonl", "out.jsonl", "--scorer", "rule:bad_rules.constant"), ("a number (3)", "not a function")),
         (("in.jsonl", "out.jsonl", "--scorer", "rule:broken_rules.f"), ("cannot be imported", "SyntaxError")),
         (("in.jsonl", "out.jsonl", "--scorer", "rule:needy_rules.f"), ("needs no_such_package_at_all",)),
-        (("in.jsonl", "out.jsonl", "--scorer", "x=rule:f"), ("'f' is no import path", "module:function")),
+        (("in.jsonl", "out.jsonl", "--scorer", "x=rule:f"), ("'f' is not an import path", "module:function")),
         (("in.jsonl", "out.jsonl", "--scorer", "jugde:a.yaml"), ("[NAME=]KIND:ARGUMENT", "rule:module:function")),
-        (("in.jsonl", "out.jsonl", "--scorer", "reward=column:r"), ("'reward' is taken",)),
+        (("in.jsonl", "out.jsonl", "--scorer", "reward=column:r"), ("'reward' is reserved",)),
         (("in.jsonl", "out.jsonl", "--scorer", "a b=column:r"), ("'a b' cannot name a column",)),
-        ((*FINE, "--scorer", "rule:bad_rules:fine"), ("a second column 'fine'", "r_1=rule:bad_rules:fine")),
+        ((*FINE, "--scorer", "rule:bad_rules:fine"), ("column 'fine' exists already", "r_1=rule:bad_rules:fine")),
         (("in.jsonl", "out.jsonl", "--scorer", "column:r_1"), ("line 1", "r_1' is missing")),
-        (("in.jsonl", "out.jsonl", "--scorer", "column"), ("has no rewards of its own",)),
+        (("in.jsonl", "out.jsonl", "--scorer", "column"), ("has no rewards for column",)),
         (("nope.jsonl", *FINE[1:]), ("nope.jsonl: no such file",)),
         (("in.jsonl", "out.txt", *FINE[2:]), ("out.txt", ".jsonl.gz")),
         (("in.jsonl", "in.jsonl", *FINE[2:], "--overwrite"), ("in.jsonl", "Choose another output")),
-        (("*.jsonl", *FINE[1:]), ("*.jsonl: matches", "another folder")),
+        (("*.jsonl", *FINE[1:]), ("*.jsonl: matches", "another directory")),
         (("in.jsonl", "bad_rules.py/out.jsonl", *FINE[2:]), ("cannot be written (", "Choose another output")),
         ((*FINE, "--scale", "0"), ("--scale 0", "> 0")),
         ((*FINE, "--shift", "nan"), ("--shift nan", "finite")),
         ((*FINE, "--weight", "fine"), ("--weight fine", "NAME=NUMBER")),
-        ((*FINE, "--weight", "fin=1"), ("no scorer has this name", "fine")),
+        ((*FINE, "--weight", "fin=1"), ("no such scorer", "fine")),
         ((*FINE, "--weight", "fine=-1"), (">= 0",)),
-        ((*FINE, "--weight", "fine=0"), ("all are 0",)),
+        ((*FINE, "--weight", "fine=0"), ("all weights are 0",)),
         ((*FINE, "--standardize", "all"), ("--standardize", "global")),
         ((*FINE, "--statistics", "x.json"), ("--standardize global",)),
         ((*FINE, "--standardize", "global", "--statistics", "x.json"), ("x.json", "cannot be read")),
@@ -325,7 +325,7 @@ FINE = ("in.jsonl", "out.jsonl", "--scorer", "rule:bad_rules:fine")
         ((*FINE, "--column", "prompt"), ("--column prompt", "OURS=THEIRS")),
         ((*FINE, "--column", "promt=prompt"), ("--column promt", "did you mean prompt?")),
         ((*FINE, "--column", "question=ask"), ("line 1: field 'ask', which --column names", "correct --column")),
-        (("in.jsonl", "out.jsonl", "--scorer", "weight=column:r"), ("'weight' is taken",)),
+        (("in.jsonl", "out.jsonl", "--scorer", "weight=column:r"), ("'weight' is reserved",)),
     ],
 )
 def test_what_is_known_before_is_refused_with_code_2_and_nothing_written(
@@ -354,14 +354,14 @@ def test_a_conversation_of_several_answers_is_refused(command: Command) -> None:
     says = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
     write_lines("in.jsonl", {"messages": says[:2]}, {"messages": says})
     code, _, message = command(*FINE)
-    assert code == 2 and "in.jsonl line 2: a conversation of several answers" in message
+    assert code == 2 and "in.jsonl line 2: a conversation with several answers" in message
 
 
 @pytest.mark.usefixtures("rules")
 def test_a_finished_output_is_replaced_only_where_asked(command: Command) -> None:
     assert command(*FINE)[0] == 0
     code, _, message = command(*FINE)
-    assert code == 2 and "out.jsonl exists; add --overwrite" in message
+    assert code == 2 and "out.jsonl exists. Pass --overwrite" in message
     assert command(*FINE, "--overwrite")[0] == 0
 
 

@@ -48,8 +48,8 @@ def write_lines(tmp_path: Path) -> Callable[..., str]:
 def look(tokenizer: str) -> Callable[..., Inspection]:
     """Inspects a file under a recipe."""
 
-    def made(path: str, recipe: str, *overrides: str, rows: int = 3, places: tuple[int, ...] = ()) -> Inspection:
+    def made(path: str, recipe: str, *overrides: str, rows: int = 3, row_numbers: tuple[int, ...] = ()) -> Inspection:
         keys = [f"data.train_path={path}", f"data.tokenizer={tokenizer}", *overrides]
-        return inspect(compose(recipe, keys), recipe, num_rows=rows, places=places)
+        return inspect(compose(recipe, keys), recipe, num_rows=rows, row_numbers=row_numbers)
 
     return made

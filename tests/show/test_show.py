@@ -94,7 +94,7 @@ def test_dropped_rows_are_counted_by_reason_and_the_first_of_each_is_shown(
     records[3] = pair(3, chosen="long " * 400, score_chosen=1.0, score_rejected=0.0)
     path = write_lines([*records, pair(12, "Same", "Same"), "{broken"])
     keys = ["data.bad_rows=drop", "data.max_bad_rows=1", "model.seq_length=200"]
-    seen = look(path, "gpt_dpo", *keys, rows=1, places=(4, 14))
+    seen = look(path, "gpt_dpo", *keys, rows=1, row_numbers=(4, 14))
     shown = {row.place.rpartition(" ")[2]: row for row in seen.dropped}
     assert set(shown) == {"4", "13", "14"} and seen.report.rows_read - seen.report.rows_kept == 3
     long, unreadable = shown["4"], shown["14"]
@@ -108,7 +108,7 @@ def test_dropped_rows_are_counted_by_reason_and_the_first_of_each_is_shown(
     lengths = charts(seen)[0][1][2].histogram
     assert lengths.counts["trained on"].sum() == 22 and lengths.counts["dropped"].sum() == 4
     for written in ("\n".join(Writer(colour=False, width=80).lines(seen)), "".join(page(seen))):
-        assert "fields that are not used: source" in written
+        assert "unused fields: source" in written
         assert all(
             row.problem is not None and row.problem[0][:40] in written.replace("&#x27;", "'") for row in shown.values()
         )

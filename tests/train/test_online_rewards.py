@@ -81,7 +81,7 @@ def test_what_a_scorer_counts_is_reported_once_for_the_run() -> None:
     made = scorers("length")
     made(ROWS)
     made(ROWS)
-    assert made.notes() == ["length: 4 responses with tools, which a rule is not given"]
+    assert made.notes() == ["length: 4 responses with tools, which is not passed to a rule"]
     made.close()
 
 
@@ -106,7 +106,7 @@ def test_a_rule_is_given_the_fields_that_it_asks_for_and_they_are_not_counted_as
         sampled = [replace(row, responses=(Response("a"), Response("bcd"))) for row in loaded.prompts]
         assert scores(sampled, rule) == {rule: expected}
         assert loaded.train.report.unused == unused
-    lacking = r"line 2: rule rules_of_this_test:wants asks for the field 'source'.*found: answer, tolerance\)"
+    lacking = r"line 2: rule rules_of_this_test:wants requires the field 'source'.*found: answer, tolerance\)"
     with pytest.raises(UserError, match=lacking):
         check_rules(replace(online_run(["rule:rules_of_this_test:wants"]), data=data), loaded.prompts)
 
@@ -139,7 +139,7 @@ def test_a_scorer_that_fails_is_asked_again_and_then_ends_the_run() -> None:
         (
             ["column:score"],
             {},
-            "online.reward=column:score: must be .*there are rule:module:func.*, judge:",
+            "online.reward=column:score: must be .*one of rule:module:func.*, judge:",
         ),
         (["rule:rules_of_this_test:length"], {"lenght": 1.0}, "online.reward_weights: no scorer is named lenght"),
     ],

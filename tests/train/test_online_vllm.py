@@ -45,7 +45,7 @@ for line in sys.stdin:
     elif what == "sample":
         (FOLDER / f"sample{{begun}}.json").write_text(line)
         responses = []
-        for place, seed in zip(asked["places"], asked["seeds"], strict=True):
+        for index, seed in zip(asked["prompt_indices"], asked["seeds"], strict=True):
             draw = random.Random(seed)
             length = draw.randint(1, asked["settings"]["max_tokens"])
             tokens = [draw.randint(8, 99) for _ in range(length)]
@@ -122,10 +122,10 @@ def test_it_is_given_what_an_export_has_and_its_samples_are_trained_on(
     assert tensors.keys() == exported.keys()
     for one, tensor in tensors.items():
         torch.testing.assert_close(tensor, exported[one], rtol=1e-6, atol=1e-6)
-    described, same = (json.loads((place / "config.json").read_text()) for place in (other, tmp_path / "exported"))
-    for place in (described, same):
+    described, same = (json.loads((folder / "config.json").read_text()) for folder in (other, tmp_path / "exported"))
+    for config in (described, same):
         for key in ("torch_dtype", "dtype", "transformers_version", "tie_word_embeddings"):
-            place.pop(key, None)
+            config.pop(key, None)
     assert described == same
     assert json.loads((other / "start.json").read_text())["max_model_len"] == 64
 
@@ -148,14 +148,14 @@ def test_its_end_is_that_of_the_run_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(AssertionError) as failed:
             run_training("gpt_rloo", [*keys, *layout, f"exp_manager.name=run{number}"])
         last = str(failed.value).strip().splitlines()[-1]
-        assert "online.sampler=vllm: its process ended with code 3 (out of memory); its log is" in last
+        assert "online.sampler=vllm: the vLLM process ended with code 3 (out of memory). See its log," in last
         shutil.rmtree(tmp_path / f"run{number}")
 
 
 def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:
     from nemo_rao.rollout.vllm_model import check_python
 
-    with pytest.raises(UserError, match=r"online.vllm_python=.*: has no vLLM; install it there"):
+    with pytest.raises(UserError, match=r"online.vllm_python=.*: has no vLLM. Install it there"):
         check_python(sys.executable)
     with pytest.raises(UserError, match=r"online.vllm_python=/nowhere/python: no such program"):
         check_python("/nowhere/python")
