@@ -349,7 +349,7 @@ def _bubble(rows: Sequence[Mapping[str, Any]]) -> str:
 def _start_up(report: _Report) -> str:
     first, again = (report["runs"][which] for which in ("first", "again"))
     rows = [[part, f"{first[part]['min']:.2f}", f"{again[part]['min']:.2f}"] for part in first]
-    found = "the reference pass and the tokenised data" if report["data_cache"] else "the reference pass"
+    found = "the reference pass and the tokenized data" if report["data_cache"] else "the reference pass"
     return (
         "## Start-up\n\n`python -m benchmarks.start_up`: seconds from the command to the end of the first step, the "
         f"fastest of {report['arguments']['repeats']} runs. *Again*: another run from the same weights on the same "

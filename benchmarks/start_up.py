@@ -25,7 +25,7 @@ from nemo_rao.demo.tokenizer_training import train_tokenizer
 
 def main() -> None:
     cached = any(field.name == "cache_dir" for field in dataclasses.fields(DataConfig))
-    arguments_of = parser((__doc__ or "").replace("{and}", " and the data tokenised" if cached else ""), repeats=2)
+    arguments_of = parser((__doc__ or "").replace("{and}", " and the data tokenized" if cached else ""), repeats=2)
     arguments_of.add_argument("--data", help="preference file; default: generated rows")
     arguments_of.add_argument("--prompts", type=int, default=200, help="number of generated prompts")
     arguments_of.add_argument("--responses", type=int, default=2, help="K")
