@@ -8,7 +8,6 @@ uses (``trainer.devices``, ``trainer.num_nodes``); a cluster's file states what 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rao.config.compose import package_recipes
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.keys import check, key
 from nemo_rao.runtime.console import warn_once
 
@@ -155,9 +154,8 @@ def _find(name: str, config_dir: str | None) -> Path:
         if (path := folder / "cluster" / f"{name}.yaml").is_file():
             return path
     names = cluster_names(folders)
-    near = difflib.get_close_matches(name, names, n=1)
     raise UserError(
-        f"cluster={name}: no such file{f', did you mean {near[0]}' if near else ''}; there are {', '.join(names)}. "
+        f"cluster={name}: no such file{did_you_mean(name, names)}; there are {', '.join(names)}. "
         "Your own is DIR/cluster/NAME.yaml with --config-dir DIR, or cluster=PATH.yaml"
     )
 
@@ -206,9 +204,8 @@ def _typed(values: Mapping[str, Any], *, where: str) -> ClusterConfig:
     arguments = {}
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {name}; {remedy}")
+            hint = did_you_mean(name, known, otherwise=f"; the keys are {', '.join(known)}")
+            raise UserError(f"{where}: unknown key {name}{hint}")
         kind = known[name].type
         if kind == "float" and type(value) is int:
             value = float(value)

@@ -7,10 +7,9 @@ It does not know the keys: its result is typed and checked in :mod:`nemo_rao.con
 
 import copy
 import dataclasses
-import difflib
 import os
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from nemo_rao.config.typed_config import (
     typed_config,
     types_of_keys,
 )
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.other_names import MADE_FILES, objective_hint
 
 QUOTING = "text with commas or brackets is put in quotes twice: 'key=\"a, b\"'"
@@ -154,7 +153,7 @@ def _find(config_name: str, config_dir: str | os.PathLike[str] | None) -> tuple[
         folders.insert(0, own)
     name = config_name.removesuffix(".yaml").removesuffix(".yml")
     if name not in (known := recipe_names(folders)):
-        hint = _did_you_mean(name, known) if (other := objective_hint(name)) is None else f": {other}"
+        hint = did_you_mean(name, known) if (other := objective_hint(name)) is None else f": {other}"
         raise UserError(f"no recipe named {name!r}{hint}; there are {', '.join(known)}")
     return name, folders
 
@@ -210,7 +209,7 @@ def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
             if (made := MADE_FILES.get((name, choice))) is not None:
                 raise UserError(f"{name}={choice}: no such file; {made}")
             raise UserError(
-                f"{name}={choice}: no such file{_did_you_mean(choice, options)}; there are {', '.join(options)}"
+                f"{name}={choice}: no such file{did_you_mean(choice, options)}; there are {', '.join(options)}"
             )
         return f"{name}={choice}" if override.package is None else text
     if override.is_delete():
@@ -261,7 +260,7 @@ def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path
         missing = error.missing_cfg_file or "a file of its defaults"
         group, _, choice = missing.rpartition("/")
         options = _groups(folders).get(group, []) if group else recipe_names(folders)
-        near = _did_you_mean(choice, options)
+        near = did_you_mean(choice, options)
         raise UserError(f"recipe {name}: there is no {missing}.yaml{near}; there are {', '.join(options)}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"recipe {name}: {first_line(error)}") from None
@@ -277,10 +276,3 @@ def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
         for file in folder.glob("*/**/*.yaml"):
             groups.setdefault(file.parent.relative_to(folder).as_posix(), set()).add(file.stem)
     return {group: sorted(names) for group, names in groups.items()}
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    # First what it is the end of (gpt_ppo of ppo), then letters that have changed places.
-    nearest.sort(key=lambda other: (not other.endswith(f"_{name}"), sorted(other) != sorted(name)))
-    return f", did you mean {nearest[0]}" if nearest else ""

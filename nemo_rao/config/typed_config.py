@@ -6,7 +6,6 @@ own.)
 """
 
 import dataclasses
-import difflib
 import functools
 import types
 import typing
@@ -19,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rao.config.architecture import warn_of_class
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, nearest
 from nemo_rao.keys import KeySpec, check
 from nemo_rao.objectives.registry import OBJECTIVES
 from nemo_rao.other_names import counterpart
@@ -151,17 +150,23 @@ def _unknown_key(name: str) -> UserError:
         return UserError(f"unknown key {name}; {here}")
     if of_objective:
         own = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == group}
-        near = difflib.get_close_matches(last, own, n=1)
-        remedy = f"did you mean {own[near[0]]}?" if near else f"the keys of {group} are {', '.join(own)}"
+        near = nearest(last, own)
+        remedy = f"did you mean {own[near]}?" if near else f"the keys of {group} are {', '.join(own)}"
         return UserError(f"unknown key {name}; {remedy}")
-    nearest = (
-        difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
+    # A misspelled key; the right key in the wrong group; a badly misspelled one; both.
+    meant = (
+        _nearest_key(name, keys, 0.8)
         or [key for key in keys if key.rpartition(".")[2] == last][:3]
-        or difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
-        or [key for key in keys if difflib.get_close_matches(last, [key.rpartition(".")[2]], cutoff=0.75)][:3]
+        or _nearest_key(name, keys, 0.6)
+        or [key for key in keys if nearest(last, [key.rpartition(".")[2]], cutoff=0.75)][:3]
     )
-    remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "all keys: nemo-rao train --print-config"
+    remedy = f"did you mean {' or '.join(meant)}?" if meant else "all keys: nemo-rao train --print-config"
     return UserError(f"unknown key {name}; {remedy}")
+
+
+def _nearest_key(name: str, keys: list[str], cutoff: float) -> list[str]:
+    near = nearest(name, keys, cutoff=cutoff)
+    return [] if near is None else [near]
 
 
 @functools.cache

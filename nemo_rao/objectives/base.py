@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nemo_rao.batch import LossOutput, ObjectiveBatch, RewardSummary
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.keys import check
 
 if TYPE_CHECKING:
@@ -190,7 +189,6 @@ class Objective:
         known = [field.name for field in dataclasses.fields(self.config_type)]
         for key in keys:
             if key not in known:
-                nearest = difflib.get_close_matches(key, known, n=1)
-                remedy = f"did you mean {nearest[0]}?" if nearest else f"its keys are {', '.join(known)}"
-                raise UserError(f"unknown key model.{self.name}.{key}; {remedy}")
+                hint = did_you_mean(key, known, otherwise=f"; its keys are {', '.join(known)}")
+                raise UserError(f"unknown key model.{self.name}.{key}{hint}")
         return self.config_type(**keys)

@@ -252,7 +252,7 @@ def test_paths_that_no_task_would_see_are_refused(
 
 
 def test_an_unknown_cluster_is_refused_with_the_nearest(refused: Callable[..., str]) -> None:
-    assert "cluster=slrum: no such file, did you mean slurm" in refused("cluster=slrum")
+    assert "cluster=slrum: no such file; did you mean slurm?" in refused("cluster=slrum")
     assert "cluster=no.yaml: no such file" in refused("cluster=no.yaml")
 
 

@@ -126,7 +126,7 @@ def test_each_study_of_the_package_has_both_sizes() -> None:
 
 
 REFUSED = [
-    (("recipe: gpt_rao", "recipe: gpt_roa"), "arms.rao: no recipe named 'gpt_roa', did you mean gpt_rao"),
+    (("recipe: gpt_rao", "recipe: gpt_roa"), "arms.rao: no recipe named 'gpt_roa'; did you mean gpt_rao?"),
     (("start: dpo", "start: dop"), "arms.rao: start: dop is neither an arm nor"),
     (("baseline: dpo", "baseline: ipo"), "baseline: ipo is not an arm that is compared"),
     (("[3, 5]", "[3, 3]"), "seeds: [3, 3] has a seed twice"),
