@@ -1,10 +1,11 @@
-"""Keys and values from files -> a typed, checked :class:`RunConfig`.
+"""From keys and values of files to a typed, checked :class:`RunConfig`.
 
 They are merged into the defaults, and each key is checked against its :class:`nemo_rao.keys.KeySpec`. (OmegaConf's
-structured configs were considered: they know neither ``Literal`` nor ``tuple``, and their messages name types of their
-own.)
+structured configs were considered: they support neither ``Literal`` nor ``tuple``, and their messages name internal
+types.)
 """
 
+import copy
 import dataclasses
 import functools
 import types
@@ -38,12 +39,12 @@ def typed_config(given: DictConfig, *, where: str) -> RunConfig:
     if not isinstance(overrides, dict):
         raise UserError(f"recipe {where}: it must be groups of keys, such as trainer: {{max_steps: 100}}")
     _require_known_keys(RunConfig, overrides, prefix="")
-    try:
-        merged = OmegaConf.merge(_defaults(), overrides)
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or where}: {first_line(error)}") from None
-    assert isinstance(values, dict)
+    values = _merged(copy.deepcopy(_defaults()), overrides)
+    if _has_interpolations(overrides):
+        try:
+            values = OmegaConf.to_container(OmegaConf.create(values), resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{error.full_key or where}: {first_line(error)}") from None
     config = _build(RunConfig, values)
     check(config)
     warn_of_class(config)
@@ -51,17 +52,17 @@ def typed_config(given: DictConfig, *, where: str) -> RunConfig:
 
 
 def load_recipe(path: Path) -> RunConfig:
-    """A whole recipe as a run has saved it, ``recipe.yaml``.
+    """The complete recipe that a run has saved, ``recipe.yaml``.
 
     Raises:
-        UserError: it is no recipe of this version.
+        UserError: it is not a recipe of this version.
     """
     try:
         given = OmegaConf.load(path)
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(given, DictConfig):
-        raise UserError(f"{path}: is no recipe")
+        raise UserError(f"{path}: is not a recipe")
     try:
         return typed_config(given, where=str(path))
     except UserError as error:
@@ -87,19 +88,41 @@ def types_of_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, 
 
 
 def require_known(name: str) -> None:
-    """Refuses a key that is not one, unless it stands in a free dictionary such as ``model.arch.extra``."""
+    """Refuse an unknown key, unless it is in a free dictionary such as ``model.arch.extra``."""
     free = (key for key, hint in types_of_keys().items() if typing.get_origin(hint) is dict)
     if name not in known_keys() and not any(name.startswith(f"{key}.") for key in free):
         raise _unknown_key(name)
 
 
 @functools.cache
-def _defaults() -> DictConfig:
-    return OmegaConf.create(dataclasses.asdict(RunConfig()))
+def _defaults() -> dict[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.create(dataclasses.asdict(RunConfig())))
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items()}
+
+
+def _merged(values: dict, others: dict) -> Any:
+    """``values``, changed: the other values replace them, and dictionaries are merged, as by ``OmegaConf.merge``.
+
+    That takes 20 ms for all keys, most of the time of composing a recipe that has been composed before.
+    """
+    for name, value in others.items():
+        ours = values.get(name)
+        values[name] = _merged(ours, value) if isinstance(ours, dict) and isinstance(value, dict) else value
+    return values
+
+
+def _has_interpolations(value: Any) -> bool:
+    """Whether OmegaConf has something to resolve, or a mandatory value to miss."""
+    if isinstance(value, dict):
+        return any(map(_has_interpolations, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_interpolations, value))
+    return isinstance(value, str) and ("${" in value or value == "???")
 
 
 def _require_known_keys(config_type: type, given: dict, prefix: str) -> None:
-    """Refuses keys that there are not, and takes out groups without keys (all their lines are commented out)."""
+    """Refuse unknown keys, and remove groups without keys (all their lines are commented out)."""
     hints = {name: hint for name, hint, _ in _keys_of(config_type)}
     for name, value in list(given.items()):
         key = f"{prefix}{name}"
@@ -181,12 +204,12 @@ def _is_section(hint: Any) -> TypeGuard[type]:
 
 
 def alternatives(hint: Any) -> set[Any]:
-    """The types of a union; a type alone is a union of one. Lists and dictionaries count as they stand."""
+    """The types of a union; any other type is a union of one."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return set(typing.get_args(hint))
     return {hint}
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of Hydra or OmegaConf says, without the lines that trace its own types and paths."""
+    """The message of an error of Hydra or OmegaConf, without the lines about internal types and paths."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
