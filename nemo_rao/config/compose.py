@@ -194,7 +194,7 @@ def _yaml_files(folder: Path) -> Iterator[_File]:
                 path = os.path.join(parent, name)
                 with contextlib.suppress(FileNotFoundError):  # deleted since, or a broken link
                     status = os.stat(path)
-                    yield _File(os.path.relpath(path, folder), status.st_mtime_ns, status.st_size)
+                    yield _File(path.removeprefix(f"{folder}/"), status.st_mtime_ns, status.st_size)
 
 
 def _find(config_name: str, config_dir: str | os.PathLike[str] | None) -> tuple[str, _Recipes]:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_rao.config.architecture import warn_of_class
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError, nearest
-from nemo_rao.keys import KeySpec, check
+from nemo_rao.keys import KeySpec, make, spec_of, type_hints
 from nemo_rao.objectives.registry import OBJECTIVES
 from nemo_rao.other_names import counterpart
 
@@ -45,8 +45,7 @@ def typed_config(given: DictConfig, *, where: str) -> RunConfig:
             values = OmegaConf.to_container(OmegaConf.create(values), resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
             raise UserError(f"{error.full_key or where}: {first_line(error)}") from None
-    config = _build(RunConfig, values)
-    check(config)
+    config = make(RunConfig, values)
     warn_of_class(config)
     return config
 
@@ -144,21 +143,6 @@ def not_a_value(group: str, value: Any) -> UserError:
     return UserError(f"{group}={value}: {group} is a group of keys; {remedy}")
 
 
-def _build(config_type: type, values: dict) -> Any:
-    """An instance of a config class. YAML's lists become tuples, its whole numbers floats, where the types say so."""
-    arguments = {}
-    for name, hint, _ in _keys_of(config_type):
-        value, kinds = values[name], alternatives(hint)
-        if _is_section(hint):
-            value = _build(hint, value)
-        elif isinstance(value, list) and tuple in {typing.get_origin(kind) for kind in kinds}:
-            value = tuple(value)
-        elif type(value) is int and float in kinds and int not in kinds:
-            value = float(value)
-        arguments[name] = value
-    return config_type(**arguments)
-
-
 def _unknown_key(name: str) -> UserError:
     if name.partition(".")[0] == "cluster":
         return UserError(
@@ -195,8 +179,7 @@ def _nearest_key(name: str, keys: list[str], cutoff: float) -> list[str]:
 @functools.cache
 def _keys_of(config_type: type) -> tuple[tuple[str, Any, KeySpec], ...]:
     """(name, type, spec) of each key of a config class."""
-    hints = typing.get_type_hints(config_type)
-    return tuple((field.name, hints[field.name], field.metadata["key"]) for field in dataclasses.fields(config_type))
+    return tuple((name, hint, spec_of(config_type, name)) for name, hint in type_hints(config_type).items())
 
 
 def _is_section(hint: Any) -> TypeGuard[type]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nemo_rao.batch import LossOutput, ObjectiveBatch, RewardSummary
-from nemo_rao.errors import UserError, did_you_mean
-from nemo_rao.keys import check
+from nemo_rao.keys import check, make
 
 if TYPE_CHECKING:
     import numpy as np
@@ -186,9 +184,4 @@ class Objective:
         Raises:
             UserError: a key that does not exist, a value that is not allowed.
         """
-        known = [field.name for field in dataclasses.fields(self.config_type)]
-        for key in keys:
-            if key not in known:
-                hint = did_you_mean(key, known, otherwise=f"; its keys are {', '.join(known)}")
-                raise UserError(f"unknown key model.{self.name}.{key}{hint}")
-        return self.config_type(**keys)
+        return make(self.config_type, keys, f"model.{self.name}")

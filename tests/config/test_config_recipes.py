@@ -101,7 +101,7 @@ def test_a_recipe_of_its_own_needs_no_defaults_list(tmp_path: Path) -> None:
     ("content", "parts"),
     [
         ("trainer: {max_step: 3}", ("unknown key trainer.max_step", "trainer.max_steps?")),
-        ("trainer: {max_steps: abc}", ("trainer.max_steps", "abc", "whole number")),
+        ("trainer: {max_steps: abc}", ("trainer.max_steps", "abc", "an integer")),
         ("trainer: 3", ("trainer=3", "group of keys")),
         ("trainer: {max_steps: 3\nx: 3", ("mine.yaml", "line 2", "YAML")),
         ("trainer:\n  max_steps: 3\n  max_steps: 4", ("mine.yaml", "duplicate key max_steps")),
