@@ -91,7 +91,7 @@ def test_numbers_are_text_only_where_that_is_asked_for() -> None:
     for wrong in ({"text": 4}, {"texts": {"a": 1}}):
         with pytest.raises(UserError, match="text"):
             make(Texts, wrong)
-    with pytest.raises(UserError, match="^text=True: must be text$"):
+    with pytest.raises(UserError, match=r"^text=True: must be text$"):
         make(Texts, {"text": True}, numbers_as_text=True)
 
 

@@ -180,7 +180,7 @@ def refused(
     ("cluster", "arguments", "parts"),
     [
         ("scheduler: slurm\n", (), ("cluster.partition is not set", "sinfo")),
-        ("partition: a\npartiton: b\n", (), ("mine.yaml: unknown key partiton", "did you mean partition?")),
+        ("partition: a\npartiton: b\n", (), ("mine.yaml: unknown key cluster.partiton", "did you mean partition?")),
         ("partition: [a\n", (), ("mine.yaml: cannot be read",)),
         ("- a\n", (), ("mine.yaml: it must be keys and values",)),
         ("partition: a\nnodes: 0\n", (), ("cluster.nodes=0", ">= 1")),
