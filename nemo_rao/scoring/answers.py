@@ -1,6 +1,7 @@
 """A judge's answers on disk: question's key -> its answers, oldest first.
 
-SQLite: one file, safe against kills in the middle of a write, usable by several runs at once.
+SQLite: one file, safe against kills in the middle of a write, usable by several runs at once. (Not a
+:class:`nemo_rao.runtime.part_file.PartFile`, which has one writer and items in order.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,18 @@
-"""Questions to an OpenAI-compatible endpoint, several at once, each asked again while there is hope of an answer.
+"""Questions to an OpenAI-compatible endpoint, several at once, with retries.
 
-Asynchronous on one thread, so that Ctrl-C or a failure ends all that is under way at once. (Considered: the client of
-the `openai` package, which repeats requests itself, and `tenacity`; neither is in the pinned set, and what is needed
-of them are the twenty lines of ``Endpoint._answer``. urllib3's ``Retry`` has no jitter in the pinned release.)
+Asynchronous on one thread, so that Ctrl-C or a failure cancels all requests at once.
+
+Retries are the loop in ``Endpoint._answer``, after considering
+
+- the client of the ``openai`` package: it retries by status code alone, and not when a server answers 200 with
+  something that is not a completion, as proxies do while a server starts; and it would be a dependency of all
+  installations for one POST request;
+- ``tenacity``: whether to retry, how long to wait (backoff with jitter, or Retry-After if that is longer) and what to
+  report in the end all depend on the response, so that its stop, wait, retry and error callbacks would be the same
+  lines in four places.
+
+A request has a deadline, ``timeout``, from start to last byte; a question has none beyond ``retries`` of them, because
+a run that gives up can be resumed: answers are on disk when they arrive (:mod:`nemo_rao.scoring.answers`).
 """
 
 from __future__ import annotations
@@ -73,7 +83,7 @@ class Endpoint:
         self._answered = False
 
     def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
-        """Where one question fails, or Ctrl-C is pressed, the others are given up."""
+        """If one question fails, or Ctrl-C is pressed, the others are cancelled."""
 
         async def one(number: int, question: ChatQuestion) -> None:
             keep(number, await self._answer(question))
@@ -90,7 +100,7 @@ class Endpoint:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, question: ChatQuestion) -> ChatAnswer:
-        """The answer, or what the endpoint sent in its place where it has answered other questions.
+        """The answer, or what the endpoint sent instead, if it has answered other questions.
 
         Raises:
             ScoringFailure: the key is refused, the endpoint or the model is not there, or every retry failed.
@@ -168,7 +178,7 @@ class Endpoint:
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Reading them takes a tenth of a second, so it is done once."""
+    """Cached, because reading them takes a tenth of a second."""
     return httpx.create_ssl_context()
 
 
@@ -184,7 +194,7 @@ def _read(response: httpx.Response) -> ChatAnswer:
     """The answer in a chat completion; empty for one without text.
 
     Raises:
-        _Unreadable: the body is no chat completion, or its content is neither text nor parts of text.
+        _Unreadable: the body is not a chat completion, or its content is neither text nor parts of text.
     """
     try:
         choice = response.json()["choices"][0]
@@ -216,7 +226,7 @@ def _text_of(part: object) -> str:
 
 
 def _asked_to_wait(response: httpx.Response) -> float:
-    """Seconds that the endpoint asks to be left alone."""
+    """Seconds to wait that the endpoint asks for."""
     try:
         return min(max(float(response.headers.get("retry-after", "0")), 0.0), 5 * LONGEST_WAIT)
     except ValueError:  # a date

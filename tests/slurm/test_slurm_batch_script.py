@@ -125,7 +125,7 @@ def test_max_lives_counts_the_first_start_and_is_deprecated(tmp_path: Path, caps
     (tmp_path / "both.yaml").write_text("max_lives: 7\nmax_restarts: 7\n")
     with pytest.raises(UserError, match="max_lives and max_restarts are both given"):
         read_cluster([f"cluster={tmp_path}/both.yaml"], None)
-    with pytest.raises(UserError, match="unknown key max_lives"):
+    with pytest.raises(UserError, match=r"unknown key cluster\.max_lives; did you mean max_restarts\?"):
         read_cluster([f"cluster={tmp_path}/old.yaml", "cluster.max_lives=0"], None)
 
 
