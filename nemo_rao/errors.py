@@ -1,4 +1,4 @@
-"""The errors that speak to users, and how entry points tell them. Everything else that raises is a mistake of ours."""
+"""Errors for users, and how entry points report them. Any other exception is a bug."""
 
 import contextlib
 import difflib
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
-    """Input that cannot be used: one line that names the place (file, row or key) and the remedy.
+    """Invalid input: one line with the file, row or key, what is wrong, and what to do.
 
     Entry points print the line and exit with code 2, before anything heavy starts.
     """
@@ -15,25 +15,37 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def errors_at(where: str) -> Iterator[None]:
-    """Prefixes a :class:`UserError` with the file, key or run it is about, if there is one."""
+    """Prefix each :class:`UserError` with the file, key or run that it is about, unless ``where`` is empty."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from None
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a line about an unknown name: ``; did you mean NEAREST?``, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+    """The known name that was probably meant, or ``None`` if none is similar.
+
+    Args:
+        cutoff: least similarity, from 0 to 1, in the sense of :class:`difflib.SequenceMatcher`.
+    """
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
+    # First names that end in this one (gpt_ppo for ppo), then those with the same letters in another order.
+    near.sort(key=lambda other: (not other.endswith(f"_{name}"), sorted(other) != sorted(name)))
+    return near[0] if near else None
+
+
+def did_you_mean(name: str, known: Iterable[str], *, otherwise: str = "", cutoff: float = 0.5) -> str:
+    """The end of a message about an unknown name: ``; did you mean NEAREST?``, or ``otherwise`` if none is similar."""
+    near = nearest(name, known, cutoff=cutoff)
+    return otherwise if near is None else f"; did you mean {near}?"
 
 
 class RankFailure(RuntimeError):
-    """A rank of a run died. The message is what to show: its traceback, or the signal that killed it."""
+    """A rank of a run failed. The message is its traceback, or names the signal that killed it."""
 
 
 def report(error: UserError | RankFailure) -> int:
-    """Tells on stderr what stopped a run. Returns the exit code: 2, in one line, for input; 1 for a rank."""
+    """Print an error to stderr, invalid input in one line. Returns the exit code: 2 for input, 1 for a rank."""
     said = " ".join(str(error).split()) if isinstance(error, UserError) else str(error)
     print(f"error: {said}", file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1

@@ -1,17 +1,20 @@
 """Typed configuration keys: every key has its default, its range and its comment in one place.
 
-A config is a plain dataclass whose fields are made by :func:`key`. The recipe system reads the same metadata to
-check a user's value, to print a recipe with its comments, and to name the nearest known key.
+A config is a plain dataclass whose fields are made by :func:`key`: recipes, objectives, clusters, judges, studies and
+options of commands. :func:`make` builds one from a mapping, :func:`check` checks one that exists; both report the first
+error as ``KEY=VALUE: must be ALLOWED (COMMENT)``, or ``unknown key KEY; did you mean NEAREST?``.
 """
 
 import dataclasses
-import math
+import functools
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, did_you_mean
+
+Config = TypeVar("Config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,67 +57,172 @@ def section(config_type: type, comment: str) -> Any:
     return dataclasses.field(default_factory=config_type, metadata={"key": KeySpec(comment)})
 
 
+def make(
+    config_type: type[Config], values: Mapping[str, Any], prefix: str = "", *, numbers_as_text: bool = False
+) -> Config:
+    """An instance of a config class with these keys set.
+
+    Types are strict, except that integers are converted to floats and lists to tuples where the field's type says so:
+    ``True`` and ``"3"`` are not numbers.
+
+    Args:
+        config_type: a dataclass; fields that are dataclasses themselves take mappings.
+        values: key -> value, as YAML has them.
+        prefix: the dotted name of the config, such as ``model.rao``, for messages.
+        numbers_as_text: also convert numbers where text is expected, such as an account that is called 1234.
+
+    Raises:
+        UserError: the first unknown key, with the nearest known one; or else the first key with an invalid value.
+    """
+    return _instance(config_type, _validated(config_type, dict(values), prefix, numbers_as_text))
+
+
 def check(config: Any, prefix: str = "") -> None:
     """Refuse a config with a value of another type than its field's, out of its range, or not finite.
 
     Args:
-        config: an instance of a dataclass; fields that are dataclasses themselves are checked alike. A whole number
-            passes as a float; ``True`` and ``False`` pass as ``bool`` alone.
+        config: an instance of a dataclass; fields that are dataclasses themselves are checked alike.
         prefix: the dotted name of ``config``, such as ``model.rao``, for the message.
 
     Raises:
         UserError: the first such key by its full name, its value, and what is allowed.
     """
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        name = f"{prefix}.{field.name}" if prefix else field.name
-        value, hint = getattr(config, field.name), hints[field.name]
-        spec = field.metadata.get("key", KeySpec(""))
-        comment = f" ({spec.comment})" if spec.comment else ""
-        if not _is_instance(value, hint):
-            raise UserError(f"{name}={value!r}: must be {_describe(hint)}{comment}")
-        if dataclasses.is_dataclass(value):
-            check(value, name)
-            continue
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            for allowed in _violations(item, spec):
-                raise UserError(f"{name}={value!r}: must be {allowed}{comment}")
+    _validated(type(config), _as_dict(config), prefix, False)
 
 
-def _violations(value: Any, spec: KeySpec) -> Iterator[str]:
-    """What ``value`` should have been, where it is not."""
-    if spec.choices is not None and value not in spec.choices:
-        yield f"one of {', '.join('null' if choice is None else repr(choice) for choice in spec.choices)}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return
-    if not math.isfinite(value):
-        yield "finite"
-    if spec.low is not None and (value < spec.low or (spec.exclusive and value == spec.low)):
-        yield f"{'>' if spec.exclusive else '>='} {spec.low:g}"
-    if spec.high is not None and (value > spec.high or (spec.exclusive and value == spec.high)):
-        yield f"{'<' if spec.exclusive else '<='} {spec.high:g}"
+def _as_dict(config: Any) -> dict[str, Any]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: _as_dict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
 
-def _is_instance(value: Any, hint: Any) -> bool:
-    """``isinstance`` for the type hints that configs use."""
-    if hint is Any:
-        return True
+def _instance(config_type: type[Config], values: Mapping[str, Any]) -> Config:
+    hints: dict[str, Any] = type_hints(typing.cast(type, config_type))
+    return config_type(
+        **{
+            name: _instance(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
+            for name, value in values.items()
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- pydantic
+# Types and ranges are checked by pydantic, in a TypedDict that has a config's keys. Config classes stay plain
+# dataclasses, which can be read, compared and replaced without it; and a TypedDict's keys, unlike fields of a pydantic
+# model, may have any name (copy, model_type). pydantic is imported when the first config is made, so that --help does
+# not wait for it.
+
+_RANGES = {"greater_than": "> {gt:g}", "greater_than_equal": ">= {ge:g}", "less_than": "< {lt:g}"}
+_RANGES |= {"less_than_equal": "<= {le:g}", "finite_number": "finite", "choice": "{allowed}"}
+
+
+@functools.cache
+def type_hints(config_type: type) -> dict[str, Any]:
+    """Name -> type of each field of a config class."""
+    hints = typing.get_type_hints(config_type)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_type)}
+
+
+def _validated(config_type: type, values: dict[str, Any], prefix: str, numbers_as_text: bool) -> dict[str, Any]:
+    from pydantic import ValidationError
+
+    try:
+        return _validator(config_type, numbers_as_text).validate_python(values)
+    except ValidationError as error:
+        raise UserError(_first_problem(error.errors(include_url=False), config_type, values, prefix)) from None
+
+
+@functools.cache
+def _validator(config_type: type, numbers_as_text: bool) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_schema(config_type, numbers_as_text))
+
+
+def _schema(config_type: type, numbers_as_text: bool) -> Any:
+    """The TypedDict with the keys of a config class."""
+    from pydantic import ConfigDict
+    from typing_extensions import TypedDict
+
+    typed_dict: Any = TypedDict  # to type checkers, its fields have to be literals
+    schema = typed_dict(
+        config_type.__name__,
+        {
+            name: _annotated(hint, spec_of(config_type, name), numbers_as_text)
+            for name, hint in type_hints(config_type).items()
+        },
+        total=False,
+    )
+    schema.__pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=numbers_as_text)
+    return schema
+
+
+def _annotated(hint: Any, spec: KeySpec, numbers_as_text: bool) -> Any:
+    """A type hint of a config for pydantic: strict, and within the bounds and choices of its key."""
+    from pydantic import AfterValidator, Field, Strict
+
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _schema(hint, numbers_as_text)
     if origin in (typing.Union, types.UnionType):
-        return any(_is_instance(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return any(value == argument and type(value) is type(argument) for argument in arguments)
-    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
-        return isinstance(value, origin) and all(_is_instance(item, arguments[0]) for item in value)
-    if origin is tuple:
-        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_is_instance, value, arguments))
+        return typing.Union[tuple(_annotated(one, spec, numbers_as_text) for one in arguments)]  # noqa: UP007
+    if origin is list:
+        return Annotated[list[_annotated(arguments[0], spec, False)], Strict()]  # type: ignore[misc]
+    if origin is tuple:  # not strict: YAML has lists only
+        items = tuple(one if one is Ellipsis else _annotated(one, spec, False) for one in arguments)
+        return tuple[items]  # type: ignore[valid-type]
     if origin is dict:
-        return isinstance(value, dict) and all(
-            _is_instance(name, arguments[0]) and _is_instance(item, arguments[1]) for name, item in value.items()
-        )
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+        key_type, item = _annotated(arguments[0], KeySpec(""), False), arguments[1]
+        return Annotated[dict[key_type, _annotated(item, KeySpec(""), numbers_as_text)], Strict()]  # type: ignore
+    limits: list[Any] = []
+    if spec.choices is not None:
+        limits.append(AfterValidator(functools.partial(_require_choice, spec.choices)))
+    if hint in (int, float):
+        low, high = ("gt", "lt") if spec.exclusive else ("ge", "le")
+        bounds = {low: spec.low, high: spec.high, "allow_inf_nan": False if hint is float else None}
+        limits.append(Field(**{name: bound for name, bound in bounds.items() if bound is not None}))  # type: ignore
+    if hint in (bool, int, float) or (hint is str and not numbers_as_text):
+        limits.append(Strict())
+    return Annotated[(hint, *limits)] if limits else hint  # type: ignore[return-value]
+
+
+def _require_choice(choices: tuple[Any, ...], value: Any) -> Any:
+    from pydantic_core import PydanticCustomError
+
+    if value not in choices:
+        allowed = ", ".join("null" if choice is None else repr(choice) for choice in choices)
+        raise PydanticCustomError("choice", "", {"allowed": f"one of {allowed}"})
+    return value
+
+
+def _first_problem(errors: Sequence[Any], config_type: type, values: Mapping[str, Any], prefix: str) -> str:
+    """The message about the first unknown key, or else about the first invalid value."""
+    unknown = [error for error in errors if error["type"] in ("extra_forbidden", "invalid_key")]
+    first = (unknown or errors)[0]["loc"]
+    path, where, value, spec, hint = [prefix] if prefix else [], config_type, values, KeySpec(""), config_type
+    for name in first:
+        path.append(str(name))
+        if unknown and name == first[-1]:
+            known = list(type_hints(where))
+            near = did_you_mean(str(name), known, otherwise=f"; there are {', '.join(known)}")
+            return f"unknown key {'.'.join(path)}{near}"
+        spec, hint, value = spec_of(where, name), type_hints(where)[name], value[name]
+        if not dataclasses.is_dataclass(hint) or not isinstance(value, dict):
+            break
+        where = hint
+    # Of a union, each type that the value does not have is an error; a value out of its type's range says more.
+    same_key = [
+        error for error in errors if error["loc"][: len(path) - bool(prefix)] == first[: len(path) - bool(prefix)]
+    ]
+    ranges = [_RANGES[error["type"]].format(**error.get("ctx", {})) for error in same_key if error["type"] in _RANGES]
+    comment = f" ({spec.comment})" if spec.comment else ""
+    return f"{'.'.join(path)}={value!r}: must be {ranges[0] if ranges else _describe(hint)}{comment}"
+
+
+def spec_of(config_type: type, name: str) -> KeySpec:
+    """The :class:`KeySpec` of a field of a config class."""
+    [field] = [field for field in dataclasses.fields(config_type) if field.name == name]
+    return field.metadata.get("key", KeySpec(""))
 
 
 def _describe(hint: Any) -> str:
@@ -124,9 +232,13 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(argument) for argument in arguments)
     if origin is typing.Literal:
         return " or ".join(map(repr, arguments))
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {' and '.join(map(_describe, arguments))}"
     if origin in (list, tuple):
         return f"a list, each item {_describe(arguments[0])}"
     if origin is dict:
         return f"a dictionary, each value {_describe(arguments[1])}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if dataclasses.is_dataclass(hint):
+        return "a group of keys"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words.get(hint) or ("anything" if hint is Any else hint.__name__)

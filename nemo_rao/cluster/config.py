@@ -7,11 +7,9 @@ uses (``trainer.devices``, ``trainer.num_nodes``); a cluster's file states what 
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rao.config.compose import package_recipes
-from nemo_rao.errors import UserError
-from nemo_rao.keys import check, key
+from nemo_rao.errors import UserError, did_you_mean, errors_at
+from nemo_rao.keys import key, make
 from nemo_rao.runtime.console import warn_once
 
 
@@ -118,7 +116,8 @@ def read_cluster(overrides: Sequence[str], config_dir: str | None) -> tuple[str,
     values = _renamed(_read(path), str(path))
     for text in own:
         values |= _renamed(_parse(text), text)
-    return name, _typed(values, where=str(path)), left
+    with errors_at(str(path)):  # an account or a partition named by a number, a time in minutes
+        return name, make(ClusterConfig, values, "cluster", numbers_as_text=True), left
 
 
 def cluster_names(folders: Sequence[Path]) -> list[str]:
@@ -155,9 +154,8 @@ def _find(name: str, config_dir: str | None) -> Path:
         if (path := folder / "cluster" / f"{name}.yaml").is_file():
             return path
     names = cluster_names(folders)
-    near = difflib.get_close_matches(name, names, n=1)
     raise UserError(
-        f"cluster={name}: no such file{f', did you mean {near[0]}' if near else ''}; there are {', '.join(names)}. "
+        f"cluster={name}: no such file{did_you_mean(name, names)}; there are {', '.join(names)}. "
         "Your own is DIR/cluster/NAME.yaml with --config-dir DIR, or cluster=PATH.yaml"
     )
 
@@ -199,30 +197,6 @@ def _parse(text: str) -> dict[str, Any]:
     except HydraException:
         read = value
     return {name.removeprefix("cluster."): read}
-
-
-def _typed(values: Mapping[str, Any], *, where: str) -> ClusterConfig:
-    known = {field.name: field for field in dataclasses.fields(ClusterConfig)}
-    arguments = {}
-    for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {name}; {remedy}")
-        kind = known[name].type
-        if kind == "float" and type(value) is int:
-            value = float(value)
-        elif kind in ("str", "str | None") and type(value) in (int, float):
-            value = str(value)  # an account or a partition named by a number, a time in minutes
-        elif kind == "dict[str, str]" and isinstance(value, dict):
-            value = {name: str(item) if type(item) in (int, float) else item for name, item in value.items()}
-        arguments[name] = value
-    config = ClusterConfig(**arguments)
-    try:
-        check(config, "cluster")
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return config
 
 
 def _renamed(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -1,29 +1,34 @@
 """From YAML and ``key=value`` to a typed, checked :class:`RunConfig`.
 
-Hydra finds the files, puts the groups (``model``, ``precision``, ``objective``) together and applies the overrides.
-It does not know the keys: its result is typed and checked in :mod:`nemo_rao.config.typed_config`. Every error is a
+Hydra finds the files, composes the groups (``model``, ``precision``, ``objective``) and parses the overrides. It does
+not know the keys: its result is typed and checked in :mod:`nemo_rao.config.typed_config`. Every error is a
 :class:`UserError` of one line.
+
+Composing takes Hydra about 0.1 s. A process that composes one recipe many times, such as a sweep, pays this once: the
+composition of a recipe with its groups is cached until one of the YAML files changes, and values are set in a copy.
 """
 
+import contextlib
 import copy
 import dataclasses
-import difflib
+import functools
+import itertools
 import os
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import hydra
 import yaml
-from hydra import version as hydra_version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep, ValueType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
-from hydra.types import RunMode
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,7 +43,7 @@ from nemo_rao.config.typed_config import (
     typed_config,
     types_of_keys,
 )
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.other_names import MADE_FILES, objective_hint
 
 QUOTING = "text with commas or brackets is put in quotes twice: 'key=\"a, b\"'"
@@ -47,7 +52,7 @@ QUOTING = "text with commas or brackets is put in quotes twice: 'key=\"a, b\"'"
 def compose(
     config_name: str, overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None
 ) -> RunConfig:
-    """The run that a recipe and the overrides describe.
+    """The run described by a recipe and overrides.
 
     Args:
         config_name: a YAML file of ``config_dir`` or of the package, with or without ``.yaml``, or an old name of the
@@ -58,9 +63,8 @@ def compose(
     Raises:
         UserError: one line that names the file, group or key, and what is allowed.
     """
-    name, folders = _find(config_name, config_dir)
-    groups = _groups(folders)
-    composed, grid = _compose_untyped(name, [_prepare(_parse(text), groups) for text in overrides], folders)
+    name, recipes = _find(config_name, config_dir)
+    composed, grid = _compose_untyped(name, [_prepare(_parse(text), recipes.groups) for text in overrides], recipes)
     if grid:
         raise UserError(
             f"recipe {name}: a grid of {' and '.join(grid)} is several runs (search=, or hydra.sweeper.params); add "
@@ -72,11 +76,11 @@ def compose(
 def compose_grid(
     config_name: str, overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None
 ) -> list[tuple[tuple[str, ...], RunConfig]]:
-    """The runs of a grid: of each the overrides that are its own, and its config. The last key changes first.
+    """The runs of a grid: for each run, its overrides and its config. The last key varies fastest.
 
-    A grid is made of overrides with several values, in Hydra's syntax (``0.05,0.1``, ``choice(a,b)``, ``range(1,4)``),
-    and of the same in ``hydra.sweeper.params`` of the recipe or of a group's file (``search=dpo``); what is set in
-    ``overrides`` replaces that. Without any, there is one run, without overrides of its own.
+    A grid consists of overrides with several values, in Hydra's syntax (``0.05,0.1``, ``choice(a,b)``,
+    ``range(1,4)``), and of those in ``hydra.sweeper.params`` of the recipe or of a group's file (``search=dpo``);
+    ``overrides`` take precedence. Without any, there is a single run, which has no overrides.
 
     Args:
         config_name, overrides, config_dir: see :func:`compose`.
@@ -84,26 +88,26 @@ def compose_grid(
     Raises:
         UserError: see :func:`compose`; an error in one run is reported with that run's overrides.
     """
-    name, folders = _find(config_name, config_dir)
-    groups = _groups(folders)
+    name, recipes = _find(config_name, config_dir)
+    groups = recipes.groups
     given = [_parse(text) for text in overrides]
     for text, read in zip(overrides, given, strict=True):
         if read.input_line != text and "," in text:  # not Hydra's syntax, so taken literally
             raise UserError(f'{text}: cannot be read as several values; put each in quotes: \'key="a=1","b=2"\'')
     fixed = [_prepare(one, groups) for one in given if not one.is_sweep_override()]
-    _, grid = _compose_untyped(name, fixed, folders)
+    _, grid = _compose_untyped(name, fixed, recipes)
     by_key = {one.key_or_group: one for one in [*(_parse(f"{key}={value}") for key, value in grid.items()), *given]}
     once = [_prepare(one, groups) for one in by_key.values() if not one.is_sweep_override()]
     combinations = _combinations([one for one in by_key.values() if one.is_sweep_override()])
 
-    of_groups: dict[tuple[str, ...], DictConfig] = {}  # what Hydra has composed, by the choices of groups
+    of_groups: dict[tuple[str, ...], DictConfig] = {}  # compositions by the choices of groups
     runs = []
     for own in combinations:
         try:
             choices = tuple(text for text in own if text.partition("=")[0] in groups)
             if choices not in of_groups:
                 prepared = [_prepare(_parse(text), groups) for text in choices]
-                of_groups[choices], its_grid = _compose_untyped(name, [*once, *prepared], folders)
+                of_groups[choices], its_grid = _compose_untyped(name, [*once, *prepared], recipes)
                 if its_grid != grid:
                     raise UserError("a file with a grid of its own is chosen once, not swept over")
             values = copy.deepcopy(of_groups[choices])
@@ -115,7 +119,7 @@ def compose_grid(
 
 
 def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The same run with some keys set anew, ``key=value``. Other files of groups can no longer be chosen.
+    """The same run with some keys overridden, ``key=value``. Groups can no longer be chosen.
 
     Raises:
         UserError: see :func:`compose`.
@@ -127,58 +131,112 @@ def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def _update(values: DictConfig, overrides: Sequence[str]) -> None:
     for text in overrides:
-        parsed = _parse(_prepare(_parse(text), groups={}))
+        _set(values, _prepare(_parse(text), groups={}))
+
+
+def _set(values: DictConfig, prepared: str) -> None:
+    """Apply ``++key=value``, as Hydra does: dictionaries are merged."""
+    parsed = _parse(prepared)
+    try:
         OmegaConf.update(values, parsed.key_or_group, parsed.value(), force_add=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{prepared.lstrip('+')}: {first_line(error)}") from None
 
 
 def package_recipes() -> Path:
-    """The folder of the package's recipes: inside it once installed, at the top of a checkout otherwise."""
+    """The directory of the package's recipes: inside an installed package, at the top of a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed, checkout = package / "conf", package.parent / "conf"
     return installed if installed.is_dir() else checkout
 
 
 def recipe_names(folders: Sequence[Path]) -> list[str]:
-    """Names of the recipes in these folders."""
+    """Names of the recipes in these directories."""
     return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
 
 
 # ---------------------------------------------------------------------------------------------- overrides and Hydra
 
 
-def _find(config_name: str, config_dir: str | os.PathLike[str] | None) -> tuple[str, list[Path]]:
-    """The recipe's name, and the folders in which it and the files of groups are looked for."""
+class _File(NamedTuple):
+    """A YAML file, with what changes when its contents do."""
+
+    path: str
+    mtime_ns: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipes:
+    """The directories that are searched for recipes and groups, in this order, and the YAML files in each."""
+
+    folders: tuple[Path, ...]
+    files: tuple[tuple[_File, ...], ...]
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The recipes: files directly in a directory."""
+        return sorted({Path(file.path).stem for files in self.files for file in files if "/" not in file.path})
+
+    @functools.cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """Group (a directory below a directory of recipes) -> names of its files."""
+        groups: dict[str, set[str]] = {}
+        for file in itertools.chain(*self.files):
+            group, slash, name = file.path.rpartition("/")
+            if slash:
+                groups.setdefault(group, set()).add(name.removesuffix(".yaml"))
+        return {group: sorted(names) for group, names in sorted(groups.items())}
+
+
+def _yaml_files(folder: Path) -> Iterator[_File]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".yaml"):
+                path = os.path.join(parent, name)
+                with contextlib.suppress(FileNotFoundError):  # deleted since, or a broken link
+                    status = os.stat(path)
+                    yield _File(path.removeprefix(f"{folder}/"), status.st_mtime_ns, status.st_size)
+
+
+def _find(config_name: str, config_dir: str | os.PathLike[str] | None) -> tuple[str, _Recipes]:
+    """The recipe's name, and the directories that are searched for it and for the files of groups."""
     folders = [package_recipes()]
     if config_dir is not None:
         own = Path(config_dir).expanduser().resolve()
         if not own.is_dir():
-            raise UserError(f"--config-dir {config_dir}: no such folder")
+            raise UserError(f"--config-dir {config_dir}: no such directory")
         folders.insert(0, own)
+    recipes = _Recipes(tuple(folders), tuple(tuple(sorted(_yaml_files(folder))) for folder in folders))
     name = config_name.removesuffix(".yaml").removesuffix(".yml")
-    if name not in (known := recipe_names(folders)) and name not in MOVED_RECIPES:
-        hint = _did_you_mean(name, known) if (other := objective_hint(name)) is None else f": {other}"
+    if name not in (known := recipes.names) and name not in MOVED_RECIPES:
+        hint = did_you_mean(name, known) if (other := objective_hint(name)) is None else f": {other}"
         raise UserError(f"no recipe named {name!r}{hint}; there are {', '.join(known)}")
-    return name, folders
+    return name, recipes
 
 
 def _combinations(swept: Sequence[Override]) -> list[tuple[str, ...]]:
-    """Every combination of the values of these overrides, each a tuple of ``key=value``; of none, the empty one."""
+    """All combinations of the values of these overrides, each a tuple of ``key=value``; ``[()]`` without overrides."""
     for one in swept:
         values = one.value()
         if one.value_type in (ValueType.INTERVAL_SWEEP, ValueType.GLOB_CHOICE_SWEEP) or (
             isinstance(values, (ChoiceSweep, RangeSweep)) and values.shuffle
         ):
-            # A shuffled list would be another one on every rank that is started from outside.
+            # Ranks that were started by srun or torchrun would each shuffle in another way.
             raise UserError(f"{one.input_line}: only a list of values in their order is swept over; write them out")
     try:
-        [found] = BasicSweeper.split_arguments(list(swept), max_batch_size=None)
+        choices = [
+            [f"{one.get_key_element().lstrip('+')}={value}" for value in one.sweep_string_iterator()] for one in swept
+        ]
     except (HydraException, ValueError) as error:
         raise UserError(f"{' '.join(str(one.input_line) for one in swept)}: {first_line(error)}") from None
-    if not found:
-        raise UserError(f"{' '.join(str(one.input_line) for one in swept)}: a range without values; widen it")
-    return [tuple(text.lstrip("+") for text in combination) for combination in found]
+    for one, values in zip(swept, choices, strict=True):
+        if not values:
+            raise UserError(f"{one.input_line}: a range without values; widen it")
+    return list(itertools.product(*choices))
 
 
+@functools.lru_cache(maxsize=4096)  # parsing takes milliseconds; the result is only read
 def _parse(text: str) -> Override:
     """One override, parsed by Hydra; what it cannot parse, such as a path with ``~`` or ``=``, is taken literally."""
     name, equals, value = text.partition("=")
@@ -196,7 +254,10 @@ def _parse(text: str) -> Override:
 
 
 def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
-    """The override as Hydra is to see it: its key checked, and allowed to be set whether or not a file sets it."""
+    """The override in its final form: ``group=file``, or ``++key=value`` with a checked key.
+
+    ``++``, since keys may be set whether a file sets them or not.
+    """
     text = override.input_line
     assert text is not None
     name = override.key_or_group
@@ -212,21 +273,20 @@ def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
             if (made := MADE_FILES.get((name, choice))) is not None:
                 raise UserError(f"{name}={choice}: no such file; {made}")
             raise UserError(
-                f"{name}={choice}: no such file{_did_you_mean(choice, options)}; there are {', '.join(options)}"
+                f"{name}={choice}: no such file{did_you_mean(choice, options)}; there are {', '.join(options)}"
             )
         return f"{name}={choice}" if override.package is None else text
     if override.is_delete():
         raise UserError(f"{text}: keys cannot be deleted; set {name} to null, where its comment allows that")
     require_known(name)
     if name in known_keys() and name not in types_of_keys() and not isinstance(override.value(), dict):
-        # Not left to Hydra: to it a group of that name may exist, registered by another package in this process.
         raise not_a_value(name, value)
     if alternatives(types_of_keys().get(name)) <= {str, types.NoneType} and type(override.value()) in (
         int,
         float,
         bool,
     ):
-        value = f'"{value}"'  # a name such as 2024_11_21, which Hydra would take for a number
+        value = f'"{value}"'  # a name such as 2024_11_21, which Hydra parses as a number
     return f"++{name}={value}"
 
 
@@ -234,56 +294,88 @@ def _takes_text(name: str) -> bool:
     return bool(alternatives(types_of_keys().get(name)) & {str, Any})
 
 
-def _compose_untyped(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> tuple[DictConfig, dict[str, str]]:
-    """What Hydra makes of a recipe, and the grid in it (``hydra.sweeper.params``: key -> values as they are written).
+def _compose_untyped(name: str, prepared: Sequence[str], recipes: _Recipes) -> tuple[DictConfig, dict[str, str]]:
+    """A recipe with overrides, and the grid in it (``hydra.sweeper.params``: key -> values as they are written).
 
-    A group that the recipe does not choose from is added to it: ``search=dpo`` is to work as ``+search=dpo`` does.
-
-    ``hydra.compose`` is not used: it would let plugins extend the search path, and the one that comes with
-    multi-storage-client prints a traceback into every run without such a storage. It would also change global state.
+    A group that the recipe does not choose from is added to it: ``search=dpo`` works as ``+search=dpo`` does.
     """
-    search_path = ConfigSearchPathImpl()
-    search_path.append("hydra", "pkg://hydra.conf")
-    for folder in folders:
-        search_path.append("recipes", f"file://{folder}")
-    search_path.append(*SEARCH_PATH)
-    search_path.append("schema", "structured://")
-    Plugins.instance()  # registers what reads these schemes
-    hydra_version.setbase("1.3")
+    choices = [text for text in prepared if not text.startswith("++")]
+    if choices:
+        chosen = _composition(name, (), recipes).choices
+        choices = [text if text.partition("=")[0] in chosen else f"+{text}" for text in choices]
+    composition = _composition(name, tuple(choices), recipes)
+    values = copy.deepcopy(composition.values)
+    for text in prepared:
+        if text.startswith("++"):
+            _set(values, text)
+    return values, dict(composition.grid)
+
+
+class _Composition(NamedTuple):
+    """What Hydra makes of a recipe and choices of groups; shared, not to be changed."""
+
+    values: DictConfig
+    grid: dict[str, str]
+    choices: frozenset[str]  # the groups that are chosen from
+
+
+@functools.lru_cache(maxsize=512)
+def _composition(name: str, choices: tuple[str, ...], recipes: _Recipes) -> _Composition:
+    """Compose with Hydra; the cache's keys contain the state of all files that it may read."""
     try:
-        loader = ConfigLoaderImpl(search_path)
-        if any(not text.startswith("++") for text in overrides):
-            chosen = loader.compute_defaults_list(name, [], RunMode.RUN).overrides.known_choices
-            overrides = [
-                text if text.startswith("++") or text.partition("=")[0] in chosen else f"+{text}" for text in overrides
-            ]
-        composed = loader.load_configuration(name, list(overrides), run_mode=RunMode.RUN, from_shell=False)
+        with _initialized(recipes.folders):
+            composed = hydra.compose(name, list(choices), return_hydra_config=True)
     except yaml.YAMLError as error:
         raise UserError(f"recipe {name}: invalid YAML: {' '.join(str(error).split())}") from None
     except MissingConfigException as error:
         missing = error.missing_cfg_file or "a file of its defaults"
         group, _, choice = missing.rpartition("/")
-        options = _groups(folders).get(group, []) if group else recipe_names(folders)
-        near = _did_you_mean(choice, options)
+        options = recipes.groups.get(group, []) if group else recipes.names
+        near = did_you_mean(choice, options)
         raise UserError(f"recipe {name}: there is no {missing}.yaml{near}; there are {', '.join(options)}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"recipe {name}: {first_line(error)}") from None
     grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}
     values = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    return values, {str(key): str(value) for key, value in grid.items()}
+    return _Composition(
+        values,
+        {str(key): str(value) for key, value in grid.items()},
+        frozenset(map(str, composed.hydra.runtime.choices)),
+    )
 
 
-def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
-    """Group (a folder below a recipe folder) -> its files' names."""
-    groups: dict[str, set[str]] = {}
-    for folder in folders:
-        for file in folder.glob("*/**/*.yaml"):
-            groups.setdefault(file.parent.relative_to(folder).as_posix(), set()).add(file.stem)
-    return {group: sorted(names) for group, names in groups.items()}
+_searched: ContextVar[tuple[Path, ...]] = ContextVar("_searched", default=())
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    # First what it is the end of (gpt_ppo of ppo), then letters that have changed places.
-    nearest.sort(key=lambda other: (not other.endswith(f"_{name}"), sorted(other) != sorted(name)))
-    return f", did you mean {nearest[0]}" if nearest else ""
+class _RecipeFolders(SearchPathPlugin):
+    """Restricts Hydra's search to the directories of recipes, while one of ours is composed.
+
+    Plugins of other packages extend the search path of every application in the process. That of multi-storage-client,
+    which NeMo installs, logs a traceback wherever no such storage is configured. Plugins are called in the order in
+    which they are registered, so this one comes last.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if folders := _searched.get():
+            elements = search_path.get_path()
+            elements[:] = [element for element in elements if element.provider == "hydra"]
+            for folder in folders:
+                search_path.append("main", f"file://{folder}")
+            search_path.append(*SEARCH_PATH)
+
+
+@contextlib.contextmanager
+def _initialized(folders: tuple[Path, ...]) -> Iterator[None]:
+    """Initialize Hydra for these directories; afterwards its global state is what it was."""
+    Plugins.instance().register(_RecipeFolders)  # once: a class that is registered is not registered again
+    outer = GlobalHydra.instance().hydra  # of an application that uses Hydra itself
+    GlobalHydra.instance().clear()
+    token = _searched.set(folders)
+    try:
+        with hydra.initialize_config_dir(str(folders[0]), version_base="1.3"):
+            yield
+    finally:
+        _searched.reset(token)
+        GlobalHydra.instance().clear()
+        if outer is not None:
+            GlobalHydra.instance().initialize(outer)

@@ -1,4 +1,8 @@
-"""``rollouts/`` in the run's directory: rollouts that a restart may need. Rank 0 reads and writes them."""
+"""``rollouts/`` in the run's directory: rollouts that a restart may need. Rank 0 reads and writes them.
+
+Arrays of numpy, one file each: not :class:`nemo_rao.runtime.part_file.PartFile`, because a rollout is rewritten as its
+parts are computed, and removed when no checkpoint needs it.
+"""
 
 from __future__ import annotations
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nemo_rao.batch import LossOutput, ObjectiveBatch, RewardSummary
-from nemo_rao.errors import UserError
-from nemo_rao.keys import check
+from nemo_rao.keys import check, make
 
 if TYPE_CHECKING:
     import numpy as np
@@ -187,10 +184,4 @@ class Objective:
         Raises:
             UserError: a key that does not exist, a value that is not allowed.
         """
-        known = [field.name for field in dataclasses.fields(self.config_type)]
-        for key in keys:
-            if key not in known:
-                nearest = difflib.get_close_matches(key, known, n=1)
-                remedy = f"did you mean {nearest[0]}?" if nearest else f"its keys are {', '.join(known)}"
-                raise UserError(f"unknown key model.{self.name}.{key}; {remedy}")
-        return self.config_type(**keys)
+        return make(self.config_type, keys, f"model.{self.name}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.objectives.base import Objective
 from nemo_rao.objectives.dpo import DPO
 from nemo_rao.objectives.groupwise import AGRO, KIMI, NCA, QRPO, RPO_PARTITION
@@ -72,6 +71,5 @@ def get(name: str) -> Objective:
         return OBJECTIVES[name]
     if (hint := objective_hint(name)) is not None:
         raise UserError(f"model.objective={name}: no such objective; {hint}")
-    nearest = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    raise UserError(f"model.objective={name}: no such objective; {hint}there are {', '.join(OBJECTIVES)}")
+    near = did_you_mean(name, OBJECTIVES, cutoff=0.4)  # names are short
+    raise UserError(f"model.objective={name}: no such objective{near}; there are {', '.join(OBJECTIVES)}")

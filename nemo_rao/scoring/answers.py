@@ -1,6 +1,7 @@
 """A judge's answers on disk: key of a question -> its answers, oldest first.
 
-Stored in SQLite: one file, safe against kills during a write, usable by several runs at once.
+Stored in SQLite: one file, safe against kills during a write, usable by several runs at once. Not a
+:class:`nemo_rao.runtime.part_file.PartFile`, which has one writer and items in order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,18 @@
 """Concurrent questions to an OpenAI-compatible endpoint, with retries.
 
-Asynchronous on one thread, so that Ctrl-C or a failure ends all that is under way at once. (Considered: the client of
-the `openai` package, which repeats requests itself, and `tenacity`; neither is in the pinned set, and what is needed
-of them are the twenty lines of ``Endpoint._answer``. urllib3's ``Retry`` has no jitter in the pinned release.)
+Asynchronous on one thread, so that Ctrl-C or a failure cancels all requests at once.
+
+Retries are the loop in ``Endpoint._answer``, after considering
+
+- the client of the ``openai`` package: it retries by status code alone, and not when a server answers 200 with
+  something that is not a completion, as proxies do while a server starts; and it would be a dependency of all
+  installations for one POST request;
+- ``tenacity``: whether to retry, how long to wait (backoff with jitter, or Retry-After if that is longer) and what to
+  report in the end all depend on the response, so that its stop, wait, retry and error callbacks would be the same
+  lines in four places.
+
+A request has a deadline, ``timeout``, from start to last byte; a question has none beyond ``retries`` of them, because
+a run that gives up can be resumed: answers are on disk when they arrive (:mod:`nemo_rao.scoring.answers`).
 """
 
 from __future__ import annotations

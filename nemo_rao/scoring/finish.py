@@ -11,7 +11,6 @@ comparable.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 from nemo_rao.errors import UserError
 from nemo_rao.rows.fields import LARGEST_REWARD
-from nemo_rao.runtime.files import write_errors_at, written_atomically
+from nemo_rao.runtime.files import written_atomically
 from nemo_rao.runtime.part_file import PartFile
 from nemo_rao.scoring.missing import WITHOUT, Missing
 from nemo_rao.scoring.notes import NOTES
@@ -139,42 +138,38 @@ def write_output(
     from nemo_rao.scoring.statistics import Collector
 
     statistics_path = output.with_name(f"{output.name}.stats.json")
-    with write_errors_at(output):  # temporary files of the statistics
-        with contextlib.closing(Collector(names, output.parent)) as before:
-            for record in part.records():
-                before.add(_columns(record, names), bool(record.get("ranked")))
-            statistics = before.as_json()
-        of_file = {name: (one["mean"], one["sd"]) for name, one in statistics["columns"].items() if one["count"]}
-        means = dict.fromkeys(names, (0.0, 1.0)) | of_file | dict(scaling.stated)
-        with (
-            contextlib.closing(Collector(["reward"], output.parent)) as after,
-            # The output last: if it exists, so do its statistics.
-            written_atomically(statistics_path, output) as (statistics_file, file),
-        ):
-            for number, record in enumerate(part.records(), start=1):
-                record.pop(WITHOUT, None)
-                record.pop(NOTES, None)
-                _put_rewards(record, names, scaling, means, f"{output} row {number}")
-                after.add({"reward": _scores(record, "reward")}, bool(record.get("ranked")))
-                file.write((json.dumps(record) + "\n").encode())
-            rewards = after.as_json()
-            statistics = {
-                "rows": part.num_records,
-                "standardize": scaling.standardize,
-                "standardized_by": {name: {"mean": means[name][0], "sd": means[name][1]} for name in names}
-                if scaling.standardize == "global"
-                else None,
-                "shift": scaling.shift,
-                "scale": scaling.scale,
-                "weights": {name: scaling.weights.get(name, 1.0) for name in names},
-                "columns": statistics["columns"],
-                "reward": rewards["columns"]["reward"],
-                "without_score": missing.as_json(),
-                "notes": notes,
-                "agreement_with_labels": statistics["agreement_with_labels"] | rewards["agreement_with_labels"],
-                "agreement_between": statistics["agreement_between"],
-            }
-            statistics_file.write((json.dumps(statistics, indent=2) + "\n").encode())
+    before, after = Collector(names), Collector(["reward"])
+    for record in part.records():
+        before.add(_columns(record, names), bool(record.get("ranked")))
+    statistics = before.as_json()
+    of_file = {name: (one["mean"], one["sd"]) for name, one in statistics["columns"].items() if one["count"]}
+    means = dict.fromkeys(names, (0.0, 1.0)) | of_file | dict(scaling.stated)
+    # The output last: if it exists, so do its statistics.
+    with written_atomically(statistics_path, output) as (statistics_file, file):
+        for number, record in enumerate(part.records(), start=1):
+            record.pop(WITHOUT, None)
+            record.pop(NOTES, None)
+            _put_rewards(record, names, scaling, means, f"{output} row {number}")
+            after.add({"reward": _scores(record, "reward")}, bool(record.get("ranked")))
+            file.write((json.dumps(record) + "\n").encode())
+        rewards = after.as_json()
+        statistics = {
+            "rows": part.num_records,
+            "standardize": scaling.standardize,
+            "standardized_by": {name: {"mean": means[name][0], "sd": means[name][1]} for name in names}
+            if scaling.standardize == "global"
+            else None,
+            "shift": scaling.shift,
+            "scale": scaling.scale,
+            "weights": {name: scaling.weights.get(name, 1.0) for name in names},
+            "columns": statistics["columns"],
+            "reward": rewards["columns"]["reward"],
+            "without_score": missing.as_json(),
+            "notes": notes,
+            "agreement_with_labels": statistics["agreement_with_labels"] | rewards["agreement_with_labels"],
+            "agreement_between": statistics["agreement_between"],
+        }
+        statistics_file.write((json.dumps(statistics, indent=2) + "\n").encode())
     return statistics
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nemo_rao.errors import UserError, did_you_mean
+from nemo_rao.errors import UserError, errors_at
 from nemo_rao.generation.settings import EngineName
-from nemo_rao.keys import check, key
+from nemo_rao.keys import key, make
 
 JUDGES = Path(__file__).with_name("judges")
 # Keys of one kind of judge alone.
@@ -79,13 +79,10 @@ def load_judge(path: str) -> tuple[JudgeConfig, str | None]:
             variable that is not set.
     """
     values = _with_base(_read_yaml(Path(path).expanduser()), path)
-    config = JudgeConfig(**values)
-    try:
-        check(config)
+    with errors_at(path):
+        config = make(JudgeConfig, values)
         _check_kind(values)
         _check_together(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     return _with_scale(config), _api_key(config, path)
 
 
@@ -104,17 +101,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _with_base(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """The values of a file, all of known keys, over those of the judge that it is based on."""
-    known = [one.name for one in dataclasses.fields(JudgeConfig)]
+    """The values of a file over those of the judge that it is based on."""
     for name in values:
         if name in ("api_key", "key", "token"):
             raise UserError(
-                f"{path}: {name} stands in no file; put it into an environment variable and name that, "
-                "api_key_variable: NAME"
+                f"{path}: {name}: API keys must not be stored in this file; export an environment variable and name "
+                "it, api_key_variable: NAME"
             )
-        if name not in known:
-            hint = did_you_mean(str(name), known)
-            raise UserError(f"{path}: unknown key {name}{hint}; there are {', '.join(known)}")
     if (base := values.get("based_on")) is not None:
         there = sorted(file.stem for file in JUDGES.glob("*.yaml"))
         if base not in there:

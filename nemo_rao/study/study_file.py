@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_rao.config.compose import package_recipes
 from nemo_rao.errors import UserError, did_you_mean, errors_at
-from nemo_rao.keys import check
+from nemo_rao.keys import make
 from nemo_rao.study.schema import (
     Arm,
     Files,
@@ -110,14 +110,7 @@ def _section(kind: type[Section], values: Any, where: str) -> Section:
     """Convert a mapping to a checked instance of ``kind``."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: must be a mapping of keys to values.")
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in values:
-        if name not in known:
-            full = f"{where}.{name}" if where else name
-            raise UserError(f"{full}: unknown key{did_you_mean(str(name), known)}. Known keys are {', '.join(known)}.")
-    made = kind(**values)
-    check(made, where)
-    return made
+    return make(kind, values, where)
 
 
 def _file(name: str, value: Any) -> Files:

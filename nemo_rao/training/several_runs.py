@@ -1,8 +1,8 @@
-"""Several runs of one command, one after the other: each checked before the first starts, each in a child process.
+"""Several runs of one command, in sequence: all are checked before the first starts, each in a child process.
 
-    PlannedRun, ... -> check_runs -> train_runs: the one import of NeMo -> a fork of it for each run -> how it ended
+    PlannedRun, ... -> check_runs -> train_runs: a single import of NeMo -> a fork of it for each run -> how it ended
 
-A child of its own keeps Megatron's process groups and random numbers out of the next run. Runs of one
+Separate children keep Megatron's process groups and random numbers out of the next run. Runs of one
 ``exp_manager.exp_dir`` share the cache of reference log-probabilities. A run that reached its end is not started again,
 one that was interrupted resumes.
 
@@ -15,16 +15,11 @@ from there.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
-import multiprocessing
 import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +27,8 @@ from nemo_rao.checkpoint.continuing import check_settings
 from nemo_rao.checkpoint.run_records import has_results
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.run_config import RunConfig
-from nemo_rao.errors import RankFailure, UserError, errors_at, report
+from nemo_rao.errors import RankFailure, errors_at, report
+from nemo_rao.runtime.child import Child, end
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.runtime.metrics_file import read_metrics
 from nemo_rao.training.checks import check_run
@@ -42,8 +38,7 @@ if TYPE_CHECKING:
 
 State = Literal["finished", "failed"]
 
-_PR_SET_PDEATHSIG = 1
-_GRACE_SECONDS = 15.0  # in which an interrupted run stops its ranks
+_GRACE_SECONDS = 15.0  # within which an interrupted run has to end its ranks
 
 
 @dataclass(frozen=True)
@@ -201,62 +196,21 @@ def print_table(table: Any) -> None:
 
 
 def in_child(function: Callable[..., Any], *args: Any, name: str) -> Any:
-    """``function(*args)`` in a process of its own; raises the UserError or RankFailure that ended it.
+    """Call ``function(*args)`` in a child process.
 
     Args:
-        name: what it is, for messages: "run gpt_dpo".
+        name: for messages, such as "run gpt_dpo".
+
+    Raises:
+        UserError, RankFailure: the function raised it, or the child was killed.
     """
-    import torch
-
-    # As for ranks: CUDA does not survive a fork once it is initialised.
-    method = "spawn" if torch.cuda.is_available() and torch.cuda.is_initialized() else "fork"
-    context: Any = multiprocessing.get_context(method)
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_call, args=(function, args, sender, os.getpid()), name=name)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child.start()
+    child = Child(function, args, name=name, interruptible=True)
     try:
-        sender.close()
-        with contextlib.suppress(OSError):  # the child does the same itself; whoever is first
-            os.setpgid(child.pid, child.pid)
-        kind, result = _outcome(child, receiver)
+        outcome = child.wait()
     except BaseException:
-        _stop(child)
+        end([child], grace=_GRACE_SECONDS, interrupt=True)  # the child ends its ranks
         raise
-    if kind == "user":
-        raise UserError(result)
-    if kind == "failure":
-        raise RankFailure(result)
-    return result
-
-
-def _call(function: Callable[..., Any], args: Sequence[Any], sender: Connection, parent: int) -> None:
-    """What the child does; ends the process."""
-    # A group of its own: Ctrl-C reaches the parent alone, which stops the child, which stops its ranks.
-    with contextlib.suppress(OSError):
-        os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a parent that is killed takes the child along
-        if os.getppid() != parent:
-            os._exit(1)
-    outcome: tuple[str, Any]
-    try:
-        outcome = ("done", function(*args))
-    except UserError as error:
-        outcome = ("user", str(error))
-    except RankFailure as error:
-        outcome = ("failure", str(error))
-    except BaseException:
-        outcome = ("failure", traceback.format_exc())
-    # Without interpreter shutdown, which would wait for what a run that failed has left: so that is stopped by hand.
-    for left in multiprocessing.active_children():
-        left.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sender.send(outcome)
-    os._exit(0)
+    return child.value_of(outcome)
 
 
 def _train(config: RunConfig, number: int) -> None:
@@ -280,31 +234,3 @@ def _meet_at_own_port(number: int) -> None:
     default = 15000 + int(os.environ["SLURM_JOB_ID"][-4:]) if launcher == "slurm" else 29500
     os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", default)) + number)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-
-
-def _outcome(child: Any, receiver: Connection) -> tuple[str, Any]:
-    """Waits for the child's word, or for its end without one."""
-    while not receiver.poll(0.2) and child.exitcode is None:
-        pass
-    try:
-        outcome = receiver.recv() if receiver.poll() else None
-    except EOFError:
-        outcome = None
-    child.join()
-    if outcome is not None:
-        return outcome
-    code = child.exitcode
-    if code < 0:
-        name = signal.Signals(-code).name
-        return "failure", f"{child.name} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
-    return "failure", f"{child.name} exited with code {code}"
-
-
-def _stop(child: Any) -> None:
-    """Interrupts a child, which stops its ranks; kills it where it does not end."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child.pid, signal.SIGINT)
-    child.join(_GRACE_SECONDS)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.join()

@@ -76,11 +76,11 @@ def test_a_key_like_no_other_points_to_the_list_of_keys() -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("trainer.devices=abc", ("trainer.devices", "abc", "whole number")),
-        ("trainer.devices=2.5", ("trainer.devices", "2.5", "whole number")),
-        ("trainer.devices=true", ("trainer.devices", "whole number")),
+        ("trainer.devices=abc", ("trainer.devices", "abc", "an integer")),
+        ("trainer.devices=2.5", ("trainer.devices", "2.5", "an integer")),
+        ("trainer.devices=true", ("trainer.devices", "an integer")),
         ("trainer.devices=0", ("trainer.devices", "0", ">= 1")),
-        ("trainer.devices=", ("trainer.devices", "whole number")),
+        ("trainer.devices=", ("trainer.devices", "an integer")),
         ("trainer.accelerator=tpu", ("trainer.accelerator", "tpu", "cpu")),
         ("trainer.val_check_interval=0", ("trainer.val_check_interval", ">= 1")),
         ("data.strict=maybe", ("data.strict", "maybe", "true or false")),

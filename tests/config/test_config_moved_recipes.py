@@ -12,6 +12,7 @@ from packaging.version import Version
 
 from nemo_rao import __version__
 from nemo_rao.cli import main
+from nemo_rao.config import compose as compose_module
 from nemo_rao.config.compose import compose, compose_grid, package_recipes, recipe_names
 from nemo_rao.config.moved_recipes import MOVED_RECIPES, REMOVED_IN
 from nemo_rao.errors import UserError
@@ -33,6 +34,7 @@ OLD = "gpt_dpo_qwen2_5_7b"
 @pytest.fixture(autouse=True)
 def nothing_said_before() -> None:
     warn_once.cache_clear()
+    compose_module._composition.cache_clear()  # a cached recipe is not read, so it cannot warn
 
 
 @pytest.mark.parametrize("old", MOVED_RECIPES)

@@ -2,7 +2,9 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import hydra
 import pytest
 import yaml
 
@@ -99,7 +101,7 @@ def test_a_recipe_of_its_own_needs_no_defaults_list(tmp_path: Path) -> None:
     ("content", "parts"),
     [
         ("trainer: {max_step: 3}", ("unknown key trainer.max_step", "trainer.max_steps?")),
-        ("trainer: {max_steps: abc}", ("trainer.max_steps", "abc", "whole number")),
+        ("trainer: {max_steps: abc}", ("trainer.max_steps", "abc", "an integer")),
         ("trainer: 3", ("trainer=3", "group of keys")),
         ("trainer: {max_steps: 3\nx: 3", ("mine.yaml", "line 2", "YAML")),
         ("trainer:\n  max_steps: 3\n  max_steps: 4", ("mine.yaml", "duplicate key max_steps")),
@@ -115,9 +117,44 @@ def test_a_bad_recipe_of_ones_own_is_refused_in_one_line(content: str, parts: tu
     assert "\n" not in str(caught.value) and all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-def test_a_missing_recipe_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+def test_a_missing_recipe_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
         compose("gpt_rao", config_dir=tmp_path / "nope")
+
+
+def test_a_recipe_is_read_once_until_one_of_its_files_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        asked.append(args)
+        return hydra_compose(*args, **options)
+
+    hydra_compose = hydra.compose
+    monkeypatch.setattr(hydra, "compose", counted)
+    (tmp_path / "mine.yaml").write_text("defaults: [gpt_rao, _self_]\ntrainer: {max_steps: 5}\n")
+    assert [compose("mine", [f"model.rao.beta={beta}"], tmp_path).model.rao.beta for beta in (2, 3)] == [2, 3]
+    assert compose("mine", config_dir=tmp_path).model.rao.beta != 3, "an override has changed what is cached"
+    assert len(asked) == 1
+    (tmp_path / "mine.yaml").write_text("defaults: [gpt_rao, _self_]\ntrainer: {max_steps: 77}\n")
+    assert compose("mine", config_dir=tmp_path).trainer.max_steps == 77
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tiny_llama.yaml").write_text("seq_length: 78\n")  # now shadows the package's
+    assert compose("mine", config_dir=tmp_path).model.seq_length == 78
+    (tmp_path / "mine.yaml").unlink()
+    with pytest.raises(UserError, match="no recipe named 'mine'"):
+        compose("mine", config_dir=tmp_path)
+
+
+def test_composing_leaves_an_application_that_uses_hydra_itself_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text("x: 1\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert compose("gpt_rao").model.objective == "rao"
+        assert hydra.compose("theirs") == {"x": 1}
+
+
+def test_a_broken_interpolation_is_refused_with_its_override() -> None:
+    with pytest.raises(UserError, match=r"^exp_manager\.name='\$\{a\.b': [^\n]+$"):
+        compose("gpt_rao", ["exp_manager.name='${a.b'"])
 
 
 def test_composing_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""keys.check: every kind of field that configs use."""
+"""keys.check and keys.make: every kind of field that configs use."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from nemo_rao.errors import UserError
-from nemo_rao.keys import check, key
+from nemo_rao.keys import check, key, make
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ def test_allowed_values_pass(keys: dict) -> None:
         ({"inner": Inner(float("inf"))}, "m.inner.either=inf: must be finite (nats)"),
         ({"inner": Inner(1.0, 0.0)}, "m.inner.positive=0.0: must be > 0 (weight)"),
         ({"inner": Inner(1.0, float("nan"))}, "m.inner.positive=nan: must be finite (weight)"),
-        ({"inner": 3}, "m.inner=3: must be Inner"),
+        ({"inner": 3}, "m.inner=3: must be a group of keys"),
         ({"number": 0}, "m.number=0: must be >= 1 (steps)"),
-        ({"number": 1.0}, "m.number=1.0: must be a whole number or null (steps)"),
-        ({"number": True}, "m.number=True: must be a whole number or null (steps)"),
+        ({"number": 1.0}, "m.number=1.0: must be an integer or null (steps)"),
+        ({"number": True}, "m.number=True: must be an integer or null (steps)"),
         ({"rates": [0.5, 2]}, "m.rates=[0.5, 2]: must be <= 1 (rates)"),
         ({"rates": [0.5, "a"]}, "m.rates=[0.5, 'a']: must be a list, each item a number (rates)"),
         ({"rates": 0.5}, "m.rates=0.5: must be a list, each item a number (rates)"),
@@ -59,8 +59,12 @@ def test_allowed_values_pass(keys: dict) -> None:
         ({"always": False}, "m.always=False: must be one of True (always)"),
         ({"always": 1}, "m.always=1: must be true or false (always)"),
         ({"extra": {1: 2}}, "m.extra={1: 2}: must be a dictionary, each value anything (extra)"),
-        ({"pair": (1, "a")}, "m.pair=(1, 'a'): must be a list, each item a whole number"),
-        ({"many": (1, "a")}, "m.many=(1, 'a'): must be a list, each item a whole number"),
+        ({"extra": 3}, "m.extra=3: must be a dictionary, each value anything (extra)"),
+        ({"number": "3"}, "m.number='3': must be an integer or null (steps)"),
+        ({"inner": Inner(-1.0, 0.0)}, "m.inner.positive=0.0: must be > 0 (weight)"),
+        ({"number": -1, "name": "y"}, "m.number=-1: must be >= 1 (steps)"),
+        ({"pair": (1, "a")}, "m.pair=(1, 'a'): must be a list of an integer and a number"),
+        ({"many": (1, "a")}, "m.many=(1, 'a'): must be a list, each item an integer"),
     ],
 )
 def test_any_other_value_is_refused_by_its_full_name(keys: dict, message: str) -> None:
@@ -72,3 +76,44 @@ def test_any_other_value_is_refused_by_its_full_name(keys: dict, message: str) -
 def test_without_a_prefix_names_start_at_the_config() -> None:
     with pytest.raises(UserError, match=r"^number=0"):
         check(Outer(number=0))
+
+
+def test_a_config_is_made_from_what_yaml_holds() -> None:
+    made = make(Outer, {"inner": {"either": 3}, "rates": [1, 0], "pair": [1, 2], "many": [3]})
+    assert made == Outer(inner=Inner(3.0), rates=[1.0, 0.0], pair=(1, 2.0), many=(3,))
+    assert type(made.inner.either) is float and type(made.pair[1]) is float
+    assert make(Outer, {}) == Outer()
+
+
+def test_numbers_are_text_only_where_that_is_asked_for() -> None:
+    assert make(Outer, {"extra": {"a": 1}, "name": None}, numbers_as_text=True).extra == {"a": 1}
+    assert make(Texts, {"text": 4, "texts": {"a": 1.5}}, numbers_as_text=True) == Texts("4", {"a": "1.5"})
+    for wrong in ({"text": 4}, {"texts": {"a": 1}}):
+        with pytest.raises(UserError, match="text"):
+            make(Texts, wrong)
+    with pytest.raises(UserError, match=r"^text=True: must be text$"):
+        make(Texts, {"text": True}, numbers_as_text=True)
+
+
+@dataclass
+class Texts:
+    text: str = ""
+    texts: dict[str, str] = key({}, "")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rats": [0.1]}, "unknown key m.rats; did you mean rates?"),
+        ({"inner": {"positve": 1}}, "unknown key m.inner.positve; did you mean positive?"),
+        ({"inner": {"x": 1}}, "unknown key m.inner.x; there are either, positive"),
+        ({"number": 0, "rats": []}, "unknown key m.rats; did you mean rates?"),
+        ({"inner": {"positive": "1"}}, "m.inner.positive='1': must be a number (weight)"),
+        ({"inner": None}, "m.inner=None: must be a group of keys"),
+        ({1: 2}, "unknown key m.1; there are inner, number, rates, name, always, extra, pair, many, anything"),
+    ],
+)
+def test_unknown_keys_and_wrong_values_of_a_mapping_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        make(Outer, values, "m")
+    assert str(error.value) == message

@@ -203,7 +203,7 @@ def test_a_response_without_reward_has_no_part_in_the_loss() -> None:
         ({"log_z0": "Auto"}, r"model\.rao\.log_z0='Auto': must be a number, in nats, or auto"),
         ({"prefix_gradient": 1}, r"model\.rao\.prefix_gradient=1: must be true or false"),
         ({"log_z": 50}, r"unknown key model\.rao\.log_z; did you mean log_z0\?"),
-        ({"temperature": 1}, r"unknown key model\.rao\.temperature; its keys are beta, log_z0, prefix_gradient"),
+        ({"temperature": 1}, r"unknown key model\.rao\.temperature; there are beta, log_z0, prefix_gradient"),
     ],
 )
 def test_a_wrong_key_or_value_is_refused_by_its_name(keys: dict, message: str) -> None:

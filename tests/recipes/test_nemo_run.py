@@ -108,7 +108,7 @@ def test_keys_are_set_in_python_and_survive_the_way_to_another_machine() -> None
     [
         (["model.rao.bta=1"], "gpt_rao", ("unknown key model.rao.bta", "did you mean model.rao.beta?")),
         (["model.rao.beta=-1"], "gpt_rao", ("model.rao.beta=-1", "> 0")),
-        (["trainer.devices=many"], "gpt_rao", ("trainer.devices='many'", "must be a whole number")),
+        (["trainer.devices=many"], "gpt_rao", ("trainer.devices='many'", "must be an integer")),
         (["model.rao.beta"], "gpt_rao", ("model.rao.beta", "key=value")),
         (["model.rao.beta=1"], None, ("trainer is not set", "--factory", "gpt_rao")),
     ],

@@ -316,10 +316,10 @@ def test_the_packages_judges_can_be_used(judge: JudgeServer, command: Command) -
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
-        ({"api_key": "sk-1"}, ("api_key stands in no file", "api_key_variable: NAME")),
+        ({"api_key": "sk-1"}, ("api_key: API keys must not be stored in this file", "api_key_variable: NAME")),
         ({"timeot": 3}, ("unknown key timeot", "did you mean timeout?")),
         ({"timeout": 0}, ("timeout=0", "> 0")),
-        ({"concurrency": "many"}, ("concurrency='many'", "a whole number")),
+        ({"concurrency": "many"}, ("concurrency='many'", "an integer")),
         ({"model": None}, ("model is not set",)),
         ({"template": "Good?"}, ("template", "{response}")),
         ({"pattern": "(("}, ("pattern='(('", "no regular expression")),

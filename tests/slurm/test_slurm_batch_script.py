@@ -125,7 +125,7 @@ def test_max_lives_counts_the_first_start_and_is_deprecated(tmp_path: Path, caps
     (tmp_path / "both.yaml").write_text("max_lives: 7\nmax_restarts: 7\n")
     with pytest.raises(UserError, match="max_lives and max_restarts are both given"):
         read_cluster([f"cluster={tmp_path}/both.yaml"], None)
-    with pytest.raises(UserError, match="unknown key max_lives"):
+    with pytest.raises(UserError, match=r"unknown key cluster\.max_lives; did you mean max_restarts\?"):
         read_cluster([f"cluster={tmp_path}/old.yaml", "cluster.max_lives=0"], None)
 
 
@@ -180,7 +180,7 @@ def refused(
     ("cluster", "arguments", "parts"),
     [
         ("scheduler: slurm\n", (), ("cluster.partition: is not set", "sinfo")),
-        ("partition: a\npartiton: b\n", (), ("mine.yaml: unknown key partiton", "did you mean partition?")),
+        ("partition: a\npartiton: b\n", (), ("mine.yaml: unknown key cluster.partiton", "did you mean partition?")),
         ("partition: [a\n", (), ("mine.yaml: cannot be read",)),
         ("- a\n", (), ("mine.yaml: it must be keys and values",)),
         ("partition: a\nnodes: 0\n", (), ("cluster.nodes=0", ">= 1")),
@@ -255,7 +255,7 @@ def test_paths_that_no_task_would_see_are_refused(
 
 
 def test_an_unknown_cluster_is_refused_with_the_nearest(refused: Callable[..., str]) -> None:
-    assert "cluster=slrum: no such file, did you mean slurm" in refused("cluster=slrum")
+    assert "cluster=slrum: no such file; did you mean slurm?" in refused("cluster=slrum")
     assert "cluster=no.yaml: no such file" in refused("cluster=no.yaml")
 
 

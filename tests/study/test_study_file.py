@@ -126,14 +126,14 @@ def test_each_study_of_the_package_has_both_sizes() -> None:
 
 
 REFUSED = [
-    (("recipe: gpt_rao", "recipe: gpt_roa"), "arms.rao: no recipe named 'gpt_roa', did you mean gpt_rao"),
+    (("recipe: gpt_rao", "recipe: gpt_roa"), "arms.rao: no recipe named 'gpt_roa'; did you mean gpt_rao?"),
     (("start: dpo", "start: dop"), "arms.rao: start: dop is neither an arm nor"),
     (("baseline: dpo", "baseline: ipo"), "baseline: ipo is not an arm that is compared"),
     (("[3, 5]", "[3, 3]"), "seeds: [3, 3] has a seed twice"),
     (("[3, 5]", "[]"), "seeds: is empty"),
     (("  rm: {", "  dpo: {"), "line 15: dpo is given twice"),
-    (("baseline:", "basline:"), "basline: unknown key; did you mean baseline?"),
-    (("label: RAO", "lable: RAO"), "arms.rao.lable: unknown key; did you mean label?"),
+    (("baseline:", "basline:"), "unknown key basline; did you mean baseline?"),
+    (("label: RAO", "lable: RAO"), "unknown key arms.rao.lable; did you mean label?"),
     (('"{rewarded}"', '"{reward}"'), "arms.rao.set.data.train_path: {reward} is neither an arm nor files"),
     (("model.dpo.beta: 0.2", "model.rao.beta: 0.2"), "model.objective=dpo does not read model.rao.beta"),
     (("trainer.max_steps: 4", "model.ipo.beta: 4"), "common.model.ipo.beta: no arm reads it"),
