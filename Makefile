@@ -2,7 +2,10 @@
 #   make install   a virtual environment with the pinned set of packages of one engine
 #   make demo      install, then the demonstration: SFT, then RAO, on four local ranks of this machine's CPU
 #   make smollm2   install, then SmolLM2-135M-Instruct as Hugging Face model and as checkpoint, in models/
-#   make test      install, lint (with ENGINE=nemo), then the test suite; what the other engine alone has is skipped
+#   make test      install, lint (with ENGINE=nemo), then the tests that are not marked slow; what the other engine alone
+#                  has is skipped
+#   make test-all  the same with the slow ones: simulated FP8, pip inside containers, pages of figures
+#   make test-seconds   test-all, which also writes each file's CPU seconds to tests/seconds.json: long ones start first
 #   make test-matrix   the tests of mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
 #   make test-releases   the test suite on the earlier releases of both engines (RELEASES)
 #   make install-vllm   an environment of its own for vLLM, .venv-vllm, which online.sampler=vllm runs in
@@ -91,7 +94,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install install-vllm demo smollm2 test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
+.PHONY: install install-vllm demo smollm2 test test-all test-seconds test-matrix test-releases test-vllm test-slurm lint format bench bench-page
 .PHONY: wheel wheel-here precision precision-page papers-page gpu gpu-page gpu-dry-run constraints clean distclean
 .DELETE_ON_ERROR:
 
@@ -199,9 +202,16 @@ lint: install
 	$(BIN)/shellcheck .ci/run containers/*.sh
 	$(BIN)/hadolint containers/Dockerfile
 
+# Files are shared out whole, so that each one's fixtures are made once, in the order that tests/conftest.py gives them:
+# the longest first. xdist's own order goes by the number of tests, and leaves a long file of few tests for the end.
+SHARED := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 # The code is the same for both engines: it is linted with NeMo's environment, where mypy sees what it has to.
-test: $(if $(filter nemo,$(ENGINE)),lint,install)
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+test test-all test-seconds: $(if $(filter nemo,$(ENGINE)),lint,install)
+	$(BIN)/python -m pytest $(SHARED) $(pytest_$@) $(PYTEST_ARGS)
+
+pytest_test := -m 'not slow'
+pytest_test-seconds := --write-seconds
 
 # Other releases lie in a virtual environment of their own, in front of the packages of the engine's environment, which
 # also has programs such as shellcheck.
@@ -219,8 +229,7 @@ test-matrix-here: $(OTHER)/.installed
 	$(OTHER)/bin/python -m pytest --no-engine --numprocesses $(TEST_PROCESSES) tests/mcore tests/ops $(PYTEST_ARGS)
 
 test-releases-here: $(OTHER)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" $(OTHER)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
-	  $(PYTEST_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(OTHER)/bin/python -m pytest $(SHARED) $(PYTEST_ARGS)
 
 $(OTHER)/.installed: $(INSTALLED)
 	rm -rf $(OTHER)
