@@ -2,7 +2,9 @@
 #   make install   create a virtual environment with the pinned packages of one engine
 #   make demo      install, then run the demo: SFT, then RAO, on four local ranks of this machine's CPU
 #   make smollm2   install, then download SmolLM2-135M-Instruct and convert it, in models/
-#   make test      install, lint (with ENGINE=nemo), then run the test suite; tests for the other engine are skipped
+#   make test      install, lint (with ENGINE=nemo), then run the tests not marked slow; the other engine's are skipped
+#   make test-all  the same with the slow tests: simulated FP8, pip inside containers, pages of figures
+#   make test-seconds   test-all, and write the CPU seconds of each file to tests/seconds.json: long files start first
 #   make test-matrix   test mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
 #   make test-releases   run the test suite on the earlier releases of both engines (RELEASES)
 #   make install-vllm   create a separate environment for vLLM, .venv-vllm, in which online.sampler=vllm runs
@@ -91,7 +93,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install install-vllm demo smollm2 test test-matrix test-releases test-vllm test-slurm lint format bench bench-page
+.PHONY: install install-vllm demo smollm2 test test-all test-seconds test-matrix test-releases test-vllm test-slurm lint format bench bench-page
 .PHONY: wheel wheel-here precision precision-page papers-page gpu gpu-page gpu-dry-run constraints clean distclean
 .DELETE_ON_ERROR:
 
@@ -199,9 +201,16 @@ lint: install
 	$(BIN)/shellcheck .ci/run containers/*.sh
 	$(BIN)/hadolint containers/Dockerfile
 
+# Processes share whole files, so that each file's fixtures are made once, in the order of tests/conftest.py: the longest
+# first. xdist's own order goes by the number of tests, and leaves a long file with few tests for the end.
+SHARED := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 # The code is the same for both engines and is linted in NeMo's environment, which has the types that mypy needs.
-test: $(if $(filter nemo,$(ENGINE)),lint,install)
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+test test-all test-seconds: $(if $(filter nemo,$(ENGINE)),lint,install)
+	$(BIN)/python -m pytest $(SHARED) $(pytest_$@) $(PYTEST_ARGS)
+
+pytest_test := -m 'not slow'
+pytest_test-seconds := --write-seconds
 
 # Other releases are installed into a separate virtual environment, which takes precedence over the packages of the
 # engine's environment. The latter also provides programs such as shellcheck.
@@ -219,8 +228,7 @@ test-matrix-here: $(OTHER)/.installed
 	$(OTHER)/bin/python -m pytest --no-engine --numprocesses $(TEST_PROCESSES) tests/mcore tests/ops $(PYTEST_ARGS)
 
 test-releases-here: $(OTHER)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" $(OTHER)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
-	  $(PYTEST_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(OTHER)/bin/python -m pytest $(SHARED) $(PYTEST_ARGS)
 
 $(OTHER)/.installed: $(INSTALLED)
 	rm -rf $(OTHER)

@@ -1,10 +1,13 @@
 """Shared by all tests: an environment that survives forks, and the table at the end of the session."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="test parity for all parallelisms and batch layouts, not a selection: about ten minutes more",
     )
     parser.addoption("--gpu-dry-run", action="store_true", help="run tests/gpu on the CPU, as far as possible")
+    parser.addoption("--write-seconds", action="store_true", help="write the CPU seconds of files to tests/seconds.json")
     parser.addoption("--no-engine", action="store_true", help="block imports of NeMo, Lightning and Megatron-Bridge")
 
 
@@ -52,10 +56,34 @@ def pytest_configure(config: pytest.Config) -> None:
         engine_choice.installed_engine = lambda: None  # it looks for directories, which exist
 
 
+# File -> CPU seconds of its tests and their fixtures, with all processes that they start, as --write-seconds has found
+# them. The clock would say how busy the machine was.
+SECONDS = Path(__file__).with_name("seconds.json")
+SPENT = pytest.StashKey[float]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[SPENT] = sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Each of a test's reports goes with the CPU seconds since the one before, from whichever process runs it."""
+    report = yield
+    before = item.config.stash[SPENT]
+    item.config.stash[SPENT] = now = sum(os.times()[:4])
+    report.cpu_seconds = now - before  # type: ignore[attr-defined]
+    return report
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip GPU tests on machines without a GPU."""
+    """Skip GPU tests on machines without a GPU; processes that share the files begin with the longest ones."""
     from nemo_rao.runtime.gpus import has_gpu
 
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        seconds = json.loads(SECONDS.read_text())
+        # A file without an entry is new and may be long: it is not left for the end.
+        items.sort(key=lambda item: -seconds.get(_file(item.nodeid), 30.0))
     if config.getoption("--gpu-dry-run") or not any(item.get_closest_marker("gpu") for item in items) or has_gpu():
         return
     for item in items:
@@ -80,7 +108,25 @@ def table(request: pytest.FixtureRequest) -> Callable[..., None]:
     return lambda *cells: request.node.user_properties.append((ROW, cells))
 
 
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def _write_seconds(reports: list[pytest.TestReport]) -> None:
+    """Entries of other files stay, unless the files are gone."""
+    measured: dict[str, float] = defaultdict(float)
+    for report in reports:
+        measured[_file(report.nodeid)] += report.cpu_seconds  # type: ignore[attr-defined]
+    seconds = {**json.loads(SECONDS.read_text()), **measured}
+    there = {name: round(took, 1) for name, took in seconds.items() if (SECONDS.parents[1] / name).exists()}
+    ordered = sorted(there.items(), key=lambda one: (-one[1], one[0]))
+    SECONDS.write_text(json.dumps(dict(ordered), indent=1) + "\n")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("--write-seconds"):
+        done = [report for reports in terminalreporter.stats.values() for report in reports]
+        _write_seconds([report for report in done if isinstance(report, pytest.TestReport)])
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
     rows = [cells for report in reports for name, cells in report.user_properties if name == ROW]
     if not rows:

@@ -63,10 +63,17 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.split(":")[0] == "cuda"
 
 
+# What can ask for a device without a keyword, or answers with one.
+_OF_DEVICES = {torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.to, torch.Tensor.type}
+
+
 class _CudaIsCpu(TorchFunctionMode):
     """Creates tensors for a CUDA device on the CPU, and drops ``pin_memory``."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # Every call of PyTorch comes through here, thousands in a step of a small model: most are let through at once.
+        if not kwargs and func not in _OF_DEVICES:
+            return func(*args)
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]

@@ -48,7 +48,11 @@ def seed_step(seed: int, step: int) -> None:
         parallel_state.get_pipeline_model_parallel_rank(),
     )
     drawn = derived_seed(seed, step, *rank)
-    torch.manual_seed(drawn)
+    # torch.manual_seed() seeds devices of other vendors too: for each that is not initialized, it formats the stack of
+    # its caller and keeps that with the seed, at every step, until the device is.
+    torch.default_generator.manual_seed(drawn)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(drawn)
     model_parallel_cuda_manual_seed(drawn)
 
 

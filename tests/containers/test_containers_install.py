@@ -13,6 +13,8 @@ import pytest
 
 from .container import CONTAINERS, ROOT, Container, asked, default_versions, pins
 
+runs_pip = pytest.mark.slow  # some ten times in each container
+
 # By engine: pure Python, and needed by it rather than by the containers' other parts.
 MISSING = {"nemo": ("ijson", "prettytable"), "bridge": ("defusedxml", "einops")}
 
@@ -70,6 +72,7 @@ def plugin_wheel(container: Container) -> Path:
     return container.offers("nemo-rao", "0.1.0", needs + extras)
 
 
+@runs_pip
 def test_what_is_missing_is_installed_and_nothing_else_changes(container: Container) -> None:
     before = container.packages()
     for name in (*missing(container), "torch", "numpy"):  # newer ones of what is there are to be had, too
@@ -82,6 +85,7 @@ def test_what_is_missing_is_installed_and_nothing_else_changes(container: Contai
     assert again.returncode == 0 and "nothing new" in again.stdout, again.stdout + again.stderr
 
 
+@runs_pip
 def test_what_would_replace_a_package_is_refused_and_nothing_changes(container: Container) -> None:
     before = container.packages()
     container.offers("torch", "99.0")
@@ -95,6 +99,7 @@ def test_what_would_replace_a_package_is_refused_and_nothing_changes(container: 
     assert container.packages() == {**before, "nemo-rao": "0.1.0"}
 
 
+@runs_pip
 def test_a_version_that_the_plugin_does_not_know_stays_and_is_named(container: Container) -> None:
     for place in container.site_packages.glob("omegaconf-*.dist-info"):
         (place / "METADATA").write_text("Metadata-Version: 2.1\nName: omegaconf\nVersion: 3.0.1\n")
@@ -107,6 +112,7 @@ def test_a_version_that_the_plugin_does_not_know_stays_and_is_named(container: C
     assert container.packages()["omegaconf"] == "3.0.1"
 
 
+@runs_pip
 def test_a_container_whose_megatron_fits_neither_engine_is_refused(template: Path, tmp_path: Path) -> None:
     container = Container(template, tmp_path / "container")
     container.has(  # 26.02
@@ -119,6 +125,7 @@ def test_a_container_whose_megatron_fits_neither_engine_is_refused(template: Pat
     assert container.packages() == before
 
 
+@runs_pip
 def test_a_python_without_an_engine_is_refused(template: Path, tmp_path: Path) -> None:
     container = Container(template, tmp_path / "container")
     before = container.packages()
@@ -130,6 +137,7 @@ def test_a_python_without_an_engine_is_refused(template: Path, tmp_path: Path) -
     assert container.packages() == before
 
 
+@runs_pip
 def test_the_index_has_what_is_missing_without_replacing_anything(container: Container) -> None:
     """With the real packages of the index that pip is configured with."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(container.wheels), "einops"]

@@ -24,6 +24,8 @@ RECIPES = [
 ]
 SAMPLES = tiny.preferences(4)
 
+pytestmark = pytest.mark.slow
+
 
 # ------------------------------------------------------------------------------ the same arithmetic, written plainly
 

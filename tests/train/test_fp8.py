@@ -14,6 +14,7 @@ from .test_resume import overrides, train_and_die
 SIMULATED = ("precision.fp8_simulation=true", "precision.first_last_layers_bf16=false")
 SIZES = ("model.arch.hidden_size=64", "model.arch.ffn_hidden_size=128")  # 16 and 32 times whole numbers on two ranks
 RECIPES = ["fp8_delayed", "fp8_delayed_e4m3", "fp8_tensorwise", "fp8_blockwise", "fp8_mxfp8"]
+pytestmark = pytest.mark.slow
 STEPS = 12  # eight are an epoch: in the data's order, the last four see the first four's prompts again
 
 

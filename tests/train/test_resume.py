@@ -20,6 +20,7 @@ from .runs import (
     same,
     start_fork,
     steps,
+    stored,
 )
 
 NUM_STEPS, EVERY = 7, 3
@@ -108,17 +109,28 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_same_command_continues(
     assert [step["step"] for step in resumed] == sorted({step["step"] for step in resumed}), "no step is logged twice"
 
 
-def test_an_unfinished_checkpoint_is_never_resumed_from(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
+def test_an_unfinished_checkpoint_is_never_resumed_from(
+    data: tuple[str, ...], start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Half of step 6 is as a kill leaves it: the run continues from step 3, and writes step 6 anew."""
     from nemo_rao.checkpoint.find import last_checkpoint
 
-    given = overrides(tmp_path, data, start, "trainer.max_steps=6")
+    keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"
+    given = overrides(tmp_path, data, start, "trainer.max_steps=6", keep)
     run_training("gpt_sft", given)
+    whole, folder = steps(tmp_path / "run"), tmp_path / "run" / "checkpoints"
     newest = last_checkpoint(tmp_path / "run")
     assert newest is not None and newest.name.startswith("step=6")
-    for folder in (tmp_path / "run" / "checkpoints").glob("step=6*"):
-        folder.with_name(folder.name + "-unfinished").touch()
-    older = last_checkpoint(tmp_path / "run")
-    assert older is None or older.name.startswith("step=3")
+    expected = stored(newest)
+    for checkpoint in folder.glob("step=6*"):
+        checkpoint.with_name(checkpoint.name + "-unfinished").touch()
+        (checkpoint / "weights" / ".metadata").unlink(missing_ok=True)  # step=6-last may be a link
+    capfd.readouterr()
+    run_training("gpt_sft", given)
+    assert f"continuing from {folder / 'step=3'}, step 3 of 6" in capfd.readouterr().out
+    assert steps(tmp_path / "run") == whole
+    assert same(last_stored(tmp_path / "run"), expected)
+    assert not list(folder.glob("*-unfinished"))
 
 
 @pytest.mark.parametrize("objective", ["rao", "dro"])
