@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="test parity for all parallelisms and batch layouts, not a selection: about ten minutes more",
     )
     parser.addoption("--gpu-dry-run", action="store_true", help="run tests/gpu on the CPU, as far as possible")
-    parser.addoption("--write-seconds", action="store_true", help="write the CPU seconds of files to tests/seconds.json")
+    parser.addoption("--write-seconds", action="store_true", help="write files' CPU seconds to tests/seconds.json")
     parser.addoption("--no-engine", action="store_true", help="block imports of NeMo, Lightning and Megatron-Bridge")
 
 

@@ -9,10 +9,10 @@ The first line identifies the work (model, input, settings); each further line i
 A kill or a full disk may leave an incomplete last line, which is removed.
 
 This is for lists of items that one process finishes in order. Two other stores look similar, but need what an
-append-only list cannot do: :mod:`nemo_rao.loop.rollout_files` replaces the file of a rollout several times, as its parts are
-computed, and removes old ones; :mod:`nemo_rao.scoring.answers` is looked up by question, in any order, by several
-processes at once. A study has one record per policy, what its results were made from (:mod:`nemo_rao.study.policies`):
-each of its steps resumes by itself, those with many items through this class.
+append-only list cannot do: :mod:`nemo_rao.loop.rollout_files` replaces the file of a rollout several times, as its
+parts are computed, and removes old ones; :mod:`nemo_rao.scoring.answers` is looked up by question, in any order, by
+several processes at once. A study has one record per policy, what its results were made from
+(:mod:`nemo_rao.study.policies`): each of its steps resumes by itself, those with many items through this class.
 """
 
 from __future__ import annotations
