@@ -210,7 +210,8 @@ def _find(config_name: str, config_dir: str | os.PathLike[str] | None) -> tuple[
     recipes = _Recipes(tuple(folders), tuple(tuple(sorted(_yaml_files(folder))) for folder in folders))
     name = config_name.removesuffix(".yaml").removesuffix(".yml")
     if name not in (known := recipes.names) and name not in MOVED_RECIPES:
-        hint = did_you_mean(name, known) if (other := objective_hint(name)) is None else f": {other}"
+        near = did_you_mean(name, [*known, *MOVED_RECIPES])
+        hint = near if (other := objective_hint(name)) is None else f": {other}"
         raise UserError(f"no recipe named {name!r}{hint}; there are {', '.join(known)}")
     return name, recipes
 
