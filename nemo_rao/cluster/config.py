@@ -128,7 +128,7 @@ def seconds_of(time: str) -> float:
     """A time limit as sbatch reads it, in seconds.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a time limit.
     """
     if time.upper() in ("UNLIMITED", "INFINITE"):
         return float("inf")
@@ -161,7 +161,7 @@ def _find(name: str, config_dir: str | None) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 4:00:00 is a text; YAML 1.1 reads it as the number 14400."""
+    """YAML in which 4:00:00 is a string; YAML 1.1 reads it as the number 14400."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -229,7 +229,7 @@ class Mount:
 
 
 def mounts(cluster: ClusterConfig, working_dir: Path) -> list[Mount]:
-    """What a container sees of this machine's folders, the working folder under its own name; none without one."""
+    """The directories mounted in the container, the working directory under its own name; none without a container."""
     if cluster.container is None:
         return []
     found = []
@@ -241,7 +241,7 @@ def mounts(cluster: ClusterConfig, working_dir: Path) -> list[Mount]:
 
 
 def outside(path: Path, mounted: Sequence[Mount], working_dir: Path) -> Path | None:
-    """Where a path that a task sees lies on this machine; ``None``: in no folder that its container sees."""
+    """The path on this machine of a path that a task uses; ``None`` if its container does not mount it."""
     absolute = Path(os.path.normpath(working_dir / path.expanduser()))
     if not mounted:
         return absolute

@@ -109,7 +109,7 @@ def compose_grid(
                 prepared = [_prepare(_parse(text), groups) for text in choices]
                 of_groups[choices], its_grid = _compose_untyped(name, [*once, *prepared], recipes)
                 if its_grid != grid:
-                    raise UserError("a file with a grid of its own is chosen once, not swept over")
+                    raise UserError("a file that has a grid itself is chosen once, not swept over")
             values = copy.deepcopy(of_groups[choices])
             _update(values, [text for text in own if text not in choices])
             runs.append((own, typed_config(values, where=name)))

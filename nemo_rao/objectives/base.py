@@ -38,7 +38,7 @@ class Needs:
     Attributes:
         reference: the reference policy's log-probabilities.
         rewards: of every response, an explicit reward.
-        preference: that a prompt's responses can be compared, or told good from bad: all have rewards, or their order
+        preference: that a prompt's responses can be compared, or labeled good and bad: all have rewards, or their order
             is a preference.
         pairs: it compares two responses at a time; more than two are reduced to the best and the worst when data is
             loaded, unless the data's keys ask otherwise.
@@ -48,7 +48,7 @@ class Needs:
         attributes: of every response, several rewards, of which some may be missing (null, NaN).
         values: of a value head: V(x) of each prompt, or V(x, y_<t) of each token of a response; with ``tokens``.
         value_gradient: the gradient of values reaches the model; where not, the head alone.
-        scores: numbers of each response from the score head of a reward model; 0: it is no reward model.
+        scores: numbers of each response from the score head of a reward model; 0: it is not a reward model.
         kl_estimate: the mean log-ratio of mismatched prompts and responses, over the global batch.
         prompt_logps: log-probabilities of prompts; 0 for an objective that does not declare it.
         prompt_gradient: they carry a gradient.

@@ -1,4 +1,4 @@
-"""A child process in a process group of its own: what it returned or raised, and what its exit code means.
+"""A child process in a separate process group: what it returned or raised, and what its exit code means.
 
 The group is how whatever the child has started is ended with it, and keeps Ctrl-C away from the child: the parent ends
 it. A parent that is killed takes the child along.
@@ -136,7 +136,7 @@ def end(children: Sequence[Child], *, grace: float, interrupt: bool = False) -> 
             children. In a run, SIGTERM means to save a checkpoint first.
     """
     for child in children:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # no process is left
             if interrupt:
                 os.kill(child._process.pid, signal.SIGINT)
             else:

@@ -1,4 +1,4 @@
-"""judge.yaml: who is asked, what, and how an answer becomes a number. All of it is checked before anything is asked."""
+"""judge.yaml: the model, the question, and how an answer becomes a number. Checked before anything is asked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_rao.generation.settings import EngineName
 from nemo_rao.keys import key, make
 
 JUDGES = Path(__file__).with_name("judges")
-# Keys of one kind of judge alone.
+# Keys of one kind of judge only.
 OF_ENDPOINT = ("base_url", "model", "api_key_variable", "concurrency", "timeout", "retries", "backoff")
 OF_FOLDER = ("model_folder", "engine", "batch_size")
 PARAMETERS_OF_FOLDER = ("seed", "top_p", "top_k", "template_arguments")
@@ -66,16 +66,16 @@ class JudgeConfig:
     cache: str | None = key(None, "file of answers, shared by runs; null: judge_answers.sqlite beside the output")
 
     def messages(self, question: str) -> tuple[Mapping[str, str], ...]:
-        """A question as the judge is asked it."""
+        """A question as messages to the judge."""
         system = ({"role": "system", "content": self.system},) if self.system else ()
         return (*system, {"role": "user", "content": question})
 
 
 def load_judge(path: str) -> tuple[JudgeConfig, str | None]:
-    """The judge that a YAML file describes, and its API key.
+    """The judge described by a YAML file, and its API key.
 
     Raises:
-        UserError: no such file, an unknown key or a wrong value, keys of both kinds of judge, or an environment
+        UserError: no such file, an unknown key or an invalid value, keys of both kinds of judge, or an environment
             variable that is not set.
     """
     values = _with_base(_read_yaml(Path(path).expanduser()), path)
@@ -117,7 +117,7 @@ def _with_base(values: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _check_kind(values: Mapping[str, Any]) -> None:
-    """Refuse, beside the keys of one kind of judge, those that only the other has."""
+    """Refuse keys that only the other kind of judge has."""
     in_folder = values.get("model_folder") is not None
     for name in OF_ENDPOINT if in_folder else OF_FOLDER:
         if values.get(name) is None:
@@ -150,7 +150,7 @@ def _check_together(config: JudgeConfig) -> None:
 
 
 def _with_scale(config: JudgeConfig) -> JudgeConfig:
-    """The judge told its scale: ``{low}`` and ``{high}`` filled in, or a sentence behind the question."""
+    """The judge with its scale in the question: ``{low}`` and ``{high}`` filled in, or an additional sentence."""
     assert config.template is not None
     ends = {name: f"{getattr(config, name):.10g}" for name in ("low", "high")}
     system, template = config.system, config.template

@@ -47,7 +47,7 @@ class PlannedRun:
 
     Attributes:
         name: its ``exp_manager.name``.
-        label: what tells it from the others, put before messages; may be empty.
+        label: what distinguishes it from the others, a prefix of messages; may be empty.
         config: the whole run.
     """
 
@@ -57,13 +57,13 @@ class PlannedRun:
 
 
 def check_runs(runs: Sequence[PlannedRun], *, another: str = "exp_manager.name") -> None:
-    """Checks every run before any starts: its recipe, and what has changed since it was begun. Nothing is written.
+    """Check every run before any starts: its recipe, and what has changed since it was started. Nothing is written.
 
     Args:
-        another: the option or key by which results go elsewhere.
+        another: the option or key that selects another directory for results.
 
     Raises:
-        UserError: the first mistake, with the label of its run.
+        UserError: the first error, with the label of its run.
     """
     for run in runs:
         with errors_at(run.label):
@@ -72,11 +72,11 @@ def check_runs(runs: Sequence[PlannedRun], *, another: str = "exp_manager.name")
 
 
 def train_runs(runs: Sequence[PlannedRun]) -> Iterator[State]:
-    """Trains checked runs in their order; gives how each ended, as soon as it has.
+    """Train checked runs in order; yields the state of each when it ends.
 
     Raises:
-        UserError: the data or a checkpoint does not fit: the first such run stops all.
-        RankFailure: under SLURM or torchrun, a run failed. Elsewhere it is told, and the next run starts.
+        UserError: the data or a checkpoint cannot be used: the first such run stops all.
+        RankFailure: under SLURM or torchrun, a run failed. Elsewhere it is reported, and the next run starts.
     """
     from nemo_rao.runtime.console import quiet_third_parties, say
     from nemo_rao.runtime.launch import started_externally
@@ -100,7 +100,7 @@ def train_runs(runs: Sequence[PlannedRun]) -> Iterator[State]:
 
 
 def load_engine(configs: Sequence[RunConfig]) -> None:
-    """Imports what runs are trained with, once for the forks that train them; all of them on one engine.
+    """Import the engine of the runs, once for the forks that train them. All use the same engine.
 
     Raises:
         UserError: the engine is not installed, or a device or ranks are missing.
@@ -115,13 +115,13 @@ def load_engine(configs: Sequence[RunConfig]) -> None:
 
 
 def train_one(run: PlannedRun, number: int = 0) -> None:
-    """Trains a checked run in a child, or what of it is left to train.
+    """Train a checked run in a child process, or resume it.
 
     Args:
-        number: of the run, by which ranks that are started from outside meet at a port of its own.
+        number: of the run; ranks that were started by a launcher use a different port for each.
 
     Raises:
-        UserError: the data or a checkpoint does not fit.
+        UserError: the data or a checkpoint cannot be used.
         RankFailure: the run failed.
     """
     in_child(_train, run.config, number, name=f"run {run.name}")
@@ -133,10 +133,10 @@ def finished_runs(
     *,
     another: str = "exp_manager.name",
 ) -> set[str]:
-    """The names of the runs that have reached their end, on the data that their files hold now.
+    """The names of the runs that are complete, given the present contents of their data files.
 
-    Reads that data, quietly. To be called in a child: tokenizers that have worked in this process would be slow in the
-    forks of it.
+    Reads that data without output. Call it in a child: tokenizers that have been used in this process
+    would be slow in its forks.
 
     Args:
         loaded: data by :func:`nemo_rao.training.loading.data_identity`; what is read is added.
@@ -165,7 +165,7 @@ def finished_runs(
 
 
 def last_values(config: RunConfig) -> dict[str, float]:
-    """The last value of all that a run has logged; ``step`` is the last one."""
+    """The last value of each metric of a run; ``step`` is the last step."""
     last: dict[str, float] = {}
     for record in read_metrics(run_dir(config) / "metrics.jsonl"):
         last |= record
@@ -173,7 +173,7 @@ def last_values(config: RunConfig) -> dict[str, float]:
 
 
 def write_results(path: Path, text: str) -> None:
-    """Writes a file of results atomically, once for all ranks."""
+    """Write a file of results atomically, on the first rank only."""
     from nemo_rao.runtime.console import is_first_rank
 
     if is_first_rank():
@@ -181,7 +181,7 @@ def write_results(path: Path, text: str) -> None:
 
 
 def print_table(table: Any) -> None:
-    """Prints a table of ``rich``, once for all ranks."""
+    """Print a table of ``rich``, on the first rank only."""
     from rich.console import Console
 
     from nemo_rao.runtime.console import say
@@ -221,16 +221,16 @@ def _train(config: RunConfig, number: int) -> None:
 
 
 def _meet_at_own_port(number: int) -> None:
-    """Lets ranks that were started from outside meet anew: a rank that is ahead may find the last run's ranks still up.
+    """Give ranks that were started by a launcher a new port: a rank that is ahead could meet ranks of the last run.
 
-    torchrun's own store, which it keeps open, would still hold what the last run's ranks told each other there.
+    torchrun keeps its store open, which would still contain the keys of the last run.
     """
     from nemo_rao.runtime.launch import started_externally
 
     launcher = started_externally()
     if launcher is None:
         return
-    # The same on every rank: a job's number tells it from others on the node.
+    # The same on every rank of a job, and different from that of other jobs on the node.
     default = 15000 + int(os.environ["SLURM_JOB_ID"][-4:]) if launcher == "slurm" else 29500
     os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", default)) + number)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
