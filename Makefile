@@ -3,7 +3,7 @@
 #   make demo      install, then run the demo: SFT, then RAO, on four local ranks of this machine's CPU
 #   make smollm2   install, then download SmolLM2-135M-Instruct and convert it, in models/
 #   make test      install, lint (with ENGINE=nemo), then run the tests not marked slow; the other engine's are skipped
-#   make test-all  the same with the slow tests: simulated FP8, pip inside containers, pages of figures
+#   make test-all  the same with the slow tests: simulated FP8, pip inside containers
 #   make test-seconds   test-all, and write the CPU seconds of each file to tests/seconds.json: long files start first
 #   make test-matrix   test mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
 #   make test-releases   run the test suite on the earlier releases of both engines (RELEASES)
@@ -93,7 +93,8 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
-.PHONY: install install-vllm demo smollm2 test test-all test-seconds test-matrix test-releases test-vllm test-slurm lint format bench bench-page
+.PHONY: install install-vllm demo smollm2 test test-all test-seconds test-matrix test-releases test-vllm test-slurm
+.PHONY: lint format bench bench-page
 .PHONY: wheel wheel-here precision precision-page papers-page gpu gpu-page gpu-dry-run constraints clean distclean
 .DELETE_ON_ERROR:
 

@@ -23,7 +23,7 @@ def cells(section: str) -> dict[str, list[str]]:
     return {first.strip("`"): others for first, *others in rows}
 
 
-@pytest.mark.parametrize(("result", "title"), [("step", "made-up answers"), ("step_alpaca_eval", "alpaca eval")])
+@pytest.mark.parametrize(("result", "title"), [("step", "generated answers"), ("step_alpaca_eval", "alpaca eval")])
 def test_ratios_and_rates_on_the_page_are_those_of_the_rounds(result: str, title: str) -> None:
     """Computed here from the seconds of each round, and not with the code that writes results or pages."""
     report: dict[str, Any] = json.loads((FOLDER / f"{result}.json").read_text())

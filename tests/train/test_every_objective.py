@@ -16,21 +16,38 @@ from nemo_rao.runtime.metrics_file import read_metrics
 
 from .runs import NO_CHECKPOINTS, OF_DATA, TINY, parallel, run_training, steps
 
-FALLS, RISES = -1, 1
-# Objective -> the metric that is its own, and where it goes. Of all others: the margin of the implicit rewards rises.
+# Objective -> its own metric, and by how much 20 steps change that in validation, measured on one rank.
 OWN = {
-    "rao": ("rao/target_error", FALLS),
-    "robust_po": ("robust_po/target_error", FALLS),
-    "rpo": ("rpo/target_error", FALLS),
-    "dro": ("dro/target_error", FALLS),
-    "rpo_partition": ("rpo_partition/target_error", FALLS),
-    "kimi": ("kimi/target_error", FALLS),
-    "agro": ("agro/deviation", FALLS),
-    "qrpo": ("qrpo/target_error", FALLS),
-    "sft": ("logps/chosen", RISES),
-    "rm": ("rm/brier", FALLS),  # the accuracy of a few pairs moves in steps
-    "rm_regression": ("rm/error", FALLS),
+    "rao": ("rao/target_error", -0.066),
+    "robust_po": ("robust_po/target_error", -0.19),
+    "rpo": ("rpo/target_error", -0.095),
+    "dro": ("dro/target_error", -0.26),
+    "rpo_partition": ("rpo_partition/target_error", -7.0),
+    "kimi": ("kimi/target_error", -0.05),
+    "agro": ("agro/deviation", -0.079),
+    "qrpo": ("qrpo/target_error", -0.048),
+    "sft": ("logps/chosen", 9.4),
+    "rm": ("rm/brier", -0.037),  # the accuracy of a few pairs moves in steps
+    "rm_regression": ("rm/error", -0.25),
 }
+# The same for the margin of the implicit rewards, which all others raise. Its scale follows from the objective's beta.
+MARGINS = {
+    "alphapo": 2.2,
+    "cal_dpo": 0.0023,
+    "dpo": 0.21,
+    "dpo_shift": 0.023,
+    "dpop": 0.55,
+    "hinge": 0.23,
+    "ipo": 0.19,
+    "kto": 0.14,
+    "nca": 0.025,
+    "orpo": 0.011,
+    "r_dpo": 0.21,
+    "simpo": 0.62,
+    "slic": 0.75,
+    "sppo": 0.0023,
+}
+SHARE = 0.5  # of that change, the least that passes
 LAYOUTS = {"TP 2": parallel(2, 1, 1), "PP 2": parallel(1, 2, 1)}
 SAME = 3  # steps that are compared
 KEYS = {"kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
@@ -56,10 +73,10 @@ def train(name: str, layout: tuple[str, ...], folder: Path, start: Path, *extra:
 
 
 @pytest.mark.parametrize("name", OF_DATA)
-def test_twenty_steps_move_its_own_metric_the_right_way(
+def test_twenty_steps_move_its_own_metric_as_far_as_before(
     name: str, data: tuple[str, ...], start: Path, table: Callable[..., None], request: pytest.FixtureRequest
 ) -> None:
-    metric, direction = OWN.get(name, ("rewards/margins", RISES))
+    metric, change = OWN[name] if name in OWN else ("rewards/margins", MARGINS[name])
     train_path = Path(data[0].partition("=")[2])
     validation_path = train_path.with_name("some.jsonl")
     with train_path.open() as rows:
@@ -80,7 +97,7 @@ def test_twenty_steps_move_its_own_metric_the_right_way(
         before, after = (record[f"val/{metric}"] for record in validations)
         table(name, layout, metric, f"{before:.4f}", f"{after:.4f}")
         assert [record["step"] for record in validations] == [0, 20]
-        assert (after - before) * direction > 0, (layout, before, after)
+        assert (after - before) / change > SHARE, (layout, before, after)
 
     for one, same in zip(*(course[:SAME] for course in courses), strict=True):
         for key, value in one.items():
