@@ -38,7 +38,7 @@ def with_tokenizer(folder: Path, tokenizer: Path | None) -> Path:
 
 def test_random_weights_of_a_large_model_are_refused_unless_asked_for(tmp_path: Path) -> None:
     large = ["model=llama3_8b", f"exp_manager.exp_dir={tmp_path}"]
-    with pytest.raises(UserError, match=r"restore_from_path is null, .* 8\.0 billion .*allow_random_weights=true"):
+    with pytest.raises(UserError, match=r"restore_from_path: is null, .* 8\.0 billion .*allow_random_weights=true"):
         check_start(compose("gpt_rao", large))
     check_start(compose("gpt_rao", [*large, "model.allow_random_weights=true"]))
     check_start(compose("gpt_rao", [f"exp_manager.exp_dir={tmp_path}"]))

@@ -83,7 +83,7 @@ def test_one_task_for_each_gpu_and_every_key_where_it_belongs() -> None:
     ("change", "parts"),
     [
         ({"directives": {"output": "x"}}, ("cluster.directives.output", "is set by launch itself")),
-        ({"directives": {"qos; rm": "x"}}, ("cluster.directives.qos; rm", "long name")),
+        ({"directives": {"qos; rm": "x"}}, ("cluster.directives.qos; rm", "long option")),
         ({"environment": {"A B": "x"}}, ("cluster.environment: 'A B'",)),
         ({"account": "a\n#SBATCH --uid=0"}, ("line breaks",)),
         ({"environment": {"A": "x\ny"}}, ("line breaks",)),
@@ -186,7 +186,7 @@ def refused(
         ("partition: a\nnodes: 0\n", (), ("cluster.nodes=0", ">= 1")),
         ("partition: a\nscheduler: pbs\n", (), ("cluster.scheduler='pbs'", "'slurm', 'local'")),
         ("partition: a\ntime: soon\n", (), ("cluster.time=soon", "H:MM:SS")),
-        ("partition: a\ntime: 5\n", (), ("cluster.save_seconds=300", "cluster.time=5 is 300 seconds")),
+        ("partition: a\ntime: 5\n", (), ("cluster.save_seconds=300", "cluster.time=5 (300 seconds)")),
         ("partition: a\ncontainer: /images/no.sqsh\n", (), ("cluster.container=/images/no.sqsh: no such file",)),
         (
             "partition: a\ncontainer: nvcr.io#nvidia/nemo:25.11\nmounts: [/no/data:/data]\n",
