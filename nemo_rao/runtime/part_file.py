@@ -11,7 +11,7 @@ A kill or a full disk may leave an incomplete last line, which is removed.
 This is for lists of items that one process finishes in order. Two other stores look similar, but need what an
 append-only list cannot do: :mod:`nemo_rao.loop.rollout_files` replaces the file of a rollout several times, as its
 parts are computed, and removes old ones; :mod:`nemo_rao.scoring.answers` is looked up by question, in any order, by
-several processes at once. A study has one record per policy, what its results were made from
+several processes at once. A study has one record per policy with the inputs of its results
 (:mod:`nemo_rao.study.policies`): each of its steps resumes by itself, those with many items through this class.
 """
 

@@ -168,7 +168,7 @@ def test_a_truncated_gz_file_is_named_with_its_last_whole_line(refused: Callable
     whole = gzip.compress("\n".join(lines).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     message = refused(f"data.train_path={tmp_path}/cut.jsonl.gz")
-    has(message, f"{tmp_path}/cut.jsonl.gz: truncated .gz file", "after line", "copy or download it again")
+    has(message, f"{tmp_path}/cut.jsonl.gz: truncated .gz file", "after line", "Copy or download it again")
 
 
 @pytest.mark.parametrize(
@@ -176,11 +176,11 @@ def test_a_truncated_gz_file_is_named_with_its_last_whole_line(refused: Callable
     [
         ("gpt_rao", '{"prompt": ', ("line 2", "invalid JSON", "column", "one JSON object per line")),
         ("gpt_rao", {"prompt": "Sort: b a"}, ("line 2", "unknown format with the fields prompt")),
-        ("gpt_rao", {"responses": GOOD["responses"]}, ("line 2", "field 'prompt' is missing", "add it")),
+        ("gpt_rao", {"responses": GOOD["responses"]}, ("line 2", "field 'prompt' is missing", "Add it")),
         (
             "gpt_rao",
             {"prompt": "p", "responses": [{"reward": 1.0}]},
-            ("line 2", "'responses[0].content' is missing", "add it"),
+            ("line 2", "'responses[0].content' is missing", "Add it"),
         ),
         ("gpt_rao", row(("a b", 1.0), ("b a", None)), ("line 2", "response 2 has no reward", "objective rao")),
         ("gpt_rao", row(("a b", 1.0), (" ", 0.0)), ("line 2", "'responses[1].content' is empty", "Drop the row")),
@@ -331,7 +331,7 @@ def test_objectives_that_compare_responses_refuse_a_prompt_with_one(
 
 
 def test_as_many_responses_as_an_objective_compares_must_be_asked_for(refused_early: Callable[..., str]) -> None:
-    has(refused_early("simpo", "data.num_responses=1"), "data.num_responses is 1", "simpo needs at least 2", "raise it")
+    has(refused_early("simpo", "data.num_responses=1"), "data.num_responses is 1", "simpo needs at least 2", "Raise it")
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "sppo", "nca", "kto"])
@@ -380,7 +380,7 @@ def test_one_prompt_is_too_few_for_responses_to_others(refused_early: Callable[.
     has(
         refused_early("kto", write_rows(tmp_path / "rows.jsonl", PAIR)),
         "rows.jsonl line 1: the only prompt",
-        "add data",
+        "Add data",
     )
 
 
@@ -423,7 +423,7 @@ def test_a_member_of_a_reward_ensemble_that_is_missing_is_named(
         return {"prompt": "Sort: b a", "responses": answers}
 
     rows = write_rows(tmp_path / "rows.jsonl", rated("kind", "honest"), rated(*second))
-    has(refused_early("robust_po", "data.reward_field=[kind,honest]", rows), "rows.jsonl", part, "add it")
+    has(refused_early("robust_po", "data.reward_field=[kind,honest]", rows), "rows.jsonl", part, "Add it")
 
 
 def test_an_ensemble_cannot_be_named_for_pairs(refused_early: Callable[..., str], tmp_path: Path) -> None:

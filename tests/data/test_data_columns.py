@@ -185,7 +185,7 @@ def test_columns_name_any_fields_of_the_file(read, refusal):
     said = refusal(record, columns=names | {"system": "nosuch"})
     assert "field 'nosuch', which data.columns names for 'system', is missing (fields found: q, good, bad, s)" in said
     said = refusal({"prompt": "a", "q": "Hi?"} | SIDES, columns={"prompt": "q"})
-    assert "a field 'prompt' besides 'q'" in said and "add prompt to data.ignore_fields" in said
+    assert "a field 'prompt' besides 'q'" in said and "Add prompt to data.ignore_fields" in said
 
 
 @pytest.mark.parametrize(

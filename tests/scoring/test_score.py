@@ -324,7 +324,7 @@ FINE = ("in.jsonl", "out.jsonl", "--scorer", "rule:bad_rules:fine")
         ((*FINE, "--max-length", "100"), ("--max-length", "model:RUN_FOLDER", "Remove it")),
         ((*FINE, "--column", "prompt"), ("--column prompt", "OURS=THEIRS")),
         ((*FINE, "--column", "promt=prompt"), ("--column promt", "did you mean prompt?")),
-        ((*FINE, "--column", "question=ask"), ("line 1: field 'ask', which --column names", "correct --column")),
+        ((*FINE, "--column", "question=ask"), ("line 1: field 'ask', which --column names", "Correct --column")),
         (("in.jsonl", "out.jsonl", "--scorer", "weight=column:r"), ("'weight' is reserved",)),
     ],
 )
