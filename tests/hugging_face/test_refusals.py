@@ -123,17 +123,17 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config.json cut off": (lambda folder: cut(folder / "config.json", 40), "config.json cannot be read"),
     "another architecture": (
         lambda folder: change(folder, architectures=["GPT2LMHeadModel"], model_type="gpt2"),
-        "GPT2LMHeadModel, which cannot be imported; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3",
+        "GPT2LMHeadModel, which cannot be imported. Only LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3",
     ),
     "a missing shard": (lambda folder: shard(folder).unlink(), "model-00001-of-00004.safetensors is missing"),
     "a truncated shard": (lambda folder: cut(shard(folder), 9000), "is truncated: it has 9000 of"),
     "an empty shard": (lambda folder: cut(shard(folder), 0), "is not a safetensors file"),
     "a header that contradicts itself": (tensors_that_overlap, "is damaged"),
-    "a shard of TensorFlow": (lambda folder: rewrite(shard(folder), {"format": "tf"}), "a model in tf"),
+    "a shard of TensorFlow": (lambda folder: rewrite(shard(folder), {"format": "tf"}), "the weights of a tf model"),
     "whole weights beside shards": (whole_beside_shards, "has both model.safetensors and model.safetensors.index.json"),
     "an index of other files": (index_of_other_files, "index.json does not match the files: tensor another"),
     "a tensor in two shards": (a_tensor_twice, "both have a tensor model.layers.0"),
-    "a missing tensor": (without_a_tensor, "is in the index and not in the files"),
+    "a missing tensor": (without_a_tensor, "is in the index but not in the files"),
     "other sizes": (lambda folder: change(folder, hidden_size=64), "config.json requires [300, 64]"),
     "a layer too many": (lambda folder: change(folder, num_hidden_layers=1), "which the model does not use"),
     "other positions": (
@@ -147,7 +147,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "ties that the weights do not have": (lambda folder: change(folder, tie_word_embeddings=True), "with other values"),
     "adapters alone": (
         lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
-        "adapters alone",
+        "contains only adapters",
     ),
     "quantized": (lambda folder: change(folder, quantization_config={"bits": 4}), "quantization_config"),
     "pickles alone": (pickled, "--allow-pickle"),
@@ -248,7 +248,7 @@ def test_without_an_engine_nothing_is_converted(
 ) -> None:
     monkeypatch.setattr("nemo_rao.hugging_face.conversion.installed_engine", lambda: None)
     for command in ("import-hf", "export-hf"):
-        assert "nor Megatron-Bridge is installed" in refusal(capsys, command, source, tmp_path / "made")
+        assert "or Megatron-Bridge, and neither is installed" in refusal(capsys, command, source, tmp_path / "made")
 
 
 def on_a_disk_that_fills(arguments: list[str], largest: int) -> None:
