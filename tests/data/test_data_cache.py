@@ -305,7 +305,7 @@ def test_errors_are_those_of_loading_and_keep_nothing(data_cache, tmp_path, writ
     path = write_lines(SCORED + LONG)
     for given, options, message in (
         (path, {"strict": True}, "strict: no row may be dropped"),
-        (path, {"min_responses": 2}, "line 2: has 1 responses, the objective needs at least 2"),
+        (path, {"min_responses": 2}, "line 2: has 1 responses, but the objective needs at least 2"),
         (path, {"chat_template": "sometimes"}, "chat_template is 'sometimes'"),
         (path, {"reward_field": []}, "names no field"),
         (str(tmp_path / "nope.jsonl"), {}, "no such file"),

@@ -96,7 +96,7 @@ def row(*answers: str | Response, prompt=(QUESTION,), **fields) -> Row:
 @pytest.mark.parametrize(
     ("template", "given", "lost"),
     [
-        ("r1", row("fine", REASONED), r"leaves out a part of response 2: '<think>.ntwo and two.n</think>'; .*verbatim"),
+        ("r1", row("fine", REASONED), r"leaves out a part of response 2: '<think>.ntwo and two.n</think>'. .*verbatim"),
         ("no_system", row("4", prompt=(SYSTEM, QUESTION)), r"leaves out a part of message 1 \(system\): 'Be brief.'"),
         # Its text stands in the header of every message, but not for itself.
         ("no_system", row("4", prompt=({**SYSTEM, "content": "user"}, QUESTION)), r"message 1 \(system\): 'user'"),
@@ -146,7 +146,7 @@ def test_fields_reach_the_template_and_those_it_leaves_out_of_an_answer_drop_the
         ("one_call", row(Response("", fields={"tool_calls": [call(), call("f")]})), "one of the tool_calls: .*'f'"),
         ("one_call", row(Response("I add.", fields={"tool_calls": [call()]})), "a part of response 1: 'I add.'"),
         ("chatml", row("4", template_fields={"tools": TOOLS}), "does not render the prompt's field 'tools'"),
-        ("one_call", row("4", prompt=calls), "every one of the prompt's tool_calls"),
+        ("one_call", row("4", prompt=calls), "does not render all of the prompt's tool_calls"),
     ):
         with pytest.raises(ContentError, match=rf"{PLACE}: .*{lost}"):
             encoder(template).encode(given)
