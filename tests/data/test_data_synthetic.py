@@ -130,5 +130,5 @@ def test_training_a_tokenizer_twice_gives_the_same_one(tmp_path):
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"vocab_size is 200; a byte-level tokenizer needs at least 262"):
+    with pytest.raises(UserError, match=r"vocab_size is 200, but a byte-level tokenizer needs at least 262"):
         train_tokenizer(["x"], tmp_path, 200)
