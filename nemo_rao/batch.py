@@ -5,7 +5,7 @@ Shape legend, used throughout the project:
     P   prompts in a micro-batch
     K   the largest number of responses to one of these prompts
     R   rows of the micro-batch: one per (prompt, response), so R <= P * K
-    B   sequences that the model computes: R, or P where prompts are shared, or 1 where they are packed
+    B   sequences that the model computes: R, or P if prompts are shared, or 1 if they are packed
     T   tokens of the longest sequence, after padding
     V   vocabulary (``V/TP`` on one tensor-parallel rank)
 
@@ -30,16 +30,16 @@ class Response:
 
     Attributes:
         content: not empty.
-        reward: the explicit reward r(x, y), ``None`` where the file has none; of a labelled pair, NaN where the
-            file's is not finite. Of an ensemble, its members' mean. A label (desirable or not) is a reward of 1 or 0.
-        ensemble: the rewards of M reward models, or M attributes, where several were named; else empty. NaN where
-            the file has null.
-        continuation: of a conversation, the messages after this answer; the assistant's are answers too.
-        fields: what the answer's message has beside role and content, for the chat template (``reasoning_content``,
-            ``tool_calls``). With ``tool_calls`` the content may be empty.
-        weight: 1, or 0 for an answer of a conversation that is context and not learned.
-        truncated: the text was cut where its sampler stopped at a limit, and is no whole answer.
-        plain_content: what follows ``Row.plain_prompt`` in a published transcript, blanks included. Set with it alone.
+        reward: the explicit reward r(x, y), ``None`` if the file has none, NaN if a labelled pair's is not finite.
+            For an ensemble, the mean of its members. A label (desirable or not) is a reward of 1 or 0.
+        ensemble: the rewards of M reward models or attributes, if several were named; otherwise empty. NaN for null.
+        continuation: in a conversation, the messages after this answer; the assistant's messages are answers, too.
+        fields: further fields of the answer's message for the chat template (``reasoning_content``, ``tool_calls``).
+            With ``tool_calls`` the content may be empty.
+        weight: 1, or 0 for an answer in a conversation that is context and not learned.
+        truncated: the sampler stopped at a limit, so the text is not a complete answer.
+        plain_content: the text after ``Row.plain_prompt`` in a published transcript, including whitespace. Set only
+            together with it.
     """
 
     content: str
@@ -57,22 +57,22 @@ class Row:
     """A prompt with its responses, as read from a file.
 
     Attributes:
-        prompt: messages in the form of Hugging Face chat templates (``role``, ``content``), or plain text,
-            which is one user message where a chat template is used, and is tokenised as it stands where not.
-        responses: at least one. In pairwise data the chosen response stands first.
-        place: where the row came from, for messages to the user ("data.jsonl.gz line 12").
-        ranked: the responses' order is a preference, best first (published as chosen/rejected).
-        reference_rewards: rewards of further responses, which the reference policy gave to the prompt; often empty.
-        template_fields: what the chat template takes beside the messages (``tools``, ``documents``).
-        plain_prompt: of a prompt published as a transcript (``Human: ... Assistant:``), its text. Tokenised in
-            place of the messages where no chat template is used, with each response's ``plain_content`` behind it.
-        unused: paths of the fields of its record that nothing reads, such as ``source`` or ``completions[].model``.
-        fields: those of them that are the record's own, such as a reference ``answer``, for rules that ask for them.
+        prompt: messages in the format of Hugging Face chat templates (``role``, ``content``), or plain text. Plain
+            text is one user message if a chat template is used, and is tokenized unchanged otherwise.
+        responses: at least one. In pairwise data the chosen response comes first.
+        location: file and line of the row, for messages ("data.jsonl.gz line 12").
+        ranked: the order of the responses is a preference, best first (published as chosen/rejected).
+        reference_rewards: rewards of further responses of the reference policy to the prompt; often empty.
+        template_fields: arguments of the chat template besides the messages (``tools``, ``documents``).
+        plain_prompt: the text of a prompt that was published as a transcript (``Human: ... Assistant:``). Without a
+            chat template, it is tokenized instead of the messages, followed by each response's ``plain_content``.
+        unused: paths of the record's fields that nothing reads, such as ``source`` or ``completions[].model``.
+        fields: the record's top-level ones of these, such as a reference ``answer``, for rules that request them.
     """
 
     prompt: str | tuple[Mapping[str, Any], ...]
     responses: tuple[Response, ...]
-    place: str
+    location: str
     ranked: bool = False
     reference_rewards: tuple[float, ...] = ()
     template_fields: Mapping[str, Any] = field(default_factory=dict)
@@ -83,21 +83,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Sample:
-    """A tokenised row: a prompt and its K responses. Token ids are int32.
+    """A tokenized row: a prompt and its K responses. Token ids are int32.
 
     Attributes:
         prompt: ``[prompt tokens]``, t0 first, the generation prompt last.
         responses: K arrays ``[response tokens]``, the end-of-turn token last.
-        rewards: ``[K]`` float64, NaN where the row has none.
+        rewards: ``[K]`` float64, NaN if missing.
         ranked: see :class:`Row`.
-        place: see :class:`Row`.
+        location: see :class:`Row`.
         ensemble: ``[K, M]`` float64; M = 0 without an ensemble.
         reference_rewards: ``[N]`` float64.
-        answers: of conversations, for each response ``[response tokens]`` bool, true where the assistant speaks (with
-            its end tokens); ``None`` where every response is one answer.
-        remarks: what was noticed about the row while it was encoded, each to be counted and reported behind the number
-            of rows: "prompts hold the chat template's own tokens ...".
-        of_tokens: of sampled responses, by names of :class:`Tokens` what is known of each token: K arrays
+        answers: for conversations, ``[response tokens]`` bool per response, true for the assistant's tokens (including
+            end tokens); ``None`` if every response is a single answer.
+        remarks: observations made while encoding the row, to be counted and reported after the number of rows:
+            "prompts hold the chat template's own tokens ...".
+        of_tokens: for sampled responses, values per token under the names of :class:`Tokens`: K arrays
             ``[response tokens]`` float32.
     """
 
@@ -105,7 +105,7 @@ class Sample:
     responses: tuple[np.ndarray, ...]
     rewards: np.ndarray
     ranked: bool
-    place: str
+    location: str
     ensemble: np.ndarray
     reference_rewards: np.ndarray
     answers: tuple[np.ndarray, ...] | None = None
@@ -115,46 +115,46 @@ class Sample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """P prompts with all their responses, as sequences padded on the right; what one forward pass computes.
+    """P prompts with all their responses, as right-padded sequences; the input of one forward pass.
 
-    Three layouts (:mod:`nemo_rao.data.collate`): a sequence is a row; or a prompt with all its responses, the prompt's
-    tokens standing there once; or all of them, packed. Every token belongs to a segment, a run of tokens that see those
-    before them in the segment, and those of the one segment that it continues, a shared prompt; nothing else.
+    There are three layouts (:mod:`nemo_rao.data.collate`): a sequence is a row; or a prompt with all its responses,
+    which contains the prompt's tokens once; or all of these, packed. Every token belongs to a segment, a run of tokens.
+    It sees the earlier tokens of its segment, and those of the one segment that it continues, a shared prompt.
 
-    Position t predicts ``labels[:, t]``, the next token of its row. A place is a position counted through the whole
-    micro-batch, b * T + t; it is a prompt's or a response's by what it predicts.
+    Position t predicts ``labels[:, t]``, the next token of its row. Below, positions are indices into the flattened
+    micro-batch, b * T + t; a position belongs to the prompt or response whose token it predicts.
 
     Attributes:
         tokens: ``[B, T]`` int64.
         labels: ``[B, T]`` int64; 0 where nothing is predicted.
-        position_ids: ``[B, T]`` int64, positions within the row, from 0; anything in padding.
-        segments: ``[S, 3]`` int64: tokens, number of the segment that it continues (-1: none), 1 for padding; in
-            their order, they fill all sequences. ``None`` where each sequence is one row.
-        longest_segment: tokens.
-        prompt_places: ``[P, longest]`` int64, where each prompt's tokens, other than t0, are predicted, in its first
-            row: they are the same in the others. -1 behind the last one.
-        response_places: ``[R, longest]`` int64, where the response's tokens are predicted, its end token included; of
-            a conversation, where the assistant's are. -1 behind the last one.
-        all_prompt_places, all_response_places: ``[N]`` int64, the same without the -1, one after the other.
-        boundary: ``[R]`` int64, the place that predicts the response's first token.
-        end: ``[R]`` int64, the place of the response's last token.
-        prompt_lengths, response_lengths: ``[P]`` and ``[R]`` float32, how many of these places there are.
-        num_tokens: tokens that are computed, without padding.
-        num_row_tokens: tokens of all rows, prompt and response; more than are computed where prompts are shared.
-        num_attention_pairs: pairs of a query and a key, the square of a row's tokens as if attention were not causal;
-            of a shared prompt its own square, and of each response its tokens times those of prompt and response.
+        position_ids: ``[B, T]`` int64, positions within the row, from 0; arbitrary in padding.
+        segments: ``[S, 3]`` int64: number of tokens, index of the continued segment (-1: none), 1 for padding. In this
+            order, segments fill all sequences. ``None`` if each sequence is one row.
+        longest_segment: number of tokens.
+        prompt_positions: ``[P, longest]`` int64, positions that predict each prompt's tokens except t0, in its first
+            row; the predictions in its other rows are equal. Padded with -1.
+        response_positions: ``[R, longest]`` int64, positions that predict the response's tokens including its end
+            token; in a conversation, the assistant's tokens. Padded with -1.
+        all_prompt_positions, all_response_positions: ``[N]`` int64, the same without padding, concatenated.
+        boundary: ``[R]`` int64, the position that predicts the response's first token.
+        end: ``[R]`` int64, the position of the response's last token.
+        prompt_lengths, response_lengths: ``[P]`` and ``[R]`` float32, the number of these positions.
+        num_tokens: number of computed tokens, without padding.
+        num_row_tokens: number of tokens of all rows, prompt and response; exceeds num_tokens if prompts are shared.
+        num_attention_pairs: pairs of a query and a key: the square of a row's tokens, as if attention were not causal;
+            for a shared prompt its square, and for each response its tokens times those of prompt and response.
         prompt_index: ``[R]`` int64 in [0, P): the row's prompt.
-        response_index: ``[R]`` int64 in [0, K): the row's place among its prompt's responses.
-        response_ids: ``[R]`` int64: the response's number in the data set, by which reference log-probs are found.
-        rewards: ``[R]`` float32, NaN where unknown.
-        ranked: ``[P]`` bool: the responses' order is a preference, best first.
+        response_index: ``[R]`` int64 in [0, K): the row's index among its prompt's responses.
+        response_ids: ``[R]`` int64: the response's index in the data set, under which reference log-probs are stored.
+        rewards: ``[R]`` float32, NaN if unknown.
+        ranked: ``[P]`` bool: the order of the responses is a preference, best first.
         reference: ``[R, 2]`` float32 reference log-probs (prompt without t0, response), nats; ``None`` if not needed.
         num_prompts: P.
         max_responses: K.
         reward_ensemble: ``[R, M]`` float32, the rewards of M reward models; ``None`` without an ensemble.
-        reference_rewards: ``[P, N]`` float32, rewards of the reference policy's own responses, NaN where there are
-            fewer than N; ``None`` where there are none.
-        of_tokens: ``[R, longest]`` float32 each, see :class:`Sample`; 0 behind a response's last token.
+        reference_rewards: ``[P, N]`` float32, rewards of the reference policy's responses, padded with NaN; ``None``
+            if there are none.
+        of_tokens: ``[R, longest]`` float32 each, see :class:`Sample`; 0 after a response's last token.
     """
 
     tokens: Tensor
@@ -162,10 +162,10 @@ class MicroBatch:
     position_ids: Tensor
     segments: Tensor | None
     longest_segment: int
-    prompt_places: Tensor
-    response_places: Tensor
-    all_prompt_places: Tensor
-    all_response_places: Tensor
+    prompt_positions: Tensor
+    response_positions: Tensor
+    all_prompt_positions: Tensor
+    all_response_positions: Tensor
     boundary: Tensor
     end: Tensor
     prompt_lengths: Tensor
@@ -188,15 +188,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What the last pipeline stage makes of a micro-batch.
+    """Output of the last pipeline stage for a micro-batch.
 
     Attributes:
-        logits: ``[B, T, V/TP]``, this tensor-parallel rank's part of the vocabulary; ``None`` where they are never
-            computed: log-probabilities come from ``hidden``, or it is a reward model, which has none.
-        hidden: ``[T, B, H]`` (``[T/TP, B, H]`` with sequence parallelism), what would enter the output layer.
-        output_weight: ``[V/TP, H]`` of the output layer, with ``hidden``.
-        values: the value head's, float32: V(x) ``[R]``, or V of each response token ``[R, longest]``; ``None`` for a
-            model without one.
+        logits: ``[B, T, V/TP]``, this tensor-parallel rank's part of the vocabulary; ``None`` if they are not computed,
+            because log-probabilities come from ``hidden`` or the model is a reward model.
+        hidden: ``[T, B, H]`` (``[T/TP, B, H]`` with sequence parallelism), the input of the output layer.
+        output_weight: ``[V/TP, H]``, the output layer's weight, set together with ``hidden``.
+        values: float32 output of the value head: V(x) ``[R]``, or V of each response token ``[R, longest]``; ``None``
+            for a model without one.
         scores: ``[R, A]`` float32, a reward model's scores; ``None`` for other models.
     """
 
@@ -209,21 +209,20 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The response tokens of a micro-batch, for objectives that look at each. L: tokens of the longest response.
+    """The response tokens of a micro-batch, for token-level objectives. L: tokens of the longest response.
 
     Entries where ``mask`` is false hold zeros and must not reach the loss, the metrics or a gradient.
 
     Attributes:
         logps: ``[P, K, L]`` float32, log pi(y_t | x, y_<t), nats. Carries the gradient.
-        mask: ``[P, K, L]`` bool: there is such a token.
-        old: ``[P, K, L]`` float32, the same of the policy that sampled; ``None``: it is the policy at hand.
-        importance: ``[P, K, L]`` float32, by how much the token counts because another policy than the one that it is
-            taken for has sampled it; ``None``: 1.
-        reference: ``[P, K, L]`` float32, the same of the reference policy; ``None`` where it is not declared.
-        values: ``[P, K, L]`` float32, the value head's V(x, y_<t). Carries the gradient. ``None`` where not declared.
-        old_values: ``[P, K, L]`` float32, the same before the first step on the rollout.
-        advantages, returns: ``[P, K, L]`` float32, worked out from a whole rollout; ``None`` for objectives that do not
-            (:class:`nemo_rao.objectives.base.Objective`). No gradient.
+        mask: ``[P, K, L]`` bool: the token exists.
+        old: ``[P, K, L]`` float32, ``logps`` of the policy that sampled; ``None``: that is the current policy.
+        importance: ``[P, K, L]`` float32, importance weights that correct for a sampler other than ``old``; ``None``: 1.
+        reference: ``[P, K, L]`` float32, ``logps`` of the reference policy; ``None`` if not declared.
+        values: ``[P, K, L]`` float32, the value head's V(x, y_<t). Carries the gradient. ``None`` if not declared.
+        old_values: ``[P, K, L]`` float32, ``values`` before the first step on the rollout.
+        advantages, returns: ``[P, K, L]`` float32, computed from a whole rollout; ``None`` for objectives that do not
+            use them (:class:`nemo_rao.objectives.base.Objective`). No gradient.
     """
 
     logps: Tensor
@@ -239,31 +238,31 @@ class Tokens:
 
 @dataclass(frozen=True)
 class ObjectiveBatch:
-    """What an objective sees: numbers per (prompt, response), whatever the model and its parallelism.
+    """Input of an objective: values per (prompt, response), independent of the model and its parallelism.
 
     Entries where ``valid`` is false hold zeros and must not reach the loss, the metrics or a gradient.
 
     Attributes:
         prompt_logps: ``[P, K]`` float32, sum of log pi(x_t | x_<t) over t >= 1, in the row of that response; nats.
-            Carries the gradient, and is not 0, for objectives that declare so.
+            Carries the gradient, and is nonzero, only for objectives that declare it.
         response_logps: ``[P, K]`` float32, sum of log pi(y_t | x, y_<t); nats. Carries the gradient.
-        reference_prompt_logps, reference_response_logps: ``[P, K]`` float32, the same sums of the reference policy;
-            ``None`` for an objective that declares no need of them. No gradient.
-        rewards: ``[P, K]`` float32; NaN where unknown. No gradient.
+        reference_prompt_logps, reference_response_logps: ``[P, K]`` float32, the same sums for the reference policy;
+            ``None`` if the objective does not declare them. No gradient.
+        rewards: ``[P, K]`` float32; NaN if unknown. No gradient.
         lengths: ``[P, K]`` float32, response tokens |y|.
         prompt_lengths: ``[P, K]`` float32, prompt tokens without t0.
         valid: ``[P, K]`` bool.
-        ranked: ``[P]`` bool: the responses' order is a preference, best first.
+        ranked: ``[P]`` bool: the order of the responses is a preference, best first.
         reward_ensemble: ``[P, K, M]`` float32, the rewards of M reward models; ``None`` without an ensemble.
-        reference_rewards: ``[P, N]`` float32, rewards of the reference policy's own responses to each prompt, NaN where
-            there are fewer than N; ``None`` where there are none.
+        reference_rewards: ``[P, N]`` float32, rewards of the reference policy's responses to each prompt, padded with
+            NaN; ``None`` if there are none.
         values: ``[P, K]`` float32, the value head's V(x) in the row of that response. Carries the gradient. ``None``
-            for an objective that declares no need of them.
-        scores: ``[P, K, A]`` float32, a reward model's scores. Carries the gradient. ``None`` for an objective that
-            declares no need of them; for one that does, log-probabilities are 0.
+            if the objective does not declare them.
+        scores: ``[P, K, A]`` float32, a reward model's scores. Carries the gradient. ``None`` if the objective does not
+            declare them; if it does, log-probabilities are 0.
         kl_estimate: ``[]`` float32, the mean over the *global* batch's prompts of rho(y') = log pi(y'|x) -
-            log pi_ref(y'|x), y' being a response to another prompt. No gradient. ``None`` where not declared.
-        tokens: of every response; ``None`` where not declared.
+            log pi_ref(y'|x), where y' is a response to another prompt. No gradient. ``None`` if not declared.
+        tokens: the tokens of all responses; ``None`` if not declared.
     """
 
     prompt_logps: Tensor
@@ -285,14 +284,14 @@ class ObjectiveBatch:
 
 @dataclass(frozen=True)
 class RewardSummary:
-    """What objectives whose keys depend on the training data ask of its rewards.
+    """Statistics of the training data's rewards, for objectives whose keys depend on them.
 
     Attributes:
-        mean: over prompts of the mean reward of a prompt's responses; ``None`` where no response has one.
-        low, high: smallest and largest reward; ``None`` likewise.
-        all_labels: every response has a reward, and each is 1 or 0.
-        all_ranked: every prompt's order of responses is a preference.
-        num_columns: rewards of each response: 1, or the members of the ensemble.
+        mean: mean over prompts of the mean reward of their responses; ``None`` if no response has a reward.
+        low, high: smallest and largest reward; ``None`` if no response has a reward.
+        all_labels: every response has a reward of 1 or 0.
+        all_ranked: for every prompt, the order of the responses is a preference.
+        num_columns: number of rewards per response: 1, or the size of the ensemble.
     """
 
     mean: float | None = None
@@ -305,13 +304,13 @@ class RewardSummary:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """An objective's sums over a micro-batch. Whoever calls divides by counts reduced over the whole global batch.
+    """An objective's sums over a micro-batch. The caller divides by counts reduced over the global batch.
 
     Attributes:
-        loss_sum: ``[]`` float32, the sum over prompts of each prompt's mean over its valid responses (or pairs); of
-            objectives that say so, over responses or tokens.
-        num_prompts: ``[]`` float32, the prompts (responses, tokens) in ``loss_sum``, by whose number over the global
-            batch it is divided.
+        loss_sum: ``[]`` float32, the sum over prompts of each prompt's mean over its valid responses (or pairs); for
+            some objectives, the sum over responses or tokens.
+        num_prompts: ``[]`` float32, the number of prompts (responses, tokens) in ``loss_sum``; its total over the
+            global batch is the divisor.
         metrics: name -> ``[2]`` float32 (sum, count), no gradient.
     """
 

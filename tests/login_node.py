@@ -46,9 +46,9 @@ def write_packages(folder: Path) -> None:
     """Packages from which every name can be imported but not used, like the real ones without a GPU."""
     for package, submodules in _SUBMODULES.items():
         for name in ("", *submodules):
-            place = folder.joinpath(package, *filter(None, name.split(".")))
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "__init__.py").write_text(_MODULE)
+            location = folder.joinpath(package, *filter(None, name.split(".")))
+            location.mkdir(parents=True, exist_ok=True)
+            (location / "__init__.py").write_text(_MODULE)
         information = folder / f"{package}-2.9.0.dist-info"
         information.mkdir()
         (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 2.9.0\n")

@@ -35,7 +35,7 @@ def prefer_by(row: Row, pairs_by: PairsBy) -> Row:
     """
     if pairs_by == "label" and not row.ranked:
         raise UserError(
-            f"{row.place}: has no labels (chosen, rejected), but data.pairs_by is label. Set it to reward or auto."
+            f"{row.location}: has no labels (chosen, rejected), but data.pairs_by is label. Set it to reward or auto."
         )
     if pairs_by == "reward":
         _require_rewards(row, "data.pairs_by is reward")
@@ -110,7 +110,7 @@ def _require_rewards(row: Row, why: str) -> None:
     for number, response in enumerate(row.responses, start=1):
         if not is_known(response.reward):
             raise UserError(
-                f"{row.place}: response {number} has {lacks(response)}, and {why}. {where_to_add_rewards(row)}"
+                f"{row.location}: response {number} has {lacks(response)}, and {why}. {where_to_add_rewards(row)}"
             )
 
 

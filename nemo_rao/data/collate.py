@@ -103,14 +103,14 @@ def collate(
         position_ids=torch.from_numpy(layout.position_ids),
         segments=torch.tensor(layout.segments) if packed or shared_prompts else None,
         longest_segment=max(size for size, _, _ in layout.segments),
-        prompt_places=_ragged(layout.prompt_places),
-        response_places=_ragged(layout.response_places),
-        all_prompt_places=torch.from_numpy(np.concatenate(layout.prompt_places)),
-        all_response_places=torch.from_numpy(np.concatenate(layout.response_places)),
+        prompt_positions=_ragged(layout.prompt_positions),
+        response_positions=_ragged(layout.response_positions),
+        all_prompt_positions=torch.from_numpy(np.concatenate(layout.prompt_positions)),
+        all_response_positions=torch.from_numpy(np.concatenate(layout.response_positions)),
         boundary=torch.tensor(layout.boundary),
         end=torch.tensor(layout.end),
-        prompt_lengths=torch.tensor([len(places) for places in layout.prompt_places], dtype=torch.float32),
-        response_lengths=torch.tensor([len(places) for places in layout.response_places], dtype=torch.float32),
+        prompt_lengths=torch.tensor([len(positions) for positions in layout.prompt_positions], dtype=torch.float32),
+        response_lengths=torch.tensor([len(positions) for positions in layout.response_positions], dtype=torch.float32),
         num_tokens=sum(len(segment.tokens) for sequence in sequences for segment in sequence),
         num_row_tokens=sum(len(s.prompt) * len(s.responses) + sum(map(len, s.responses)) for s in samples),
         num_attention_pairs=layout.num_pairs,
@@ -173,8 +173,8 @@ class _Layout:
         self.labels = np.zeros(shape, dtype=np.int64)
         self.position_ids = np.zeros(shape, dtype=np.int64)
         self.segments: list[tuple[int, int, int]] = []
-        self.prompt_places: list[np.ndarray] = []
-        self.response_places: list[np.ndarray] = []
+        self.prompt_positions: list[np.ndarray] = []
+        self.response_positions: list[np.ndarray] = []
         self.boundary: list[int] = []
         self.end: list[int] = []
         self.num_pairs = 0
@@ -188,11 +188,11 @@ class _Layout:
             self.position_ids[number, start:end] = segment.first_position + np.arange(end - start)
             offset = number * self._length
             if segment.reads_prompt:
-                self.prompt_places.append(offset + np.arange(start, boundary))
+                self.prompt_positions.append(offset + np.arange(start, boundary))
             if segment.answers is None:
                 prompt = len(self.segments)
             else:
-                self.response_places.append(offset + boundary + np.flatnonzero(segment.answers))
+                self.response_positions.append(offset + boundary + np.flatnonzero(segment.answers))
                 self.boundary.append(offset + boundary)
                 self.end.append(offset + end - 1)
             self.segments.append((end - start, prompt if segment.continues else NO_SEGMENT, 0))
@@ -204,9 +204,9 @@ class _Layout:
             self.segments.append((self._length - start, NO_SEGMENT, 1))
 
 
-def _ragged(places: Sequence[np.ndarray]) -> Tensor:
-    """``[len(places), longest]`` int64, each row padded with -1."""
-    padded = np.full((len(places), max(map(len, places))), -1, dtype=np.int64)
-    for number, found in enumerate(places):
+def _ragged(positions: Sequence[np.ndarray]) -> Tensor:
+    """``[len(positions), longest]`` int64, each row padded with -1."""
+    padded = np.full((len(positions), max(map(len, positions))), -1, dtype=np.int64)
+    for number, found in enumerate(positions):
         padded[number, : len(found)] = found
     return torch.from_numpy(padded)

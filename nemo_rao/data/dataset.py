@@ -222,8 +222,8 @@ def different_first_tokens(a: Sample, b: Sample, tokenizer: PreTrainedTokenizerB
     """The error for two prompts that begin with different tokens."""
     token_a, token_b = tokenizer.convert_ids_to_tokens([int(a.prompt[0]), int(b.prompt[0])])
     return UserError(
-        f"{needed_by} needs all prompts to begin with the same token, but {a.place} begins with {token_a!r} and "
-        f"{b.place} with {token_b!r}. Use a chat template, or a tokenizer that adds a beginning token."
+        f"{needed_by} needs all prompts to begin with the same token, but {a.location} begins with {token_a!r} and "
+        f"{b.location} with {token_b!r}. Use a chat template, or a tokenizer that adds a beginning token."
     )
 
 

@@ -242,7 +242,7 @@ class Encoder:
                 [np.nan if response.reward is None else response.reward for response in row.responses], dtype=np.float64
             ),
             ranked=row.ranked,
-            place=row.place,
+            location=row.location,
             # Shape [0, 0] for a prompt without responses.
             ensemble=np.array([one.ensemble for one in row.responses] or np.zeros((0, 0)), dtype=np.float64),
             reference_rewards=np.array(row.reference_rewards, dtype=np.float64),
@@ -276,14 +276,14 @@ class Encoder:
         for (answer, _, whole), given in zip(parts, row.responses, strict=True):
             if len(prompt) == 0 or not np.array_equal(whole[: len(prompt)], prompt):
                 raise BoundaryError(
-                    f"{row.place}: {answer.name} has no boundary in tokens: the prompt's tokens are not the "
+                    f"{row.location}: {answer.name} has no boundary in tokens: the prompt's tokens are not the "
                     f"first tokens of prompt and response together. {self._boundary_remedy}, or drop the row."
                 )
             response = self._ended(whole[len(prompt) :], answer.truncated)
             if len(response) < (1 if answer.truncated else 2):
-                raise BoundaryError(f"{row.place}: {answer.name} has {NO_TOKEN}. Drop the row.")
+                raise BoundaryError(f"{row.location}: {answer.name} has {NO_TOKEN}. Drop the row.")
             if given.weight == 0:
-                raise NothingToLearnError(f"{row.place}: {answer.name} has weight 0. Drop the row.")
+                raise NothingToLearnError(f"{row.location}: {answer.name} has weight 0. Drop the row.")
             responses.append(response)
         return responses
 
@@ -307,7 +307,7 @@ class Encoder:
             fits = np.array_equal(whole[: len(before)], before) and np.array_equal(after[: len(before)], before)
             if answer is last and answer.learned and not fits:
                 raise BoundaryError(
-                    f"{row.place}: {answer.name} has no boundary in tokens: the tokens before it are not the first "
+                    f"{row.location}: {answer.name} has no boundary in tokens: the tokens before it are not the first "
                     f"tokens of the whole conversation. {self._boundary_remedy}, or drop the row."
                 )
             if not fits or not np.array_equal(whole[len(before) : end], tokens):
@@ -317,7 +317,7 @@ class Encoder:
                 first = min(first, len(before))
         if changed is not None and not is_answer.any():
             raise BoundaryError(
-                f"{row.place}: {changed.name} has no boundary in tokens: the chat template renders earlier messages "
+                f"{row.location}: {changed.name} has no boundary in tokens: the chat template renders earlier messages "
                 f"differently once others follow. {self._conversation_remedy} another template, or drop the row."
             )
         if changed is not None:

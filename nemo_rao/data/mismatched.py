@@ -24,7 +24,7 @@ def mismatched(data: PreferenceData, *, seq_length: int, seed: int) -> Preferenc
     """
     if len(data) < 2:
         raise UserError(
-            f"{data[0].place}: the only prompt left, but the objective compares with responses to other prompts. "
+            f"{data[0].location}: the only prompt left, but the objective compares with responses to other prompts. "
             "Add data."
         )
     generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, len(data)])))

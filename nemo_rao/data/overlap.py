@@ -37,4 +37,4 @@ def shared_prompts(train: PreferenceData, validation: PreferenceData) -> SharedP
         return None
     first = int(found[0])
     same = int(np.flatnonzero(train.prompt_digests == validation.prompt_digests[first])[0])
-    return SharedPrompts(len(found), len(validation), (validation[first].place, train[same].place))
+    return SharedPrompts(len(found), len(validation), (validation[first].location, train[same].location))

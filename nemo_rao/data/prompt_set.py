@@ -97,5 +97,8 @@ def _why_dropped(row: Row, sample: Sample | UserError, longest: int, set_by: str
         raise sample
     if len(sample.prompt) > longest:
         reason = f"longer than {longest} tokens, which {set_by}"
-        return reason, f"{row.place}: the prompt has {len(sample.prompt)} tokens, more than {longest}, which {set_by}"
+        return (
+            reason,
+            f"{row.location}: the prompt has {len(sample.prompt)} tokens, more than {longest}, which {set_by}",
+        )
     return None

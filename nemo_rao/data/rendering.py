@@ -87,7 +87,7 @@ def render_plain(row: Row, tokenizer_name: str) -> RenderedRow:
     prompt = row.prompt if row.plain_prompt is None else row.plain_prompt
     if not isinstance(prompt, str) or is_conversation(row):
         raise UserError(
-            f"{row.place}: the prompt is a list of messages, which needs a chat template, but tokenizer "
+            f"{row.location}: the prompt is a list of messages, which needs a chat template, but tokenizer "
             f"{tokenizer_name} has none or chat_template is 'never'"
         )
     answers, remarks = [], []
@@ -100,7 +100,7 @@ def render_plain(row: Row, tokenizer_name: str) -> RenderedRow:
         answers.append(Answer(f"response {number}", prompt, prompt + content, truncated=response.truncated))
     if fields:
         raise ContentError(
-            f"{row.place}: field '{fields[0]}' needs a chat template, but tokenizer {tokenizer_name} has none or "
+            f"{row.location}: field '{fields[0]}' needs a chat template, but tokenizer {tokenizer_name} has none or "
             "chat_template is 'never'. List it in data.ignore_fields or drop the row."
         )
     return RenderedRow(prompt, answers, remarks)
@@ -161,7 +161,7 @@ class ChatRenderer:
             self._complete(answer, messages[:at], given[at], row, rendered.remarks)
             rendered.answers.append(answer)
         if not any(answer.learned for answer in rendered.answers):
-            raise NothingToLearnError(f"{row.place}: every answer has weight 0. Drop the row.")
+            raise NothingToLearnError(f"{row.location}: every answer has weight 0. Drop the row.")
         before = messages[: turns[-1]]
         rendered.remarks += self._check_fields_of_prompt(before, row, rendered.answers[-1].before)
         rendered.remarks += self._remarks_on_prompt([message for message in before if message["role"] != "assistant"])
@@ -171,7 +171,7 @@ class ChatRenderer:
     # ---------------------------------------------------------------------------------------------------- the prompt
 
     def _unchecked_prompt(self, messages: Sequence[Message], row: Row) -> str:
-        return self.template.prompt(messages, row.place, row.template_fields)
+        return self.template.prompt(messages, row.location, row.template_fields)
 
     def _prompt(self, messages: Sequence[Message], row: Row) -> str:
         """Render the messages with the generation prompt. Raises if the content of any of them is missing."""
@@ -185,7 +185,7 @@ class ChatRenderer:
             return text
         role = messages[lost]["role"]
         raise ContentError(
-            f"{row.place}: the chat template leaves out a part of message {lost + 1} ({role}): {what}. Use another "
+            f"{row.location}: the chat template leaves out a part of message {lost + 1} ({role}): {what}. Use another "
             "template, or drop the row."
         )
 
@@ -196,25 +196,25 @@ class ChatRenderer:
             return []
 
         def render(messages: Sequence[Message], fields: Mapping[str, Any]) -> str:
-            return self.template.prompt(messages, row.place, fields)
+            return self.template.prompt(messages, row.location, fields)
 
         lost = unrendered_fields(messages, fields, text, render)
         for name in lost:
             if name in _CONTENT:
                 raise ContentError(
-                    f"{row.place}: the chat template does not render the prompt's field '{name}'. Use another "
+                    f"{row.location}: the chat template does not render the prompt's field '{name}'. Use another "
                     "template, list the field in data.ignore_fields, or drop the row."
                 )
         if (call := unrendered_call(messages, text, lambda changed, _: render(changed, fields))) is not None:
             raise ContentError(
-                f"{row.place}: the chat template does not render all of the prompt's tool_calls: "
+                f"{row.location}: the chat template does not render all of the prompt's tool_calls: "
                 f"{quoted(str(call))}. Use another template, or drop the row."
             )
         for holder in (fields, *messages):
             for name, value in holder.items():
                 if name in _CONTENT and (part := find_missing_part(name, value, text)) is not None:
                     raise ContentError(
-                        f"{row.place}: the chat template leaves out a part of the prompt's field '{name}': "
+                        f"{row.location}: the chat template leaves out a part of the prompt's field '{name}': "
                         f"{difference(part, text)}. Use another template, or drop the row."
                     )
         return [f"prompts have a field '{name}' that the chat template does not render" for name in lost]
@@ -243,7 +243,7 @@ class ChatRenderer:
         message = self.template.message(given)
         content = contents_of(message)
         if not content.strip() and not field_names([message]):
-            raise BoundaryError(f"{row.place}: {answer.name} has {NO_TOKEN}. Drop the row.")
+            raise BoundaryError(f"{row.location}: {answer.name} has {NO_TOKEN}. Drop the row.")
         end_text, closed = self.template.end_text, False
         bare = content.rstrip().removesuffix(end_text)
         if bare != content.rstrip() and bare.strip() and not answer.truncated:
@@ -260,7 +260,7 @@ class ChatRenderer:
         if answer.truncated:
             if not answer.whole.endswith(self.template.behind):
                 raise BoundaryError(
-                    f"{row.place}: {answer.name} is marked as truncated, but the chat template adds other text after "
+                    f"{row.location}: {answer.name} is marked as truncated, but the chat template adds other text after "
                     "it. Drop the row."
                 )
             answer.whole = answer.whole.removesuffix(self.template.behind)
@@ -272,7 +272,7 @@ class ChatRenderer:
         remarks += [_not_rendered(name) for name in fields if not _is_part_of_answer(name)]
         if names := [name for name in fields if _is_part_of_answer(name)]:
             raise ContentError(
-                f"{row.place}: {answer.name} has a field '{names[0]}', which only the chat template can render. Set "
+                f"{row.location}: {answer.name} has a field '{names[0]}', which only the chat template can render. Set "
                 "data.answers=template, list the field in data.ignore_fields, or drop the row."
             )
         if template.opening:
@@ -281,13 +281,13 @@ class ChatRenderer:
                 text = text.removeprefix(template.opening)
             elif text.lstrip().startswith(tag):
                 raise ThinkingError(
-                    f"{row.place}: {answer.name} begins with {quoted(text[: text.index(tag) + len(tag) + 1])}, not "
+                    f"{row.location}: {answer.name} begins with {quoted(text[: text.index(tag) + len(tag) + 1])}, not "
                     f"with the {template.opening!r} that ends the generation prompt. Write the same in the row, or "
                     f"{_NO_BLOCK}"
                 )
             if template.closing not in text and not answer.truncated:
                 raise ThinkingError(
-                    f"{row.place}: {answer.name} has no {template.closing}, which closes the {tag} at the end of the "
+                    f"{row.location}: {answer.name} has no {template.closing}, which closes the {tag} at the end of the "
                     f"generation prompt. {_NO_BLOCK.capitalize()}"
                 )
         return answer.before + template.before + text + template.behind
@@ -296,7 +296,7 @@ class ChatRenderer:
         self, answer: Answer, messages: Sequence[Message], message: Message, row: Row, remarks: list[str]
     ) -> str:
         template, fields = self.template, row.template_fields
-        whole = template.render([*messages, message], row.place, fields)
+        whole = template.render([*messages, message], row.location, fields)
         if not whole.startswith(answer.before):
             if template.opening and whole.startswith(answer.before.removesuffix(template.opening)):
                 closed = template.closing in contents_of(message)
@@ -306,11 +306,11 @@ class ChatRenderer:
                     else f", and the answer has no {template.closing}. {_NO_BLOCK.capitalize()}"
                 )
                 raise ThinkingError(
-                    f"{row.place}: the generation prompt ends with {template.opening!r}, which the chat template does "
+                    f"{row.location}: the generation prompt ends with {template.opening!r}, which the chat template does "
                     f"not repeat before {answer.name}{remedy}"
                 )
             raise BoundaryError(
-                f"{row.place}: {answer.name} has no boundary in tokens: the chat template renders the prompt "
+                f"{row.location}: {answer.name} has no boundary in tokens: the chat template renders the prompt "
                 "differently once an answer follows. Set data.answers=verbatim, use another chat template, or drop the "
                 "row."
             )
@@ -318,7 +318,7 @@ class ChatRenderer:
         opened = template.opening if content.lstrip().startswith(template.opening.strip()) else ""
         if find(opened + rendered, content) < 0:
             raise ContentError(
-                f"{row.place}: the chat template leaves out a part of {answer.name}: "
+                f"{row.location}: the chat template leaves out a part of {answer.name}: "
                 f"{difference(content, rendered.removesuffix(template.behind))}. Set data.answers=verbatim, use "
                 "another template, or drop the row."
             )
@@ -340,7 +340,7 @@ class ChatRenderer:
         remarks on other fields."""
 
         def render(changed: Sequence[Message], _: Mapping[str, Any]) -> str:
-            return self.template.render([*messages, *changed], row.place, row.template_fields)
+            return self.template.render([*messages, *changed], row.location, row.template_fields)
 
         whole = answer.before + rendered
         lost = unrendered_fields([message], {}, whole, render)
@@ -357,7 +357,7 @@ class ChatRenderer:
                 what = f"a part of field '{name}': {difference(part, rendered)}"
             if what is not None:
                 raise ContentError(
-                    f"{row.place}: the chat template leaves out, from {answer.name}, {what}. Use another template, "
+                    f"{row.location}: the chat template leaves out, from {answer.name}, {what}. Use another template, "
                     "list the field in data.ignore_fields, or drop the row."
                 )
         return [_not_rendered(name) for name in lost if not _is_part_of_answer(name)]

@@ -85,7 +85,7 @@ class LoadReport:
             _count(self.pairs, pair)
         for remark in outcome.remarks:
             _count(self.remarks, remark)
-            self.examples.setdefault(remark, outcome.used.place)
+            self.examples.setdefault(remark, outcome.used.location)
 
     def drop(self, reason: str, example: str) -> None:
         """Count a dropped row; ``example`` is the message about it."""

@@ -106,26 +106,26 @@ class RowChecks:
     def _check_responses(self, row: Row) -> None:
         if len(row.responses) < self.min_responses:
             raise UserError(
-                f"{row.place}: has {len(row.responses)} responses, but {self.needed_by} needs at least "
+                f"{row.location}: has {len(row.responses)} responses, but {self.needed_by} needs at least "
                 f"{self.min_responses} per prompt. Drop the row or add responses."
             )
         if self.needs_rewards:
             for number, response in enumerate(row.responses, start=1):
                 if not is_known(response.reward) or not all(map(is_known, response.ensemble)):
                     raise UserError(
-                        f"{row.place}: response {number} has {lacks(response)}, but {self.needed_by} needs one. "
+                        f"{row.location}: response {number} has {lacks(response)}, but {self.needed_by} needs one. "
                         f"{where_to_add_rewards(row)}"
                     )
         if self.needs_preference and not row.ranked and any(response.reward is None for response in row.responses):
             raise UserError(
-                f"{row.place}: its responses have neither an order (chosen, rejected) nor a reward each, and "
+                f"{row.location}: its responses have neither an order (chosen, rejected) nor a reward each, and "
                 f"{self.needed_by} compares them. Add rewards (or labels), or set data.reward_field to the field that "
                 "holds the rewards."
             )
 
     def _why_dropped(self, row: Row) -> tuple[str, str] | None:
         if self.needs_pairs and not has_pair(row):
-            return NO_PAIR, f"{row.place}: all responses have the same reward"
+            return NO_PAIR, f"{row.location}: all responses have the same reward"
         return None
 
     def _remarks(self, row: Row, cut: int) -> Iterator[str]:
@@ -147,4 +147,4 @@ class RowChecks:
 
 
 def _cut_short(row: Row, cut: int) -> str:
-    return f"{row.place}: {cut} of {len(row.responses)} responses are marked as truncated"
+    return f"{row.location}: {cut} of {len(row.responses)} responses are marked as truncated"

@@ -19,18 +19,21 @@ EQUAL_TOKENS_OTHER_REWARDS = "responses with the same tokens have different rewa
 def why_dropped(row: Row, sample: Sample, seq_length: int, needs_pairs: bool) -> tuple[str, str] | None:
     """(reason, message about this row), or ``None`` to keep it."""
     if len(sample.prompt) >= seq_length:
-        return PROMPT_TOO_LONG, f"{row.place}: the prompt has {len(sample.prompt)} tokens, seq_length is {seq_length}"
+        return (
+            PROMPT_TOO_LONG,
+            f"{row.location}: the prompt has {len(sample.prompt)} tokens, seq_length is {seq_length}",
+        )
     for number, response in enumerate(sample.responses, start=1):
         if len(sample.prompt) + len(response) > seq_length:
             return TOO_LONG, (
-                f"{row.place}: prompt and response {number} have {len(sample.prompt)} + {len(response)} tokens, "
+                f"{row.location}: prompt and response {number} have {len(sample.prompt)} + {len(response)} tokens, "
                 f"seq_length is {seq_length}"
             )
     if needs_pairs:
         compared = [pair for pair in _pairs(sample) if _differ(sample, *pair)]
         if compared and all(_equal(sample, *pair) for pair in compared):
             first, second = compared[0]
-            return SAME_TOKENS, f"{row.place}: responses {first + 1} and {second + 1} have the same tokens"
+            return SAME_TOKENS, f"{row.location}: responses {first + 1} and {second + 1} have the same tokens"
     return None
 
 

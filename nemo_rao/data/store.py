@@ -47,7 +47,7 @@ class Arrays:
         reference_rewards: float64, sample after sample, delimited by ``reference_reward_ends`` ``[N + 1]`` int64.
         ranked: ``[N]`` bool.
         prompt_digests: ``[N]`` uint64, digest of each prompt's tokens.
-        places: uint8, the samples' locations as UTF-8, delimited by ``place_ends`` ``[N + 1]`` int64.
+        locations: uint8, the samples' locations as UTF-8, delimited by ``location_ends`` ``[N + 1]`` int64.
         answers: bool, true for tokens of an answer, only for segments that need such a mask (conversations), delimited
             by ``answer_ends``; ``answer_segments`` are the indices of these segments, int64, ascending.
     """
@@ -61,8 +61,8 @@ class Arrays:
     reference_reward_ends: np.ndarray
     ranked: np.ndarray
     prompt_digests: np.ndarray
-    places: np.ndarray
-    place_ends: np.ndarray
+    locations: np.ndarray
+    location_ends: np.ndarray
     answers: np.ndarray
     answer_ends: np.ndarray
     answer_segments: np.ndarray
@@ -118,7 +118,9 @@ class PreferenceData:
             responses=tuple(responses),
             rewards=arrays.rewards[offset : offset + len(responses)],
             ranked=bool(arrays.ranked[index]),
-            place=bytes(arrays.places[slice(*arrays.place_ends[index : index + 2])]).decode("utf-8", "surrogatepass"),
+            location=bytes(arrays.locations[slice(*arrays.location_ends[index : index + 2])]).decode(
+                "utf-8", "surrogatepass"
+            ),
             ensemble=arrays.ensemble[offset : offset + len(responses)],
             reference_rewards=arrays.reference_rewards[slice(*arrays.reference_reward_ends[index : index + 2])],
             answers=self._answers(first + 1, len(responses)),
@@ -252,7 +254,7 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
     tokens, segment_ends, first_segment = array.array("i"), array.array("q", [0]), array.array("q", [0])
     rewards, reference_rewards, reference_reward_ends = array.array("d"), array.array("d"), array.array("q", [0])
     ensemble: list[np.ndarray] = []
-    ranked, places, place_ends = bytearray(), bytearray(), array.array("q", [0])
+    ranked, locations, location_ends = bytearray(), bytearray(), array.array("q", [0])
     prompt_digests = bytearray()
     answers, answer_ends, answer_segments = bytearray(), array.array("q", [0]), array.array("q")
     for sample in samples:
@@ -269,8 +271,8 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
         reference_reward_ends.append(len(reference_rewards))
         ranked.append(sample.ranked)
         prompt_digests += hashlib.blake2b(sample.prompt.astype("<i4").tobytes(), digest_size=8).digest()
-        places += sample.place.encode("utf-8", "surrogatepass")
-        place_ends.append(len(places))
+        locations += sample.location.encode("utf-8", "surrogatepass")
+        location_ends.append(len(locations))
         first_segment.append(len(segment_ends) - 1)
 
     def flat(values: Any, kind: type) -> np.ndarray:
@@ -290,8 +292,8 @@ def _flat(samples: Iterable[Sample]) -> Arrays:
         reference_reward_ends=flat(reference_reward_ends, np.int64),
         ranked=flat(ranked, np.bool_),
         prompt_digests=flat(prompt_digests, np.uint64),
-        places=flat(places, np.uint8),
-        place_ends=flat(place_ends, np.int64),
+        locations=flat(locations, np.uint8),
+        location_ends=flat(location_ends, np.int64),
         answers=flat(answers, np.bool_),
         answer_ends=flat(answer_ends, np.int64),
         answer_segments=flat(answer_segments, np.int64),

@@ -127,7 +127,7 @@ class AlpacaEval:
         row = self._examples[number].row
         content = with_system(row.prompt, self._settings.system)
         plain = row.plain_prompt if content is row.prompt else None
-        return Question(content, row.place, (number, 0, 0), self._settings.temperature, row.template_fields, plain)
+        return Question(content, row.location, (number, 0, 0), self._settings.temperature, row.template_fields, plain)
 
 
 def _example(location: str, record: Mapping[str, Any], columns: Columns) -> Example:

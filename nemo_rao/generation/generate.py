@@ -144,7 +144,7 @@ def _record(answers: Sequence[Answer], problems: Sequence[str]) -> dict[str, Any
 
 
 def _question(prompt: Prompt) -> Question:
-    return Question(prompt.content, prompt.place, (), 0.0, prompt.template_fields, prompt.plain)
+    return Question(prompt.content, prompt.location, (), 0.0, prompt.template_fields, prompt.plain)
 
 
 def rows_of(prompts: Iterable[Prompt], records: Iterable[Mapping[str, Any]]) -> Iterator[str]:

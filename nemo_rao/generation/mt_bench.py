@@ -47,7 +47,7 @@ OTHER_TEMPERATURE = 0.7
 class Example:
     """One question of several turns; ``row`` has the first turn as its prompt and no responses."""
 
-    place: str
+    location: str
     question_id: Any
     category: str
     turns: tuple[str, ...]
@@ -170,7 +170,7 @@ class MtBench:
         messages: Messages = (*first, *later)
         temperature = TEMPERATURES.get(example.category, OTHER_TEMPERATURE)
         stream = (number, len(answers), 0)
-        return Question(messages, example.place, stream, temperature, example.row.template_fields)
+        return Question(messages, example.location, stream, temperature, example.row.template_fields)
 
 
 def _without_thinking(answer: str) -> str:

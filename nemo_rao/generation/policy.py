@@ -42,7 +42,7 @@ class Question:
 
     Attributes:
         content: messages or plain text.
-        place: where it came from, for messages.
+        location: where it came from, for messages.
         stream: see :class:`nemo_rao.generation.engine.Request`.
         temperature: sampling temperature of the answer.
         template_fields: see :class:`nemo_rao.batch.Row`.
@@ -50,7 +50,7 @@ class Question:
     """
 
     content: str | Messages
-    place: str
+    location: str
     stream: tuple[int, ...]
     temperature: float
     template_fields: Mapping[str, Any] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Question:
         return Row(
             self.content,
             responses,
-            self.place,
+            self.location,
             template_fields=self.template_fields,
             plain_prompt=self.plain_prompt,
         )

@@ -45,7 +45,7 @@ def not_finite(name: str, value: float, step: int, rows: Iterable[Sample]) -> st
         rows: rows of the step's global batch.
     """
     by_size = sorted(rows, key=_largest_reward, reverse=True)
-    shown = [f"{row.place}{_reward_of(row)}" for row in by_size[:NUM_SHOWN]]
+    shown = [f"{row.location}{_reward_of(row)}" for row in by_size[:NUM_SHOWN]]
     more = f" and {len(by_size) - NUM_SHOWN} more" if len(by_size) > NUM_SHOWN else ""
     what = "gradient norm" if name == "grad_norm" else name
     return (

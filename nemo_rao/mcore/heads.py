@@ -96,7 +96,9 @@ class LinearHead(nn.Module):
         """
         assert self._hidden is not None, "a forward pass has been run"
         hidden, self._hidden = self._hidden, None
-        positions = {"prompt": batch.boundary, "response": batch.end, "tokens": batch.response_places}[self._position]
+        positions = {"prompt": batch.boundary, "response": batch.end, "tokens": batch.response_positions}[
+            self._position
+        ]
         present = positions >= 0  # a token on this context-parallel rank
         sequences, at = positions.clamp(min=0) // batch.tokens.shape[1], positions.clamp(min=0) % batch.tokens.shape[1]
         weight, bias = self.weight, self.bias

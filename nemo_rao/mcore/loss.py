@@ -66,15 +66,15 @@ def sequence_log_probs(
     Returns:
         ``([R], [R])``: prompt sums, response sums; the same on every tensor- and context-parallel rank.
     """
-    positions, num_trained = batch.all_response_places, len(batch.all_response_places)
+    positions, num_trained = batch.all_response_positions, len(batch.all_response_positions)
     if prompts:
-        positions = torch.cat([positions, batch.all_prompt_places])
+        positions = torch.cat([positions, batch.all_prompt_positions])
     logps = _token_log_probs(output, batch, positions, len(positions) if prompt_gradient else num_trained, vocab_size)
-    response_sums = sums_at(logps, batch.response_places)
+    response_sums = sums_at(logps, batch.response_positions)
     if not prompts:
         response_logps = summed(response_sums)
         return torch.zeros_like(response_logps), response_logps
-    sums = summed(torch.cat([response_sums, sums_at(logps, batch.prompt_places)]))
+    sums = summed(torch.cat([response_sums, sums_at(logps, batch.prompt_positions)]))
     response_logps, prompt_logps = sums.split([len(response_sums), batch.num_prompts])
     return prompt_logps[batch.prompt_index], response_logps
 
@@ -84,9 +84,9 @@ def response_token_log_probs(output: ModelOutput, batch: MicroBatch, *, vocab_si
 
     The same on every tensor- and context-parallel rank. Carries a gradient.
     """
-    positions = batch.all_response_places
+    positions = batch.all_response_positions
     logps = _token_log_probs(output, batch, positions, len(positions), vocab_size)
-    return summed(values_at(logps, batch.response_places))
+    return summed(values_at(logps, batch.response_positions))
 
 
 def _token_log_probs(

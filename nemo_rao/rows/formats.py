@@ -55,7 +55,7 @@ def recognise(record: View) -> Format:
     found = ", ".join(record) or "none"
     accepted = "; ".join(f"{known.name}: {known.fields}" for known in FORMATS)
     raise UserError(
-        f"{record.place}: unknown format with the fields {found}; accepted are {accepted}. Map fields with other names "
+        f"{record.location}: unknown format with the fields {found}; accepted are {accepted}. Map fields with other names "
         "by data.columns (data.columns.prompt=NAME)."
     )
 
@@ -73,9 +73,9 @@ def from_canonical(record: View, reward_field: RewardField) -> Row:
     if "plain_prompt" in record:
         if isinstance(asked.content, str):
             raise UserError(
-                f"{record.place}: field 'plain_prompt' requires a prompt of messages, not text. Drop one of the two."
+                f"{record.location}: field 'plain_prompt' requires a prompt of messages, not text. Drop one of the two."
             )
-        plain = read_text(record["plain_prompt"], record.place, "plain_prompt")
+        plain = read_text(record["plain_prompt"], record.location, "plain_prompt")
         asked = Asked(asked.content, plain=plain)
     return make_row(
         record,
@@ -83,7 +83,7 @@ def from_canonical(record: View, reward_field: RewardField) -> Row:
         responses,
         [entry.path_of("content") for entry in entries],
         ranked=record.get("ranked") is True,
-        reference_rewards=read_numbers(record.get("reference_rewards"), record.place, "reference_rewards"),
+        reference_rewards=read_numbers(record.get("reference_rewards"), record.location, "reference_rewards"),
     )
 
 
@@ -102,13 +102,13 @@ def from_ultrafeedback(record: View, reward_field: RewardField) -> Row:
 
 def from_nemo_aligner(record: View, reward_field: RewardField) -> Row:
     """``prompt``, ``chosen_response``, ``rejected_response``, and optionally ``chosen_reward``, ``rejected_reward``."""
-    no_reward_field(reward_field, "chosen_reward and rejected_reward", record.place)
+    no_reward_field(reward_field, "chosen_reward and rejected_reward", record.location)
     asked = read_asked(record)
     names = [f"{side}_response" for side in SIDES]
     responses = [
         Response(
-            content=read_text(record.required(name), record.place, name),
-            reward=read_score_of_pair(record.get(f"{side}_reward"), record.place, f"{side}_reward"),
+            content=read_text(record.required(name), record.location, name),
+            reward=read_score_of_pair(record.get(f"{side}_reward"), record.location, f"{side}_reward"),
         )
         for side, name in zip(SIDES, names, strict=True)
     ]
@@ -125,7 +125,7 @@ def from_single_response(record: View, reward_field: RewardField) -> Row:
 def from_unpaired(record: View, reward_field: RewardField) -> Row:
     """TRL's unpaired preferences: ``prompt``, ``completion`` (text or one message), ``label`` or ``reward``."""
     asked = read_asked(record)
-    value = as_messages(record.get("completion"), record.place, "completion")
+    value = as_messages(record.get("completion"), record.location, "completion")
     if isinstance(value, str):
         response = read_response(record, "completion", "reward", reward_field)
     else:
@@ -140,26 +140,26 @@ def from_messages(record: View, reward_field: RewardField) -> Row:
     Messages after the last answer are left out and counted as unused.
     """
     if reward_field is not None:
-        raise UserError(f"{record.place}: a conversation has no reward field. Leave data.reward_field unset.")
+        raise UserError(f"{record.location}: a conversation has no reward field. Leave data.reward_field unset.")
     name = next(name for name in CONVERSATIONS if name in record or record.is_null(name))
     own = read_messages(record.required(name), record, name)
     answers = [number for number, message in enumerate(own) if message["role"] == "assistant"]
     asked = with_context(record, own[: answers[0]], name) if answers else None
     if asked is None or not asked.content:
         raise UserError(
-            f"{record.place}: field '{name}' must contain an assistant message after another message. Drop the row."
+            f"{record.location}: field '{name}' must contain an assistant message after another message. Drop the row."
         )
     for number in answers:
-        answer_of(own[number], record.place, f"{name}[{number}].content")  # raises if it is empty
+        answer_of(own[number], record.location, f"{name}[{number}].content")  # raises if it is empty
     first, last = answers[0], answers[-1]
-    response = answer_of(own[first], record.place, name, continuation=own[first + 1 : last + 1])
+    response = answer_of(own[first], record.location, name, continuation=own[first + 1 : last + 1])
     row = make_row(record, asked, [response], [name])
     behind = (f"{name}[] after the last answer",) if last + 1 < len(own) else ()
     return replace(row, unused=row.unused + behind)
 
 
 def _canonical_response(record: View, reward_field: RewardField) -> Response:
-    location = record.place
+    location = record.location
     if record.get("role", "assistant") != "assistant":
         raise UserError(
             f"{location}: field '{record.path_of('role')}' must be assistant, found {describe(record['role'])}"

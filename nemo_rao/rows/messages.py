@@ -82,9 +82,9 @@ def _decoded(text: str) -> Any:
 
 def read_prompt(value: object, record: View, name: str) -> str | Messages:
     """Read a prompt: text or messages."""
-    value = as_messages(value, record.place, record.path_of(name))
+    value = as_messages(value, record.location, record.path_of(name))
     if isinstance(value, str):
-        return read_text(value, record.place, record.path_of(name))
+        return read_text(value, record.location, record.path_of(name))
     return read_messages(value, record, name)
 
 
@@ -106,7 +106,7 @@ def read_messages(value: object, record: View, name: str) -> Messages:
     Raises:
         UserError: it is not such a list, or a message's content is not text.
     """
-    location, field = record.place, record.path_of(name)
+    location, field = record.location, record.path_of(name)
     value = as_messages(value, location, field)
     if not isinstance(value, (list, tuple)):
         raise UserError(f"{location}: field '{field}' must be text or a list of messages, found {describe(value)}")
@@ -140,10 +140,11 @@ def _read_message(message: View) -> dict[str, Any]:
 
 
 def _role(message: View) -> str:
-    role = read_text(message.required("role"), message.place, message.path_of("role"))
+    role = read_text(message.required("role"), message.location, message.path_of("role"))
     if len(role.split()) > 1:
         raise UserError(
-            f"{message.place}: field '{message.path_of('role')}' must be one word, such as user, found {describe(role)}"
+            f"{message.location}: field '{message.path_of('role')}' must be one word, such as user, "
+            f"found {describe(role)}"
         )
     return role
 
@@ -153,7 +154,7 @@ def _speaker(message: View) -> tuple[str, str | None, dict[str, Any]]:
     speaker = message["from"]
     if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
         raise UserError(
-            f"{message.place}: field '{message.path_of('from')}' must be one of {', '.join(SPEAKERS)}, found "
+            f"{message.location}: field '{message.path_of('from')}' must be one of {', '.join(SPEAKERS)}, found "
             f"{describe(speaker)}"
         )
     role = SPEAKERS[speaker.lower()]
@@ -171,7 +172,7 @@ def _in_full(call: dict[str, Any]) -> dict[str, Any]:
 
 def read_calls(record: View, name: str, kind: str | None = None) -> Any:
     """Read ``tool_calls``, a list of objects, or OpenAI's older ``function_call``, an object, also from JSON text."""
-    calls = decoded_json(record[name], record.place, record.path_of(name))
+    calls = decoded_json(record[name], record.location, record.path_of(name))
     if (kind or name) == "tool_calls":
         calls = [calls] if isinstance(calls, dict) else calls
         well_formed = isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
@@ -179,9 +180,10 @@ def read_calls(record: View, name: str, kind: str | None = None) -> Any:
         well_formed = isinstance(calls, dict)
     if not well_formed:
         raise UserError(
-            f"{record.place}: field '{record.path_of(name)}' must hold tool calls as objects, found {describe(calls)}"
+            f"{record.location}: field '{record.path_of(name)}' must hold tool calls as objects, "
+            f"found {describe(calls)}"
         )
-    check_json(calls, record.place, record.path_of(name))
+    check_json(calls, record.location, record.path_of(name))
     return calls
 
 
@@ -189,13 +191,13 @@ def _read_other(message: View, name: str) -> dict[str, Any]:
     """Read a field for the template. Empty fields are skipped, and values without a JSON form are left as unused."""
     value = message.peek(name)
     if name == "weight":
-        return {name: read_weight(message[name], message.place, message.path_of(name))}
+        return {name: read_weight(message[name], message.location, message.path_of(name))}
     if is_empty(value):
         message[name]
         return {}
     if not is_json(value):
         return {}
-    check_json(value, message.place, message.path_of(name))
+    check_json(value, message.location, message.path_of(name))
     return {name: message[name]}
 
 
@@ -208,15 +210,15 @@ def _read_content(message: View, field: str) -> str:
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = f"type {part['type']!r}" if isinstance(part, Mapping) and "type" in part else describe(part)
                 raise UserError(
-                    f"{message.place}: field '{path}' must be text, or a list of text parts "
+                    f"{message.location}: field '{path}' must be text, or a list of text parts "
                     f'({{"type": "text", "text": ...}}), found part {number + 1} of {kind}. Drop the row.'
                 )
             view = message.child(part, field, number)
             texts.append(view["type"] and view["text"])
         content = "".join(texts)
     if not isinstance(content, str):
-        raise UserError(f"{message.place}: field '{path}' must be text, found {describe(content)}")
-    return check_unicode(content, message.place, path)
+        raise UserError(f"{message.location}: field '{path}' must be text, found {describe(content)}")
+    return check_unicode(content, message.location, path)
 
 
 def read_weight(value: object, location: str, field: str) -> float:

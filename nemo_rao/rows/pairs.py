@@ -24,28 +24,28 @@ def from_chosen_rejected(record: View, reward_field: RewardField) -> Row:
     leading messages are then the prompt, as are the shared turns of two transcripts. Other text needs a separate
     prompt, since two answers may begin alike ("The answer is").
     """
-    no_reward_field(reward_field, "score_chosen and score_rejected", record.place)
-    sides = [as_messages(record.required(side), record.place, side) for side in SIDES]
+    no_reward_field(reward_field, "score_chosen and score_rejected", record.location)
+    sides = [as_messages(record.required(side), record.location, side) for side in SIDES]
     if isinstance(sides[0], str) != isinstance(sides[1], str):
         raise UserError(
-            f"{record.place}: field 'chosen' is {describe(sides[0])} and field 'rejected' is {describe(sides[1])}. "
+            f"{record.location}: field 'chosen' is {describe(sides[0])} and field 'rejected' is {describe(sides[1])}. "
             "Write both as text or both as messages."
         )
     prompt = read_given(record)
     if isinstance(sides[0], str):
-        texts = [read_text(text, record.place, side) for text, side in zip(sides, SIDES, strict=True)]
+        texts = [read_text(text, record.location, side) for text, side in zip(sides, SIDES, strict=True)]
         asked, answers = _from_texts(record, prompt, texts)
     else:
         chosen, rejected = (read_messages(value, record, side) for value, side in zip(sides, SIDES, strict=True))
         before = _shared_prompt(prompt, (chosen, rejected), record)
         asked = with_context(record, before)
         answers = [
-            answer_of(messages[-1], record.place, side)
+            answer_of(messages[-1], record.location, side)
             for messages, side in zip((chosen, rejected), SIDES, strict=True)
         ]
     scored = [
         dataclasses.replace(
-            answer, reward=read_score_of_pair(record.get(f"score_{side}"), record.place, f"score_{side}")
+            answer, reward=read_score_of_pair(record.get(f"score_{side}"), record.location, f"score_{side}")
         )
         for answer, side in zip(answers, SIDES, strict=True)
     ]
@@ -63,14 +63,14 @@ def _from_texts(record: View, prompt: str | Messages | None, texts: list[str]) -
             before = texts[0][: starts[0]]
         answers = [text[start:] for text, start in zip(texts, starts, strict=True)]
         responses = [
-            Response(read_text(answer, record.place, side)) for answer, side in zip(answers, SIDES, strict=True)
+            Response(read_text(answer, record.location, side)) for answer, side in zip(answers, SIDES, strict=True)
         ]
         return with_context(record, before), responses
     if prompt is None:
         found = ", ".join(record) or "none"
         raise UserError(
-            f"{record.place}: field 'prompt' is missing (fields found: {found}): no field holds the prompt of 'chosen' "
-            "and 'rejected', and they are not transcripts (Human: ..., Assistant: ...). Name the field that does "
+            f"{record.location}: field 'prompt' is missing (fields found: {found}): no field holds the prompt of "
+            "'chosen' and 'rejected', and they are not transcripts (Human: ..., Assistant: ...). Name the field that does "
             "(data.columns.prompt=NAME), split the shared prompt off, or drop the row."
         )
     return with_context(record, prompt), [Response(text) for text in texts]
@@ -80,7 +80,7 @@ def _shared_prompt(
     prompt: str | Messages | None, conversations: tuple[Messages, Messages], record: View
 ) -> str | Messages:
     """The messages before the one assistant message in which the two sides may differ."""
-    location, (chosen, rejected) = record.place, conversations
+    location, (chosen, rejected) = record.location, conversations
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1

@@ -83,7 +83,7 @@ def read_given(record: View, own: str = "prompt") -> str | Messages | None:
         return next(filter(None, (_unanswered(record, name) for name in CONVERSATIONS if name in record)), None)
     content = read_prompt(record[name], record, name)
     if name == "instruction" and isinstance(content, str) and _is_filled(record, "input"):  # Alpaca
-        content += "\n" + read_text(record["input"], record.place, "input")
+        content += "\n" + read_text(record["input"], record.location, "input")
     return content
 
 
@@ -100,7 +100,7 @@ def _is_filled(record: View, name: str) -> bool:
 
 def _unanswered(record: View, name: str) -> Messages | None:
     """A conversation that ends with a message to be answered; otherwise ``None``, and the field stays unread."""
-    value = as_messages(record.peek(name), record.place, record.path_of(name))
+    value = as_messages(record.peek(name), record.location, record.path_of(name))
     last = value[-1] if isinstance(value, list) and value else None
     if not isinstance(last, dict) or _is_answer(last):
         return None
@@ -112,7 +112,7 @@ def asks_alone(record: View) -> bool:
     name = next((name for name in CONVERSATIONS if name in record), None)
     if name is None:
         return any(name in record or record.is_null(name) for name in PROMPT_NAMES)
-    messages = as_messages(record.peek(name), record.place, name)
+    messages = as_messages(record.peek(name), record.location, name)
     return isinstance(messages, list) and not any(map(_is_answer, messages))
 
 
@@ -141,7 +141,7 @@ def with_context(record: View, content: str | Messages, name: str = "prompt") ->
         leading = 1 if messages and messages[0]["role"] == "system" and before[0]["role"] != "system" else 0
         content, plain = (*messages[:leading], *before, *messages[leading:]), None
     if not isinstance(content, str) and content:
-        content = check_prompt(without_weights(content), record.place, name)
+        content = check_prompt(without_weights(content), record.location, name)
     return Asked(content, is_transcript, plain, awaits_answer)
 
 
@@ -150,13 +150,13 @@ def _system(record: View, content: str | Messages) -> Messages:
     name = next((name for name in SYSTEM_NAMES if _is_filled(record, name)), None)
     if name is None:
         return ()
-    text = read_text(record[name], record.place, name)
+    text = read_text(record[name], record.location, name)
     if not isinstance(content, str) and content and content[0]["role"] == "system":
         if _same(content[0]["content"], text):
             return ()
         raise UserError(
-            f"{record.place}: field '{name}' differs from the system message of the prompt. Keep one of them, or add "
-            f"{name} to data.ignore_fields."
+            f"{record.location}: field '{name}' differs from the system message of the prompt. Keep one of them, or "
+            f"add {name} to data.ignore_fields."
         )
     return ({"role": "system", "content": text},)
 
@@ -165,7 +165,7 @@ def _history(record: View) -> Messages:
     """LLaMA-Factory's earlier turns, ``[[question, answer], ...]``; or messages."""
     if not _is_filled(record, "history"):
         return ()
-    history, location = record["history"], record.place
+    history, location = record["history"], record.location
     if not isinstance(history, list):
         raise UserError(
             f"{location}: field 'history' must be a list of [question, answer] or of messages, found "
@@ -190,23 +190,23 @@ def read_template_fields(record: View) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in TEMPLATE_COLUMNS:
         if _is_filled(record, name):
-            value = decoded_json(record[name], record.place, name)
+            value = decoded_json(record[name], record.location, name)
             if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
                 raise UserError(
-                    f"{record.place}: field '{name}' must be a list of objects, found {describe(value)}. "
+                    f"{record.location}: field '{name}' must be a list of objects, found {describe(value)}. "
                     f"Correct it, or add {name} to data.ignore_fields."
                 )
             if value:
                 found[name] = value
     if _is_filled(record, "chat_template_kwargs"):
-        given = decoded_json(record["chat_template_kwargs"], record.place, "chat_template_kwargs")
+        given = decoded_json(record["chat_template_kwargs"], record.location, "chat_template_kwargs")
         if not isinstance(given, dict):
             raise UserError(
-                f"{record.place}: field 'chat_template_kwargs' must be an object, found {describe(given)}. Drop it."
+                f"{record.location}: field 'chat_template_kwargs' must be an object, found {describe(given)}. Drop it."
             )
         found = given | found
     for name, value in found.items():
-        check_json(value, record.place, name)
+        check_json(value, record.location, name)
     return found
 
 
@@ -220,14 +220,14 @@ def check_nothing_asked_is_left(record: View, content: str | Messages, responses
     texts = _texts_of(content, responses) if suspects else set()
     left = []
     for name, value in suspects.items():
-        if is_empty(value) or _is_redundant(as_messages(value, record.place, name), texts):
+        if is_empty(value) or _is_redundant(as_messages(value, record.location, name), texts):
             record[name]
         else:
             left.append(name)
     if left:
         fields = f"field '{left[0]}' looks" if len(left) == 1 else f"fields {', '.join(map(repr, left))} look"
         raise UserError(
-            f"{record.place}: {fields} like part of the prompt, but would not be used. Map it "
+            f"{record.location}: {fields} like part of the prompt, but would not be used. Map it "
             f"(data.columns.prompt={left[0]}), or ignore it (data.ignore_fields=[{','.join(left)}])."
         )
 

@@ -26,7 +26,7 @@ class Prompt:
 
     Attributes:
         content: messages or plain text, as in :class:`nemo_rao.batch.Row`.
-        place: where it came from.
+        location: where it came from.
         fields: other fields of its row, such as a reference answer.
         template_fields, plain: ``template_fields`` and ``plain_prompt`` of :class:`nemo_rao.batch.Row`.
         unused: paths of the fields that nothing reads and that are not ``carried``.
@@ -34,7 +34,7 @@ class Prompt:
     """
 
     content: str | Messages
-    place: str
+    location: str
     fields: Mapping[str, Any]
     template_fields: Mapping[str, Any] = field(default_factory=dict)
     plain: str | None = None
@@ -51,7 +51,7 @@ class Prompt:
         return Row(
             self.content,
             (),
-            self.place,
+            self.location,
             template_fields=self.template_fields,
             plain_prompt=self.plain,
             fields=self.fields,

@@ -19,7 +19,7 @@ from nemo_rao.rows.writing import ANSWER_FIELDS
 
 def read_response(record: View, content_name: str, reward_name: str, reward_field: RewardField) -> Response:
     """Read a response whose text, reward and other fields are all in ``record``."""
-    location, path = record.place, record.path_of(content_name)
+    location, path = record.location, record.path_of(content_name)
     fields = _answer_fields(record)
     if any(fields.get(name) for name in CALLS):
         content = record.get(content_name, "")
@@ -37,13 +37,13 @@ def _answer_fields(record: View) -> dict[str, Any]:
     others = record.get("message_fields", {})
     path = record.path_of("message_fields")
     if not isinstance(others, dict):
-        raise UserError(f"{record.place}: field '{path}' must be an object, found {describe(others)}")
+        raise UserError(f"{record.location}: field '{path}' must be an object, found {describe(others)}")
     fields = {name: value for name, value in others.items() if not is_empty(value)}
     for name in ANSWER_FIELDS:
         if not is_empty(record.get(name)):
             fields[name] = read_calls(record, name) if name in CALLS else record[name]
     if fields:
-        check_json(fields, record.place, path)
+        check_json(fields, record.location, path)
     return fields
 
 
@@ -51,9 +51,9 @@ def _marks(record: View) -> dict[str, Any]:
     """``weight`` and ``truncated`` of a response."""
     marks: dict[str, Any] = {}
     if "weight" in record:
-        marks["weight"] = read_weight(record["weight"], record.place, record.path_of("weight"))
+        marks["weight"] = read_weight(record["weight"], record.location, record.path_of("weight"))
     if "truncated" in record:
-        marks["truncated"] = read_truncated(record["truncated"], record.place, record.path_of("truncated"))
+        marks["truncated"] = read_truncated(record["truncated"], record.location, record.path_of("truncated"))
     return marks
 
 
@@ -62,10 +62,10 @@ def read_answer(value: object, record: View, name: str) -> Response:
     messages = read_messages(value, record, name)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise UserError(
-            f"{record.place}: field '{record.path_of(name)}' must be one assistant message, found messages of "
+            f"{record.location}: field '{record.path_of(name)}' must be one assistant message, found messages of "
             f"{roles_of(messages)}"
         )
-    return answer_of(messages[0], record.place, record.path_of(name))
+    return answer_of(messages[0], record.location, record.path_of(name))
 
 
 def roles_of(messages: Messages) -> str:
@@ -95,13 +95,13 @@ def make_row(
     """
     plain = asked.plain
     if asked.is_transcript:
-        responses, plain = _answers_of_transcript(asked, responses, names, record.place)
+        responses, plain = _answers_of_transcript(asked, responses, names, record.location)
     template_fields = read_template_fields(record)
     check_nothing_asked_is_left(record, asked.content, responses)
     return Row(
         asked.content,
         tuple(responses),
-        record.place,
+        record.location,
         ranked,
         reference_rewards,
         template_fields,

@@ -28,8 +28,8 @@ def read_reward(record: View, default: str, chosen: RewardField) -> tuple[float 
     if isinstance(chosen, str):
         return _chosen_reward(record, chosen), ()
     if default not in record and "label" in record:
-        return _read_label(record["label"], record.place, record.path_of("label")), ()
-    return read_number(record.get(default), record.place, record.path_of(default)), ()
+        return _read_label(record["label"], record.location, record.path_of("label")), ()
+    return read_number(record.get(default), record.location, record.path_of(default)), ()
 
 
 def _read_label(value: object, location: str, field: str) -> float:
@@ -49,13 +49,14 @@ def _chosen_reward(record: View, chosen: str, may_be_null: bool = False) -> floa
         if depth + 1 < len(names):
             if not isinstance(value, dict):
                 raise UserError(
-                    f"{record.place}: reward field '{chosen}' leads into {describe(value)}. Name another reward field."
+                    f"{record.location}: reward field '{chosen}' leads into {describe(value)}. Name another reward "
+                    "field."
                 )
             here = here.inside(name)
     if chosen.endswith(".Rating") and isinstance(value, str):  # UltraFeedback publishes its ratings as text
         with contextlib.suppress(ValueError):
             value = None if value == "N/A" else float(value)
-    return read_number(value, record.place, here.path_of(names[-1]))
+    return read_number(value, record.location, here.path_of(names[-1]))
 
 
 def read_score_of_pair(value: Any, location: str, field: str) -> float | None:

@@ -85,7 +85,7 @@ class View(Mapping[str, Any]):
     """View of an object in a record. A field counts as read once it is looked up; null fields count as missing.
 
     Attributes:
-        place: location of the record, for messages.
+        location: location of the record, for messages.
         path: path of this object in the record, ``responses[3]``; empty for the record itself.
     """
 
@@ -97,7 +97,7 @@ class View(Mapping[str, Any]):
         kind: str | None = None,
         ignored: frozenset[str] = frozenset(),
     ) -> None:
-        self.place = location
+        self.location = location
         self.path = path
         self._kind = path if kind is None else kind  # the path without numbers, responses[]
         self._ignored = ignored
@@ -140,7 +140,7 @@ class View(Mapping[str, Any]):
         if name not in self:
             remedy = "Add it" if self.path else f"Add it, name the one that holds it (data.columns.{name}=NAME),"
             found = [*self._fields, *self._nulls]
-            raise missing(self.path_of(name), self.is_null(name), found, self.place, remedy)
+            raise missing(self.path_of(name), self.is_null(name), found, self.location, remedy)
         return self[name]
 
     def inside(self, name: str) -> View:
@@ -150,13 +150,13 @@ class View(Mapping[str, Any]):
     def child(self, value: Mapping[str, Any], name: str, number: int | None = None) -> View:
         """View of an object in the field: the field itself, or entry ``number`` of its list."""
         at, kind = ("", "") if number is None else (f"[{number}]", "[]")
-        child = View(value, self.place, self.path_of(name) + at, self._general(name) + kind, self._ignored)
+        child = View(value, self.location, self.path_of(name) + at, self._general(name) + kind, self._ignored)
         self._children.append(child)
         return child
 
     def records(self, name: str) -> list[View]:
         """Views of the objects in a list."""
-        records = read_records(self.required(name), self.place, self.path_of(name))
+        records = read_records(self.required(name), self.location, self.path_of(name))
         return [self.child(record, name, number) for number, record in enumerate(records)]
 
     def unread(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ TEMPLATE_COLUMNS = ("tools", "documents")
 
 
 def record_of(row: Row, *, ensemble_names: Sequence[str] = ()) -> dict[str, Any]:
-    """Canonical record of a row. Reading it gives an equal row, except for ``place`` and ``unused``.
+    """Canonical record of a row. Reading it gives an equal row, except for ``location`` and ``unused``.
 
     A reward that is NaN is written as null, since JSON has no NaN.
 

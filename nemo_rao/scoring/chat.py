@@ -15,12 +15,12 @@ class ChatQuestion:
 
     Attributes:
         messages: messages with ``role`` and ``content``; the last is the user's.
-        place: file, line and number of the judged response, for error messages.
+        location: file, line and number of the judged response, for error messages.
         stream: numbers that identify the answer; a model in this process samples the same tokens for the same numbers.
     """
 
     messages: tuple[Mapping[str, str], ...]
-    place: str
+    location: str
     stream: tuple[int, ...]
 
 

@@ -105,7 +105,7 @@ class Endpoint:
         Raises:
             ScoringFailure: the key is rejected, the endpoint or the model does not exist, or all retries failed.
         """
-        location = question.place
+        location = question.location
         async with self._free:
             problem = ""
             for retry in range(self._retries + 1):

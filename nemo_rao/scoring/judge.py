@@ -24,7 +24,7 @@ from nemo_rao.scoring.answers import Answers
 from nemo_rao.scoring.chat import Chat, ChatAnswer, ChatQuestion
 from nemo_rao.scoring.judge_config import JudgeConfig, load_judge
 from nemo_rao.scoring.reading import EMPTY, ScoreForm
-from nemo_rao.scoring.scorer import NoScore, Pair, PairScorer, Place, ScoringFailure
+from nemo_rao.scoring.scorer import NoScore, OutputDirectory, Pair, PairScorer, ScoringFailure
 
 _OF_ALL = ("role", "content")  # fields of every message
 HOPELESS_AFTER = 20  # questions: if none of the first ones has a usable answer, scoring stops
@@ -101,7 +101,7 @@ class JudgeScorer(PairScorer):
 
     def _asked(self, case: _Case) -> ChatQuestion:
         stream = (int(case.key[:16], 16), len(case.answers))
-        return ChatQuestion(self.config.messages(fill(self.template, case.pair)), case.pair.place, stream)
+        return ChatQuestion(self.config.messages(fill(self.template, case.pair)), case.pair.location, stream)
 
     def _keep(self, cases: Sequence[_Case], number: int, answer: ChatAnswer) -> None:
         """Store an answer to question ``number``."""
@@ -126,7 +126,7 @@ class JudgeScorer(PairScorer):
         self.num_without += 1
         if not self.num_usable and self.num_without >= HOPELESS_AFTER:
             raise ScoringFailure(
-                f"{case.pair.place}: judge {self.chat.name} gave no score in {self.num_without} answers, the last "
+                f"{case.pair.location}: judge {self.chat.name} gave no score in {self.num_without} answers, the last "
                 f"{_short(case.answers[-1].text)}: {case.score.reason}. Check pattern ({self.config.pattern}), low, "
                 "high, template and max_tokens."
             )
@@ -182,7 +182,7 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 80 else "..." + text[-77:])
 
 
-def make(path: str, place: Place) -> JudgeScorer:
+def make(path: str, output_dir: OutputDirectory) -> JudgeScorer:
     """Build the judge described by a YAML file; its answers are stored next to the output.
 
     Raises:
@@ -201,4 +201,4 @@ def make(path: str, place: Place) -> JudgeScorer:
             chat = LocalModel(config)
         except UserError as error:
             raise UserError(f"{path}: {JudgeSettings.OPTIONS(str(error))}") from None
-    return JudgeScorer(config, chat, place.folder)
+    return JudgeScorer(config, chat, output_dir.folder)

@@ -75,7 +75,7 @@ class LocalModel:
                 progress.advance(len(batch))
 
     def _question(self, asked: ChatQuestion) -> Question:
-        return Question(asked.messages, asked.place, asked.stream, self._temperature)
+        return Question(asked.messages, asked.location, asked.stream, self._temperature)
 
     def close(self) -> None:
         pass

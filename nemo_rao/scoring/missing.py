@@ -66,6 +66,6 @@ def reasons_of(row: Row, scores: Mapping[str, Scored]) -> dict[str, Any]:
     for column, values in scores.items():
         for number, value in enumerate(values, start=1):
             if isinstance(value, NoScore):
-                where = f"{row.place}, response {number}{f': {value.detail}' if value.detail else ''}"
+                where = f"{row.location}, response {number}{f': {value.detail}' if value.detail else ''}"
                 entries.setdefault(column, []).append([value.reason, where])
     return {WITHOUT: entries} if entries else {}

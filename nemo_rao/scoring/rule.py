@@ -51,7 +51,7 @@ class RuleScorer(PairScorer):
         for name in self.asked.needed:
             if name not in there:
                 raise UserError(
-                    f"{row.place}: rule {self.path} requires the field {name!r}, which the row does not have (other "
+                    f"{row.location}: rule {self.path} requires the field {name!r}, which the row does not have (other "
                     f"fields found: {', '.join(there) or 'none'}). Add it, or give the rule's parameter a default."
                 )
 
@@ -75,15 +75,15 @@ class RuleScorer(PairScorer):
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise ScoringFailure(
-                f"{pair.place}: rule {self.path} raised {type(error).__name__}: {error} ({where.filename} line "
+                f"{pair.location}: rule {self.path} raised {type(error).__name__}: {error} ({where.filename} line "
                 f"{where.lineno}). Fix the rule or drop the row."
             ) from error
         if not isinstance(value, numbers.Real):
-            raise ScoringFailure(f"{pair.place}: rule {self.path} returned {describe(value)}, not a number")
+            raise ScoringFailure(f"{pair.location}: rule {self.path} returned {describe(value)}, not a number")
         number = float(value)
         if not abs(number) <= LARGEST_REWARD:  # also true for NaN
             raise ScoringFailure(
-                f"{pair.place}: rule {self.path} returned {number}; it must be finite and at most {LARGEST_REWARD:g}"
+                f"{pair.location}: rule {self.path} returned {number}; it must be finite and at most {LARGEST_REWARD:g}"
             )
         return number
 

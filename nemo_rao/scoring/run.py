@@ -32,7 +32,7 @@ from nemo_rao.scoring.scorer import (
     InputRow,
     Kind,
     NoScore,
-    Place,
+    OutputDirectory,
     Scored,
     Scorer,
     ScoringFailure,
@@ -43,10 +43,10 @@ from nemo_rao.scoring.source import Source, Survey, survey
 VERSION = 4  # incremented when the same scorers give a different part file than before
 
 
-def _make_judge(path: str, place: Place) -> Scorer:
+def _make_judge(path: str, output_dir: OutputDirectory) -> Scorer:
     from nemo_rao.scoring.judge import make  # HTTP and YAML are imported only for judges
 
-    return make(path, place)
+    return make(path, output_dir)
 
 
 OPTIONS = OptionNames(READING, {"Leave data.reward_field unset": "Take these with --scorer column, without a field"})
@@ -138,7 +138,7 @@ def score(job: Job, kinds: Mapping[str, Kind] = KINDS) -> dict[str, Any]:
     _check_files(job)
     source = job.source()
     with contextlib.ExitStack() as held:
-        scorers = make_scorers(job.scorer, kinds, Place(job.output.parent))
+        scorers = make_scorers(job.scorer, kinds, OutputDirectory(job.output.parent))
         for scorer in scorers.values():
             held.callback(scorer.close)
         scaling = _scaling(job, list(scorers))
@@ -195,7 +195,7 @@ def _scored(
                     for number, value in enumerate(values, start=1):
                         if job.strict and isinstance(value, NoScore):
                             raise ScoringFailure(
-                                f"{row.place}, response {number}: {name} gave no score ({value.reason}), which "
+                                f"{row.location}, response {number}: {name} gave no score ({value.reason}), which "
                                 "--strict does not allow. Leave the option out, or drop the row."
                             )
             yield batch, scores

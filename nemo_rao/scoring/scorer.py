@@ -112,14 +112,14 @@ class Pair:
     Attributes:
         prompt: text, or messages with ``role`` and ``content``.
         response: its text.
-        place: file, line and number of the response, for messages.
+        location: file, line and number of the response, for messages.
         response_fields, template_fields: see :class:`nemo_rao.batch.Response` and :class:`nemo_rao.batch.Row`.
         row_fields: ``fields`` of :class:`nemo_rao.batch.Row`.
     """
 
     prompt: str | tuple[Mapping[str, Any], ...]
     response: str
-    place: str
+    location: str
     response_fields: Mapping[str, Any] = field(default_factory=dict)
     template_fields: Mapping[str, Any] = field(default_factory=dict)
     row_fields: Mapping[str, Any] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class Pair:
 
 def pairs_of(row: Row) -> Iterator[Pair]:
     for number, response in enumerate(row.responses, start=1):
-        location = f"{row.place}, response {number}"
+        location = f"{row.location}, response {number}"
         yield Pair(row.prompt, response.content, location, response.fields, row.template_fields, row.fields)
 
 
@@ -135,7 +135,7 @@ def pairs_of(row: Row) -> Iterator[Pair]:
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputDirectory:
     """Output directory of a run, for scorers that store files there."""
 
     folder: Path
@@ -146,17 +146,17 @@ class Kind:
     """A kind of scorer.
 
     Attributes:
-        make: (argument, place) -> scorer; raises UserError if the argument is invalid.
+        make: (argument, output_dir) -> scorer; raises UserError if the argument is invalid.
         default_name: argument -> name of the column if the user gives none.
         argument: description of the argument, for messages.
     """
 
-    make: Callable[[str, Place], Scorer]
+    make: Callable[[str, OutputDirectory], Scorer]
     default_name: Callable[[str], str]
     argument: str
 
 
-def make_scorers(specs: Sequence[str], kinds: Mapping[str, Kind], place: Place) -> dict[str, Scorer]:
+def make_scorers(specs: Sequence[str], kinds: Mapping[str, Kind], output_dir: OutputDirectory) -> dict[str, Scorer]:
     """Build scorers: column name -> scorer, in the order given.
 
     Raises:
@@ -171,7 +171,7 @@ def make_scorers(specs: Sequence[str], kinds: Mapping[str, Kind], place: Place) 
                     f"--scorer {spec}: column {name!r} exists already. Name the columns, such as r_1={kind}:{argument}"
                 )
             try:
-                made[name] = kinds[kind].make(argument, place)
+                made[name] = kinds[kind].make(argument, output_dir)
             except UserError as error:
                 raise UserError(f"--scorer {spec}: {error}") from None
     except BaseException:

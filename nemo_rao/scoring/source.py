@@ -90,24 +90,26 @@ def _matched_rows(readings: Sequence[Iterator[Row]], may_differ: bool) -> Iterat
             if (row := next(readings[number], None)) is None:
                 unfinished.discard(number)
                 continue
-            waiting[number][row.place] = row
-            if all(row.place in rows for rows in waiting):
-                found = tuple(rows[row.place] for rows in waiting)
+            waiting[number][row.location] = row
+            if all(row.location in rows for rows in waiting):
+                found = tuple(rows[row.location] for rows in waiting)
                 for rows in waiting:  # earlier rows in one reading were dropped in another
-                    while next(iter(rows)) != row.place:
+                    while next(iter(rows)) != row.location:
                         rows.pop(next(iter(rows)))
-                    rows.pop(row.place)
+                    rows.pop(row.location)
                 if len({tuple(one.content for one in same.responses) for same in found}) == 1:
                     yield found
 
 
 def _check(row: InputRow) -> None:
     if any(response.continuation for response in row.responses):
-        raise UserError(f"{row.place}: a conversation with several answers cannot be scored. Keep only its last turn.")
+        raise UserError(
+            f"{row.location}: a conversation with several answers cannot be scored. Keep only its last turn."
+        )
     try:
         json.dumps(record_of(row))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{row.place}: the row cannot be written as JSON ({error}). Drop the row.") from None
+        raise UserError(f"{row.location}: the row cannot be written as JSON ({error}). Drop the row.") from None
 
 
 @dataclass

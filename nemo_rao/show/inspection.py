@@ -187,12 +187,12 @@ class _Watcher:
         Args:
             read: reads the files' rows again.
         """
-        samples = {data[index].place: index for index in indices}
+        samples = {data[index].location: index for index in indices}
         found: dict[int, Outcome] = {}
         for row in read():
             if len(found) == len(samples):
                 break
-            if (index := samples.get(row.place)) is None or index in found:
+            if (index := samples.get(row.location)) is None or index in found:
                 continue
             used, left_out = self._used[index]
             responses = tuple(row.responses[at] for at in used)

@@ -50,8 +50,8 @@ def page(seen: Inspection) -> Iterator[str]:
     yield from _tools(seen)
     for row in seen.rows:
         yield from _row(row, seen)
-    asked = {row.place for row in seen.rows}
-    if others := [row for row in seen.dropped if row.place not in asked]:
+    asked = {row.location for row in seen.rows}
+    if others := [row for row in seen.dropped if row.location not in asked]:
         yield "<h2>First row dropped for each reason</h2>"
         for row in others:
             yield from _row(row, seen)
@@ -134,7 +134,7 @@ def _tools(seen: Inspection) -> Iterator[str]:
 
 
 def _row(row: ShownRow, seen: Inspection) -> Iterator[str]:
-    yield f'<article class="card row"><header><h3>{_text(seen.short(row.place))}</h3>'
+    yield f'<article class="card row"><header><h3>{_text(seen.short(row.location))}</h3>'
     if row.unused:
         yield f'<span class="soft small">unused fields: {_text(", ".join(row.unused))}</span>'
     yield "</header>"

@@ -54,7 +54,7 @@ class ShownRow:
     """One row.
 
     Attributes:
-        place: its location, as in messages.
+        location: its location, as in messages.
         prompt: tokens of the prompt; empty if unknown.
         prompt_text: the prompt's messages.
         problem: (reason, message) if the row is dropped.
@@ -63,7 +63,7 @@ class ShownRow:
         is_drawn: ``False`` for a row that is kept but not drawn by ``data.num_prompts``.
     """
 
-    place: str
+    location: str
     prompt: tuple[Piece, ...]
     prompt_text: str
     num_prompt_tokens: int | None
@@ -110,7 +110,7 @@ def indices_used(read: Row, used: Row) -> list[int]:
 def location_of(outcome: Outcome) -> str:
     """Location of a row; for an unreadable one, taken from the message about it."""
     if outcome.read is not None:
-        return outcome.read.place
+        return outcome.read.location
     found = _LOCATION.match(outcome.detail)
     return found[0] if found else ""
 
@@ -148,7 +148,7 @@ def shown_row(
             )
         )
     return ShownRow(
-        place=read.place,
+        location=read.location,
         prompt=() if sample is None else tuple(_prompt_pieces(read, sample, decode)),
         prompt_text=_prompt_text(read),
         num_prompt_tokens=None if sample is None else len(sample.prompt),

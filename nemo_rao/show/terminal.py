@@ -55,8 +55,8 @@ class Writer:
         yield from self._legend(seen)
         for row in seen.rows:
             yield from self._row(row, seen, _MOST_CHARACTERS)
-        asked = {row.place for row in seen.rows}
-        if others := [row for row in seen.dropped if row.place not in asked]:
+        asked = {row.location for row in seen.rows}
+        if others := [row for row in seen.dropped if row.location not in asked]:
             yield from self._heading("First row dropped for each reason")
             for row in others:
                 yield from self._row(row, seen, _MOST_OF_DROPPED)
@@ -116,7 +116,7 @@ class Writer:
 
     def _row(self, row: ShownRow, seen: Inspection, most: int) -> Iterator[str]:
         yield ""
-        yield self._paint("1", visible(seen.short(row.place)))
+        yield self._paint("1", visible(seen.short(row.location)))
         if row.problem is not None:
             yield from self._wrapped(visible(f"dropped: {row.problem[0]} ({seen.short(row.problem[1])})"), code="31")
         if not row.is_drawn:

@@ -48,8 +48,8 @@ def _records(source: str, columns: Mapping[str, str]) -> Iterator[tuple[bytes, b
     """Yield (digest of the prompt, line of JSON) of every record."""
     names = Columns(dict(columns))
     for path in expand_paths(source):
-        for place, record in read_records_of(path):
-            view = names.view(record, place)
+        for location, record in read_records_of(path):
+            view = names.view(record, location)
             digest = _digest(recognise(view).convert(view, None))
             yield digest, json.dumps(record, ensure_ascii=False).encode() + b"\n"
 

@@ -19,7 +19,16 @@ from nemo_rao.errors import RankFailure, UserError
 from nemo_rao.runtime.launch import launch
 from nemo_rao.scoring.rule import RuleScorer, rules_among
 from nemo_rao.scoring.run import KINDS
-from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, Scorer, ScoringFailure, make_scorers
+from nemo_rao.scoring.scorer import (
+    InputRow,
+    Kind,
+    NoScore,
+    OutputDirectory,
+    Scored,
+    Scorer,
+    ScoringFailure,
+    make_scorers,
+)
 from nemo_rao.training.reward_models import RewardModelOfRun, reward_model_of
 
 # Kinds of scorers that read the text of a single response.
@@ -61,7 +70,7 @@ def scorers_of(config: RunConfig) -> tuple[TextScorersOfRun, dict[str, RewardMod
 
 def _make(specs: Sequence[str], kinds: Mapping[str, Kind], folder: Path) -> dict[str, Scorer]:
     try:
-        return make_scorers(specs, kinds, Place(folder))
+        return make_scorers(specs, kinds, OutputDirectory(folder))
     except UserError as error:
         raise UserError(str(error).replace("--scorer ", "online.reward=", 1)) from None
 

@@ -34,7 +34,7 @@ from nemo_rao.runtime.console import quiet_third_parties, say
 from nemo_rao.runtime.progress import Progress
 from nemo_rao.scoring.missing import Missing, reasons_of
 from nemo_rao.scoring.run import Job
-from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, Place, Scored, ScoringFailure
+from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, OutputDirectory, Scored, ScoringFailure
 from nemo_rao.training.ranks import pass_rank
 from nemo_rao.training.score_rows import Tokenised, length_limit, tokenise, with_length
 from nemo_rao.training.trained_run import trained_run
@@ -51,7 +51,7 @@ _FORMAT = "model-scores-2"
 
 def model_kind(job: Job) -> Kind:
     """The scorer kind ``model:RUN_FOLDER`` for one job of the command."""
-    return Kind(lambda run, place: ModelScorer(run, job, place), lambda run: Path(run).name, "RUN_FOLDER")
+    return Kind(lambda run, output_dir: ModelScorer(run, job, output_dir), lambda run: Path(run).name, "RUN_FOLDER")
 
 
 class ModelScorer:
@@ -60,7 +60,7 @@ class ModelScorer:
     Args:
         run: directory of a finished training run.
         job: what to score, up to which length, and how many responses may be longer.
-        place: path of the output.
+        location: path of the output.
 
     Raises:
         UserError: the run, its recipe or its checkpoint cannot be used, or ``job.max_length`` is beyond its context.
@@ -69,12 +69,12 @@ class ModelScorer:
     fields: tuple[str, ...] = ()
     forks = True
 
-    def __init__(self, run: str, job: Job, place: Place) -> None:
+    def __init__(self, run: str, job: Job, output_dir: OutputDirectory) -> None:
         trained = _model(run)
         self._limit = length_limit(trained.config, run, job.max_length)
         self._model = replace(trained, config=with_length(trained.config, self._limit.tokens))
         self._run, self._job = run, job
-        self._folder = place.folder / "model_scores"
+        self._folder = output_dir.folder / "model_scores"
         self._scores: dict[str, Scored] | None = None
         self._remarks: Mapping[str, Sequence[str]] = {}
         self._counts: Counter[str] = Counter()
@@ -89,8 +89,8 @@ class ModelScorer:
         if self._scores is None:
             self._scores = self._score_file()
         for row in rows:
-            self._counts.update(f"rows: {remark}" for remark in self._remarks.get(row.place, ()))
-        return [self._scores[row.place] for row in rows]
+            self._counts.update(f"rows: {remark}" for remark in self._remarks.get(row.location, ()))
+        return [self._scores[row.location] for row in rows]
 
     def take_notes(self) -> Mapping[str, int]:
         counts, self._counts = self._counts, Counter()
@@ -106,7 +106,7 @@ class ModelScorer:
         self._check_missing(rows, made)
         for note in made.notes:
             say(note)
-        self._remarks = {rows[at].place: remarks for at, remarks in made.remarks.items()}
+        self._remarks = {rows[at].location: remarks for at, remarks in made.remarks.items()}
         scores: dict[tuple[int, int], float | NoScore] = {**made.lacks}
         if len(made.data):
             try:
@@ -116,7 +116,7 @@ class ModelScorer:
             scores |= {
                 number: float(value) for number, value in zip(made.numbers, self._model.score(columns), strict=True)
             }
-        return {row.place: tuple(scores[at, k] for k in range(len(row.responses))) for at, row in enumerate(rows)}
+        return {row.location: tuple(scores[at, k] for k in range(len(row.responses))) for at, row in enumerate(rows)}
 
     def _check_missing(self, rows: Sequence[Row], made: Tokenised) -> None:
         """Stop before the pass if it could not give enough scores.

@@ -175,7 +175,7 @@ def _of_responses(encoder: Encoder, row: Row, encoded: Sample | UserError) -> li
         single = [replace(row, responses=(response,)) for response in row.responses]
         return [one for responses in _encode(encoder, single) for one in responses]
     reason = encoded.reason if isinstance(encoded, BoundaryError) else "cannot be rendered as in the run's training"
-    detail = OPTIONS(str(encoded).removeprefix(f"{row.place}: "))
+    detail = OPTIONS(str(encoded).removeprefix(f"{row.location}: "))
     return [NoScore(reason, detail.replace("response 1", "the response"))]  # the caller adds its number
 
 
@@ -189,7 +189,7 @@ def _unrewarded(kept: Sequence[_Encoded]) -> Sample:
         responses=tuple(one.sample.responses[one.number] for one in kept),
         rewards=np.full(len(kept), np.nan),
         ranked=False,
-        place=kept[0].sample.place,
+        location=kept[0].sample.location,
         ensemble=np.zeros((len(kept), 0)),
         reference_rewards=np.zeros(0),
         answers=tuple(answers) or None,

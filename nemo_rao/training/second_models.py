@@ -135,6 +135,6 @@ def _check_prompts(own: DataConfig, loaded: LoadedData, remedy: str) -> None:
     for number, sample in enumerate(rendering.encoder(load_tokenizer(own.tokenizer or "")).encode_many(rows)):
         if isinstance(sample, UserError) or sample.prompt.tolist() != loaded.train[number].prompt.tolist():
             raise UserError(
-                f"its tokenizer {own.tokenizer} splits the prompt of {rows[number].place} into other tokens than this "
-                f"run's; {remedy}"
+                f"its tokenizer {own.tokenizer} splits the prompt of {rows[number].location} into other tokens than "
+                f"this run's; {remedy}"
             )

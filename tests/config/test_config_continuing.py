@@ -132,7 +132,7 @@ def data(first_token: int = 7, reward: float = 1.0, num_prompts: int = 3) -> Pre
             responses=(np.array([2, 3]), np.array([4])),
             rewards=np.array([reward, 0.0]),
             ranked=False,
-            place=f"line {number}",
+            location=f"line {number}",
             ensemble=np.zeros((2, 0)),
             reference_rewards=np.zeros(0),
             answers=None,

@@ -58,7 +58,7 @@ def test_bad_rows_are_dropped_and_counted_by_cause_with_the_first_of_each(load):
         needed_by="objective rao",
         observer=outcomes.append,
     )
-    assert [sample.place.rpartition(" ")[2] for sample in data] == ["1", "9", "10"]
+    assert [sample.location.rpartition(" ")[2] for sample in data] == ["1", "9", "10"]
     report = data.report
     assert (report.rows_read, report.rows_kept, report.rows_bad) == (10, 3, 7)
     assert report.dropped == {}
@@ -97,7 +97,7 @@ def test_a_row_that_the_chat_template_refuses_is_bad_and_those_around_it_are_kep
         data = load(records, "chatml", bad_rows="drop", max_bad_rows=0.5)
     finally:
         tokenizer.chat_template = template
-    assert [sample.place.rpartition(" ")[2] for sample in data] == ["1", "3"]
+    assert [sample.location.rpartition(" ")[2] for sample in data] == ["1", "3"]
     assert data.report.rows_bad == 1 and data.report.rows_read == 3
 
 
@@ -300,5 +300,5 @@ def test_validation_prompts_that_are_trained_on_are_counted_with_the_first(load,
     assert shared_prompts(train, load([record("c", 1), record("d", 1)])) is None
     shared = shared_prompts(train, load([record("c", 1), record("b", 0), record("a", 1), record("b", 1)]))
     assert (shared.prompts, shared.validation_prompts) == (3, 4)
-    assert [place.rpartition(" ")[2] for place in shared.first] == ["2", "2"]
+    assert [location.rpartition(" ")[2] for location in shared.first] == ["2", "2"]
     assert str(shared).startswith("3 of 4 prompts are also prompts of the training data (first: ")

@@ -63,7 +63,7 @@ def names(folder):
 def assert_same(ours, theirs):
     assert len(ours) == len(theirs) and ours.num_responses == theirs.num_responses
     for a, b in zip(ours, theirs, strict=True):
-        assert (a.ranked, a.place, a.answers is None) == (b.ranked, b.place, b.answers is None)
+        assert (a.ranked, a.location, a.answers is None) == (b.ranked, b.location, b.answers is None)
         for name in ("prompt", "rewards", "ensemble", "reference_rewards"):
             mine, other = getattr(a, name), getattr(b, name)
             assert mine.dtype == other.dtype and mine.shape == other.shape
@@ -118,7 +118,7 @@ def test_places_keep_what_is_no_text(tmp_path, tokenizers, write_lines):
     folder.mkdir()
     path = shutil.move(write_lines(SCORED), folder)
     data_cache = DataCache(tmp_path / "cache", tokenizers["own"])
-    assert [data_cache.load(path, seq_length=64)[0][i].place for i in (0, 1)] == [f"{path} line {n}" for n in (1, 2)]
+    assert [data_cache.load(path, seq_length=64)[0][i].location for i in (0, 1)] == [f"{path} line {n}" for n in (1, 2)]
 
 
 def test_it_is_memory_mapped_read_only_and_opened_not_sent_to_a_spawned_process(data_cache, write_lines):
@@ -208,7 +208,7 @@ def test_the_same_files_in_another_order_or_under_another_name_are_other_data(da
     assert data_cache.load([a, b], seq_length=64)[1] == ""
     assert data_cache.load([b, a], seq_length=64)[1] == ""
     shutil.copy(a, Path(a).with_name("c.jsonl"))
-    assert data_cache.load(str(Path(a).with_name("c.jsonl")), seq_length=64)[0][0].place.endswith("c.jsonl line 1")
+    assert data_cache.load(str(Path(a).with_name("c.jsonl")), seq_length=64)[0][0].location.endswith("c.jsonl line 1")
     assert data_cache.load(str(Path(a).with_name("[ab].jsonl")), seq_length=64)[1] == READ_FROM_CACHE  # these two
 
 
@@ -354,7 +354,7 @@ def damages():
 
 
 @pytest.mark.parametrize("damage", damages())
-@pytest.mark.parametrize("name", ["data.json", "tokens.npy", "segment_ends.npy", "places.npy", "answers.npy"])
+@pytest.mark.parametrize("name", ["data.json", "tokens.npy", "segment_ends.npy", "locations.npy", "answers.npy"])
 def test_a_damaged_folder_is_not_opened_but_written_anew(name, damage, data_cache, write_lines, tmp_path):
     path = write_lines(CONVERSATIONS)
     whole, _ = data_cache.load(path, seq_length=64)

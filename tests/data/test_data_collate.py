@@ -19,7 +19,7 @@ samples = st.lists(
             responses=tuple(np.array(response, np.int32) for response in responses),
             rewards=np.array([np.nan if i == 2 else i / 4 for i in range(len(responses))]),
             ranked=ranked,
-            place="somewhere",
+            location="somewhere",
             ensemble=np.array([[i / 2, i / 8] for i in range(len(responses))]),
             reference_rewards=np.arange(len(prompt), dtype=np.float64),
         ),
@@ -51,17 +51,17 @@ def test_every_layout_predicts_each_rows_tokens_from_what_stands_before_them_the
     for row, (p, k) in enumerate(pairs):
         prompt, response = samples[p].prompt.tolist(), samples[p].responses[k].tolist()
         whole = prompt + response
-        places = [
-            *[place for place in batch.prompt_places[p].tolist() if place >= 0],
-            *[place for place in batch.response_places[row].tolist() if place >= 0],
+        positions = [
+            *[location for location in batch.prompt_positions[p].tolist() if location >= 0],
+            *[location for location in batch.response_positions[row].tolist() if location >= 0],
         ]
-        assert len(places) == len(whole) - 1
-        for t, place in enumerate(places):
-            assert labels[place] == whole[t + 1] and positions[place] == t
-            assert [int(tokens[other]) for other in seen[place]] == whole[: t + 1]
-            assert (place in batch.all_prompt_places) == (t + 1 < len(prompt))
-            assert (place in batch.all_response_places) == (t + 1 >= len(prompt))
-        assert batch.boundary[row] == places[len(prompt) - 1] and batch.end[row] == places[-1] + 1
+        assert len(positions) == len(whole) - 1
+        for t, location in enumerate(positions):
+            assert labels[location] == whole[t + 1] and positions[location] == t
+            assert [int(tokens[other]) for other in seen[location]] == whole[: t + 1]
+            assert (location in batch.all_prompt_positions) == (t + 1 < len(prompt))
+            assert (location in batch.all_response_positions) == (t + 1 >= len(prompt))
+        assert batch.boundary[row] == positions[len(prompt) - 1] and batch.end[row] == positions[-1] + 1
         assert [int(tokens[other]) for other in seen[int(batch.end[row])]] == whole
         number = firsts[p] + k
         assert (batch.prompt_index[row], batch.response_index[row], batch.response_ids[row]) == (p, k, number)
@@ -70,11 +70,11 @@ def test_every_layout_predicts_each_rows_tokens_from_what_stands_before_them_the
         assert batch.rewards[row] == reward or (np.isnan(reward) and batch.rewards[row].isnan())
         assert batch.reward_ensemble is not None and batch.reward_ensemble[row].tolist() == [k / 2, k / 8]
     for listed, of_rows in (
-        (batch.all_prompt_places, batch.prompt_places),
-        (batch.all_response_places, batch.response_places),
+        (batch.all_prompt_positions, batch.prompt_positions),
+        (batch.all_response_positions, batch.response_positions),
     ):
         assert listed.tolist() == of_rows[of_rows >= 0].tolist()
-    everywhere = batch.all_prompt_places.tolist() + batch.all_response_places.tolist()
+    everywhere = batch.all_prompt_positions.tolist() + batch.all_response_positions.tolist()
     assert len(set(everywhere)) == len(everywhere)
     assert batch.num_row_tokens == sum(len(samples[p].prompt) + len(samples[p].responses[k]) for p, k in pairs)
     shared = sum((len(sample.prompt) - 1) * (len(sample.responses) - 1) for sample in samples)
@@ -113,8 +113,8 @@ def test_of_conversations_only_the_answers_are_predicted(samples, layout):
     row = 0
     for chat in chats:
         for response, answers in zip(chat.responses, chat.answers, strict=True):
-            places = batch.response_places[row]
-            assert batch.labels.flatten()[places[places >= 0]].tolist() == response[answers].tolist()
+            positions = batch.response_positions[row]
+            assert batch.labels.flatten()[positions[positions >= 0]].tolist() == response[answers].tolist()
             row += 1
 
 

@@ -24,11 +24,11 @@ def record(prompt="Hi?", *rewards, content="Hello there {}"):
     return {"prompt": prompt, "responses": entries}
 
 
-def sample(prompt, *responses, rewards=None, place="p"):
+def sample(prompt, *responses, rewards=None, location="p"):
     rewards = [0.0] * len(responses) if rewards is None else rewards
     arrays = tuple(np.array(response, np.int32) for response in responses)
     nothing = np.zeros((len(arrays), 0)), np.zeros(0)
-    return Sample(np.array(prompt, np.int32), arrays, np.array(rewards, np.float64), False, place, *nothing)
+    return Sample(np.array(prompt, np.int32), arrays, np.array(rewards, np.float64), False, location, *nothing)
 
 
 RECORDS = [record("a", 1, 0.5, 0), record("b c d", 0.25), record("e", 0.5, 0.75)]
@@ -51,7 +51,7 @@ def test_the_store_gives_back_every_sample(load, tokenizers, write_lines):
         assert np.array_equal(ours.prompt, theirs.prompt)
         assert all(np.array_equal(a, b) for a, b in zip(ours.responses, theirs.responses, strict=True))
         assert np.array_equal(ours.rewards, theirs.rewards)
-        assert (ours.ranked, ours.place) == (theirs.ranked, theirs.place)
+        assert (ours.ranked, ours.location) == (theirs.ranked, theirs.location)
     assert data.num_responses == 6
     assert [data.response_offset(i) for i in range(3)] == [0, 3, 4]
     assert data.max_length == max(len(s.prompt) + max(map(len, s.responses)) for s in expected)
@@ -73,7 +73,7 @@ def test_reward_mean_counts_each_prompt_once(load):
 def test_the_fingerprint_sees_tokens_boundaries_and_order_but_not_rewards():
     base = PreferenceData([sample([1, 2], [3, 4], [5]), sample([1], [6])])
     assert re.fullmatch(r"[0-9a-f]{64}", base.fingerprint())
-    same = PreferenceData([sample([1, 2], [3, 4], [5], rewards=[1, 2], place="q"), sample([1], [6])])
+    same = PreferenceData([sample([1, 2], [3, 4], [5], rewards=[1, 2], location="q"), sample([1], [6])])
     assert same.fingerprint() == base.fingerprint()
     others = [
         [sample([1, 2], [3, 4], [7]), sample([1], [6])],  # a token
@@ -268,7 +268,7 @@ def test_rows_of_equal_rewards_are_dropped_and_counted_where_pairs_are_needed(lo
     scored_alike = PAIR | {"score_chosen": 1, "score_rejected": 1}  # its labels make the pair
     records = [RECORDS[0], EQUAL, scored_alike, PAIR, EQUAL]
     data = load(records, needs_pairs=True)
-    assert [sample.place.rpartition(" ")[2] for sample in data] == ["1", "3", "4"]
+    assert [sample.location.rpartition(" ")[2] for sample in data] == ["1", "3", "4"]
     assert (data.report.rows_read, data.report.rows_kept, data.report.dropped) == (5, 3, {NO_PAIR: 2})
     message = "2 dropped (no response better than another; first: "
     assert message in str(data.report)
@@ -415,7 +415,7 @@ def test_a_micro_batch_of_loaded_data_holds_ensembles_by_response_and_reference_
 def numbered(size):
     """Prompts [1000 + n], each with 1 to 3 responses, whose tokens tell where they come from: 10 n + k, twice."""
     return PreferenceData(
-        sample([1000 + n, 1], *([10 * n + k] * 2 for k in range(1 + n % 3)), place=f"line {n}") for n in range(size)
+        sample([1000 + n, 1], *([10 * n + k] * 2 for k in range(1 + n % 3)), location=f"line {n}") for n in range(size)
     )
 
 
@@ -429,7 +429,7 @@ def test_every_prompt_is_given_one_response_to_another_and_every_prompt_gives_on
     for seed in range(20):
         data = mismatched(numbered(size), seq_length=64, seed=seed)
         assert [sample.prompt.tolist() for sample in data] == [[1000 + n, 1] for n in range(size)]
-        assert [sample.place for sample in data] == [f"line {n}" for n in range(size)]
+        assert [sample.location for sample in data] == [f"line {n}" for n in range(size)]
         assert all(len(sample.responses) == 1 and len(sample.responses[0]) == 2 for sample in data)
         others = [source for source, _ in sources(data)]
         assert all(source != n for n, source in enumerate(others))
@@ -485,7 +485,7 @@ def test_a_conversations_answers_stay_with_it_and_count_for_the_fingerprint(load
     assert len(marked) == len(data[1].responses[0]) and marked[0] and marked[-1] and not marked.all()
     batch = collate([data[0], data[1]], [0, 1], pad_token_id=0)
     start = batch.tokens.shape[1] + len(data[1].prompt) - 1
-    assert batch.response_places[1][: marked.sum()].tolist() == (start + marked.nonzero()[0]).tolist()
-    assert (batch.response_places[1] >= 0).sum() == marked.sum()
+    assert batch.response_positions[1][: marked.sum()].tolist() == (start + marked.nonzero()[0]).tolist()
+    assert (batch.response_positions[1] >= 0).sum() == marked.sum()
     whole = PreferenceData([replace(data[1], answers=None)])
     assert whole.fingerprint() != PreferenceData([data[1]]).fingerprint()

@@ -17,8 +17,8 @@ ANSWERS = ("The answer is 42.", "No.\n\n  It is not!", "é 漢字 🦊")
 END = {"own": "<|end|>", "chatml": "<|im_end|>", "llama_3": "<|eot_id|>", "phi_3": "<|im_end|>", "no_end": "<|end|>"}
 
 
-def row(prompt, *contents, place="data.jsonl line 7") -> Row:
-    return Row(prompt, tuple(Response(content, 0.5) for content in contents), place)
+def row(prompt, *contents, location="data.jsonl line 7") -> Row:
+    return Row(prompt, tuple(Response(content, 0.5) for content in contents), location)
 
 
 @pytest.mark.parametrize("name", list(END))
@@ -65,7 +65,7 @@ def test_a_sample_keeps_rewards_ranking_and_place(tokenizers):
     given = Row("Hi?", (Response("a", 0.25), Response("b", None)), "f line 3", ranked=True)
     sample = Encoder(tokenizers["own"]).encode(given)
     assert np.array_equal(sample.rewards, [0.25, np.nan], equal_nan=True)
-    assert (sample.ranked, sample.place) == (True, "f line 3")
+    assert (sample.ranked, sample.location) == (True, "f line 3")
     assert {array.dtype for array in (sample.prompt, *sample.responses)} == {np.dtype(np.int32)}
 
 

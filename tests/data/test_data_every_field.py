@@ -132,20 +132,20 @@ def test_every_field_of_a_record_is_used_or_ignored_or_reported(tmp_path_factory
         return
     kept = json.dumps([dataclasses.asdict(row)])
     reported = [name.removesuffix(" after the last answer") for name in (*row.unused, *ignored)]
-    for place, mark in _leaves(record):
-        assert mark in kept or _is_among(place, reported), (place, mark, row)
+    for location, mark in _leaves(record):
+        assert mark in kept or _is_among(location, reported), (location, mark, row)
     _check_written(row, path)
 
 
-def _is_among(place: str, paths: Iterable[str]) -> bool:
-    """Whether one of the paths leads to the place or, where messages stand in a text, into it."""
-    return any(place.startswith(path) or path.startswith(f"{place}[]") for path in paths)
+def _is_among(location: str, paths: Iterable[str]) -> bool:
+    """Whether one of the paths leads to the value or, if messages are inside a text, into it."""
+    return any(location.startswith(path) or path.startswith(f"{location}[]") for path in paths)
 
 
 def _check_written(row: Row, path) -> None:
     path.write_text(json.dumps(record_of(row)) + "\n")
     (again,) = read_rows(path)
-    assert dataclasses.replace(again, place=row.place, unused=row.unused) == row
+    assert dataclasses.replace(again, location=row.location, unused=row.unused) == row
     assert again.unused == ()
 
 
@@ -160,6 +160,6 @@ def test_prompts_for_sampling_use_carry_or_report_every_field(tmp_path_factory, 
         return
     kept = json.dumps(dataclasses.asdict(prompt))
     answers = ("responses", "completion", "chosen", "rejected", "response", "messages", "conversations", "score_chosen")
-    for place, mark in _leaves(record):
-        if not (prompt.has_responses and place.startswith((*answers, "helpfulness", "reference_rewards", "reward"))):
-            assert mark in kept or _is_among(place, prompt.unused), (place, mark, prompt)
+    for location, mark in _leaves(record):
+        if not (prompt.has_responses and location.startswith((*answers, "helpfulness", "reference_rewards", "reward"))):
+            assert mark in kept or _is_among(location, prompt.unused), (location, mark, prompt)

@@ -149,8 +149,8 @@ def test_every_row_is_accounted_for_and_what_is_kept_holds_all_of_its_contents(
         for text, in_prompt in texts_of(outcome):
             assert text.strip() in (prompt if in_prompt else "\0".join(whole))
         # Rows of one response a record may be of several records: of the others every column is accounted for.
-        place = outcome.read.place
-        record = rows[int(place.rpartition(" ")[2]) - 1]
+        location = outcome.read.location
+        record = rows[int(location.rpartition(" ")[2]) - 1]
         for name in ("source", "id", "metadata"):
             if record.get(name) is not None:
                 assert (name in outcome.read.unused) is (name not in options["ignore_fields"])

@@ -41,13 +41,13 @@ def test_every_kept_answer_is_found_again_in_its_tokens(rows, tokenizers):
     assert data.report.rows_read == 403
     assert data.report.rows_kept == len(data) == 403 - sum(data.report.dropped.values()) > 200
     assert data.max_length <= 2048 and data.num_responses == 2 * len(data)
-    by_place = {row.place: row for row in rows}
+    by_place = {row.location: row for row in rows}
     for sample in data:
-        row = by_place[sample.place]
+        row = by_place[sample.location]
         assert tokenizers["own"].decode(sample.prompt) == f"<|begin|><|user|>{row.prompt}<|end|><|assistant|>"
         for response, tokens in zip(row.responses, sample.responses, strict=False):
             assert tokenizers["own"].decode(tokens) == f"{response.content}<|end|>"
-    kept = [by_place[sample.place] for sample in data]
+    kept = [by_place[sample.location] for sample in data]
     expected = np.mean([np.mean([response.reward for response in row.responses[:2]]) for row in kept])
     assert data.reward_summary().mean == pytest.approx(expected)
 

@@ -132,7 +132,7 @@ def test_helpsteer_rows_with_the_same_prompt_are_one_row(write_lines):
         ("b", [("z", 3.0)]),
         ("a", [("w", 1.0)]),
     ]
-    assert [row.place for row in rows] == [f"{path} line {line}" for line in (1, 3, 4)]
+    assert [row.location for row in rows] == [f"{path} line {line}" for line in (1, 3, 4)]
     assert contents(next(iter(read_rows(path, reward_field="verbosity")))) == [("x", 0.0), ("y", 1.0)]
 
 
@@ -155,7 +155,7 @@ def test_completions_of_one_prompt_that_follow_each_other_are_one_row(write_line
         ("b", [("z", 0.0)]),
         ("a", [("w", 1.0)]),
     ]
-    assert [row.place for row in rows] == [f"{path} line {line}" for line in (1, 3, 4)]
+    assert [row.location for row in rows] == [f"{path} line {line}" for line in (1, 3, 4)]
     assert not any(row.ranked for row in rows)  # the order of completions is no preference
 
 
@@ -269,7 +269,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, write_lines, monkeypat
     expected = [(row.prompt, contents(row)) for row in read_rows(str(tmp_path / "hub" / "data.jsonl"))]
     assert len(expected) == 2
 
-    for source, place in [
+    for source, location in [
         (tmp_path / "packed.jsonl.gz", "packed.jsonl.gz line 2"),
         (tmp_path / "table.parquet", "table.parquet row 2"),
         (tmp_path / "saved", "saved row 2"),
@@ -279,7 +279,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, write_lines, monkeypat
     ]:
         rows = list(read_rows(source))
         assert [(row.prompt, contents(row)) for row in rows] == expected
-        assert rows[1].place.endswith(place)
+        assert rows[1].location.endswith(location)
 
     with pytest.raises(UserError, match=r"splits: has several splits. Pass one of .*splits/train, .*splits/test"):
         list(read_rows(tmp_path / "splits"))
@@ -298,7 +298,7 @@ def test_globs_and_lists_are_read_in_order(tmp_path, write_lines):
 def test_blank_lines_are_skipped_but_counted_and_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(CANONICAL).encode() + b"\n\n" + json.dumps(CANONICAL).encode())
-    assert [row.place for row in read_rows(path)] == [f"{path} line 1", f"{path} line 3"]
+    assert [row.location for row in read_rows(path)] == [f"{path} line 1", f"{path} line 3"]
 
 
 def test_reading_json_lines_imports_nothing_heavy():

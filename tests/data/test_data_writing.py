@@ -15,7 +15,7 @@ FULL = Row(
         Response("", None, fields={"tool_calls": [{"function": {"name": "f"}}]}, weight=0.0),
         Response("c", continuation=(USER, {"role": "assistant", "content": "d", "weight": 0.0})),
     ),
-    "place",
+    "location",
     ranked=True,
     reference_rewards=(0.5, -1.0),
     template_fields={"tools": [{"name": "f"}], "documents": [{"text": "x"}], "enable_thinking": False},
@@ -24,16 +24,16 @@ FULL = Row(
 
 
 def test_everything_that_a_row_holds_is_read_back(write_lines):
-    plain = Row("Hi?", (Response("a"),), "place")
+    plain = Row("Hi?", (Response("a"),), "location")
     for row in (FULL, plain):
         record = record_of(row)
         (again,) = read_rows(write_lines([json.loads(json.dumps(record))]))
-        assert dataclasses.replace(again, place="place") == row
+        assert dataclasses.replace(again, location="location") == row
     assert record_of(plain) == {"prompt": "Hi?", "responses": [{"content": "a"}]}
 
 
 def test_rewards_that_are_not_known_are_null_and_ensembles_have_names(write_lines):
-    row = Row("Hi?", (Response("a", float("nan"), (1.0, float("nan"))),), "place")
+    row = Row("Hi?", (Response("a", float("nan"), (1.0, float("nan"))),), "location")
     record = record_of(row, ensemble_names=("x", "y"))
     assert record["responses"] == [{"content": "a", "reward": None, "x": 1.0, "y": None}]
     (again,) = read_rows(write_lines([record]), reward_field=["x", "y"])

@@ -35,7 +35,7 @@ def test_prompts_are_as_a_policy_is_asked_and_the_rest_is_counted(path: str, tok
     for number, row in enumerate(rows):
         assert row.responses == () and data[number].responses == ()
         assert tokenizer.decode(data[number].prompt.tolist()).endswith(encoder.prompt_text(row))
-    assert [row.place.rpartition(" ")[2] for row in rows] == ["1", "3", "4"]
+    assert [row.location.rpartition(" ")[2] for row in rows] == ["1", "3", "4"]
     assert data.contents_fingerprint() != data.fingerprint()
     assert data.reward_summary().mean is None and data.num_responses == 0
     text = data.report.text()

@@ -38,9 +38,11 @@ def package(folder: Path, name: str, code: str, version: str | None = None) -> N
     (folder / name).mkdir(parents=True)
     (folder / name / "__init__.py").write_text(code)
     if version is not None:
-        place = folder / f"{name}-{version}.dist-info"
-        place.mkdir()
-        (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+        location = folder / f"{name}-{version}.dist-info"
+        location.mkdir()
+        (location / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+        )
 
 
 def doctor(*arguments: str, first: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -151,10 +153,10 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     extras = [
         f'{text}; extra == "{name}"' for name in (NEMO, BRIDGE) for text in project["optional-dependencies"][name]
     ]
-    place = tmp_path / "nemo_rao-0.1.0.dist-info"
-    place.mkdir()
+    location = tmp_path / "nemo_rao-0.1.0.dist-info"
+    location.mkdir()
     lines = [f"Requires-Dist: {text}" for text in [*project["dependencies"], *extras]]
-    (place / "METADATA").write_text(
+    (location / "METADATA").write_text(
         "\n".join(["Metadata-Version: 2.1", "Name: nemo-rao", "Version: 0.1.0", *lines, ""])
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -48,10 +48,10 @@ def lines(tmp_path):
 )  # fmt: skip
 def test_every_field_of_a_row_is_asked_carried_or_reported(record, asked, lines):
     (prompt,) = read_prompts(lines(record))
-    assert prompt == Prompt(**{"content": (USER,), "place": prompt.place, "fields": {}} | asked)
+    assert prompt == Prompt(**{"content": (USER,), "location": prompt.location, "fields": {}} | asked)
     assert prompt.carried == ({} if prompt.has_responses else prompt.fields)
     assert prompt.as_row() == Row(
-        prompt.content, (), prompt.place, template_fields=prompt.template_fields, plain_prompt=prompt.plain
+        prompt.content, (), prompt.location, template_fields=prompt.template_fields, plain_prompt=prompt.plain
     )
 
 

@@ -39,7 +39,7 @@ def on_ranks(wanted: tuple[dict[str, Tensor], dict[str, Tensor]]) -> dict[tuple[
 
     def loss(output: ModelOutput, batch: Any) -> tuple[Tensor, Tensor, dict]:
         assert output.values is not None
-        assert not output.values[batch.response_places < 0].any(), "nothing behind a response's last token"
+        assert not output.values[batch.response_positions < 0].any(), "nothing behind a response's last token"
         reported = {"values": output.values.detach(), "responses": batch.response_ids}
         total = 0.5 * output.values.square().sum()
         if output.logits is not None:

@@ -32,7 +32,7 @@ GOES_ON = {
 def loss(output: ModelOutput, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(V - target)^2 / 2, summed, and the number of tokens."""
     assert output.values is not None and output.logits is None
-    mask = batch.response_places >= 0
+    mask = batch.response_positions >= 0
     total = torch.where(mask, 0.5 * (output.values - TARGET).square(), 0).sum()
     return total, mask.sum().int(), {"values": output.values.detach(), "responses": batch.response_ids}
 

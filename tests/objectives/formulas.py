@@ -41,8 +41,8 @@ class Answer(Entry):
 def answers_of(batch: ObjectiveBatch) -> list[list[Answer]]:
     """The valid responses of each prompt of a batch."""
 
-    def cell(tensor, *place: int, absent):  # type: ignore[no-untyped-def]
-        return absent if tensor is None else tensor[place].tolist()
+    def cell(tensor, *location: int, absent):  # type: ignore[no-untyped-def]
+        return absent if tensor is None else tensor[location].tolist()
 
     return [
         [

@@ -83,9 +83,9 @@ def loss_and_all_gradients(objective: Objective, keys: dict[str, Any]) -> list[t
 def matters(objective: Objective, name: str) -> bool:
     """Whether each other value of a key changes any of these numbers."""
     field = next(field for field in dataclasses.fields(objective.config_type) if field.name == name)
-    place = (objective.name, name)
-    context = CONTEXT.get(place, {})
-    values = [OTHER_VALUE[place]] if place in OTHER_VALUE else other_values(field.default, field.metadata["key"])
+    location = (objective.name, name)
+    context = CONTEXT.get(location, {})
+    values = [OTHER_VALUE[location]] if location in OTHER_VALUE else other_values(field.default, field.metadata["key"])
     before = loss_and_all_gradients(objective, context)
     assert any(part.any() for part in before[1:]), "or nothing is compared"
 
@@ -96,7 +96,7 @@ def matters(objective: Objective, name: str) -> bool:
     return all(map(differs, values))
 
 
-@pytest.mark.parametrize(("objective", "name"), [place for place in ALL_KEYS if place not in OUTSIDE])
+@pytest.mark.parametrize(("objective", "name"), [location for location in ALL_KEYS if location not in OUTSIDE])
 def test_every_key_changes_loss_or_gradient(objective: str, name: str) -> None:
     assert matters(OBJECTIVES[objective], name)
 

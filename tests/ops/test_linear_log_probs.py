@@ -535,7 +535,7 @@ def _main_grads(tensor: int, sequence_parallel: bool, tied: bool, overlap: bool)
                 positions = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
                 output = wrapped(input_ids=batch.tokens, position_ids=positions, attention_mask=None, labels=None)
                 mask = torch.zeros(batch.tokens.shape, dtype=torch.bool)
-                mask.view(-1)[torch.cat([batch.all_prompt_places, batch.all_response_places])] = True
+                mask.view(-1)[torch.cat([batch.all_prompt_positions, batch.all_response_positions])] = True
                 if fused:
                     logps = linear_vocab_parallel_log_probs(
                         output.transpose(0, 1),

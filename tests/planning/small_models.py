@@ -96,11 +96,11 @@ class Saved:
 
     def taken(self, tensor: Tensor, change: int) -> None:
         storage = tensor.untyped_storage()
-        place = storage.data_ptr()
-        if place in self._parameters:
+        location = storage.data_ptr()
+        if location in self._parameters:
             return
-        before = self._users.get(place, 0)
-        self._users[place] = before + change
+        before = self._users.get(location, 0)
+        self._users[location] = before + change
         if before == 0 or before + change == 0:
             self.bytes += change * storage.nbytes()
             self.most = max(self.most, self.bytes)

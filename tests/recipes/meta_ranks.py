@@ -38,9 +38,9 @@ def parts_of(config: RunConfig) -> dict[Part, int]:
     ranks_of_stage = world_size(config) // keys.pipeline_model_parallel_size
     of_expert = keys.expert_tensor_parallel_size or keys.tensor_model_parallel_size
     for rank in range(world_size(config)):
-        stage, place = divmod(rank, ranks_of_stage)
-        expert = place // of_expert % keys.expert_model_parallel_size
-        part = Part(stage, place % keys.tensor_model_parallel_size, expert, place % of_expert)
+        stage, location = divmod(rank, ranks_of_stage)
+        expert = location // of_expert % keys.expert_model_parallel_size
+        part = Part(stage, location % keys.tensor_model_parallel_size, expert, location % of_expert)
         found.setdefault(part, rank)
     return found
 

@@ -136,8 +136,8 @@ def test_the_parts_of_all_ranks_are_the_published_model(model: str, built: dict[
     for part, chunks in built.items():
         if (part.tensor, part.expert) == (0, 0):
             layers += [number for chunk in chunks for number in chunk["layers"]]
-        for place, (name, size) in enumerate(named for chunk in chunks for named in chunk["parameters"]):
-            holder = (part.stage, place, *ranks_that_split(name, part))
+        for location, (name, size) in enumerate(named for chunk in chunks for named in chunk["parameters"]):
+            holder = (part.stage, location, *ranks_that_split(name, part))
             if holder not in counted and ".adapter." not in name:
                 total += size
             counted.add(holder)

@@ -185,7 +185,7 @@ def test_nothing_of_a_row_is_lost(command: Command) -> None:
     assert code == 0, message
     assert "unused fields: source (1 row)" in output and "reference_rewards" not in output
     [before], [after] = read_rows("in.jsonl"), read_rows("same.jsonl")
-    assert replace(after, place="", unused=()) == replace(before, place="", unused=())
+    assert replace(after, location="", unused=()) == replace(before, location="", unused=())
     # Rewards of another scorer are not on the scale of the reference policy's.
     Path("rules_of_a.py").write_text("def is_a(prompt, response):\n    return response == 'a'\n")
     code, output, _ = command("in.jsonl", "out.jsonl", "--scorer", "rule:rules_of_a:is_a")

@@ -64,7 +64,7 @@ def test_rows_and_numbers_are_those_that_training_loads(
     assert len(trained) == 12 and seen.num_trained == 12
     for row, sample in zip(seen.rows, trained, strict=True):
         in_order = [sample.prompt.tolist(), *(response.tolist() for response in sample.responses)]
-        assert row.place == sample.place and sorted(ids(row)) == sorted(in_order)
+        assert row.location == sample.location and sorted(ids(row)) == sorted(in_order)
         rewards = {response.role: response.reward for response in row.responses if response.left_out is None}
         assert rewards == {"chosen": sample.rewards.max(), "rejected": sample.rewards.min()}
         assert {response.left_out for response in row.responses} == {
@@ -95,13 +95,13 @@ def test_dropped_rows_are_counted_by_reason_and_the_first_of_each_is_shown(
     path = write_lines([*records, pair(12, "Same", "Same"), "{broken"])
     keys = ["data.bad_rows=drop", "data.max_bad_rows=1", "model.seq_length=200"]
     seen = look(path, "gpt_dpo", *keys, rows=1, row_numbers=(4, 14))
-    shown = {row.place.rpartition(" ")[2]: row for row in seen.dropped}
+    shown = {row.location.rpartition(" ")[2]: row for row in seen.dropped}
     assert set(shown) == {"4", "13", "14"} and seen.report.rows_read - seen.report.rows_kept == 3
     long, unreadable = shown["4"], shown["14"]
     assert long.problem is not None and "200" in long.problem[1]
     assert long.responses[0].num_tokens is not None and long.responses[0].num_tokens > 400
     assert unreadable.problem is not None and "JSON" in unreadable.problem[1] and not unreadable.responses
-    assert [row.place.rpartition(" ")[2] for row in seen.rows] == ["4", "14", "1"]  # those asked for come first
+    assert [row.location.rpartition(" ")[2] for row in seen.rows] == ["4", "14", "1"]  # those asked for come first
     assert seen.rows[2].unused == ("source",)
     against = next(remark for remark in remarks(seen) if "higher reward" in remark)
     assert against.startswith("2 of 11 pairs")  # rewards 3 of rows 7 and 11: row 3 is dropped

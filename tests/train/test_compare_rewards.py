@@ -189,14 +189,14 @@ def test_the_prompts_drawn_are_a_part_of_a_larger_draw_in_their_order(data: tupl
     train, tokenizer = (text.partition("=")[2] for text in data)
     whole = load_preferences(train, load_tokenizer(tokenizer), seq_length=64)
 
-    def places(drawn: PreferenceData) -> list[str]:
-        return [drawn[index].place for index in range(len(drawn))]
+    def locations(drawn: PreferenceData) -> list[str]:
+        return [drawn[index].location for index in range(len(drawn))]
 
-    order = places(whole)
-    few, many = places(draw_prompts(whole, 8, seed=1)), places(draw_prompts(whole, 24, seed=1))
+    order = locations(whole)
+    few, many = locations(draw_prompts(whole, 8, seed=1)), locations(draw_prompts(whole, 24, seed=1))
     assert (len(few), len(many)) == (8, 24) and set(few) < set(many)
-    assert many == [place for place in order if place in many] and many != order[:24]
-    assert places(draw_prompts(whole, 24, seed=2)) != many
+    assert many == [location for location in order if location in many] and many != order[:24]
+    assert locations(draw_prompts(whole, 24, seed=2)) != many
     assert draw_prompts(whole, len(whole), seed=1).fingerprint() == whole.fingerprint()
     with pytest.raises(UserError, match=f"data.num_prompts=65: the training data has only {len(order)}"):
         draw_prompts(whole, 65, seed=1)

@@ -15,9 +15,9 @@ from nemo_rao.runtime.metrics_file import read_metrics
 from .runs import TINY, parallel, run_training
 
 
-def row(place: str, *rewards: float) -> Sample:
+def row(location: str, *rewards: float) -> Sample:
     token = np.zeros(1, np.int32)
-    return Sample(token, (token,) * len(rewards), np.array(rewards), False, place, np.zeros((0, 0)), np.zeros(0))
+    return Sample(token, (token,) * len(rewards), np.array(rewards), False, location, np.zeros((0, 0)), np.zeros(0))
 
 
 def test_the_rows_with_the_largest_rewards_come_first() -> None:

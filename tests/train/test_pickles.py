@@ -75,11 +75,11 @@ def in_object(checkpoint: Path, bomb: Any) -> None:
     file = checkpoint / "weights" / ".metadata"
     metadata = pickle.loads(file.read_bytes())
     index = next(index for index in metadata.storage_data if "_extra_state" in index.fqn)
-    place = metadata.storage_data[index]
+    location = metadata.storage_data[index]
     held = io.BytesIO()
     torch.save(bomb, held)
-    shard = checkpoint / "weights" / place.relative_path
-    place.offset, place.length = shard.stat().st_size, len(held.getvalue())
+    shard = checkpoint / "weights" / location.relative_path
+    location.offset, location.length = shard.stat().st_size, len(held.getvalue())
     with shard.open("ab") as opened:
         opened.write(held.getvalue())
     file.write_bytes(pickle.dumps(metadata))

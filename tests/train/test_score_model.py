@@ -158,10 +158,10 @@ def test_a_trained_model_is_asked_before_what_computes_in_this_process(
 def test_a_run_that_cannot_score_is_refused(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
     from nemo_rao.errors import UserError
     from nemo_rao.scoring.run import Job
-    from nemo_rao.scoring.scorer import Place
+    from nemo_rao.scoring.scorer import OutputDirectory
     from nemo_rao.training.score_model import model_kind
 
     job = Job(data[0].partition("=")[2], tmp_path / "out.jsonl", [])
     for run, complaint in ((tmp_path, "no recipe.yaml"), (start, "objective sft has no implicit reward")):
         with pytest.raises(UserError, match=complaint):
-            model_kind(job).make(str(run), Place(tmp_path))
+            model_kind(job).make(str(run), OutputDirectory(tmp_path))
