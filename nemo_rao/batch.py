@@ -217,7 +217,7 @@ class Tokens:
         logps: ``[P, K, L]`` float32, log pi(y_t | x, y_<t), nats. Carries the gradient.
         mask: ``[P, K, L]`` bool: the token exists.
         old: ``[P, K, L]`` float32, ``logps`` of the policy that sampled; ``None``: that is the current policy.
-        importance: ``[P, K, L]`` float32, importance weights that correct for a sampler other than ``old``; ``None``: 1.
+        importance: ``[P, K, L]`` float32, importance weights correcting for a sampler other than ``old``; ``None``: 1.
         reference: ``[P, K, L]`` float32, ``logps`` of the reference policy; ``None`` if not declared.
         values: ``[P, K, L]`` float32, the value head's V(x, y_<t). Carries the gradient. ``None`` if not declared.
         old_values: ``[P, K, L]`` float32, ``values`` before the first step on the rollout.

@@ -260,8 +260,8 @@ class ChatRenderer:
         if answer.truncated:
             if not answer.whole.endswith(self.template.behind):
                 raise BoundaryError(
-                    f"{row.location}: {answer.name} is marked as truncated, but the chat template adds other text after "
-                    "it. Drop the row."
+                    f"{row.location}: {answer.name} is marked as truncated, but the chat template adds other text "
+                    "after it. Drop the row."
                 )
             answer.whole = answer.whole.removesuffix(self.template.behind)
 
@@ -287,8 +287,8 @@ class ChatRenderer:
                 )
             if template.closing not in text and not answer.truncated:
                 raise ThinkingError(
-                    f"{row.location}: {answer.name} has no {template.closing}, which closes the {tag} at the end of the "
-                    f"generation prompt. {_NO_BLOCK.capitalize()}"
+                    f"{row.location}: {answer.name} has no {template.closing}, which closes the {tag} at the end of "
+                    f"the generation prompt. {_NO_BLOCK.capitalize()}"
                 )
         return answer.before + template.before + text + template.behind
 
@@ -306,8 +306,8 @@ class ChatRenderer:
                     else f", and the answer has no {template.closing}. {_NO_BLOCK.capitalize()}"
                 )
                 raise ThinkingError(
-                    f"{row.location}: the generation prompt ends with {template.opening!r}, which the chat template does "
-                    f"not repeat before {answer.name}{remedy}"
+                    f"{row.location}: the generation prompt ends with {template.opening!r}, which the chat template "
+                    f"does not repeat before {answer.name}{remedy}"
                 )
             raise BoundaryError(
                 f"{row.location}: {answer.name} has no boundary in tokens: the chat template renders the prompt "

@@ -55,8 +55,8 @@ def recognise(record: View) -> Format:
     found = ", ".join(record) or "none"
     accepted = "; ".join(f"{known.name}: {known.fields}" for known in FORMATS)
     raise UserError(
-        f"{record.location}: unknown format with the fields {found}; accepted are {accepted}. Map fields with other names "
-        "by data.columns (data.columns.prompt=NAME)."
+        f"{record.location}: unknown format with the fields {found}; accepted are {accepted}. Map fields with other "
+        "names by data.columns (data.columns.prompt=NAME)."
     )
 
 

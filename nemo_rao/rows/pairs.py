@@ -70,8 +70,8 @@ def _from_texts(record: View, prompt: str | Messages | None, texts: list[str]) -
         found = ", ".join(record) or "none"
         raise UserError(
             f"{record.location}: field 'prompt' is missing (fields found: {found}): no field holds the prompt of "
-            "'chosen' and 'rejected', and they are not transcripts (Human: ..., Assistant: ...). Name the field that does "
-            "(data.columns.prompt=NAME), split the shared prompt off, or drop the row."
+            "'chosen' and 'rejected', and they are not transcripts (Human: ..., Assistant: ...). Name the field that "
+            "does (data.columns.prompt=NAME), split the shared prompt off, or drop the row."
         )
     return with_context(record, prompt), [Response(text) for text in texts]
 
