@@ -155,7 +155,7 @@ REFUSED = [
     ),
     (('{function: "nemo_rao.demo.run:make_data"}', "{split: x.jsonl}"), "files.made.split: x.jsonl: no such file"),
     (('{function: "nemo_rao.demo.run:make_data"}', "{split: a, held_out: 1}"), "files.made.held_out=1: must be < 1"),
-    (("start: dpo", "start: models/smollm2-135m-instruct"), "checkpoint. Run make smollm2"),
+    (("start: dpo", "start: models/smollm2-135m-instruct"), "checkpoint; run make smollm2"),
     (("make_data", "make_date"), "files.made.function: module nemo_rao.demo.run"),
     (('make_data"}', 'make_data", arguments: {prompts: 2}}'), "files.made.arguments:"),
     (("seeds:", "samples: {prompts: p.jsonl, scorer: rule:nemo_rao.demo.synthetic:truth}\nseeds:"), "samples.scorer:"),
