@@ -96,9 +96,8 @@ def _why_dropped(row: Row, sample: Sample | UserError, longest: int, set_by: str
     if isinstance(sample, UserError):
         raise sample
     if len(sample.prompt) > longest:
-        reason = f"longer than {longest} tokens, which {set_by}"
         return (
-            reason,
-            f"{row.location}: the prompt has {len(sample.prompt)} tokens, more than {longest}, which {set_by}",
+            f"longer than {longest} tokens: {set_by}",
+            f"{row.location}: the prompt has {len(sample.prompt)} tokens, more than {longest}: {set_by}",
         )
     return None

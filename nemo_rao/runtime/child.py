@@ -162,6 +162,7 @@ def _run(
         if os.getppid() != parent:  # it ended before that
             os._exit(1)
     signal.signal(signal.SIGINT, signal.default_int_handler if interruptible else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler that a fork inherits is meant for the parent
     kind: Literal["done", "user", "failure", "crash"] = "done"
     value: Any
     try:

@@ -150,7 +150,7 @@ def test_ranks_that_a_launcher_started_in_another_number_are_refused(
 ) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    has(refused("trainer.devices=2"), "torchrun started 3 ranks", "trainer.devices=2")
+    has(refused("trainer.devices=2"), "are 2 ranks, but torchrun started 3", "trainer.devices=2")
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -361,7 +361,7 @@ def test_rewards_that_are_no_probabilities_are_refused_where_they_are_to_be(
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", PAIR | {"score_chosen": 1, "score_rejected": 0}, SCORED)
     message = refused_early("sppo", "model.sppo.win_probability=rewards", rows)
-    has(message, "model.sppo.win_probability=rewards", "a reward of 7", "no probability", "bradley_terry or labels")
+    has(message, "model.sppo.win_probability=rewards", "a reward of 7", "not a probability", "bradley_terry or labels")
 
 
 def test_rewards_that_are_no_labels_are_refused_by_kto_without_a_threshold(

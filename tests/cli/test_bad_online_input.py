@@ -66,7 +66,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["online.reward=[rule:rules_of_bad_input:good,'r=rule:rules_of_bad_input:text']"], ("online.reward: r, ",)),
         (
             ["data.train_path=FOLDER/long.jsonl", "data.strict=true"],
-            ("long.jsonl line 2: the prompt has ", "tokens, more than 96, which model.seq_length=128 leaves", "strict"),
+            (
+                "long.jsonl line 2: the prompt has ",
+                "tokens, more than 96: model.seq_length=128 minus online.max_new_tokens=32",
+                "strict",
+            ),
         ),
         (["online.num_generations=1"], ("online.num_generations=1: objective grpo compares", "at least 2")),
         (["online.max_new_tokens=0"], ("online.max_new_tokens=0: must be >= 1",)),

@@ -44,7 +44,7 @@ def test_every_layout_predicts_each_rows_tokens_from_what_stands_before_them_the
 
     pairs = [(p, k) for p, sample in enumerate(samples) for k in range(len(sample.responses))]
     seen = visible(batch)
-    tokens, labels, positions = batch.tokens.flatten(), batch.labels.flatten(), batch.position_ids.flatten()
+    tokens, labels, position_ids = batch.tokens.flatten(), batch.labels.flatten(), batch.position_ids.flatten()
     assert batch.num_prompts == len(samples)
     assert batch.tokens.shape[0] == 1 if layout["packed"] else len(samples) if layout["shared_prompts"] else len(pairs)
     assert batch.tokens.shape[1] % pad_multiple == 0
@@ -57,7 +57,7 @@ def test_every_layout_predicts_each_rows_tokens_from_what_stands_before_them_the
         ]
         assert len(positions) == len(whole) - 1
         for t, location in enumerate(positions):
-            assert labels[location] == whole[t + 1] and positions[location] == t
+            assert labels[location] == whole[t + 1] and position_ids[location] == t
             assert [int(tokens[other]) for other in seen[location]] == whole[: t + 1]
             assert (location in batch.all_prompt_positions) == (t + 1 < len(prompt))
             assert (location in batch.all_response_positions) == (t + 1 >= len(prompt))

@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> str:
 
 
 def test_prompts_are_as_a_policy_is_asked_and_the_rest_is_counted(path: str, tokenizers: dict[str, Any]) -> None:
-    data, rows = load_prompts(path, tokenizers["chatml"], longest=60, set_by="the test allows")
+    data, rows = load_prompts(path, tokenizers["chatml"], longest=60, set_by="the test's limit")
     assert len(data) == len(rows) == 3
     tokenizer = tokenizers["chatml"]
     encoder = Encoder(tokenizer)
@@ -40,7 +40,7 @@ def test_prompts_are_as_a_policy_is_asked_and_the_rest_is_counted(path: str, tok
     assert data.reward_summary().mean is None and data.num_responses == 0
     text = data.report.text()
     assert "3 of 4 rows kept" in text
-    assert "1 dropped (longer than 60 tokens, which the test allows; first: " in text and "line 2" in text
+    assert "1 dropped (longer than 60 tokens: the test's limit; first: " in text and "line 2" in text
     assert "1 row: responses in the file are not used, as the run samples its own" in text
     assert "unused fields: answer_key" in text
 
@@ -50,14 +50,14 @@ def test_prompts_are_as_a_policy_is_asked_and_the_rest_is_counted(path: str, tok
     [
         (
             {"strict": True},
-            r"line 2: the prompt has \d+ tokens, more than 60, which .* \(strict: no row may be dropped\)",
+            r"line 2: the prompt has \d+ tokens, more than 60: .* \(strict: no row may be dropped\)",
         ),
         ({"longest": 1}, "no prompt is left to sample from: 0 of 4 rows kept"),
     ],
 )
 def test_what_cannot_be_is_refused(path: str, tokenizers: dict[str, Any], given: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        load_prompts(path, tokenizers["chatml"], **{"longest": 60, "set_by": "the test allows"} | given)
+        load_prompts(path, tokenizers["chatml"], **{"longest": 60, "set_by": "the test's limit"} | given)
 
 
 def test_prompts_that_begin_differently_are_refused_where_the_objective_compares_them(
@@ -65,7 +65,7 @@ def test_prompts_that_begin_differently_are_refused_where_the_objective_compares
 ) -> None:
     made = tmp_path / "prompts.jsonl"
     made.write_text('{"prompt": "a b"}\n{"prompt": "Hello"}\n')
-    common = {"longest": 60, "set_by": "the test allows", "chat_template": "never"}
+    common = {"longest": 60, "set_by": "the test's limit", "chat_template": "never"}
     asks: dict[str, Any] = {"needs_shared_first_token": True, "needed_by": "objective rao"}
     assert len(load_prompts(str(made), tokenizers["plain"], **asks, **common)[0]) == 2  # both begin with <|begin|>
     bare = load_tokenizer(tokenizer_folder)

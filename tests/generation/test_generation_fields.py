@@ -69,7 +69,7 @@ def test_fields_of_prompts_are_rendered_and_carried_along(
     assert read_lines(tmp_path / "out.jsonl")[0]["answer"] == "b" and second.template_fields == {}
     for option, part in (
         ("--column=prompt", "--column prompt: must be OURS=THEIRS"),
-        ("--column=prompt=other", "--column prompt=other: prompt is ask already"),
+        ("--column=prompt=other", "--column prompt=other: prompt is already set to ask"),
         ("--ignore-field=ask", "'ask', which --column names for 'prompt', is missing"),
     ):
         assert main([*command[:3], str(tmp_path / "other.jsonl"), *options, option]) == 2

@@ -196,7 +196,7 @@ def test_an_unknown_key_can_be_ignored_and_no_other() -> None:
 def test_what_is_left_behind_though_it_may_be_counted_on_is_reported() -> None:
     assert notes(LLAMA, FAMILIES[0]) == []
     lines = notes({**LLAMA, "attention_dropout": 0.1, "temperature": 0.6, "use_cache": False}, FAMILIES[0])
-    assert [line.partition(" is left")[0] for line in lines] == [
+    assert [line.partition(" is dropped")[0] for line in lines] == [
         "config.json: attention_dropout=0.1",
         "config.json: temperature=0.6",
     ]

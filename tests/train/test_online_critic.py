@@ -147,7 +147,11 @@ def _die_at_the_second_checkpoint(keys: list[str]) -> None:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "said"),
     [
-        ({}, ["model.ppo.critic=head"], r"critic_path=.*rm: has no effect with model.ppo.critic=head; set that"),
+        (
+            {},
+            ["model.ppo.critic=head"],
+            r"critic_path=.*rm: has no effect with model.ppo.critic=head. Set model.ppo.critic to model",
+        ),
         ({}, ["model.ppo.value_weight=0.5"], "value_weight=0.5: has no effect with model.ppo.critic=model"),
         ({}, ["model.ppo.critic_path=/nowhere"], "critic_path=/nowhere: has no recipe.yaml. Give the directory of a"),
         (
