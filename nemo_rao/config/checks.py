@@ -313,7 +313,7 @@ def check_engine(config: RunConfig) -> None:
         )
     if engine == BRIDGE and keys.config_class is not None:
         raise UserError(
-            f"model.config_class={keys.config_class}: is a class of NeMo, which Megatron-Bridge does not have; set "
+            f"model.config_class={keys.config_class}: is a class of NeMo, which Megatron-Bridge does not have. Set "
             "model.family and model.arch instead"
         )
 

@@ -1,6 +1,6 @@
 """Five steps of each objective from weights that both engines can create. Results of NeMo's engine are kept in a file.
 
-    PYTHONPATH=. python -m tests.bridge.five_steps          with NeMo installed: rewrites nemo_steps.json
+    PYTHONPATH=. python -m tests.bridge.five_steps [FILE]   with NeMo installed: writes FILE, or else nemo_steps.json
 
 The weights are drawn from the hash of each parameter's name; data and tokenizer are generated from seeds. The file
 includes their fingerprint, so that a difference in the data is not mistaken for one between the engines.
@@ -19,6 +19,7 @@ from typing import Any
 from nemo_rao.loop.session import Hook, Session
 
 from ..train.runs import NO_CHECKPOINTS, OF_DATA, TINY, make_data, run_training, steps
+from .nemo_results import write_results
 
 RECORDED = Path(__file__).with_name("nemo_steps.json")
 NUM_STEPS = 5
@@ -98,4 +99,4 @@ def every_objective(run_one: Callable[[str], Any] | None = None) -> dict[str, An
 
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"], os.environ["OMP_NUM_THREADS"] = "false", "1"
-    RECORDED.write_text(json.dumps(every_objective(), indent=1) + "\n")
+    write_results(every_objective(), RECORDED)

@@ -1,13 +1,13 @@
 """Runs from one checkpoint, in every number format and with adapters. Results of NeMo's engine are kept in a file.
 
-    PYTHONPATH=. python -m tests.bridge.from_checkpoint    with NeMo installed: rewrites nemo_from_checkpoint.json
+    PYTHONPATH=. python -m tests.bridge.from_checkpoint [FILE]    with NeMo installed: writes FILE, or else
+                                                                  nemo_from_checkpoint.json
 
 The installed engine creates the checkpoint, with weights that depend only on their names.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 
 from ..train.runs import make_data
 from .five_steps import fingerprint, run
+from .nemo_results import write_results
 
 RECORDED = Path(__file__).with_name("nemo_from_checkpoint.json")
 NUM_STEPS = 3
@@ -70,4 +71,4 @@ def every_run() -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"], os.environ["OMP_NUM_THREADS"] = "false", "1"
-    RECORDED.write_text(json.dumps(every_run()).replace('], "', '],\n"').replace("}, {", "},\n{") + "\n")
+    write_results(every_run(), RECORDED)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ..engines import needs_bridge
 from ..train.runs import OF_DATA, make_data
 from .five_steps import NUM_STEPS, RECORDED, fingerprint, run
+from .nemo_results import ON_ANOTHER_CPU, nemo_results
 
 pytestmark = needs_bridge
+# DPOP's hinge is at 0 and begins there, so that rounding decides its slope; DRO learns V at a high rate.
+AMPLIFY_ROUNDING = ("dpop", "dro")
+
+
+@pytest.fixture(scope="module")
+def nemo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bool]:
+    return nemo_results("tests.bridge.five_steps", RECORDED, tmp_path_factory.mktemp("nemo"))
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +29,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("name", OF_DATA)
 def test_loss_gradient_norm_and_metrics_are_those_of_nemos_engine(
-    name: str, data: tuple[str, ...], tmp_path: Path
+    name: str, data: tuple[str, ...], nemo: tuple[dict[str, Any], bool], tmp_path: Path
 ) -> None:
-    recorded = json.loads(RECORDED.read_text())
+    recorded, is_of_this_cpu = nemo
+    if name in AMPLIFY_ROUNDING and not is_of_this_cpu:
+        pytest.skip(ON_ANOTHER_CPU)
     made = run(name, tmp_path, data)
     assert fingerprint(tmp_path, name) == recorded["data"][name]
     assert len(made) == len(recorded["steps"][name]) == NUM_STEPS

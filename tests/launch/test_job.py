@@ -51,7 +51,9 @@ def test_a_rank_that_is_asked_before_the_first_step_leaves_at_once(tmp_path: Pat
             "from nemo_rao.runtime.job import supervised",
             "with supervised():",
             "    print('up', flush=True)",
-            "    time.sleep(60)",
+            # Short ones: a signal right before the system call does not interrupt it.
+            "    for _ in range(600):",
+            "        time.sleep(0.1)",
         ]
     )
     environment = {**os.environ, FOLDER: str(tmp_path), "SLURM_PROCID": "0"}
