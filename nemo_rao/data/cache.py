@@ -7,7 +7,8 @@ files, the loading options, library versions and the source of this package's lo
 stale, and the directory may be removed at any time. Only data that loaded without an error is cached.
 
 Two kinds of data are not cached, because their content cannot be digested in advance: ``hf:`` names, which may resolve
-to different data tomorrow, and prompts into which the chat template writes the current date.
+to different data tomorrow, and prompts into which the chat template writes the current date. Nor is data cached if the
+tokenizer cannot be saved, which the remark of :meth:`DataCache.load` reports.
 """
 
 from __future__ import annotations
@@ -49,7 +50,13 @@ class DataCache:
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         self._folder = folder
         self._tokenizer = tokenizer
-        self._tokenizer_digest = _tokenizer_digest(tokenizer)
+        self._not_saved = ""
+        try:
+            self._tokenizer_digest: str | None = _tokenizer_digest(tokenizer)
+        except Exception as error:  # slow tokenizers copy extra files and may raise anything
+            self._tokenizer_digest = None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self._not_saved = f" (not cached: the tokenizer cannot be saved, {reason})"
 
     def load(
         self,
@@ -69,7 +76,7 @@ class DataCache:
         """
         key = self._key(paths, options)
         if key is None:
-            return load_preferences(paths, self._tokenizer, progress=progress, **options), ""
+            return load_preferences(paths, self._tokenizer, progress=progress, **options), self._not_saved
         folder = self._folder / key
         if (found := open_data(folder)) is not None:
             return found, READ_FROM_CACHE
@@ -116,14 +123,10 @@ def _source_digest(source: str) -> str | None:
     return None
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Digest of the files that the tokenizer would be saved as: vocabulary, chat template, special tokens, settings.
-    ``None`` if it cannot be saved."""
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of the files that the tokenizer would be saved as: vocabulary, chat template, special tokens, settings."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception:  # slow tokenizers copy extra files and may raise anything
-            return None
+        tokenizer.save_pretrained(folder)
         return _digest(_files_below(folder), relative_to=folder) + f" {type(tokenizer).__qualname__}"
 
 

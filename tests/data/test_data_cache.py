@@ -96,6 +96,21 @@ def test_what_is_read_back_is_what_was_loaded_sample_by_sample(kind, data_cache,
     )
 
 
+def test_a_tokenizer_that_cannot_be_saved_is_reported_and_nothing_is_cached(
+    tokenizers, tmp_path, write_lines, monkeypatch
+):
+    def refuse(folder):
+        raise ValueError("no vocabulary\nfile")
+
+    monkeypatch.setattr(tokenizers["own"], "save_pretrained", refuse)
+    data_cache, path = DataCache(tmp_path / "cache", tokenizers["own"]), write_lines(SCORED)
+    for _ in range(2):
+        data, remark = data_cache.load(path, seq_length=64)
+        assert remark == " (not cached: the tokenizer cannot be saved, ValueError: no vocabulary file)"
+        assert_same(data, load_preferences(path, tokenizers["own"], seq_length=64))
+    assert names(tmp_path / "cache") == []
+
+
 def test_fingerprints_are_those_that_reference_sums_on_disk_were_stored_under(tmp_path):
     """Of these samples it was computed by the package before data was kept on disk."""
 
