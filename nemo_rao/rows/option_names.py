@@ -1,8 +1,7 @@
 """Translation of ``data`` keys in messages about rows to a command's own options.
 
-Reading and rendering use the names of the keys in recipes: "... or that it is not needed
-(data.ignore_fields=[source])". A command with options instead translates all such messages by its table: "...
-(--ignore-field source)".
+Reading and rendering use the names of the keys in recipes: "... or ignore it (data.ignore_fields=[source])". A command
+with options instead translates all such messages by its table: "... or ignore it (--ignore-field source)".
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _KEY = re.compile(
     r"(?<![\w./-])data\.(?P<key>[a-z_]+)"
     r"(?:(?<=columns)\.(?P<name>\w+))?"  # data.columns.prompt
     r"(?:=(?P<value>\[[^]]*\]|\w+))?"
-    r"(?!\.\w)"  # not a file name, data.columns.jsonl
+    r"(?!\w|\.\w)"  # neither a part of a name nor a file name, data.answers.json
 )
 _ADD_TO_LIST = re.compile(r"\b([Aa])dd (\S+) to (data\.\w+)")
 

@@ -23,6 +23,7 @@ OF_A_BENCHMARK = OptionNames({"columns": "call it {name} in the file"})
         # Keys of training, and names of files, stay.
         (NAMES, "unless data.truncated=without_end", "unless data.truncated=without_end"),
         (NAMES, "x/data.columns.jsonl line 2, data.answers.json", "x/data.columns.jsonl line 2, data.answers.json"),
+        (NAMES, "data.columns.jsonl.gz line 2", "data.columns.jsonl.gz line 2"),
         (OF_A_BENCHMARK, "name it (data.columns.prompt=NAME)", "name it (call it prompt in the file)"),
     ],
 )
