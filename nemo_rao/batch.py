@@ -96,7 +96,7 @@ class Sample:
         answers: for conversations, ``[response tokens]`` bool per response, true for the assistant's tokens (including
             end tokens); ``None`` if every response is a single answer.
         remarks: observations made while encoding the row, to be counted and reported after the number of rows:
-            "prompts hold the chat template's own tokens ...".
+            "prompts contain the chat template's special tokens ...".
         of_tokens: for sampled responses, values per token under the names of :class:`Tokens`: K arrays
             ``[response tokens]`` float32.
     """

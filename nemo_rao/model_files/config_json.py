@@ -31,7 +31,7 @@ def read_json(file: Path, key: str) -> dict[str, Any]:
         found = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{key}: {file.parent} has no {file.name}. Give the directory of a model in Hugging Face's format."
+            f"{key}: {file.parent} has no {file.name}. Pass the directory of a model in Hugging Face's format."
         ) from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -60,7 +60,8 @@ def with_flat_rope(given: Mapping[str, Any], location: str) -> dict[str, Any]:
         base = new[_LOCAL]["rope_theta"]
         if found.setdefault(_LOCAL_BASE, base) != base:
             raise UserError(
-                f"{location}: {_LOCAL_BASE} is {found[_LOCAL_BASE]}, but {base} in {ROPE_PARAMETERS}. Remove one."
+                f"{location}: {_LOCAL_BASE} is {found[_LOCAL_BASE]}, but {base} in {ROPE_PARAMETERS}. Remove the "
+                "wrong one."
             )
         new = new[_GLOBAL]
     settings = {

@@ -136,8 +136,10 @@ def read_header(file: Path, key: str) -> Header:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{key}: {file} is not a safetensors file ({type(error).__name__}). {_FETCH}") from None
-    if size != end:
+    if size < end:
         raise UserError(f"{key}: {file} is truncated: it has {size} of {end} bytes. {_FETCH}")
+    if size > end:
+        raise UserError(f"{key}: {file} is damaged: it has {size} bytes, but its tensors end at {end}. {_FETCH}")
     _check_offsets(file, key)
     given = metadata.get("format") if isinstance(metadata, Mapping) else None
     if given in _OTHER_LAYOUT:

@@ -127,6 +127,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a missing shard": (lambda folder: shard(folder).unlink(), "model-00001-of-00004.safetensors is missing"),
     "a truncated shard": (lambda folder: cut(shard(folder), 9000), "is truncated: it has 9000 of"),
+    "a shard with data after its end": (lambda folder: cut(shard(folder), 1_000_000), "but its tensors end at"),
     "an empty shard": (lambda folder: cut(shard(folder), 0), "is not a safetensors file"),
     "a header that contradicts itself": (tensors_that_overlap, "is damaged"),
     "a shard of TensorFlow": (lambda folder: rewrite(shard(folder), {"format": "tf"}), "the weights of a tf model"),
