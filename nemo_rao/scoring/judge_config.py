@@ -25,45 +25,50 @@ PARAMETERS_OF_FOLDER = ("seed", "top_p", "top_k", "template_arguments")
 
 @dataclass
 class JudgeConfig:
-    based_on: str | None = key(None, "a judge of the package, whose keys hold where this file has none")
-    base_url: str | None = key(None, "of an OpenAI-compatible endpoint, such as http://localhost:8000/v1")
-    model: str | None = key(None, "name of the model there")
-    api_key_variable: str | None = key(None, "environment variable that holds the key; null: none is sent")
+    based_on: str | None = key(None, "a built-in judge; its values are used for keys that this file does not set")
+    base_url: str | None = key(None, "URL of an OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    model: str | None = key(None, "name of the model at the endpoint")
+    api_key_variable: str | None = key(None, "environment variable with the API key; null: send no key")
     model_folder: str | None = key(
-        None, "instead of these three, a chat model in Hugging Face's format, with safetensors, run in this process"
+        None,
+        "instead of an endpoint: directory of a chat model in Hugging Face's format, with safetensors, to run here",
     )
     system: str | None = key(None, "system message; null: none")
-    template: str | None = key(None, "the question; {prompt} and {response} stand for the texts")
+    template: str | None = key(None, "the question; {prompt} and {response} are replaced by the texts")
     pattern: str = key(
         r"""(?i)\bscore["'*_`]*\s*[:=：]\s*["'*_`$(\[]*\s*([-−+]?\d+(?:\.\d+)?)""",
         "regular expression whose one group is the score; the last match counts",
     )
     low: float | None = key(
         None,
-        "lowest score of the scale. The judge is told both where template or system have {low} and {high}, else in a "
-        "sentence behind the question; a score outside them counts as none",
+        "lowest score of the scale. {low} and {high} in template or system are replaced by its ends; without them, a "
+        "sentence after the question states the scale. Scores outside it are not used",
     )
-    high: float | None = key(None, "highest score of the scale; must be set, as low must")
+    high: float | None = key(None, "highest score of the scale; low and high are required")
     attempts: int = key(
-        2, "times a question is asked until a whole answer holds a score; model_folder at temperature 0: once", low=1
+        2,
+        "maximum number of times to ask a question until an answer has a score; model_folder at temperature 0: once",
+        low=1,
     )
-    max_tokens: int | None = key(1024, "tokens of an answer; null: the endpoint's own limit, and none is sent", low=1)
-    temperature: float = key(0.0, "divides the logits of an answer's tokens; 0: the most probable token", low=0.0)
+    max_tokens: int | None = key(
+        1024, "maximum number of tokens of an answer; null: send none, so that the endpoint's own limit applies", low=1
+    )
+    temperature: float = key(0.0, "divides the logits; 0: greedy", low=0.0)
     parameters: dict[str, Any] = key(
         {},
-        "further fields of the request, such as {top_p: 1.0}; of model_folder: seed, top_p, top_k, template_arguments",
+        "further fields of the request, such as {top_p: 1.0}; for model_folder: seed, top_p, top_k, template_arguments",
     )
-    concurrency: int = key(16, "questions under way at once", low=1, high=1024)
-    timeout: float = key(120.0, "seconds for one answer", low=0, exclusive=True)
-    retries: int = key(6, "further requests after a timeout, a lost connection, 408, 409, 429 or 5xx", low=0)
-    backoff: float = key(1.0, "seconds before the first of them at most; doubled each time, up to 60", low=0)
+    concurrency: int = key(16, "number of concurrent questions", low=1, high=1024)
+    timeout: float = key(120.0, "seconds for one request", low=0, exclusive=True)
+    retries: int = key(6, "further requests after a timeout, a lost connection, 408, 409, 425, 429 or 5xx", low=0)
+    backoff: float = key(1.0, "maximum seconds before the first retry; doubled for each further one, up to 60", low=0)
     engine: EngineName = key(
         "auto",
-        "what runs model_folder; auto: vLLM where it is installed and there is a GPU",
+        "engine that runs model_folder; auto: vLLM if it is installed and there is a GPU",
         choices=typing.get_args(EngineName),
     )
     batch_size: int = key(16, "questions that model_folder answers at once", low=1)
-    cache: str | None = key(None, "file of answers, shared by runs; null: judge_answers.sqlite beside the output")
+    cache: str | None = key(None, "file of answers, shared by runs; null: judge_answers.sqlite next to the output")
 
     def messages(self, question: str) -> tuple[Mapping[str, str], ...]:
         """A question as messages to the judge."""
@@ -92,11 +97,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a YAML file that describes a judge") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}). Pass a YAML file that describes a judge."
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must be keys and values, such as base_url, model and template")
+        raise UserError(f"{path}: must be a mapping of keys to values, such as base_url, model and template")
     return values
 
 
@@ -105,13 +112,13 @@ def _with_base(values: dict[str, Any], path: str) -> dict[str, Any]:
     for name in values:
         if name in ("api_key", "key", "token"):
             raise UserError(
-                f"{path}: {name}: API keys must not be stored in this file; export an environment variable and name "
-                "it, api_key_variable: NAME"
+                f"{path}: {name}: API keys must not be stored in this file. Export an environment variable and name "
+                "it, api_key_variable: NAME."
             )
     if (base := values.get("based_on")) is not None:
         there = sorted(file.stem for file in JUDGES.glob("*.yaml"))
         if base not in there:
-            raise UserError(f"{path}: based_on={base!r}: there are {', '.join(there)}")
+            raise UserError(f"{path}: based_on={base!r}: no such built-in judge. Use one of {', '.join(there)}.")
         values = _read_yaml(JUDGES / f"{base}.yaml") | values
     return values
 
@@ -123,8 +130,8 @@ def _check_kind(values: Mapping[str, Any]) -> None:
         if values.get(name) is None:
             continue
         if in_folder:
-            raise UserError(f"{name} is of an endpoint, and model_folder names a model here; leave one of them out")
-        raise UserError(f"{name} is of a model_folder, and none is set; leave it out, or name a model_folder")
+            raise UserError(f"{name}: applies only to an endpoint, but model_folder is set. Leave one of them out.")
+        raise UserError(f"{name}: applies only to a model_folder, but none is set. Leave it out, or set model_folder.")
 
 
 def _check_together(config: JudgeConfig) -> None:
@@ -133,18 +140,20 @@ def _check_together(config: JudgeConfig) -> None:
     else:
         _check_folder(config)
     if not config.template:
-        raise UserError("template is not set; add it")
+        raise UserError("template: is not set. Add it.")
     if "{response}" not in config.template:
-        raise UserError("template does not ask about {response}; put it where the response is to stand")
+        raise UserError("template: does not contain {response}. Put it where the response belongs.")
     try:
         groups = re.compile(config.pattern).groups
     except re.error as error:
-        raise UserError(f"pattern={config.pattern!r}: no regular expression ({error})") from None
+        raise UserError(f"pattern={config.pattern!r}: is not a regular expression ({error})") from None
     if groups != 1:
-        raise UserError(f"pattern={config.pattern!r}: has {groups} groups; one must hold the score, (?:...) is none")
+        raise UserError(
+            f"pattern={config.pattern!r}: has {groups} groups, but must have one, the score. Write others as (?:...)."
+        )
     if config.low is None or config.high is None:
         missing = "low" if config.low is None else "high"
-        raise UserError(f"{missing} is not set; state the scale that the judge is to use, such as low: 1 and high: 10")
+        raise UserError(f"{missing}: is not set. Set the scale that the judge uses, such as low: 1 and high: 10.")
     if not config.low < config.high:
         raise UserError(f"low={config.low:g} must be below high={config.high:g}")
 
@@ -164,32 +173,34 @@ def _with_scale(config: JudgeConfig) -> JudgeConfig:
 
 def _check_endpoint(config: JudgeConfig) -> None:
     if not config.base_url:
-        raise UserError("base_url is not set; add it, or model_folder")
+        raise UserError("base_url: is not set. Add it, or model_folder.")
     if not config.model:
-        raise UserError("model is not set; add it")
+        raise UserError("model: is not set. Add it.")
     try:
         url = urlsplit(config.base_url)
         usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:
         usable = False
     if not usable or url.query or url.fragment:
-        raise UserError(f"base_url={config.base_url!r}: must be like http://localhost:8000/v1")
+        raise UserError(f"base_url={config.base_url!r}: must be a URL such as http://localhost:8000/v1")
     if url.username or url.password:
-        raise UserError("base_url holds a password; put the key into an environment variable (api_key_variable)")
+        raise UserError("base_url: contains a password. Put it into an environment variable (api_key_variable).")
     if taken := {"model", "messages", "temperature", "stream", "n", "max_tokens"} & config.parameters.keys():
         raise UserError(
-            f"parameters.{min(taken)} cannot be set; model, temperature, max_tokens and template are keys of their own"
+            f"parameters.{min(taken)}: cannot be set here. Use the keys model, temperature, max_tokens and template."
         )
 
 
 def _check_folder(config: JudgeConfig) -> None:
     if not config.model_folder:
-        raise UserError("model_folder is empty; name a folder")
+        raise UserError("model_folder: is empty. Set it to a directory.")
     if config.max_tokens is None:
-        raise UserError("max_tokens is null, as only an endpoint may have it; set it for a model_folder")
+        raise UserError("max_tokens: is null, which only an endpoint supports. Set it for model_folder.")
     for name in config.parameters:
         if name not in PARAMETERS_OF_FOLDER:
-            raise UserError(f"parameters.{name}: of a model_folder there are {', '.join(PARAMETERS_OF_FOLDER)}")
+            raise UserError(
+                f"parameters.{name}: does not apply to model_folder. Use one of {', '.join(PARAMETERS_OF_FOLDER)}."
+            )
 
 
 def _api_key(config: JudgeConfig, path: str) -> str | None:
@@ -198,7 +209,10 @@ def _api_key(config: JudgeConfig, path: str) -> str | None:
         return None
     api_key = os.environ.get(name, "").strip()
     if not api_key:
-        raise UserError(f"{path}: api_key_variable={name}: this environment variable is not set; export it")
+        raise UserError(f"{path}: api_key_variable={name}: this environment variable is not set. Export it.")
     if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-        raise UserError(f"{path}: api_key_variable={name}: holds what no key has (blanks, line ends); export it anew")
+        raise UserError(
+            f"{path}: api_key_variable={name}: contains characters that no key has (spaces, line breaks). "
+            "Export it again."
+        )
     return api_key

@@ -320,20 +320,20 @@ def test_the_packages_judges_can_be_used(judge: JudgeServer, command: Command) -
         ({"timeot": 3}, ("unknown key timeot", "did you mean timeout?")),
         ({"timeout": 0}, ("timeout=0", "> 0")),
         ({"concurrency": "many"}, ("concurrency='many'", "an integer")),
-        ({"model": None}, ("model is not set",)),
+        ({"model": None}, ("model: is not set",)),
         ({"template": "Good?"}, ("template", "{response}")),
-        ({"pattern": "(("}, ("pattern='(('", "no regular expression")),
+        ({"pattern": "(("}, ("pattern='(('", "is not a regular expression")),
         ({"pattern": r"\d"}, ("has 0 groups",)),
         ({"low": 3, "high": 3}, ("low=3", "high=3")),
-        ({"high": None}, ("high is not set", "high: 10")),
+        ({"high": None}, ("high: is not set", "high: 10")),
         ({"base_url": "localhost:8000"}, ("base_url='localhost:8000'", "http://localhost:8000/v1")),
-        ({"base_url": "http://u:pw@host/v1"}, ("base_url holds a password",)),
+        ({"base_url": "http://u:pw@host/v1"}, ("base_url: contains a password",)),
         ({"based_on": "nope"}, ("based_on='nope'", "helpfulness, translation")),
         ({"parameters": {"temperature": 1}}, ("parameters.temperature",)),
-        ({"batch_size": 4}, ("batch_size is of a model_folder", "leave it out")),
-        ({"model_folder": "m"}, ("base_url is of an endpoint", "leave one of them out")),
-        ({"api_key_variable": "NOT_SET"}, ("NOT_SET", "not set; export it")),
-        ({"api_key_variable": "BROKEN"}, ("BROKEN", "export it anew")),
+        ({"batch_size": 4}, ("batch_size: applies only to a model_folder", "Leave it out")),
+        ({"model_folder": "m"}, ("base_url: applies only to an endpoint", "Leave one of them out")),
+        ({"api_key_variable": "NOT_SET"}, ("NOT_SET", "not set. Export it")),
+        ({"api_key_variable": "BROKEN"}, ("BROKEN", "characters that no key has", "Export it again")),
     ],
 )
 def test_a_wrong_key_of_the_judges_file_is_named_before_anything_is_asked(
@@ -349,7 +349,8 @@ def test_a_wrong_key_of_the_judges_file_is_named_before_anything_is_asked(
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"), [("a: [", ("no YAML",)), ("- a", ("must be keys and values",)), (None, ("cannot be read",))]
+    ("text", "parts"),
+    [("a: [", ("is not valid YAML",)), ("- a", ("must be a mapping of keys to values",)), (None, ("cannot be read",))],
 )
 def test_a_judges_file_that_cannot_be_read_is_named(command: Command, text: str | None, parts: tuple[str, ...]) -> None:
     write_rows("in.jsonl")

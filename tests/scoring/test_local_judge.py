@@ -271,11 +271,11 @@ def test_a_folder_that_is_no_chat_model_is_named_before_anything_is_asked(
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
-        ({"model": "small"}, ("model is of an endpoint", "leave one of them out")),
-        ({"concurrency": 4}, ("concurrency is of an endpoint",)),
-        ({"model_folder": ""}, ("model_folder is empty",)),
-        ({"model_folder": None}, ("engine is of a model_folder",)),
-        ({"max_tokens": None}, ("max_tokens is null", "set it")),
+        ({"model": "small"}, ("model: applies only to an endpoint", "Leave one of them out")),
+        ({"concurrency": 4}, ("concurrency: applies only to an endpoint",)),
+        ({"model_folder": ""}, ("model_folder: is empty",)),
+        ({"model_folder": None}, ("engine: applies only to a model_folder",)),
+        ({"max_tokens": None}, ("max_tokens: is null", "Set it")),
         ({"temperature": -1}, ("temperature=-1: must be >= 0",)),
         ({"parameters": {"stop": "a"}}, ("parameters.stop", "seed, top_p, top_k")),
         ({"parameters": {"top_p": 2}}, ("parameters.top_p=2: must be <= 1",)),
