@@ -30,7 +30,7 @@ class Response:
 
     Attributes:
         content: not empty.
-        reward: the explicit reward r(x, y), ``None`` if the file has none, NaN if a labelled pair's is not finite.
+        reward: the explicit reward r(x, y), ``None`` if the file has none, NaN if a labeled pair's is not finite.
             For an ensemble, the mean of its members. A label (desirable or not) is a reward of 1 or 0.
         ensemble: the rewards of M reward models or attributes, if several were named; otherwise empty. NaN for null.
         continuation: in a conversation, the messages after this answer; the assistant's messages are answers, too.

@@ -232,7 +232,7 @@ def refuse(changes: list[Change], config: RunConfig, folder: Path, another: str 
     remedy = f"use another {another}"
     if not refused and not config.exp_manager.resume_with_changes:
         refused = [change for change in changes if not change.keeps_numbers]
-        remedy += f", or set {ANYWAY}=trueto resume and record the change"
+        remedy += f", or set {ANYWAY}=true to resume and record the change"
     if refused:
         checkpoint = last_checkpoint(folder)
         at = "is finished" if checkpoint is None else f"resumes from {checkpoint.name}"

@@ -103,7 +103,7 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     if found is None:
         raise UserError(
             f"{key}: {folder} is neither a checkpoint of NeMo (a directory with weights/) or of Megatron-Bridge "
-            "(iter_0000100), nor a run's directory with a complete one in checkpoints/."
+            "(iter_0000100), nor a run's directory with a complete one in checkpoints/. Name one of these."
         )
     return found
 

@@ -145,8 +145,8 @@ def describe_heads(config: RunConfig, objective_config: Any, start_from: Path | 
             lines.append(f"{label}: kept from the start")
         elif wanted:
             drawn = f"drawn from trainer.seed={config.trainer.seed}" if name == SCORE_HEAD else "at 0"
-            why = "has none" if stored is None else f"has {stored[0]} outputs, {wanted} are needed"
-            lines.append(f"{label}: newly initialized, {drawn} (the start {why})")
+            start_has = "the start has none" if stored is None else f"the start's has {stored[0]} outputs, not {wanted}"
+            lines.append(f"{label}: newly initialized, {drawn} ({start_has})")
         elif stored is not None:
             lines.append(f"{label}: dropped, because {config.model.objective} has none")
     return lines

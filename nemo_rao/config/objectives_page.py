@@ -39,7 +39,7 @@ Its keys are `model.NAME.KEY`.
 pairs), however the batch is split over micro-batches and ranks. The loss of `ppo` is the mean over all its response
 tokens; `grpo` has a key for it.
 
-**Pairs.** Of two responses, the better one is the chosen one of labelled data (`chosen`, `rejected`), or else the one
+**Pairs.** Of two responses, the better one is the chosen one of labeled data (`chosen`, `rejected`), or else the one
 with the higher reward. With `data.pairs_by=reward`, rewards decide even against labels; `data.pairs_by=label` refuses
 data without labels. Of K > 2 responses, pairwise objectives use the best and the worst; with
 `data.responses=best_random`, the best and a worse one drawn once; with `data.responses=all`, every pair. The order of
@@ -57,7 +57,7 @@ each pair, all others the mean.
 constant added to all rewards shifts their targets. `model.rao.log_z0=auto`, the default, removes it and prints the
 value; the RAO paper's own runs (`gpt_rao_llama3_8b` and similar recipes) set 50, which fits the paper's reward model.
 The V(x) of `dro` has to learn it, as have the values of `ppo`, whose advantages are whitened. If the mean target is
-more than 5 nats per response from 0, a run warns before its first step and names the key that centres it. `kto`
+more than 5 nats per response from 0, a run warns before its first step and names the key that centers it. `kto`
 compares rewards with `model.kto.threshold`. All other objectives depend only on differences or ranks.
 
 **Needs.** The row *needs* of each objective lists:

@@ -72,9 +72,8 @@ class TrainCritic(Hook):
         )
         of_objective = means(reduce_statistics(self._loss.take_statistics()))
         self._metrics = {
-            **{
-                name: value for name, value in of_objective.items() if name != LOSS
-            },  # the loss is logged for the policy only
+            # Without the loss, which is logged for the policy only.
+            **{name: value for name, value in of_objective.items() if name != LOSS},
             **({} if norm is None else {"ppo/critic_grad_norm": norm}),
             "ppo/critic_lr": rate,
             "seconds/critic": time.perf_counter() - started,

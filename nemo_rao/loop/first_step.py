@@ -60,7 +60,7 @@ class CheckFirstStep(Hook):
         if session.loss.log_ratios is None:
             return
         found, session.loss.log_ratios = session.loss.log_ratios.deviation(), None
-        assert found.rows > 0, "the first step's rows have been compared"
+        assert found.rows > 0, "the first step's rows must have been compared"
         experts = get_model_config(session.chunks[0]).num_moe_experts is not None
         rms, largest = limits(self._precision, experts=experts, tf32=transformer_engine_is_used())
         figures = f"rms {found.rms:.2g}, largest {found.largest:.2g} nats per square root of a token"

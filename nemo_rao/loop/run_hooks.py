@@ -55,7 +55,7 @@ def data_sets_of(config: RunConfig, prepared: Prepared) -> dict[str, AlignmentDa
 
 def _rollout_data(config: RunConfig, prepared: Prepared) -> Iterator[tuple[str, RolloutData]]:
     keys, number = config.online, config.online.num_generations
-    assert number is not None, "online runs have a number of prompts"
+    assert number is not None, "online runs set online.num_generations"
     slots = keys.mini_batches * config.model.global_batch_size
     yield "training", RolloutData(prepared.train, num_slots=slots, num_responses=number)
     if (prompts := prepared.validation) is not None:

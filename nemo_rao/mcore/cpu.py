@@ -63,7 +63,7 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.split(":")[0] == "cuda"
 
 
-# What can ask for a device without a keyword, or answers with one.
+# The functions that accept a device without a keyword (in PyTorch, these alone) or return its name.
 _OF_DEVICES = {torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.to, torch.Tensor.type}
 
 

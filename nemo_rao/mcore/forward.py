@@ -125,7 +125,7 @@ def forward_only(
     num_wanted, num_run = len(micro_batches), _num_run(len(micro_batches), num_chunks=len(model))
     if num_run == 0:
         return []
-    # The last one is repeated, or by ranks without any the data's first prompt, and the result dropped.
+    # The last one (on ranks without any, the data's first prompt) is run again, and its result is dropped.
     filling = micro_batches[-1] if micro_batches else [0]
     micro_batches = [*micro_batches, *[filling] * (num_run - num_wanted)]
 

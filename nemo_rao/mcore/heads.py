@@ -94,11 +94,10 @@ class LinearHead(nn.Module):
 
         The same on all tensor- and context-parallel ranks.
         """
-        assert self._hidden is not None, "a forward pass has been run"
+        assert self._hidden is not None, "a forward pass must have been run"
         hidden, self._hidden = self._hidden, None
-        positions = {"prompt": batch.boundary, "response": batch.end, "tokens": batch.response_positions}[
-            self._position
-        ]
+        by_position = {"prompt": batch.boundary, "response": batch.end, "tokens": batch.response_positions}
+        positions = by_position[self._position]
         present = positions >= 0  # a token on this context-parallel rank
         sequences, at = positions.clamp(min=0) // batch.tokens.shape[1], positions.clamp(min=0) % batch.tokens.shape[1]
         weight, bias = self.weight, self.bias

@@ -1,7 +1,7 @@
 """Tensors that are on the device only while in use, and otherwise in host memory.
 
-The tensor objects stay the same: only their storage is freed and reallocated, so parameters, views of a
-buffer and optimizer state keep their identity. megatron-core (since 0.17) does the same with its buffers.
+The tensor objects stay the same: only their storage is freed and reallocated, so parameters, views of a buffer and
+optimizer state keep their identity. megatron-core (since 0.17) does the same with its buffers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ class HostMemory:
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], *, kept: bool = True) -> None:
         self._tensors = tensors
         self._kept = kept
-        self._waiting: dict[
-            int, tuple[torch.UntypedStorage, int, Tensor | None]
-        ] = {}  # size in bytes, and the host copy
+        # By storage, with its size in bytes and the host copy.
+        self._waiting: dict[int, tuple[torch.UntypedStorage, int, Tensor | None]] = {}
         self._is_away = False
 
     @contextlib.contextmanager
@@ -47,7 +46,7 @@ class HostMemory:
 
     def send_away(self, *, changed: bool = True) -> None:
         """Free the device's memory. See :meth:`on_device`."""
-        assert not self._is_away, "tensors are on the device"
+        assert not self._is_away, "the tensors must be on the device"
         found = {}
         for tensor in self._tensors():
             storage = tensor.untyped_storage()
@@ -66,7 +65,7 @@ class HostMemory:
 
     def bring(self) -> None:
         """Allocate device memory and copy the values to it."""
-        assert self._is_away, "tensors are in host memory"
+        assert self._is_away, "the tensors must be in host memory"
         for storage, size, copy in self._waiting.values():
             storage.resize_(size)
             if copy is not None:

@@ -1,8 +1,8 @@
 """Distance of the policy from the reference on responses that do not belong to their prompts.
 
 It estimates the divergence between the two, from which KTO's z0 is computed. It is a number of the whole *global*
-batch,
-so that a loss does not depend on how the batch is split: a separate forward-only pass before the step computes it.
+batch, so that a loss does not depend on how the batch is split: a separate forward-only pass before the step computes
+it.
 """
 
 from __future__ import annotations

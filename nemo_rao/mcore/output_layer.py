@@ -43,7 +43,7 @@ def output_layer_input(model: Any) -> tuple[Tensor, Tensor] | None:
     kept: _Kept | None = vars(model).get(_KEPT)
     if kept is None:
         return None
-    assert kept.call is not None, "a forward pass has been run"
+    assert kept.call is not None, "a forward pass must have been run"
     call, kept.call = kept.call, None
     return call
 

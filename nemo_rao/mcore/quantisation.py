@@ -3,9 +3,9 @@
 Delayed scaling casts with a scale computed from the largest values of *earlier* micro-batches. This is each module's
 extra state (``get_extra_state``, ``_extra_state`` in a checkpoint), both for Transformer Engine's layers and for
 simulated ones (:mod:`nemo_rao.mcore.fp8_simulation`). A reference pass, a validation or a pass over mismatched rows
-runs
-the layers, too, and the largest values that it sees would affect the next scales: a run would depend on how often it
-was validated. Transformer Engine shifts its histories only with gradients enabled, but its casts always record values.
+runs the layers, too, and the largest values that it sees would affect the next scales: a run would depend on how often
+it was validated. Transformer Engine shifts its histories only with gradients enabled, but its casts always record
+values.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def compute_numbers(
     elif torch.distributed.get_rank() == 0:
         _remove_parts(folder)  # left by runs that were killed after another had finished
     finished = load_numbers(cache_dir, key, num_responses, width)
-    assert finished is not None, f"{folder} is shared by all ranks"
+    assert finished is not None, f"{folder} must be shared by all ranks"
     return finished
 
 

@@ -7,8 +7,8 @@ response, independently of the loss). Prompts with one response, or with none be
                                         without a reference, the term that the loss compares in its place
     rewards/margins                     chosen - rejected
     rewards/accuracies                  1 where the margin is > 0, else 0
-    rewards/log_loss, rewards/brier     of the probability p = sigmoid(margin) that Bradley and Terry give the pair:
-                                        -log p, nats, and (1 - p)^2; log 2 and 0.25 for a reward that knows nothing
+    rewards/log_loss, rewards/brier     for the pair's probability p = sigmoid(margin) in the Bradley-Terry model:
+                                        -log p, nats, and (1 - p)^2; log 2 and 0.25 for an uninformative reward
     logps/chosen, logps/rejected        log pi(y | x), summed over tokens, nats
     data/reward_chosen, _rejected       explicit reward, of those pairs that have one
 """

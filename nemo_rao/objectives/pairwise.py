@@ -90,7 +90,7 @@ HINGE = Objective(
     loss=loss_of_pairs(hinge_loss, beta_rho),
     needs=WITH_REFERENCE,
     formula="max(0, 1 − βΔ)",
-    source="Liu et al. 2023 (RSO), the hinge loss on normalised likelihoods",
+    source="Liu et al. 2023 (RSO), the hinge loss on normalized likelihoods",
     checked="TRL `hinge`; formula, gradient by hand, finite differences",
 )
 

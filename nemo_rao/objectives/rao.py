@@ -106,8 +106,8 @@ def mean_target_of_rao(config: RAOConfig, rewards: RewardSummary) -> MeanTarget 
     if rewards.mean is None:
         return None
     assert not isinstance(config.log_z0, str), "log_z0=auto must be resolved first"
-    centred = rewards.mean / config.beta
-    return MeanTarget(centred - config.log_z0, f"model.rao.log_z0={centred:.4g} ({AUTO})")
+    centered = rewards.mean / config.beta
+    return MeanTarget(centered - config.log_z0, f"model.rao.log_z0={centered:.4g} ({AUTO})")
 
 
 def needs_of_rao(config: RAOConfig) -> Needs:

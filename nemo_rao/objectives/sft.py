@@ -2,7 +2,7 @@
 
     L = -logp(y) / |y| - w logp(x) / |x|,    dL / dlogp(y) = -1 / |y|,    dL / dlogp(x) = -w / |x|
 
-y is the chosen response of a labelled pair, else the response with the highest reward if all rewards are known, else
+y is the chosen response of a labeled pair, else the response with the highest reward if all rewards are known, else
 the first. **Choice** Mean over a response's tokens, then over prompts: long and short responses have the same weight.
 w = ``prompt_weight`` is 0 by default, so that the prompt is not learned.
 """

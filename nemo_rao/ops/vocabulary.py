@@ -2,7 +2,7 @@
 
 Shape legend: ``N`` tokens that are computed, ``V/TP`` columns of one rank, padding included.
 
-Shared by :mod:`nemo_rao.ops.vocab_parallel`, which takes logits, and :mod:`nemo_rao.ops.linear_log_probs`, which is
+Shared by :mod:`nemo_rao.ops.vocab_parallel`, which takes logits, and :mod:`nemo_rao.ops.linear_log_probs`, which
 takes hidden states.
 """
 

@@ -21,8 +21,7 @@ CUDA_TILE = 256
 
 
 def cell_and_side(num_features: int, itemsize: int, read_itemsize: int) -> tuple[int, int]:
-    """Return the bytes of a block per logit, of which it has ``n c``, and per token or column, of which it has ``n +
-    c``.
+    """Return the bytes of a block per logit (it has ``n c``) and per token or column (it has ``n + c``).
 
     A logit is held in both dtypes if they differ; a token or column as the copy ``[F]`` that is read, and as much again
     for a sum or for gathering it.

@@ -74,7 +74,7 @@ def sample(
 ) -> list[list[Sampled]]:
     """Sample responses to each request, in order, identical on every rank of the model-parallel group.
 
-    A collective over the model-parallel group; if data-parallel ranks share experts, over all of them.
+    A collective over the model-parallel group; if data-parallel ranks split experts, over all of them.
 
     Args:
         chunks: this rank's model chunks, as Megatron's schedules take them.
@@ -109,7 +109,7 @@ def _batches(requests: Sequence[Request], order: Sequence[int], rows_at_once: in
 
 
 def _as_many_on_every_rank(batches: list[list[int]]) -> Iterator[list[int]]:
-    """The batches, followed by empty ones until no rank has any left if ranks share experts."""
+    """The batches, followed by empty ones until no rank has any left if ranks split experts."""
     most = _largest(len(batches))
     yield from batches
     for _ in range(most - len(batches)):
@@ -117,7 +117,7 @@ def _as_many_on_every_rank(batches: list[list[int]]) -> Iterator[list[int]]:
 
 
 def _largest(number: int) -> int:
-    """Maximum over all ranks that share experts, or ``number`` if they do not."""
+    """Maximum over all ranks that split experts, or ``number`` if they do not."""
     if parallel_state.get_expert_model_parallel_world_size() == 1:
         return number
     largest = torch.tensor(number, device=_device())

@@ -14,7 +14,7 @@ m = reward of the chosen response - reward of the rejected one and p = sigmoid(m
 
 These are ``val/rewards/*`` of a run's last validation (:mod:`nemo_rao.objectives.metrics`), after its last step.
 
-**Choices.** Every row uses the loss of the formula above: ``val/loss`` would add the reward model's centring and
+**Choices.** Every row uses the loss of the formula above: ``val/loss`` would add the reward model's centering and
 margin, and DPO's label smoothing. DPO's reward uses the beta it was trained with; another one would change its loss,
 not its accuracy. No step is selected on the held-out pairs: the last one counts. The small part is drawn at random by
 ``data.seed``, is the same for every method, and is a subset of every larger one. A prompt gives one pair: of more than

@@ -60,7 +60,7 @@ class ModelScorer:
     Args:
         run: directory of a finished training run.
         job: what to score, up to which length, and how many responses may be longer.
-        location: path of the output.
+        output_dir: directory of the output.
 
     Raises:
         UserError: the run, its recipe or its checkpoint cannot be used, or ``job.max_length`` is beyond its context.
@@ -112,7 +112,8 @@ class ModelScorer:
             try:
                 columns = [_numbers(self._model, one, made, self._folder) for one in self._model.checkpoints]
             except RankFailure as failure:
-                raise ScoringFailure(f"the model's pass failed: {failure}. The same command resumes it.") from None
+                reason = str(failure).removesuffix(".")
+                raise ScoringFailure(f"the model's pass failed: {reason}. The same command resumes it.") from None
             scores |= {
                 number: float(value) for number, value in zip(made.numbers, self._model.score(columns), strict=True)
             }

@@ -179,4 +179,4 @@ def _print(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> None:
         numbers = [f"{row[name]:.4g}" if name in row else "" for name in ("step", *shown)]
         table.add_row(*(own or [row["name"]]), *numbers, row["state"])
     print_table(table)
-    say(f"with all metrics: {results_file(sweep)}")
+    say(f"also written to, with all metrics: {results_file(sweep)}")

@@ -44,5 +44,5 @@ def _far_target(config: RunConfig, resolved: Any, rewards: RewardSummary) -> Ite
         yield (
             f"warning: the mean target log-ratio of the training data is {target.nats:.4g} nats per response, more "
             f"than {FAR_TARGET:g} from 0: each response must on average {direction} that much log-probability; "
-            f"{target.remedy} centres it"
+            f"{target.remedy} centers it"
         )

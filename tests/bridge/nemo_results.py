@@ -39,20 +39,33 @@ def write_results(results: dict[str, Any], recorded: Path) -> None:
 
 def nemo_results(module: str, recorded: Path, folder: Path) -> tuple[dict[str, Any], bool]:
     """Results of ``python -m module`` with NeMo, and whether they are those of a CPU like this one."""
-    python = Path(os.environ.get("NEMO_PYTHON", ROOT / ".venv" / "bin" / "python"))
-    if python.exists() and _has_nemo(python):
+    python = _nemo_python()
+    if python is not None:
         path = folder / recorded.name
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [python, "-m", module, path], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        _output(python, "-m", module, str(path))
         return json.loads(path.read_text()), True
     found = json.loads(recorded.read_text())
     return found, found[CPU] == cpu()
 
 
-def _has_nemo(python: Path) -> bool:
+def _nemo_python() -> Path | None:
+    """Python of NeMo's environment: NEMO_PYTHON, or that of ``make install``; ``None`` if there is none.
+
+    An environment that is named and has no NeMo, or that cannot import this package, fails: the recorded results must
+    not silently take its place.
+    """
+    given = os.environ.get("NEMO_PYTHON")
+    python = Path(given) if given else ROOT / ".venv" / "bin" / "python"
+    if not given and not python.exists():
+        return None
     asked = "from nemo_rao.config.engine_choice import NEMO, installed_engine; print(installed_engine() == NEMO)"
-    done = subprocess.run([python, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() == "True"
+    has_nemo = _output(python, "-c", asked).strip() == "True"
+    assert has_nemo or not given, f"NEMO_PYTHON={given}: has no NeMo"
+    return python if has_nemo else None
+
+
+def _output(python: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([python, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{python}: {done.stderr}"
+    return done.stdout

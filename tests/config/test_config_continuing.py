@@ -290,7 +290,7 @@ def test_the_start_is_the_recorded_one_also_where_the_run_that_made_it_has_gone_
     for scheme, remedy in (("lora", False), ("none", True)):
         with pytest.raises(UserError, match="from /checkpoints/base to") as caught:
             start_of(config(tmp_path, f"model.restore_from_path={other}", f"model.peft.scheme={scheme}"))
-        assert ("resume_with_changes=true" in str(caught.value)) == remedy, "adapters need their own base"
+        assert ("resume_with_changes=true to resume" in str(caught.value)) == remedy, "adapters need their own base"
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,19 @@ def test_the_value_of_auto_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("recipe", "overrides", "mean", "nats", "remedy"),
     [
-        ("gpt_rao", ("model.rao.log_z0=50",), 0.6, "-44 nats", "model.rao.log_z0=6 (auto) centres it"),
-        ("gpt_rao_llama3_8b", (), 0.6, "-44 nats", "model.rao.log_z0=6 (auto) centres it"),
+        ("gpt_rao", ("model.rao.log_z0=50",), 0.6, "-44 nats", "model.rao.log_z0=6 (auto) centers it"),
+        ("gpt_rao_llama3_8b", (), 0.6, "-44 nats", "model.rao.log_z0=6 (auto) centers it"),
         ("gpt_dro", (), 7.0, "7 nats", "nemo-rao score --shift=7"),
-        ("gpt_sppo", ("model.sppo.win_probability=rewards",), 0.8, "300 nats", "win_probability=bradley_terry centres"),
+        (
+            "gpt_sppo",
+            ("model.sppo.win_probability=rewards",),
+            0.8,
+            "300 nats",
+            "win_probability=bradley_terry centers it",
+        ),
     ],
 )
-def test_a_mean_target_far_from_the_start_is_one_line_with_what_centres_it(
+def test_a_mean_target_far_from_the_start_is_one_line_with_what_centers_it(
     capsys: pytest.CaptureFixture[str], recipe: str, overrides: tuple[str, ...], mean: float, nats: str, remedy: str
 ) -> None:
     rewards = RewardSummary(mean=mean, low=0.0, high=max(1.0, mean) if recipe == "gpt_dro" else 1.0)

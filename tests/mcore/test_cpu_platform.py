@@ -177,6 +177,8 @@ NEW: dict[str, Callable[[], torch.Tensor]] = {
     "to an integer": lambda: torch.zeros(1).to(0),
     "to a keyword": lambda: torch.zeros(1).to(device="cuda", dtype=torch.float64),
     "to a device and type": lambda: torch.zeros(1).to(torch.device("cuda"), torch.float64),
+    "to a device": lambda: torch.zeros(1).to(torch.device("cuda", 0)),
+    "cuda() with an index": lambda: torch.zeros(1).cuda(0),
 }
 
 
@@ -185,6 +187,24 @@ def test_what_asks_for_cuda_gets_the_cpu(way: str) -> None:
     made = NEW[way]()
     assert made.device == torch.device("cpu")
     assert not made.is_pinned()
+
+
+def test_no_other_function_accepts_a_device_without_a_keyword() -> None:
+    """Calls without keywords are let through at once, except those that the tests here cover."""
+    schemas = [
+        one for one in torch._C._jit_get_all_schemas() if one.name.startswith("aten::") and "::_" not in one.name
+    ]
+    found = {
+        one.name.removeprefix("aten::")
+        for one in schemas
+        for argument in one.arguments
+        if "Device" in str(argument.type) and not argument.kwarg_only
+    }
+    harmless = {"is_pinned", "eq", "ne"}  # ask about a device; the others compare two
+    assert found - harmless == {"to", "pin_memory"}
+    for function in (torch.tensor, torch.as_tensor, torch.asarray, torch.zeros(1).new_tensor):
+        with pytest.raises(TypeError, match="positional argument"):
+            function([1], None, "cuda")
 
 
 def test_a_devices_type_or_a_shape_is_not_mistaken_for_a_device() -> None:

@@ -241,8 +241,8 @@ def whole_names(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
             layer = model.decoder.layers[int(parts[2])]
             parts[2] = str(layer.layer_number - 1)
             if "local_experts" in parts:
-                location = parts.index("local_experts") + 1
-                parts[location] = str(layer.mlp.local_expert_indices[int(parts[location])])
+                at = parts.index("local_experts") + 1
+                parts[at] = str(layer.mlp.local_expert_indices[int(parts[at])])
         yield ".".join(parts), parameter
 
 

@@ -12,6 +12,9 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from nemo_rao.batch import ObjectiveBatch
 
@@ -41,8 +44,8 @@ class Answer(Entry):
 def answers_of(batch: ObjectiveBatch) -> list[list[Answer]]:
     """The valid responses of each prompt of a batch."""
 
-    def cell(tensor, *location: int, absent):  # type: ignore[no-untyped-def]
-        return absent if tensor is None else tensor[location].tolist()
+    def cell(tensor: Tensor | None, *index: int, absent: Any) -> Any:
+        return absent if tensor is None else tensor[index].tolist()
 
     return [
         [

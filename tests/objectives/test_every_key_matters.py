@@ -83,9 +83,11 @@ def loss_and_all_gradients(objective: Objective, keys: dict[str, Any]) -> list[t
 def matters(objective: Objective, name: str) -> bool:
     """Whether each other value of a key changes any of these numbers."""
     field = next(field for field in dataclasses.fields(objective.config_type) if field.name == name)
-    location = (objective.name, name)
-    context = CONTEXT.get(location, {})
-    values = [OTHER_VALUE[location]] if location in OTHER_VALUE else other_values(field.default, field.metadata["key"])
+    whole_name = (objective.name, name)
+    context = CONTEXT.get(whole_name, {})
+    values = (
+        [OTHER_VALUE[whole_name]] if whole_name in OTHER_VALUE else other_values(field.default, field.metadata["key"])
+    )
     before = loss_and_all_gradients(objective, context)
     assert any(part.any() for part in before[1:]), "or nothing is compared"
 
@@ -96,7 +98,7 @@ def matters(objective: Objective, name: str) -> bool:
     return all(map(differs, values))
 
 
-@pytest.mark.parametrize(("objective", "name"), [location for location in ALL_KEYS if location not in OUTSIDE])
+@pytest.mark.parametrize(("objective", "name"), [one for one in ALL_KEYS if one not in OUTSIDE])
 def test_every_key_changes_loss_or_gradient(objective: str, name: str) -> None:
     assert matters(OBJECTIVES[objective], name)
 

@@ -70,7 +70,8 @@ def trls_rloo(batch: ObjectiveBatch, logps: Tensor, beta: float) -> Tensor:
         "old_logps": rows.detach(),
     }
     with in_float64():
-        return RLOOTrainer._compute_loss(trainer, trainer.model, inputs)  # type: ignore[no-any-return]
+        loss: Tensor = RLOOTrainer._compute_loss(trainer, trainer.model, inputs)
+    return loss
 
 
 def one_process() -> SimpleNamespace:
@@ -254,7 +255,8 @@ def of_trl(batch: ObjectiveBatch, config: Any, loss_type: str) -> Tensor:
         "importance_sampling_ratio": None if tokens.importance is None else tokens.importance[chosen],
     }
     with in_float64():
-        return GRPOTrainer._compute_loss(trainer, trainer.model, inputs)  # type: ignore[no-any-return]
+        loss: Tensor = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    return loss
 
 
 @pytest.mark.parametrize(

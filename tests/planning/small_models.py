@@ -96,11 +96,11 @@ class Saved:
 
     def taken(self, tensor: Tensor, change: int) -> None:
         storage = tensor.untyped_storage()
-        location = storage.data_ptr()
-        if location in self._parameters:
+        address = storage.data_ptr()
+        if address in self._parameters:
             return
-        before = self._users.get(location, 0)
-        self._users[location] = before + change
+        before = self._users.get(address, 0)
+        self._users[address] = before + change
         if before == 0 or before + change == 0:
             self.bytes += change * storage.nbytes()
             self.most = max(self.most, self.bytes)

@@ -134,7 +134,7 @@ def test_every_row_is_measured_on_the_same_pairs_by_the_same_loss(compared: Comp
         if "dpo" in row["run"]:
             assert row["loss"] == pytest.approx(last["val/loss"], rel=1e-6)
         else:
-            assert row["loss"] < last["val/loss"] - 1e-6, "without the reward model's centring"
+            assert row["loss"] < last["val/loss"] - 1e-6, "without the reward model's centering"
             assert row["brier"] == pytest.approx(last["val/rm/brier"], rel=1e-6)
     printed, markdown = compared.log, (compared.folder / "comparison.md").read_text().splitlines()
     assert len(markdown) == 2 + len(rows)

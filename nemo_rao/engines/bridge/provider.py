@@ -1,6 +1,6 @@
 """Build Bridge's model provider from a recipe; it builds the network on each rank.
 
-Bridge deprecates providers in favour of a config and a builder, which its releases before 0.6 do not have.
+Bridge deprecates providers in favor of a config and a builder, which its releases before 0.6 do not have.
 """
 
 from __future__ import annotations
