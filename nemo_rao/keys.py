@@ -63,7 +63,7 @@ def make(
     """An instance of a config class with these keys set.
 
     Types are strict, except that integers are converted to floats and lists to tuples where the field's type says so:
-    ``True`` and ``"3"`` are not numbers.
+    ``True`` and ``"3"`` are not numbers, and a set has no order.
 
     Args:
         config_type: a dataclass; fields that are dataclasses themselves take mappings.
@@ -87,12 +87,21 @@ def check(config: Any, prefix: str = "") -> None:
     Raises:
         UserError: the first such key by its full name, its value, and what is allowed.
     """
-    _validated(type(config), _as_dict(config), prefix, False)
+    _validated(type(config), _as_dict(config, prefix), prefix, False)
 
 
-def _as_dict(config: Any) -> dict[str, Any]:
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {name: _as_dict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+def _as_dict(config: Any, prefix: str) -> dict[str, Any]:
+    """The keys and values of a config, also of the groups in it, which must be instances of their classes."""
+    config_type: type = type(config)
+    values: dict[str, Any] = {}
+    for name, hint in type_hints(config_type).items():
+        value, full_name = getattr(config, name), f"{prefix}.{name}" if prefix else name
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, typing.cast(type, hint)):
+                raise _refusal(full_name, value, _describe(hint), spec_of(config_type, name))
+            value = _as_dict(value, full_name)
+        values[name] = value
+    return values
 
 
 def _instance(config_type: type[Config], values: Mapping[str, Any]) -> Config:
@@ -128,7 +137,7 @@ def _validated(config_type: type, values: dict[str, Any], prefix: str, numbers_a
     try:
         return _validator(config_type, numbers_as_text).validate_python(values)
     except ValidationError as error:
-        raise UserError(_first_problem(error.errors(include_url=False), config_type, values, prefix)) from None
+        raise _first_problem(error.errors(include_url=False), config_type, values, prefix) from None
 
 
 @functools.cache
@@ -158,32 +167,39 @@ def _schema(config_type: type, numbers_as_text: bool) -> Any:
 
 def _annotated(hint: Any, spec: KeySpec, numbers_as_text: bool) -> Any:
     """A type hint of a config for pydantic: strict, and within the bounds and choices of its key."""
-    from pydantic import AfterValidator, Field, Strict
+    from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    generic: Any = origin  # to type checkers, types in brackets have to be literals
+    annotated: Any = Annotated
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
         return _schema(hint, numbers_as_text)
     if origin in (typing.Union, types.UnionType):
         return typing.Union[tuple(_annotated(one, spec, numbers_as_text) for one in arguments)]  # noqa: UP007
     if origin is list:
-        return Annotated[list[_annotated(arguments[0], spec, False)], Strict()]  # type: ignore[misc]
-    if origin is tuple:  # not strict: YAML has lists only
+        return annotated[generic[_annotated(arguments[0], spec, False)], Strict()]
+    if origin is tuple:
         items = tuple(one if one is Ellipsis else _annotated(one, spec, False) for one in arguments)
-        return tuple[items]  # type: ignore[valid-type]
+        return annotated[generic[items], Strict(), BeforeValidator(_list_as_tuple)]
     if origin is dict:
         key_type, item = _annotated(arguments[0], KeySpec(""), False), arguments[1]
-        return Annotated[dict[key_type, _annotated(item, KeySpec(""), numbers_as_text)], Strict()]  # type: ignore
+        return annotated[generic[key_type, _annotated(item, KeySpec(""), numbers_as_text)], Strict()]
     limits: list[Any] = []
     if spec.choices is not None:
         limits.append(AfterValidator(functools.partial(_require_choice, spec.choices)))
     if hint in (int, float):
         low, high = ("gt", "lt") if spec.exclusive else ("ge", "le")
-        bounds = {low: spec.low, high: spec.high, "allow_inf_nan": False if hint is float else None}
-        limits.append(Field(**{name: bound for name, bound in bounds.items() if bound is not None}))  # type: ignore
+        bounds: dict[str, Any] = {low: spec.low, high: spec.high, "allow_inf_nan": False if hint is float else None}
+        limits.append(Field(**{name: bound for name, bound in bounds.items() if bound is not None}))
     if hint in (bool, int, float) or (hint is str and not numbers_as_text):
         limits.append(Strict())
-    return Annotated[(hint, *limits)] if limits else hint  # type: ignore[return-value]
+    return annotated[(hint, *limits)] if limits else hint
+
+
+def _list_as_tuple(value: Any) -> Any:
+    """YAML has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _require_choice(choices: tuple[Any, ...], value: Any) -> Any:
@@ -195,28 +211,38 @@ def _require_choice(choices: tuple[Any, ...], value: Any) -> Any:
     return value
 
 
-def _first_problem(errors: Sequence[Any], config_type: type, values: Mapping[str, Any], prefix: str) -> str:
-    """The message about the first unknown key, or else about the first invalid value."""
+def _first_problem(errors: Sequence[Any], config_type: type, values: Mapping[str, Any], prefix: str) -> UserError:
+    """The error about the first unknown key, or else about the first invalid value."""
     unknown = [error for error in errors if error["type"] in ("extra_forbidden", "invalid_key")]
     first = (unknown or errors)[0]["loc"]
-    path, where, value, spec, hint = [prefix] if prefix else [], config_type, values, KeySpec(""), config_type
-    for name in first:
-        path.append(str(name))
-        if unknown and name == first[-1]:
-            known = list(type_hints(where))
-            near = did_you_mean(str(name), known, otherwise=f"; there are {', '.join(known)}")
-            return f"unknown key {'.'.join(path)}{near}"
-        spec, hint, value = spec_of(where, name), type_hints(where)[name], value[name]
-        if not dataclasses.is_dataclass(hint) or not isinstance(value, dict):
-            break
-        where = hint
+    *groups, name = first if unknown else _key_of(first, config_type)
+    where, value = config_type, values
+    for group in groups:
+        where, value = type_hints(where)[group], value[group]
+    full_name = ".".join(map(str, [prefix, *groups, name] if prefix else [*groups, name]))
+    if unknown:
+        known = list(type_hints(where))
+        near = did_you_mean(str(name), known, otherwise=f"; there are {', '.join(known)}")
+        return UserError(f"unknown key {full_name}{near}")
     # Of a union, each type that the value does not have is an error; a value out of its type's range says more.
-    same_key = [
-        error for error in errors if error["loc"][: len(path) - bool(prefix)] == first[: len(path) - bool(prefix)]
-    ]
+    same_key = [error for error in errors if error["loc"][: len(groups) + 1] == (*groups, name)]
     ranges = [_RANGES[error["type"]].format(**error.get("ctx", {})) for error in same_key if error["type"] in _RANGES]
-    comment = f" ({spec.comment})" if spec.comment else ""
-    return f"{'.'.join(path)}={value!r}: must be {ranges[0] if ranges else _describe(hint)}{comment}"
+    allowed = ranges[0] if ranges else _describe(type_hints(where)[name])
+    return _refusal(full_name, value[name], allowed, spec_of(where, name))
+
+
+def _key_of(location: tuple[Any, ...], config_type: type) -> tuple[Any, ...]:
+    """The names of the groups and of the key, at the start of pydantic's location of an error inside its value."""
+    hint: Any = config_type
+    for depth, name in enumerate(location):
+        if not dataclasses.is_dataclass(hint):
+            return location[:depth]
+        hint = type_hints(typing.cast(type, hint))[name]
+    return location
+
+
+def _refusal(name: str, value: Any, allowed: str, spec: KeySpec) -> UserError:
+    return UserError(f"{name}={value!r}: must be {allowed}{f' ({spec.comment})' if spec.comment else ''}")
 
 
 def spec_of(config_type: type, name: str) -> KeySpec:
@@ -237,7 +263,7 @@ def _describe(hint: Any) -> str:
     if origin in (list, tuple):
         return f"a list, each item {_describe(arguments[0])}"
     if origin is dict:
-        return f"a dictionary, each value {_describe(arguments[1])}"
+        return f"a dictionary, each name {_describe(arguments[0])}, each value {_describe(arguments[1])}"
     if dataclasses.is_dataclass(hint):
         return "a group of keys"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}

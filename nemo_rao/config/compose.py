@@ -4,8 +4,9 @@ Hydra finds the files, composes the groups (``model``, ``precision``, ``objectiv
 not know the keys: its result is typed and checked in :mod:`nemo_rao.config.typed_config`. Every error is a
 :class:`UserError` of one line.
 
-Composing takes Hydra about 0.1 s. A process that composes one recipe many times, such as a sweep, pays this once: the
-composition of a recipe with its groups is cached until one of the YAML files changes, and values are set in a copy.
+Composing takes Hydra about 0.1 s. A process that composes one of the package's recipes many times, such as a study,
+pays this once: the composition of such a recipe with its groups is cached until one of the YAML files changes, and
+values are set in a copy.
 """
 
 import contextlib
@@ -320,9 +321,20 @@ class _Composition(NamedTuple):
     choices: frozenset[str]  # the groups that are chosen from
 
 
-@functools.lru_cache(maxsize=512)
 def _composition(name: str, choices: tuple[str, ...], recipes: _Recipes) -> _Composition:
-    """Compose with Hydra; the cache's keys contain the state of all files that it may read."""
+    # A user's recipe may depend on more than its files: on variables of the environment in its list of defaults
+    # (${oc.env:NAME}), and on directories of its own (hydra.searchpath). The package's recipes do not.
+    if recipes.folders == (package_recipes(),):
+        return _cached_composition(name, choices, recipes)
+    return _compose_with_hydra(name, choices, recipes)
+
+
+@functools.lru_cache(maxsize=512)
+def _cached_composition(name: str, choices: tuple[str, ...], recipes: _Recipes) -> _Composition:
+    return _compose_with_hydra(name, choices, recipes)
+
+
+def _compose_with_hydra(name: str, choices: tuple[str, ...], recipes: _Recipes) -> _Composition:
     try:
         with _initialized(recipes.folders):
             composed = hydra.compose(name, list(choices), return_hydra_config=True)

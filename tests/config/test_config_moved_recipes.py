@@ -34,7 +34,7 @@ OLD = "gpt_dpo_qwen2_5_7b"
 @pytest.fixture(autouse=True)
 def nothing_said_before() -> None:
     warn_once.cache_clear()
-    compose_module._composition.cache_clear()  # a cached recipe is not read, so it cannot warn
+    compose_module._cached_composition.cache_clear()  # a cached recipe is not read, so it cannot warn
 
 
 @pytest.mark.parametrize("old", MOVED_RECIPES)

@@ -8,7 +8,8 @@ import hydra
 import pytest
 import yaml
 
-from nemo_rao.config.compose import compose, package_recipes
+import nemo_rao.config.compose as compose_module
+from nemo_rao.config.compose import compose, compose_grid, package_recipes
 from nemo_rao.config.recipe_text import to_yaml
 from nemo_rao.config.typed_config import known_keys
 from nemo_rao.errors import UserError
@@ -122,7 +123,9 @@ def test_a_missing_recipe_directory_is_refused(tmp_path: Path) -> None:
         compose("gpt_rao", config_dir=tmp_path / "nope")
 
 
-def test_a_recipe_is_read_once_until_one_of_its_files_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_of_the_package_is_read_once_and_others_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -131,18 +134,52 @@ def test_a_recipe_is_read_once_until_one_of_its_files_changes(tmp_path: Path, mo
 
     hydra_compose = hydra.compose
     monkeypatch.setattr(hydra, "compose", counted)
-    (tmp_path / "mine.yaml").write_text("defaults: [gpt_rao, _self_]\ntrainer: {max_steps: 5}\n")
-    assert [compose("mine", [f"model.rao.beta={beta}"], tmp_path).model.rao.beta for beta in (2, 3)] == [2, 3]
-    assert compose("mine", config_dir=tmp_path).model.rao.beta != 3, "an override has changed what is cached"
+    compose_module._cached_composition.cache_clear()
+    betas = ["model.rao.beta=2", "model.rao.beta=3"]
+    assert [compose("gpt_rao", [beta]).model.rao.beta for beta in betas] == [2, 3]
+    assert compose("gpt_rao").model.rao.beta != 3, "an override has changed what is cached"
     assert len(asked) == 1
-    (tmp_path / "mine.yaml").write_text("defaults: [gpt_rao, _self_]\ntrainer: {max_steps: 77}\n")
-    assert compose("mine", config_dir=tmp_path).trainer.max_steps == 77
+    (tmp_path / "mine.yaml").write_text("defaults: [gpt_rao, _self_]\ntrainer: {max_steps: 5}\n")
+    assert compose("mine", config_dir=tmp_path).trainer.max_steps == 5
+    (tmp_path / "mine.yaml").write_text("defaults: [gpt_rao, _self_]\ntrainer: {max_steps: 7}\n")
+    assert compose("mine", config_dir=tmp_path).trainer.max_steps == 7
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tiny_llama.yaml").write_text("seq_length: 78\n")  # now shadows the package's
     assert compose("mine", config_dir=tmp_path).model.seq_length == 78
+    assert compose("gpt_rao", config_dir=tmp_path).model.seq_length == 78
+    assert compose("gpt_rao").model.seq_length != 78
     (tmp_path / "mine.yaml").unlink()
     with pytest.raises(UserError, match="no recipe named 'mine'"):
         compose("mine", config_dir=tmp_path)
+
+
+def test_what_a_recipe_takes_from_the_environment_is_read_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [gpt_rao, {override model: '${oc.env:MY_MODEL}'}, _self_]\n"
+        "data: {train_path: '${oc.env:MY_DATA}'}\n"
+        "hydra: {sweeper: {params: {model.rao.beta: '${oc.env:MY_BETAS}'}}}\n"
+    )
+    for model, betas, data, layers in (("llama3_8b", "2,3", "a", 32), ("tiny_llama", "4,5", "b", 4)):
+        for name, value in {"MY_MODEL": model, "MY_BETAS": betas, "MY_DATA": data}.items():
+            monkeypatch.setenv(name, value)
+        runs = [config for _, config in compose_grid("mine", config_dir=tmp_path)]
+        assert [f"{run.model.rao.beta:g}" for run in runs] == betas.split(",")
+        assert {(run.data.train_path, run.model.arch.num_layers) for run in runs} == {(data, layers)}
+
+
+def test_files_of_a_recipes_own_search_path_are_read_each_time(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    recipes = tmp_path / "recipes"
+    elsewhere.mkdir()
+    recipes.mkdir()
+    (recipes / "mine.yaml").write_text(
+        f"defaults: [gpt_rao, shared, _self_]\nhydra: {{searchpath: ['file://{elsewhere}']}}\n"
+    )
+    for steps in (5, 6):
+        (elsewhere / "shared.yaml").write_text(f"trainer: {{max_steps: {steps}}}\n")
+        assert compose("mine", config_dir=recipes).trainer.max_steps == steps
 
 
 def test_composing_leaves_an_application_that_uses_hydra_itself_as_it_was(tmp_path: Path) -> None:

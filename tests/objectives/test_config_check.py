@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from nemo_rao.errors import UserError
@@ -26,6 +27,14 @@ class Outer:
     pair: tuple[int, float] = (1, 2.0)
     many: tuple[int, ...] = ()
     anything: Any = key(None, "anything")
+    steps: list[int] | None = key(None, "steps", low=1)
+    weights: dict[str, float] = key({}, "")
+
+
+@dataclass
+class Texts:
+    text: str = ""
+    texts: dict[str, str] = key({}, "")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +43,7 @@ class Outer:
         {},
         {"inner": Inner("auto", 1)},
         {"number": 1, "rates": [0, 1.0], "name": "x", "extra": {"a": [1]}, "many": (1, 2), "anything": object()},
+        {"rates": [], "steps": [1], "weights": {"a": 1, "b": -0.5}, "pair": (2, np.float64(0.5))},
     ],
 )
 def test_allowed_values_pass(keys: dict) -> None:
@@ -58,13 +68,28 @@ def test_allowed_values_pass(keys: dict) -> None:
         ({"name": "y"}, "m.name='y': must be one of null, 'x' (name)"),
         ({"always": False}, "m.always=False: must be one of True (always)"),
         ({"always": 1}, "m.always=1: must be true or false (always)"),
-        ({"extra": {1: 2}}, "m.extra={1: 2}: must be a dictionary, each value anything (extra)"),
-        ({"extra": 3}, "m.extra=3: must be a dictionary, each value anything (extra)"),
+        ({"extra": {1: 2}}, "m.extra={1: 2}: must be a dictionary, each name text, each value anything (extra)"),
+        ({"extra": 3}, "m.extra=3: must be a dictionary, each name text, each value anything (extra)"),
         ({"number": "3"}, "m.number='3': must be an integer or null (steps)"),
         ({"inner": Inner(-1.0, 0.0)}, "m.inner.positive=0.0: must be > 0 (weight)"),
         ({"number": -1, "name": "y"}, "m.number=-1: must be >= 1 (steps)"),
         ({"pair": (1, "a")}, "m.pair=(1, 'a'): must be a list of an integer and a number"),
         ({"many": (1, "a")}, "m.many=(1, 'a'): must be a list, each item an integer"),
+        ({"many": {1, 2}}, "m.many={1, 2}: must be a list, each item an integer"),
+        ({"pair": (1,)}, "m.pair=(1,): must be a list of an integer and a number"),
+        ({"rates": (0.1, 0.2)}, "m.rates=(0.1, 0.2): must be a list, each item a number (rates)"),
+        ({"rates": [0.1, True]}, "m.rates=[0.1, True]: must be a list, each item a number (rates)"),
+        ({"rates": [0.1, None]}, "m.rates=[0.1, None]: must be a list, each item a number (rates)"),
+        ({"rates": [0.1, float("nan")]}, "m.rates=[0.1, nan]: must be finite (rates)"),
+        ({"steps": [3, 0]}, "m.steps=[3, 0]: must be >= 1 (steps)"),
+        ({"steps": [3, 2.0]}, "m.steps=[3, 2.0]: must be a list, each item an integer or null (steps)"),
+        ({"weights": {"a": True}}, "m.weights={'a': True}: must be a dictionary, each name text, each value a number"),
+        ({"weights": {"a": None}}, "m.weights={'a': None}: must be a dictionary, each name text, each value a number"),
+        ({"weights": {"a": float("inf")}}, "m.weights={'a': inf}: must be finite"),
+        ({"weights": {1: 1.0}}, "m.weights={1: 1.0}: must be a dictionary, each name text, each value a number"),
+        ({"inner": {"either": 3.0}}, "m.inner={'either': 3.0}: must be a group of keys"),
+        ({"inner": Texts()}, "m.inner=Texts(text='', texts={}): must be a group of keys"),
+        ({"number": np.int64(3)}, f"m.number={np.int64(3)!r}: must be an integer or null (steps)"),
     ],
 )
 def test_any_other_value_is_refused_by_its_full_name(keys: dict, message: str) -> None:
@@ -82,6 +107,8 @@ def test_a_config_is_made_from_what_yaml_holds() -> None:
     made = make(Outer, {"inner": {"either": 3}, "rates": [1, 0], "pair": [1, 2], "many": [3]})
     assert made == Outer(inner=Inner(3.0), rates=[1.0, 0.0], pair=(1, 2.0), many=(3,))
     assert type(made.inner.either) is float and type(made.pair[1]) is float
+    weights = make(Outer, {"weights": {"a": 1}}).weights
+    assert weights == {"a": 1.0} and type(weights["a"]) is float
     assert make(Outer, {}) == Outer()
 
 
@@ -95,12 +122,6 @@ def test_numbers_are_text_only_where_that_is_asked_for() -> None:
         make(Texts, {"text": True}, numbers_as_text=True)
 
 
-@dataclass
-class Texts:
-    text: str = ""
-    texts: dict[str, str] = key({}, "")
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -110,7 +131,13 @@ class Texts:
         ({"number": 0, "rats": []}, "unknown key m.rats; did you mean rates?"),
         ({"inner": {"positive": "1"}}, "m.inner.positive='1': must be a number (weight)"),
         ({"inner": None}, "m.inner=None: must be a group of keys"),
-        ({1: 2}, "unknown key m.1; there are inner, number, rates, name, always, extra, pair, many, anything"),
+        ({"inner": {"inner": 3}}, "unknown key m.inner.inner; did you mean either?"),
+        ({"inner": {"either": {"either": 3}}}, "m.inner.either={'either': 3}: must be a number or 'auto' (nats)"),
+        (
+            {1: 2},
+            "unknown key m.1; there are inner, number, rates, name, always, extra, pair, many, anything, steps, "
+            "weights",
+        ),
     ],
 )
 def test_unknown_keys_and_wrong_values_of_a_mapping_are_refused(values: dict, message: str) -> None:
