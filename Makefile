@@ -29,7 +29,7 @@
 #   VENV             directory of the environment instead of .venv or .venv-bridge
 #   TORCH_INDEX_URL  an additional package index for torch. Without it, pip installs the CUDA build; on a machine
 #                    without a GPU, TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes
-#   MODELS           directory for models instead of models
+#   MODELS           directory for models instead of models/
 #   DEMO_ARGS        passed to `nemo-rao demo`;  PYTEST_ARGS  passed to pytest
 #   README_ARGS      passed to tests.readme.type_readme, such as "--venv .venv" to install nothing
 #   GPU_ARGS         passed to python -m benchmarks.gpu, such as "--parts steps,fp8"

@@ -50,8 +50,7 @@ The differences have these causes. In addition to SFT, RAO computes the prompts'
 is the output layer's forward pass over the prompts' tokens, a few percent of a step for these models and less for
 larger ones. TRL's step includes the reference policy's forward pass and, with checkpointing, a second forward pass of
 the policy, and it pads all rows of a batch to the longest. Neither side keeps logits. The gain from packing follows
-from
-*of padded*: it grows with the variation in length and with the number of rows in a micro-batch. Memory on a CPU
+from *of padded*: it grows with the variation in length and with the number of rows in a micro-batch. Memory on a CPU
 includes freed memory that the C library retains.
 """
 

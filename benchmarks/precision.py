@@ -277,8 +277,9 @@ def log_probs(chunks: Sequence[Any], loss_of: Any, data: Any, batches: Sequence[
     from nemo_rao.mcore.loss import _token_log_probs, sequence_log_probs
 
     def report(output: Any, batch: Any) -> dict[str, Any]:
-        places, length = batch.all_response_positions, batch.tokens.shape[1]
-        tokens = _token_log_probs(output, batch, places, 0, loss_of.vocab_size)[places // length, places % length]
+        positions, length = batch.all_response_positions, batch.tokens.shape[1]
+        logps = _token_log_probs(output, batch, positions, 0, loss_of.vocab_size)
+        tokens = logps[positions // length, positions % length]
         sums = sequence_log_probs(output, batch, vocab_size=loss_of.vocab_size, prompts=False)[1]
         return {"tokens": tokens, "sums": sums, "ids": batch.response_ids}
 

@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,10 +57,15 @@ def pytest_configure(config: pytest.Config) -> None:
         engine_choice.installed_engine = lambda: None  # it looks for directories, which exist
 
 
-# File -> CPU seconds of its tests and their fixtures, with all processes that they start, as --write-seconds has found
-# them. The clock would say how busy the machine was.
+# File -> CPU seconds of its tests and their fixtures, including the processes that they start, as --write-seconds has
+# measured them. Wall-clock time would depend on the load of the machine.
 SECONDS = Path(__file__).with_name("seconds.json")
 SPENT = pytest.StashKey[float]()
+
+# What tests/conftest.py adds to reports travels as their user properties, from the process that runs a test to the one
+# that prints and writes.
+ROW = "row of the table of objectives"
+CPU_SECONDS = "CPU seconds since the report before"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -68,11 +74,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Each of a test's reports goes with the CPU seconds since the one before, from whichever process runs it."""
+    """Add the CPU seconds since the previous report of this process to each of a test's reports."""
     report = yield
     before = item.config.stash[SPENT]
     item.config.stash[SPENT] = now = sum(os.times()[:4])
-    report.cpu_seconds = now - before  # type: ignore[attr-defined]
+    report.user_properties.append((CPU_SECONDS, now - before))
     return report
 
 
@@ -81,8 +87,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from nemo_rao.runtime.gpus import has_gpu
 
     if "PYTEST_XDIST_WORKER" in os.environ:
-        seconds = json.loads(SECONDS.read_text())
-        # A file without an entry is new and may be long: it is not left for the end.
+        seconds = _seconds()
+        # A file without an entry is new and may be long: it is not left for the end. The sort is stable, so all
+        # processes, which must collect in the same order, agree on files with equal seconds.
         items.sort(key=lambda item: -seconds.get(_file(item.nodeid), 30.0))
     if config.getoption("--gpu-dry-run") or not any(item.get_closest_marker("gpu") for item in items) or has_gpu():
         return
@@ -98,10 +105,6 @@ def gpu_packages_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-# A test's row of the table is sent with its report, from the process that runs it to the one that prints.
-ROW = "row of the table of objectives"
-
-
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Callable[..., None]:
     """A function that takes the cells of this test's row in the table printed at the end of the session."""
@@ -112,12 +115,23 @@ def _file(nodeid: str) -> str:
     return nodeid.partition("::")[0]
 
 
-def _write_seconds(reports: list[pytest.TestReport]) -> None:
-    """Entries of other files stay, unless the files are gone."""
+def _seconds() -> dict[str, float]:
+    """The entries of :data:`SECONDS`; none if the file does not exist yet."""
+    entries: dict[str, float] = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+    return entries
+
+
+def _properties(reports: Iterable[pytest.TestReport], name: str) -> Iterator[tuple[pytest.TestReport, Any]]:
+    """Each report with the value of each of its user properties of this name."""
+    return ((report, value) for report in reports for own, value in report.user_properties if own == name)
+
+
+def _write_seconds(reports: Iterable[pytest.TestReport]) -> None:
+    """Update the entries of the files that ran; drop those of files that no longer exist."""
     measured: dict[str, float] = defaultdict(float)
-    for report in reports:
-        measured[_file(report.nodeid)] += report.cpu_seconds  # type: ignore[attr-defined]
-    seconds = {**json.loads(SECONDS.read_text()), **measured}
+    for report, spent in _properties(reports, CPU_SECONDS):
+        measured[_file(report.nodeid)] += spent
+    seconds = _seconds() | measured
     there = {name: round(took, 1) for name, took in seconds.items() if (SECONDS.parents[1] / name).exists()}
     ordered = sorted(there.items(), key=lambda one: (-one[1], one[0]))
     SECONDS.write_text(json.dumps(dict(ordered), indent=1) + "\n")
@@ -128,7 +142,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         done = [report for reports in terminalreporter.stats.values() for report in reports]
         _write_seconds([report for report in done if isinstance(report, pytest.TestReport)])
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
-    rows = [cells for report in reports for name, cells in report.user_properties if name == ROW]
+    rows = [cells for _, cells in _properties(reports, ROW)]
     if not rows:
         return
     terminalreporter.section("every objective, 20 steps on 2 ranks")

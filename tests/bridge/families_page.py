@@ -17,8 +17,9 @@ _BEFORE = """\
 This page lists the models that [`nemo-rao import-hf` and `export-hf`](guides/hugging_face.md) convert with
 Megatron-Bridge, without Transformer Engine. It is generated from the tests
 (`python -m tests.bridge.families_page > docs/families.md`). For each row, a test creates a model with random weights in
-transformers. At {layouts}, its log-probabilities in Megatron equal those of transformers to 1e-4, and import followed
-by export returns its weights bit for bit. Batch layouts: {variants}.
+transformers. At {layouts}, its log-probabilities in Megatron equal those of transformers to
+1e-4, and import followed by export returns its weights bit for bit.
+Batch layouts: {variants}.
 
 | model | architecture | `model.family` | NeMo's engine converts it |
 |---|---|---|---|

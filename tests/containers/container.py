@@ -64,11 +64,11 @@ class Container:
 
     def has(self, packages: Mapping[str, str]) -> None:
         for name, version in packages.items():
-            location = self.site_packages / f"{name.replace('-', '_')}-{version}.dist-info"
-            location.mkdir()
-            (location / "METADATA").write_text(metadata_text(name, version))
-            (location / "INSTALLER").write_text("pip\n")
-            (location / "RECORD").write_text("")
+            info = self.site_packages / f"{name.replace('-', '_')}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(metadata_text(name, version))
+            (info / "INSTALLER").write_text("pip\n")
+            (info / "RECORD").write_text("")
 
     def offers(self, name: str, version: str, needs: Sequence[str] = ()) -> Path:
         """Add a wheel to the only directory that pip searches."""
