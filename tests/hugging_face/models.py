@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def config(name: str) -> Any:
     from transformers import CONFIG_MAPPING
 
-    given = {**SIZES, **MODELS[name]}
+    given = copy.deepcopy({**SIZES, **MODELS[name]})  # transformers 5 adds the base to the rotary scaling it is given
     return CONFIG_MAPPING[given.pop("model_type")](**given)
 
 
