@@ -48,10 +48,11 @@ def check_experts(config: RunConfig, fields: Mapping[str, Any]) -> None:
             f"model.expert_model_parallel_size={parallel}; ranks split them evenly, so change one of them"
         )
     width = fields.get("moe_ffn_hidden_size") or fields.get("ffn_hidden_size") or 0
-    if width % (each or keys.tensor_model_parallel_size):
+    ranks = each or keys.tensor_model_parallel_size
+    if width % ranks:
         raise UserError(
             f"the experts' width, {width} (of {network_key(config)}), is not divisible by "
-            f"model.expert_tensor_parallel_size={each}; change it"
+            f"model.{'expert_tensor' if each else 'tensor_model'}_parallel_size={ranks}; change one of them"
         )
     if keys.tensor_model_parallel_size > 1 and not keys.sequence_parallel:
         raise UserError(

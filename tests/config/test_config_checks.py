@@ -20,6 +20,10 @@ TP2_PP2 = (
 )
 
 ONE_EACH = ("model.micro_batch_size=1", "model.global_batch_size=16")
+TP2_EXPERTS = (
+    *("model.family=mixtral", "trainer.devices=2", "model.tensor_model_parallel_size=2"),
+    *("model.sequence_parallel=true", "model.arch.ffn_hidden_size=385"),
+)
 
 
 @pytest.fixture
@@ -111,6 +115,11 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
             ("model.family=mixtral", "model.expert_model_parallel_size=16", "trainer.devices=16", *ONE_EACH),
             ("num_moe_experts=8 (of model.family=mixtral)", "model.expert_model_parallel_size=16"),
         ),
+        (
+            (*TP2_EXPERTS, "model.expert_tensor_parallel_size=2"),
+            ("experts' width, 385 (of model.family=mixtral)", "by model.expert_tensor_parallel_size=2;"),
+        ),
+        (TP2_EXPERTS, ("experts' width, 385 (of model.family=mixtral)", "by model.tensor_model_parallel_size=2;")),
         (("model.expert_model_parallel_size=2", "trainer.devices=2"), ("model.family=llama has no experts",)),
         (("data.train_path=3",), ("data.train_path", "3")),
         (("data.train_path=/nope*.jsonl",), ("data.train_path", "no file matches")),
