@@ -1,1 +1,1 @@
-"""Typed run configuration: its keys, how YAML and overrides become one, and what is checked between keys."""
+"""Typed run configuration: its keys, its composition from YAML and overrides, and checks across keys."""

@@ -1,7 +1,7 @@
-"""The network that a recipe describes, in Megatron's terms: its family's fields with the recipe's sizes in their place.
+"""A recipe's network as fields of Megatron's config: its family's fields, overridden by ``model.arch``.
 
-A recipe written before there were families names a class of NeMo, ``model.config_class``. Only NeMo's engine knows
-these, so it is asked; it is imported by its name then, and by nothing else here.
+Recipes that predate families name a class of NeMo, ``model.config_class``. Only NeMo's engine can resolve it, so that
+engine is imported, by name, for such recipes only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nemo_rao.runtime.console import warn_once
 
 
 def architecture_fields(config: RunConfig) -> dict[str, Any]:
-    """Field -> value of the network, by the names of :mod:`nemo_rao.config.families`; ``None``: not set.
+    """Fields of the network and their values, named as in :mod:`nemo_rao.config.families`; ``None``: not set.
 
     Raises:
         UserError: ``model.config_class`` does not exist.
@@ -31,7 +31,7 @@ def architecture_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def family_of(config: RunConfig) -> str | None:
-    """The network's family; ``None`` for a class of NeMo that belongs to none.
+    """The network's family; ``None`` for a NeMo class that belongs to no family.
 
     Raises:
         UserError: see :func:`architecture_fields`.
@@ -40,7 +40,7 @@ def family_of(config: RunConfig) -> str | None:
 
 
 def given_fields(config: RunConfig) -> dict[str, Any]:
-    """The fields that the recipe sets in ``model.arch``, ``extra`` included."""
+    """The fields set in ``model.arch``, ``extra`` included."""
     given = {name: value for name, value in dataclasses.asdict(config.model.arch).items() if value is not None}
     scaling, extra = given.pop("rope_scaling"), given.pop("extra")
     return {**given, **({} if scaling["factor"] is None else {"rope_scaling": scaling}), **extra}
@@ -54,16 +54,16 @@ def _network(config: RunConfig) -> tuple[str | None, dict[str, Any]]:
 
 
 def network_key(config: RunConfig) -> str:
-    """The key that names the network's kind, with its value, for messages."""
+    """The key that selects the network, with its value, for messages."""
     keys = config.model
     return f"model.family={keys.family}" if keys.config_class is None else f"model.config_class={keys.config_class}"
 
 
 def check_family(config: RunConfig) -> None:
-    """Checks that a model of the recipe's family is described in full.
+    """Check that the sizes without a family default are set, and that the family supports the rotary scaling.
 
     Raises:
-        UserError: a size that no family has is missing, or the family has no rotary scaling.
+        UserError: on the first violated rule.
     """
     keys = config.model
     if keys.config_class is not None:
@@ -71,31 +71,31 @@ def check_family(config: RunConfig) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads"):
         if getattr(keys.arch, name) is None:
             raise UserError(
-                f"model.arch.{name} is null; set the sizes of a model of {network_key(config)}, or choose a file that "
-                "has them, such as model=llama3_8b"
+                f"model.arch.{name} is null, and {network_key(config)} has no default for it; set it, or choose a file "
+                "with all sizes, such as model=llama3_8b"
             )
     if keys.arch.rope_scaling.factor is not None and not FAMILIES[keys.family].scales_rope:
         scaled = ", ".join(family.name for family in FAMILIES.values() if family.scales_rope)
         raise UserError(
-            f"model.arch.rope_scaling.factor={keys.arch.rope_scaling.factor}: {network_key(config)} has no such "
-            f"scaling; set it to null (it belongs to {scaled})"
+            f"model.arch.rope_scaling.factor={keys.arch.rope_scaling.factor}: {network_key(config)} does not "
+            f"support RoPE scaling; set it to null (supported by {scaled})"
         )
 
 
 def warn_of_class(config: RunConfig) -> None:
-    """Report a recipe's ``model.config_class`` once, with what to write instead."""
+    """Warn once that ``model.config_class`` is deprecated, with its replacement."""
     if config.model.config_class is None:
         return
     try:
         family, fields = _network(config)
     except UserError:
-        return  # whatever uses the network says so
+        return  # raised again wherever the network is used
     warn_once(f"{network_key(config)} is deprecated; {_replacement(family, fields)}")
 
 
 def _replacement(family: str | None, fields: Mapping[str, Any]) -> str:
     if family is None:
-        return f"no model.family has its network yet (there are {', '.join(FAMILIES)}), so NeMo's class is used"
+        return f"no model.family describes its network yet (available: {', '.join(FAMILIES)}), so NeMo's class is used"
     usual = {**dict.fromkeys(SIZES), **FAMILIES[family].fields}
     missing = object()
     own = {name: value for name, value in fields.items() if usual.get(name, missing) != value}
@@ -106,20 +106,20 @@ def _replacement(family: str | None, fields: Mapping[str, Any]) -> str:
 
 
 def num_tokens(tokenizer: str | None) -> int | None:
-    """Tokens of a tokenizer's folder; ``None`` for one that is not on this machine under that name."""
+    """Vocabulary size of a tokenizer; ``None`` unless it is a local directory with a ``tokenizer.json``."""
     file = Path(os.path.expanduser(tokenizer or "")) / "tokenizer.json"
     return len(vocabulary(file)) if tokenizer is not None and file.is_file() else None
 
 
 def vocabulary(file: Path) -> dict[str, int]:
     """Token -> id of a ``tokenizer.json``, added tokens included."""
-    from tokenizers import Tokenizer  # what `transformers` reads it with; importing that takes seconds
+    from tokenizers import Tokenizer  # `transformers` reads it with this, but takes seconds to import
 
     return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
 
 
 def approximate_parameters(fields: Mapping[str, Any], vocab_size: int) -> int:
-    """Weights of a GPT with these fields of Megatron's config, without norms and biases; 0 where a size is unknown."""
+    """Number of weights of a GPT with these Megatron fields, without norms and biases; 0 if a size is unknown."""
 
     def size(name: str, default: int = 0) -> int:
         value = fields.get(name)

@@ -1,7 +1,7 @@
 """Checks across the keys of a run, before anything heavy is imported.
 
 Ranges of single keys are checked when the config is created; the rules here relate several keys, files or the
-machine. Nothing is written. A :class:`UserError` names the key, its value, and what to change.
+machine. Nothing is written. A :class:`UserError` states the key, its value and what to change.
 """
 
 import os
@@ -25,13 +25,13 @@ from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 
 def check_config(config: RunConfig, *, data_exists: bool = True) -> None:
-    """Checks everything that the config alone, and the data files it names, can tell.
+    """Check everything that can be decided from the config and the data files it names.
 
     Args:
-        data_exists: ``False``: files of data are not looked for.
+        data_exists: ``False``: do not look for the data and the tokenizer.
 
     Raises:
-        UserError: the first rule that does not hold.
+        UserError: on the first violated rule.
     """
     check_sizes(config)
     _check_length(config)
@@ -48,7 +48,7 @@ def check_config(config: RunConfig, *, data_exists: bool = True) -> None:
 
 
 def check_keys_are_read(overrides: Sequence[str], config: RunConfig) -> None:
-    """Refuses overrides of a block that the run's objective does not read: they would change nothing."""
+    """Refuse overrides in the blocks of other objectives, which would have no effect."""
     unread = {f"model.{name}" for name in registry.OBJECTIVES} - {f"model.{config.model.objective}"}
     for text in overrides:
         key = text.partition("=")[0]
@@ -60,12 +60,12 @@ def check_keys_are_read(overrides: Sequence[str], config: RunConfig) -> None:
 
 
 def check_sizes(config: RunConfig) -> None:
-    """Of these checks, those that need neither data nor a checkpoint to be named: objective, ranks, batches, optimizer.
+    """Run the checks for which data and checkpoint need not be set: objective, ranks, batches, optimizer, precision.
 
     Raises:
-        UserError: the first rule that does not hold.
+        UserError: on the first violated rule.
     """
-    registry.get(config.model.objective)  # refuses a name that there is not
+    registry.get(config.model.objective)  # refuses an unknown name
     _check_ranks(config)
     _check_batches(config)
     _check_recompute(config)
@@ -74,10 +74,10 @@ def check_sizes(config: RunConfig) -> None:
 
 
 def check_network(config: RunConfig) -> None:
-    """Checks that the network is described in full, and that it, its experts and its adapters can be split as asked.
+    """Check that all sizes are known, and that the network, its experts and its adapters can be split as requested.
 
     Raises:
-        UserError: the first rule that does not hold.
+        UserError: on the first violated rule.
     """
     check_family(config)
     fields = architecture_fields(config)
@@ -87,7 +87,7 @@ def check_network(config: RunConfig) -> None:
         config,
         num_layers=fields.get("num_layers"),
         hidden_size=hidden_size,
-        ffn_hidden_size=None if experts else ffn_hidden_size,  # an expert's is split otherwise
+        ffn_hidden_size=None if experts else ffn_hidden_size,  # experts are split differently
         num_attention_heads=fields.get("num_attention_heads"),
         num_query_groups=fields.get("num_query_groups"),
         kv_channels=fields.get("kv_channels"),
@@ -106,12 +106,12 @@ def check_architecture(
     num_query_groups: int | None = None,
     kv_channels: int | None = None,
 ) -> None:
-    """Checks that the network can be split as the parallel sizes ask.
+    """Check that the network can be split by the parallel sizes.
 
-    Called twice: with the recipe's values, and with the engine's once it is imported. What is ``None`` is not checked.
+    Called twice: with the recipe's values, and with the engine's once it is imported. ``None`` skips a check.
 
     Raises:
-        UserError: the first rule that does not hold.
+        UserError: on the first violated rule.
     """
     model = config.model
     tensor_parallel = f"model.tensor_model_parallel_size={model.tensor_model_parallel_size}"
@@ -122,16 +122,16 @@ def check_architecture(
     ):
         if value is not None and value % model.tensor_model_parallel_size:
             raise UserError(
-                f"{_given(config, name, value)} is not divisible by {tensor_parallel}; each rank holds an equal part, "
+                f"{_given(config, name, value)} is not divisible by {tensor_parallel}; each rank takes an equal part, "
                 "so change one of them"
             )
     if num_attention_heads is not None and num_query_groups is not None and num_attention_heads % num_query_groups:
         raise UserError(
             f"{_given(config, 'num_attention_heads', num_attention_heads)} is not divisible by "
-            f"{_given(config, 'num_query_groups', num_query_groups)}; each group serves equally many heads"
+            f"{_given(config, 'num_query_groups', num_query_groups)}; change one of them"
         )
     if hidden_size is None or num_attention_heads is None or kv_channels is not None:
-        pass  # a head's width is not derived from these
+        pass  # the head dimension is not derived from these
     elif hidden_size % num_attention_heads:
         raise UserError(
             f"{_given(config, 'hidden_size', hidden_size)} is not divisible by "
@@ -143,15 +143,15 @@ def check_architecture(
         counted = [name for name in COUNTED_AS_LAYER if model.arch.extra.get(name)]
         if counted and (num_layers + len(counted)) % stages:
             raise UserError(
-                f"{_given(config, 'num_layers', num_layers)} and {len(counted)} more by model.arch.extra."
-                f"{' and '.join(counted)} are not divisible by the pipeline's {stages} parts; change one of them"
+                f"{_given(config, 'num_layers', num_layers)} plus {len(counted)} counted by model.arch.extra."
+                f"{' and '.join(counted)} is not divisible by the pipeline's {stages} layer groups; change one of them"
             )
         if not counted and num_layers % stages:
             times = f" x model.virtual_pipeline_model_parallel_size={virtual}" if virtual else ""
             raise UserError(
                 f"{_given(config, 'num_layers', num_layers)} is not divisible by "
-                f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size}{times}; each stage holds "
-                "equally many layers, so change one of them"
+                f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size}{times}; all stages have the "
+                "same number of layers, so change one of them"
             )
     check_fp8_network(
         config,
@@ -163,14 +163,14 @@ def check_architecture(
     )
 
 
-# Fields of Megatron's config by which pipeline stages may hold different numbers of layers.
+# Prefixes of Megatron's fields that give pipeline stages different numbers of layers.
 UNEVEN_STAGES = ("num_layers_in_", "pipeline_model_parallel_layout")
-# Those by which the embedding or the output layer counts as a layer when layers are dealt out.
+# Megatron's fields that count the embedding or the output layer as a layer when layers are assigned to stages.
 COUNTED_AS_LAYER = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
 
 
 def _given(config: RunConfig, name: str, value: int) -> str:
-    """``model.arch.NAME=VALUE``, and where the value comes from if not from the config."""
+    """``model.arch.NAME=VALUE``, with the source of a value that the config does not set."""
     from_elsewhere = "" if vars(config.model.arch)[name] is not None else f" (of {network_key(config)})"
     return f"model.arch.{name}={value}{from_elsewhere}"
 
@@ -189,7 +189,7 @@ def _check_length(config: RunConfig) -> None:
         raise UserError(f"trainer.profile_steps={steps}: must be the first and the last step, such as [10, 12]")
     if steps is not None and trainer.max_steps is not None and steps[1] > trainer.max_steps:
         raise UserError(
-            f"trainer.profile_steps={steps}: the run ends at trainer.max_steps={trainer.max_steps}; name earlier steps"
+            f"trainer.profile_steps={steps}: the run ends at trainer.max_steps={trainer.max_steps}; use earlier steps"
         )
 
 
@@ -201,7 +201,7 @@ def _check_ranks(config: RunConfig) -> None:
         raise UserError(
             f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes} = {ranks} ranks are not "
             f"divisible by tensor x pipeline x context parallel size = {tensor} x {pipeline} x {context} = "
-            f"{tensor * pipeline * context}; set trainer.devices, or the sizes in model"
+            f"{tensor * pipeline * context}; set trainer.devices, or change the parallel sizes"
         )
     experts = model.expert_model_parallel_size * (model.expert_tensor_parallel_size or tensor) * pipeline
     if ranks % experts:
@@ -225,7 +225,7 @@ def _check_ranks(config: RunConfig) -> None:
     if model.seq_length % multiple:
         raise UserError(
             f"model.seq_length={model.seq_length} is not a multiple of {multiple}, which sequence and context "
-            f"parallelism need; take {-(-model.seq_length // multiple) * multiple}"
+            f"parallelism require; set it to {-(-model.seq_length // multiple) * multiple}"
         )
 
 
@@ -239,7 +239,7 @@ def _check_batches(config: RunConfig) -> None:
     micro_batches = model.global_batch_size // (model.micro_batch_size * ranks)
     if model.virtual_pipeline_model_parallel_size is not None and micro_batches % model.pipeline_model_parallel_size:
         raise UserError(
-            f"model.global_batch_size={model.global_batch_size} makes {micro_batches} micro-batches on each rank; the "
+            f"model.global_batch_size={model.global_batch_size} gives {micro_batches} micro-batches per rank; the "
             "interleaved schedule needs a multiple of model.pipeline_model_parallel_size="
             f"{model.pipeline_model_parallel_size}; change a batch size, or unset "
             "model.virtual_pipeline_model_parallel_size"
@@ -253,7 +253,7 @@ def _check_recompute(config: RunConfig) -> None:
         ("recompute_num_layers", model.recompute_num_layers),
     ):
         if value is not None and model.recompute_granularity != "full":
-            raise UserError(f"model.{name}={value} goes with model.recompute_granularity=full; set that, or drop this")
+            raise UserError(f"model.{name}={value} requires model.recompute_granularity=full; set that, or remove this")
 
 
 def _check_layout(config: RunConfig) -> None:
@@ -273,48 +273,48 @@ def _check_layout(config: RunConfig) -> None:
     if config.data.packing and size > 1:
         raise UserError(
             f"data.packing=true with model.context_parallel_size={size}: Transformer "
-            "Engine splits each packed row by itself, which is not supported yet; set one of them to its default"
+            "Engine splits each packed row separately, which is not supported yet; set one of them to its default"
         )
 
 
 def _check_optimizer(config: RunConfig) -> None:
     optim = config.model.optim
     if len(optim.betas) != 2 or max(optim.betas) >= 1:
-        raise UserError(f"model.optim.betas={optim.betas}: Adam has two, below 1, such as [0.9, 0.98]")
+        raise UserError(f"model.optim.betas={optim.betas}: must be two numbers below 1, such as [0.9, 0.98]")
     if optim.sched.min_lr > optim.lr:
         raise UserError(
             f"model.optim.sched.min_lr={optim.sched.min_lr:g} is above model.optim.lr={optim.lr:g}; lower it"
         )
     if optim.overlap_param_gather and not (optim.use_distributed_optimizer and optim.overlap_grad_reduce):
         raise UserError(
-            "model.optim.overlap_param_gather=true needs model.optim.use_distributed_optimizer=true and "
-            "model.optim.overlap_grad_reduce=true"
+            "model.optim.overlap_param_gather=true requires model.optim.use_distributed_optimizer=true and "
+            "model.optim.overlap_grad_reduce=true; set both, or set it to false"
         )
 
 
 def check_engine(config: RunConfig) -> None:
-    """Refuses what the other engine alone has. Whether the engine is installed is not asked: login nodes have none.
+    """Refuse what the run's engine does not support. The engine need not be installed: login nodes have none.
 
     Raises:
-        UserError: names the key.
+        UserError: on the first violated rule.
     """
     keys, engine = config.model, config.trainer.engine
     engine = (installed_engine() if engine == "auto" else engine) or engine
     if engine == NEMO and keys.peft.scheme not in ("none", "lora"):
         raise UserError(
-            f"model.peft.scheme={keys.peft.scheme}: the engine NeMo has lora alone; set it to that, or use "
+            f"model.peft.scheme={keys.peft.scheme}: engine {NEMO} supports only lora; set it to lora, or use "
             f"trainer.engine={BRIDGE}"
         )
     virtual = keys.virtual_pipeline_model_parallel_size
     if engine == NEMO and keys.peft.scheme != "none" and (virtual or 1) > 1:
         raise UserError(
-            f"model.virtual_pipeline_model_parallel_size={virtual}: the engine NeMo leaves adapters of interleaved "
-            f"stages out of its checkpoints; set it to null, or use trainer.engine={BRIDGE}"
+            f"model.virtual_pipeline_model_parallel_size={virtual}: engine {NEMO} does not save adapters of "
+            f"interleaved stages; set it to null, or use trainer.engine={BRIDGE}"
         )
     if engine == BRIDGE and keys.config_class is not None:
         raise UserError(
-            f"model.config_class={keys.config_class}: is a class of NeMo, which Megatron-Bridge does not have. Set "
-            "model.family and model.arch instead"
+            f"model.config_class={keys.config_class}: must be null with engine {BRIDGE}, which has no NeMo "
+            "classes; set model.family and model.arch instead"
         )
 
 
@@ -323,21 +323,21 @@ def _check_peft(config: RunConfig) -> None:
     scheme = config.model.peft.scheme
     if scheme != "none" and needs.scores:
         raise UserError(
-            f"model.peft.scheme={scheme} trains adapters alone, but objective "
-            f"{config.model.objective} has a head to train; set it to none"
+            f"model.peft.scheme={scheme} trains only adapters, but objective "
+            f"{config.model.objective} also trains a head; set it to none"
         )
     if scheme != "none" and config.model.restore_from_path is None:
         raise UserError(
-            f"model.peft.scheme={scheme} trains adapters of a model's weights, but "
-            "model.restore_from_path is null; name the checkpoint that they are for"
+            f"model.peft.scheme={scheme} trains adapters of an existing model, but "
+            "model.restore_from_path is null; set it to that model's checkpoint"
         )
 
 
 def check_sources(config: RunConfig) -> None:
-    """Checks that data and tokenizer are named, and that the files are there.
+    """Check that data and tokenizer are set and exist.
 
     Raises:
-        UserError: the first that is missing.
+        UserError: for the first that is missing.
     """
     data = config.data
     if data.train_path is None:
@@ -346,35 +346,37 @@ def check_sources(config: RunConfig) -> None:
         if value is not None:
             _check_data(f"data.{key}", value)
     if data.tokenizer is None:
-        raise UserError("data.tokenizer is not set; add data.tokenizer= the folder or name of a Hugging Face tokenizer")
+        raise UserError("data.tokenizer is not set; set it to a Hugging Face tokenizer's directory or name")
     folder = os.path.expanduser(data.tokenizer)
     if (folder.startswith((".", "/")) or folder.count("/") > 1) and not os.path.isdir(folder):
-        remedy = made_by(folder) or "give a folder or name of a tokenizer"
-        raise UserError(f"data.tokenizer={data.tokenizer}: no such folder; {remedy}")
+        remedy = made_by(folder) or "give a tokenizer's directory or name"
+        raise UserError(f"data.tokenizer={data.tokenizer}: no such directory; {remedy}")
 
 
 def made_by(path: str) -> str | None:
     """What to do about a directory that does not exist, if a target of the Makefile creates it."""
     if "smollm2-135m-instruct" not in Path(path).parts:
         return None
-    return "run make smollm2 in the repository, and this command from there"
+    return "run make smollm2 in the repository, and run this command there"
 
 
 def _check_results(config: RunConfig) -> None:
     name = config.exp_manager.name
     if not name or Path(name).name != name:
-        raise UserError(f"exp_manager.name={name}: give one folder's name; the path to it is exp_manager.exp_dir")
+        raise UserError(
+            f"exp_manager.name={name}: must be a single directory name; the path to it is exp_manager.exp_dir"
+        )
     folder = run_dir(config).absolute()
     present = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not present.is_dir() or not os.access(present, os.W_OK):
-        what = "cannot be written to" if present.is_dir() else "is not a folder"
-        raise UserError(f"exp_manager.exp_dir={config.exp_manager.exp_dir}: {present} {what}; choose another folder")
+        what = "cannot be written to" if present.is_dir() else "is not a directory"
+        raise UserError(f"exp_manager.exp_dir={config.exp_manager.exp_dir}: {present} {what}; choose another directory")
 
 
 def _check_data(key: str, value: object) -> None:
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
-        raise UserError(f"{key}={value}: give a path, or a list of paths such as [a.jsonl,b.jsonl]")
+        raise UserError(f"{key}={value}: must be a path, or a list of paths such as [a.jsonl,b.jsonl]")
     try:
         expand_paths(paths)
     except UserError as error:

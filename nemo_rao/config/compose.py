@@ -1,11 +1,11 @@
 """From YAML and ``key=value`` to a typed, checked :class:`RunConfig`.
 
 Hydra finds the files, composes the groups (``model``, ``precision``, ``objective``) and parses the overrides. It does
-not know the keys: its result is typed and checked in :mod:`nemo_rao.config.typed_config`. Every error is a
-:class:`UserError` of one line.
+not know the keys: its result is typed and checked in :mod:`nemo_rao.config.typed_config`. Every error is a one-line
+:class:`UserError`.
 
-Composing takes Hydra about 0.1 s. A process that composes one of the package's recipes many times, such as a study,
-pays this once: the composition of such a recipe with its groups is cached until one of the YAML files changes, and
+Hydra takes about 0.1 s to compose a recipe. A process that composes one of the package's recipes many times, such as a
+study, pays this once: the composition of the recipe with its groups is cached until one of the YAML files changes, and
 values are set in a copy.
 """
 
@@ -47,7 +47,7 @@ from nemo_rao.config.typed_config import (
 from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.other_names import MADE_FILES, objective_hint
 
-QUOTING = "text with commas or brackets is put in quotes twice: 'key=\"a, b\"'"
+QUOTING = "quote text with commas or brackets twice: 'key=\"a, b\"'"
 
 
 def compose(
@@ -56,20 +56,20 @@ def compose(
     """The run described by a recipe and overrides.
 
     Args:
-        config_name: a YAML file of ``config_dir`` or of the package, with or without ``.yaml``, or an old name of the
-            package's (:mod:`nemo_rao.config.moved_recipes`).
+        config_name: a YAML file of ``config_dir`` or of the package, with or without ``.yaml``, or a deprecated
+            name (:mod:`nemo_rao.config.moved_recipes`).
         overrides: ``key=value``, or ``group=file`` such as ``model=llama3_8b``; later ones win.
         config_dir: a directory of the user's own recipes and groups, searched before the package's.
 
     Raises:
-        UserError: one line that names the file, group or key, and what is allowed.
+        UserError: one line with the file, group or key, and what is allowed.
     """
     name, recipes = _find(config_name, config_dir)
     composed, grid = _compose_untyped(name, [_prepare(_parse(text), recipes.groups) for text in overrides], recipes)
     if grid:
         raise UserError(
-            f"recipe {name}: a grid of {' and '.join(grid)} is several runs (search=, or hydra.sweeper.params); add "
-            "--multirun to the command nemo-rao train, or leave the grid out"
+            f"recipe {name}: a grid over {' and '.join(grid)} is several runs (search=, or hydra.sweeper.params); "
+            "add --multirun to nemo-rao train, or remove the grid"
         )
     return typed_config(composed, where=name)
 
@@ -94,7 +94,7 @@ def compose_grid(
     given = [_parse(text) for text in overrides]
     for text, read in zip(overrides, given, strict=True):
         if read.input_line != text and "," in text:  # not Hydra's syntax, so taken literally
-            raise UserError(f'{text}: cannot be read as several values; put each in quotes: \'key="a=1","b=2"\'')
+            raise UserError(f'{text}: cannot be parsed as several values; quote each: \'key="a=1","b=2"\'')
     fixed = [_prepare(one, groups) for one in given if not one.is_sweep_override()]
     _, grid = _compose_untyped(name, fixed, recipes)
     by_key = {one.key_or_group: one for one in [*(_parse(f"{key}={value}") for key, value in grid.items()), *given]}
@@ -110,7 +110,7 @@ def compose_grid(
                 prepared = [_prepare(_parse(text), groups) for text in choices]
                 of_groups[choices], its_grid = _compose_untyped(name, [*once, *prepared], recipes)
                 if its_grid != grid:
-                    raise UserError("a file that has a grid itself is chosen once, not swept over")
+                    raise UserError("cannot sweep over a file that contains a grid; choose one file")
             values = copy.deepcopy(of_groups[choices])
             _update(values, [text for text in own if text not in choices])
             runs.append((own, typed_config(values, where=name)))
@@ -120,7 +120,7 @@ def compose_grid(
 
 
 def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The same run with some keys overridden, ``key=value``. Groups can no longer be chosen.
+    """A copy of the run with some keys overridden, ``key=value``. Groups can no longer be chosen.
 
     Raises:
         UserError: see :func:`compose`.
@@ -145,7 +145,7 @@ def _set(values: DictConfig, prepared: str) -> None:
 
 
 def package_recipes() -> Path:
-    """The directory of the package's recipes: inside an installed package, at the top of a checkout."""
+    """The directory of the package's recipes: in the package if it is installed, else at the top of the checkout."""
     package = Path(__file__).resolve().parents[1]
     installed, checkout = package / "conf", package.parent / "conf"
     return installed if installed.is_dir() else checkout
@@ -160,7 +160,7 @@ def recipe_names(folders: Sequence[Path]) -> list[str]:
 
 
 class _File(NamedTuple):
-    """A YAML file, with what changes when its contents do."""
+    """A YAML file, with the modification time and size that show whether it has changed."""
 
     path: str
     mtime_ns: int
@@ -169,19 +169,19 @@ class _File(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Recipes:
-    """The directories that are searched for recipes and groups, in this order, and the YAML files in each."""
+    """The directories searched for recipes and groups, in this order, and the YAML files in each."""
 
     folders: tuple[Path, ...]
     files: tuple[tuple[_File, ...], ...]
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """The recipes: files directly in a directory."""
+        """Names of the recipes: the files at the top of a directory."""
         return sorted({Path(file.path).stem for files in self.files for file in files if "/" not in file.path})
 
     @functools.cached_property
     def groups(self) -> dict[str, list[str]]:
-        """Group (a directory below a directory of recipes) -> names of its files."""
+        """Group (a subdirectory of a recipe directory) -> names of its files."""
         groups: dict[str, set[str]] = {}
         for file in itertools.chain(*self.files):
             group, slash, name = file.path.rpartition("/")
@@ -201,7 +201,7 @@ def _yaml_files(folder: Path) -> Iterator[_File]:
 
 
 def _find(config_name: str, config_dir: str | os.PathLike[str] | None) -> tuple[str, _Recipes]:
-    """The recipe's name, and the directories that are searched for it and for the files of groups."""
+    """The recipe's name, and the directories searched for it and for groups."""
     folders = [package_recipes()]
     if config_dir is not None:
         own = Path(config_dir).expanduser().resolve()
@@ -224,8 +224,8 @@ def _combinations(swept: Sequence[Override]) -> list[tuple[str, ...]]:
         if one.value_type in (ValueType.INTERVAL_SWEEP, ValueType.GLOB_CHOICE_SWEEP) or (
             isinstance(values, (ChoiceSweep, RangeSweep)) and values.shuffle
         ):
-            # Ranks that were started by srun or torchrun would each shuffle in another way.
-            raise UserError(f"{one.input_line}: only a list of values in their order is swept over; write them out")
+            # Ranks started by srun or torchrun would each shuffle differently.
+            raise UserError(f"{one.input_line}: only an ordered list of values can be swept over; write them out")
     try:
         choices = [
             [f"{one.get_key_element().lstrip('+')}={value}" for value in one.sweep_string_iterator()] for one in swept
@@ -234,7 +234,7 @@ def _combinations(swept: Sequence[Override]) -> list[tuple[str, ...]]:
         raise UserError(f"{' '.join(str(one.input_line) for one in swept)}: {first_line(error)}") from None
     for one, values in zip(swept, choices, strict=True):
         if not values:
-            raise UserError(f"{one.input_line}: a range without values; widen it")
+            raise UserError(f"{one.input_line}: the range is empty; widen it")
     return list(itertools.product(*choices))
 
 
@@ -252,13 +252,13 @@ def _parse(text: str) -> Override:
             escaped = value.replace("\\", "\\\\").replace('"', '\\"')
             return parser.parse_override(f'{name}="{escaped}"')
         reason = first_line(error).partition(" expecting")[0]
-        raise UserError(f"{text}: cannot be read ({reason}); {QUOTING}") from None
+        raise UserError(f"{text}: cannot be parsed ({reason}); {QUOTING}") from None
 
 
 def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
     """The override in its final form: ``group=file``, or ``++key=value`` with a checked key.
 
-    ``++``, since keys may be set whether a file sets them or not.
+    ``++``, because a key may be set whether or not a file sets it.
     """
     text = override.input_line
     assert text is not None
@@ -266,8 +266,8 @@ def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
     value = text.partition("=")[2]
     if override.is_sweep_override():
         raise UserError(
-            f"{text}: one value at a time is set here; --multirun makes a run of each, a list is written "
-            f"{name}=[{value}], and {QUOTING}"
+            f"{text}: must be a single value; add --multirun for a run of each, write a list as {name}=[{value}], or "
+            f"{QUOTING}"
         )
     if name in groups and isinstance(choice := override.value(), str):
         if choice.removesuffix(".yaml") not in groups[name]:
@@ -279,7 +279,7 @@ def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
             )
         return f"{name}={choice}" if override.package is None else text
     if override.is_delete():
-        raise UserError(f"{text}: keys cannot be deleted; set {name} to null, where its comment allows that")
+        raise UserError(f"{text}: keys cannot be deleted; set {name} to null if its comment allows it")
     require_known(name)
     if name in known_keys() and name not in types_of_keys() and not isinstance(override.value(), dict):
         raise not_a_value(name, value)
@@ -288,7 +288,7 @@ def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
         float,
         bool,
     ):
-        value = f'"{value}"'  # a name such as 2024_11_21, which Hydra parses as a number
+        value = f'"{value}"'  # text such as 2024_11_21, which Hydra parses as a number
     return f"++{name}={value}"
 
 
@@ -297,9 +297,9 @@ def _takes_text(name: str) -> bool:
 
 
 def _compose_untyped(name: str, prepared: Sequence[str], recipes: _Recipes) -> tuple[DictConfig, dict[str, str]]:
-    """A recipe with overrides, and the grid in it (``hydra.sweeper.params``: key -> values as they are written).
+    """A recipe with overrides, and its grid (``hydra.sweeper.params``: key -> values as written).
 
-    A group that the recipe does not choose from is added to it: ``search=dpo`` works as ``+search=dpo`` does.
+    A group that is not in the recipe's defaults is added to them: ``search=dpo`` works like ``+search=dpo``.
     """
     choices = [text for text in prepared if not text.startswith("++")]
     if choices:
@@ -314,16 +314,16 @@ def _compose_untyped(name: str, prepared: Sequence[str], recipes: _Recipes) -> t
 
 
 class _Composition(NamedTuple):
-    """What Hydra makes of a recipe and choices of groups; shared, not to be changed."""
+    """Hydra's composition of a recipe and choices of groups; shared, so it must not be modified."""
 
     values: DictConfig
     grid: dict[str, str]
-    choices: frozenset[str]  # the groups that are chosen from
+    choices: frozenset[str]  # the groups in the defaults
 
 
 def _composition(name: str, choices: tuple[str, ...], recipes: _Recipes) -> _Composition:
-    # A user's recipe may depend on more than its files: on variables of the environment in its list of defaults
-    # (${oc.env:NAME}), and on directories of its own (hydra.searchpath). The package's recipes do not.
+    # A user's recipe may depend on more than its files: on environment variables in its defaults list
+    # (${oc.env:NAME}), and on further directories (hydra.searchpath). The package's recipes do not.
     if recipes.folders == (package_recipes(),):
         return _cached_composition(name, choices, recipes)
     return _compose_with_hydra(name, choices, recipes)
@@ -361,11 +361,11 @@ _searched: ContextVar[tuple[Path, ...]] = ContextVar("_searched", default=())
 
 
 class _RecipeFolders(SearchPathPlugin):
-    """Restricts Hydra's search to the directories of recipes, while one of ours is composed.
+    """Restricts Hydra's search path to the recipe directories while one of our recipes is composed.
 
     Plugins of other packages extend the search path of every application in the process. That of multi-storage-client,
-    which NeMo installs, logs a traceback wherever no such storage is configured. Plugins are called in the order in
-    which they are registered, so this one comes last.
+    which NeMo installs, logs a traceback if no such storage is configured. Plugins are called in the order of their
+    registration, so this one comes last.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -379,9 +379,9 @@ class _RecipeFolders(SearchPathPlugin):
 
 @contextlib.contextmanager
 def _initialized(folders: tuple[Path, ...]) -> Iterator[None]:
-    """Initialize Hydra for these directories; afterwards its global state is what it was."""
-    Plugins.instance().register(_RecipeFolders)  # once: a class that is registered is not registered again
-    outer = GlobalHydra.instance().hydra  # of an application that uses Hydra itself
+    """Initialize Hydra for these directories, and restore its global state afterwards."""
+    Plugins.instance().register(_RecipeFolders)  # has no effect the second time
+    outer = GlobalHydra.instance().hydra  # set if the application uses Hydra itself
     GlobalHydra.instance().clear()
     token = _searched.set(folders)
     try:

@@ -1,4 +1,4 @@
-"""Values derived from a run's keys: sizes of its parallelism, its objective's block, its directories."""
+"""Values derived from a run's keys: parallel sizes, the objective's block, directories."""
 
 import math
 from pathlib import Path
@@ -16,17 +16,17 @@ def objective_config(config: RunConfig) -> Any:
 
 
 def chosen_responses(config: RunConfig) -> Responses:
-    """Which of a prompt's responses are used: ``data.responses``, or what null stands for."""
+    """Which of a prompt's responses are used: ``data.responses``, or what null means for the objective."""
     if config.data.responses is not None:
         return cast(Responses, config.data.responses)
     return "best_worst" if registry.get(config.model.objective).needs_of(objective_config(config)).pairs else "all"
 
 
 def total_steps(config: RunConfig, num_prompts: int) -> int:
-    """Optimizer steps of the whole run on ``num_prompts`` training prompts.
+    """Number of optimizer steps of the whole run on ``num_prompts`` training prompts.
 
     Raises:
-        UserError: they do not fill one global batch.
+        UserError: the prompts do not fill one global batch.
     """
     per_epoch = steps_per_epoch(num_prompts, config.model.global_batch_size)
     if config.online.num_generations is not None:
@@ -36,36 +36,36 @@ def total_steps(config: RunConfig, num_prompts: int) -> int:
 
 
 def world_size(config: RunConfig) -> int:
-    """Ranks of the run."""
+    """Number of ranks of the run."""
     return config.trainer.devices * config.trainer.num_nodes
 
 
 def data_parallel_size(config: RunConfig) -> int:
-    """Copies of the model, each with its own part of a global batch."""
+    """Number of model replicas, each of which processes a different part of a global batch."""
     model = config.model
     copy = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     return world_size(config) // copy
 
 
 def parallel_multiple(config: RunConfig) -> int:
-    """Tokens: a sequence's length is a multiple of it, so that it can be split over ranks."""
+    """Number of tokens that a sequence's length must be a multiple of, so that ranks can split it."""
     keys = config.model
     context, tensor = keys.context_parallel_size, keys.tensor_model_parallel_size if keys.sequence_parallel else 1
     return math.lcm(context * tensor, 2 * context if context > 1 else 1)  # two chunks on each context-parallel rank
 
 
 def run_dir(config: RunConfig) -> Path:
-    """The folder of this run: checkpoints and logs."""
+    """The directory of this run: checkpoints and logs."""
     return Path(config.exp_manager.exp_dir).expanduser() / config.exp_manager.name
 
 
 def reference_dir(config: RunConfig) -> Path:
-    """The folder of reference log-probabilities, shared by all runs of ``exp_dir``: they are found by fingerprint."""
+    """The directory of reference log-probabilities, shared by all runs of ``exp_dir`` and keyed by fingerprint."""
     return _shared_dir(config, config.reference.cache_dir, "reference")
 
 
 def data_cache_dir(config: RunConfig) -> Path | None:
-    """The folder of tokenised data, shared by all runs of ``exp_dir``; ``None``: nothing is kept."""
+    """The directory of tokenized data, shared by all runs of ``exp_dir``; ``None``: no cache."""
     return _shared_dir(config, config.data.cache_dir, "tokenised") if config.data.cache else None
 
 

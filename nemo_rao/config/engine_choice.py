@@ -10,16 +10,16 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.errors import UserError
 
 KEY = "trainer.engine"
-NEMO, BRIDGE = "nemo", "bridge"  # in the order of auto
-# Releases of Megatron-Bridge, (major, minor), with which the engine is tested: first and last.
+NEMO, BRIDGE = "nemo", "bridge"  # the order in which auto tries them
+# First and last release of Megatron-Bridge, (major, minor), with which the engine is tested.
 BRIDGE_TESTED = ((0, 4), (0, 6))
 
 
 def engine_name(config: RunConfig) -> str:
-    """The engine that a run is driven by.
+    """The run's engine.
 
     Raises:
-        UserError: it is not installed, or in a release with which it is not tested.
+        UserError: the engine is not installed, or its release is not tested.
     """
     asked = config.trainer.engine
     found = installed_engine() if asked == "auto" else asked
@@ -30,19 +30,19 @@ def engine_name(config: RunConfig) -> str:
         )
     if not _is_installed(found):
         package = "NeMo's LLM collection (nemo_toolkit 2.x)" if found == NEMO else "Megatron-Bridge (megatron-bridge)"
-        raise UserError(f"{KEY}={asked}: {package} is not installed here; install it, or set {KEY}=auto")
+        raise UserError(f"{KEY}={asked}: {package} is not installed; install it, or set {KEY}=auto")
     if found == BRIDGE:
         _check_release()
     return found
 
 
 def installed_engine() -> str | None:
-    """The engine that ``auto`` stands for on this machine; ``None`` where there is none, as on login nodes."""
+    """The engine that ``auto`` selects on this machine; ``None`` if none is installed, as on login nodes."""
     return next((name for name in (NEMO, BRIDGE) if _is_installed(name)), None)
 
 
 def _is_installed(name: str) -> bool:
-    # Packages of other parts, or later versions, share the first part of the name: what is looked for is the part used.
+    # Other packages and later versions share the top-level name, so look for the subpackage that the engine uses.
     package, part = ("nemo", "collections/llm") if name == NEMO else ("megatron", "bridge/training")
     spec = importlib.util.find_spec(package)  # of a top-level package: imports nothing
     folders = [] if spec is None else spec.submodule_search_locations or []
@@ -55,6 +55,6 @@ def _check_release() -> None:
     first, last = BRIDGE_TESTED
     if not first <= release <= last:
         raise UserError(
-            f"{KEY}={BRIDGE}: Megatron-Bridge {version} is installed; tested are {first[0]}.{first[1]} to "
-            f"{last[0]}.{last[1]}; install one of these"
+            f"{KEY}={BRIDGE}: Megatron-Bridge {version} is installed, but the engine is tested with "
+            f"{first[0]}.{first[1]} to {last[0]}.{last[1]}; install one of these"
         )

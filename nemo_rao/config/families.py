@@ -1,18 +1,18 @@
-"""The families of models, in Megatron's terms: what every size of a family has in common.
+"""Model families as fields of Megatron's config: what all sizes of a family have in common.
 
-A recipe names a family (``model.family``) and the sizes of one model of it (``model.arch``). Planning, checks and both
-engines read this table; an engine turns the fields into its own config.
+A recipe sets a family (``model.family``) and the sizes of one of its models (``model.arch``). Planning, checks and both
+engines read this table; each engine converts the fields to its own config.
 
-Field names are those of Megatron's ``TransformerConfig``. Those that are not are arguments of its ``GPTModel``
+Field names are those of Megatron's ``TransformerConfig``. The others are arguments of its ``GPTModel``
 (``position_embedding_type``, ``rotary_base``, ``rotary_percent``, ``vocab_size``,
-``share_embeddings_and_output_weights``), of the engines (``make_vocab_size_divisible_by``), or defined here:
+``share_embeddings_and_output_weights``), arguments of the engines (``make_vocab_size_divisible_by``), or defined here:
 
     activation_func    a name, see :data:`ACTIVATIONS`
     rope_scaling       ``None``, or the fields of :class:`nemo_rao.config.model_config.RopeScalingConfig`
-    rotary_base_local  base of the rotary embedding of layers with a window; ``rotary_base`` is that of the others
+    rotary_base_local  base of the rotary embedding in sliding-window layers; ``rotary_base`` is that of the others
 
-Load-balancing losses are absent: they are turned off in every run (:mod:`nemo_rao.mcore.loss`). So are number formats
-and kernels, which do not belong to a network.
+Load-balancing losses are absent, because every run disables them (:mod:`nemo_rao.mcore.loss`). So are number formats
+and kernels, which are not part of the architecture.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 # silu: x sigmoid(x). gelu_tanh: GELU in its tanh form. quick_gelu: x sigmoid(1.702 x).
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu")
 
-# Sizes of one model, which no family has.
+# Sizes for which families have no default.
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
-# What a decoder is unless its family says otherwise. None: Megatron derives it, or there is none.
+# Defaults of all families. None: Megatron derives the value, or the model has no such part.
 _DECODER: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_epsilon": 1e-5,
@@ -63,9 +63,9 @@ class Family:
 
     Attributes:
         name: the value of ``model.family``.
-        model_type: its name in Hugging Face's config.json.
-        own: fields in which it differs from a Llama of the usual sizes, see :attr:`fields`.
-        parts: what its layers have beyond Megatron's own GPT, for messages.
+        model_type: ``model_type`` in Hugging Face's config.json.
+        own: fields that differ from the defaults of all families, see :attr:`fields`.
+        parts: what its layers have in addition to those of Megatron's GPT, for messages.
         scales_rope: ``model.arch.rope_scaling`` may be set.
     """
 
@@ -77,7 +77,7 @@ class Family:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Field -> value, all that a family decides and all defaults of sizes that it has."""
+        """Field -> value: the defaults of all families, overridden by those of this one."""
         return {**_DECODER, **self.own}
 
 
@@ -90,11 +90,11 @@ FAMILIES = {
     for family in (
         Family("llama", "llama", {}, scales_rope=True),
         Family("mistral", "mistral", {}),
-        # The weights of the chosen experts are a softmax over them alone.
+        # Routing weights are a softmax over the selected experts only.
         Family("mixtral", "mixtral", {**_MIXTURE, "rotary_base": 1e6}),
         Family("qwen2", "qwen2", {**_QWEN, "add_qkv_bias": True}),
         Family("qwen3", "qwen3", _QWEN3),
-        # norm_topk_prob: as Mixtral's. Models without it set moe_router_pre_softmax.
+        # With norm_topk_prob, as in Mixtral. Models without it set moe_router_pre_softmax.
         Family("qwen3_moe", "qwen3_moe", {**_QWEN3, "num_moe_experts": 128, "moe_router_topk": 8}),
         Family(
             "gemma3",
@@ -108,12 +108,12 @@ FAMILIES = {
                 "softmax_scale": 256**-0.5,
                 "rotary_base": 1e6,
                 "rotary_base_local": 10000.0,
-                # Tokens before the present one, which counts as one of the 512; every sixth layer sees all.
+                # The 511 tokens before the current one, a window of 512; every sixth layer attends to all.
                 "window_size": (511, 0),
                 "window_attn_skip_freq": 6,
                 "share_embeddings_and_output_weights": True,
             },
-            parts=("norms behind attention and feed-forward layers", "scaled embeddings", "two rotary embeddings"),
+            parts=("norms after attention and feed-forward layers", "scaled embeddings", "two rotary embeddings"),
         ),
         Family(
             "gpt_oss",
@@ -144,9 +144,9 @@ FAMILIES = {
 
 
 def family_of_model_type(model_type: str) -> Family | None:
-    """The family of a Hugging Face model."""
+    """The family with this ``model_type`` of Hugging Face; ``None`` if there is none."""
     return next((family for family in FAMILIES.values() if family.model_type == model_type), None)
 
 
-# Llama 3's rotary scaling in Megatron-Bridge, which takes the factor alone and has these values.
+# Llama 3's rotary scaling in Megatron-Bridge, which accepts only the factor and fixes these values.
 BRIDGE_ROPE_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}

@@ -1,8 +1,8 @@
 """GPUs that a run can be planned for, and the FP8 recipes that they support.
 
-Figures are those of NVIDIA's data sheets, for dense products, without sparsity. Links are those of its DGX and HGX
-systems of 8 GPUs: NVLink, of which data sheets give both directions together, and one InfiniBand card a GPU, HDR
-(200 Gb/s) with A100, NDR (400 Gb/s) with the others.
+Figures are from NVIDIA's data sheets, for dense matrix products without sparsity. Links are those of its DGX and HGX
+systems with 8 GPUs: NVLink, for which data sheets give both directions together, and one InfiniBand card per GPU, HDR
+(200 Gb/s) for A100, NDR (400 Gb/s) for the others.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ NO_END: Capability = (1000, 0)
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU.
+    """A GPU model.
 
     Attributes:
-        name: as it is printed.
+        name: the name to print.
         capability: compute capability.
         memory_gib: as the driver reports it.
         bf16_tflops, fp32_tflops: peak, in bf16 and in fp32 (not TF32).
-        intra_node_gbs, inter_node_gbs: GB/s that it can send, by NVLink and by InfiniBand.
-        memory_gbs: GB/s at which it reads its memory.
-        device_names: what its driver calls it, as a regular expression. Others of its family, such as those on PCIe
-            cards, have other peaks.
+        intra_node_gbs, inter_node_gbs: bandwidth of NVLink and of InfiniBand in one direction, GB/s.
+        memory_gbs: memory bandwidth, GB/s.
+        device_names: regular expression for the driver's name of it. Other GPUs of its generation, such as PCIe cards,
+            have other peaks.
     """
 
     name: str
@@ -55,7 +55,7 @@ GPUS = {
 
 
 def gpu_of_device(name: str) -> Gpu | None:
-    """The GPU that the driver calls by this name (``torch.cuda.get_device_name``); ``None``: it is none of these."""
+    """The GPU with this name in the driver (``torch.cuda.get_device_name``); ``None`` if it is not in the table."""
     return next((gpu for gpu in GPUS.values() if re.fullmatch(gpu.device_names, name)), None)
 
 
@@ -64,10 +64,10 @@ class Fp8Recipe:
     """What an FP8 recipe needs.
 
     Attributes:
-        scales: what it has scales for.
-        lowest, below: compute capabilities of the GPUs that have it, from the first to before the second.
+        scales: what has a scale, and from what it is computed.
+        lowest, below: compute capabilities that support it: ``lowest`` inclusive, ``below`` exclusive.
         architectures: the same in words.
-        multiple: tokens of a sequence, and channels of a layer on each rank, come in multiples of it.
+        multiple: a sequence's tokens and a layer's channels on each rank must be a multiple of it.
     """
 
     scales: str
@@ -80,12 +80,12 @@ class Fp8Recipe:
         return self.lowest <= capability < self.below
 
 
-# By Megatron's names. What each runs on is Transformer Engine's support matrix (its ``check_recipe_support``); which
-# sizes its products take is Megatron's ``get_fp8_align_size``.
+# By Megatron's names. Supported GPUs are those of Transformer Engine's ``check_recipe_support``; multiples are those of
+# Megatron's ``get_fp8_align_size``.
 FP8_RECIPES = {
-    "delayed": Fp8Recipe("a scale per tensor, from the steps before", (8, 9), "Ada, Hopper and later", 16),
+    "delayed": Fp8Recipe("a scale per tensor, from previous steps", (8, 9), "Ada, Hopper and later", 16),
     "tensorwise": Fp8Recipe("a scale per tensor, from the tensor itself", (8, 9), "Ada, Hopper and later", 16),
     "blockwise": Fp8Recipe("a scale per block of 128 values", (9, 0), "Hopper and later", 16),
-    # Compute capability 12, Blackwell of workstations, lacks some of the products' layouts.
-    "mxfp8": Fp8Recipe("a scale per 32 values", (10, 0), "Blackwell of data centres", 32, below=(12, 0)),
+    # Compute capability 12, workstation Blackwell, lacks some of the matrix layouts.
+    "mxfp8": Fp8Recipe("a scale per 32 values", (10, 0), "data-center Blackwell", 32, below=(12, 0)),
 }

@@ -7,11 +7,11 @@
     output_layer                                  lm_head
 
 A target is the last part of such a name, or a pattern of the whole name with ``*``, such as
-``*.layers.0.*.linear_qkv``. N counts the layers of the whole model from 0, whichever pipeline stage holds them.
+``*.layers.0.*.linear_qkv``. N is the index of the layer in the whole model, from 0, on every pipeline stage.
 
-**Choice** Hugging Face's names are accepted where they say the same as Megatron's: a matrix that Megatron fuses has one
-adapter, so all of its parts have to be named. With ``model.peft.scheme=canonical_lora`` each part has its own, and may
-be named alone: linear_q, linear_k, linear_v, linear_fc1_gate, linear_fc1_up, or as in Hugging Face's models.
+**Choice** Hugging Face's names are accepted if they mean the same as Megatron's: a fused matrix has one adapter, so all
+of its parts must be named. With ``model.peft.scheme=canonical_lora`` each part has a separate adapter and may be named
+alone: linear_q, linear_k, linear_v, linear_fc1_gate, linear_fc1_up, or as in Hugging Face's models.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ _PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "linear_fc2": (("down_proj",), ("dense_4h_to_h",)),
     OUTPUT_LAYER: (("lm_head",),),
 }
-# What has an adapter of its own in canonical LoRA, by the names of Megatron-Bridge, in the order of _PARTS.
+# Parts with separate adapters in canonical LoRA, by Megatron-Bridge's names, in the order of _PARTS.
 SPLIT = {"linear_qkv": ("linear_q", "linear_k", "linear_v"), "linear_fc1": ("linear_fc1_gate", "linear_fc1_up")}
 _FUSED = {part: layer for layer, parts in SPLIT.items() for part in parts}
-_ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the output layer
+_ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the output layer
 _NAMES = ", ".join((*OF_LAYERS, OUTPUT_LAYER))
 _NOT_LINEAR = {"embed_tokens", "wte", "word_embeddings", "embedding", "embedding.word_embeddings", "router", "gate"}
 
 
 def splits(config: RunConfig) -> bool:
-    """Whether the parts of fused layers have adapters of their own."""
+    """Whether the parts of fused layers have separate adapters."""
     return config.model.peft.scheme == "canonical_lora"
 
 
 def lora_targets(config: RunConfig) -> tuple[str, ...]:
-    """The run's targets, each once: Megatron's names and patterns, in the order in which they are given.
+    """The run's targets without duplicates: Megatron's names and patterns, in the given order.
 
     Raises:
-        UserError: a name is unknown, or names a part of a layer whose other parts are missing.
+        UserError: a name is unknown, or is a part of a fused layer whose other parts are missing.
     """
     given, split = config.model.peft.lora.target_modules, splits(config)
     if not given:
-        raise UserError(f"{KEY}=[]: no layer gets an adapter; name some of {_NAMES}")
+        raise UserError(f"{KEY}=[]: no layer gets an adapter; list some of {_NAMES}")
     found: dict[str, None] = {}
     for name in given:
         if "*" in name:
@@ -72,7 +72,7 @@ def lora_targets(config: RunConfig) -> tuple[str, ...]:
 
 
 def _parts_named(name: str) -> list[str]:
-    """The parts of a layer, each with its adapter, that a name stands for."""
+    """The parts of a layer, each with a separate adapter, that ``name`` means."""
     if name in _FUSED:
         return [name]
     for layer, spellings in _PARTS.items():
@@ -91,7 +91,7 @@ def _layer_of_part(name: str, given: Sequence[str]) -> str:
             if missing := [part for part in parts if part not in given]:
                 raise UserError(
                     f"{KEY}: {name} is a part of Megatron's {layer}, which has one adapter for {_and(parts)}; "
-                    f"add {_and(missing)}, or take {layer}, or model.peft.scheme=canonical_lora"
+                    f"add {_and(missing)}, or use {layer}, or model.peft.scheme=canonical_lora"
                 )
             return layer
     raise _unknown(name, ())
@@ -99,7 +99,7 @@ def _layer_of_part(name: str, given: Sequence[str]) -> str:
 
 def _unknown(name: str, further: Iterable[str]) -> UserError:
     if name in _NOT_LINEAR:
-        return UserError(f"{KEY}: {name} is not a linear layer that can have an adapter; take some of {_NAMES}")
+        return UserError(f"{KEY}: {name} is not a linear layer that can have an adapter; use some of {_NAMES}")
     known = [
         *OF_LAYERS,
         OUTPUT_LAYER,
@@ -111,7 +111,7 @@ def _unknown(name: str, further: Iterable[str]) -> UserError:
 
 
 def linear_layers(num_layers: int, *, experts: bool, split: bool = False) -> list[str]:
-    """Names of the whole model's layers that can have an adapter; ``split``: of the parts of those that are fused."""
+    """Names of the whole model's layers that can have an adapter; ``split``: fused layers are given by their parts."""
     layers = [("self_attention", name) for name in ATTENTION]
     layers += [] if experts else [("mlp", name) for name in FEED_FORWARD]
     parts = [(block, part) for block, name in layers for part in (SPLIT.get(name, (name,)) if split else (name,))]
@@ -120,13 +120,13 @@ def linear_layers(num_layers: int, *, experts: bool, split: bool = False) -> lis
 
 
 def fused(name: str) -> str:
-    """The name of the layer of which ``name`` is a part; of a whole layer, its own."""
+    """The name of the layer that ``name`` is a part of; for a whole layer, ``name`` unchanged."""
     before, dot, last = name.rpartition(".")
     return before + dot + _FUSED.get(last, last)
 
 
 def adapted(targets: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that a target means. A pattern that means a layer means all of its parts."""
+    """The ``names`` that match a target. A pattern that matches a layer matches all of its parts."""
     targets = list(targets)
     return [name for name in names if any(_means(target, name) for target in targets)]
 
@@ -135,36 +135,36 @@ def _means(target: str, name: str) -> bool:
     if "*" not in target:
         return name.rpartition(".")[2] == target
     expression = ".*".join(map(re.escape, target.split("*")))
-    # Patterns that were written for NeMo may begin with the name of what is around the model.
+    # Patterns written for NeMo may start with its wrapper's name.
     return any(re.fullmatch(expression, before + one) for before in ("", "module.") for one in (name, fused(name)))
 
 
 def check_targets(config: RunConfig, *, num_layers: int | None, experts: bool) -> None:
-    """Checks that every target means a layer, and that every pipeline stage has an adapter to train.
+    """Check that every target matches a layer, and that every pipeline stage has an adapter to train.
 
     Args:
-        num_layers: of the whole model; ``None``: not known yet, and patterns are not checked.
-        experts: its feed-forward layers are experts.
+        num_layers: layers of the whole model; ``None``: not known yet, so matches and stages are not checked.
+        experts: whether its feed-forward layers are experts.
 
     Raises:
-        UserError: the first target or stage for which that does not hold.
+        UserError: on the first violated rule.
     """
     if config.model.peft.scheme == "none":
         return
     targets, scheme = lora_targets(config), config.model.peft.scheme
     if scheme == "dora" and config.model.peft.lora.dropout:
         dropout = config.model.peft.lora.dropout
-        raise UserError(f"model.peft.lora.dropout={dropout:g}: adapters of scheme dora have none; set it to 0")
+        raise UserError(f"model.peft.lora.dropout={dropout:g}: scheme dora has no dropout; set it to 0")
     if scheme == "dora" and adapted(targets, [OUTPUT_LAYER]):
-        raise UserError(f"{KEY}: {OUTPUT_LAYER} gets no adapter of scheme dora; leave it out, or take scheme lora")
+        raise UserError(f"{KEY}: {OUTPUT_LAYER} gets no adapter with scheme dora; leave it out, or use scheme lora")
     dim, tensor = config.model.peft.lora.dim, config.model.tensor_model_parallel_size
     if dim % tensor:
         raise UserError(
-            f"model.peft.lora.dim={dim} is not divisible by model.tensor_model_parallel_size={tensor}; each rank holds "
+            f"model.peft.lora.dim={dim} is not divisible by model.tensor_model_parallel_size={tensor}; each rank takes "
             "an equal part of an adapter, so change one of them"
         )
     if experts and (of_experts := [name for name in targets if fused(name) in FEED_FORWARD]):
-        raise UserError(f"{KEY}: {_and(of_experts)}: experts get no adapters; take {_and(ATTENTION)}")
+        raise UserError(f"{KEY}: {_and(of_experts)}: experts get no adapters; use {_and(ATTENTION)}")
     if num_layers is None:
         return
     names = linear_layers(num_layers, experts=experts, split=splits(config))
@@ -178,23 +178,23 @@ def check_targets(config: RunConfig, *, num_layers: int | None, experts: bool) -
 
 
 def _check_stages(config: RunConfig, names: set[str], num_layers: int) -> None:
-    """Refuses stages without an adapter: Megatron's optimizer can neither save nor read the state of none."""
+    """Refuse stages without an adapter: Megatron's optimizer can neither save nor load an empty state."""
     stages = config.model.pipeline_model_parallel_size
     with_adapters = {int(name.split(".")[2]) for name in names if name != OUTPUT_LAYER}
     layers = layers_of_stages(config, num_layers)
     if layers is None:
-        return  # seen on the ranks
+        return  # checked on the ranks
     for stage, of_stage in enumerate(layers):
         if not with_adapters & of_stage and not (stage == stages - 1 and OUTPUT_LAYER in names):
             raise UserError(
                 f"{KEY}={config.model.peft.lora.target_modules}: pipeline stage {stage} of {stages} (layers "
-                f"{_spans(sorted(of_stage))}) has no adapter to train; add a target there, or lower "
+                f"{_spans(sorted(of_stage))}) has no adapter to train; add a target in it, or lower "
                 "model.pipeline_model_parallel_size"
             )
 
 
 def layers_of_stages(config: RunConfig, num_layers: int) -> list[set[int]] | None:
-    """Numbers of the layers of each pipeline stage; ``None`` where that is not followed here."""
+    """Indices of the layers of each pipeline stage; ``None`` for layouts that are not computed here."""
     stages, virtual = config.model.pipeline_model_parallel_size, config.model.virtual_pipeline_model_parallel_size or 1
     extra, parts = config.model.arch.extra, stages * virtual
     at_ends = [extra.get(f"num_layers_in_{end}_pipeline_stage") for end in ("first", "last")]

@@ -21,7 +21,7 @@ _FP8 = (
 
 
 def recompute_fields(config: RunConfig) -> dict[str, Any]:
-    """Which activations are computed anew: of ``TransformerConfig``."""
+    """Fields of ``TransformerConfig``: which activations are recomputed."""
     keys = config.model
     full = keys.recompute_granularity == "full"
     return {
@@ -32,7 +32,7 @@ def recompute_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def offload_fields(config: RunConfig) -> dict[str, Any]:
-    """Which layers' activations are moved to host memory: of ``TransformerConfig``."""
+    """Fields of ``TransformerConfig``: the layers whose activations are offloaded to host memory."""
     layers = config.model.cpu_offloading_num_layers
     if layers is None:
         return {}
@@ -45,7 +45,7 @@ def offload_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def parallel_fields(config: RunConfig) -> dict[str, Any]:
-    """Over how many ranks a model is split, and how: of ``ModelParallelConfig``."""
+    """Fields of ``ModelParallelConfig``: how the model is split over ranks."""
     keys = config.model
     return {
         "tensor_model_parallel_size": keys.tensor_model_parallel_size,
@@ -58,20 +58,20 @@ def parallel_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def messages_between_stages(config: RunConfig) -> dict[str, bool]:
-    """How pipeline stages send to each other, where Megatron's default does not serve: of ``ModelParallelConfig``.
+    """Fields of ``ModelParallelConfig``: how pipeline stages communicate, if Megatron's default does not work.
 
-    Two stages of an interleaved pipeline send each other activations and gradients at once: in one batch of messages,
-    Megatron's default, the one is taken for the other.
+    Two stages of an interleaved pipeline send each other activations and gradients at the same time. In one batch of
+    messages, Megatron's default, one is mistaken for the other.
     """
     interleaved = config.model.virtual_pipeline_model_parallel_size is not None
     return {"overlap_p2p_comm": True, "batch_p2p_comm": False} if interleaved else {}
 
 
 def ddp_fields(config: RunConfig) -> dict[str, Any]:
-    """How gradients are reduced: of ``DistributedDataParallelConfig``."""
+    """Fields of ``DistributedDataParallelConfig``: how gradients are reduced."""
     keys = config.model.optim
     return {
-        # Megatron would raise before it is known which rows and rewards the step had (:mod:`nemo_rao.loop.finite`).
+        # Megatron would raise before the step's rows and rewards are known (:mod:`nemo_rao.loop.finite`).
         "check_for_nan_in_grad": False,
         "grad_reduce_in_fp32": config.precision.grad_reduce_in_fp32,
         "use_distributed_optimizer": keys.use_distributed_optimizer,
@@ -81,7 +81,7 @@ def ddp_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def optimizer_fields(config: RunConfig) -> dict[str, Any]:
-    """Of ``OptimizerConfig``; the learning rate is the highest of the schedule."""
+    """Fields of ``OptimizerConfig``; ``lr`` is the peak learning rate."""
     keys = config.model.optim
     return {
         "optimizer": keys.name,
@@ -99,7 +99,7 @@ def optimizer_fields(config: RunConfig) -> dict[str, Any]:
 def _optimizer_offload(fraction: float) -> dict[str, Any]:
     if fraction == 0:
         return {}
-    # Megatron's hybrid optimizer holds the master weights itself, as precision-aware ones do.
+    # Megatron's hybrid optimizer keeps the master weights itself, as precision-aware optimizers do.
     return {
         "optimizer_cpu_offload": True,
         "optimizer_offload_fraction": fraction,
@@ -108,7 +108,7 @@ def _optimizer_offload(fraction: float) -> dict[str, Any]:
 
 
 def optimizer_precision_fields(config: RunConfig) -> dict[str, Any]:
-    """Number formats: of ``OptimizerConfig``, but for ``params_dtype``. Engines write them there themselves."""
+    """Fields of ``OptimizerConfig``: number formats, except ``params_dtype``. Engines set these for their own."""
     keys = config.precision
     return {
         "bf16": keys.params == "bf16",
@@ -122,5 +122,5 @@ def optimizer_precision_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def fp8_fields(keys: PrecisionConfig) -> dict[str, Any]:
-    """8-bit formats: of ``TransformerConfig``. None in a simulation: Megatron would ask Transformer Engine for them."""
+    """Fields of ``TransformerConfig``: FP8. None in a simulation: Megatron would request it from Transformer Engine."""
     return {} if keys.fp8 is None or keys.fp8_simulation else {name: vars(keys)[name] for name in _FP8}

@@ -1,7 +1,7 @@
 """The keys of ``model``: network, parallelism, adapters, optimizer, and one block for each objective.
 
-An objective's block is its own typed config, taken from the table in ``nemo_rao.objectives.registry``: a new objective
-needs no edit here.
+An objective's block is that objective's typed config, taken from the table in ``nemo_rao.objectives.registry``: a new
+objective needs no edit here.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from nemo_rao.objectives.registry import OBJECTIVES
 
 @dataclass
 class RopeScalingConfig:
-    """Llama 3.1's: rotary frequencies lowered for contexts longer than the model was first trained on."""
+    """Llama 3.1's scaling of rotary frequencies, for contexts longer than the original training context."""
 
     factor: float | None = key(None, "low frequencies are divided by it; null: no scaling", low=0, exclusive=True)
     low_freq_factor: float = key(
@@ -29,7 +29,7 @@ class RopeScalingConfig:
 
 @dataclass
 class ArchitectureConfig:
-    """Sizes of a model of ``model.family``; ``None``: the family's, or what Megatron derives from the others."""
+    """Sizes of a model of ``model.family``; ``None``: the family's default, or derived from the others by Megatron."""
 
     num_layers: int | None = key(None, "transformer layers", low=1)
     hidden_size: int | None = key(None, "width of the residual stream", low=1)
@@ -40,10 +40,10 @@ class ArchitectureConfig:
     rotary_base: float | None = key(None, "base of the rotary position embedding", low=0, exclusive=True)
     rope_scaling: RopeScalingConfig = section(RopeScalingConfig, "rotary scaling of Llama 3.1 and later")
     share_embeddings_and_output_weights: bool | None = key(None, "one matrix for input and output embeddings")
-    make_vocab_size_divisible_by: int | None = key(None, "tokens; the vocabulary is padded to a multiple", low=1)
+    make_vocab_size_divisible_by: int | None = key(None, "tokens; the vocabulary is padded to a multiple of it", low=1)
     attention_dropout: float | None = key(None, "probability", low=0, high=1)
     hidden_dropout: float | None = key(None, "probability", low=0, high=1)
-    extra: dict[str, Any] = key({}, "further fields of Megatron's config, such as {vocab_size: 128256}")
+    extra: dict[str, Any] = key({}, "additional fields of Megatron's config, such as {vocab_size: 128256}")
 
 
 @dataclass
@@ -53,8 +53,8 @@ class LoraConfig:
     dropout: float = key(0.0, "probability", low=0, high=1)
     target_modules: list[str] = key(
         ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
-        "linear layers that get an adapter: these, output_layer, Hugging Face's names (all parts of a fused layer, or "
-        "with canonical_lora any), all-linear, or patterns such as *.layers.0.*.linear_qkv",
+        "linear layers with an adapter: these, output_layer, Hugging Face's names (all parts of a fused layer; with "
+        "canonical_lora, any part), all-linear, or patterns such as *.layers.0.*.linear_qkv",
     )
 
 
@@ -62,12 +62,11 @@ class LoraConfig:
 class PeftConfig:
     scheme: str = key(
         "none",
-        "none: every weight is trained; otherwise low-rank adapters only: lora, one for each linear layer; "
-        "canonical_lora, one for each part of a fused layer; dora, with a trained magnitude for each row (the last two "
-        "with engine bridge)",
+        "none: train every weight; otherwise only low-rank adapters: lora, one per linear layer; canonical_lora, one "
+        "per part of a fused layer; dora, with a trained magnitude per row (the last two require engine bridge)",
         choices=("none", "lora", "canonical_lora", "dora"),
     )
-    lora: LoraConfig = section(LoraConfig, "used with every scheme of adapters")
+    lora: LoraConfig = section(LoraConfig, "used by every adapter scheme")
 
 
 @dataclass
@@ -81,16 +80,16 @@ class ScheduleConfig:
 @dataclass
 class OptimizerConfig:
     name: str = key("adam", "Megatron's optimizer (AdamW)", choices=("adam",))
-    lr: float = key(5e-7, "highest learning rate", low=0, exclusive=True)
+    lr: float = key(5e-7, "peak learning rate", low=0, exclusive=True)
     weight_decay: float = key(0.0, "decoupled; not applied to biases and norms", low=0)
-    betas: list[float] = key([0.9, 0.98], "Adam's decay rates of gradient and squared gradient", low=0, high=1)
+    betas: list[float] = key([0.9, 0.98], "Adam's decay rates for the gradient and its square", low=0, high=1)
     eps: float = key(1e-8, "Adam's epsilon", low=0, exclusive=True)
     use_distributed_optimizer: bool = key(True, "split the optimizer's state over data-parallel ranks")
     overlap_grad_reduce: bool = key(False, "reduce gradients during the backward pass; for GPUs")
     overlap_param_gather: bool = key(False, "gather updated weights during the forward pass; for GPUs")
     cpu_offload_fraction: float = key(
         0.0,
-        "fraction of the optimizer's state that is held and updated in host memory. Needs Transformer Engine",
+        "fraction of the optimizer's state that is kept and updated in host memory; requires Transformer Engine",
         low=0,
         high=1,
     )
@@ -122,21 +121,21 @@ class ModelKeys:
     fused_log_probs: bool = key(
         True,
         "compute log-probabilities from the last hidden states, block by block, without storing logits; false: from "
-        "whole logits",
+        "full logits",
     )
     seq_length: int = key(
         1024, "maximum tokens of prompt and response together; longer rows are dropped and counted", low=2
     )
-    micro_batch_size: int = key(1, "prompts of one forward pass, each with all its responses", low=1)
-    global_batch_size: int = key(8, "prompts of one optimizer step, over all ranks", low=1)
+    micro_batch_size: int = key(1, "prompts per forward pass, each with all its responses", low=1)
+    global_batch_size: int = key(8, "prompts per optimizer step, over all ranks", low=1)
     tensor_model_parallel_size: int = key(1, "ranks that share each layer", low=1)
     pipeline_model_parallel_size: int = key(1, "ranks that share the stack of layers", low=1)
     virtual_pipeline_model_parallel_size: int | None = key(
-        None, "layer groups of each pipeline rank (interleaved schedule); null: one", low=2
+        None, "layer groups per pipeline rank (interleaved schedule); null: one", low=2
     )
     context_parallel_size: int = key(1, "ranks that share each sequence", low=1)
     expert_model_parallel_size: int = key(
-        1, "ranks that share the experts of a mixture; taken from the data-parallel ones", low=1
+        1, "ranks that share the experts of a layer; taken from the data-parallel ranks", low=1
     )
     expert_tensor_parallel_size: int | None = key(
         None, "ranks that share each expert; null: model.tensor_model_parallel_size", low=1
@@ -152,12 +151,12 @@ class ModelKeys:
         None, "full recompute: which layers, as in Megatron; null: uniform", choices=(None, "uniform", "block")
     )
     recompute_num_layers: int | None = key(
-        None, "full recompute: layers of a uniform unit, or of each stage's block; null: 1", low=1
+        None, "full recompute: layers per uniform unit, or in the block of each stage; null: 1", low=1
     )
     cpu_offloading_num_layers: int | None = key(
         None,
-        "number of first layers whose activations wait in host memory for the backward pass; fewer than there are. "
-        "Needs Transformer Engine; null: none",
+        "layers, from the first, whose activations are kept in host memory until the backward pass; must be below the "
+        "number of layers. Requires Transformer Engine; null: none",
         low=1,
     )
     peft: PeftConfig = section(PeftConfig, "which weights are trained")
@@ -165,7 +164,7 @@ class ModelKeys:
 
 
 def _with_objectives(keys: type) -> type:
-    """``keys`` with one more field per objective: its config, under its name."""
+    """``keys`` with one additional field per objective: its config, under its name."""
     blocks = [
         (
             name,
@@ -177,8 +176,8 @@ def _with_objectives(keys: type) -> type:
         for name, objective in OBJECTIVES.items()
     ]
     made = dataclasses.make_dataclass("ModelConfig", blocks, bases=(keys,))
-    made.__module__ = __name__  # so that a config can be pickled, and so sent to other ranks
-    made.__doc__ = "All keys of ``model``, one block per objective included."
+    made.__module__ = __name__  # so that a config can be pickled and sent to other ranks
+    made.__doc__ = "All keys of ``model``, including one block per objective."
     return made
 
 

@@ -1,4 +1,4 @@
-"""The metric by which checkpoints are ranked: that the run reports it, and at the step that is ranked."""
+"""Check that the run reports the metric that ranks checkpoints, and at the steps that are ranked."""
 
 from __future__ import annotations
 
@@ -12,44 +12,45 @@ from nemo_rao.objectives import registry
 
 _KEYS = "exp_manager.checkpoint_callback_params"
 _VALIDATION = "val/"
-# What nemo_rao.loop.metrics reports of a training step besides the objective's metrics. Not perf/mfu and the like: only
-# some GPUs have them.
+# What nemo_rao.loop.metrics reports for a training step in addition to the objective's metrics. perf/mfu and similar
+# metrics are left out, because only some GPUs have them.
 _OF_STEPS = ("grad_norm", "lr", "seconds/update", "tokens_per_second", "data/token_efficiency", "data/tokens_shared")
 
-# What nemo_rao.loop.critic reports besides the metrics of the critic's objective.
+# What nemo_rao.loop.critic reports in addition to the metrics of the critic's objective.
 _OF_CRITIC = ("ppo/critic_grad_norm", "ppo/critic_lr", "seconds/critic")
-# What nemo_rao.rollout.metrics reports of the samples of any run, and what it names after the scorers.
+# What nemo_rao.rollout.metrics reports for the samples of every run, and the prefix of metrics named after scorers.
 _OF_SAMPLES = ("reward", "reward_std", "reward_p10", "reward_p50", "reward_p90", "unscored", "entropy", "length", "cut")
 _SCORES = "scores/"
 
 
 def validation_intervals(config: RunConfig) -> set[int]:
-    """Optimizer steps between validations: the recipe's, and those between checkpoints that are ranked by one."""
+    """Optimizer steps between validations: the recipe's, and those between checkpoints ranked by a ``val/`` metric."""
     keys = config.exp_manager.checkpoint_callback_params
     ranked = keys.monitor is not None and keys.monitor.startswith(_VALIDATION) and keys.save_top_k != 0
     return {config.trainer.val_check_interval, *([keys.every_n_train_steps] if ranked else [])}
 
 
 def check_monitor(config: RunConfig) -> None:
-    """Checks the keys by which checkpoints are ranked.
+    """Check the keys that rank checkpoints.
 
     Raises:
-        UserError: there is no metric to rank by, or the run will not report it.
+        UserError: no metric to rank by is set, or the run will not report it.
     """
     keys = config.exp_manager.checkpoint_callback_params
     if keys.monitor is None:
         if keys.save_top_k > 1:
             raise UserError(
-                f"{_KEYS}.save_top_k={keys.save_top_k} needs a metric to rank by; set {_KEYS}.monitor, such as val/loss"
+                f"{_KEYS}.save_top_k={keys.save_top_k} requires a metric to rank by; set {_KEYS}.monitor, "
+                "such as val/loss"
             )
         return
     if keys.monitor.startswith(_VALIDATION) and config.data.validation_path is None:
         raise UserError(
-            f"{_KEYS}.monitor={keys.monitor} needs validation data; set data.validation_path, or another metric, such "
-            "as loss"
+            f"{_KEYS}.monitor={keys.monitor} requires validation data; set data.validation_path, or choose another "
+            "metric, such as loss"
         )
     if keys.monitor.startswith(_VALIDATION + _SCORES) and len(config.online.reward) > 1:
-        return  # the scorers' names are known once they are made
+        return  # scorers have no names before they are created
     reported = _reported(config)
     if reported is not None and keys.monitor not in reported:
         hint = did_you_mean(keys.monitor, reported) or f"; choose one of {', '.join(sorted(reported))}"
@@ -60,13 +61,13 @@ def check_monitor(config: RunConfig) -> None:
 
 
 def _reported(config: RunConfig) -> set[str] | None:
-    """Names of all metrics of a run; ``None`` if that depends on the data."""
+    """Names of all metrics of a run; ``None`` if they depend on the data."""
     objective = registry.get(config.model.objective)
     try:
         rewards = RewardSummary(mean=0.5, low=0.0, high=1.0, all_labels=True, all_ranked=True)
         keys = objective.resolve(objective_config(config), rewards)
     except UserError:
-        return None  # its keys go with other data than this
+        return None  # its keys require other rewards than these
     needs = objective.needs_of(keys)
     # An objective's metrics have the same names for every batch.
     batch = _any_batch(max(2, needs.min_responses))
@@ -85,7 +86,7 @@ def _reported(config: RunConfig) -> set[str] | None:
 
 
 def _any_batch(num_responses: int) -> ObjectiveBatch:
-    """One prompt with so many responses and everything that an objective may ask for."""
+    """One prompt with ``num_responses`` responses and every input that an objective may need."""
     zeros, ones = torch.zeros(1, num_responses), torch.ones(1, num_responses)
     return ObjectiveBatch(
         prompt_logps=zeros,

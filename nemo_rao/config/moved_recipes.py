@@ -1,8 +1,9 @@
-"""Old names of recipes, which work until 0.3: those that only combined an objective with a model's files.
+"""Deprecated names of recipes, valid until 0.3: recipes that only combined an objective with a model's files.
 
-They are now the objective's recipe with these files chosen, ``gpt_dpo model=llama3_8b``. An old name composes what its
-file did, and a warning states what to write instead. Hydra sees the old names as files at the end of its search path:
-a user's own file of that name is found first, and own recipes may list an old name in their defaults.
+Each is now the objective's recipe with these files chosen, such as ``gpt_dpo model=llama3_8b``. An old name composes
+the same config as its file did, and a warning states the replacement. Hydra sees the old names as files at the end of
+its search path: a user's file of the same name is found first, and a user's recipe may list an old name in its
+defaults.
 """
 
 from hydra.core.object_type import ObjectType
@@ -14,14 +15,14 @@ from nemo_rao.runtime.console import warn_once
 
 REMOVED_IN = "0.3"
 
-_BASELINES = ("dpo", "dro", "ipo", "orpo", "robust_po", "simpo", "slic")  # that the RAO paper compares with
+_BASELINES = ("dpo", "dro", "ipo", "orpo", "robust_po", "simpo", "slic")  # of the RAO paper
 _ITS_MODELS = ("eurollm_9b", "llama3_8b", "qwen2_5_7b")
 _LARGER_MODELS = (
     *("llama3_1_405b", "llama3_70b", "llama3_70b_lora", "mixtral_8x7b"),
     *("qwen2_5_72b", "qwen3_30b_a3b", "qwen3_32b", "qwen3_8b"),
 )
 
-# Old name -> the recipe that it is now, and the files of groups to choose: group -> file.
+# Old name -> the recipe that replaces it, and the file to choose in each group.
 MOVED_RECIPES: dict[str, tuple[str, dict[str, str]]] = {
     **{
         f"gpt_{objective}_{model}": (
@@ -34,12 +35,12 @@ MOVED_RECIPES: dict[str, tuple[str, dict[str, str]]] = {
     **{f"gpt_dpo_{model}": ("gpt_dpo", {"model": model, "precision": "bf16_mixed"}) for model in _LARGER_MODELS},
 }
 
-_CHOSEN = ("model", "precision")  # groups that an objective's recipe has in its own defaults, to be overridden there
-SEARCH_PATH = ("moved", "moved://recipes")  # provider and path of the old names, in Hydra's terms
+_CHOSEN = ("model", "precision")  # groups in the defaults of an objective's recipe, to be overridden there
+SEARCH_PATH = ("moved", "moved://recipes")  # Hydra's provider and path of the old names
 
 
 def replacement(old: str) -> tuple[str, list[str]]:
-    """The recipe and the overrides that compose what the old name does, with the run's name and so its directory.
+    """The recipe and overrides equivalent to an old name, including the run's name and therefore its directory.
 
     Args:
         old: a name in :data:`MOVED_RECIPES`.
@@ -49,7 +50,7 @@ def replacement(old: str) -> tuple[str, list[str]]:
 
 
 class MovedRecipes(ConfigSource):
-    """The old names as files for Hydra. It loads one only to compose it, wherever it was named: this warns."""
+    """The old names as files for Hydra. Loading one warns: Hydra does so only to compose it, wherever it is named."""
 
     @staticmethod
     def scheme() -> str:
@@ -65,7 +66,7 @@ class MovedRecipes(ConfigSource):
         return config_path.removesuffix(".yaml") in MOVED_RECIPES
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        return []  # of a group's files; there are none
+        return []  # the old names are not in groups
 
     def load_config(self, config_path: str) -> ConfigResult:
         old = config_path.removesuffix(".yaml")

@@ -1,4 +1,4 @@
-"""All objectives as a page: what applies to all of them, then a section for each, written from the table in the code.
+"""A page on all objectives, generated from the registry: what applies to all of them, then a section for each.
 
 ``nemo-rao objectives`` prints it. docs/reference/objectives.md is the same page, with typeset formulas and advice
 (``docs_pages/objectives.py``).
@@ -44,7 +44,7 @@ with the higher reward. With `data.pairs_by=reward`, rewards decide even against
 data without labels. Of K > 2 responses, pairwise objectives use the best and the worst; with
 `data.responses=best_random`, the best and a worse one drawn once; with `data.responses=all`, every pair. The order of
 rows with `"ranked": true` is a preference, best first. Responses with equal rewards are not a pair; pairwise objectives
-drop and count a prompt without any pair. Labelled responses with equal rewards are a pair, unless their tokens are
+drop and count a prompt without any pair. Labeled responses with equal rewards are a pair, unless their tokens are
 equal.
 
 **Data without pairs.** `prompt`, `completion` and `label` (true, false) or `reward`, one row per response. `kto` uses
@@ -81,10 +81,10 @@ score head at random values drawn from `trainer.seed`. The run reports which.
 
 @dataclass(frozen=True)
 class Note:
-    """What the page in docs/ has on an objective beside what the code states.
+    """What the page in docs/ adds for an objective.
 
     Attributes:
-        tex: formulas in display mathematics, with an empty line between them.
+        tex: formulas in display mathematics, separated by empty lines.
         when: advice on when to use it.
     """
 
@@ -93,10 +93,10 @@ class Note:
 
 
 def page(notes: Mapping[str, Note] | None = None) -> str:
-    """Markdown.
+    """The page as Markdown.
 
     Args:
-        notes: by name of the objective; without one, the formula is shown as text.
+        notes: by name of the objective; without a note, the formula is shown as text.
     """
     notes = notes or {}
     sections = ("\n".join(_section(objective, notes.get(name))) for name, objective in OBJECTIVES.items())
@@ -122,7 +122,7 @@ def _section(objective: Objective, note: Note | None) -> Iterator[str]:
 
 
 def _needs(needs: Needs) -> str:
-    """The objective's needs with its default keys."""
+    """The objective's needs with default keys."""
     named = (
         ("reference", needs.reference),
         ("rewards", needs.rewards),

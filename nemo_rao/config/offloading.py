@@ -1,4 +1,4 @@
-"""Checks of offloading to host memory: of activations and of the optimizer's state."""
+"""Checks of offloading activations and optimizer state to host memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from nemo_rao.runtime.gpus import transformer_engine_is_used
 
 
 def check_offloading(config: RunConfig) -> None:
-    """Check that the run's device and Megatron support the offloading that is asked for.
+    """Check that the run's device and Megatron support the requested offloading.
 
     Raises:
-        UserError: they do not; names the key.
+        UserError: on the first violated rule.
     """
     _check_activations(config)
     _check_optimizer(config)
@@ -53,4 +53,4 @@ def _check_optimizer(config: RunConfig) -> None:
             f"{given}: Megatron offloads the optimizer's state only on GPUs with Transformer Engine; set it to 0"
         )
     if not keys.use_distributed_optimizer:
-        raise UserError(f"{given} needs model.optim.use_distributed_optimizer=true")
+        raise UserError(f"{given} requires model.optim.use_distributed_optimizer=true; set that, or set this to 0")

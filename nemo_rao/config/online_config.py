@@ -1,4 +1,4 @@
-"""The keys of ``online``: what a run samples from the policy that it trains, and how the samples are rewarded."""
+"""The keys of ``online``: what a run samples from the policy in training, and how the samples are rewarded."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from nemo_rao.keys import key
 class OnlineConfig:
     num_generations: int | None = key(
         None,
-        "K: responses sampled to each prompt from the policy in training, on which it trains; null: the run trains on "
-        "the responses in the data",
+        "K: responses to train on, sampled for each prompt from the policy in training; null: train on the responses "
+        "in the data",
         low=1,
     )
     max_new_tokens: int = key(256, "tokens of a sampled response, its end token included", low=1)
     temperature: float = key(1.0, "logits are divided by it; 0: the most probable token", low=0)
-    top_k: int = key(0, "sample from so many of the most probable tokens; 0: all", low=0)
+    top_k: int = key(0, "sample from this many of the most probable tokens; 0: all", low=0)
     top_p: float = key(
-        1.0, "sample from the fewest most probable tokens that hold this much probability", low=0, high=1
+        1.0, "sample from the fewest most probable tokens with at least this total probability", low=0, high=1
     )
     seed: int = key(1234, "seed of the samples", low=0)
     sampler: str = key(
@@ -29,13 +29,13 @@ class OnlineConfig:
         choices=("megatron", "vllm"),
     )
     vllm_python: str | None = key(
-        None, "the python of an environment with vLLM, with sampler=vllm (make install-vllm makes one)"
+        None, "with sampler=vllm: Python interpreter of an environment with vLLM (make install-vllm creates one)"
     )
     vllm_gpus: list[int] = key(
         [], "GPUs of the first rank's machine, by number, over which vLLM splits the model; []: the first rank's", low=0
     )
     vllm_memory: float = key(
-        0.3, "share of each of these GPUs' memory that vLLM takes, weights included", low=0, high=1, exclusive=True
+        0.3, "fraction of each of these GPUs' memory that vLLM uses, weights included", low=0, high=1, exclusive=True
     )
     vllm_importance_cap: float | None = key(
         None,
@@ -46,7 +46,7 @@ class OnlineConfig:
     )
     reward: list[str] = key(
         [],
-        "what scores samples, as in nemo-rao score: [NAME=]KIND:ARGUMENT, such as rule:module:function, "
+        "scorers of the samples, as in nemo-rao score: [NAME=]KIND:ARGUMENT, such as rule:module:function, "
         "judge:judge.yaml or model:RUN_FOLDER of a reward model; with several, the reward is the weighted sum",
     )
     reward_weights: dict[str, float] = key({}, "weights of scorers by name; others have 1")
@@ -58,11 +58,11 @@ class OnlineConfig:
     )
     cut_reward: float = key(0.0, "reward of a truncated sample, with cut_responses=penalty")
     mini_batches: int = key(1, "global batches that one rollout fills: optimizer steps in each pass over it", low=1)
-    epochs: int = key(1, "passes over each rollout; from the second on its prompts are in a new order", low=1)
+    epochs: int = key(1, "passes over each rollout; each but the first shuffles its prompts", low=1)
     rows_at_once: int = key(
         64, "responses that a rank decodes together, rounded to whole prompts; with sampler=vllm, over all ranks", low=1
     )
     scoring_attempts: int = key(3, "attempts to call a scorer before the run stops", low=1)
-    validation_generations: int = key(1, "responses sampled to each prompt of data.validation_path", low=1)
-    log_samples_every: int = key(10, "steps between entries of samples.jsonl, each of its step's rollout", low=1)
-    log_samples: int = key(4, "prompts in an entry", low=0)
+    validation_generations: int = key(1, "responses sampled for each prompt of data.validation_path", low=1)
+    log_samples_every: int = key(10, "steps between entries of samples.jsonl, each from its step's rollout", low=1)
+    log_samples: int = key(4, "prompts per entry of samples.jsonl", low=0)

@@ -1,4 +1,4 @@
-"""Requirements of FP8 and fp16 on recipe, network and GPU, checked before anything heavy is imported or submitted."""
+"""Requirements of FP8 on recipe, network and GPU, checked before anything heavy is imported or submitted."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ FP8 = "precision.fp8"
 
 
 def fp8_multiple(config: RunConfig) -> int:
-    """Tokens of which a rank's part of a sequence, and channels of which a layer's part, must be a multiple."""
+    """Number that the tokens of a sequence and the channels of a linear layer on each rank must be a multiple of."""
     return FP8_RECIPES[config.precision.fp8_recipe].multiple if config.precision.fp8 is not None else 1
 
 
 def sequence_multiple(config: RunConfig) -> int:
-    """Tokens of which a sequence must be a multiple, so that each rank has a part that can be multiplied."""
+    """Number of tokens that a sequence's length must be a multiple of, so that every rank's part can be computed."""
     keys = config.model
     parts = keys.context_parallel_size * (keys.tensor_model_parallel_size if keys.sequence_parallel else 1)
     return math.lcm(parallel_multiple(config), fp8_multiple(config) * parts)
 
 
 def quantisation(precision: PrecisionConfig) -> str:
-    """The same text for settings under which a model's numbers are the same: part of what they are cached by."""
+    """A text that is equal for settings with equal numerics; part of the key of cached numbers."""
     if precision.fp8 is None:
         return precision.params
     parts = [precision.params, precision.fp8, precision.fp8_recipe]
@@ -47,10 +47,10 @@ def quantisation(precision: PrecisionConfig) -> str:
 
 
 def check_precision(config: RunConfig) -> None:
-    """Checks the keys of ``precision`` with each other and with those that they touch.
+    """Check the keys of ``precision`` against each other and against the keys that they affect.
 
     Raises:
-        UserError: the first rule that does not hold.
+        UserError: on the first violated rule.
     """
     keys, model = config.precision, config.model
     for name, given in (
@@ -59,38 +59,38 @@ def check_precision(config: RunConfig) -> None:
         ("first_last_layers_bf16", keys.first_last_layers_bf16),
     ):
         if given and keys.fp8 is None:
-            raise UserError(f"precision.{name}=true goes with {FP8}, which is null; set {FP8}=hybrid, or drop this")
+            raise UserError(f"precision.{name}=true requires {FP8}, which is null; set {FP8}=hybrid, or leave this out")
     if keys.fp8 is None:
         return
     recipe = f"precision.fp8_recipe={keys.fp8_recipe}"
     if keys.params != "bf16":
         raise UserError(
-            f"{FP8}={keys.fp8} goes with precision.params=bf16, not {keys.params}: what is not in 8 bits is in bf16; "
-            "set that"
+            f"{FP8}={keys.fp8} requires precision.params=bf16, not {keys.params}: what is not in FP8 is in bf16; set "
+            "that"
         )
     if keys.first_last_layers_bf16 and keys.fp8_recipe == "delayed":
         raise UserError(
-            "precision.first_last_layers_bf16=true: Megatron has no such layers under precision.fp8_recipe=delayed; "
+            "precision.first_last_layers_bf16=true: Megatron does not support it with precision.fp8_recipe=delayed; "
             "choose tensorwise, blockwise or mxfp8, or set it to false"
         )
     if not keys.fp8_wgrad and keys.fp8_recipe != "delayed":
-        raise UserError(f"precision.fp8_wgrad=false goes with precision.fp8_recipe=delayed, not {recipe}; drop it")
+        raise UserError(f"precision.fp8_wgrad=false requires precision.fp8_recipe=delayed, not {recipe}; leave it out")
     if keys.fp8_recipe == "delayed" and model.peft.scheme != "none":
         raise UserError(
-            f"model.peft.scheme={model.peft.scheme}: a checkpoint of adapters has no scales of the layers below them, "
-            f"which {recipe} could resume from; choose tensorwise, blockwise or mxfp8"
+            f"model.peft.scheme={model.peft.scheme}: adapter checkpoints do not contain the base layers' scales, "
+            f"which {recipe} needs to resume; choose tensorwise, blockwise or mxfp8"
         )
     if keys.fp8_param_gather and not model.optim.use_distributed_optimizer:
         raise UserError(
-            "precision.fp8_param_gather=true needs model.optim.use_distributed_optimizer=true, which gathers weights"
+            "precision.fp8_param_gather=true requires model.optim.use_distributed_optimizer=true, which gathers weights"
         )
     _check_simulation(config)
     multiple = sequence_multiple(config)
     if model.seq_length % multiple:
         why = " on each rank" if model.sequence_parallel or model.context_parallel_size > 1 else ""
         raise UserError(
-            f"model.seq_length={model.seq_length} is not a multiple of {multiple}, as {recipe} takes "
-            f"{fp8_multiple(config)} tokens at a time{why}; take {-(-model.seq_length // multiple) * multiple}"
+            f"model.seq_length={model.seq_length} is not a multiple of {multiple}: {recipe} requires a multiple of "
+            f"{fp8_multiple(config)} tokens{why}; set it to {-(-model.seq_length // multiple) * multiple}"
         )
 
 
@@ -99,21 +99,21 @@ def _check_simulation(config: RunConfig) -> None:
     if not keys.fp8_simulation:
         if config.trainer.accelerator == "cpu":
             raise UserError(
-                f"{FP8}={keys.fp8}: a CPU has no 8-bit products (trainer.accelerator=cpu); choose "
-                "precision=bf16_mixed, or precision.fp8_simulation=true to study the accuracy"
+                f"{FP8}={keys.fp8}: CPUs do not support FP8 (trainer.accelerator=cpu); choose "
+                "precision=bf16_mixed, or precision.fp8_simulation=true to study its accuracy"
             )
         return
     if transformer_engine_is_used(config.trainer.accelerator):
         raise UserError(
-            "precision.fp8_simulation=true: Transformer Engine is installed here, whose layers compute in 8 bits "
-            "themselves; set it to false, or trainer.accelerator=cpu"
+            "precision.fp8_simulation=true: Transformer Engine is installed, and its layers already compute in "
+            "FP8; set it to false, or trainer.accelerator=cpu"
         )
     if keys.fp8_param_gather:
         raise UserError("precision.fp8_param_gather=true: a simulation keeps weights in bf16; set it to false")
     if keys.fp8_recipe == "delayed" and config.model.recompute_granularity == "full":
         raise UserError(
-            "model.recompute_granularity=full: a simulation of precision.fp8_recipe=delayed would compute layers anew "
-            "under later scales; set it to null"
+            "model.recompute_granularity=full: a simulation of precision.fp8_recipe=delayed would recompute layers "
+            "with later scales; set it to null"
         )
 
 
@@ -126,10 +126,10 @@ def check_fp8_network(
     num_attention_heads: int | None,
     kv_channels: int | None,
 ) -> None:
-    """Checks that every rank's part of the linear layers has a size that the recipe's products take.
+    """Check that the FP8 recipe supports the size of every rank's part of the linear layers.
 
     Raises:
-        UserError: the first size that has not, and what to change.
+        UserError: for the first unsupported size.
     """
     keys = config.precision
     if keys.fp8 is None:
@@ -142,20 +142,20 @@ def check_fp8_network(
     for name, size, ranks in (
         ("hidden_size", hidden_size, 1),
         ("ffn_hidden_size", ffn_hidden_size, tensor),
-        ("num_attention_heads x the width of a head", heads, tensor),
+        ("num_attention_heads x head dimension", heads, tensor),
     ):
         if size is not None and (size // ranks) % multiple:
             over = f" / model.tensor_model_parallel_size={tensor}" if ranks > 1 else ""
             raise UserError(
-                f"{FP8}={keys.fp8}: model.arch.{name} = {size}{over} is not a multiple of {multiple}, which products "
-                f"of precision.fp8_recipe={keys.fp8_recipe} take; change the sizes, or choose precision=bf16_mixed"
+                f"{FP8}={keys.fp8}: model.arch.{name} = {size}{over} is not a multiple of {multiple}, as "
+                f"precision.fp8_recipe={keys.fp8_recipe} requires; change the sizes, or choose precision=bf16_mixed"
             )
     if keys.first_last_layers_bf16 and num_layers is not None:
         start, end = keys.num_layers_at_start_in_bf16, keys.num_layers_at_end_in_bf16
         if start + end >= num_layers:
             raise UserError(
                 f"precision.num_layers_at_start_in_bf16={start} + num_layers_at_end_in_bf16={end} leave none of "
-                f"{num_layers} layers in 8 bits; lower them, or choose precision=bf16_mixed"
+                f"{num_layers} layers in FP8; lower them, or choose precision=bf16_mixed"
             )
         most = num_layers // config.model.pipeline_model_parallel_size
         for name, count in (
@@ -170,22 +170,22 @@ def check_fp8_network(
 
 
 def check_named_gpu(config: RunConfig, name: str, option: str) -> None:
-    """Refuses a recipe that a GPU of the table lacks.
+    """Refuse an FP8 recipe that a GPU of the table does not support.
 
     Args:
-        name: of :data:`nemo_rao.config.gpu_models.GPUS`.
-        option: how the user named it, such as ``cluster.gpu=a100``.
+        name: a key of :data:`nemo_rao.config.gpu_models.GPUS`.
+        option: the user's option for it, such as ``cluster.gpu=a100``.
 
     Raises:
-        UserError: names recipe and GPU, what the recipe needs, and what the GPU has.
+        UserError: the GPU is not in the table, or does not support the recipe.
     """
     if name not in GPUS:
-        raise UserError(f"{option}: there are {', '.join(GPUS)}; leave it out for another one")
+        raise UserError(f"{option}: must be one of {', '.join(GPUS)}; leave it out for other GPUs")
     check_capability(config, GPUS[name].capability, option)
 
 
 def check_capability(config: RunConfig, capability: Capability, where: str) -> None:
-    """The same for a compute capability, such as ``(9, 0)``."""
+    """Refuse an FP8 recipe that a compute capability, such as ``(9, 0)``, does not support."""
     keys = config.precision
     if keys.fp8 is None or keys.fp8_simulation or FP8_RECIPES[keys.fp8_recipe].runs_on(capability):
         return
@@ -200,12 +200,12 @@ def check_capability(config: RunConfig, capability: Capability, where: str) -> N
 
 
 def check_gpus_present(config: RunConfig) -> None:
-    """The same for the GPUs of this machine, and that Transformer Engine is there to use them.
+    """Check that the GPUs of this machine support the FP8 recipe, and that Transformer Engine is installed.
 
-    The driver is asked by its own command: asking PyTorch would start CUDA, which does not survive the fork of ranks.
+    GPUs are queried with ``nvidia-smi``: PyTorch would initialize CUDA, which does not survive the fork of ranks.
 
     Raises:
-        UserError: one of them lacks the recipe, or Transformer Engine is missing.
+        UserError: a GPU does not support the recipe, or Transformer Engine is missing.
     """
     keys = config.precision
     if keys.fp8 is None or keys.fp8_simulation:
@@ -214,22 +214,22 @@ def check_gpus_present(config: RunConfig) -> None:
         check_capability(config, capability, "a GPU of this machine")
     if not transformer_engine_is_used():
         raise UserError(
-            f"{FP8}={keys.fp8} needs Transformer Engine, which is not installed; use NVIDIA's container, or choose "
+            f"{FP8}={keys.fp8} requires Transformer Engine, which is not installed; use NVIDIA's container, or choose "
             "precision=bf16_mixed"
         )
 
 
 def capabilities_present() -> list[Capability]:
-    """Compute capabilities of the GPUs that this process may use; empty where the driver does not tell."""
+    """Compute capabilities of the GPUs that this process may use; empty if ``nvidia-smi`` fails."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         command.append(f"--id={os.environ['CUDA_VISIBLE_DEVICES']}")
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     found = []
-    for line in told.split():
+    for line in output.split():
         major, _, minor = line.partition(".")
         if major.isdigit() and minor.isdigit():
             found.append((int(major), int(minor)))

@@ -1,4 +1,4 @@
-"""A recipe as YAML: every key with its comment and its allowed values."""
+"""A recipe as YAML: every key with its comment and allowed values."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from nemo_rao.keys import KeySpec
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The full resolved recipe, each key with its comment beside it; a recipe itself when saved."""
+    """The full resolved recipe, each key with its comment beside it; the text is itself a valid recipe."""
     return "\n".join(_yaml_lines(config, indent="")) + "\n"
 
 
@@ -28,7 +28,7 @@ def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
 
 
 def limits(spec: KeySpec) -> str:
-    """What the key allows, for its comment: `` [> 0, <= 1]``."""
+    """The key's allowed values, to append to its comment: `` [> 0, <= 1]``."""
     if spec.choices is not None:
         return f" [{' | '.join(map(shown, spec.choices))}]"
     equal = "" if spec.exclusive else "="

@@ -1,6 +1,6 @@
 """Every key of a run: its default, range, unit and comment, here and nowhere else. YAML in conf/ only overrides.
 
-The tree, in the shape that users of NeMo-Aligner know:
+The tree, similar to NeMo-Aligner's:
 
     trainer         steps, ranks, validation                   model        network, parallelism, optimizer,
     exp_manager     where results go, what is kept                          one block per objective (model.rao ...)
@@ -8,8 +8,8 @@ The tree, in the shape that users of NeMo-Aligner know:
     reference       the pass that scores data with the starting weights
     online          sampling from the policy in training   (nemo_rao.config.online_config)
 
-``None`` (``null`` in YAML) always means "not set"; the comment says what happens then. Sizes are in the unit named in
-the comment. The keys of ``model`` are in :mod:`nemo_rao.config.model_config`.
+``None`` (``null`` in YAML) always means "not set"; the comment says what happens then. Units are stated in the
+comment. The keys of ``model`` are in :mod:`nemo_rao.config.model_config`.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ class TrainerConfig:
     engine: str = key(
         "auto",
         "engine of the run: nemo, NeMo 2; bridge, Megatron-Bridge; auto: the installed one, NeMo if both are. A run "
-        "stays on the engine that it was started with",
+        "resumes only on the engine that started it",
         choices=("auto", "nemo", "bridge"),
     )
     accelerator: str = key(
         "auto", "device type; auto: GPUs if there are any, else the CPU", choices=("auto", "cpu", "gpu")
     )
     devices: int = key(1, "ranks on each node: GPUs, or processes on a CPU", low=1)
-    num_nodes: int = key(1, "nodes; ranks in all are devices x num_nodes", low=1)
+    num_nodes: int = key(1, "nodes; the total number of ranks is devices x num_nodes", low=1)
     max_steps: int | None = key(None, "optimizer steps of the run; null: limited by max_epochs only", low=1)
     max_epochs: int | None = key(1, "passes over the data; with max_steps, whichever ends first. null: no limit", low=1)
     val_check_interval: int = key(
@@ -44,22 +44,22 @@ class TrainerConfig:
         low=1,
     )
     log_every_n_steps: int = key(1, "steps between lines of metrics", low=1)
-    gradient_clip_val: float = key(1.0, "largest gradient norm, over all ranks; 0: gradients are not clipped", low=0)
+    gradient_clip_val: float = key(1.0, "maximum gradient norm, over all ranks; 0: no clipping", low=0)
     seed: int = key(1234, "random seed of initial weights, adapters, a new reward head and dropout", low=0)
     enable_progress_bar: bool = key(True, "show progress: a bar on a terminal, occasional lines in a log file")
     timeout_minutes: float = key(
-        30.0, "minutes a rank waits for the others before the run fails", low=0, exclusive=True
+        30.0, "minutes that a rank waits for others before the run fails", low=0, exclusive=True
     )
     threads_per_rank: int | None = key(
         None,
         "CPU threads of each rank; null: on a CPU 1, or the cores divided among the ranks started here; with a GPU "
-        "torch's default",
+        "PyTorch's default",
         low=1,
     )
     profile_steps: list[int] | None = key(
         None,
         "[first, last] steps, from 1, that the first rank profiles: a trace of PyTorch's profiler and, on a GPU, a "
-        "snapshot of its memory go to the run's directory profile; null: none",
+        "snapshot of its memory are written to profile in the run's directory; null: none",
         low=1,
     )
 
@@ -77,14 +77,14 @@ class WandbConfig:
 class CheckpointConfig:
     monitor: str | None = key(
         None,
-        "logged metric by which the best checkpoints are kept, such as val/loss; null: the newest are kept",
+        "logged metric that decides which checkpoints are kept, such as val/loss; null: the newest are kept",
     )
     mode: str = key("min", "whether a lower or a higher metric is better", choices=("min", "max"))
     save_top_k: int = key(1, "checkpoints kept; 0: none, -1: all", low=-1)
     save_last: bool = key(True, "also keep the newest checkpoint, from which a run resumes")
     every_n_train_steps: int = key(50, "steps between checkpoints", low=1)
     async_save: bool = key(
-        False, "write checkpoints in a process beside the training, which goes on once they are copied to host memory"
+        False, "write checkpoints in a separate process; training continues once they are copied to host memory"
     )
 
 
@@ -99,7 +99,7 @@ class ExpManagerConfig:
         "refused",
     )
     create_tensorboard_logger: bool = key(True, "a TensorBoard log is always written", choices=(True,))
-    draw_curves: bool = key(True, "draw curves.png when the run has ended")
+    draw_curves: bool = key(True, "draw curves.png at the end of the run")
     create_wandb_logger: bool = key(False, "also log to Weights & Biases")
     wandb_logger_kwargs: WandbConfig = section(WandbConfig, "Weights & Biases")
     checkpoint_callback_params: CheckpointConfig = section(CheckpointConfig, "which checkpoints are kept")
@@ -127,13 +127,11 @@ class DataConfig:
     )
     num_prompts: int | None = key(
         None,
-        "number of training prompts, drawn once from those that are kept by data.seed; a smaller number draws a subset "
-        "of a larger one; null: all",
+        "number of training prompts, drawn once, with data.seed, from those that are kept; a smaller number draws a "
+        "subset of a larger one; null: all",
         low=1,
     )
-    num_responses: int | None = key(
-        None, "K: number of responses used of each prompt, the first ones; null: all", low=1
-    )
+    num_responses: int | None = key(None, "K: number of responses used per prompt, the first ones; null: all", low=1)
     responses: str | None = key(
         None,
         "which of them are used; best_worst: the best and the worst; best_random: the best and a worse one, drawn once "
@@ -181,9 +179,9 @@ class DataConfig:
         False, "refuse rows that would be dropped and counted: too long, without a token boundary, without a pair"
     )
     cache: bool = key(
-        True, "cache tokenised data on disk for other runs and later starts; false: tokenise at every start"
+        True, "cache tokenized data on disk for other runs and later starts; false: tokenize at every start"
     )
-    cache_dir: str | None = key(None, "directory of tokenised data; null: exp_dir/tokenised")
+    cache_dir: str | None = key(None, "directory of tokenized data; null: exp_dir/tokenised")
     shuffle: bool = key(True, "shuffle training prompts anew in each epoch; false: the files' order")
     seed: int = key(1234, "random seed of that order, and of draws from the data", low=0)
     pad_to_multiple_of: int = key(
@@ -202,7 +200,7 @@ class DataConfig:
 
 @dataclass
 class PrecisionConfig:
-    """Named as NeMo's ``MegatronMixedPrecision`` names them; docs/precision.md describes their effects."""
+    """Named as in NeMo's ``MegatronMixedPrecision``; docs/precision.md describes their effects."""
 
     params: str = key(
         "fp32",
@@ -212,8 +210,8 @@ class PrecisionConfig:
     grad_reduce_in_fp32: bool = key(True, "accumulate and reduce gradients in fp32")
     fp8: str | None = key(
         None,
-        "8-bit products of the four linear layers of each transformer layer; e4m3: everything in e4m3; hybrid: "
-        "gradients in e5m2; null: none. The output layer and log-probabilities are never in 8 bits",
+        "FP8 format of the four linear layers of each transformer layer; e4m3: everything in e4m3; hybrid: gradients "
+        "in e5m2; null: none. The output layer and log-probabilities are never in 8 bits",
         choices=(None, "hybrid", "e4m3"),
     )
     fp8_recipe: str = key(
@@ -232,7 +230,7 @@ class PrecisionConfig:
     fp8_wgrad: bool = key(True, "delayed: compute gradients of weights in 8 bits too; false: in 16 bits")
     fp8_param_gather: bool = key(
         False,
-        "keep the weights in 8 bits and gather them in 8 bits over data-parallel ranks; the optimizer keeps fp32 ones",
+        "keep weights in 8 bits and gather them in 8 bits over data-parallel ranks; the optimizer keeps fp32 weights",
     )
     first_last_layers_bf16: bool = key(False, "keep the first and the last layers in bf16; not with delayed")
     num_layers_at_start_in_bf16: int = key(1, "number of first layers in bf16, with first_last_layers_bf16", low=0)
@@ -253,14 +251,14 @@ class PrecisionConfig:
 class ReferenceConfig:
     cache_dir: str | None = key(None, "directory of the reference log-probabilities; null: exp_dir/reference")
     micro_batch_size: int | None = key(
-        None, "prompts of one forward pass of the reference pass; null: model.micro_batch_size", low=1
+        None, "prompts per forward pass of the reference pass; null: model.micro_batch_size", low=1
     )
     save_every: int = key(50, "global batches after which an unfinished pass is saved for resumption", low=1)
 
 
 @dataclass
 class RunConfig:
-    """A whole run, typed and checked. Made by :func:`nemo_rao.config.compose.compose`."""
+    """A whole run, typed and checked. Created by :func:`nemo_rao.config.compose.compose`."""
 
     trainer: TrainerConfig = section(TrainerConfig, "steps, ranks, validation")
     exp_manager: ExpManagerConfig = section(ExpManagerConfig, "where results go, what is kept")

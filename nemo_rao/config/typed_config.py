@@ -1,6 +1,6 @@
-"""From keys and values of files to a typed, checked :class:`RunConfig`.
+"""From composed keys and values to a typed, checked :class:`RunConfig`.
 
-They are merged into the defaults, and each key is checked against its :class:`nemo_rao.keys.KeySpec`. (OmegaConf's
+Values are merged into the defaults, and each key is checked against its :class:`nemo_rao.keys.KeySpec`. (OmegaConf's
 structured configs were considered: they support neither ``Literal`` nor ``tuple``, and their messages name internal
 types.)
 """
@@ -26,18 +26,18 @@ from nemo_rao.other_names import counterpart
 
 
 def typed_config(given: DictConfig, *, where: str) -> RunConfig:
-    """``given`` over the defaults, typed and checked.
+    """The defaults with ``given`` merged into them, typed and checked.
 
     Args:
         given: keys and values as composed or loaded; interpolations may still be unresolved.
-        where: the recipe's name, for messages that no key can be named in.
+        where: the recipe's name, for messages without a key.
 
     Raises:
-        UserError: an unknown key, a value of another type or out of its range, an interpolation that leads nowhere.
+        UserError: an unknown key, a value of the wrong type or out of range, or an unresolvable interpolation.
     """
     overrides = OmegaConf.to_container(given, resolve=False)
     if not isinstance(overrides, dict):
-        raise UserError(f"recipe {where}: it must be groups of keys, such as trainer: {{max_steps: 100}}")
+        raise UserError(f"recipe {where}: must consist of groups of keys, such as trainer: {{max_steps: 100}}")
     _require_known_keys(RunConfig, overrides, prefix="")
     values = _merged(copy.deepcopy(_defaults()), overrides)
     if _has_interpolations(overrides):
@@ -51,10 +51,10 @@ def typed_config(given: DictConfig, *, where: str) -> RunConfig:
 
 
 def load_recipe(path: Path) -> RunConfig:
-    """The complete recipe that a run has saved, ``recipe.yaml``.
+    """Load the complete recipe that a run saved, ``recipe.yaml``.
 
     Raises:
-        UserError: it is not a recipe of this version.
+        UserError: the file cannot be read, or is not a recipe of this version.
     """
     try:
         given = OmegaConf.load(path)
@@ -87,7 +87,7 @@ def types_of_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, 
 
 
 def require_known(name: str) -> None:
-    """Refuse an unknown key, unless it is in a free dictionary such as ``model.arch.extra``."""
+    """Refuse an unknown key, unless it is in a free-form dictionary such as ``model.arch.extra``."""
     free = (key for key, hint in types_of_keys().items() if typing.get_origin(hint) is dict)
     if name not in known_keys() and not any(name.startswith(f"{key}.") for key in free):
         raise _unknown_key(name)
@@ -101,9 +101,9 @@ def _defaults() -> dict[str, Any]:
 
 
 def _merged(values: dict, others: dict) -> Any:
-    """``values``, changed: the other values replace them, and dictionaries are merged, as by ``OmegaConf.merge``.
+    """Merge ``others`` into ``values``, in place, as ``OmegaConf.merge`` does.
 
-    That takes 20 ms for all keys, most of the time of composing a recipe that has been composed before.
+    That function takes 20 ms for all keys, most of the time to compose a recipe that is in the cache.
     """
     for name, value in others.items():
         ours = values.get(name)
@@ -112,7 +112,7 @@ def _merged(values: dict, others: dict) -> Any:
 
 
 def _has_interpolations(value: Any) -> bool:
-    """Whether OmegaConf has something to resolve, or a mandatory value to miss."""
+    """Whether the value contains an interpolation to resolve, or a mandatory value that is missing."""
     if isinstance(value, dict):
         return any(map(_has_interpolations, value.values()))
     if isinstance(value, list):
@@ -121,7 +121,7 @@ def _has_interpolations(value: Any) -> bool:
 
 
 def _require_known_keys(config_type: type, given: dict, prefix: str) -> None:
-    """Refuse unknown keys, and remove groups without keys (all their lines are commented out)."""
+    """Refuse unknown keys, and remove empty groups (all of their lines are commented out)."""
     hints = {name: hint for name, hint, _ in _keys_of(config_type)}
     for name, value in list(given.items()):
         key = f"{prefix}{name}"
@@ -146,11 +146,11 @@ def not_a_value(group: str, value: Any) -> UserError:
 def _unknown_key(name: str) -> UserError:
     if name.partition(".")[0] == "cluster":
         return UserError(
-            f"unknown key {name}; a cluster goes with nemo-rao launch, which takes the same recipe and keys"
+            f"unknown key {name}; it applies only to nemo-rao launch, which takes the same recipe and keys"
         )
     keys = list(known_keys())
     group, _, last = name.rpartition(".")
-    # In an objective's group, another objective's key of that name would be no help.
+    # In an objective's group, a suggestion of another objective's key would not help.
     of_objective = group.removeprefix("model.") in OBJECTIVES
     here = counterpart(name)
     if here is not None and not (of_objective and any(key.split(".")[1] in OBJECTIVES for key in here.keys)):
@@ -178,7 +178,7 @@ def _nearest_key(name: str, keys: list[str], cutoff: float) -> list[str]:
 
 @functools.cache
 def _keys_of(config_type: type) -> tuple[tuple[str, Any, KeySpec], ...]:
-    """(name, type, spec) of each key of a config class."""
+    """``(name, type, spec)`` of each key of a config class."""
     return tuple((name, hint, spec_of(config_type, name)) for name, hint in type_hints(config_type).items())
 
 
@@ -194,5 +194,5 @@ def alternatives(hint: Any) -> set[Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an error of Hydra or OmegaConf, without the lines about internal types and paths."""
+    """The first line of a Hydra or OmegaConf error: the others are about internal types and paths."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

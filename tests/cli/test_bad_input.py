@@ -111,7 +111,7 @@ GOOD = row(("a b", 1.0), ("b a", 0.0))
         ("model.optim.lr=fast", ("model.optim.lr='fast'", "must be a number")),
         ("precision.params=fp17", ("precision.params='fp17'", "'fp32', 'bf16', 'fp16'")),
         ("precision=bf17", ("precision=bf17: no such file", "bf16_mixed, fp16_mixed, fp32, fp8_blockwise")),
-        ("exp_manager.exp_dir=/dev/null/runs", ("exp_manager.exp_dir=/dev/null/runs", "/dev/null is not a folder")),
+        ("exp_manager.exp_dir=/dev/null/runs", ("exp_manager.exp_dir=/dev/null/runs", "/dev/null is not a directory")),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_is_allowed(
@@ -159,7 +159,7 @@ def test_ranks_that_a_launcher_started_in_another_number_are_refused(
 def test_a_missing_file_is_named(refused: Callable[..., str]) -> None:
     has(refused("data.train_path=nope.jsonl"), "data.train_path", "nope.jsonl: no such file")
     has(refused("data.validation_path=nope.jsonl"), "data.validation_path", "nope.jsonl: no such file")
-    has(refused("data.tokenizer=./nope"), "data.tokenizer=./nope: no such folder")
+    has(refused("data.tokenizer=./nope"), "data.tokenizer=./nope: no such directory")
 
 
 def test_a_truncated_gz_file_is_named_with_its_last_whole_line(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_wrong_key_or_value_of_an_objective_or_of_what_it_compares_is_named(
 
 def test_a_score_head_cannot_be_trained_beside_adapters(refused_early: Callable[..., str]) -> None:
     message = refused_early("rm", "model.peft.scheme=lora")
-    has(message, "model.peft.scheme=lora", "objective rm has a", "head to train", "set it to none")
+    has(message, "model.peft.scheme=lora", "objective rm also trains a head", "set it to none")
 
 
 @pytest.mark.parametrize("objective", ["orpo", "simpo", "sppo", "robust_po", "agro", "nca"])

@@ -20,6 +20,10 @@ TP2_PP2 = (
 )
 
 ONE_EACH = ("model.micro_batch_size=1", "model.global_batch_size=16")
+TP2_EXPERTS = (
+    *("model.family=mixtral", "trainer.devices=2", "model.tensor_model_parallel_size=2"),
+    *("model.sequence_parallel=true", "model.arch.ffn_hidden_size=385"),
+)
 
 
 @pytest.fixture
@@ -75,7 +79,7 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
         ),
         (
             (*TP2_PP2, "model.virtual_pipeline_model_parallel_size=2", "model.micro_batch_size=8"),
-            ("global_batch_size=8 makes 1 micro-batches", "pipeline_model_parallel_size=2"),
+            ("global_batch_size=8 gives 1 micro-batches", "pipeline_model_parallel_size=2"),
         ),
         (("model.arch.num_query_groups=3",), ("num_attention_heads=4", "num_query_groups=3")),
         (("model.arch.hidden_size=130",), ("hidden_size=130", "num_attention_heads=4")),
@@ -85,7 +89,7 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
         ),
         (
             ("trainer.devices=2", "model.context_parallel_size=2", "model.seq_length=1022"),
-            ("model.seq_length=1022", "take 1024"),
+            ("model.seq_length=1022", "set it to 1024"),
         ),
         (("model.sequence_parallel=true",), ("model.sequence_parallel", "tensor_model_parallel_size")),
         ((*TP2_PP2, "model.sequence_parallel=true", "model.seq_length=1023"), ("seq_length=1023", "1024")),
@@ -102,18 +106,26 @@ def test_the_shipped_recipes_pass_with_the_users_files(files: list[str]) -> None
         (("model.arch.num_layers=null",), ("model.arch.num_layers is null", "model.family=llama", "model=llama3_8b")),
         (
             ("model.family=qwen2", "model.arch.rope_scaling.factor=8"),
-            ("model.arch.rope_scaling.factor=8.0: model.family=qwen2 has no such scaling", "belongs to llama"),
+            (
+                "model.arch.rope_scaling.factor=8.0: model.family=qwen2 does not support RoPE scaling",
+                "supported by llama",
+            ),
         ),
         (
             ("model.family=mixtral", "model.expert_model_parallel_size=16", "trainer.devices=16", *ONE_EACH),
             ("num_moe_experts=8 (of model.family=mixtral)", "model.expert_model_parallel_size=16"),
         ),
+        (
+            (*TP2_EXPERTS, "model.expert_tensor_parallel_size=2"),
+            ("experts' width, 385 (of model.family=mixtral)", "by model.expert_tensor_parallel_size=2;"),
+        ),
+        (TP2_EXPERTS, ("experts' width, 385 (of model.family=mixtral)", "by model.tensor_model_parallel_size=2;")),
         (("model.expert_model_parallel_size=2", "trainer.devices=2"), ("model.family=llama has no experts",)),
         (("data.train_path=3",), ("data.train_path", "3")),
         (("data.train_path=/nope*.jsonl",), ("data.train_path", "no file matches")),
         (("data.validation_path=/nope.jsonl",), ("data.validation_path", "no such file")),
         (("data.tokenizer=null",), ("data.tokenizer is not set",)),
-        (("data.tokenizer=/nope",), ("data.tokenizer=/nope", "no such folder")),
+        (("data.tokenizer=/nope",), ("data.tokenizer=/nope", "no such directory")),
         (("exp_manager.name=a/b",), ("exp_manager.name=a/b", "exp_dir")),
         (("exp_manager.name=",), ("exp_manager.name",)),
     ],

@@ -98,7 +98,7 @@ def test_a_key_like_no_other_points_to_the_list_of_keys() -> None:
         ("~trainer.devices", ("~trainer.devices", "cannot be deleted")),
         ("trainer.devices", ("trainer.devices", "key=value")),
         ("=3", ("key=value",)),
-        ("trainer.devices==", ("trainer.devices==", "cannot be read")),
+        ("trainer.devices==", ("trainer.devices==", "cannot be parsed")),
         ("trainer.max_steps=${model.nothing}", ("trainer.max_steps", "model.nothing")),
         ("model=llama3_9b", ("model=llama3_9b", "did you mean llama3_8b")),
         ("precision=bf16", ("precision=bf16", "did you mean bf16_mixed")),

@@ -90,8 +90,8 @@ TENSORWISE = ("precision=fp8_tensorwise", "trainer.accelerator=gpu")
             ("model.recompute_granularity=full", "set it to null"),
         ),
         ((*FP8, "model.peft.scheme=lora"), ("model.peft.scheme=lora", "delayed", "tensorwise")),
-        ((*FP8, "model.seq_length=1000"), ("model.seq_length=1000", "16", "take 1008")),
-        (("precision=fp8_mxfp8", "model.seq_length=1008"), ("model.seq_length=1008", "32", "take 1024")),
+        ((*FP8, "model.seq_length=1000"), ("model.seq_length=1000", "16", "set it to 1008")),
+        (("precision=fp8_mxfp8", "model.seq_length=1008"), ("model.seq_length=1008", "32", "set it to 1024")),
         (
             (
                 *FP8,
@@ -100,7 +100,7 @@ TENSORWISE = ("precision=fp8_tensorwise", "trainer.accelerator=gpu")
                 "model.sequence_parallel=true",
                 "model.seq_length=1040",
             ),
-            ("model.seq_length=1040", "32", "on each rank", "take 1056"),
+            ("model.seq_length=1040", "32", "on each rank", "set it to 1056"),
         ),
     ],
 )
@@ -121,7 +121,7 @@ def test_what_does_not_go_together_is_refused_with_both_keys(
             {"ffn_hidden_size": 144},
             ("ffn_hidden_size = 144 / model.tensor_model_parallel_size=2", "16"),
         ),
-        (FP8, {"hidden_size": 64, "num_attention_heads": 3, "kv_channels": 8}, ("width of a head = 24",)),
+        (FP8, {"hidden_size": 64, "num_attention_heads": 3, "kv_channels": 8}, ("head dimension = 24",)),
         (TENSORWISE, {"num_layers": 2}, ("num_layers_at_start_in_bf16=1", "none of 2 layers")),
         (
             (*TENSORWISE, "precision.num_layers_at_end_in_bf16=3", "model.pipeline_model_parallel_size=4"),
@@ -183,7 +183,7 @@ def test_each_recipe_runs_where_transformer_engine_has_it(
 
 def test_a_gpu_that_lacks_a_recipe_is_told_with_those_that_it_has() -> None:
     message = refusal(check_named_gpu, composed("precision=fp8_mxfp8"), "h100", "cluster.gpu=h100")
-    assert "mxfp8 needs Blackwell" in message and "cluster.gpu=h100 has 9.0" in message
+    assert "mxfp8 needs data-center Blackwell" in message and "cluster.gpu=h100 has 9.0" in message
     assert "delayed or tensorwise or blockwise" in message
     assert "choose precision=bf16_mixed" in refusal(check_named_gpu, composed(*FP8), "a100", "--gpu a100")
     check_named_gpu(composed("precision=fp8_mxfp8", "precision.fp8_simulation=true"), "a100", "--gpu a100")
@@ -210,7 +210,7 @@ def test_a_plan_for_a_gpu_that_lacks_the_recipe_ends_with_2(capfd: pytest.Captur
     recipe = ("plan", "--config-name", "gpt_rao_llama3_8b", "precision=fp8_mxfp8")
     assert main([*recipe, "--gpu", "h100"]) == 2
     output, message = capfd.readouterr()
-    assert output == "" and message.count("\n") == 1 and "mxfp8 needs Blackwell" in message
+    assert output == "" and message.count("\n") == 1 and "mxfp8 needs data-center Blackwell" in message
     assert main([*recipe, "--gpu", "b200"]) == 0
     assert "planned as bf16" in capfd.readouterr().out
 
@@ -232,4 +232,4 @@ def test_a_job_for_a_cluster_that_lacks_the_recipe_ends_with_2_before_it_is_subm
     assert main([*given, "precision=fp8_tensorwise", "cluster.gpu=h100"]) == 0
     assert main([*given, "precision=bf16_mixed"]) == 0
     assert main([*given, "precision=bf16_mixed", "cluster.gpu=a1"]) == 2
-    assert "cluster.gpu=a1: there are a100, h100" in capfd.readouterr().err
+    assert "cluster.gpu=a1: must be one of a100, h100" in capfd.readouterr().err

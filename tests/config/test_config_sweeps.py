@@ -151,7 +151,7 @@ def test_a_grid_without_multirun_is_refused_with_the_remedy(override: str) -> No
         (("trainer=1,2",), ("trainer=1", "group of keys")),
         (("model=tiny_llama,lama3_8b",), ("model=lama3_8b", "did you mean llama3_8b")),
         (("search=simop",), ("search=simop", "did you mean simpo")),
-        (("search=dpo,ipo",), ("search=dpo", "chosen once")),
+        (("search=dpo,ipo",), ("search=dpo", "file that contains a grid")),
         (("search=orpo",), ("model.orpo.lam=0.01", "model.objective=dpo does not read model.orpo.lam")),
         (("model.objective=dpo,ipo", "model.dpo.beta=0.1,0.5"), ("model.objective=ipo does not read model.dpo.beta",)),
         (("exp_manager.name=a,b",), ("exp_manager.name=a", "the same for all runs")),
@@ -161,10 +161,10 @@ def test_a_grid_without_multirun_is_refused_with_the_remedy(override: str) -> No
             ("model.dpo.beta=1.0: gives the same run or run name, gpt_dpo-beta=1.0, as model.dpo.beta=1.",),
         ),
         (("data.train_path=a/b,a_b",), ("data.train_path=a_b", "the same run or run name, gpt_dpo-train_path=a_b")),
-        (("model.restore_from_path=runs/s-beta=1,runs/s-beta=2",), ("runs/s-beta=1,runs/s-beta=2", "each in quotes")),
+        (("model.restore_from_path=runs/s-beta=1,runs/s-beta=2",), ("runs/s-beta=1,runs/s-beta=2", "quote each")),
         (("model.dpo.beta=interval(0.1,1)",), ("interval(0.1,1)", "write them out")),
         (("model.dpo.beta=shuffle(0.1,1)",), ("shuffle(0.1,1)", "write them out")),
-        (("trainer.max_steps=range(3,1)",), ("range(3,1)", "without values")),
+        (("trainer.max_steps=range(3,1)",), ("range(3,1)", "empty")),
     ],
 )
 def test_a_grid_that_cannot_be_run_is_refused_in_one_line(overrides: Sequence[str], parts: Sequence[str]) -> None:

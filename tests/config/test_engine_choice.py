@@ -64,7 +64,9 @@ def test_releases_of_bridge_that_are_not_tested_are_refused(
     if works:
         assert chosen(monkeypatch, "bridge", ("bridge",), release) == "bridge"
         return
-    with pytest.raises(UserError, match=f"Megatron-Bridge {release} is installed; tested are 0.4 to 0.6"):
+    with pytest.raises(
+        UserError, match=f"Megatron-Bridge {release} is installed, but the engine is tested with 0.4 to 0.6"
+    ):
         chosen(monkeypatch, "bridge", ("bridge",), release)
 
 
@@ -73,16 +75,20 @@ def test_releases_of_bridge_that_are_not_tested_are_refused(
     [
         (["trainer.engine=nemo"], ("bridge",), "trainer.engine=nemo: NeMo's LLM collection"),
         (["trainer.engine=bridge"], ("nemo",), "trainer.engine=bridge: Megatron-Bridge (megatron-bridge) is not"),
-        ([], ("bridge",), "trainer.engine=bridge: Megatron-Bridge 0.7.0 is installed; tested are 0.4 to 0.6"),
+        (
+            [],
+            ("bridge",),
+            "trainer.engine=bridge: Megatron-Bridge 0.7.0 is installed, but the engine is tested with 0.4 to 0.6",
+        ),
         (
             ["trainer.engine=bridge", "model.config_class=Llama3Config8B"],
             ("bridge",),
-            "model.config_class=Llama3Config8B: is a class of NeMo",
+            "model.config_class=Llama3Config8B: must be null with engine bridge",
         ),
         (
             ["model.peft.scheme=dora", "model.restore_from_path=start"],
             ("nemo",),
-            "model.peft.scheme=dora: the engine NeMo has lora alone",
+            "model.peft.scheme=dora: engine nemo supports only lora",
         ),
         (
             [
@@ -91,7 +97,7 @@ def test_releases_of_bridge_that_are_not_tested_are_refused(
                 "model.arch.num_layers=4",
             ],
             ("nemo",),
-            "the engine NeMo leaves adapters of interleaved stages out of its checkpoints",
+            "engine nemo does not save adapters of interleaved stages",
         ),
     ],
 )

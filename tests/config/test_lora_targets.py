@@ -115,15 +115,15 @@ def test_what_a_form_of_adapters_lacks_is_refused(overrides: tuple[str, ...], pa
 
 @pytest.mark.parametrize("scheme", ["canonical_lora", "dora"])
 def test_nemos_engine_refuses_the_forms_that_it_lacks(scheme: str) -> None:
-    with pytest.raises(UserError, match=rf"model.peft.scheme={scheme}: the engine NeMo has lora alone; .*=bridge"):
+    with pytest.raises(UserError, match=rf"model.peft.scheme={scheme}: engine nemo supports only lora; .*=bridge"):
         check_run(run("linear_qkv", f"model.peft.scheme={scheme}", "trainer.engine=nemo"))
 
 
 @pytest.mark.parametrize(
     ("targets", "overrides", "parts"),
     [
-        ("q_proj", (), ("q_proj is a part of Megatron's linear_qkv", "add k_proj and v_proj, or take linear_qkv")),
-        ("q_proj,v_proj", (), ("q_proj, k_proj and v_proj", "add k_proj, or take linear_qkv")),
+        ("q_proj", (), ("q_proj is a part of Megatron's linear_qkv", "add k_proj and v_proj, or use linear_qkv")),
+        ("q_proj,v_proj", (), ("q_proj, k_proj and v_proj", "add k_proj, or use linear_qkv")),
         ("linear_qkv,up_proj", (), ("up_proj is a part of Megatron's linear_fc1", "add gate_proj")),
         ("linear_kqv", (), ("no linear layer linear_kqv", "did you mean linear_qkv?")),
         ("conv1", (), ("no linear layer conv1", "linear_qkv, linear_proj, linear_fc1, linear_fc2, output_layer")),
@@ -143,7 +143,7 @@ def test_nemos_engine_refuses_the_forms_that_it_lacks(scheme: str) -> None:
         (
             "all-linear",
             ("model.family=mixtral", "model.arch.extra={num_moe_experts: 4}"),
-            ("linear_fc1 and linear_fc2: experts get no adapters", "take linear_qkv and linear_proj"),
+            ("linear_fc1 and linear_fc2: experts get no adapters", "use linear_qkv and linear_proj"),
         ),
         (
             "linear_qkv",

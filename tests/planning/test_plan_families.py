@@ -191,7 +191,7 @@ def test_recipes_name_the_published_sizes() -> None:
     [
         pytest.param(("model.config_class=Llama3Confg8B",), "model.config_class", marks=needs_nemo),
         pytest.param(("model.config_class=DeepSeekV3Config",), "multi_latent_attention is set", marks=needs_nemo),
-        (("model.family=gemma3",), "model.family=gemma3: norms behind attention .* are not supported by the planner"),
+        (("model.family=gemma3",), "model.family=gemma3: norms after attention .* are not supported by the planner"),
         (
             ("model.family=gpt_oss",),
             "model.family=gpt_oss: learned attention sinks, .* are not supported by the planner",
