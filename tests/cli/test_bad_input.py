@@ -479,7 +479,7 @@ def test_a_model_that_nemo_does_not_have_is_named(refused: Callable[..., str]) -
 @needs_bridge
 def test_a_class_of_nemo_is_refused_without_it(refused: Callable[..., str]) -> None:
     message = refused("model.config_class=LlamaConfig")
-    has(message, "model.config_class", "a class of NeMo", "Set model.family and model.arch")
+    has(message, "model.config_class=LlamaConfig", "no NeMo classes", "set model.family and model.arch")
 
 
 @needs_nemo
