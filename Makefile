@@ -3,7 +3,7 @@
 #   make demo      install, then run the demo: SFT, then RAO, on four local ranks of this machine's CPU
 #   make smollm2   install, then download SmolLM2-135M-Instruct and convert it, in models/
 #   make test      install, lint (with ENGINE=nemo), then run the tests not marked slow; the other engine's are skipped
-#   make test-all  the same with the slow tests: simulated FP8, pip inside containers
+#   make test-all  the same with the slow tests: simulated FP8, pip inside containers, further cases of long tests
 #   make test-seconds   test-all, and write the CPU seconds of each file to tests/seconds.json: long files start first
 #   make test-matrix   test mcore/ and ops/ on every minor version of megatron-core (MATRIX), without an engine
 #   make test-releases   run the test suite on the earlier releases of both engines (RELEASES)

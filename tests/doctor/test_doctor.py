@@ -85,6 +85,7 @@ def test_here_training_works_and_every_version_is_the_installed_one(tmp_path: Pa
 # -------------------------------------------------------------------------------------------- broken and foreign ones
 
 
+@pytest.mark.slow
 def test_a_broken_package_stops_what_needs_it_and_is_told_with_its_error(tmp_path: Path) -> None:
     package(tmp_path / "broken", "transformers", "raise ImportError('libfoo.so.7: cannot\\nopen')", "4.99.0")
     done = doctor("--json", str(tmp_path / "found.json"), first=tmp_path / "broken")

@@ -23,6 +23,7 @@ from nemo_rao.planning.setting import Setting
 
 from ..engines import needs_nemo
 from ..planning.children import in_child
+from ..slow import slow_but
 from .meta_ranks import Part, build_parts, parts_of
 
 # Model: its published parameters, its layers, ranks of its recipes.
@@ -40,6 +41,7 @@ MODELS = {
     "mixtral_8x7b": (46_702_792_704, 32, 64),
 }
 OF_THE_PAPER = {"llama3_8b", "qwen2_5_7b", "eurollm_9b"}
+QUICK = ["llama3_8b", "llama3_70b_lora", "qwen3_30b_a3b"]  # dense, with adapters, with experts
 RUNS = [(objective, model) for model in MODELS for objective in ("rao", "dpo")]
 ROOT = Path(__file__).resolve().parents[2]
 RESERVE = 4 * GIB  # the planner's own
@@ -54,7 +56,7 @@ def recipe(objective: str, model: str) -> RunConfig:
     return compose(f"gpt_{objective}", [f"model={model}", "precision=bf16_mixed", *paper])
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=slow_but(QUICK, MODELS))
 def model(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -5,8 +5,10 @@ With --every-combination it is seen to learn under PP 2, too: twenty steps there
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -49,57 +51,72 @@ MARGINS = {
     "sppo": 0.0023,
 }
 SHARE = 0.5  # of that change, the least that passes
-LAYOUTS = {"TP 2": parallel(2, 1, 1), "PP 2": parallel(1, 2, 1)}
+TP_2, PP_2 = parallel(2, 1, 1), parallel(1, 2, 1)
 SAME = 3  # steps that are compared
 KEYS = {"kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
 
 
-def train(name: str, layout: tuple[str, ...], folder: Path, start: Path, *extra: str) -> Path:
+@dataclass(frozen=True)
+class Runs:
+    """Start and data of all objectives' runs, which are validated on a few of their training prompts."""
+
+    start: Path
+    data: tuple[str, ...]
+
+
+@functools.cache
+def train(runs: Runs, name: str, layout: tuple[str, ...], num_steps: int) -> Path:
+    needs = OBJECTIVES[name].needs_of(OBJECTIVES[name].config_type())
+    kind = "objectives" if needs.reference else "reference-free objectives"
+    folder = runs.start.parent / kind / ("TP2" if layout == TP_2 else "PP2")
     overrides = [
         *TINY,
         *NO_CHECKPOINTS,
+        *runs.data,
         *layout,
         f"model.objective={name}",
         *(f"model.{name}.{key}" for key in KEYS.get(name, ())),
         "model.global_batch_size=8",
         "model.micro_batch_size=8",
-        f"model.restore_from_path={start}",
+        f"model.restore_from_path={runs.start}",
         f"exp_manager.exp_dir={folder}",
-        f"exp_manager.name={name}",
+        f"exp_manager.name={name}-{num_steps}",
         "trainer.max_epochs=null",
-        *extra,
+        f"trainer.max_steps={num_steps}",
     ]
     run_training("gpt_rao", overrides)
-    return folder / name
+    assert (folder / "reference").exists() == needs.reference
+    return folder / f"{name}-{num_steps}"
 
 
-@pytest.mark.parametrize("name", OF_DATA)
-def test_twenty_steps_move_its_own_metric_as_far_as_before(
-    name: str, data: tuple[str, ...], start: Path, table: Callable[..., None], request: pytest.FixtureRequest
-) -> None:
-    metric, change = OWN[name] if name in OWN else ("rewards/margins", MARGINS[name])
+@pytest.fixture(scope="module")
+def runs(data: tuple[str, ...], start: Path) -> Runs:
     train_path = Path(data[0].partition("=")[2])
     validation_path = train_path.with_name("some.jsonl")
     with train_path.open() as rows:
         validation_path.write_text("".join(itertools.islice(rows, 16)))
-    needs = OBJECTIVES[name].needs_of(OBJECTIVES[name].config_type())
-    folder = start.parent / ("objectives" if needs.reference else "reference-free objectives")
-    overrides = (*data, f"data.validation_path={validation_path}")
-    whole = ("TP 2", "PP 2") if request.config.getoption("every_combination") else ("TP 2",)
-    courses = []
-    for layout, sizes in LAYOUTS.items():
-        num_steps = 20 if layout in whole else SAME
-        run = train(name, sizes, folder / layout.replace(" ", ""), start, *overrides, f"trainer.max_steps={num_steps}")
-        assert (run.parent / "reference").exists() == needs.reference
-        courses.append(steps(run))
-        if layout not in whole:
-            continue
-        validations = [record for record in read_metrics(run / "metrics.jsonl") if f"val/{metric}" in record]
+    return Runs(start, (*data, f"data.validation_path={validation_path}"))
+
+
+@pytest.mark.parametrize("name", OF_DATA)
+def test_twenty_steps_move_its_own_metric_as_far_as_before(
+    name: str, runs: Runs, table: Callable[..., None], request: pytest.FixtureRequest
+) -> None:
+    metric, change = OWN[name] if name in OWN else ("rewards/margins", MARGINS[name])
+    both = request.config.getoption("every_combination")
+    for layout, sizes in {"TP 2": TP_2, "PP 2": PP_2}.items() if both else [("TP 2", TP_2)]:
+        records = read_metrics(train(runs, name, sizes, 20) / "metrics.jsonl")
+        validations = [record for record in records if f"val/{metric}" in record]
         before, after = (record[f"val/{metric}"] for record in validations)
         table(name, layout, metric, f"{before:.4f}", f"{after:.4f}")
         assert [record["step"] for record in validations] == [0, 20]
         assert (after - before) / change > SHARE, (layout, before, after)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_DATA)
+def test_its_first_steps_are_the_same_in_a_pipeline(name: str, runs: Runs) -> None:
+    courses = [steps(train(runs, name, TP_2, 20)), steps(train(runs, name, PP_2, SAME))]
     for one, same in zip(*(course[:SAME] for course in courses), strict=True):
         for key, value in one.items():
             if key == "lr" or (key == "rewards/accuracies" and one["step"] == 1):

@@ -11,6 +11,7 @@ import pytest
 
 from nemo_rao.config.engine_choice import NEMO, installed_engine
 
+from ..slow import slow_but
 from .runs import NO_CHECKPOINTS, TINY, make_data, parallel, run_training, start_checkpoint, steps
 
 LAYOUTS = {  # name: (TP, PP, DP x CP), micro-batch size
@@ -49,6 +50,7 @@ TOLERANCE, ROUNDING = 1e-5, {"rewards/": 1e-6, "rao/prompt_logratio": 1e-5}  # a
 # Without --every-combination:
 OF_RAO = [name for name in LAYOUTS if "EP 2" in name]
 OF_DPO = ["PP 2 x EP 2, interleaved"]
+QUICK = [("gpt_rao", "PP 2 x EP 2, interleaved", DEFAULT), ("gpt_rao", "TP 2 x EP 2", ALL_ON)]  # of `make test`
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -58,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     of_rao, of_dpo = (split, split) if metafunc.config.getoption("every_combination") else (OF_RAO, OF_DPO)
     cases = [("gpt_rao", layout, DEFAULT) for layout in of_rao] + [("gpt_dpo", layout, DEFAULT) for layout in of_dpo]
     cases += [("gpt_rao", layout, ALL_ON) for layout in ("one rank", "EP 2, small micro-batches", "TP 2 x EP 2")]
-    metafunc.parametrize(("recipe", "layout", "switches"), cases, ids=_name)
+    metafunc.parametrize(("recipe", "layout", "switches"), slow_but(QUICK, cases), ids=_name)
 
 
 def _name(part: str | tuple[str, ...]) -> str:
@@ -140,7 +142,9 @@ def begun(given: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> C
     return begin
 
 
-@pytest.mark.parametrize(("before", "after"), CONTINUED, ids=[" to ".join(case) for case in CONTINUED])
+@pytest.mark.parametrize(
+    ("before", "after"), slow_but(CONTINUED[-1:], CONTINUED), ids=[" to ".join(case) for case in CONTINUED]
+)
 def test_a_checkpoint_is_continued_under_another_parallelism(
     before: str, after: str, begun: Callable[[str], Path], given: tuple[str, ...], tmp_path: Path
 ) -> None:

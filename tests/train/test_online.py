@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ..slow import slow_but
 from .runs import (
     FOUR_LAYERS,
     die_in_call,
@@ -87,16 +88,16 @@ def rollout(folder: Path, number: int) -> dict[str, np.ndarray]:
         return {name: stored[name] for name in stored.files}
 
 
-@pytest.mark.parametrize(
-    ("recipe", "more"),
-    [
-        ("gpt_rloo", ()),
-        ("gpt_grpo", ("model.grpo.beta=0.1", *SEVERAL_STEPS)),
-        ("gpt_ppo", (*SEVERAL_STEPS, "model.ppo.critic=shared", "model.ppo.value_lr=1e-2")),
-        ("gpt_rpo_online", ("model.rpo.distance=sqloo",)),
-        ("gpt_rao_online", ()),
-    ],
-)
+RECIPES = [
+    ("gpt_rloo", ()),
+    ("gpt_grpo", ("model.grpo.beta=0.1", *SEVERAL_STEPS)),
+    ("gpt_ppo", (*SEVERAL_STEPS, "model.ppo.critic=shared", "model.ppo.value_lr=1e-2")),
+    ("gpt_rpo_online", ("model.rpo.distance=sqloo",)),
+    ("gpt_rao_online", ()),
+]
+
+
+@pytest.mark.parametrize(("recipe", "more"), slow_but([RECIPES[2], RECIPES[4]], RECIPES))
 def test_the_same_samples_and_steps_under_any_parallelism(
     common: tuple[str, ...], tmp_path: Path, recipe: str, more: tuple[str, ...]
 ) -> None:
@@ -174,7 +175,10 @@ LORA = (
 
 @pytest.mark.parametrize(
     ("recipe", "more"),
-    [("gpt_rloo", ()), ("gpt_ppo", ("online.epochs=1", "model.ppo.value_lr=2e-2", "model.ppo.critic=shared"))],
+    slow_but(
+        [("gpt_rloo", ())],
+        [("gpt_rloo", ()), ("gpt_ppo", ("online.epochs=1", "model.ppo.value_lr=2e-2", "model.ppo.critic=shared"))],
+    ),
 )
 def test_adapters_are_sampled_with_and_the_reference_is_without_them_also_after_a_kill(
     common: tuple[str, ...], tmp_path: Path, recipe: str, more: tuple[str, ...]
@@ -215,7 +219,12 @@ def _die(where: str, recipe: str, overrides: list[str]) -> None:
     _train(recipe, overrides)
 
 
-@pytest.mark.parametrize("where", ["sampling", "scoring", "the step behind a rollout", "a later step on it"])
+@pytest.mark.parametrize(
+    "where",
+    slow_but(
+        ["scoring", "a later step on it"], ["sampling", "scoring", "the step behind a rollout", "a later step on it"]
+    ),
+)
 def test_a_run_that_was_killed_goes_on_bitwise(
     common: tuple[str, ...], tmp_path: Path, undisturbed: Path, where: str
 ) -> None:
@@ -286,6 +295,7 @@ def undisturbed(common: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.mark.slow
 def test_values_stay_those_of_before_the_first_step_on_a_rollout(common: tuple[str, ...], tmp_path: Path) -> None:
     """Also after a kill behind later steps; they are not 0, as at the head's start."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

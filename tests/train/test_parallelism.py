@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ..slow import slow_but
 from .runs import FOUR_LAYERS, NO_CHECKPOINTS, parallel, run_training, steps
 
 LAYOUTS = {  # name: (TP, PP, DP x CP), micro-batch size
@@ -51,6 +52,15 @@ ALL_SWITCHED_ON = (
 SWITCHES = ("model.fused_log_probs", "data.packing", "data.prefix_sharing")
 PLAIN, DEFAULT, ALL_ON = (False, False, False), (True, False, False), (True, True, True)
 EVERY = list(itertools.product((False, True), repeat=len(SWITCHES)))
+# The cases that `make test` runs: each kind of parallelism once, and both objectives.
+QUICK = [
+    ("gpt_rao", "one rank", ALL_ON),
+    ("gpt_rao", "TP 2 x PP 2", DEFAULT),
+    ("gpt_rao", "CP 2 x TP 2, sequence parallel", ALL_ON),
+    ("gpt_rao", "PP 2 x TP 2, interleaved", DEFAULT),
+    ("gpt_rao", "DP 2 x PP 2, interleaved, overlapped", DEFAULT),
+    ("gpt_dpo", "TP 2 x PP 2", ALL_ON),
+]
 TOLERANCE = 1e-5
 # Differences of log-probabilities may be as near to zero as they like; fp32 sums of their size, tens of nats, are known
 # to a few millionths. In nats; rewards are multiplied by beta, 0.1.
@@ -102,7 +112,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases += [("gpt_dpo", "TP 2 x PP 2", ALL_ON), ("gpt_dpo", "DP 2, small micro-batches", ALL_ON)]
     metafunc.parametrize(
         ("recipe", "layout", "switches"),
-        [case for case in dict.fromkeys(cases) if case[1:] != ("one rank", PLAIN)],
+        slow_but(QUICK, (case for case in dict.fromkeys(cases) if case[1:] != ("one rank", PLAIN))),
         ids=lambda value: switches_on(value) if isinstance(value, tuple) else value,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ..slow import slow_but
 from .runs import (
     TINY,
     _train,
@@ -55,10 +56,12 @@ def train_and_die(recipe: str, given: Sequence[str]) -> None:
     ("recipe", "ranks", "extra"),
     [
         ("gpt_rao", parallel(2, 2, 1), ()),
-        ("gpt_dpo", parallel(1, 2, 1), ("model.peft.scheme=lora",)),
+        pytest.param("gpt_dpo", parallel(1, 2, 1), ("model.peft.scheme=lora",), marks=pytest.mark.slow),
         ("gpt_rao", parallel(1, 2, 1), ("model.objective=dro", "model.dro.value_lr=0.01")),
-        ("gpt_rao", parallel(1, 1, 2), ("model.objective=kto", "model.kto.threshold=0.6")),
-        ("gpt_rao", parallel(1, 2, 1), INTERLEAVED),
+        pytest.param(
+            "gpt_rao", parallel(1, 1, 2), ("model.objective=kto", "model.kto.threshold=0.6"), marks=pytest.mark.slow
+        ),
+        pytest.param("gpt_rao", parallel(1, 2, 1), INTERLEAVED, marks=pytest.mark.slow),
     ],
     ids=[
         "RAO, TP 2 x PP 2",
@@ -133,7 +136,7 @@ def test_an_unfinished_checkpoint_is_never_resumed_from(
     assert not list(folder.glob("*-unfinished"))
 
 
-@pytest.mark.parametrize("objective", ["rao", "dro"])
+@pytest.mark.parametrize("objective", slow_but(["rao"], ["rao", "dro"]))
 def test_a_longer_run_goes_on_under_another_parallelism_and_its_own_schedule(
     objective: str, data: tuple[str, ...], start: Path, tmp_path: Path
 ) -> None:
