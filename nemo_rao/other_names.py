@@ -70,7 +70,7 @@ _ONLINE = Counterpart(
 
 _COLUMNS = Counterpart("a name of the data's fields", ("data.columns",), "such as {prompt: question}")
 _TRUNCATED = Counterpart("the treatment of truncated samples", ("data.truncated",))
-_WORKERS = Counterpart("worker processes", note="are not needed: data is tokenised once and memory-mapped")
+_WORKERS = Counterpart("worker processes", note="are not needed: data is tokenized once and memory-mapped")
 _LIKELIHOOD = Counterpart("the weight of the chosen response's likelihood", ("model.dpo.sft_weight",))
 
 # Names of keys, without the groups in front of them.
@@ -232,7 +232,7 @@ KEYS: dict[str, Counterpart] = {
     "gt_reward_scale": Counterpart("the scale of explicit rewards", ("model.rpo.eta",)),
     "desirable_weight": Counterpart("the weight of desirable responses", ("model.kto.desirable_weight",)),
     "undesirable_weight": Counterpart("the weight of undesirable responses", ("model.kto.undesirable_weight",)),
-    "center_rewards_coefficient": Counterpart("the weight that centres scores", ("model.rm.center",)),
+    "center_rewards_coefficient": Counterpart("the weight that centers scores", ("model.rm.center",)),
     "reward_model": Counterpart(
         "rewards of a model",
         note="are computed before training, by nemo-rao score --scorer model:RUN; online, by online.reward=[model:RUN]",

@@ -148,7 +148,7 @@ assert FAILURE in _RECORDS and STOPPED in _RECORDS
 
 _ATTEMPT = """\
 
-# Requeues the job, which ends this script. A job that is being cancelled stays cancelled.
+# Requeues the job, which ends this script. A job that is being canceled stays canceled.
 requeue() {
   local state
   state=$(squeue --noheader --jobs="$job" --format=%T)

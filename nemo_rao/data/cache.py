@@ -1,4 +1,4 @@
-"""On-disk cache of tokenised data.
+"""On-disk cache of tokenized data.
 
     <directory>/<key>/    a data set, see :mod:`nemo_rao.data.store`
 

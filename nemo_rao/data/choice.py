@@ -49,7 +49,7 @@ def num_used(num_responses: int, responses: Responses) -> int:
 
 
 def first_responses(row: Row, number: int | None) -> Row:
-    """Return the row with its first ``number`` responses (``None``: all). Labelled rows keep at least two."""
+    """Return the row with its first ``number`` responses (``None``: all). Labeled rows keep at least two."""
     if number is None or (row.ranked and number < 2):
         number = len(row.responses) if number is None else 2
     return row if len(row.responses) <= number else replace(row, responses=row.responses[:number])

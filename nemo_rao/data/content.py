@@ -164,7 +164,7 @@ def find_missing_part(name: str, value: Any, text: str) -> str | None:
 
 
 def _parsed(arguments: str) -> Any:
-    """Parse arguments given as JSON text, which some templates re-serialise. Other text is returned unchanged."""
+    """Parse arguments given as JSON text, which some templates re-serialize. Other text is returned unchanged."""
     try:
         return json.loads(arguments)
     except ValueError:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 BadRows = Literal["refuse", "drop"]
 
-ROWS_AT_ONCE = 64  # tokenised in one call
+ROWS_AT_ONCE = 64  # tokenized in one call
 INNER_END = "a response contains the end token before its end, which looks like an early end"
 
 
@@ -63,7 +63,7 @@ def load_preferences(
     progress: Callable[[int], None] | None = None,
     observer: Callable[[Outcome], None] | None = None,
 ) -> PreferenceData:
-    """Read, tokenise and check a data set.
+    """Read, tokenize and check a data set.
 
     Args:
         paths: see ``rows.read_rows``.

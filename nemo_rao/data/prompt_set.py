@@ -41,7 +41,7 @@ def load_prompts(
     ignore_fields: Sequence[str] = (),
     is_read: Callable[[str], bool] = lambda name: False,
 ) -> tuple[PreferenceData, list[Row]]:
-    """Read, render and tokenise prompts.
+    """Read, render and tokenize prompts.
 
     Args:
         paths: see :func:`nemo_rao.rows.reading.read_rows`; rows may also be prompts without responses.

@@ -25,7 +25,7 @@ class Outcome:
     Attributes:
         read: the row as it was read; ``None`` if its record cannot be read.
         used: the row with the responses that are used; ``None`` if none are.
-        sample: its tokens, also if the row is dropped for its length; ``None`` if it could not be tokenised.
+        sample: its tokens, also if the row is dropped for its length; ``None`` if it could not be tokenized.
         reason: label under which the row is counted as dropped; ``None``: it is kept.
         detail: one line about a dropped row, with its location.
         remarks: remarks on a kept row (``LoadReport.remarks``).

@@ -1,4 +1,4 @@
-"""Checks of a row before tokenisation: selection of its responses, and whether they suffice.
+"""Checks of a row before tokenization: selection of its responses, and whether they suffice.
 
 A row is *bad* if it has an error (a missing reward that is needed, too few responses). It is *dropped* if it is valid
 but nothing can be learned from it here: its responses were truncated, or all rewards are equal.
@@ -35,7 +35,7 @@ NOT_FINITE = "a reward is not a finite number and is not used"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row before it is tokenised.
+    """A row before it is tokenized.
 
     Attributes:
         read: the row as it was read.

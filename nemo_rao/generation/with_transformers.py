@@ -48,7 +48,7 @@ def load_model(folder: Path) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
-        if missing := sorted(loading["missing_keys"]):  # transformers would initialise them randomly
+        if missing := sorted(loading["missing_keys"]):  # transformers would initialize them randomly
             raise UserError(f"it has no tensor {missing[0]}")
         if left_over := sorted(loading["unexpected_keys"]):
             named = f"{len(left_over)} tensors, such as {left_over[0]}"

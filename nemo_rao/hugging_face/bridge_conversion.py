@@ -10,7 +10,7 @@ from nemo_rao.runtime.console import quiet_imports, quiet_third_parties, say
 
 @contextlib.contextmanager
 def bridge_of_one_rank() -> Iterator[None]:
-    """Import Bridge on the CPU with a progress message, and initialise Megatron's process groups with one rank."""
+    """Import Bridge on the CPU with a progress message, and initialize Megatron's process groups with one rank."""
     say("importing Megatron-Bridge, which takes about 20 seconds")
     with quiet_imports():
         from nemo_rao.mcore import cpu

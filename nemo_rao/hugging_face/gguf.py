@@ -147,7 +147,7 @@ def _load_model(file: Path) -> Any:
     """The model in fp32, in Hugging Face's layout.
 
     Raises:
-        UserError: transformers cannot read it, or would initialise missing weights randomly.
+        UserError: transformers cannot read it, or would initialize missing weights randomly.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -37,7 +37,7 @@ SLIC = Objective(
     loss=loss_of_pairs(slic_loss, lambda responses, config: responses.logp),
     needs=WITHOUT_REFERENCE,
     formula="max(0, δ − logπ(w) + logπ(l)) − λ·logπ(w)",
-    source="Zhao et al. 2023 (SLiC-HF), regularised on the chosen response",
+    source="Zhao et al. 2023 (SLiC-HF), regularized on the chosen response",
     checked="TRL's CPO `hinge` plus its NLL; formula, gradient by hand, finite differences",
 )
 

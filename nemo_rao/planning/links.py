@@ -8,7 +8,7 @@ consecutive ranks begin at multiples of that:
     data        stride TP, over context and data      pipeline  stride TP x CP x DP
     expert      stride ETP                            copies of experts   stride ETP x EP
 
-Latency is not modelled; it matters for small messages.
+Latency is not modeled; it matters for small messages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Published formats of preference data, and the conversion of one record of each to a :class:`Row`.
 
-A record's format is recognised by a field that only this format has (its *mark*). Its other fields are then required,
+A record's format is recognized by a field that only this format has (its *mark*). Its other fields are then required,
 so that a forgotten field is reported as such and the row is not mistaken for another format. The parts that formats
 share are read by ``prompt`` (under any of its names, with system message and tools) and ``responses``.
 """

@@ -233,7 +233,7 @@ def check_nothing_asked_is_left(record: View, content: str | Messages, responses
 
 
 def _texts_of(content: str | Messages, responses: Iterable[Response]) -> set[str]:
-    """All texts of a row, with whitespace normalised."""
+    """All texts of a row, with whitespace normalized."""
     texts = [content] if isinstance(content, str) else [message["content"] for message in content]
     for response in responses:
         texts += [response.content, *(message["content"] for message in response.continuation)]

@@ -23,7 +23,7 @@ _CHATTY = (
     "nv_one_logger",
     "torch.distributed",
 )
-# Loggers that warn about intended behaviour.
+# Loggers that warn about intended behavior.
 _WARY = ("megatron.core.rerun_state_machine", "megatron.core.dist_checkpointing", "megatron.core.optimizer")
 
 

@@ -14,7 +14,7 @@
     notes       counts reported along with scores
     missing     responses without a score: counting and limits
     statistics  distributions of columns, agreement with labels and between columns
-    finish      part file -> standardised rewards -> the output and its statistics
+    finish      part file -> standardized rewards -> the output and its statistics
     run         the command `nemo-rao score`
 
 ``judges/`` holds judges that a user's YAML file can extend.

@@ -1,4 +1,4 @@
-"""Rewards that are already in the file, for combining, standardising, or comparing with others."""
+"""Rewards that are already in the file, for combining, standardizing, or comparing with others."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Endpoint:
         self._answered = False
 
     def ask(self, questions: Sequence[ChatQuestion], keep: Callable[[int, ChatAnswer], None]) -> None:
-        """Ask all questions. If one fails, or Ctrl-C is pressed, the others are cancelled."""
+        """Ask all questions. If one fails, or Ctrl-C is pressed, the others are canceled."""
 
         async def one(number: int, question: ChatQuestion) -> None:
             keep(number, await self._answer(question))

@@ -1,9 +1,9 @@
-"""From the part file to the output: standardise the columns, average them to ``reward``, collect statistics.
+"""From the part file to the output: standardize the columns, average them to ``reward``, collect statistics.
 
-    column as written  =  (standardised column - shift) / scale
+    column as written  =  (standardized column - shift) / scale
     reward             =  weighted mean of the columns as written
 
-Standardisation: ``none``: unchanged; ``global``: minus the column's mean, divided by its standard deviation, both over
+Standardization: ``none``: unchanged; ``global``: minus the column's mean, divided by its standard deviation, both over
 the whole file (or taken from another file's statistics); ``prompt``: the same over the responses of a prompt. If all
 are equal they become 0. A response that lacks a column has no reward, since a mean of the others would not be
 comparable.
@@ -35,7 +35,7 @@ class Scaling:
 
     Attributes:
         standardize: one of ``STANDARDIZE``.
-        shift, scale: applied after standardisation.
+        shift, scale: applied after standardization.
         weights: column -> its weight in the mean.
         stated: column -> (mean, sd) for ``global``; empty: computed from the file.
     """

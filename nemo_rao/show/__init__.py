@@ -7,7 +7,7 @@
     settings    a recipe                       -> the keys that decide what a row becomes
     inspection  a recipe                       -> all of the above
     report      an inspection                  -> remarks and charts, for both ways to show them
-    terminal    an inspection                  -> text, in colour where it can be shown
+    terminal    an inspection                  -> text, in color where it can be shown
     page        an inspection                  -> one HTML file (``charts``: SVG; ``style``: CSS)
 
 Data is loaded by the code that training loads it with. No model and nothing of NeMo is imported.

@@ -20,7 +20,7 @@ class Histogram:
         edges: ``[bins + 1]``, ascending.
         counts: series -> ``[bins]``. Values outside the edges are counted in the first and the last bin.
         is_cut: whether there are values below the first and above the last edge.
-        levels: whether each bin stands for a single value, its centre.
+        levels: whether each bin stands for a single value, its center.
         mark: value to mark, such as model.seq_length; ``None``: none.
     """
 

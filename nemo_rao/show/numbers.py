@@ -83,7 +83,7 @@ class Numbers:
         row_of: ``[R]`` in [0, N), ascending.
         rewards: ``[R]``, NaN if missing.
         chosen, rejected: ``[R]`` bool.
-        dropped_prompts, dropped_responses, dropped_totals: the same for dropped rows that could be tokenised.
+        dropped_prompts, dropped_responses, dropped_totals: the same for dropped rows that could be tokenized.
     """
 
     prompts: np.ndarray

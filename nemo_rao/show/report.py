@@ -112,7 +112,7 @@ def _cut(made: Histogram) -> str:
 
 
 def _summary(values: np.ndarray) -> str:
-    """Summarise values: "12 to 890, median 240, 95 % up to 610"."""
+    """Summarize values: "12 to 890, median 240, 95 % up to 610"."""
     known = values[np.isfinite(values)]
     if not len(known):
         return ""

@@ -38,7 +38,7 @@ class Writer:
     """Formats an inspection.
 
     Args:
-        colour: write escape sequences for colours.
+        colour: write escape sequences for colors.
         width: characters per line.
         full: do not shorten texts.
     """
@@ -144,7 +144,7 @@ class Writer:
             yield _INDENT * 2 + line
 
     def _kind(self, kind: Kind, text: str) -> str:
-        """Colour a text by its kind, line by line; without colours, text that is not learned is in ⟦⟧."""
+        """Color a text by its kind, line by line; without colors, text that is not learned is in ⟦⟧."""
         if not self._colour:
             return f"⟦{text}⟧" if kind is Kind.TEMPLATE else f"{text}⏹" if kind is Kind.END else text
         return "\n".join(self._paint(_COLOURS[kind], line) if line else "" for line in text.split("\n"))

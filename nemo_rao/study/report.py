@@ -107,7 +107,7 @@ def _results(results: Mapping[str, Any]) -> Iterator[Block]:
             )
             for name, arm in compared.items()
         ]
-    yield Figure("measures", intervals(groups, "measures"), "Means with 95 % intervals; a grey dot is a seed.")
+    yield Figure("measures", intervals(groups, "measures"), "Means with 95 % intervals; a gray dot is a seed.")
 
 
 def _arrow(results: Mapping[str, Any], name: str) -> str:

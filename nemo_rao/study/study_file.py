@@ -146,7 +146,7 @@ def _check_arms(arms: Mapping[str, Arm], compared: Sequence[str]) -> None:
     for name in compared:
         other = labels.setdefault(label := label_of(name, arms[name]), name)
         if other != name:
-            raise UserError(f"arms.{name}: is labelled {label!r} in the report, like arms.{other}. Change one label.")
+            raise UserError(f"arms.{name}: is labeled {label!r} in the report, like arms.{other}. Change one label.")
 
 
 def _not_compared(name: str, compared: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Tokenised data on disk: the same samples, found again only where nothing that decides them has changed."""
+"""Tokenized data on disk: the same samples, found again only where nothing that decides them has changed."""
 
 import json
 import multiprocessing

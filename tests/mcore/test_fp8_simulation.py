@@ -199,7 +199,7 @@ def model_for(layout: Layout, recipe: str, **more: Any) -> Any:
 
 
 def states(model: Any) -> dict[str, Tensor]:
-    """What quantised layers keep; the output layer has a state of that name, too, with nothing in it."""
+    """What quantized layers keep; the output layer has a state of that name, too, with nothing in it."""
     kept = {name: value for name, value in model.state_dict().items() if name.endswith("_extra_state")}
     assert kept.pop("output_layer._extra_state", None) is None
     return kept

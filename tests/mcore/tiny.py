@@ -1,6 +1,6 @@
 """A tiny GPT whose full weights are known, and any rank's part of it.
 
-A randomly initialised Hugging Face model is the independent source: its weights, and its gradients, are rearranged into
+A randomly initialized Hugging Face model is the independent source: its weights, and its gradients, are rearranged into
 megatron-core's whole tensors (:func:`whole_tensors`), of which every rank takes its part (:func:`part_of`). Both are
 written here by hand and share nothing with Megatron's own sharding or NeMo's importers.
 """
@@ -59,21 +59,21 @@ def enter(layout: Layout) -> None:
 
 
 def llama(seed: int = 0, *, tied: bool = False) -> Any:
-    """A randomly initialised ``LlamaForCausalLM``: grouped queries, weights large enough to matter."""
+    """A randomly initialized ``LlamaForCausalLM``: grouped queries, weights large enough to matter."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _randomise(LlamaForCausalLM(LlamaConfig(**_sizes(tied))), seed)
 
 
 def qwen2(seed: int = 0) -> Any:
-    """A randomly initialised ``Qwen2ForCausalLM``, with its biases on queries, keys and values."""
+    """A randomly initialized ``Qwen2ForCausalLM``, with its biases on queries, keys and values."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return _randomise(Qwen2ForCausalLM(Qwen2Config(**_sizes(tied=False))), seed)
 
 
 def mixtral(seed: int = 0) -> Any:
-    """A randomly initialised ``MixtralForCausalLM``: a router with marked choices in every layer, no token dropped."""
+    """A randomly initialized ``MixtralForCausalLM``: a router with marked choices in every layer, no token dropped."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     experts = {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "sliding_window": None}

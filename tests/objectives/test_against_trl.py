@@ -34,7 +34,7 @@ class Case:
 
 
 def pairs(num_prompts: int = 12) -> ObjectiveBatch:
-    """Labelled pairs without rewards, chosen first; means per token from -3 to 0 nats, log-ratios from -8 to 8."""
+    """Labeled pairs without rewards, chosen first; means per token from -3 to 0 nats, log-ratios from -8 to 8."""
     batch = make_batch(num_responses=(2,) * num_prompts, ranked=True)
     generator = torch.Generator().manual_seed(5)
     uniform = torch.rand(2, num_prompts, 2, generator=generator, dtype=torch.float64)

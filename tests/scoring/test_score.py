@@ -1,4 +1,4 @@
-"""The command on rules and columns: what is written, read back, standardised, counted and refused."""
+"""The command on rules and columns: what is written, read back, standardized, counted and refused."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ REFUSED = [
         ("model.dpo.beta: 0.2", "trainer.max_step: 2"),
         "arms.dpo: unknown key trainer.max_step; did you mean trainer.max_steps?",
     ),
-    (("label: RAO", "label: dpo"), "arms.rao: is labelled 'dpo' in the report, like arms.dpo"),
+    (("label: RAO", "label: dpo"), "arms.rao: is labeled 'dpo' in the report, like arms.dpo"),
     (("seeds:", "extends: 3\nseeds:"), "extends: must be the name of a study, or a list"),
     (("start: sft, once: true", "start: dpo, once: true"), "arms.rm: is trained once, but needs dpo"),
     (("gpt_sft, once: true", "gpt_sft, start: rm, once: true"), "depend on each other"),

@@ -84,7 +84,7 @@ def table(folder: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, int]:
-    """Files with the time of their last change; without tokenised data, which is kept whatever is refused."""
+    """Files with the time of their last change; without tokenized data, which is kept whatever is refused."""
     files = [path for path in folder.rglob("*") if path.is_file() and "tokenised" not in path.parts]
     return {str(path): path.stat().st_mtime_ns for path in files}
 

@@ -1,4 +1,4 @@
-"""Loading around real runs: rows are tokenised once, and micro-batches are made ahead without changing a step."""
+"""Loading around real runs: rows are tokenized once, and micro-batches are made ahead without changing a step."""
 
 from __future__ import annotations
 
