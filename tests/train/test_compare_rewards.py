@@ -224,7 +224,7 @@ def test_the_prompts_drawn_are_a_part_of_a_larger_draw_in_their_order(data: tupl
         (("--rm", "data.pairs_by=reward"), ("data.pairs_by: is reward for rm, but auto for dpo", "same pairs")),
         (("--dpo", "model.rm.center=0"), ("--dpo: model.rm.center=0", "does not read model.rm.center")),
         (("--rm", "model.rm.centre=0"), ("--rm: unknown key model.rm.centre", "did you mean model.rm.center")),
-        (("--dpo", "model.dpo.beta=0.1,0.5"), ("model.dpo.beta=0.1,0.5", "one value")),
+        (("--dpo", "model.dpo.beta=0.1,0.5"), ("model.dpo.beta=0.1,0.5", "a single value")),
         (("model.micro_batch_size=3",), ("rm_base-8: model.global_batch_size=8",)),
     ],
     ids=lambda value: "-".join(value) if value and value[0].startswith(("-", "data", "model", "exp")) else "",
