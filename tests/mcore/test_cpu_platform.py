@@ -65,6 +65,7 @@ print(json.dumps([before, first, second, all(a is b for a, b in zip(patched, aga
 """
 
 
+@pytest.mark.slow
 def test_installing_twice_changes_once_and_says_nothing_itself() -> None:
     output, errors = in_fresh_process(INSTALL)
     assert json.loads(output.splitlines()[-1]) == ["torch.FloatTensor", True, True, True, 1]
@@ -89,6 +90,7 @@ print(json.dumps([available, formats, state, list(torch.ones(2, device="cuda").t
 """
 
 
+@pytest.mark.slow
 def test_a_build_with_cuda_that_finds_no_driver_is_asked_for_nothing() -> None:
     """Whoever follows ``device_count()`` or ``is_available()``, or imported it by name, is sent to no driver."""
     output, _ = in_fresh_process(NO_DRIVER)
@@ -116,6 +118,7 @@ print(sorted(groups()))
 """
 
 
+@pytest.mark.slow
 def test_no_group_is_left_for_a_fork_that_would_wait_for_its_threads() -> None:
     output, _ = in_fresh_process(GROUPS)
     assert output.splitlines()[-2:] == ["True", "[]"]

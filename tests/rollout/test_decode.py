@@ -164,6 +164,7 @@ def test_any_parallelism_samples_the_same(model: Any, alone: list[Any]) -> None:
         assert_same(found, alone)
 
 
+@pytest.mark.slow
 def test_a_mixture_samples_the_same_with_its_experts_on_several_ranks() -> None:
     source = tiny.whole_tensors(tiny.mixtral())
     (alone,) = sampled([Layout()], source, num_ranks=1, fused=True, rows_at_once=100, experts=True)

@@ -16,6 +16,7 @@ import pytest
 from nemo_rao.objectives.registry import OBJECTIVES
 from nemo_rao.runtime.metrics_file import read_metrics
 
+from ..slow import slow_but
 from .runs import NO_CHECKPOINTS, OF_DATA, TINY, parallel, run_training, steps
 
 # Objective -> its own metric, and by how much 20 steps change that in validation: the smaller change of both engines,
@@ -53,6 +54,8 @@ MARGINS = {
 SHARE = 0.5  # of that change, the least that passes
 TP_2, PP_2 = parallel(2, 1, 1), parallel(1, 2, 1)
 SAME = 3  # steps that are compared
+# Of `make test`: each of these reads something of the batch, or trains something, that the others do not.
+QUICK = ["rao", "dpo", "simpo", "kto", "dro", "sft", "rm", "rpo_partition"]
 KEYS = {"kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
 
 
@@ -98,7 +101,7 @@ def runs(data: tuple[str, ...], start: Path) -> Runs:
     return Runs(start, (*data, f"data.validation_path={validation_path}"))
 
 
-@pytest.mark.parametrize("name", OF_DATA)
+@pytest.mark.parametrize("name", slow_but(QUICK, OF_DATA))
 def test_twenty_steps_move_its_own_metric_as_far_as_before(
     name: str, runs: Runs, table: Callable[..., None], request: pytest.FixtureRequest
 ) -> None:

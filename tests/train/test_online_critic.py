@@ -100,6 +100,7 @@ def stored_critic(checkpoint: Path, name: str | None = None) -> Any:
     return found if name is None else found[f"module.{name}"]
 
 
+@pytest.mark.slow
 def test_the_same_on_any_ranks_and_where_a_run_goes_on_with_others(
     common: tuple[str, ...], alone: Path, tmp_path: Path
 ) -> None:
