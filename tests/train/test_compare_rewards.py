@@ -160,6 +160,7 @@ def test_the_same_command_again_trains_nothing_and_gives_the_same_table(compared
     assert table(compared.folder) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "other_held_out", "parts"),
     [
