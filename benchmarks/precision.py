@@ -235,7 +235,7 @@ def probe(session: Any, folder: Path) -> None:
     import torch
 
     from nemo_rao.mcore.calibration import calibrate
-    from nemo_rao.mcore.quantisation import quantisation_kept
+    from nemo_rao.mcore.quantization import quantization_kept
 
     data, chunks, loss_of = session.data.train, session.chunks, session.loss
     batches = [list(range(start, start + MICRO_BATCH)) for start in range(0, PROBED, MICRO_BATCH)]
@@ -244,7 +244,7 @@ def probe(session: Any, folder: Path) -> None:
     reference = torch.from_numpy(data.reference[: len(at_w0["responses"])].copy())
     own = {name: value.detach().clone() for name, value in weights(session)}
     w1 = torch.load(folder / "w1.pt")
-    with quantisation_kept(chunks):
+    with quantization_kept(chunks):
         # The policy's scales after the first step's micro-batches; no weight has changed.
         calibrate(chunks, batches, make_micro_batch=data.micro_batch)
         soon = log_probs(chunks, loss_of, data, batches)

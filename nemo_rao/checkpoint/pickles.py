@@ -147,10 +147,10 @@ def _read_object(file: Path, offset: int, length: int, name: str) -> None:
             raise _Refused(f"{', '.join(unsafe)} (in {name})") from None
         raise error
     if isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.numel():
-        _Quantisation(io.BytesIO(found.numpy().tobytes())).load()
+        _Quantization(io.BytesIO(found.numpy().tobytes())).load()
 
 
-class _Quantisation(pickle.Unpickler):
+class _Quantization(pickle.Unpickler):
     """Unpickles the extra state of Transformer Engine's layers: tensors, numbers and strings."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -135,7 +135,7 @@ class ModelKeys:
     )
     context_parallel_size: int = key(1, "ranks that share each sequence", low=1)
     expert_model_parallel_size: int = key(
-        1, "ranks that share the experts of a layer; taken from the data-parallel ranks", low=1
+        1, "ranks that a layer's experts are split over; taken from the data-parallel ranks", low=1
     )
     expert_tensor_parallel_size: int | None = key(
         None, "ranks that share each expert; null: model.tensor_model_parallel_size", low=1

@@ -28,7 +28,7 @@ def sequence_multiple(config: RunConfig) -> int:
     return math.lcm(parallel_multiple(config), fp8_multiple(config) * parts)
 
 
-def quantisation(precision: PrecisionConfig) -> str:
+def quantization(precision: PrecisionConfig) -> str:
     """A text that is equal for settings with equal numerics; part of the key of cached numbers."""
     if precision.fp8 is None:
         return precision.params

@@ -56,7 +56,7 @@ class CriticTask:
     Attributes:
         build: returns this rank's part; a collective of all ranks, called inside the run. ``build(True)`` does not load
             the weights to start from: a checkpoint will provide them.
-        rate: its highest learning rate.
+        rate: its peak learning rate.
         schedule: its learning rate schedule.
         resume_from: directory written by :meth:`TrainedModel.save`; ``None`` at the run's start.
     """

@@ -13,7 +13,7 @@ from nemo_rao.loop.data import AlignmentData
 from nemo_rao.loop.session import Hook, Session
 from nemo_rao.mcore.fingerprint import weights_fingerprint
 from nemo_rao.mcore.network import network_fingerprint
-from nemo_rao.mcore.quantisation import quantisation_fingerprint
+from nemo_rao.mcore.quantization import quantization_fingerprint
 from nemo_rao.mcore.reference import compute_reference, earlier_reference_key, load_reference, reference_key
 from nemo_rao.rollout.samples import RolloutData
 from nemo_rao.runtime.progress import Progress
@@ -70,7 +70,7 @@ class ReferencePass(Hook):
             self._start = {
                 "weights": weights_fingerprint(session.sharded_weights(), vocab_size=session.loss.vocab_size),
                 "network": network_fingerprint(get_model_config(chunks[0])),
-                "scales": quantisation_fingerprint(chunks),
+                "scales": quantization_fingerprint(chunks),
             }
         for name, data_set in self._data_sets.items():
             data = data_set.data

@@ -8,7 +8,7 @@ from typing import Any
 from nemo_rao.checkpoint.layout import weights_of
 from nemo_rao.config.derived import reference_dir
 from nemo_rao.config.monitor import validation_intervals
-from nemo_rao.config.precision_checks import quantisation
+from nemo_rao.config.precision_checks import quantization
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.data.encode import load_tokenizer
 from nemo_rao.data.store import PreferenceData
@@ -109,7 +109,7 @@ def hooks_of(
             ReferencePass(
                 {**data_sets, **mismatched},
                 cache_dir=reference_dir(config),
-                precision=quantisation(config.precision),
+                precision=quantization(config.precision),
                 micro_batch_size=config.reference.micro_batch_size or keys.micro_batch_size,
                 micro_batches_per_part=config.reference.save_every,
                 show_progress=config.trainer.enable_progress_bar,

@@ -17,7 +17,7 @@ from nemo_rao.data.prefetch import Prefetcher
 from nemo_rao.mcore.attention import segment_kwargs
 from nemo_rao.mcore.heads import SCORE_HEAD, VALUE_HEAD
 from nemo_rao.mcore.output_layer import output_layer_input, unfuse_adapted_output_layer
-from nemo_rao.mcore.quantisation import quantisation_kept
+from nemo_rao.mcore.quantization import quantization_kept
 
 
 def made_ahead(batches: Iterable[MicroBatch]) -> Prefetcher[MicroBatch]:
@@ -93,7 +93,7 @@ def evaluation_mode(model: Sequence[Any]) -> Iterator[None]:
     for chunk in model:
         chunk.eval()
     try:
-        with torch.no_grad(), quantisation_kept(model):
+        with torch.no_grad(), quantization_kept(model):
             yield
     finally:
         for chunk, training in zip(model, was_training, strict=True):

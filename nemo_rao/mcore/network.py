@@ -70,7 +70,7 @@ _KERNELS = """
     cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_warmup_steps
     dense_grouped_gemm use_arbitrary_attention_mask
 """
-# Number formats, which are a separate part of the key (nemo_rao.config.precision_checks.quantisation).
+# Number formats, which are a separate part of the key (nemo_rao.config.precision_checks.quantization).
 _PRECISION = """
     fp16 bf16 params_dtype pipeline_dtype enable_autocast autocast_dtype fp8 fp8_recipe fp8_param fp8_margin
     fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad first_last_layers_bf16

@@ -92,7 +92,7 @@ class Setting:
         responses: responses per prompt.
         tokens_per_row: mean tokens of prompt and response.
         pad_to_multiple_of: tokens, as set in the recipe.
-        part_multiple: tokens; each rank's part of a split sequence is a multiple of it, as 8-bit products need.
+        part_multiple: tokens; each rank's part of a split sequence is a multiple of it, as FP8 requires.
         packed: a micro-batch is one sequence, padded once.
         param_bytes: bytes of a weight or an activation, 2 (bf16) or 4 (fp32).
         grad_reduce_in_fp32: gradients are kept in fp32.

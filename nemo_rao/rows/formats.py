@@ -42,7 +42,7 @@ class Format:
     one_response_a_record: bool = False
 
 
-def recognise(record: View) -> Format:
+def recognize(record: View) -> Format:
     """Return the format of a record. A mark that is null counts only if there is no other.
 
     Raises:

@@ -12,7 +12,7 @@ from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
 from nemo_rao.rows import reading as rows
 from nemo_rao.rows.fields import Messages
-from nemo_rao.rows.formats import FORMATS, recognise
+from nemo_rao.rows.formats import FORMATS, recognize
 from nemo_rao.rows.prompt import CONVERSATIONS, asks_alone, read_asked
 from nemo_rao.rows.responses import make_row
 from nemo_rao.rows.view import Columns, View
@@ -132,7 +132,7 @@ def _prompts_of_source(source: str, names: Columns) -> Iterator[Prompt]:
     for location, record in rows.read_records_of(source):
         view = names.view(record, location)
         alone = _has_prompt_alone(view)
-        known = None if alone else recognise(view)
+        known = None if alone else recognize(view)
         row = make_row(view, read_asked(view), (), ()) if known is None else known.convert(view, None)
         one_of_several = known is not None and known.one_response_a_record
         if not (one_of_several and before is not None and rows.same_prompt(before, row)):

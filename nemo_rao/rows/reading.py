@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
-from nemo_rao.rows.formats import recognise
+from nemo_rao.rows.formats import recognize
 from nemo_rao.rows.rewards import RewardField
 from nemo_rao.rows.sources import HUB, JSON_LINES, OnBad, Paths, expand_paths, is_saved_dataset, read_records_of
 from nemo_rao.rows.view import Columns
@@ -66,7 +66,7 @@ def _rows_of_source(source: str, reward_field: RewardField, columns: Columns, on
     for location, record in read_records_of(source, on_bad):
         try:
             view = columns.view(record, location)
-            known = recognise(view)
+            known = recognize(view)
             row = known.convert(view, reward_field)
         except UserError as error:
             if on_bad is None:

@@ -126,11 +126,11 @@ def _round_width(width: float) -> float:
 
 
 def ticks(histogram: Histogram, count: int = 5) -> list[float]:
-    """About ``count`` round numbers between the first and the last edge, or with ``levels``, centres of bins."""
+    """About ``count`` round numbers between the first and the last edge, or with ``levels``, centers of bins."""
     low, high = float(histogram.edges[0]), float(histogram.edges[-1])
     if histogram.levels:
-        centres = ((histogram.edges[:-1] + histogram.edges[1:]) / 2).tolist()
-        return centres[:: -(-len(centres) // 8)]
+        centers = ((histogram.edges[:-1] + histogram.edges[1:]) / 2).tolist()
+        return centers[:: -(-len(centers) // 8)]
     step = _round_width((high - low) / count)
     first = math.ceil(low / step - 1e-9)
     return [step * at for at in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -1,4 +1,4 @@
-"""Text output of an inspection for terminals, with colour if supported."""
+"""Text output of an inspection for terminals, with color if supported."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _MOST_OF_DROPPED = 300  # the same for dropped rows
 _INDENT = "  "
 
 
-def can_show_colour() -> bool:
-    """Whether stdout is a terminal and colour is not disabled (https://no-color.org)."""
+def can_show_color() -> bool:
+    """Whether stdout is a terminal and color is not disabled (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -38,13 +38,13 @@ class Writer:
     """Formats an inspection.
 
     Args:
-        colour: write escape sequences for colors.
+        color: write escape sequences for colors.
         width: characters per line.
         full: do not shorten texts.
     """
 
-    def __init__(self, *, colour: bool, width: int, full: bool = False) -> None:
-        self._colour, self._width, self._full = colour, width, full
+    def __init__(self, *, color: bool, width: int, full: bool = False) -> None:
+        self._color, self._width, self._full = color, width, full
 
     def lines(self, seen: Inspection) -> Iterator[str]:
         """All lines of the output."""
@@ -145,7 +145,7 @@ class Writer:
 
     def _kind(self, kind: Kind, text: str) -> str:
         """Color a text by its kind, line by line; without colors, text that is not learned is in ⟦⟧."""
-        if not self._colour:
+        if not self._color:
             return f"⟦{text}⟧" if kind is Kind.TEMPLATE else f"{text}⏹" if kind is Kind.END else text
         return "\n".join(self._paint(_COLOURS[kind], line) if line else "" for line in text.split("\n"))
 
@@ -162,7 +162,7 @@ class Writer:
             yield self._paint(code, line) if code else line
 
     def _paint(self, code: str, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self._colour and text else text
+        return f"\x1b[{code}m{text}\x1b[0m" if self._color and text else text
 
 
 def response_title(response: ShownResponse, row: ShownRow) -> str:

@@ -71,7 +71,7 @@ def curves(panels: Sequence[Panel], name: str, *, shares_legend: bool = True) ->
     shares_legend = shares_legend and len(labels) > 1
     height = 2.9 * rows + (0.5 if shares_legend else 0.6 * rows if len(labels) > 1 else 0)
     with _figure(name, (_WIDTH, height)) as (figure, save):
-        colours = _colours(labels)
+        colors = _colors(labels)
         axes = figure.subplots(rows, columns, squeeze=False).flat
         handles: dict[str, Any] = {}
         for axis, panel in zip(axes, panels, strict=False):
@@ -82,11 +82,11 @@ def curves(panels: Sequence[Panel], name: str, *, shares_legend: bool = True) ->
                 style = "--" if label in panel.dashed else "-"
                 marker = "o" if len(steps) < 12 else None
                 (line,) = axis.plot(
-                    steps, values.mean(axis=0), style, color=colours[label], label=label, marker=marker, markersize=3
+                    steps, values.mean(axis=0), style, color=colors[label], label=label, marker=marker, markersize=3
                 )
                 if len(values) > 1:
                     low, high = values.min(axis=0), values.max(axis=0)
-                    axis.fill_between(steps, low, high, alpha=0.18, color=colours[label], linewidth=0)
+                    axis.fill_between(steps, low, high, alpha=0.18, color=colors[label], linewidth=0)
                 handles.setdefault(label, line)
             axis.set_title(panel.title)
             axis.set_xlabel("step")
@@ -139,23 +139,23 @@ def regression(
     measure: str,
     name: str,
 ) -> str:
-    """Draw the points of each arm, the least-squares line, and a line of the expected slope through the same centre.
+    """Draw the points of each arm, the least-squares line, and a line of the expected slope through the same center.
 
     Args:
         points: arm -> (x, y) of each run.
     """
     with _figure(name, (_WIDTH * 0.6, 3.8)) as (figure, save):
         axis = figure.subplots()
-        colours = _colours(list(points))
+        colors = _colors(list(points))
         for label, of_arm in points.items():
-            axis.scatter(*zip(*of_arm, strict=True), s=26, color=colours[label], label=label, zorder=3)
+            axis.scatter(*zip(*of_arm, strict=True), s=26, color=colors[label], label=label, zorder=3)
         of_all = np.array([point for of_arm in points.values() for point in of_arm])
         x = np.array([of_all[:, 0].min(), of_all[:, 0].max()])
-        centre = of_all.mean(axis=0)
+        center = of_all.mean(axis=0)
         if not math.isnan(slope):
-            axis.plot(x, centre[1] + slope * (x - centre[0]), color="0.2", linewidth=1.3, label=f"slope {slope:.4g}")
+            axis.plot(x, center[1] + slope * (x - center[0]), color="0.2", linewidth=1.3, label=f"slope {slope:.4g}")
         if expected is not None:
-            line = centre[1] + expected * (x - centre[0])
+            line = center[1] + expected * (x - center[0])
             axis.plot(x, line, "--", color="#c0392b", linewidth=1.3, label=f"expected slope {expected:.4g}")
         axis.set_xlabel(over)
         axis.set_ylabel(measure)
@@ -172,7 +172,7 @@ def _aligned(of_seeds: Sequence[Series]) -> tuple[list[float], np.ndarray]:
     return steps, np.array([[one[step] for step in steps] for one in logged])
 
 
-def _colours(labels: Sequence[str]) -> dict[str, Any]:
+def _colors(labels: Sequence[str]) -> dict[str, Any]:
     from matplotlib import colormaps
 
     palette = colormaps["tab10" if len(labels) <= 10 else "tab20"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nemo_rao.batch import Row
 from nemo_rao.errors import UserError
-from nemo_rao.rows.formats import recognise
+from nemo_rao.rows.formats import recognize
 from nemo_rao.rows.reading import expand_paths, read_records_of
 from nemo_rao.rows.view import Columns
 from nemo_rao.runtime.files import written_atomically
@@ -50,7 +50,7 @@ def _records(source: str, columns: Mapping[str, str]) -> Iterator[tuple[bytes, b
     for path in expand_paths(source):
         for location, record in read_records_of(path):
             view = names.view(record, location)
-            digest = _digest(recognise(view).convert(view, None))
+            digest = _digest(recognize(view).convert(view, None))
             yield digest, json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 

@@ -49,7 +49,7 @@ def select_device(config: RunConfig) -> None:
             raise UserError("trainer.accelerator=gpu: this machine has no CUDA device. Set it to cpu.")
         if config.precision.fp8 is not None and not config.precision.fp8_simulation:
             raise UserError(
-                f"{FP8}={config.precision.fp8}: this machine has no CUDA device, and CPUs have no 8-bit products. Set "
+                f"{FP8}={config.precision.fp8}: this machine has no CUDA device, and CPUs do not support FP8. Set "
                 "precision=bf16_mixed, or precision.fp8_simulation=true to study the accuracy."
             )
         # Forking after torch has started its threads can hang the children.

@@ -26,7 +26,7 @@ from nemo_rao.checkpoint.layout import weights_of
 from nemo_rao.checkpoint.pickles import refuse_code
 from nemo_rao.config.architecture import network_key
 from nemo_rao.config.derived import objective_config
-from nemo_rao.config.precision_checks import quantisation
+from nemo_rao.config.precision_checks import quantization
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.engines.engine import engine_of
 from nemo_rao.errors import RankFailure, UserError
@@ -36,7 +36,7 @@ from nemo_rao.scoring.missing import Missing, reasons_of
 from nemo_rao.scoring.run import Job
 from nemo_rao.scoring.scorer import InputRow, Kind, NoScore, OutputDirectory, Scored, ScoringFailure
 from nemo_rao.training.ranks import pass_rank
-from nemo_rao.training.score_rows import Tokenised, length_limit, tokenise, with_length
+from nemo_rao.training.score_rows import Tokenized, length_limit, tokenize, with_length
 from nemo_rao.training.trained_run import trained_run
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class ModelScorer:
     def _score_file(self) -> dict[str, Scored]:
         """Map the location of each row to the scores of its responses."""
         rows = list(self._job.source().rows())
-        made = tokenise(rows, self._model.config, self._limit)
+        made = tokenize(rows, self._model.config, self._limit)
         self._check_missing(rows, made)
         for note in made.notes:
             say(note)
@@ -119,7 +119,7 @@ class ModelScorer:
             }
         return {row.location: tuple(scores[at, k] for k in range(len(row.responses))) for at, row in enumerate(rows)}
 
-    def _check_missing(self, rows: Sequence[Row], made: Tokenised) -> None:
+    def _check_missing(self, rows: Sequence[Row], made: Tokenized) -> None:
         """Stop before the pass if it could not give enough scores.
 
         Raises:
@@ -188,13 +188,13 @@ def _what_scores_depend_on(config: RunConfig) -> dict[str, Any]:
     data = config.data
     return {
         "network": [network_key(config), dataclasses.asdict(config.model.arch), config.model.seq_length],
-        "precision": quantisation(config.precision),
+        "precision": quantization(config.precision),
         "objective": [config.model.objective, dataclasses.asdict(objective_config(config))],
         "tokens": [data.tokenizer, data.chat_template, data.template_arguments, data.answers],
     }
 
 
-def _numbers(model: _Model, checkpoint: Path, made: Tokenised, folder: Path) -> np.ndarray:
+def _numbers(model: _Model, checkpoint: Path, made: Tokenized, folder: Path) -> np.ndarray:
     """``[responses, width]`` of one checkpoint: read from disk, or computed on the run's ranks."""
     from nemo_rao.runtime.launch import launch, started_externally
     from nemo_rao.training.devices import select_device
@@ -209,7 +209,7 @@ def _numbers(model: _Model, checkpoint: Path, made: Tokenised, folder: Path) -> 
     from nemo_rao.mcore.reference import load_numbers
 
     network = network_fingerprint(engine.model_config(model.config))
-    parts = (_FORMAT, _digest(checkpoint), network, made.data.fingerprint(), quantisation(model.config.precision))
+    parts = (_FORMAT, _digest(checkpoint), network, made.data.fingerprint(), quantization(model.config.precision))
     key = hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
     if (found := load_numbers(folder, key, made.data.num_responses, model.width)) is None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ class Limit:
 
 
 @dataclass
-class Tokenised:
+class Tokenized:
     """Rows in tokens, and the responses that the model cannot read.
 
     Attributes:
@@ -109,7 +109,7 @@ def with_length(config: RunConfig, num_tokens: int) -> RunConfig:
     return replace(config, model=model)
 
 
-def tokenise(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenised:
+def tokenize(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenized:
     """Render the responses as in the run's training, and keep those within the limit."""
     from nemo_rao.data.dataset import ROWS_AT_ONCE
     from nemo_rao.data.store import PreferenceData
@@ -121,7 +121,7 @@ def tokenise(rows: Sequence[Row], config: RunConfig, limit: Limit) -> Tokenised:
         template_arguments=keys.template_arguments,
         answers=keys.answers,  # type: ignore[arg-type]
     )
-    made = Tokenised(PreferenceData(iter(())), pad_token_id(encoder.tokenizer))
+    made = Tokenized(PreferenceData(iter(())), pad_token_id(encoder.tokenizer))
 
     def samples() -> Iterator[Sample]:
         for start in range(0, len(rows), ROWS_AT_ONCE):

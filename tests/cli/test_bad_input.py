@@ -1,5 +1,5 @@
 """Bad input, through the command: one line that names file, row or key and what to do; exit code 2; nothing written,
-but for tokenised data where all of it is right, which the next start, put right, need not read again.
+but for tokenized data where all of it is right, which the next start, put right, need not read again.
 
 Most cases are found before NeMo is imported, which a case of its own holds; checkpoints and sizes that a model class
 brings along need it.
@@ -76,9 +76,9 @@ def refused(
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Files and folders with what is in them, tokenised data left out."""
-    tokenised = folder / "runs" / "tokenised"
-    data = {tokenised.parent, tokenised, *tokenised.rglob("*")} if any(tokenised.glob("*/data.json")) else set()
+    """Files and folders with what is in them, tokenized data left out."""
+    tokenized = folder / "runs" / "tokenised"
+    data = {tokenized.parent, tokenized, *tokenized.rglob("*")} if any(tokenized.glob("*/data.json")) else set()
     paths = sorted(set(folder.rglob("*")) - data)
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 

@@ -140,7 +140,7 @@ def test_reference_log_probabilities_are_shared_by_the_runs_of_a_folder() -> Non
     assert reference_dir(compose("gpt_rao", ["reference.cache_dir=/cache"])) == Path("/cache")
 
 
-def test_tokenised_data_is_shared_by_the_runs_of_a_folder_unless_it_is_not_to_be_kept() -> None:
+def test_tokenized_data_is_shared_by_the_runs_of_a_folder_unless_it_is_not_to_be_kept() -> None:
     assert data_cache_dir(compose("gpt_rao", ["exp_manager.exp_dir=/results"])) == Path("/results/tokenised")
     assert data_cache_dir(compose("gpt_rao", ["data.cache_dir=/cache"])) == Path("/cache")
     assert data_cache_dir(compose("gpt_rao", ["data.cache_dir=/cache", "data.cache=false"])) is None

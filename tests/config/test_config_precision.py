@@ -16,7 +16,7 @@ from nemo_rao.config.precision_checks import (
     check_capability,
     check_gpus_present,
     check_named_gpu,
-    quantisation,
+    quantization,
     sequence_multiple,
 )
 from nemo_rao.config.run_config import RunConfig
@@ -153,9 +153,9 @@ def test_numbers_are_cached_apart_under_other_formats() -> None:
         ("precision=fp8_delayed", "precision.fp8_simulation=true"),
         ("precision=fp8_tensorwise", "precision.num_layers_at_end_in_bf16=0"),
     ]
-    texts = [quantisation(composed(*overrides).precision) for overrides in variants]
+    texts = [quantization(composed(*overrides).precision) for overrides in variants]
     assert len(set(texts)) == len(texts)
-    assert quantisation(composed("precision=bf16_mixed").precision) == "bf16"  # as before there was FP8
+    assert quantization(composed("precision=bf16_mixed").precision) == "bf16"  # as before there was FP8
 
 
 # ------------------------------------------------------------------------------------------------------------ GPUs

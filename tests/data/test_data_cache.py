@@ -278,7 +278,7 @@ def test_what_a_tokenizer_was_used_for_makes_no_other_tokenizer_of_it(tmp_path, 
 
 
 @pytest.mark.parametrize("what", ["_version", "_code_digest"])
-def test_another_version_of_what_tokenises_makes_other_data(what, data_cache, write_lines, monkeypatch):
+def test_another_version_of_what_tokenizes_makes_other_data(what, data_cache, write_lines, monkeypatch):
     path = write_lines(SCORED)
     data_cache.load(path, seq_length=64)
     monkeypatch.setattr(cache_module, what, lambda *_: "another")

@@ -63,15 +63,15 @@ def test_best_worst_takes_the_best_and_the_worst_with_the_best_first(rewards, us
 
 @pytest.mark.parametrize("rewards", [(0.0, 9.0, 5.0, 1.0), (None, None, None, None), (1.0, float("nan"), 2.0, None)])
 def test_labels_decide_which_is_best_and_worst_whatever_the_rewards_are(rewards):
-    labelled = row(*rewards, ranked=True)
-    assert chosen(labelled, "best_worst") == [0, 3]
-    draws = Counter(tuple(chosen(labelled, "best_random", number=number)) for number in range(300))
+    labeled = row(*rewards, ranked=True)
+    assert chosen(labeled, "best_worst") == [0, 3]
+    draws = Counter(tuple(chosen(labeled, "best_random", number=number)) for number in range(300))
     assert set(draws) == {(0, 1), (0, 2), (0, 3)} and min(draws.values()) > 60  # of 100 expected
     if rewards == (0.0, 9.0, 5.0, 1.0):
-        assert chosen(prefer_by(labelled, "reward"), "best_worst") == [1, 0]
+        assert chosen(prefer_by(labeled, "reward"), "best_worst") == [1, 0]
 
 
-def test_the_first_responses_are_at_least_two_of_labelled_ones():
+def test_the_first_responses_are_at_least_two_of_labeled_ones():
     whole = row(0, 1, 2, 3, ranked=True)
     used = [len(first_responses(whole, number).responses) for number in (None, 1, 2, 3, 9)]
     assert used == [4, 2, 2, 3, 4]
@@ -141,9 +141,9 @@ def test_labels_and_rewards_are_left_to_decide_by_themselves_unless_one_is_chose
         assert prefer_by(either, "auto") is either
 
 
-def test_by_label_takes_labelled_rows_and_refuses_others():
-    labelled = row(0, 1, ranked=True)
-    assert prefer_by(labelled, "label") is labelled
+def test_by_label_takes_labeled_rows_and_refuses_others():
+    labeled = row(0, 1, ranked=True)
+    assert prefer_by(labeled, "label") is labeled
     with pytest.raises(UserError, match=r"line 7: has no labels \(chosen, rejected\), but data.pairs_by is label"):
         prefer_by(row(1, 0), "label")
 

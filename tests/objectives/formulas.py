@@ -407,9 +407,9 @@ def agro(answers: list[Answer], *, beta: float = 0.1) -> Result:
     if len(answers) < 2:
         return NO_LOSS
     c = [answer.reward - beta * answer.rho for answer in answers]
-    centred = [of_k - mean(c) for of_k in c]
-    loss = sum(of_k**2 for of_k in centred) / (2 * (len(c) - 1))
-    return loss, {y.column: -beta * of_k / (len(c) - 1) for y, of_k in zip(answers, centred, strict=True)}
+    centered = [of_k - mean(c) for of_k in c]
+    loss = sum(of_k**2 for of_k in centered) / (2 * (len(c) - 1))
+    return loss, {y.column: -beta * of_k / (len(c) - 1) for y, of_k in zip(answers, centered, strict=True)}
 
 
 def qrpo_target(answer: Answer, answers: list[Answer], beta: float, exact_log_z: bool) -> float:

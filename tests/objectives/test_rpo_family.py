@@ -146,6 +146,6 @@ def test_near_agreement_both_divergences_are_half_the_variance_of_the_difference
     for answers in answers_of(near):
         p = [math.exp(log_p) for log_p in log_softmax([answer.reward for answer in answers])]
         d = [BETA * answer.rho - answer.reward for answer in answers]
-        centre = sum(of_p * of_d for of_p, of_d in zip(p, d, strict=True))
-        expected += sum(of_p * (of_d - centre) ** 2 for of_p, of_d in zip(p, d, strict=True)) / 2
+        center = sum(of_p * of_d for of_p, of_d in zip(p, d, strict=True))
+        expected += sum(of_p * (of_d - center) ** 2 for of_p, of_d in zip(p, d, strict=True)) / 2
     torch.testing.assert_close(output.loss_sum.item(), expected, rtol=5e-3, atol=0)

@@ -72,7 +72,7 @@ def test_weights_make_the_mean_and_a_weight_of_0_leaves_a_column_out_of_it(comma
     assert column("reward") == column("r_1") == [[1, 3], [5, 5]] and column("r_2") == [[30, 10], [20, 60]]
 
 
-def test_global_standardisation_has_mean_0_and_sd_1_and_can_be_applied_to_another_file(command: Command) -> None:
+def test_global_standardization_has_mean_0_and_sd_1_and_can_be_applied_to_another_file(command: Command) -> None:
     write_lines("in.jsonl", *RATED)
     both = ("--scorer", "column:r_1", "--scorer", "column:r_2", "--standardize", "global")
     assert command("in.jsonl", "out.jsonl", *both)[0] == 0
@@ -88,7 +88,7 @@ def test_global_standardisation_has_mean_0_and_sd_1_and_can_be_applied_to_anothe
     assert column("r_1", "applied.jsonl")[0] == pytest.approx(column("r_1")[0])
 
 
-def test_standardisation_by_prompt_and_shift_and_scale(command: Command) -> None:
+def test_standardization_by_prompt_and_shift_and_scale(command: Command) -> None:
     write_lines("in.jsonl", *RATED)
     given = ("--scorer", "column:r_1", "--standardize", "prompt")
     assert command("in.jsonl", "out.jsonl", *given)[0] == 0

@@ -21,7 +21,7 @@ from nemo_rao.show.page import page
 from nemo_rao.show.pieces import Kind
 from nemo_rao.show.report import charts, remarks
 from nemo_rao.show.rows import ShownRow
-from nemo_rao.show.terminal import Writer, can_show_colour
+from nemo_rao.show.terminal import Writer, can_show_color
 from nemo_rao.training.loading import drawn, load_data
 
 Look = Callable[..., Inspection]
@@ -107,7 +107,7 @@ def test_dropped_rows_are_counted_by_reason_and_the_first_of_each_is_shown(
     assert against.startswith("2 of 11 pairs")  # rewards 3 of rows 7 and 11: row 3 is dropped
     lengths = charts(seen)[0][1][2].histogram
     assert lengths.counts["trained on"].sum() == 22 and lengths.counts["dropped"].sum() == 4
-    for written in ("\n".join(Writer(colour=False, width=80).lines(seen)), "".join(page(seen))):
+    for written in ("\n".join(Writer(color=False, width=80).lines(seen)), "".join(page(seen))):
         assert "unused fields: source" in written
         assert all(
             row.problem is not None and row.problem[0][:40] in written.replace("&#x27;", "'") for row in shown.values()
@@ -154,13 +154,13 @@ def test_nothing_of_the_data_acts_on_page_or_terminal(look: Look, write_lines: C
     assert policy is not None and policy[1] == base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     told = "".join(read.tokens)
     assert told.count("<script>alert(1)</script>\\x1b[31m\\u202e") == 2 and "日本語 👩\u200d👧" in told
-    plain = "\n".join(Writer(colour=False, width=80).lines(seen))
+    plain = "\n".join(Writer(color=False, width=80).lines(seen))
     assert "\x1b" not in plain and "\u202e" not in plain and "\\x1b[31m\\u202e" in plain
-    coloured = "\n".join(Writer(colour=True, width=80).lines(seen))
-    assert set(re.findall(r"\x1b\[[^m]*m", coloured)) <= {
+    colored = "\n".join(Writer(color=True, width=80).lines(seen))
+    assert set(re.findall(r"\x1b\[[^m]*m", colored)) <= {
         f"\x1b[{code}m" for code in ("0", "1", "2", "31", "32", "36", "7;32")
     }
-    unpainted = re.sub(r"\x1b\[[^m]*m", "", coloured)
+    unpainted = re.sub(r"\x1b\[[^m]*m", "", colored)
     assert unpainted == plain.replace("⟦", "").replace("⟧", "").replace("⏹", "")
 
 
@@ -220,13 +220,13 @@ def test_a_mistake_gives_one_line_and_exit_code_2(
     assert all(part in message for part in parts), message
 
 
-def test_colour_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert can_show_colour()
+    assert can_show_color()
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not can_show_colour()
+    assert not can_show_color()
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    assert not can_show_colour()
+    assert not can_show_color()

@@ -1,6 +1,6 @@
 """Every objective through the real Megatron model on two ranks: it learns under TP 2, and under PP 2 by the same steps.
 
-With --every-combination it is seen to learn under PP 2, too: twenty steps there instead of three.
+With --every-combination it is seen to learn under PP 2, too, in twenty steps there.
 """
 
 from __future__ import annotations

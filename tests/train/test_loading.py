@@ -33,7 +33,7 @@ def told(captured: str) -> list[str]:
     return [line for line in captured.splitlines() if " data: " in line]
 
 
-def test_a_run_started_again_tokenises_nothing_and_takes_the_same_steps_bit_for_bit(
+def test_a_run_started_again_tokenizes_nothing_and_takes_the_same_steps_bit_for_bit(
     data: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_training("gpt_rao", overrides(tmp_path, data, "without", "data.cache=false"))
@@ -50,7 +50,7 @@ def test_a_run_started_again_tokenises_nothing_and_takes_the_same_steps_bit_for_
     run_training("gpt_rao", overrides(tmp_path, data, "first"))
     # The same rows, loaded in the same way: validation finds what was just written.
     assert told(capfd.readouterr().out) == cached
-    in_fork(train_without_tokeniser, overrides(tmp_path, data, "again"))
+    in_fork(train_without_tokenizer, overrides(tmp_path, data, "again"))
     assert told(capfd.readouterr().out) == [f"{lines[0]} (read from cache)", *cached[1:]]
     expected = steps(tmp_path / "without")
     assert len(expected) == 2
@@ -61,11 +61,11 @@ def test_a_run_started_again_tokenises_nothing_and_takes_the_same_steps_bit_for_
     assert len(list((tmp_path / "reference").iterdir())) == 2, "reference log-probs are found by the same fingerprints"
 
 
-def train_without_tokeniser(given: Sequence[str]) -> None:
+def train_without_tokenizer(given: Sequence[str]) -> None:
     from nemo_rao.data.encode import Encoder
 
     def fail(*_: Any) -> None:
-        raise AssertionError("tokenises")
+        raise AssertionError("tokenizes")
 
     mock.patch.object(Encoder, "encode_many", fail).start()
     _train("gpt_rao", given)

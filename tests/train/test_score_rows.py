@@ -15,7 +15,7 @@ from nemo_rao.config.run_config import RunConfig
 from nemo_rao.demo.tokenizer_training import train_tokenizer
 from nemo_rao.errors import UserError
 from nemo_rao.training import score_rows
-from nemo_rao.training.score_rows import AS_TRAINED, NOT_AS_TRAINED, Limit, length_limit, tokenise, with_length
+from nemo_rao.training.score_rows import AS_TRAINED, NOT_AS_TRAINED, Limit, length_limit, tokenize, with_length
 
 # Of an answer, what follows its thinking.
 CUTS_THINKING = (
@@ -50,7 +50,7 @@ def recipe(tokenizer: Path, answers: str) -> RunConfig:
 def test_answers_are_rendered_as_the_recipe_says_and_those_left_out_are_named(tokenizer: Path) -> None:
     limit = Limit(100, "--max-length 100")
     decode = transformers.AutoTokenizer.from_pretrained(tokenizer).decode
-    made = tokenise(ROWS, recipe(tokenizer, "template"), limit)
+    made = tokenize(ROWS, recipe(tokenizer, "template"), limit)
     assert made.numbers == [(0, 0), (0, 3)] and len(made.data) == 1
     assert {at: lacks.reason for at, lacks in made.lacks.items()} == {
         (0, 1): "text or fields that the chat template leaves out",
@@ -59,7 +59,7 @@ def test_answers_are_rendered_as_the_recipe_says_and_those_left_out_are_named(to
     }
     detail = made.lacks[0, 1].detail
     assert "two and two" in detail and "response 1" not in detail and "a row 1" not in detail
-    verbatim = tokenise(ROWS, recipe(tokenizer, "verbatim"), limit)
+    verbatim = tokenize(ROWS, recipe(tokenizer, "verbatim"), limit)
     assert verbatim.numbers == [(0, 0), (0, 1), (0, 3), (1, 0)] and list(verbatim.lacks) == [(0, 2)]
     texts = [decode(response) for at in range(2) for response in verbatim.data[at].responses]
     assert texts == ["four<|end|>", f"{THINKING}<|end|>", "five<|end|>", f"{THINKING}<|end|>"]
@@ -74,7 +74,7 @@ def test_truncated_responses_are_scored_without_an_end_token_and_their_rows_coun
         Row("ask", (Response("five"), Response("four", truncated=True), Response("two", truncated=True)), "a row 1"),
         Row("ask", (Response("five"), Response("four " * 150, truncated=True)), "a row 2"),  # that one is not scored
     ]
-    made = tokenise(rows, replace(config, data=replace(config.data, truncated=truncated)), Limit(100, "a limit"))
+    made = tokenize(rows, replace(config, data=replace(config.data, truncated=truncated)), Limit(100, "a limit"))
     decode = transformers.AutoTokenizer.from_pretrained(tokenizer).decode
     assert [decode(response) for response in made.data[0].responses] == ["five<|end|>", "four", "two"]
     assert {at: list(remarks) for at, remarks in made.remarks.items()} == {0: [remark], 1: []}

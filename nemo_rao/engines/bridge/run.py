@@ -147,7 +147,7 @@ class Run:
             yield from ahead
 
     def _name_groups(self) -> Sequence[float]:
-        """Return the highest learning rate of each parameter group.
+        """Return the peak learning rate of each parameter group.
 
         Checkpoints identify a group by its ``max_lr``, among others, but a run may resume with another rate. So the
         groups get the constant index of their kind instead.

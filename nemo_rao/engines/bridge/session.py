@@ -88,7 +88,7 @@ class CallHooks(Callback):
     """Calls a run's hooks, in order, and sets each step's learning rate.
 
     Args:
-        rates: the highest learning rate of each parameter group.
+        rates: the peak learning rate of each parameter group.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def quantisation_kept(model: Sequence[Any]) -> Iterator[None]:
+def quantization_kept(model: Sequence[Any]) -> Iterator[None]:
     """Restore every module's extra state after the block, bit for bit.
 
     Args:
@@ -35,7 +35,7 @@ def quantisation_kept(model: Sequence[Any]) -> Iterator[None]:
             module.set_extra_state(state)
 
 
-def quantisation_fingerprint(model: Sequence[Any]) -> str:
+def quantization_fingerprint(model: Sequence[Any]) -> str:
     """Hash the state of all ranks' quantized layers; empty if there is none. A collective over all ranks.
 
     Returns:
