@@ -1,6 +1,7 @@
 """The layers of the package: imports point one way, and heavy packages stay where they are needed."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Heavy package -> the layers that may import it.
 HEAVY: dict[str, set[str]] = {
-    "nemo": {"doctor", "hugging_face", "engines.nemo"},
+    "nemo": {"engines.nemo"},
     "lightning": {"engines.nemo"},
     "lightning_utilities": {"engines.nemo"},
     "nemo_run": {"doctor", "recipes"},
@@ -89,7 +90,7 @@ HEAVY: dict[str, set[str]] = {
     "megatron.bridge": {"engines.bridge"},
     "hydra": {"cluster", "config"},
     "omegaconf": {"cluster", "config"},
-    "transformers": {"data", "demo", "doctor", "engines.bridge", "generation", "hugging_face", "show"},
+    "transformers": {"data", "demo", "doctor", "engines.bridge", "engines.nemo", "generation", "hugging_face", "show"},
     "vllm": {"doctor", "generation", "rollout"},
     "lm_eval": {"doctor", "generation"},
     "torch": {
@@ -206,3 +207,17 @@ def test_objectives_and_recipes_import_without_nemo_and_megatron() -> None:
         "import nemo_rao.objectives.registry, nemo_rao.config.compose, nemo_rao.training.checks"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=60)
+
+
+def test_readme_lists_every_layer_above_those_that_it_imports() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text().partition("## Layout\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^- \*\*.*\*\*: (.*)$", readme, re.MULTILINE)
+    listed = [
+        [name.strip("/").replace("/", ".").removesuffix(".py") for name in row[1:-1].split("`, `")] for row in rows
+    ]
+    height = {layer: -number for number, layers in enumerate(listed) for layer in layers}
+    height["engines"] = height["engines.nemo"]
+    assert set(height) == set(MAY_IMPORT) - {"__init__", "__main__"}
+    assert not [
+        f"{layer} imports {other}" for layer in height for other in MAY_IMPORT[layer] if height[other] > height[layer]
+    ]

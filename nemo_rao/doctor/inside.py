@@ -88,8 +88,9 @@ def megatron() -> Facts:
 
 
 def nemo() -> Facts:
-    from nemo.collections import llm  # noqa: F401
+    import nemo_rao.engines.nemo.engine as engine
 
+    engine.load()
     return {}
 
 

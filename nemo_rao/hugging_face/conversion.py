@@ -4,7 +4,7 @@
     *.safetensors                 weights/, Megatron's torch_dist, for any parallelism  *.safetensors
     tokenizer files               tokenizer/, and from there into every checkpoint      the same
 
-Weights are converted by the engine's own code: NeMo's connectors (:mod:`nemo_rao.hugging_face.nemo_conversion`), or
+Weights are converted by the engine's own code: NeMo's connectors (:mod:`nemo_rao.engines.nemo.hugging_face`), or
 Megatron-Bridge's ``AutoBridge`` (:mod:`nemo_rao.engines.bridge.hugging_face`). Everything else is the same for both.
 """
 

@@ -1,4 +1,4 @@
-"""Export with NeMo's connectors."""
+"""Export with NeMo's connectors (:mod:`nemo_rao.engines.nemo.hugging_face`)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.checkpoint.find import stored_tensors
+from nemo_rao.engines.nemo.hugging_face import MEGATRON_BIAS, QK_NORMS, Weights, to_hugging_face
 from nemo_rao.errors import UserError
 from nemo_rao.hugging_face.adapters import keeps_tie, merge
 from nemo_rao.hugging_face.checkpoint import LAYERS, SCORE_HEAD, read_tensors, report_left_behind
 from nemo_rao.hugging_face.described import KEY, Described
-from nemo_rao.hugging_face.nemo_conversion import HF_BIASES, MEGATRON_BIAS, QK_NORMS, Weights, import_nemo
 from nemo_rao.hugging_face.target import Target, make_classifier, target_config
 from nemo_rao.hugging_face.tokenizer_files import generation_config
 from nemo_rao.runtime.console import say
@@ -49,13 +49,11 @@ def write_model(described: Described, base: Path, target: Target) -> None:
         base: checkpoint with the weights, or the base weights of the adapters of ``described``.
     """
     import torch
-    import transformers
-    from transformers.modeling_utils import no_init_weights
 
     from nemo_rao.data.encode import load_tokenizer
 
     say("reading the weights")
-    tokenizer, num_layers = load_tokenizer(described.tokenizer), described.config.num_layers
+    family, tokenizer, num_layers = described.family, load_tokenizer(described.tokenizer), described.config.num_layers
     weights, tied = read_tensors(base, num_layers), bool(described.config.share_embeddings_and_output_weights)
     if described.lora is not None:
         say(f"merging the adapters of {described.folder}")
@@ -64,33 +62,10 @@ def write_model(described: Described, base: Path, target: Target) -> None:
             weights["output_layer.weight"], tied = weights["embedding.word_embeddings.weight"], False
         merge(weights, adapters, described.lora)
     hf_config, dtype = target_config(described, target, tokenizer, tied=tied), vars(torch)[target.dtype]
-    source = Weights({name: tensor.to(dtype) for name, tensor in weights.items()}, described.config)
-    del weights
-
-    import_nemo()
-    from nemo.collections.llm.gpt.model.llama import HFLlamaExporter
-    from nemo.lightning import io
-    from nemo.lightning.io.state import TransformFns
-
-    class Exporter(HFLlamaExporter):
-        """NeMo's exporter, with the config that it would otherwise unpickle."""
-
-        config = property(lambda self: hf_config)
-
-        def is_llama4(self) -> bool:
-            return False
-
-    transformers.logging.set_verbosity_error()
-    say("converting")
-    with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(hf_config, torch_dtype=dtype)
-    model = Exporter(base).convert_state(source, model)
-    if described.family.qkv_bias:
-        bias = io.state_transform(source_key=MEGATRON_BIAS, target_key=HF_BIASES, fn=TransformFns.split_qkv_bias)
-        io.apply_transforms(source, model, mapping={}, transforms=[bias])
-    if described.family.qk_norm:
-        io.apply_transforms(source, model, mapping={to: name for name, to in QK_NORMS.items()}, transforms=[])
-    model.tie_weights()
+    converted = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    source = Weights(converted, described.config, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm)
+    del weights, converted
+    model = to_hugging_face(source, hf_config, dtype, base)
     if SCORE_HEAD in source.state_dict():
         model = _classifier(model, source.state_dict()[SCORE_HEAD], tokenizer)
     else:
