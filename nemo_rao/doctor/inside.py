@@ -77,27 +77,28 @@ def training() -> Facts:
     from nemo_rao.config.engine_choice import installed_engine
     from nemo_rao.training import train  # noqa: F401
 
-    engine = importlib.import_module(f"nemo_rao.engines.{installed_engine()}.engine")
-    return {"on_cpu": engine.load()}
+    return {"on_cpu": _load_engine(str(installed_engine()))}
+
+
+def _load_engine(name: str) -> bool:
+    """Import an engine as a run does; whether it runs on the CPU."""
+    on_cpu: bool = importlib.import_module(f"nemo_rao.engines.{name}.engine").load()
+    return on_cpu
+
+
+def nemo() -> Facts:
+    _load_engine("nemo")
+    return {}
+
+
+def bridge() -> Facts:
+    _load_engine("bridge")
+    return {}
 
 
 def megatron() -> Facts:
     import megatron.core  # noqa: F401
 
-    return {}
-
-
-def nemo() -> Facts:
-    import nemo_rao.engines.nemo.engine as engine
-
-    engine.load()
-    return {}
-
-
-def bridge() -> Facts:
-    import nemo_rao.engines.bridge.engine as engine
-
-    engine.load()
     return {}
 
 

@@ -65,7 +65,7 @@ def write_model(described: Described, base: Path, target: Target) -> None:
     converted = {name: tensor.to(dtype) for name, tensor in weights.items()}
     source = Weights(converted, described.config, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm)
     del weights, converted
-    model = to_hugging_face(source, hf_config, dtype, base)
+    model = to_hugging_face(source, hf_config, base)
     if SCORE_HEAD in source.state_dict():
         model = _classifier(model, source.state_dict()[SCORE_HEAD], tokenizer)
     else:

@@ -40,12 +40,16 @@ class Weights:
             ``kv_channels``.
         qkv_bias: whether queries, keys and values have biases.
         qk_norm: whether queries and keys have norms.
+
+    Attributes:
+        dtype: of all tensors.
     """
 
     def __init__(
         self, tensors: Mapping[str, Tensor], config: SimpleNamespace, *, qkv_bias: bool, qk_norm: bool
     ) -> None:
         self._tensors = dict(tensors)
+        self.dtype = next(iter(tensors.values())).dtype
         self.config, self.qkv_bias, self.qk_norm = config, qkv_bias, qk_norm
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -68,6 +72,9 @@ def write_checkpoint(
         fields: what makes up the network, for :func:`nemo_rao.engines.nemo.families.config_of_family`.
         folder: output directory that already contains ``tokenizer/``.
         source: the model's directory.
+
+    Raises:
+        UserError: NeMo does not have this family of networks, or rejects the sizes.
     """
     _load()
     import torch
@@ -81,9 +88,13 @@ def write_checkpoint(
     from nemo_rao.mcore.layer_spec import layer_spec_without_te
 
     say("converting")
-    dtype = next(iter(weights.state_dict().values())).dtype
-    precision = {"params_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-    config = config_of_family(network, fields, **precision)
+    config = config_of_family(
+        network,
+        fields,
+        params_dtype=weights.dtype,
+        bf16=weights.dtype == torch.bfloat16,
+        fp16=weights.dtype == torch.float16,
+    )
     # Set after construction so that the checkpoint's context does not contain it.
     config.transformer_layer_spec = layer_spec_without_te
     config.perform_initialization = False
@@ -106,13 +117,12 @@ def write_checkpoint(
         torch.distributed.destroy_process_group()
 
 
-def to_hugging_face(weights: Weights, hf_config: Any, dtype: Any, checkpoint: Path) -> Any:
-    """Convert to a causal language model of transformers, on the CPU.
+def to_hugging_face(weights: Weights, hf_config: Any, checkpoint: Path) -> Any:
+    """Convert to a causal language model of transformers, with the dtype of ``weights``, on the CPU.
 
     Args:
         weights: under Megatron's names.
         hf_config: transformers' config of the model.
-        dtype: ``torch.dtype`` of the model.
         checkpoint: directory that the weights are from.
     """
     _load()
@@ -133,7 +143,7 @@ def to_hugging_face(weights: Weights, hf_config: Any, dtype: Any, checkpoint: Pa
     transformers.logging.set_verbosity_error()
     say("converting")
     with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(hf_config, torch_dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, torch_dtype=weights.dtype)
     model = Exporter(checkpoint).convert_state(weights, model)
     if weights.qkv_bias:
         bias = io.state_transform(source_key=MEGATRON_BIAS, target_key=HF_BIASES, fn=TransformFns.split_qkv_bias)
