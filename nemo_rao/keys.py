@@ -62,8 +62,8 @@ def make(
 ) -> Config:
     """An instance of a config class with these keys set.
 
-    Types are strict, except that integers are converted to floats and lists to tuples where the field's type says so:
-    ``True`` and ``"3"`` are not numbers, and a set has no order.
+    Types are strict, except that integers are converted to floats, lists to tuples and a text to a list of one text
+    where the field's type says so: ``True`` and ``"3"`` are not numbers, and a set has no order.
 
     Args:
         config_type: a dataclass; fields that are dataclasses themselves take mappings.
@@ -74,7 +74,20 @@ def make(
     Raises:
         UserError: the first unknown key, with the nearest known one; or else the first key with an invalid value.
     """
-    return _instance(config_type, _validated(config_type, dict(values), prefix, numbers_as_text))
+    values = _text_as_list(config_type, values)
+    return _instance(config_type, _validated(config_type, values, prefix, numbers_as_text))
+
+
+def _text_as_list(config_type: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with a text that is given where a list of texts is expected made a list."""
+    hints, converted = type_hints(config_type), dict(values)
+    for name, value in values.items():
+        hint = hints.get(name)
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            converted[name] = _text_as_list(typing.cast(type, hint), value)
+        elif hint == list[str] and isinstance(value, str):
+            converted[name] = [value]
+    return converted
 
 
 def check(config: Any, prefix: str = "") -> None:

@@ -235,12 +235,12 @@ KEYS: dict[str, Counterpart] = {
     "center_rewards_coefficient": Counterpart("the weight that centers scores", ("model.rm.center",)),
     "reward_model": Counterpart(
         "rewards of a model",
-        note="are computed before training, by nemo-rao score --scorer model:RUN; online, by online.reward=[model:RUN]",
+        note="are computed before training, by nemo-rao score --scorer model:RUN; online, by online.reward=model:RUN",
     ),
     "reward_funcs": Counterpart(
         "rewards of a function",
         note="are computed before training, by nemo-rao score --scorer rule:MODULE:FUNCTION; online, by "
-        "online.reward=[rule:MODULE:FUNCTION]",
+        "online.reward=rule:MODULE:FUNCTION",
     ),
     "num_workers": _WORKERS,
     "dataset_num_proc": _WORKERS,

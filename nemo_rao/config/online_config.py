@@ -46,8 +46,9 @@ class OnlineConfig:
     )
     reward: list[str] = key(
         [],
-        "scorers of the samples, as in nemo-rao score: [NAME=]KIND:ARGUMENT, such as rule:module:function, "
-        "judge:judge.yaml or model:RUN_FOLDER of a reward model; with several, the reward is the weighted sum",
+        "scorer of the samples or a list of scorers, as in nemo-rao score: [NAME=]KIND:ARGUMENT, such as "
+        "rule:module:function, judge:judge.yaml or model:RUN_FOLDER of a reward model; with several, the reward is "
+        "the weighted sum",
     )
     reward_weights: dict[str, float] = key({}, "weights of scorers by name; others have 1")
     cut_responses: str = key(

@@ -47,7 +47,7 @@ def scorers_of(config: RunConfig) -> tuple[TextScorersOfRun, dict[str, RewardMod
     if not keys.reward:
         raise UserError(
             "online.reward: is empty, and samples have no other reward. Set it to [NAME=]KIND:ARGUMENT, such as "
-            "online.reward=[rule:my_rules:exact_match]"
+            "online.reward=rule:my_rules:exact_match"
         )
     # Not a text scorer: it runs on the ranks of the run.
     model = Kind(lambda run, _: cast(Scorer, reward_model_of(run, config)), lambda run: Path(run).name, "RUN_FOLDER")

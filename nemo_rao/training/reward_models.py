@@ -1,4 +1,4 @@
-"""``online.reward=[model:RUN_FOLDER]``: a trained reward model scores samples on the policy's ranks.
+"""``online.reward=model:RUN_FOLDER``: a trained reward model scores samples on the policy's ranks.
 
 See :mod:`nemo_rao.training.second_models` for what it shares with the policy.
 """

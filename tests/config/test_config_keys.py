@@ -8,6 +8,7 @@ import pytest
 
 from nemo_rao.config.compose import compose
 from nemo_rao.config.derived import data_cache_dir, objective_config, reference_dir, run_dir
+from nemo_rao.config.online_config import OnlineConfig
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import known_keys
 from nemo_rao.errors import UserError
@@ -69,6 +70,18 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(override: str, nea
     assert message.startswith("unknown key") and nearest in message
 
 
+def test_a_text_is_a_list_of_one_where_texts_are_expected() -> None:
+    given = ("online.reward=rule:my_rules:exact_match", "model.peft.lora.target_modules=linear_qkv")
+    config = compose("gpt_rloo", given)
+    assert config.online.reward == ["rule:my_rules:exact_match"]
+    assert config.model.peft.lora.target_modules == ["linear_qkv"]
+    assert (
+        compose("gpt_rloo", [f"{name}=[{text}]" for name, _, text in (one.partition("=") for one in given)]) == config
+    )
+    with pytest.raises(UserError, match=r"online\.reward='rule:a:b': must be a list"):
+        check(OnlineConfig(reward="rule:a:b"), "online")  # type: ignore[arg-type]  # Python callers give a list
+
+
 def test_a_key_like_no_other_points_to_the_list_of_keys() -> None:
     assert "--print-config" in refusal("xyzzy=3")
 
@@ -89,7 +102,7 @@ def test_a_key_like_no_other_points_to_the_list_of_keys() -> None:
         ("model.optim.betas=[a,b]", ("model.optim.betas", "list")),
         ("model.optim.betas=[0.9,1.5]", ("model.optim.betas", "1.5", "<= 1")),
         ("model.peft.scheme=qlora", ("model.peft.scheme", "qlora", "lora")),
-        ("model.peft.lora.target_modules=linear_qkv", ("target_modules", "list")),
+        ("model.peft.lora.target_modules=7", ("target_modules", "list")),
         ("model.rao.beta=-1", ("model.rao.beta", "-1")),
         ("precision.params=fp17", ("precision.params", "fp17", "bf16")),
         ("precision.fp8=e5m2", ("precision.fp8", "null, 'hybrid', 'e4m3'")),
