@@ -42,7 +42,7 @@ def test_a_failure_while_the_text_is_made_leaves_the_old_file_and_nothing_else(t
 
 
 @pytest.mark.parametrize("name", ["a", "a.gz"])
-def test_a_full_disk_is_told_and_leaves_the_old_file_and_nothing_else(tmp_path: Path, name: str) -> None:
+def test_a_full_disk_is_reported_and_leaves_the_old_file_and_nothing_else(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -87,7 +87,7 @@ def test_of_several_files_none_takes_its_name_before_all_are_on_the_disk(
     assert (first.read_text(), second.read_text()) == ("1", "2") and names(tmp_path) == ["first", "second"]
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_atomically(tmp_path / "file" / "a", "")

@@ -78,7 +78,7 @@ def test_a_part_that_another_process_writes_is_left_alone(begun: Path) -> None:
     assert begun.read_bytes() == before
 
 
-def test_a_full_disk_is_told_and_whole_items_are_kept(begun: Path) -> None:
+def test_a_full_disk_is_reported_and_whole_items_are_kept(begun: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with PartFile(begun, WORK) as part:
         try:

@@ -22,7 +22,7 @@ def test_every_format_is_measured() -> None:
     assert list(report["formats"]) == list(FORMATS)
 
 
-def test_every_file_and_every_key_of_fp8_is_told() -> None:
+def test_every_file_and_every_key_of_fp8_is_listed() -> None:
     text = PAGE.read_text()
     names = [path.stem for path in package_recipes().glob("precision/*.yaml")]
     names += [

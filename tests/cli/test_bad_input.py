@@ -235,7 +235,7 @@ def test_a_tokenizer_without_an_end_token_is_named(refused: Callable[..., str], 
     has(message, f"tokenizer {inputs}/no_end", "has no end token", "Set its eos_token")
 
 
-def test_whatever_needs_no_model_class_is_told_before_nemo_or_megatron_is_imported(
+def test_whatever_needs_no_model_class_is_reported_before_nemo_or_megatron_is_imported(
     inputs: Path, tmp_path: Path
 ) -> None:
     cases = [

@@ -59,7 +59,7 @@ except SystemExit as end:
         ),
     ],
 )
-def test_a_users_mistake_gives_one_line_exit_code_2_and_no_files(
+def test_a_user_error_gives_one_line_exit_code_2_and_no_files(
     arguments: list[str],
     parts: tuple[str, ...],
     tmp_path: Path,

@@ -58,7 +58,7 @@ def test_what_megatron_cannot_combine_is_refused(
     assert all(part in message for part in parts), message
 
 
-def test_on_a_gpu_megatron_is_told(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_megatrons_offloading_is_configured_on_a_gpu(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offloading, "transformer_engine_is_used", lambda accelerator: True)
     config = compose("gpt_rao", [*files, "trainer.accelerator=gpu", LAYERS, OPTIMIZER])
     check_config(config)

@@ -181,7 +181,7 @@ def test_each_recipe_runs_where_transformer_engine_has_it(
         assert f"precision.fp8_recipe={recipe} needs" in message and f"{capability[0]}.{capability[1]};" in message
 
 
-def test_a_gpu_that_lacks_a_recipe_is_told_with_those_that_it_has() -> None:
+def test_a_gpu_without_a_recipe_is_reported_with_those_that_it_has() -> None:
     message = refusal(check_named_gpu, composed("precision=fp8_mxfp8"), "h100", "cluster.gpu=h100")
     assert "mxfp8 needs data-center Blackwell" in message and "cluster.gpu=h100 has 9.0" in message
     assert "delayed or tensorwise or blockwise" in message

@@ -172,7 +172,7 @@ def test_a_grid_that_cannot_be_run_is_refused_in_one_line(overrides: Sequence[st
     assert all(part in message for part in parts), message
 
 
-def test_a_mistake_in_one_run_stops_all_with_code_2_and_nothing_written(
+def test_bad_input_of_one_run_stops_all_with_code_2_and_nothing_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prefs.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")

@@ -82,7 +82,7 @@ def test_a_pattern_of_a_fused_layer_means_its_parts() -> None:
     assert len(names) == 2 * 7 + 1
 
 
-def test_a_checkpoint_tells_which_parts_have_adapters() -> None:
+def test_a_checkpoint_shows_which_parts_have_adapters() -> None:
     stored = {
         "decoder.layers.self_attention.linear_qkv.adapter.adapter_k.linear_in.weight": (2, 4, 48),
         "decoder.layers.1.mlp.linear_fc1.adapter.adapter_gate.linear_in.weight": (4, 48),

@@ -74,7 +74,7 @@ def test_nvidias_entry_point_is_passed_first_once_and_the_check_sees_what_it_set
 
 # ----------------------------------------------------------------------------------------------------------- import
 
-ENROOT = 'printf "%s\\n" "$@" > told\nfor last; do :; done\nprintf image > "$3"\n'
+ENROOT = 'printf "%s\\n" "$@" > received\nfor last; do :; done\nprintf image > "$3"\n'
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_an_image_is_imported_by_the_name_that_enroot_has_for_it(image: str, uri
     file = tmp_path / f"{STRANGE}.sqsh"
     done = run("import.sh", image, file, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{file}\n"), done.stderr
-    told = (tmp_path / "told").read_text().splitlines()
-    assert (told[0], told[1], told[3], told[4]) == ("import", "--output", "--", uri)
+    received = (tmp_path / "received").read_text().splitlines()
+    assert (received[0], received[1], received[3], received[4]) == ("import", "--output", "--", uri)
     assert file.read_text() == "image" and sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["bin", "told", file.name]
+        ["bin", "received", file.name]
     )
 
 
@@ -121,7 +121,7 @@ def test_an_import_that_fails_or_is_killed_leaves_no_file(tmp_path: Path) -> Non
         (("image", "no/where/a.sqsh"), ("no/where is not a writable directory",)),
     ],
 )
-def test_a_mistake_is_told_in_one_line_and_enroot_is_not_started(
+def test_errors_are_reported_in_one_line_and_enroot_is_not_started(
     arguments: tuple[str, ...], parts: tuple[str, ...], tmp_path: Path
 ) -> None:
     program(tmp_path / "bin", "enroot", "touch started\n")
@@ -151,7 +151,7 @@ def test_the_image_holds_all_that_its_build_copies_and_what_it_starts() -> None:
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_the_page_tells_of_each_container_what_is_pinned(name: str) -> None:
+def test_the_page_lists_what_is_pinned_in_each_container(name: str) -> None:
     page = (ROOT / "docs/guides/containers.md").read_text().splitlines()
     head = next(line for line in page if f"`nemo:{name}`" in line)
     column = [cell.strip() for cell in head.split("|")].index(f"`nemo:{name}`")

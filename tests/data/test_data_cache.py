@@ -481,22 +481,22 @@ def _die_while_saving(folder, tokenizer, path):
     DataCache(folder, tokenizer).load(path, seq_length=64)
 
 
-def test_who_waits_is_told_and_comes_in_when_the_other_has_left(tmp_path):
+def test_a_waiting_process_says_so_and_enters_when_the_other_has_left(tmp_path):
     context = multiprocessing.get_context("fork")
-    told, inside = context.SimpleQueue(), tmp_path / "inside"
+    events, inside = context.SimpleQueue(), tmp_path / "inside"
 
     def other():
-        with one_at_a_time(tmp_path / "key", waiting=lambda: told.put("waiting")) as alone:
-            told.put((alone, inside.exists()))
+        with one_at_a_time(tmp_path / "key", waiting=lambda: events.put("waiting")) as alone:
+            events.put((alone, inside.exists()))
 
     with one_at_a_time(tmp_path / "key") as alone:
         assert alone
         inside.touch()
         process = context.Process(target=other)
         process.start()
-        assert told.get() == "waiting"
+        assert events.get() == "waiting"
         inside.unlink()
-    assert told.get() == (True, False)
+    assert events.get() == (True, False)
     process.join()
     assert names(tmp_path) == []
 

@@ -249,7 +249,7 @@ SCORED = PAIR | {"score_chosen": 3, "score_rejected": -1}
         ),
     ],
 )
-def test_the_reward_summary_tells_mean_range_and_whether_all_are_labels_or_ranked(records, summary, load):
+def test_the_reward_summary_has_mean_range_and_whether_all_are_labels_or_ranked(records, summary, load):
     assert load(records).reward_summary() == summary
 
 

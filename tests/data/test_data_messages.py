@@ -49,10 +49,10 @@ def test_fields_that_say_nothing_are_left_out(read):
 @pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
 def test_content_may_be_missing_beside_tool_calls(content, calls, read):
     called = {"role": "assistant", "tool_calls": calls} | content
-    told = {"role": "tool", "tool_call_id": "1", "content": "4"}
-    row = read({"messages": [USER, called, told, GOOD]})
-    assert row.responses == (Response("", continuation=(told, GOOD), fields={"tool_calls": CALLS}),)
-    row = read({"prompt": [USER, called, told], "chosen": [GOOD], "rejected": [called]})
+    result = {"role": "tool", "tool_call_id": "1", "content": "4"}
+    row = read({"messages": [USER, called, result, GOOD]})
+    assert row.responses == (Response("", continuation=(result, GOOD), fields={"tool_calls": CALLS}),)
+    row = read({"prompt": [USER, called, result], "chosen": [GOOD], "rejected": [called]})
     assert row.prompt[1] == {"role": "assistant", "content": "", "tool_calls": CALLS}
     assert row.responses[1] == Response("", fields={"tool_calls": CALLS})
 

@@ -72,7 +72,7 @@ def test_what_the_iterator_raises_comes_in_its_place_with_its_traceback_and_agai
             assert "a_mistake_in_the_data" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
 
 
-def test_what_cannot_be_iterated_is_told_to_who_asks():
+def test_what_cannot_be_iterated_raises_for_its_consumer():
     with Prefetcher(None) as ahead, pytest.raises(TypeError, match="not iterable"):
         next(ahead)
 

@@ -59,8 +59,8 @@ def doctor(*arguments: str, first: Path | None = None) -> subprocess.CompletedPr
 
 def found(record: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The JSON, and its abilities by what they are."""
-    told = json.loads(record.read_text())
-    return told, {one["what"]: one for one in told["abilities"]}
+    report = json.loads(record.read_text())
+    return report, {one["what"]: one for one in report["abilities"]}
 
 
 # ------------------------------------------------------------------------------------------------- this environment
@@ -69,15 +69,15 @@ def found(record: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 def test_here_training_works_and_every_version_is_the_installed_one(tmp_path: Path) -> None:
     done = doctor("--json", str(tmp_path / "found.json"))
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
-    told, able = found(tmp_path / "found.json")
-    assert told["training_works"] is True and told["no_training"] is None
+    report, able = found(tmp_path / "found.json")
+    assert report["training_works"] is True and report["no_training"] is None
     engine = ("NeMo", "nemo-toolkit") if installed_engine() == NEMO else ("Megatron-Bridge", "megatron-bridge")
-    assert told["versions"]["engine"].startswith(f"{engine[0]} {version(engine[1])}")
+    assert report["versions"]["engine"].startswith(f"{engine[0]} {version(engine[1])}")
     for name in ("torch", engine[1], "megatron-core", "transformers"):
-        assert told["versions"][name] == version(name) is not None
+        assert report["versions"][name] == version(name) is not None
         assert f"{name:<27} {version(name)}\n" in done.stdout
     assert able["training on the CPU"]["works"] and able["import-hf, export-hf"]["works"]
-    if not told["gpus"]:
+    if not report["gpus"]:
         assert not able["training on GPUs"]["works"] and able["training on GPUs"]["why"]
     assert max(len(line) for line in done.stdout.splitlines()) < 300
 
@@ -86,14 +86,14 @@ def test_here_training_works_and_every_version_is_the_installed_one(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_broken_package_stops_what_needs_it_and_is_told_with_its_error(tmp_path: Path) -> None:
+def test_a_broken_package_stops_what_needs_it_and_is_reported_with_its_error(tmp_path: Path) -> None:
     package(tmp_path / "broken", "transformers", "raise ImportError('libfoo.so.7: cannot\\nopen')", "4.99.0")
     done = doctor("--json", str(tmp_path / "found.json"), first=tmp_path / "broken")
     assert done.returncode == 1, done.stdout
     engine = "nemo-toolkit" if installed_engine() == NEMO else "megatron-bridge"
     assert done.stderr == f"error: training does not work here: {engine}: ImportError: libfoo.so.7: cannot open\n"
-    told, able = found(tmp_path / "found.json")
-    assert told["training_works"] is False and told["versions"]["transformers"] == "4.99.0"
+    report, able = found(tmp_path / "found.json")
+    assert report["training_works"] is False and report["versions"]["transformers"] == "4.99.0"
     assert able["generate, local judge"]["why"] == "transformers ImportError: libfoo.so.7: cannot open"
     assert not able["import-hf, export-hf"]["works"]
 
@@ -109,7 +109,7 @@ def test_a_broken_package_stops_what_needs_it_and_is_told_with_its_error(tmp_pat
         ("print('welcome'); LLM = SamplingParams = 1; import atexit; atexit.register(lambda: 1 / 0)", None),
     ],
 )
-def test_whatever_an_import_does_is_told_in_one_line(
+def test_whatever_an_import_does_is_reported_in_one_line(
     code: str, error: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package(tmp_path, "vllm", code)
@@ -119,7 +119,7 @@ def test_whatever_an_import_does_is_told_in_one_line(
     assert error is None or ((tried.error or "").startswith(error) and "\n" not in (tried.error or ""))
 
 
-def test_the_apex_of_pypi_is_told_from_nvidias(
+def test_the_apex_of_pypi_is_distinguished_from_nvidias(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_packages_not_hidden: None
 ) -> None:
     package(tmp_path / "pypi", "apex", "", "0.9.10.dev0")

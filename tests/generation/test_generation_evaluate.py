@@ -147,7 +147,7 @@ def test_results_of_another_model_or_of_other_settings_are_not_overwritten(
     assert "has the results of another model" in one_line(capfd)
 
 
-def test_what_cannot_be_evaluated_is_told_before_weights_are_loaded(
+def test_what_cannot_be_evaluated_is_reported_before_weights_are_loaded(
     model_folder: Path,
     write_rows: Callable[..., str],
     tmp_path: Path,

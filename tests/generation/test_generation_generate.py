@@ -192,7 +192,7 @@ def test_a_damaged_part_is_refused(
     assert "line 3: was not written by this command, or is damaged" in one_line(capfd)
 
 
-def test_a_full_disk_is_told_and_what_was_finished_is_kept(
+def test_a_full_disk_is_reported_and_what_was_finished_is_kept(
     model_folder: Path, prompts: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -213,7 +213,7 @@ def test_a_full_disk_is_told_and_what_was_finished_is_kept(
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def test_wrong_keys_are_told_before_anything_is_read(
+def test_wrong_keys_are_reported_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -245,7 +245,7 @@ def test_wrong_keys_are_told_before_anything_is_read(
         ([{"prompt": [{"role": "robot", "content": "a"}]}], ("line 1", "chat template", "robot")),
     ],
 )
-def test_prompts_that_cannot_be_used_are_told_with_their_line(
+def test_prompts_that_cannot_be_used_are_reported_with_their_line(
     model_folder: Path,
     write_rows: Callable[..., str],
     refused: Callable[..., str],
@@ -278,7 +278,7 @@ def test_prompts_that_cannot_be_used_are_told_with_their_line(
         ("code of its own", "cannot read the configuration of this mine"),
     ],
 )
-def test_a_folder_that_is_no_whole_model_is_told(
+def test_an_incomplete_model_folder_is_reported(
     model_folder: Path, prompts: str, tmp_path: Path, refused: Callable[..., str], damage: str, part: str
 ) -> None:
     import shutil

@@ -67,17 +67,17 @@ def test_greedy_answers_are_those_of_the_model_alone_without_padding(model_folde
         tokens = policy.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
-        told = []
+        sampled = []
         for _ in range(24):  # the whole text again for each token: no cache, no padding, no generation settings
             token = int(
-                model(torch.cat([tokens, torch.tensor([told], dtype=torch.long)], 1)).logits[0, -1, :300].argmax()
+                model(torch.cat([tokens, torch.tensor([sampled], dtype=torch.long)], 1)).logits[0, -1, :300].argmax()
             )
             if token == policy.encoder.end_token_id:
                 break
-            told.append(token)
+            sampled.append(token)
         assert answer is not None
-        assert answer.num_tokens == len(told) and answer.cut == (len(told) == 24)
-        assert answer.text == policy.tokenizer.decode(told).rstrip("\ufffd" if answer.cut else "")
+        assert answer.num_tokens == len(sampled) and answer.cut == (len(sampled) == 24)
+        assert answer.text == policy.tokenizer.decode(sampled).rstrip("\ufffd" if answer.cut else "")
 
 
 def test_the_end_token_ends_a_response_and_other_special_tokens_stay_in_it(

@@ -1,4 +1,4 @@
-"""A rank of a SLURM job that is told to stop: by what it leaves, the batch script tells a stop from a failure."""
+"""A rank of a SLURM job that is asked to stop leaves what the batch script needs to tell a stop from a failure."""
 
 from __future__ import annotations
 

@@ -307,7 +307,7 @@ INTERACTIVE_STEP = {**IN_ALLOCATION, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_
     ],
     ids=["plain", "torchrun", "srun", "torchrun under srun", "sbatch shell", "salloc shell", "stray variable"],
 )
-def test_launchers_are_told_from_shells(environ: dict[str, str], expected: str | None) -> None:
+def test_launchers_are_distinguished_from_shells(environ: dict[str, str], expected: str | None) -> None:
     assert started_externally(environ) == expected
 
 

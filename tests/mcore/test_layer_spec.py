@@ -165,21 +165,21 @@ def in_thd(weights: dict[str, Tensor]) -> dict[str, Any]:
     tiny.enter(Layout(tensor=2))
     model = tiny.build(weights, Layout(tensor=2))
     batch = tiny.micro_batch(SAMPLES, range(len(SAMPLES)), packed=True)
-    found, told = {}, []
+    found, received = {}, []
     for name in ("segments", "thd"):
         with evaluation_mode([model]):
             output = forward_step(model, batch)
             found[name] = torch.stack(sequence_log_probs(output, batch, vocab_size=tiny.VOCAB), -1)
         attention._attends_to_segments = lambda model: False  # as of a model of Transformer Engine's layers
         with attention.segment_kwargs(model, batch) as arguments:
-            told.append(sorted(arguments))
-    return {**found, "told": told}
+            received.append(sorted(arguments))
+    return {**found, "received": received}
 
 
 def test_packed_rows_in_the_thd_format_are_the_same(dense: dict[str, Any]) -> None:
     """Megatron's own handling of it: rotary positions, shapes. Its attention, on a GPU, is Transformer Engine's."""
     for found in run_ranks(in_thd, (dense["llama"]["weights"],), num_ranks=2):
-        assert found["told"] == [["attention_mask", "packed_seq_params"]] * 2
+        assert found["received"] == [["attention_mask", "packed_seq_params"]] * 2
         for name in ("segments", "thd"):
             torch.testing.assert_close(found[name], dense["llama"]["sums"], rtol=1e-5, atol=1e-5)
 

@@ -159,7 +159,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
         get("rao2")
 
 
-def test_two_objectives_of_one_name_are_our_mistake() -> None:
+def test_two_objectives_of_one_name_are_a_bug() -> None:
     with pytest.raises(AssertionError, match="duplicate"):
         table(get("rao"), get("rao"))
 

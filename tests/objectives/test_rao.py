@@ -178,7 +178,7 @@ def test_auto_log_z0_without_rewards_is_refused() -> None:
         RAO.resolve(RAOConfig(log_z0="auto"), RewardSummary())
 
 
-def test_unresolved_auto_log_z0_is_our_mistake() -> None:
+def test_unresolved_auto_log_z0_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="resolved"):
         RAO.loss(make_batch(), RAOConfig(log_z0="auto"))
 

@@ -22,7 +22,7 @@ class OnMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron tells a parameter's precision by the name that it has on a GPU.
+            # Megatron determines the precision of a parameter from its type name on a GPU.
             return {torch.float32: "torch.cuda.FloatTensor", torch.bfloat16: "torch.cuda.BFloat16Tensor"}[args[0].dtype]
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")

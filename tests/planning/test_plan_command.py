@@ -1,4 +1,4 @@
-"""The command: every large recipe is planned, what does not fit is told with settings that do, bad input refused."""
+"""The command: every large recipe is planned, settings that fit are proposed for the others, bad input is refused."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def test_a_plan_for_a_cpu_counts_the_process_on_a_line_of_its_own(run: Callable,
     assert line.split()[-1] == f"{PROCESS_BYTES / GIB:.2f}" and "  process" not in on_gpu
 
 
-def test_what_does_not_fit_is_told_with_overrides_that_make_it_fit(run: Callable, llama: RunConfig) -> None:
+def test_what_does_not_fit_is_reported_with_overrides_that_make_it_fit(run: Callable, llama: RunConfig) -> None:
     code, table, message = run("--gpu-memory", "20")
     assert (code, message) == (1, "")
     lines = table.splitlines()
-    told = lines[next(number for number, line in enumerate(lines) if "nearest settings" in line) + 1 :]
-    proposed = [line.split() for line in told if "=" in line]
+    proposals = lines[next(number for number, line in enumerate(lines) if "nearest settings" in line) + 1 :]
+    proposed = [line.split() for line in proposals if "=" in line]
     assert len(proposed) == 3
     for overrides in proposed:
         assert run("--gpu-memory", "20", *overrides)[0] == 0, overrides
@@ -153,7 +153,7 @@ def test_the_larger_the_part_that_is_split_the_less_a_rank_holds(setting: Settin
     assert communication(setting).tensor > communication(whole).tensor
 
 
-def test_time_is_by_model_flops_and_recomputation_is_told_apart(setting: Setting) -> None:
+def test_time_is_by_model_flops_and_recomputation_is_separate(setting: Setting) -> None:
     again = dataclasses.replace(setting, recompute_granularity="full")
     assert flops(again).model == flops(setting).model and flops(again).executed > flops(setting).executed
 

@@ -124,8 +124,8 @@ def test_the_command_takes_nodes_of_eight_gpus_or_as_large_as_they_are(run: Call
     def proposed(*arguments: str) -> str:
         return " ".join(text for one in run(*arguments)[2]["advice"] for text in one["overrides"])
 
-    told = proposed("--gpu-memory", "78", *ALONE)
-    assert "trainer.devices=" in told and "trainer.num_nodes=8" not in told
+    found = proposed("--gpu-memory", "78", *ALONE)
+    assert "trainer.devices=" in found and "trainer.num_nodes=8" not in found
     assert "trainer.devices=" not in proposed("--gpu-memory", "78", "--devices-per-node", "1", *ALONE)
     # Nodes of a run over several of them are as large as it says.
     assert "trainer.devices=" not in proposed("--gpu-memory", "40", *ALONE, "trainer.num_nodes=2")

@@ -102,11 +102,11 @@ def row(model_name: str) -> str:
     """Of docs/guides/recipes.md."""
     setting = setting_of(recipe("rao", model_name))
     sizes = (setting.tensor, setting.pipeline, setting.virtual, setting.context, setting.expert, setting.data)
-    told = [f"`{model_name}`", setting.ranks, *sizes, setting.length, f"{peak(setting) / GIB:.0f}"]
-    return f"| {' | '.join(map(str, told))} |"
+    cells = [f"`{model_name}`", setting.ranks, *sizes, setting.length, f"{peak(setting) / GIB:.0f}"]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def test_the_page_of_recipes_tells_these_layouts() -> None:
+def test_the_page_of_recipes_has_these_layouts() -> None:
     page = (ROOT / "docs" / "guides" / "recipes.md").read_text().partition("## Large models")[2]
     assert [line for line in page.splitlines() if line.startswith("| `")] == [row(name) for name in MODELS]
 

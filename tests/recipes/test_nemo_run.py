@@ -113,7 +113,7 @@ def test_keys_are_set_in_python_and_survive_the_way_to_another_machine() -> None
         (["model.rao.beta=1"], None, ("trainer is not set", "--factory", "gpt_rao")),
     ],
 )
-def test_a_wrong_key_or_value_is_told_in_one_line_before_anything_is_launched(
+def test_a_wrong_key_or_value_is_reported_in_one_line_before_anything_is_launched(
     arguments: Sequence[str], factory: str | None, parts: Sequence[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -123,7 +123,7 @@ def test_a_wrong_key_or_value_is_told_in_one_line_before_anything_is_launched(
     assert all(part in message for part in parts), message
 
 
-def test_what_only_the_machine_that_runs_can_tell_is_told_there(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_only_the_running_machine_can_know_is_reported_there(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         fiddle.build(parse("data.train_path=nope.jsonl"))()
     assert end.value.code == 2

@@ -266,7 +266,7 @@ def test_an_answer_in_parts_is_their_text_or_its_kind_is_named(
         assert code == 0 and rewards() == [[score]], message
 
 
-def test_the_judge_is_told_its_scale(judge: JudgeServer, command: Command) -> None:
+def test_the_scale_is_part_of_the_judges_prompt(judge: JudgeServer, command: Command) -> None:
     write_lines("in.jsonl", {"prompt": "{low}", "responses": [{"content": "3 {high}"}]})
     settings = f"base_url: {judge.url}\nmodel: small\nhigh: 5\n"
     Path("based.yaml").write_text(f"based_on: helpfulness\n{settings}")

@@ -171,7 +171,7 @@ def test_two_runs_do_not_write_the_same_output(command: Command) -> None:
     assert code == 2 and "is being written by another process" in message
 
 
-def test_a_full_disk_is_told_in_one_line_and_what_is_scored_is_kept(command: Command) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_what_is_scored_is_kept(command: Command) -> None:
     write_lines("in.jsonl", *({"prompt": f"p {i}", "responses": [{"content": "x" * 300}]} for i in range(40)))
     Path("rules_of_one_more.py").write_text("def one(prompt, response):\n    return 1\n")
     arguments = ("in.jsonl", "out.jsonl", "--scorer", "rule:rules_of_one_more:one", "--rows-at-once", "3")

@@ -75,7 +75,7 @@ def test_rows_and_numbers_are_those_that_training_loads(
     assert np.array_equal(seen.numbers.margins(), [np.ptp(sample.rewards) for sample in trained])
 
 
-def test_tokens_are_told_apart_by_what_is_learned(look: Look, write_lines: Callable[..., str]) -> None:
+def test_learned_tokens_are_distinguished_from_the_others(look: Look, write_lines: Callable[..., str]) -> None:
     turns = [("user", "Name a prime."), ("assistant", "7"), ("user", "Another."), ("assistant", "It is 11.")]
     path = write_lines([{"messages": [{"role": role, "content": content} for role, content in turns]}] * 8)
     row = look(path, "gpt_sft", rows=1).rows[0]
@@ -152,8 +152,8 @@ def test_nothing_of_the_data_acts_on_page_or_terminal(look: Look, write_lines: C
     policy = re.search(r"sha256-(\S+)'", html)
     style = html.partition("<style>")[2].partition("</style>")[0]
     assert policy is not None and policy[1] == base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    told = "".join(read.tokens)
-    assert told.count("<script>alert(1)</script>\\x1b[31m\\u202e") == 2 and "日本語 👩\u200d👧" in told
+    shown = "".join(read.tokens)
+    assert shown.count("<script>alert(1)</script>\\x1b[31m\\u202e") == 2 and "日本語 👩\u200d👧" in shown
     plain = "\n".join(Writer(color=False, width=80).lines(seen))
     assert "\x1b" not in plain and "\u202e" not in plain and "\\x1b[31m\\u202e" in plain
     colored = "\n".join(Writer(color=True, width=80).lines(seen))
@@ -201,7 +201,7 @@ def test_the_command_needs_no_nemo_and_writes_only_the_page(
         (["FILE", "data.num_prompts=10"], ("data.num_prompts=10", "only 9")),
     ],
 )
-def test_a_mistake_gives_one_line_and_exit_code_2(
+def test_bad_input_gives_one_line_and_exit_code_2(
     arguments: list[str],
     parts: tuple[str, ...],
     write_lines: Callable[..., str],

@@ -228,7 +228,7 @@ def refused(
         ("partition: a\n", ("model=llama3_8b", "trainer.devices=8"), ("random weights", "allow_random_weights=true")),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_submitted(
+def test_errors_are_reported_before_anything_is_submitted(
     refused: Callable[..., str], cluster: str, arguments: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
     message = refused(*arguments, cluster=cluster)

@@ -1,4 +1,4 @@
-"""Runs on a real SLURM: what ends a job does not change what a run computes, and what ends a run is told at once."""
+"""Runs on a real SLURM: a job may end without changing what a run computes, and what ends a run is reported at once."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_run_survives_its_time_limit_and_pre_emption_with_the_numbers_of_an_un
     # The time limit. It is moved: SLURM's own unit is a minute, and it looks for signals to send every half.
     pid = run.held_at(3)
     lab.call("scontrol", "update", f"JobId={run.job}", "EndTime=now+31")
-    run.until(lambda: "a signal" in run.log, "told before its time limit")
+    run.until(lambda: "a signal" in run.log, "printed before its time limit")
     os.kill(pid, signal.SIGCONT)
     run.until(lambda: "requeued" in run.log, "requeued")
     run.until(lambda: "JobState=PENDING" in run.state(), "in the queue")
@@ -154,9 +154,9 @@ def test_a_run_survives_its_time_limit_and_pre_emption_with_the_numbers_of_an_un
     assert run.log.count("requeued") == 2 and "finished" in run.log
     in_order = [run.said.read_text().find(f"job {run.job} RUNNING attempt {attempt}") for attempt in (1, 2, 3)]
     assert -1 not in in_order and in_order == sorted(in_order)
-    told = status(lab, run.run)
+    printed = status(lab, run.run)
     for part in (f"{run.job} COMPLETED", f"step        {NUM_STEPS} of {NUM_STEPS}", "loss ", f"step={NUM_STEPS}"):
-        assert part in told, told
+        assert part in printed, printed
 
     (tmp_path / "here").mkdir()
     launch_here(tmp_path / "here", *of_run, *parallel(2, 2, 1))

@@ -139,14 +139,14 @@ def test_a_sweep_is_a_job_array(lab: Lab, data: tuple[str, ...], tmp_path: Path)
         assert json.loads(path.read_text())["arguments"][4] == str(run / "slurm")
         (recipe,) = (run / "slurm").glob("recipe-*.yaml")
         assert f"beta: 0.{element + 1}" in recipe.read_text()
-    told = subprocess.run(
+    listed = subprocess.run(
         [sys.executable, "-m", "nemo_rao", "status", *map(str, runs)],
         env=lab.environment,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert [told.stdout.count(f"{job.job}_{element} ") for element in range(3)] == [1, 1, 1], told
+    assert [listed.stdout.count(f"{job.job}_{element} ") for element in range(3)] == [1, 1, 1], listed
 
 
 def test_a_chain_waits_and_a_run_is_not_launched_twice(lab: Lab, data: tuple[str, ...], tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_chain_waits_and_a_run_is_not_launched_twice(lab: Lab, data: tuple[str
     third.until_state("COMPLETED")
 
 
-def test_a_job_told_to_stop_before_its_first_step_comes_back_as_often_as_it_may(
+def test_a_job_stopped_before_its_first_step_restarts_up_to_the_limit(
     lab: Lab, data: tuple[str, ...], tmp_path: Path
 ) -> None:
     job = Submitted(lab, tmp_path, data, "cluster.environment={DO: wait, WHILE: '01'}", "cluster.max_restarts=1")
@@ -231,7 +231,7 @@ def test_the_first_failure_of_a_rank_is_in_the_log_and_ends_the_job(
     assert "Traceback" not in refused.log()
 
 
-def test_what_slurm_refuses_is_told_in_its_words(lab: Lab, data: tuple[str, ...], tmp_path: Path) -> None:
+def test_what_slurm_refuses_is_reported_in_its_words(lab: Lab, data: tuple[str, ...], tmp_path: Path) -> None:
     job = Submitted(lab, tmp_path, data)
     job.until_state("COMPLETED")
     refused = job.launch("cluster.partition=nope", "exp_manager.name=other")

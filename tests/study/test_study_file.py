@@ -175,7 +175,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("replaced", "said"), REFUSED, ids=[said[:50] for _, said in REFUSED])
-def test_a_mistake_is_reported_in_one_line_that_names_file_and_key(
+def test_an_error_is_reported_in_one_line_that_names_file_and_key(
     replaced: tuple[str, str],
     said: str,
     tmp_path: Path,

@@ -95,9 +95,7 @@ def test_robust_po_takes_the_nearest_of_several_reward_models(
     assert got[0]["data/reward_chosen"] == pytest.approx(2.0), "the mean of the two"
 
 
-def test_a_loss_of_pairs_takes_every_pair_where_it_is_told_to(
-    data: tuple[str, ...], start: Path, tmp_path: Path
-) -> None:
+def test_a_pairwise_loss_takes_every_pair_if_configured_to(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
     """The same first loss, log 2, from other pairs: the next ones differ."""
     courses = {
         choice: train("dpo", data, start, tmp_path / choice, f"data.responses={choice}")

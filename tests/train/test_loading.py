@@ -29,7 +29,7 @@ def overrides(folder: Path, data: Sequence[str], name: str, *extra: str) -> list
     ]
 
 
-def told(captured: str) -> list[str]:
+def reported(captured: str) -> list[str]:
     return [line for line in captured.splitlines() if " data: " in line]
 
 
@@ -37,7 +37,7 @@ def test_a_run_started_again_tokenizes_nothing_and_takes_the_same_steps_bit_for_
     data: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_training("gpt_rao", overrides(tmp_path, data, "without", "data.cache=false"))
-    lines = told(capfd.readouterr().out)
+    lines = reported(capfd.readouterr().out)
     assert not (tmp_path / "tokenised").exists()
     first = f"{data[0].partition('=')[2]} line 1"
     assert lines == [
@@ -49,9 +49,9 @@ def test_a_run_started_again_tokenizes_nothing_and_takes_the_same_steps_bit_for_
     cached = [lines[0], f"{lines[1]} (read from cache)", *lines[2:]]
     run_training("gpt_rao", overrides(tmp_path, data, "first"))
     # The same rows, loaded in the same way: validation finds what was just written.
-    assert told(capfd.readouterr().out) == cached
+    assert reported(capfd.readouterr().out) == cached
     in_fork(train_without_tokenizer, overrides(tmp_path, data, "again"))
-    assert told(capfd.readouterr().out) == [f"{lines[0]} (read from cache)", *cached[1:]]
+    assert reported(capfd.readouterr().out) == [f"{lines[0]} (read from cache)", *cached[1:]]
     expected = steps(tmp_path / "without")
     assert len(expected) == 2
     assert steps(tmp_path / "first") == steps(tmp_path / "again") == expected
@@ -117,7 +117,7 @@ def train_and_watch(given: Sequence[str]) -> None:
     assert "prefetch" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_mistake_while_a_micro_batch_is_made_ends_the_run_with_its_traceback(
+def test_an_error_while_a_micro_batch_is_made_ends_the_run_with_its_traceback(
     data: tuple[str, ...], tmp_path: Path
 ) -> None:
     with pytest.raises(AssertionError, match=r"(?s)a_mistake_of_ours.*ZeroDivisionError.*no thread is left"):

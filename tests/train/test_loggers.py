@@ -1,4 +1,4 @@
-"""What a run's loggers and its checkpoints' ``monitor`` are told: the numbers of ``metrics.jsonl``, step by step."""
+"""A run's loggers and its checkpoints' ``monitor`` get the numbers of ``metrics.jsonl``, step by step."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_a_name_that_walks_to_another_module_is_refused(checkpoint: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt"])
-def test_a_damaged_pickle_is_told(name: str, checkpoint: Path) -> None:
+def test_a_damaged_pickle_is_reported(name: str, checkpoint: Path) -> None:
     file = common(checkpoint).with_name(name)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=rf"KEY: .*{name} cannot be read .*. Name a complete checkpoint"):

@@ -39,7 +39,7 @@ def test_the_other_recipes_arrive_with_their_ends_in_bf16(reached: Any, recipe: 
     assert (model.num_layers_at_start_in_bf16, model.num_layers_at_end_in_bf16) == (1, 2)
 
 
-def test_a_simulation_tells_megatron_nothing_of_8_bits(reached: Any) -> None:
+def test_a_simulation_leaves_megatrons_fp8_settings_unset(reached: Any) -> None:
     model, _, buffers = reached("precision=fp8_delayed", "precision.fp8_simulation=true")
     assert model.fp8 is None and model.bf16 and not buffers.fp8_param_gather
 

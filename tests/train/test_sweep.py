@@ -129,7 +129,7 @@ def beta(config: RunConfig) -> float:
     return config.model.dpo.beta  # type: ignore[attr-defined]
 
 
-def test_a_run_that_fails_is_told_once_and_the_others_are_trained(
+def test_a_run_that_fails_is_reported_once_and_the_others_are_trained(
     run_sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def train(config: RunConfig) -> None:
