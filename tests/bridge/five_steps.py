@@ -1,4 +1,6 @@
-"""Five steps of each objective from weights that both engines can create. Results of NeMo's engine are kept in a file.
+"""Five steps of each objective and online recipe from weights that both engines can create.
+
+Results of NeMo's engine are kept in a file.
 
     PYTHONPATH=. python -m tests.bridge.five_steps [FILE]   with NeMo installed: writes FILE, or else nemo_steps.json
 
@@ -12,18 +14,19 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nemo_rao.loop.session import Hook, Session
 
+from ..train import test_online
 from ..train.runs import NO_CHECKPOINTS, OF_DATA, TINY, make_data, run_training, steps
 from .nemo_results import write_results
 
 RECORDED = Path(__file__).with_name("nemo_steps.json")
 NUM_STEPS = 5
 KEYS = {"kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
+ONLINE = {recipe: (*test_online.ONLINE, *keys) for recipe, keys in test_online.RECIPES}
 # A schedule with all its parts, and every number of the optimizer other than its default.
 OVERRIDES = (
     *TINY,
@@ -63,40 +66,42 @@ def weights_first(hooks: list[Hook]) -> list[Hook]:
     return [WeightsByName(), *hooks]
 
 
-def run(
-    objective: str, folder: Path, data: tuple[str, ...], *extra: str, weights: bool = True
-) -> list[dict[str, float]]:
-    """The steps of a run with an objective, as ``metrics.jsonl`` has them.
+def run(name: str, folder: Path, data: tuple[str, ...], *extra: str, weights: bool = True) -> list[dict[str, float]]:
+    """The steps of a run, as ``metrics.jsonl`` has them.
 
     Args:
+        name: an objective that trains on data, or an online recipe, which needs a checkpoint to start from.
         weights: begin with those that depend on their names; else with those of a checkpoint, which ``extra`` names.
     """
-    given = [
-        *OVERRIDES,
-        *data,
-        f"model.objective={objective}",
-        *(f"model.{objective}.{key}" for key in KEYS.get(objective, ())),
-        f"exp_manager.exp_dir={folder}",
-        f"exp_manager.name={objective}",
-        *extra,
-    ]
-    run_training("gpt_rao", given, **({"hooks": weights_first} if weights else {}))
-    return steps(folder / objective)
+    recipe, own = "gpt_rao", (f"model.objective={name}", *(f"model.{name}.{key}" for key in KEYS.get(name, ())))
+    if name in ONLINE:
+        recipe, own, weights = name, ONLINE[name], False
+    given = [*OVERRIDES, *data, *own, f"exp_manager.exp_dir={folder}", f"exp_manager.name={name}", *extra]
+    run_training(recipe, given, **({"hooks": weights_first} if weights else {}))
+    return steps(folder / name)
 
 
-def fingerprint(folder: Path, objective: str) -> str:
+def start_of_online(folder: Path, data: tuple[str, ...]) -> str:
+    """A fine-tuned checkpoint, as an override."""
+    run("sft", folder / "start", data, "exp_manager.checkpoint_callback_params.save_last=true")
+    return f"model.restore_from_path={folder / 'start' / 'sft'}"
+
+
+def fingerprint(folder: Path, name: str) -> str:
     """Of what a run was trained on."""
-    return str(json.loads((folder / objective / "data.json").read_text())["training"]["contents"])
+    return str(json.loads((folder / name / "data.json").read_text())["training"]["contents"])
 
 
-def every_objective(run_one: Callable[[str], Any] | None = None) -> dict[str, Any]:
+def every_run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         data = make_data(folder / "data")
         found = {name: run(name, folder, data) for name in OF_DATA}
-        return {"data": {name: fingerprint(folder, name) for name in OF_DATA}, "steps": found}
+        start = start_of_online(folder, data)
+        found |= {name: run(name, folder, data, start) for name in ONLINE}
+        return {"data": {name: fingerprint(folder, name) for name in found}, "steps": found}
 
 
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"], os.environ["OMP_NUM_THREADS"] = "false", "1"
-    write_results(every_objective(), RECORDED)
+    write_results(every_run(), RECORDED)
