@@ -68,6 +68,15 @@ ROW = "row of the table of objectives"
 CPU_SECONDS = "CPU seconds since the report before"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave the tests and what they import out of garbage collection, here and in the ranks that tests fork."""
+    from nemo_rao.runtime.collector import uncollected_imports
+
+    with uncollected_imports():
+        return (yield)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[SPENT] = sum(os.times()[:4])
 

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
+
+
+class OnDemand(dict[str, Any]):
+    """Name -> value, computed when it is first needed: a fixture for cases of which some are slow.
+
+    Args:
+        compute: the value of a name.
+    """
+
+    def __init__(self, compute: Callable[[str], Any]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = value = self._compute(name)
+        return value
 
 
 def slow_but(quick: Collection[Any], cases: Iterable[Any]) -> list[Any]:

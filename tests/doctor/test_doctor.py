@@ -66,6 +66,7 @@ def found(record: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 # ------------------------------------------------------------------------------------------------- this environment
 
 
+@pytest.mark.slow
 def test_here_training_works_and_every_version_is_the_installed_one(tmp_path: Path) -> None:
     done = doctor("--json", str(tmp_path / "found.json"))
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from ..slow import slow_but
 from ..train.runs import die_after_step, in_fork, parallel, steps
 from .conftest import Converted
 from .models import command, read_json, refused, sft_loss, tensors
@@ -73,7 +72,8 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens).logits
 
 
-@pytest.mark.parametrize("name", slow_but(list(CASES)[:1], CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_a_killed_run_continues_under_another_parallelism_and_is_exported(
     converted: dict[str, Converted], data: Path, tmp_path: Path, name: str
 ) -> None:

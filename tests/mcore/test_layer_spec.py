@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from torch import Tensor
 from nemo_rao.batch import ModelOutput
 
 from ..megatron_ranks import import_once, run_ranks
+from ..slow import OnDemand, slow_but
 from . import tiny
 from .tiny import Layout
 
@@ -100,57 +100,57 @@ def on_ranks(
 
 @pytest.fixture(scope="module")
 def dense() -> dict[str, Any]:
-    return dense_results(MODELS)
+    """By model, of Hugging Face."""
+    return OnDemand(dense_result)
 
 
-def dense_results(models: Iterable[str]) -> dict[str, Any]:
+def dense_result(name: str) -> dict[str, Any]:
     """Hugging Face's weights, sums and gradients of the mean over rows."""
     import_once()
-    results = {}
-    for name in models:
-        model = hugging_face(name)
-        sums = tiny.dense_sums(model, SAMPLES)
-        (-sums.sum() / NUM_RESPONSES).backward()
-        results[name] = {
-            "weights": tiny.whole_tensors(model),
-            "gradients": tiny.whole_tensors(model, gradients=True),
-            "sums": sums.detach().float(),
-        }
-    return results
+    model = hugging_face(name)
+    sums = tiny.dense_sums(model, SAMPLES)
+    (-sums.sum() / NUM_RESPONSES).backward()
+    return {
+        "weights": tiny.whole_tensors(model),
+        "gradients": tiny.whole_tensors(model, gradients=True),
+        "sums": sums.detach().float(),
+    }
 
 
 @pytest.fixture(scope="module")
-def ranks(dense: dict[str, Any]) -> list[dict[str, Any]]:
-    return ranks_results(dense, LAYOUTS, MODELS)
+def ranks(dense: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """By model, of each rank."""
+    return OnDemand(lambda model: rank_results(dense[model], LAYOUTS, model, **MODELS[model]))
 
 
-def ranks_results(dense: dict[str, Any], layouts: dict[str, Layout], models: dict[str, Any]) -> list[dict[str, Any]]:
-    wanted = {name: (result["weights"], result["gradients"]) for name, result in dense.items()}
-    return run_ranks(on_ranks, (wanted, layouts, models), num_ranks=2)
+def rank_results(dense: dict[str, Any], layouts: dict[str, Layout], model: str, **keys: Any) -> list[dict[str, Any]]:
+    wanted = {model: (dense["weights"], dense["gradients"])}
+    return run_ranks(on_ranks, (wanted, layouts, {model: keys}), num_ranks=2)
 
 
 CASES = [(layout, model, variant) for layout in LAYOUTS for model in MODELS for variant in range(len(VARIANTS))]
+QUICK = [case for case in CASES if "llama" in case]
 
 
 def name_of(case: Any) -> str:
     return "+".join(key for key, on in VARIANTS[case].items() if on) or "rows" if isinstance(case, int) else case
 
 
-@pytest.mark.parametrize(("layout", "model", "variant"), CASES, ids=name_of)
+@pytest.mark.parametrize(("layout", "model", "variant"), slow_but(QUICK, CASES), ids=name_of)
 def test_log_probabilities_are_those_of_hugging_face(
-    dense: dict[str, Any], ranks: list[dict[str, Any]], layout: str, model: str, variant: int
+    dense: dict[str, Any], ranks: dict[str, list[dict[str, Any]]], layout: str, model: str, variant: int
 ) -> None:
-    computed = [sums for rank in ranks for sums in rank[f"{layout}, {model}, {variant}"]["sums"]]
+    computed = [sums for rank in ranks[model] for sums in rank[f"{layout}, {model}, {variant}"]["sums"]]
     assert len(computed) == (1 if layout == "PP 2" else 2)  # the last stage's ranks
     for sums in computed:
         torch.testing.assert_close(sums, dense[model]["sums"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("layout", "model", "variant"), CASES, ids=name_of)
+@pytest.mark.parametrize(("layout", "model", "variant"), slow_but(QUICK, CASES), ids=name_of)
 def test_gradients_are_those_of_hugging_face_norms_included(
-    ranks: list[dict[str, Any]], layout: str, model: str, variant: int
+    ranks: dict[str, list[dict[str, Any]]], layout: str, model: str, variant: int
 ) -> None:
-    errors = [error for rank in ranks for error in rank[f"{layout}, {model}, {variant}"]["errors"].items()]
+    errors = [error for rank in ranks[model] for error in rank[f"{layout}, {model}, {variant}"]["errors"].items()]
     norms = [name for name, _ in errors if name.endswith("layer_norm_weight")]
     assert len(norms) == 2 * tiny.NUM_LAYERS * (1 if layout == "PP 2" else 2)
     assert max(error for _, error in errors) < 2e-5, sorted(errors, key=lambda item: -item[1])[:5]
@@ -184,12 +184,12 @@ def test_packed_rows_in_the_thd_format_are_the_same(dense: dict[str, Any]) -> No
             torch.testing.assert_close(found[name], dense["llama"]["sums"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_parameters_have_transformer_engines_names(ranks: list[dict[str, Any]], model: str) -> None:
+@pytest.mark.parametrize("model", slow_but(["llama"], MODELS))
+def test_parameters_have_transformer_engines_names(ranks: dict[str, list[dict[str, Any]]], model: str) -> None:
     in_layers = LAYER_NAMES | ({"self_attention.linear_qkv.bias"} if model == "qwen2" else set())
     expected = {f"decoder.layers.{layer}.{name}" for layer in range(tiny.NUM_LAYERS) for name in in_layers}
     expected |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
     if model != "tied llama":
         expected.add("output_layer.weight")
     for variant in range(len(VARIANTS)):
-        assert ranks[0][f"TP 1, {model}, {variant}"]["names"] == sorted(expected)
+        assert ranks[model][0][f"TP 1, {model}, {variant}"]["names"] == sorted(expected)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..megatron_ranks import run_ranks
+from ..slow import OnDemand, slow_but
 from . import tiny
-from .test_layer_spec import SAMPLES, VARIANTS, dense_results, name_of, ranks_results
+from .test_layer_spec import SAMPLES, VARIANTS, dense_result, name_of, rank_results
 from .tiny import Layout
 
 EXPERTS_SHARED = Layout(expert=2)
@@ -25,8 +26,8 @@ LAYOUTS = {
     "TP 2, EP 2, whole experts": Layout(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
     "PP 2": Layout(pipeline=2),
 }
-MODELS: dict[str, dict[str, Any]] = {"mixtral": {"experts": True}}
 CASES = [(layout, variant) for layout in LAYOUTS for variant in range(len(VARIANTS))]
+QUICK = [case for case in CASES if case[0] in ("EP 2", "TP 2, EP 2, whole experts")]
 
 # As NeMo's Mixtral importer names them, and Transformer Engine's layers without grouped products.
 LAYER_NAMES = {
@@ -41,29 +42,31 @@ LAYER_NAMES = {
 
 @pytest.fixture(scope="module")
 def dense() -> dict[str, Any]:
-    return dense_results(MODELS)
+    """Of Hugging Face."""
+    return dense_result("mixtral")
 
 
 @pytest.fixture(scope="module")
-def ranks(dense: dict[str, Any]) -> list[dict[str, Any]]:
-    return ranks_results(dense, LAYOUTS, MODELS)
+def ranks(dense: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """By layout, of each rank."""
+    return OnDemand(lambda layout: rank_results(dense, {layout: LAYOUTS[layout]}, "mixtral", experts=True))
 
 
-@pytest.mark.parametrize(("layout", "variant"), CASES, ids=name_of)
+@pytest.mark.parametrize(("layout", "variant"), slow_but(QUICK, CASES), ids=name_of)
 def test_log_probabilities_are_those_of_hugging_face(
-    dense: dict[str, Any], ranks: list[dict[str, Any]], layout: str, variant: int
+    dense: dict[str, Any], ranks: dict[str, list[dict[str, Any]]], layout: str, variant: int
 ) -> None:
-    computed = [sums for rank in ranks for sums in rank[f"{layout}, mixtral, {variant}"]["sums"]]
+    computed = [sums for rank in ranks[layout] for sums in rank[f"{layout}, mixtral, {variant}"]["sums"]]
     assert len(computed) == (1 if layout == "PP 2" else 2)  # the last stage's ranks
     for sums in computed:
-        torch.testing.assert_close(sums, dense["mixtral"]["sums"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums, dense["sums"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("layout", "variant"), CASES, ids=name_of)
+@pytest.mark.parametrize(("layout", "variant"), slow_but(QUICK, CASES), ids=name_of)
 def test_gradients_are_those_of_hugging_face_router_and_experts_included(
-    ranks: list[dict[str, Any]], layout: str, variant: int
+    ranks: dict[str, list[dict[str, Any]]], layout: str, variant: int
 ) -> None:
-    errors = [error for rank in ranks for error in rank[f"{layout}, mixtral, {variant}"]["errors"].items()]
+    errors = [error for rank in ranks[layout] for error in rank[f"{layout}, mixtral, {variant}"]["errors"].items()]
     experts = {name for name, _ in errors if "local_experts" in name}
     assert len(experts) == 2 * tiny.EXPERTS * tiny.NUM_LAYERS
     assert {name for name, _ in errors if "router" in name} == {
@@ -72,16 +75,15 @@ def test_gradients_are_those_of_hugging_face_router_and_experts_included(
     assert max(error for _, error in errors) < 2e-5, sorted(errors, key=lambda item: -item[1])[:5]
 
 
-def test_parameters_have_the_importers_names(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("layout", slow_but(["EP 2"], ["DP 2", "EP 2"]))
+def test_parameters_have_the_importers_names(ranks: dict[str, list[dict[str, Any]]], layout: str) -> None:
     expected = {f"decoder.layers.{layer}.{name}" for layer in range(tiny.NUM_LAYERS) for name in LAYER_NAMES}
     expected |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
+    # Experts that are shared are, together, all of them.
+    on_each = expected if layout == "DP 2" else {name for name in expected if "local_experts" not in name}
     for variant in range(len(VARIANTS)):
-        assert ranks[0][f"DP 2, mixtral, {variant}"]["names"] == sorted(expected)
-        # Experts that are shared are, together, all of them.
-        of_both = [set(rank[f"EP 2, mixtral, {variant}"]["names"]) for rank in ranks]
-        assert of_both[0] | of_both[1] == expected and of_both[0] & of_both[1] == {
-            name for name in expected if "local_experts" not in name
-        }
+        first, second = (set(rank[f"{layout}, mixtral, {variant}"]["names"]) for rank in ranks[layout])
+        assert first | second == expected and first & second == on_each
 
 
 def unevenly(weights: dict[str, Tensor]) -> list[Tensor]:
@@ -108,8 +110,8 @@ def unevenly(weights: dict[str, Tensor]) -> list[Tensor]:
 
 
 def test_ranks_that_share_experts_may_have_different_numbers_of_micro_batches(dense: dict[str, Any]) -> None:
-    first, second = run_ranks(unevenly, (dense["mixtral"]["weights"],), num_ranks=2)
-    sums: Tensor = dense["mixtral"]["sums"]
+    first, second = run_ranks(unevenly, (dense["weights"],), num_ranks=2)
+    sums: Tensor = dense["sums"]
     for found in first:
         torch.testing.assert_close(found, sums[: len(found)], rtol=1e-5, atol=1e-5)
     assert len(first[0]) == tiny.response_numbers(SAMPLES)[3][0]

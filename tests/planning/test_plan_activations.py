@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +20,7 @@ from nemo_rao.planning.plan import setting_of
 from nemo_rao.planning.setting import Setting
 
 from ..megatron_ranks import run_ranks
+from ..slow import OnDemand, slow_but
 from .small_models import measure
 
 ROWS, LENGTH, TOKENS = 2, 64, 512
@@ -61,6 +63,16 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "adapters, one on the output layer": (*LORA, "model.peft.lora.target_modules=[linear_qkv,output_layer]"),
 }
+QUICK = [
+    "one rank",
+    "full recomputation of two layers at a time",
+    "TP 2, sequence parallel, full recomputation",
+    "bf16",
+    "whole logits",
+    "experts, shared",
+    "TP 2, sequence parallel, adapters with dropout",
+]
+FULLY = [case for case in CASES if "full" in case]
 
 
 @functools.cache
@@ -75,14 +87,24 @@ def small() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
+    """By case. The quick cases are measured together, and so are the others."""
+    parts = OnDemand(lambda part: measured_on_ranks([case for case in CASES if part_of(case) == part]))
+    return OnDemand(lambda case: parts[part_of(case)][case])
+
+
+def part_of(case: str) -> str:
+    return "quick" if case in QUICK else "slow"
+
+
+def measured_on_ranks(cases: Sequence[str]) -> dict[str, Any]:
     """Of the first rank; FLOPs of both, which experts share unequally."""
-    configs = [config(case) for case in CASES]
+    configs = [config(case) for case in cases]
     first, second = run_ranks(measure, (configs, (ROWS, LENGTH), TOKENS), num_ranks=2)
     both = [
         {name: one[name] + two[name] for name in ("forward", "backward")}
         for one, two in zip(first, second, strict=True)
     ]
-    return {case: {**one, **sums} for case, one, sums in zip(CASES, first, both, strict=True)}
+    return {case: {**one, **sums} for case, one, sums in zip(cases, first, both, strict=True)}
 
 
 def planned(case: str) -> Setting:
@@ -91,7 +113,7 @@ def planned(case: str) -> Setting:
     return dataclasses.replace(setting, global_batch_size=setting.data)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_activations_kept_of_a_micro_batch_are_those_measured(case: str, measured: dict[str, Any]) -> None:
     setting = planned(case)
     ours = activations.stored_layers(setting, 0) + activations.stored_ends(setting, 0)
@@ -102,17 +124,17 @@ def test_activations_kept_of_a_micro_batch_are_those_measured(case: str, measure
     assert ours == pytest.approx(measured[case]["kept"], rel=CLOSE)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "full" in case])
+@pytest.mark.parametrize("case", slow_but([case for case in QUICK if case in FULLY], FULLY))
 def test_recomputed_activations_are_those_measured(case: str, measured: dict[str, Any]) -> None:
     assert activations.recomputed_unit(planned(case), 0) == pytest.approx(measured[case]["again"], rel=CLOSE)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_activations_are_saved_anew_only_where_they_are_recomputed(case: str, measured: dict[str, Any]) -> None:
     assert (measured[case]["again"] > 0) == (planned(case).recompute_granularity is not None)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_executed_flops_are_those_that_pytorch_counts(case: str, measured: dict[str, Any]) -> None:
     """Both copies of the model compute a micro-batch, or tensor-parallel ranks share one."""
     counted, ours = measured[case], flops(planned(case))

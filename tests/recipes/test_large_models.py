@@ -41,7 +41,7 @@ MODELS = {
     "mixtral_8x7b": (46_702_792_704, 32, 64),
 }
 OF_THE_PAPER = {"llama3_8b", "qwen2_5_7b", "eurollm_9b"}
-QUICK = ["llama3_8b", "llama3_70b_lora"]
+QUICK = ["llama3_8b"]
 RUNS = [(objective, model) for model in MODELS for objective in ("rao", "dpo")]
 ROOT = Path(__file__).resolve().parents[2]
 RESERVE = 4 * GIB  # the planner's own

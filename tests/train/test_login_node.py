@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machi
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_cpu_and_no_kernel_of_packages_that_can_be_imported(
     data: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -50,7 +50,7 @@ TOLERANCE, ROUNDING = 1e-5, {"rewards/": 1e-6, "rao/prompt_logratio": 1e-5}  # a
 # Without --every-combination:
 OF_RAO = [*(name for name in LAYOUTS if "EP 2" in name), "TP 2 x PP 2", "DP 2 x PP 2, interleaved", "CP 2"]
 OF_DPO = ["PP 2 x EP 2, interleaved"]
-QUICK = [("gpt_rao", "PP 2 x EP 2, interleaved", DEFAULT), ("gpt_rao", "TP 2 x EP 2", ALL_ON)]  # of `make test`
+QUICK = [("gpt_rao", "TP 2 x EP 2", ALL_ON)]  # of `make test`
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -55,7 +55,7 @@ def train_and_die(recipe: str, given: Sequence[str]) -> None:
 @pytest.mark.parametrize(
     ("recipe", "ranks", "extra"),
     [
-        ("gpt_rao", parallel(2, 2, 1), ()),
+        pytest.param("gpt_rao", parallel(2, 2, 1), (), marks=pytest.mark.slow),
         pytest.param("gpt_dpo", parallel(1, 2, 1), ("model.peft.scheme=lora",), marks=pytest.mark.slow),
         ("gpt_rao", parallel(1, 2, 1), ("model.objective=dro", "model.dro.value_lr=0.01")),
         pytest.param(
