@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -68,7 +69,8 @@ def load_recipe(path: Path) -> RunConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def known_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, KeySpec]:
+@functools.cache
+def known_keys(config_type: type = RunConfig, prefix: str = "") -> Mapping[str, KeySpec]:
     """Every key by its dotted name, groups of keys included, in the order in which they are defined."""
     found: dict[str, KeySpec] = {}
     for name, hint, spec in _keys_of(config_type):
@@ -78,7 +80,8 @@ def known_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, Key
     return found
 
 
-def types_of_keys(config_type: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+@functools.cache
+def types_of_keys(config_type: type = RunConfig, prefix: str = "") -> Mapping[str, Any]:
     """The type of every key that is not a group, by its dotted name."""
     found: dict[str, Any] = {}
     for name, hint, _ in _keys_of(config_type):

@@ -55,7 +55,7 @@ SHARE = 0.5  # of that change, the least that passes
 TP_2, PP_2 = parallel(2, 1, 1), parallel(1, 2, 1)
 SAME = 3  # steps that are compared
 # Of `make test`: each of these reads something of the batch, or trains something, that the others do not.
-QUICK = ["rao", "dpo", "simpo", "kto", "dro", "sft", "rm", "rpo_partition"]
+QUICK = ["rao", "kto", "dro", "rm"]
 KEYS = {"kto": ("threshold=0.6",), "dro": ("value_lr=0.05",)}
 
 

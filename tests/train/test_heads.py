@@ -12,6 +12,7 @@ from nemo_rao.runtime.metrics_file import read_metrics
 from .runs import TINY, parallel, run_training
 
 
+@pytest.mark.slow
 def test_a_reward_model_trained_further_keeps_its_head(
     data: tuple[str, ...], start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,9 +142,8 @@ def begun(given: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> C
     return begin
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), slow_but(CONTINUED[-1:], CONTINUED), ids=[" to ".join(case) for case in CONTINUED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), CONTINUED, ids=[" to ".join(case) for case in CONTINUED])
 def test_a_checkpoint_is_continued_under_another_parallelism(
     before: str, after: str, begun: Callable[[str], Path], given: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def test_the_same_on_any_ranks_and_where_a_run_goes_on_with_others(
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5), one["step"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_writes_the_critic_goes_on_bitwise(
     common: tuple[str, ...], alone: Path, tmp_path: Path
 ) -> None:

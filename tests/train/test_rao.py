@@ -54,6 +54,7 @@ def test_at_the_reference_every_r_hat_is_beta_log_z0(data: tuple[str, ...], star
         assert step["rao/log_z"] == pytest.approx(LOG_Z0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_raising_log_z0_equals_lowering_every_reward(data: tuple[str, ...], start: Path, tmp_path: Path) -> None:
     """loss(r, log_z0 + c) = loss(r - beta c, log_z0), and so the whole course of training."""
     rows = [json.loads(line) for line in Path(data[0].partition("=")[2]).read_text().splitlines()]
