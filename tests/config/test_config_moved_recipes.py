@@ -37,7 +37,9 @@ def nothing_said_before() -> None:
     compose_module._cached_composition.cache_clear()  # a cached recipe is not read, so it cannot warn
 
 
-@pytest.mark.parametrize("old", MOVED_RECIPES)
+@pytest.mark.parametrize(
+    "old", [old if old in FILES else pytest.param(old, marks=pytest.mark.slow) for old in MOVED_RECIPES]
+)
 def test_an_old_name_composes_what_its_warning_says_to_write(old: str, capfd: pytest.CaptureFixture[str]) -> None:
     config = compose(old)
     output, warning = capfd.readouterr()

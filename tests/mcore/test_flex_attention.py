@@ -210,6 +210,7 @@ for one in (spec, made):
 """
 
 
+@pytest.mark.slow
 def test_megatrons_own_spec_with_transformer_engine_is_understood(tmp_path: Path) -> None:
     """That of the installed megatron-core, over a package whose names can be imported and not used."""
     write_packages(tmp_path)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from ..slow import slow_but
 from .runs import FOUR_LAYERS, NO_CHECKPOINTS, parallel, run_training, steps
 
 LAYOUTS = {  # name: (TP, PP, DP x CP), micro-batch size, more
@@ -37,7 +36,8 @@ def train(objective: str, data: tuple[str, ...], deep_start: Path, folder: Path,
     return steps(folder)
 
 
-@pytest.mark.parametrize("objective", slow_but(["dro"], OBJECTIVES))
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_split_of_the_global_batch_gives_the_same_steps(
     objective: str, data: tuple[str, ...], deep_start: Path, tmp_path: Path
 ) -> None:
