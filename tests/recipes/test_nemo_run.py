@@ -149,6 +149,7 @@ app()
 """
 
 
+@pytest.mark.slow
 def test_the_launcher_lists_the_command_and_its_recipes(tmp_path: Path) -> None:
     code = LAUNCHER.format(name=declared().name, value=declared().value)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(tmp_path), "COLUMNS": "200"}

@@ -50,7 +50,7 @@ class Wandb(types.ModuleType):
             file.writelines(self._lines)
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_every_logger_has_the_numbers_of_the_metrics_file_at_the_same_steps_after_a_resume_too(
     every: int, data: tuple[str, ...], start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
