@@ -17,7 +17,8 @@ _BEFORE = """\
 
 This page lists every key of a run with its default. [Recipes](../guides/recipes.md) override some of the defaults, and
 `key=value` on the command line overrides both. `nemo-rao train --config-name RECIPE --print-config` prints the
-resulting values. `null` means "not set". Unknown keys and invalid values are refused before anything heavy is imported.
+resulting values. `null` means "not set", and a single text is accepted where the type is a list of text. Unknown keys
+and invalid values are refused before anything heavy is imported.
 
 [Objectives](objectives.md) lists the keys of the objectives, `model.NAME.KEY`, and
 [Clusters](../guides/clusters.md#a-clusters-file) those of a cluster file. This page is generated from the code by

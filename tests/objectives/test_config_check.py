@@ -37,6 +37,16 @@ class Texts:
     texts: dict[str, str] = key({}, "")
 
 
+@dataclass
+class Names:
+    names: list[str] = key([], "names")
+
+
+@dataclass
+class Group:
+    group: Names = field(default_factory=Names)
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -110,6 +120,16 @@ def test_a_config_is_made_from_what_yaml_holds() -> None:
     weights = make(Outer, {"weights": {"a": 1}}).weights
     assert weights == {"a": 1.0} and type(weights["a"]) is float
     assert make(Outer, {}) == Outer()
+
+
+def test_a_single_text_is_made_a_list_in_every_group_and_is_no_list_in_a_config() -> None:
+    assert make(Group, {"group": {"names": "a, b"}}) == Group(Names(["a, b"]))
+    assert make(Group, {"group": {"names": ["a", "b"]}}) == Group(Names(["a", "b"]))
+    keys: dict[str, Any] = {"names": "a"}
+    with pytest.raises(UserError, match=r"^names='a': must be a list, each item text \(names\)$"):
+        check(Names(**keys))
+    with pytest.raises(UserError, match=r"^group\.names=7: must be a list, each item text \(names\)$"):
+        make(Group, {"group": {"names": 7}})
 
 
 def test_numbers_are_text_only_where_that_is_asked_for() -> None:
