@@ -66,18 +66,19 @@ def weights_first(hooks: list[Hook]) -> list[Hook]:
     return [WeightsByName(), *hooks]
 
 
-def run(name: str, folder: Path, data: tuple[str, ...], *extra: str, weights: bool = True) -> list[dict[str, float]]:
+def run(name: str, folder: Path, data: tuple[str, ...], *extra: str) -> list[dict[str, float]]:
     """The steps of a run, as ``metrics.jsonl`` has them.
 
     Args:
         name: an objective that trains on data, or an online recipe, which needs a checkpoint to start from.
-        weights: begin with those that depend on their names; else with those of a checkpoint, which ``extra`` names.
+        extra: further overrides. Unless they name a checkpoint, the first weights are those that depend on their names.
     """
     recipe, own = "gpt_rao", (f"model.objective={name}", *(f"model.{name}.{key}" for key in KEYS.get(name, ())))
     if name in ONLINE:
-        recipe, own, weights = name, ONLINE[name], False
+        recipe, own = name, ONLINE[name]
     given = [*OVERRIDES, *data, *own, f"exp_manager.exp_dir={folder}", f"exp_manager.name={name}", *extra]
-    run_training(recipe, given, **({"hooks": weights_first} if weights else {}))
+    is_new = not any(override.startswith("model.restore_from_path=") for override in extra)
+    run_training(recipe, given, **({"hooks": weights_first} if is_new else {}))
     return steps(folder / name)
 
 

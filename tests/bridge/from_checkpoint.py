@@ -53,7 +53,7 @@ def course(name: str, folder: Path, data: tuple[str, ...], start: Path) -> dict[
     """A run's steps, and the sums of its reference policy, ``[responses, sums]``, the fewest responses first."""
     objective, extra = RUNS[name]
     common = (*SIZES, f"model.restore_from_path={start}", f"trainer.max_steps={NUM_STEPS}")
-    made = run(objective, folder, data, *common, *extra, weights=False)
+    made = run(objective, folder, data, *common, *extra)
     sums = sorted((np.load(path) for path in (folder / "reference").glob("*/*.npy")), key=len)
     return {
         "data": fingerprint(folder, objective),
