@@ -130,7 +130,7 @@ def test_a_run_survives_its_time_limit_and_pre_emption_with_the_numbers_of_an_un
     # The time limit. It is moved: SLURM's own unit is a minute, and it looks for signals to send every half.
     pid = run.held_at(3)
     lab.call("scontrol", "update", f"JobId={run.job}", "EndTime=now+31")
-    run.until(lambda: "a signal" in run.log, "printed before its time limit")
+    run.until(lambda: "a signal" in run.log, "warned before its time limit")
     os.kill(pid, signal.SIGCONT)
     run.until(lambda: "requeued" in run.log, "requeued")
     run.until(lambda: "JobState=PENDING" in run.state(), "in the queue")
