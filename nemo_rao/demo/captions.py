@@ -243,6 +243,7 @@ def make_data(
     train.jsonl         ``num_responses`` captions for each of ``num_prompts`` prompts, rewarded by :func:`quality`
     train_noisy.jsonl   the same with noisy rewards
     held_out.jsonl      4 captions for each of ``num_held_out`` prompts that occur in no other file
+    selection.jsonl     the same for as many further prompts, on which hyperparameters can be chosen
     tokenizer           trained on train.jsonl
     """
     from nemo_rao.demo.tokenizer_training import texts_of_rows, train_tokenizer
@@ -251,7 +252,9 @@ def make_data(
     write_rows(folder / "train.jsonl", preferences(num_prompts, num_responses))
     write_rows(folder / "train_noisy.jsonl", preferences(num_prompts, num_responses, noise=noise))
     write_rows(folder / "examples.jsonl", preferences(num_examples, 1, seed=1))
-    write_rows(folder / "held_out.jsonl", preferences(num_held_out, 4, split="held_out"))
+    held_out = [*preferences(2 * num_held_out, 4, split="held_out")]
+    write_rows(folder / "held_out.jsonl", held_out[:num_held_out])
+    write_rows(folder / "selection.jsonl", held_out[num_held_out:])
     train_tokenizer(texts_of_rows(read_rows(str(folder / "train.jsonl"))), folder / "tokenizer", 768)
 
 

@@ -104,12 +104,13 @@ def test_data_of_studies_has_a_token_for_each_word(tmp_path):
     make_data(tmp_path, num_prompts=800, num_responses=2, num_examples=30, num_held_out=20)
     rows = {
         name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for name in ("train.jsonl", "train_noisy.jsonl", "examples.jsonl", "held_out.jsonl")
+        for name in ("train.jsonl", "train_noisy.jsonl", "examples.jsonl", "held_out.jsonl", "selection.jsonl")
     }
     assert [len(of_file) for of_file in rows.values()] == [800, 800, 30, 20]
     assert {row["prompt"] for row in rows["train.jsonl"]} == {row["prompt"] for row in rows["train_noisy.jsonl"]}
     held_out = {row["prompt"] for row in rows["held_out.jsonl"]}
-    assert not held_out & {row["prompt"] for name in ("train.jsonl", "examples.jsonl") for row in rows[name]}
+    others = ("train.jsonl", "examples.jsonl", "selection.jsonl")
+    assert not held_out & {row["prompt"] for name in others for row in rows[name]}
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
     for word in (word for nouns in TOPICS.values() for word in nouns):
         assert len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1, word

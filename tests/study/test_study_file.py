@@ -121,7 +121,8 @@ def test_the_study_in_the_documentation_can_be_planned(planned: Callable[..., Pl
 def test_each_study_of_the_package_has_both_sizes() -> None:
     large = {name for name in SHIPPED if not name.endswith(("_toy", "_smollm2"))}
     assert {name.removesuffix("_smollm2") for name in SHIPPED if name.endswith("_smollm2")} < large
-    assert large == {name.removesuffix("_toy") for name in SHIPPED if name.endswith("_toy")}
+    toys = {name.removesuffix("_toy") for name in SHIPPED if name.endswith("_toy")}
+    assert large == toys - {"rao_table2_rates"}  # for a real model: nemo-rao train --multirun search=OBJECTIVE
     assert large >= {"rao_likelihood", "rao_z0_beta", "rao_table1", "rao_table2", "rpo_ground_truth"}
 
 
