@@ -106,7 +106,7 @@ def test_data_of_studies_has_a_token_for_each_word(tmp_path):
         name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         for name in ("train.jsonl", "train_noisy.jsonl", "examples.jsonl", "held_out.jsonl", "selection.jsonl")
     }
-    assert [len(of_file) for of_file in rows.values()] == [800, 800, 30, 20]
+    assert [len(of_file) for of_file in rows.values()] == [800, 800, 30, 20, 20]
     assert {row["prompt"] for row in rows["train.jsonl"]} == {row["prompt"] for row in rows["train_noisy.jsonl"]}
     held_out = {row["prompt"] for row in rows["held_out.jsonl"]}
     others = ("train.jsonl", "examples.jsonl", "selection.jsonl")
