@@ -27,6 +27,9 @@ def set_up_rank(config: RunConfig) -> None:
     nemo_logging.setLevel(nemo_logging.WARNING)
     # The only place where NeMo reads the timeout of process groups.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(config.trainer.timeout_minutes * 60)))
+    if config.trainer.threads_per_rank is not None or not torch.cuda.is_available():
+        # Unless it is set, Lightning replaces PyTorch's number of threads by the cores divided among its processes.
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     torch.manual_seed(config.trainer.seed)
 
 
