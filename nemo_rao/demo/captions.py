@@ -240,6 +240,7 @@ def make_data(
     """Write the data of studies. The same arguments give the same files.
 
     examples.jsonl      one caption for each of ``num_examples`` prompts of another seed, for fine-tuning
+    unrelated.jsonl     the same captions, each with the prompt of the next, for a base model
     train.jsonl         ``num_responses`` captions for each of ``num_prompts`` prompts, rewarded by :func:`quality`
     train_noisy.jsonl   the same with noisy rewards
     held_out.jsonl      4 captions for each of ``num_held_out`` prompts that occur in no other file
@@ -251,7 +252,10 @@ def make_data(
 
     write_rows(folder / "train.jsonl", preferences(num_prompts, num_responses))
     write_rows(folder / "train_noisy.jsonl", preferences(num_prompts, num_responses, noise=noise))
-    write_rows(folder / "examples.jsonl", preferences(num_examples, 1, seed=1))
+    examples = [*preferences(num_examples, 1, seed=1)]
+    write_rows(folder / "examples.jsonl", examples)
+    shifted = zip(examples, [*examples[1:], examples[0]], strict=True)
+    write_rows(folder / "unrelated.jsonl", ({**one, "prompt": other["prompt"]} for one, other in shifted))
     held_out = [*preferences(2 * num_held_out, 4, split="held_out")]
     write_rows(folder / "held_out.jsonl", held_out[:num_held_out])
     write_rows(folder / "selection.jsonl", held_out[num_held_out:])

@@ -104,9 +104,19 @@ def test_data_of_studies_has_a_token_for_each_word(tmp_path):
     make_data(tmp_path, num_prompts=800, num_responses=2, num_examples=30, num_held_out=20)
     rows = {
         name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for name in ("train.jsonl", "train_noisy.jsonl", "examples.jsonl", "held_out.jsonl", "selection.jsonl")
+        for name in (
+            *("train.jsonl", "train_noisy.jsonl", "examples.jsonl", "unrelated.jsonl"),
+            *("held_out.jsonl", "selection.jsonl"),
+        )
     }
-    assert [len(of_file) for of_file in rows.values()] == [800, 800, 30, 20, 20]
+    assert [len(of_file) for of_file in rows.values()] == [800, 800, 30, 30, 20, 20]
+    examples, unrelated = (
+        [(row["prompt"], row["responses"][0]["content"]) for row in rows[name]]
+        for name in ("examples.jsonl", "unrelated.jsonl")
+    )
+    assert not {*examples} & {*unrelated}
+    for column in (0, 1):
+        assert sorted(pair[column] for pair in examples) == sorted(pair[column] for pair in unrelated)
     assert {row["prompt"] for row in rows["train.jsonl"]} == {row["prompt"] for row in rows["train_noisy.jsonl"]}
     held_out = {row["prompt"] for row in rows["held_out.jsonl"]}
     others = ("train.jsonl", "examples.jsonl", "selection.jsonl")
