@@ -129,6 +129,18 @@ def _relation(name: str, what: str, side: str, margin: float = 0.0) -> Callable[
     return findings
 
 
+def _relations(name: str, what: str, margin: float) -> Callable[[Results], Sequence[Finding]]:
+    """The same above and below log_z0 = auto, the mean reward / beta."""
+
+    def findings(results: Results) -> Sequence[Finding]:
+        return [
+            *_relation(f"{name}, above auto", f"{what}, above auto", "equal", margin)(results),
+            *_relation(f"{name}, below auto", f"{what}, below auto", "equal", margin)(results),
+        ]
+
+    return findings
+
+
 def _reward_models(better: str, worse: str) -> Callable[[Results], Sequence[Finding]]:
     def findings(results: Results) -> Sequence[Finding]:
         found = []
@@ -191,13 +203,13 @@ CLAIMS = (
         RAO,
         "log Z_0 moves the mean of implicit rewards, by -β for each nat.",
         "rao_z0_beta",
-        _relation("mean over log_z0", "slope, per nat", "equal", margin=0.02),
+        _relations("mean over log_z0", "slope, per nat", margin=0.02),
     ),
     Claim(
         RAO,
         "log Z_0 does not change the gap between responses.",
         "rao_z0_beta",
-        _relation("gap over log_z0", "slope, per nat", "equal", margin=0.02),
+        _relations("gap over log_z0", "slope, per nat", margin=0.02),
     ),
     Claim(
         RAO,
