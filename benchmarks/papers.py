@@ -25,11 +25,12 @@ from typing import Any
 from benchmarks.markdown import markdown_table
 from benchmarks.results import FOLDER
 from nemo_rao.runtime.files import write_atomically
-from nemo_rao.study.formatting import percent, with_interval
+from nemo_rao.study.formatting import percent, shown, with_interval
 from nemo_rao.study.statistics import Estimate, paired_difference
 
 STUDIES = FOLDER / "studies"
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "images" / "studies"
+RATES = "_rates_toy"  # end of the names of studies that choose the learning rates of another study
 Results = Mapping[str, Any]
 
 HELD, NOT_HELD, UNDECIDED = "held", "did not hold", "undecided"
@@ -294,7 +295,7 @@ def keep(folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(results, indent=1) + "\n")
     FIGURES.mkdir(parents=True, exist_ok=True)
-    for figure in sorted((folder / "figures").glob("*.svg")):
+    for figure in () if path.stem.endswith(RATES) else sorted((folder / "figures").glob("*.svg")):
         shutil.copyfile(figure, FIGURES / f"{results['study']}-{figure.name}")
     return path
 
@@ -355,7 +356,7 @@ def _blocks(studies: Mapping[str, Results]) -> Iterator[str]:
     yield markdown_table(header, rows, num_text=len(header))
     for name, results in studies.items():
         yield ""
-        yield from _study(name, results)
+        yield from (_rates if name.endswith(RATES) else _study)(name, results)
 
 
 def _studies_of(name: str, studies: Mapping[str, Results]) -> list[tuple[str, Results]]:
@@ -386,6 +387,43 @@ def _study(name: str, results: Results) -> Iterator[str]:
     for figure in sorted(FIGURES.glob(f"{name}-*.svg")):
         kind = figure.stem.removeprefix(f"{name}-")
         yield f"\n![{name}: {kind}](images/studies/{figure.name})"
+
+
+def rates_of(results: Results) -> dict[str, dict[str, float]]:
+    """Arm -> learning rate -> win rate over the start in percent, or loss in a study without samples."""
+    found: dict[str, dict[str, float]] = {}
+    for arm, of in results["arms"].items():
+        if of["once"]:
+            continue
+        name, _, rate = arm.rpartition("_")
+        value = _rate(results, arm, "start").value if "start" in results["wins"] else _mean(results, "loss", arm).value
+        if not math.isnan(value):
+            found.setdefault(name, {})[rate] = value
+    return found
+
+
+def best_rates(results: Results) -> dict[str, str]:
+    """Arm -> the learning rate with the highest win rate, or with the lowest loss."""
+    choose = max if "start" in results["wins"] else min
+    return {arm: choose(values, key=values.__getitem__) for arm, values in rates_of(results).items()}
+
+
+def _rates(name: str, results: Results) -> Iterator[str]:
+    yield f"## {name}\n"
+    what = "Win rate over the start, in percent" if "start" in results["wins"] else "Loss"
+    yield (
+        f"*{results['title']}* {results['about']} {what}, of one seed ({results['seeds'][0]}), which the study itself "
+        f"does not use. It trains each arm at its best rate, in bold. {results['version']}.\n"
+    )
+    yield f"```\nnemo-rao study {name}\n```\n"
+    found, best = rates_of(results), best_rates(results)
+    columns = sorted({rate for values in found.values() for rate in values}, key=float)
+    rows = []
+    for arm, values in found.items():
+        cells = {rate: shown(values.get(rate)) for rate in columns}
+        cells[best[arm]] = f"**{cells[best[arm]]}**"
+        rows.append([f"`{arm}`", *cells.values()])
+    yield markdown_table(["arm", *columns], rows)
 
 
 def main() -> int:

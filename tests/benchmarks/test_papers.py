@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import papers
-from benchmarks.papers import CLAIMS, HELD, NOT_HELD, UNDECIDED, Finding, keep, page, read_studies
+from benchmarks.papers import CLAIMS, HELD, NOT_HELD, UNDECIDED, Finding, best_rates, keep, page, read_studies
 from nemo_rao.config.compose import package_recipes
 from nemo_rao.study.plan import plan
 from nemo_rao.study.planned import Plan
@@ -96,6 +96,28 @@ def test_the_page_is_that_of_the_results():
 def test_kept_results_are_of_shipped_studies():
     shipped = {path.stem for path in (package_recipes() / "study").glob("*.yaml")}
     assert read_studies().keys() <= shipped
+
+
+@pytest.mark.parametrize("name", ["rao_table1_toy", "rao_table2_toy", "rpo_ground_truth_toy"])
+def test_studies_use_the_rates_that_were_best_on_other_prompts(name):
+    results = read_studies()[name.removesuffix("_toy") + papers.RATES]
+    made = planned(name)
+    used = {arm: made.run_of(arm, 1).config.model.optim.lr for arm in made.compared}
+    best = {arm: float(rate) for arm, rate in best_rates(results).items()}
+    assert len(best) >= 5
+    assert {arm: used[arm] for arm in best} == best
+
+
+def test_rates_are_chosen_by_win_rate_or_else_by_loss():
+    arms = {"sft": {"once": True}, **{name: {"once": False} for name in ("a_1e-4", "a_3e-4", "b_c_1e-4", "b_c_3e-4")}}
+    values = dict(zip(list(arms)[1:], (0.6, 0.7, 0.8, NAN), strict=True))
+    means = {arm: {"value": value, "half_width": NAN, "n": 1} for arm, value in values.items()}
+    by_loss = {"arms": arms, "wins": {}, "summaries": {"loss": {arm: {"mean": of} for arm, of in means.items()}}}
+    by_wins = {"arms": arms, "wins": {"start": {arm: {"rate": of} for arm, of in means.items()}}, "summaries": {}}
+    assert best_rates(by_loss) == {"a": "1e-4", "b_c": "1e-4"}
+    assert best_rates(by_wins) == {"a": "3e-4", "b_c": "1e-4"}
+    made = page({"x_rates_toy": {**by_wins, "title": "T.", "about": "A.", "seeds": [6], "version": "v"}})
+    assert "| `a` | 60.00 | **70.00** |" in made and "| `b_c` | **80.00** |  |" in made
 
 
 def test_results_are_kept_with_their_figures_and_without_commands(tmp_path, monkeypatch):
