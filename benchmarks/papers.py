@@ -30,7 +30,7 @@ from nemo_rao.study.statistics import Estimate, paired_difference
 
 STUDIES = FOLDER / "studies"
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "images" / "studies"
-RATES = "_rates_toy"  # end of the names of studies that choose the learning rates of another study
+CHOOSING = ("_rates_toy", "_strengths_toy")  # ends of the names of studies that choose the settings of another
 Results = Mapping[str, Any]
 
 HELD, NOT_HELD, UNDECIDED = "held", "did not hold", "undecided"
@@ -295,7 +295,7 @@ def keep(folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(results, indent=1) + "\n")
     FIGURES.mkdir(parents=True, exist_ok=True)
-    for figure in () if path.stem.endswith(RATES) else sorted((folder / "figures").glob("*.svg")):
+    for figure in () if path.stem.endswith(CHOOSING) else sorted((folder / "figures").glob("*.svg")):
         shutil.copyfile(figure, FIGURES / f"{results['study']}-{figure.name}")
     return path
 
@@ -356,7 +356,7 @@ def _blocks(studies: Mapping[str, Results]) -> Iterator[str]:
     yield markdown_table(header, rows, num_text=len(header))
     for name, results in studies.items():
         yield ""
-        yield from (_rates if name.endswith(RATES) else _study)(name, results)
+        yield from _choices(name, studies) if name.endswith(CHOOSING) else _study(name, results)
 
 
 def _studies_of(name: str, studies: Mapping[str, Results]) -> list[tuple[str, Results]]:
@@ -389,41 +389,54 @@ def _study(name: str, results: Results) -> Iterator[str]:
         yield f"\n![{name}: {kind}](images/studies/{figure.name})"
 
 
-def rates_of(results: Results) -> dict[str, dict[str, float]]:
-    """Arm -> learning rate -> win rate over the start in percent, or loss in a study without samples."""
-    found: dict[str, dict[str, float]] = {}
-    for arm, of in results["arms"].items():
-        if of["once"]:
+def scores(results: Results) -> dict[str, float]:
+    """Arm -> win rate over the start in percent, or loss in a study without samples."""
+    found = {
+        arm: _rate(results, arm, "start").value if "start" in results["wins"] else _mean(results, "loss", arm).value
+        for arm, of in results["arms"].items()
+        if not of["once"]
+    }
+    return {arm: value for arm, value in found.items() if not math.isnan(value)}
+
+
+def chosen(name: str, studies: Mapping[str, Results]) -> dict[str, tuple[str, str]]:
+    """Arm of a study -> the study that chose its settings, and the arm that was best there.
+
+    An arm ``dpo`` has the settings of the best arm ``dpo_VALUE``: that of the highest win rate, or of the lowest loss.
+    """
+    best: dict[str, tuple[float, str, str]] = {}
+    for ending in CHOOSING:
+        choosing = name.removesuffix("_toy") + ending
+        results = studies.get(choosing)
+        if results is None:
             continue
-        name, _, rate = arm.rpartition("_")
-        value = _rate(results, arm, "start").value if "start" in results["wins"] else _mean(results, "loss", arm).value
-        if not math.isnan(value):
-            found.setdefault(name, {})[rate] = value
-    return found
+        sign = 1 if "start" in results["wins"] else -1
+        for arm, value in scores(results).items():
+            base = arm.rpartition("_")[0]
+            best[base] = max(best.get(base, (-math.inf, "", "")), (sign * value, choosing, arm))
+    return {base: (choosing, arm) for base, (_, choosing, arm) in best.items()}
 
 
-def best_rates(results: Results) -> dict[str, str]:
-    """Arm -> the learning rate with the highest win rate, or with the lowest loss."""
-    choose = max if "start" in results["wins"] else min
-    return {arm: choose(values, key=values.__getitem__) for arm, values in rates_of(results).items()}
-
-
-def _rates(name: str, results: Results) -> Iterator[str]:
+def _choices(name: str, studies: Mapping[str, Results]) -> Iterator[str]:
+    results = studies[name]
+    of = name.removesuffix(next(one for one in CHOOSING if name.endswith(one))) + "_toy"
+    what = "win rate over the start, %" if "start" in results["wins"] else "loss"
     yield f"## {name}\n"
-    what = "Win rate over the start, in percent" if "start" in results["wins"] else "Loss"
     yield (
-        f"*{results['title']}* {results['about']} {what}, of one seed ({results['seeds'][0]}), which the study itself "
-        f"does not use. It trains each arm at its best rate, in bold. {results['version']}.\n"
+        f"*{results['title']}* {results['about']} {results['version']}. `{of}` has other seeds, and its arms the "
+        f"settings that were best here{' and in the studies beside this one' if 'start' in results['wins'] else ''}, "
+        "in bold.\n"
     )
     yield f"```\nnemo-rao study {name}\n```\n"
-    found, best = rates_of(results), best_rates(results)
-    columns = sorted({rate for values in found.values() for rate in values}, key=float)
-    rows = []
-    for arm, values in found.items():
-        cells = {rate: shown(values.get(rate)) for rate in columns}
-        cells[best[arm]] = f"**{cells[best[arm]]}**"
-        rows.append([f"`{arm}`", *cells.values()])
-    yield markdown_table(["arm", *columns], rows)
+    bold = {arm for study, arm in chosen(of, studies).values() if study == name}
+    rows: dict[str, list[str]] = {}
+    for arm, value in scores(results).items():
+        base, _, setting = arm.rpartition("_")
+        text = f"{float(setting):g}: {shown(value)}"
+        rows.setdefault(base, []).append(f"**{text}**" if arm in bold else text)
+    yield markdown_table(
+        ["arm", f"value: {what}"], [[f"`{base}`", ", ".join(of)] for base, of in rows.items()], num_text=2
+    )
 
 
 def main() -> int:

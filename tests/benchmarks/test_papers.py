@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import papers
-from benchmarks.papers import CLAIMS, HELD, NOT_HELD, UNDECIDED, Finding, best_rates, keep, page, read_studies
+from benchmarks.papers import CLAIMS, HELD, NOT_HELD, UNDECIDED, Finding, chosen, keep, page, read_studies
 from nemo_rao.config.compose import package_recipes
+from nemo_rao.config.derived import objective_config
 from nemo_rao.study.plan import plan
 from nemo_rao.study.planned import Plan
 from nemo_rao.study.statistics import Estimate, mean
@@ -99,25 +100,34 @@ def test_kept_results_are_of_shipped_studies():
 
 
 @pytest.mark.parametrize("name", ["rao_table1_toy", "rao_table2_toy", "rpo_ground_truth_toy"])
-def test_studies_use_the_rates_that_were_best_on_other_prompts(name):
-    results = read_studies()[name.removesuffix("_toy") + papers.RATES]
-    made = planned(name)
-    used = {arm: made.run_of(arm, 1).config.model.optim.lr for arm in made.compared}
-    best = {arm: float(rate) for arm, rate in best_rates(results).items()}
+def test_studies_use_the_settings_that_were_best_on_other_prompts(name):
+    def settings(study, arm):
+        config = planned(study).runs_of(arm)[0].config
+        return config.model.optim.lr, objective_config(config)
+
+    best = chosen(name, read_studies())
     assert len(best) >= 5
-    assert {arm: used[arm] for arm in best} == best
+    assert {arm: settings(name, arm) for arm in best} == {arm: settings(*of) for arm, of in best.items()}
 
 
-def test_rates_are_chosen_by_win_rate_or_else_by_loss():
+def test_settings_are_chosen_by_win_rate_or_else_by_loss():
     arms = {"sft": {"once": True}, **{name: {"once": False} for name in ("a_1e-4", "a_3e-4", "b_c_1e-4", "b_c_3e-4")}}
+    of = {"title": "T.", "about": "A.", "seeds": [6], "version": "v", "arms": arms}
     values = dict(zip(list(arms)[1:], (0.6, 0.7, 0.8, NAN), strict=True))
     means = {arm: {"value": value, "half_width": NAN, "n": 1} for arm, value in values.items()}
-    by_loss = {"arms": arms, "wins": {}, "summaries": {"loss": {arm: {"mean": of} for arm, of in means.items()}}}
-    by_wins = {"arms": arms, "wins": {"start": {arm: {"rate": of} for arm, of in means.items()}}, "summaries": {}}
-    assert best_rates(by_loss) == {"a": "1e-4", "b_c": "1e-4"}
-    assert best_rates(by_wins) == {"a": "3e-4", "b_c": "1e-4"}
-    made = page({"x_rates_toy": {**by_wins, "title": "T.", "about": "A.", "seeds": [6], "version": "v"}})
-    assert "| `a` | 60.00 | **70.00** |" in made and "| `b_c` | **80.00** |  |" in made
+    by_loss = {**of, "wins": {}, "summaries": {"loss": {arm: {"mean": one} for arm, one in means.items()}}}
+    by_wins = {**of, "wins": {"start": {arm: {"rate": one} for arm, one in means.items()}}, "summaries": {}}
+    higher = {"value": 0.65, "half_width": NAN, "n": 1}
+    beside = {**of, "arms": {"a_2e0": {"once": False}}, "wins": {"start": {"a_2e0": {"rate": higher}}}, "summaries": {}}
+    assert chosen("x_toy", {}) == {}
+    assert chosen("x_toy", {"x_rates_toy": by_loss})["a"] == ("x_rates_toy", "a_1e-4")
+    studies = {"x_rates_toy": by_wins, "x_strengths_toy": beside}
+    assert chosen("x_toy", studies) == {"a": ("x_rates_toy", "a_3e-4"), "b_c": ("x_rates_toy", "b_c_1e-4")}
+    higher["value"] = 0.75
+    assert chosen("x_toy", studies)["a"] == ("x_strengths_toy", "a_2e0")
+    made = page(studies)
+    assert "| `a` | 0.0001: 60.00, 0.0003: 70.00 |" in made and "| `a` | **2: 75.00** |" in made
+    assert "| `b_c` | **0.0001: 80.00** |" in made
 
 
 def test_results_are_kept_with_their_figures_and_without_commands(tmp_path, monkeypatch):
