@@ -405,7 +405,7 @@ def chosen(name: str, studies: Mapping[str, Results]) -> dict[str, tuple[str, st
     An arm ``dpo`` has the settings of the best arm ``dpo_VALUE``: that of the highest win rate, or of the lowest loss.
     """
     best: dict[str, tuple[float, str, str]] = {}
-    for ending in CHOOSING:
+    for ending in CHOOSING if name.endswith("_toy") else ():
         choosing = name.removesuffix("_toy") + ending
         results = studies.get(choosing)
         if results is None:
@@ -422,10 +422,12 @@ def _choices(name: str, studies: Mapping[str, Results]) -> Iterator[str]:
     of = name.removesuffix(next(one for one in CHOOSING if name.endswith(one))) + "_toy"
     what = "win rate over the start, %" if "start" in results["wins"] else "loss"
     yield f"## {name}\n"
+    seeds = len(results["seeds"])
+    caution = " A choice by one seed favors settings whose results vary." if seeds == 1 else ""
     yield (
-        f"*{results['title']}* {results['about']} {results['version']}. `{of}` has other seeds, and its arms the "
-        f"settings that were best here{' and in the studies beside this one' if 'start' in results['wins'] else ''}, "
-        "in bold.\n"
+        f"*{results['title']}* {results['about']} {seeds} seed{'s'[: seeds - 1]}, {results['version']}. "
+        f"[{of}](#{of}) uses the settings in bold, the best of all studies that choose for it, with other seeds."
+        f"{caution}\n"
     )
     yield f"```\nnemo-rao study {name}\n```\n"
     bold = {arm for study, arm in chosen(of, studies).values() if study == name}
