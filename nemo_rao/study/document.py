@@ -179,6 +179,7 @@ p { margin: .5rem 0; max-width: 60rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; background: #fff; border: 1px solid #dfe2e6; margin: .6rem 0; font-size: .92rem; }
 th, td { padding: .35rem .75rem; text-align: left; border-top: 1px solid #dfe2e6; vertical-align: top; }
 td { overflow-wrap: anywhere; }
+td:first-child { overflow-wrap: break-word; }
 th { background: #f1f2f0; border-top: 0; vertical-align: bottom; font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number { white-space: normal; }
