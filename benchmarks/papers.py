@@ -208,6 +208,12 @@ CLAIMS = (
     ),
     Claim(
         RAO,
+        "The same with the log-ratio of the prompt, which log Z(x) contains.",
+        "rao_z0_beta",
+        _relations("mean with prompt over log_z0", "slope, per nat", margin=0.02),
+    ),
+    Claim(
+        RAO,
         "log Z_0 does not change the gap between responses.",
         "rao_z0_beta",
         _relations("gap over log_z0", "slope, per nat", margin=0.02),
