@@ -31,6 +31,7 @@ from nemo_rao.study.statistics import Estimate, paired_difference
 STUDIES = FOLDER / "studies"
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "images" / "studies"
 CHOOSING = ("_rates_toy", "_strengths_toy")  # ends of the names of studies that choose the settings of another
+KL = "log-ratio of samples (KL), nats"
 Results = Mapping[str, Any]
 
 HELD, NOT_HELD, UNDECIDED = "held", "did not hold", "undecided"
@@ -426,7 +427,7 @@ def chosen(name: str, studies: Mapping[str, Results]) -> dict[str, tuple[str, st
 def _choices(name: str, studies: Mapping[str, Results]) -> Iterator[str]:
     results = studies[name]
     of = name.removesuffix(next(one for one in CHOOSING if name.endswith(one))) + "_toy"
-    what = "win rate over the start, %" if "start" in results["wins"] else "loss"
+    what = "win rate over the start, %, and KL of samples" if "start" in results["wins"] else "loss"
     yield f"## {name}\n"
     seeds = len(results["seeds"])
     caution = " A choice by one seed favors settings whose results vary." if seeds == 1 else ""
@@ -441,6 +442,8 @@ def _choices(name: str, studies: Mapping[str, Results]) -> Iterator[str]:
     for arm, value in scores(results).items():
         base, _, setting = arm.rpartition("_")
         text = f"{float(setting):g}: {shown(value)}"
+        ratio = _mean(results, KL, arm).value if KL in results["summaries"] else math.nan
+        text += "" if math.isnan(ratio) else f" at {ratio:.1f} nats"
         rows.setdefault(base, []).append(f"**{text}**" if arm in bold else text)
     yield markdown_table(
         ["arm", f"value: {what}"], [[f"`{base}`", ", ".join(of)] for base, of in rows.items()], num_text=2
