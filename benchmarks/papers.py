@@ -429,10 +429,11 @@ def _choices(name: str, studies: Mapping[str, Results]) -> Iterator[str]:
     of = name.removesuffix(next(one for one in CHOOSING if name.endswith(one))) + "_toy"
     what = "win rate over the start, %, and KL of samples" if "start" in results["wins"] else "loss"
     yield f"## {name}\n"
-    seeds = len(results["seeds"])
-    caution = " A choice by one seed favors settings whose results vary." if seeds == 1 else ""
+    by_one = len(results["seeds"]) == 1
+    seeds = "1 seed" if by_one else f"{len(results['seeds'])} seeds"
+    caution = " A choice by one seed favors settings whose results vary." if by_one else ""
     yield (
-        f"*{results['title']}* {results['about']} {seeds} seed{'s'[: seeds - 1]}, {results['version']}. "
+        f"*{results['title']}* {results['about']} {seeds}, {results['version']}. "
         f"[{of}](#{of}) uses the settings in bold, the best of all studies that choose for it, with other seeds."
         f"{caution}\n"
     )
