@@ -32,6 +32,20 @@ STUDIES = FOLDER / "studies"
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "images" / "studies"
 CHOOSING = ("_rates_toy", "_strengths_toy")  # ends of the names of studies that choose the settings of another
 KL = "log-ratio of samples (KL), nats"
+# Studies on data that cannot be distributed: arguments, and what the data was.
+OWN_DATA = {
+    "rao_likelihood_smollm2": (
+        "files.rows.split=prefs.jsonl",
+        "`prefs.jsonl` had questions of AlpacaEval with four models' answers each, judged by GPT-4.",
+    ),
+}
+# What a study's curves show about its table, without figures.
+REMARKS = {
+    "rao_table1_toy": (
+        "The curves show that most reward models from the fine-tuned model stay on a plateau of the loss, which those "
+        "from the base model leave; a longer run or another learning rate may change the order."
+    ),
+}
 Results = Mapping[str, Any]
 
 HELD, NOT_HELD, UNDECIDED = "held", "did not hold", "undecided"
@@ -375,8 +389,11 @@ def _study(name: str, results: Results) -> Iterator[str]:
     seeds = len(results["seeds"])
     failed = f" {len(results['failed'])} steps failed." if results["failed"] else ""
     yield f"*{results['title']}* {results['about']} {seeds} seeds, {results['version']}.{failed}\n"
-    yield f"```\nnemo-rao study {name}\n```\n"
-    arms = {arm: of["label"] for arm, of in results["arms"].items() if not of["once"]}
+    arguments, data = OWN_DATA.get(name, ("", ""))
+    yield f"```\n{f'nemo-rao study {name} {arguments}'.rstrip()}\n```\n"
+    if data:
+        yield f"{data} {_prompts(results)}\n"
+    arms = {arm: of["label"] for arm, of in results["arms"].items() if _is_measured(results, arm)}
     against = list(results["wins"])
     rows = []
     for arm, label in arms.items():
@@ -391,9 +408,35 @@ def _study(name: str, results: Results) -> Iterator[str]:
     widths = [width for width in widths if not math.isnan(width)]
     if widths:
         yield f"\nThe 95 % interval of a win rate is ± {statistics.median(widths):.1f} points (median)."
+    if name in REMARKS:
+        yield f"\n{REMARKS[name]}"
     for figure in sorted(FIGURES.glob(f"{name}-*.svg")):
         kind = figure.stem.removeprefix(f"{name}-")
         yield f"\n![{name}: {kind}](images/studies/{figure.name})"
+
+
+def _is_measured(results: Results, arm: str) -> bool:
+    """Whether the arm has a measure or a win rate. Starts of other arms may have none."""
+    if results["arms"][arm]["once"]:
+        return False
+    return any(of[arm]["mean"]["n"] for of in results["summaries"].values()) or any(
+        arm in of_arms for of_arms in results["wins"].values()
+    )
+
+
+def _prompts(results: Results) -> str:
+    """Which prompts each arm used, as those with responses that are too long are dropped."""
+    used = {
+        of["label"]: {(run["prompts"], run["held_out_prompts"]) for run in results["runs"] if run["arm"] == arm}
+        for arm, of in results["arms"].items()
+        if not of["once"]
+    }
+    each = [
+        f"{label} trained on {' or '.join(str(one) for one, _ in sorted(counts))} prompts and was evaluated on "
+        f"{' or '.join(str(one) for _, one in sorted(counts))}"
+        for label, counts in used.items()
+    ]
+    return "; ".join(each) + ". Prompts with longer responses than the study allows are dropped."
 
 
 def scores(results: Results) -> dict[str, float]:
