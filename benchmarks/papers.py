@@ -26,6 +26,7 @@ from benchmarks.markdown import markdown_table
 from benchmarks.results import FOLDER
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.study.formatting import percent, shown, with_interval
+from nemo_rao.study.results import measured_arms
 from nemo_rao.study.statistics import Estimate, paired_difference
 
 STUDIES = FOLDER / "studies"
@@ -393,7 +394,7 @@ def _study(name: str, results: Results) -> Iterator[str]:
     yield f"```\n{f'nemo-rao study {name} {arguments}'.rstrip()}\n```\n"
     if data:
         yield f"{data} {_prompts(results)}\n"
-    arms = {arm: of["label"] for arm, of in results["arms"].items() if _is_measured(results, arm)}
+    arms = {arm: of["label"] for arm, of in measured_arms(results).items()}
     against = list(results["wins"])
     rows = []
     for arm, label in arms.items():
@@ -413,15 +414,6 @@ def _study(name: str, results: Results) -> Iterator[str]:
     for figure in sorted(FIGURES.glob(f"{name}-*.svg")):
         kind = figure.stem.removeprefix(f"{name}-")
         yield f"\n![{name}: {kind}](images/studies/{figure.name})"
-
-
-def _is_measured(results: Results, arm: str) -> bool:
-    """Whether the arm has a measure or a win rate. Starts of other arms may have none."""
-    if results["arms"][arm]["once"]:
-        return False
-    return any(of[arm]["mean"]["n"] for of in results["summaries"].values()) or any(
-        arm in of_arms for of_arms in results["wins"].values()
-    )
 
 
 def _prompts(results: Results) -> str:

@@ -69,7 +69,9 @@ def curves(panels: Sequence[Panel], name: str, *, shares_legend: bool = True) ->
     rows = math.ceil(len(panels) / columns)
     labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
     shares_legend = shares_legend and len(labels) > 1
-    height = 2.9 * rows + (0.5 if shares_legend else 0.6 * rows if len(labels) > 1 else 0)
+    num_columns = legend_columns(labels)
+    legend_height = 0.25 + 0.25 * math.ceil(len(labels) / num_columns)
+    height = 2.9 * rows + (legend_height if shares_legend else 0.6 * rows if len(labels) > 1 else 0)
     with _figure(name, (_WIDTH, height)) as (figure, save):
         colors = _colors(labels)
         axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -96,8 +98,16 @@ def curves(panels: Sequence[Panel], name: str, *, shares_legend: bool = True) ->
         for axis in list(figure.axes)[len(panels) :]:
             axis.set_visible(False)
         if shares_legend:
-            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)))
+            figure.legend(
+                handles.values(), handles.keys(), loc="outside lower center", ncols=min(num_columns, len(handles))
+            )
         return save()
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """Return how many columns of a legend fit; a character takes up to 0.085 inches, a line with its gaps 0.6."""
+    longest = max(map(len, labels), default=0)
+    return max(1, min(6, len(labels), int(_WIDTH / (0.6 + 0.085 * longest))))
 
 
 def intervals(groups: Mapping[str, Sequence[Bar]], name: str, *, mark: float | None = None) -> str:

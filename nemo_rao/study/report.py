@@ -17,6 +17,7 @@ from nemo_rao.study.figures import Bar, Panel, curves, intervals, regression
 from nemo_rao.study.formatting import percent, shown, with_interval
 from nemo_rao.study.measures import USUAL_CURVES, logged, series
 from nemo_rao.study.planned import Plan
+from nemo_rao.study.results import measured_arms
 from nemo_rao.study.statistics import Estimate
 
 RESULTS, MARKDOWN, PAGE = "results.json", "report.md", "report.html"
@@ -50,7 +51,7 @@ def _blocks(made: Plan, results: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _setup(results: Mapping[str, Any]) -> str:
-    compared = [arm for arm in results["arms"].values() if not arm["once"]]
+    compared = measured_arms(results)
     seeds = ", ".join(map(str, results["seeds"]))
     words = [f"{len(compared)} arms × {len(results['seeds'])} seeds ({seeds}), by {results['version']}."]
     words.append("Intervals are two-sided 95 % intervals by Student's t over seeds.")
@@ -74,7 +75,7 @@ def _results(results: Mapping[str, Any]) -> Iterator[Block]:
     if not summaries:
         return
     yield Heading("Results")
-    compared = {name: arm for name, arm in results["arms"].items() if not arm["once"]}
+    compared = measured_arms(results)
     finished = {
         name: sum(run["arm"] == name and run["state"] == "finished" for run in results["runs"]) for name in compared
     }

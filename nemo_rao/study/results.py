@@ -82,6 +82,27 @@ def measures_of(made: Plan, records: Mapping[str, Records]) -> Mapping[str, Meas
     return {name: one for name, one in USUAL_MEASURES.items() if set(coefficients(one)) <= there - incomparable}
 
 
+def measured_arms(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Map name -> arm for the arms with results: all that are trained with every seed, unless they only start others.
+
+    Args:
+        results: contents of ``results.json``, with NaN for missing values.
+    """
+    starts = {arm["start"] for arm in results["arms"].values()}
+    has_results = {
+        name
+        for name in results["arms"]
+        if any(of[name]["mean"]["n"] for of in results["summaries"].values() if name in of)
+        or any(name in of_arms for of_arms in results["wins"].values())
+        or any(run["arm"] == name and run["state"] == "failed" for run in results["runs"])
+    }
+    return {
+        name: arm
+        for name, arm in results["arms"].items()
+        if not arm["once"] and (name in has_results or name not in starts)
+    }
+
+
 def version() -> str:
     """Return the package's version; in a checkout also the commit, with + if files differ from it."""
     folder = Path(__file__).resolve().parents[2]
@@ -142,8 +163,15 @@ def _arm(made: Plan, name: str) -> dict[str, Any]:
 
 
 def differing_settings(made: Plan) -> dict[str, dict[str, str]]:
-    """Map arm -> key -> value for keys that differ between the compared arms, without keys an arm does not read."""
+    """Map arm -> key -> value for keys that differ between the compared arms, without keys an arm does not read.
+
+    Paths in the study's directory are relative to it.
+    """
     of_arms = {name: _settings(made.runs_of(name)[0].config) for name in made.compared}
+    inside = f"{made.folder}/"
+    of_arms = {
+        name: {key: value.removeprefix(inside) for key, value in settings.items()} for name, settings in of_arms.items()
+    }
     keys = dict.fromkeys(key for settings in of_arms.values() for key in settings)
     differing = [key for key in keys if len({settings.get(key) for settings in of_arms.values()}) > 1]
     return {name: {key: of[key] for key in differing if key in of} for name, of in of_arms.items()}

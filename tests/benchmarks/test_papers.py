@@ -149,14 +149,17 @@ def test_results_are_kept_with_their_figures_and_without_commands(tmp_path, monk
         "about": "About.",
         "version": "nemo-rao 1, commit a",
         "seeds": [1, 2],
-        "arms": {"dpo": {"label": "DPO", "once": False}, "rao": {"label": "RAO", "once": False}},
+        "arms": {
+            "dpo": {"label": "DPO", "start": "sft", "once": False},
+            "rao": {"label": "RAO", "start": "sft", "once": False},
+        },
         "summaries": {
             "chosen, change in nats": {
                 "dpo": {"mean": {"value": -2.0, "half_width": 0.25, "n": 2}},
                 "rao": {"mean": {"value": None, "half_width": None, "n": 0}},
             }
         },
-        "runs": [{"arm": "dpo", "seed": 1, "measures": {}, "command": ["nemo-rao"]}],
+        "runs": [{"arm": "dpo", "seed": 1, "state": "finished", "measures": {}, "command": ["nemo-rao"]}],
         "relations": {},
         "wins": {
             "start": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ import pytest
 from nemo_rao.checkpoint.run_records import write_run
 from nemo_rao.config.derived import run_dir
 from nemo_rao.study.document import Code, Document, Figure, Heading, Table, Text, html, markdown
+from nemo_rao.study.figures import Panel, curves, legend_columns
 from nemo_rao.study.formatting import shown, with_interval
 from nemo_rao.study.plan import plan
 from nemo_rao.study.planned import Plan
 from nemo_rao.study.policies import Policy
 from nemo_rao.study.policy_results import task_metrics
 from nemo_rao.study.report import write_report
-from nemo_rao.study.results import collect, over_seeds
+from nemo_rao.study.results import collect, measured_arms, over_seeds
 from nemo_rao.study.run import Outcome
 from nemo_rao.study.statistics import wins
 from nemo_rao.study.study_file import load_study
@@ -117,6 +119,30 @@ def test_metrics_of_tasks_keep_every_filter(tmp_path: Path) -> None:
 def test_settings_are_those_that_differ(made: Plan) -> None:
     settings = collect(made, outcomes(made))["settings"]
     assert settings == {arm: {"model.rao.log_z0": z} for arm, z in (("low", "0.0"), ("high", "10.0"), ("lost", "auto"))}
+
+
+def test_starts_without_a_measure_are_no_rows_of_the_results(made: Plan) -> None:
+    """An arm that another starts from, is trained with every seed and has logged no measure; failed arms stay."""
+    results = collect(made, outcomes(made))
+    assert list(measured_arms(results)) == ["low", "high", "lost"]
+    arm = {"label": "base", "recipe": "gpt_sft", "start": None, "once": False}
+    results["arms"] |= {"base": arm, "unused": arm, "once": arm | {"once": True}}
+    results["arms"]["low"]["start"] = "base"
+    assert list(measured_arms(results)) == ["low", "high", "lost", "unused"], "left out: base and once"
+    results["summaries"]["mean"]["base"] = results["summaries"]["mean"]["low"]
+    assert list(measured_arms(results)) == ["low", "high", "lost", "base", "unused"]
+
+
+def test_a_legend_has_as_many_columns_as_fit() -> None:
+    """Ten labels of 40 characters below panels are all inside the picture."""
+    labels = [f"{number}: a reward model with a long description" for number in range(10)]
+    panel = Panel("loss", "nats", {label: [([0, 1], [1.0, 0.5])] for label in labels})
+    assert legend_columns(labels) == 2
+    assert legend_columns(["DPO", "RAO"]) == 2
+    assert legend_columns([f"arm {number}" for number in range(9)]) == 6
+    few = Panel("loss", "nats", {label: [([0, 1], [1.0, 0.5])] for label in labels[:2]})
+    heights = [float(re.search(r'height="([\d.]+)pt"', curves([one], "x"))[1]) for one in (few, panel)]  # type: ignore[index]
+    assert heights[1] > heights[0] + 60, "room for five rows"
 
 
 def test_the_report_shows_failures_and_is_the_same_each_time(made: Plan) -> None:
