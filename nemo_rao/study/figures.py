@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from nemo_rao.study.statistics import Estimate
 Series = tuple[Sequence[float], Sequence[float]]  # steps, values
 _BLUE = "#1f5fa8"
 _WIDTH = 11.0  # inches of a figure; a page shows it 1,100 pixels wide
+_TITLE_WIDTH = 40  # characters of a title over a third of the figure
 _STYLE = {
     "svg.fonttype": "path",
     "text.parse_math": False,  # "$" in a label is a dollar sign
@@ -90,7 +92,7 @@ def curves(panels: Sequence[Panel], name: str, *, shares_legend: bool = True) ->
                     low, high = values.min(axis=0), values.max(axis=0)
                     axis.fill_between(steps, low, high, alpha=0.18, color=colors[label], linewidth=0)
                 handles.setdefault(label, line)
-            axis.set_title(panel.title)
+            axis.set_title(textwrap.fill(panel.title, _TITLE_WIDTH))
             axis.set_xlabel("step")
             axis.set_ylabel(panel.unit)
             if not shares_legend and len(panel.lines) > 1 and axis.has_data():
