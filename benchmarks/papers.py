@@ -28,6 +28,7 @@ from nemo_rao.runtime.files import write_atomically
 from nemo_rao.study.formatting import percent, shown, with_interval
 from nemo_rao.study.results import measured_arms
 from nemo_rao.study.statistics import Estimate, paired_difference
+from nemo_rao.study.study_file import load_study
 
 STUDIES = FOLDER / "studies"
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "images" / "studies"
@@ -391,7 +392,9 @@ def _study(name: str, results: Results) -> Iterator[str]:
     failed = f" {len(results['failed'])} steps failed." if results["failed"] else ""
     yield f"*{results['title']}* {results['about']} {seeds} seeds, {results['version']}.{failed}\n"
     arguments, data = OWN_DATA.get(name, ("", ""))
-    yield f"```\n{f'nemo-rao study {name} {arguments}'.rstrip()}\n```\n"
+    if results["seeds"] != list(load_study(name).keys.seeds):
+        arguments += f" 'seeds={results['seeds']}'".replace(", ", ",")
+    yield f"```\n{f'nemo-rao study {name} {arguments.strip()}'.rstrip()}\n```\n"
     if data:
         yield f"{data} {_prompts(results)}\n"
     arms = {arm: of["label"] for arm, of in measured_arms(results).items()}
@@ -417,18 +420,13 @@ def _study(name: str, results: Results) -> Iterator[str]:
 
 
 def _prompts(results: Results) -> str:
-    """Which prompts each arm used, as those with responses that are too long are dropped."""
-    used = {
-        of["label"]: {(run["prompts"], run["held_out_prompts"]) for run in results["runs"] if run["arm"] == arm}
-        for arm, of in results["arms"].items()
-        if not of["once"]
-    }
-    each = [
-        f"{label} trained on {' or '.join(str(one) for one, _ in sorted(counts))} prompts and was evaluated on "
-        f"{' or '.join(str(one) for _, one in sorted(counts))}"
-        for label, counts in used.items()
-    ]
-    return "; ".join(each) + ". Prompts with longer responses than the study allows are dropped."
+    """Numbers of prompts of each arm, as those with responses that are too long are dropped."""
+    counts = []
+    for arm, of in measured_arms(results).items():
+        runs = [run for run in results["runs"] if run["arm"] == arm and run["state"] == "finished"]
+        used = sorted({f"{run['prompts']} and {run['held_out_prompts']}" for run in runs})
+        counts.append(f"{of['label']}: {' or '.join(used)}")
+    return f"Training and held-out prompts, without those whose responses are too long: {'; '.join(counts)}."
 
 
 def scores(results: Results) -> dict[str, float]:

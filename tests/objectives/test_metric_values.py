@@ -115,7 +115,8 @@ def test_equal_scores_are_not_right_and_a_small_lead_is() -> None:
 
 def kto_expected(prompts: list[list[tuple[Entry, bool]]], batch: ObjectiveBatch, beta: float) -> dict[str, float]:
     """Loss and metrics of responses, each with whether it is desirable; desirable_weight = undesirable_weight = 1."""
-    z0 = max(0.0, float(batch.kl_estimate))  # type: ignore[arg-type]
+    assert batch.kl_estimate is not None
+    z0 = max(0.0, float(batch.kl_estimate))
     losses: list[float] = []
     good: list[float] = []
     bad: list[float] = []
