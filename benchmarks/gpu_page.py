@@ -39,7 +39,7 @@ DRY = """\
 """
 
 STEP_NOTES = """\
-The model has the width and output layer of Llama 3 8B, {layers} layers and random weights; micro-batches are packed and
+The model has {size}, {layers} layers and random weights; micro-batches are packed and
 have {tokens} tokens, and a step has {batch} prompts. *MFU*: model FLOPs of the computed tokens, as `nemo-rao plan`
 counts them, over the GPU's dense bf16 peak. *Planned*: the planner's peak memory for the same rows.
 """
@@ -66,12 +66,18 @@ class Goal:
         value = self.value(reports)
         if value is None:
             return [self.text, "not measured", ""]
+        if _is_dry(reports):
+            return [self.text, format(value, self.form), "not compared"]
         reached = "yes"
         if self.low is not None and value < self.low:
             reached = f"**no**, {1 - value / self.low:.0%} below"
         elif self.high is not None and value > self.high:
             reached = f"**no**, {value / self.high - 1:.0%} above"
         return [self.text, format(value, self.form), reached]
+
+
+def _is_dry(reports: _Reports) -> bool:
+    return any(report.get("dry_run", False) for report in reports.values())
 
 
 def _runs(reports: _Reports, part: str) -> Mapping[str, Any]:
@@ -147,7 +153,7 @@ def page(folder: Path = RESULTS) -> str:
     parts = [BEFORE, _parts()]
     if not reports:
         parts.append(NOTHING)
-    elif any(report["dry_run"] for report in reports.values()):
+    elif _is_dry(reports):
         parts.append(DRY)
     if reports:
         parts.append(_where(reports))
@@ -187,7 +193,8 @@ def _sections(reports: _Reports) -> Iterator[str]:
     titles = (("steps", "Steps in bf16"), ("fp8", "FP8"), ("prefix_sharing", "Shared prompts"))
     for name, title in titles:
         if (figures := reports.get(name, {}).get("figures")) is not None:
-            yield _steps(title, figures)
+            size = "a toy size" if _is_dry(reports) else "the width and output layer of Llama 3 8B"
+            yield _steps(title, figures, size)
     if (figures := reports.get("log_probs", {}).get("figures")) is not None:
         yield _log_probs(figures)
 
@@ -203,7 +210,7 @@ def _tests(figures: Mapping[str, Any]) -> str:
     return f"## Tests\n\n{counts}.{table}"
 
 
-def _steps(title: str, figures: Mapping[str, Any]) -> str:
+def _steps(title: str, figures: Mapping[str, Any], size: str) -> str:
     rows, baseline = [], None
     for name, run in figures["runs"].items():
         if "failed" in run:
@@ -224,7 +231,7 @@ def _steps(title: str, figures: Mapping[str, Any]) -> str:
     header = ["run", "seconds a step", "times as fast", "tokens/s of rows", "TFLOP/s (MFU)", "peak memory", "planned"]
     scale = figures["scale"]
     tokens = scale["row"] * 2 if title != "Shared prompts" else scale["shared_prompt"] + 4 * scale["shared_response"]
-    notes = STEP_NOTES.format(layers=figures["layers"], tokens=f"up to {tokens:,}", batch=scale["batch"])
+    notes = STEP_NOTES.format(size=size, layers=figures["layers"], tokens=f"up to {tokens:,}", batch=scale["batch"])
     return f"## {title}\n\n{notes}\n{markdown_table(header, rows)}"
 
 

@@ -168,6 +168,16 @@ def test_the_page_compares_each_goal_with_what_was_measured(tmp_path: Path) -> N
     assert "a GPU | 0123" in text and "a\\|b" in text and "Nothing has been run" not in text
 
 
+def test_a_dry_run_is_not_compared_with_goals(tmp_path: Path) -> None:
+    report = {**ABOUT, "dry_run": True, "device": "a CPU", "status": "ok", "seconds": 6.0, "limit_seconds": 600}
+    scale = {"row": 64, "shared_prompt": 64, "shared_response": 8, "batch": 2}
+    figures = {"layers": 3, "scale": scale, "runs": {"rao, bf16": _step(1.5), "sft, bf16": _step(1.0)}}
+    (tmp_path / "steps.json").write_text(json.dumps({**report, "figures": figures}))
+    text = page(tmp_path)
+    assert "**Dry run on a CPU" in text and "The model has a toy size" in text
+    assert "at most 1.03 | 1.500 | not compared |" in text and "**no**" not in text
+
+
 def test_without_results_the_page_says_so_and_names_the_command(tmp_path: Path) -> None:
     text = page(tmp_path)
     assert "Nothing has been run on a GPU yet" in text and "run `make gpu`" in text
