@@ -86,8 +86,9 @@ def check(made: Plan) -> None:
                 absent = {name for name in run.needs if not present[name]}
                 start = run.config.model.restore_from_path
                 if start is not None and run.start is None and not Path(start).expanduser().is_dir():
-                    remedy = made_by(start) or f"set arms.{run.arm}.start to one{did_you_mean(start, made.study.arms)}"
-                    raise UserError(f"start: {start} is neither an arm nor the directory of a checkpoint; {remedy}.")
+                    near = did_you_mean(start, made.study.arms, otherwise=f"; set arms.{run.arm}.start to one.")
+                    remedy = near if (target := made_by(start)) is None else f"; {target}."
+                    raise UserError(f"start: {start} is neither an arm nor the directory of a checkpoint{remedy}")
                 check_run(run.config, start_exists=not absent, data_exists=not absent & data)
                 check_settings(run.config, another="--out")
 

@@ -28,9 +28,10 @@ def references(value: Any, study: Study, where: str, *, per_seed: bool = True) -
         for name in _REFERENCE.findall(text):
             known = [*study.arms, *study.files]
             if name not in known:
+                near = did_you_mean(name, known, otherwise=".")
                 raise UserError(
-                    f"{where}: {{{name}}} is neither an arm nor files of this study{did_you_mean(name, known)}. Known "
-                    f"names are {', '.join(known)}."
+                    f"{where}: {{{name}}} is neither an arm nor files of this study{near} Known names are "
+                    f"{', '.join(known)}."
                 )
             if not per_seed and name in study.arms and not study.arms[name].once:
                 raise UserError(f"{where}: {{{name}}} is trained with every seed. Set arms.{name}.once: true.")

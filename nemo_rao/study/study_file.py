@@ -67,9 +67,8 @@ def _find(given: str) -> Path:
     shipped = sorted(file.stem for file in own.glob("[!_]*.yaml"))  # _NAME: only extended by others
     if path.stem in shipped and path.parent == Path("."):
         return own / f"{path.stem}.yaml"
-    raise UserError(
-        f"study {given}: no such file{did_you_mean(path.stem, shipped)}. The studies are {', '.join(shipped)}."
-    )
+    near = did_you_mean(path.stem, shipped, otherwise=".")
+    raise UserError(f"study {given}: no such file{near} The studies are {', '.join(shipped)}.")
 
 
 def _study(path: Path, values: Mapping[str, Any]) -> Study:
@@ -150,9 +149,8 @@ def _check_arms(arms: Mapping[str, Arm], compared: Sequence[str]) -> None:
 
 
 def _not_compared(name: str, compared: Sequence[str]) -> str:
-    return (
-        f"{name} is not an arm that is compared{did_you_mean(name, compared)}. Compared arms are {', '.join(compared)}."
-    )
+    near = did_you_mean(name, compared, otherwise=".")
+    return f"{name} is not an arm that is compared{near} Compared arms are {', '.join(compared)}."
 
 
 def _check_metric(where: str, metric: Any) -> None:
@@ -171,9 +169,10 @@ def _check_metric(where: str, metric: Any) -> None:
 
 def _check_relation(where: str, relation: Relation, measures: Mapping[str, Measure], compared: list[str]) -> None:
     if relation.measure not in measures:
+        near = did_you_mean(relation.measure, measures, otherwise=".")
         raise UserError(
-            f"{where}.measure: {relation.measure!r} is not among the measures"
-            f"{did_you_mean(relation.measure, measures)}. The measures are {', '.join(measures) or 'none'}."
+            f"{where}.measure: {relation.measure!r} is not among the measures{near} The measures are "
+            f"{', '.join(measures) or 'none'}."
         )
     if not relation.over:
         raise UserError(f"{where}.over: is missing. Name a key, such as model.rao.log_z0.")
@@ -199,9 +198,10 @@ def _check_samples(samples: Samples, keys: StudyFile, compared: list[str], arms:
             raise UserError("samples.against: baseline is not set. Set it, or name an arm or start.")
         if name not in ("baseline", "start", *arms):
             known = ["baseline", "start", *arms]
+            near = did_you_mean(name, known, otherwise=".")
             raise UserError(
-                f"samples.against: {name} is neither an arm nor baseline nor start{did_you_mean(name, known)}. Known "
-                f"names are {', '.join(known)}."
+                f"samples.against: {name} is neither an arm nor baseline nor start{near} Known names are "
+                f"{', '.join(known)}."
             )
     if "start" in samples.against and (without := [name for name in compared if arms[name].start is None]):
         raise UserError(f"samples.against: start needs arms.{without[0]}.start. Set it, or remove start.")

@@ -129,7 +129,7 @@ def test_each_study_of_the_package_has_both_sizes() -> None:
 
 REFUSED = [
     (("recipe: gpt_rao", "recipe: gpt_roa"), "arms.rao: no recipe named 'gpt_roa'; did you mean gpt_rao?"),
-    (("start: dpo", "start: dop"), "arms.rao: start: dop is neither an arm nor"),
+    (("start: dpo", "start: dop"), "is neither an arm nor the directory of a checkpoint; did you mean dpo?\n"),
     (("baseline: dpo", "baseline: ipo"), "baseline: ipo is not an arm that is compared"),
     (("[3, 5]", "[3, 3]"), "seeds: [3, 3] has a seed twice"),
     (("[3, 5]", "[]"), "seeds: is empty"),

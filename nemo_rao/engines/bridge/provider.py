@@ -47,7 +47,9 @@ def provider(config: RunConfig) -> Any:
     fields = {field.name for field in dataclasses.fields(kind)}
     for name in keys.arch.extra:
         if name not in fields and name not in FAMILIES[keys.family].fields:
-            raise UserError(f"model.arch.extra.{name}: Megatron's GPT has no such field{did_you_mean(name, fields)}.")
+            raise UserError(
+                f"model.arch.extra.{name}: Megatron's GPT has no such field{did_you_mean(name, fields, otherwise='.')}"
+            )
     sizes = {name: value for name, value in given.items() if name in fields}
     if isinstance(named := sizes.get("activation_func"), str):
         sizes["activation_func"] = activation(named)

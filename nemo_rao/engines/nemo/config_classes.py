@@ -89,7 +89,9 @@ def config_fields(name: str) -> dict[str, Any]:
     """
     classes = _classes()
     if name not in classes:
-        raise UserError(f"model.config_class: NeMo has no GPT config named {name!r}{did_you_mean(name, classes)}.")
+        raise UserError(
+            f"model.config_class: NeMo has no GPT config named {name!r}{did_you_mean(name, classes, otherwise='.')}"
+        )
     return _fields(name)
 
 

@@ -36,7 +36,9 @@ def class_named(name: str, key: str) -> type[GPTConfig]:
         found: value for found, value in vars(llm).items() if isinstance(value, type) and issubclass(value, GPTConfig)
     }
     if name not in classes:
-        raise UserError(f"{key}: nemo.collections.llm has no GPT config named {name!r}{did_you_mean(name, classes)}.")
+        raise UserError(
+            f"{key}: nemo.collections.llm has no GPT config named {name!r}{did_you_mean(name, classes, otherwise='.')}"
+        )
     return classes[name]
 
 
@@ -78,8 +80,8 @@ def check_fields(config_class: type[GPTConfig], names: Mapping[str, Any]) -> Non
     known = {field.name for field in dataclasses.fields(config_class)}
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, known)
-            raise UserError(f"model.arch.extra.{name}: {config_class.__name__} has no such field{hint}.")
+            hint = did_you_mean(name, known, otherwise=".")
+            raise UserError(f"model.arch.extra.{name}: {config_class.__name__} has no such field{hint}")
 
 
 def construct(config_class: type[GPTConfig], fields: Mapping[str, Any]) -> GPTConfig:
