@@ -2,7 +2,7 @@
 
 recipe.yaml      every key
 data.json        for each data set: number of prompts, fingerprints, what was dropped
-run.json         engine, start, planned steps, and where it has finished
+run.json         version and engine, start, planned steps, and where it has finished
 changes.jsonl    what changed from one start to the next, and from which step on
 """
 
@@ -19,6 +19,7 @@ from nemo_rao.checkpoint.find import last_checkpoint
 from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_atomically
+from nemo_rao.runtime.source_version import source_version
 
 RECIPE, DATA, RUN, CHANGES = "recipe.yaml", "data.json", "run.json", "changes.jsonl"
 
@@ -53,7 +54,7 @@ def read_run(folder: Path) -> Mapping[str, Any]:
 def write_run(
     folder: Path, *, start_from: Path | None, max_steps: int, finished_at: int | None = None, engine: str
 ) -> None:
-    """Write ``run.json``: a run's engine, its start, its number of steps, and whether it has finished.
+    """Write ``run.json``: the package's version, a run's engine, start, number of steps, and whether it has finished.
 
     Args:
         start_from: checkpoint with the weights that the run started from; ``None``: random weights.
@@ -62,6 +63,7 @@ def write_run(
         engine: engine of the run.
     """
     record: dict[str, Any] = {
+        "version": source_version(),
         "engine": engine,
         "start_from": None if start_from is None else str(start_from),
         "max_steps": max_steps,

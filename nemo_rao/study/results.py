@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from nemo_rao import __version__
 from nemo_rao.checkpoint.continuing import flat_keys
 from nemo_rao.checkpoint.run_records import read_data_record, read_run
 from nemo_rao.config.derived import run_dir
@@ -22,6 +19,7 @@ from nemo_rao.config.recipe_text import shown
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.objectives import registry
 from nemo_rao.runtime.metrics_file import read_metrics
+from nemo_rao.runtime.source_version import source_version
 from nemo_rao.study.measures import USUAL_MEASURES, Records, coefficients, logged, value_of
 from nemo_rao.study.planned import Plan, StudyRun
 from nemo_rao.study.policies import Policy
@@ -52,7 +50,8 @@ def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         "study": study.name,
         "title": study.keys.title or study.name,
         "about": study.keys.about.strip(),
-        "version": version(),
+        "version": source_version(),
+        "trained_by": _trained_by(made, outcomes),
         "seeds": study.keys.seeds,
         "baseline": study.keys.baseline,
         "arms": {name: _arm(made, name) for name in study.arms},
@@ -67,6 +66,13 @@ def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         "wins": _wins(made, outcomes),
         "failed": {name: one.reason for name, one in outcomes.items() if one.state == "failed" and name not in follows},
     }
+
+
+def _trained_by(made: Plan, outcomes: Mapping[str, Outcome]) -> list[str]:
+    """List the versions that trained finished runs, in order; runs of older versions have no record of it."""
+    finished = [run for run in made.runs if outcomes[run.name].state == "finished"]
+    versions = (read_run(run_dir(run.config)).get("version") for run in finished)
+    return list(dict.fromkeys(one for one in versions if one is not None))
 
 
 def measures_of(made: Plan, records: Mapping[str, Records]) -> Mapping[str, Measure]:
@@ -103,22 +109,14 @@ def measured_arms(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def version() -> str:
-    """Return the package's version; in a checkout also the commit, with + if files differ from it."""
-    folder = Path(__file__).resolve().parents[2]
-    try:
-        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return f"nemo-rao {__version__}"
-    return f"nemo-rao {__version__}, commit {commit}{'+' if changed else ''}"
-
-
-def _git(folder: Path, *words: str) -> str:
-    if not (folder / ".git").exists():  # installed, perhaps inside an unrelated repository
-        raise OSError
-    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=20)
-    return done.stdout.strip()
+def made_by(results: Mapping[str, Any]) -> str:
+    """Return the version that made the results, and those that trained the runs if they are others."""
+    version: str = results["version"]
+    trained = results.get("trained_by", [])  # absent from results that were kept before it was recorded
+    if set(trained) <= {version}:
+        return version
+    commits = ", ".join(one.removeprefix(f"{version.partition(',')[0]}, ") for one in trained)
+    return f"{version} (runs: {commits})"
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

@@ -48,7 +48,7 @@ def _setup(folder: Path, config: RunConfig) -> Iterator[Block]:
     start = record.get("start_from") or f"random weights (trainer.seed={config.trainer.seed})"
     yield Text(
         f"Objective {config.model.objective}, {state} of {planned} planned, started from {start}, on the engine "
-        f"{record.get('engine', 'that is not recorded')}."
+        f"{record.get('engine', 'that is not recorded')}, by {record.get('version', 'an older version of nemo-rao')}."
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from nemo_rao.checkpoint.run_records import write_run
 from nemo_rao.config.derived import run_dir
+from nemo_rao.runtime.source_version import source_version
 from nemo_rao.study.document import Code, Document, Figure, Heading, Table, Text, html, markdown
 from nemo_rao.study.figures import Panel, curves, legend_columns
 from nemo_rao.study.formatting import shown, with_interval
@@ -19,7 +20,7 @@ from nemo_rao.study.planned import Plan
 from nemo_rao.study.policies import Policy
 from nemo_rao.study.policy_results import task_metrics
 from nemo_rao.study.report import write_report
-from nemo_rao.study.results import collect, measured_arms, over_seeds
+from nemo_rao.study.results import collect, made_by, measured_arms, over_seeds
 from nemo_rao.study.run import Outcome
 from nemo_rao.study.statistics import wins
 from nemo_rao.study.study_file import load_study
@@ -90,6 +91,17 @@ def test_differences_are_paired_by_seed_and_means_are_over_seeds(made: Plan) -> 
     assert found["relations"]["shift"]["slope"]["n"] == 6
 
 
+def test_reports_name_the_versions_that_trained_the_runs(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = collect(made, outcomes(made))
+    assert found["trained_by"] == [found["version"]] == [source_version()]
+    assert made_by(found) == source_version(), "once, if it is the same"
+    monkeypatch.setattr("nemo_rao.study.results.source_version", lambda: "nemo-rao 9.9, commit 4567")
+    later = collect(made, outcomes(made))
+    assert (later["version"], later["trained_by"]) == ("nemo-rao 9.9, commit 4567", [source_version()])
+    later["trained_by"] = ["nemo-rao 9.9, commit 0123", "nemo-rao 0.1.0"]
+    assert made_by(later) == "nemo-rao 9.9, commit 4567 (runs: commit 0123, nemo-rao 0.1.0)"
+
+
 def test_a_single_seed_among_failed_ones_has_the_interval_over_its_prompts() -> None:
     """The first of two seeds has no prompt with scores of both policies."""
     of_prompts = wins([[1.0], [1.0], [0.0]], [[0.0], [0.0], [1.0]], [[1.0]] * 3, [[1.0]] * 3)
@@ -154,6 +166,7 @@ def test_the_report_shows_failures_and_is_the_same_each_time(made: Plan) -> None
     write_report(made, collect(made, outcomes(made)))
     names = ("report.md", "report.html", "results.json")
     first = {name: (made.folder / name).read_text() for name in names}
+    assert f", by {source_version()}. " in first["report.md"]
     assert "| lost-seed2 | loss was not finite at step 3 |" in first["report.md"]
     assert "| high | -1.00 ± 0.25 * | 0 ± 0 | 2.000 ± 0 (2 of 3) |  | 3 |" in first["report.md"], "equal: no star"
     assert "| low | 10 ± 25 | -2.000 ± 0 | 5.000 ± 0 (2 of 3) |  | 3 |" in first["report.md"]

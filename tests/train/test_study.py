@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 from nemo_rao.cli import main
+from nemo_rao.runtime.source_version import source_version
 
 from .runs import TINY, in_fork, start_fork
 
@@ -128,4 +129,5 @@ def test_a_study_that_is_killed_and_run_again_trains_nothing_twice_and_reports_t
 
     study(["report", str(out / "rao-seed1")], 0)
     of_run = (out / "rao-seed1/report.md").read_text()
+    assert f"by {source_version()}." in of_run and found["trained_by"] == [source_version()]
     assert "finished after 4 steps of 4 planned" in of_run and "| val/rao/target_error |" in of_run
