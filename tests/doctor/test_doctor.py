@@ -66,7 +66,6 @@ def found(record: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 # ------------------------------------------------------------------------------------------------- this environment
 
 
-@pytest.mark.slow
 def test_here_training_works_and_every_version_is_the_installed_one(tmp_path: Path) -> None:
     done = doctor("--json", str(tmp_path / "found.json"))
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
@@ -86,7 +85,6 @@ def test_here_training_works_and_every_version_is_the_installed_one(tmp_path: Pa
 # -------------------------------------------------------------------------------------------- broken and foreign ones
 
 
-@pytest.mark.slow
 def test_a_broken_package_stops_what_needs_it_and_is_reported_with_its_error(tmp_path: Path) -> None:
     package(tmp_path / "broken", "transformers", "raise ImportError('libfoo.so.7: cannot\\nopen')", "4.99.0")
     done = doctor("--json", str(tmp_path / "found.json"), first=tmp_path / "broken")

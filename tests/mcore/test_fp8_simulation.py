@@ -24,8 +24,6 @@ RECIPES = [
 ]
 SAMPLES = tiny.preferences(4)
 
-pytestmark = pytest.mark.slow
-
 
 # ------------------------------------------------------------------------------ the same arithmetic, written plainly
 

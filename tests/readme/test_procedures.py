@@ -119,7 +119,6 @@ def preferences(tmp_path: Path) -> list[dict]:
     return rows
 
 
-@pytest.mark.slow
 def test_the_procedure_of_eight_gpus(tmp_path: Path, preferences: list[dict]) -> None:
     models, data = tmp_path / "models", tmp_path / "data"
     instruct = make_model("llama", tmp_path / "tokenizer", models / "Meta-Llama-3-8B-Instruct")
@@ -157,7 +156,6 @@ def test_the_procedure_of_eight_gpus(tmp_path: Path, preferences: list[dict]) ->
     assert [len(row.responses) for row in read_rows(str(tmp_path / "samples.jsonl"))] == [4, 4]
 
 
-@pytest.mark.slow
 def test_the_procedure_of_a_laptop(tmp_path: Path, preferences: list[dict]) -> None:
     """What ``make demo`` leaves, made smaller: data, tokenizer and a fine-tuned model."""
     demo, data = tmp_path / "runs" / "demo", tmp_path / "runs" / "demo" / "data"

@@ -89,7 +89,6 @@ def contents(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in files}
 
 
-@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_where_it_was(compared: Compared) -> None:
     rows, checkpoint = compared.interrupted
     assert [row["run"] for row in rows] == RUNS[:1]
@@ -101,7 +100,6 @@ def test_an_interrupted_comparison_goes_on_where_it_was(compared: Compared) -> N
         assert [step["step"] for step in steps(compared.folder / run)] == list(range(1, NUM_STEPS + 1)), run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("run", ["rm_sft-all", "dpo_sft-16"])
 def test_the_figures_are_those_of_the_scores_that_the_run_gives_the_held_out_file(
     run: str, compared: Compared, tmp_path: Path
@@ -121,7 +119,6 @@ def test_the_figures_are_those_of_the_scores_that_the_run_gives_the_held_out_fil
     assert row["accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / len(margins))
 
 
-@pytest.mark.slow
 def test_every_row_is_measured_on_the_same_pairs_by_the_same_loss(compared: Compared) -> None:
     rows = table(compared.folder)
     assert [row["run"] for row in rows] == RUNS
@@ -149,7 +146,6 @@ def test_every_row_is_measured_on_the_same_pairs_by_the_same_loss(compared: Comp
     assert f"rewards on {NUM_HELD_OUT} held-out pairs" in printed
 
 
-@pytest.mark.slow
 def test_the_same_command_again_trains_nothing_and_gives_the_same_table(compared: Compared, tmp_path: Path) -> None:
     before, rows = contents(compared.folder), table(compared.folder)
     in_fork(compare, compared.command, 0, tmp_path / "log")
@@ -160,7 +156,6 @@ def test_the_same_command_again_trains_nothing_and_gives_the_same_table(compared
     assert table(compared.folder) == rows
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "other_held_out", "parts"),
     [

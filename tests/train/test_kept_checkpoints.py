@@ -87,7 +87,6 @@ def test_a_metric_that_the_data_does_not_give_stops_the_run_at_the_first_checkpo
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.slow
 def test_checkpoints_written_in_the_background_are_those_written_at_once(
     data: tuple[str, ...], start: Path, tmp_path: Path
 ) -> None:

@@ -78,7 +78,6 @@ def changed_at(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
-@pytest.mark.slow
 def test_a_study_that_is_killed_and_run_again_trains_nothing_twice_and_reports_the_same(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
