@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..slow import slow_but
 from ..train.runs import die_after_step, in_fork, parallel, steps
 from .conftest import Converted
 from .models import command, read_json, refused, sft_loss, tensors
@@ -72,8 +73,7 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens).logits
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(list(CASES)[1:], CASES))
 def test_a_killed_run_continues_under_another_parallelism_and_is_exported(
     converted: dict[str, Converted], data: Path, tmp_path: Path, name: str
 ) -> None:

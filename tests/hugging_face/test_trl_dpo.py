@@ -83,7 +83,6 @@ def trl_steps(model: Path, pairs: list[dict[str, str]], folder: Path) -> list[di
     return [record for record in trainer.state.log_history if "loss" in record]
 
 
-@pytest.mark.slow
 def test_trl_takes_the_same_steps(converted: dict[str, Converted], data: Path, tmp_path: Path) -> None:
     given = converted["llama"]
     pairs = pairs_of(data / "train.jsonl")

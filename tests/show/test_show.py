@@ -164,7 +164,6 @@ def test_nothing_of_the_data_acts_on_page_or_terminal(look: Look, write_lines: C
     assert unpainted == plain.replace("⟦", "").replace("⟧", "").replace("⏹", "")
 
 
-@pytest.mark.slow
 def test_the_command_needs_no_nemo_and_writes_only_the_page(
     write_lines: Callable[..., str], tokenizer: str, tmp_path: Path
 ) -> None:

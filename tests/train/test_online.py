@@ -173,10 +173,12 @@ LORA = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "more"),
-    [("gpt_rloo", ()), ("gpt_ppo", ("online.epochs=1", "model.ppo.value_lr=2e-2", "model.ppo.critic=shared"))],
+    slow_but(
+        [("gpt_rloo", ())],
+        [("gpt_rloo", ()), ("gpt_ppo", ("online.epochs=1", "model.ppo.value_lr=2e-2", "model.ppo.critic=shared"))],
+    ),
 )
 def test_adapters_are_sampled_with_and_the_reference_is_without_them_also_after_a_kill(
     common: tuple[str, ...], tmp_path: Path, recipe: str, more: tuple[str, ...]

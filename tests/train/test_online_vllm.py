@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from nemo_rao.errors import UserError
 
+from ..slow import slow_but
 from .runs import FOUR_LAYERS, in_fork, make_data, parallel, run_training, start_checkpoint
 from .test_online import ONLINE, rollout
 
@@ -94,8 +95,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(list(CASES)[:1], CASES))
 def test_it_is_given_what_an_export_has_and_its_samples_are_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
