@@ -26,7 +26,7 @@ from benchmarks.markdown import markdown_table
 from benchmarks.results import FOLDER
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.study.formatting import percent, shown, with_interval
-from nemo_rao.study.results import made_by, measured_arms
+from nemo_rao.study.results import measured_arms, versions_text
 from nemo_rao.study.statistics import Estimate, paired_difference
 from nemo_rao.study.study_file import load_study
 
@@ -390,7 +390,7 @@ def _study(name: str, results: Results) -> Iterator[str]:
     yield f"## {name}\n"
     seeds = len(results["seeds"])
     failed = f" {len(results['failed'])} steps failed." if results["failed"] else ""
-    yield f"*{results['title']}* {results['about']} {seeds} seeds, {made_by(results)}.{failed}\n"
+    yield f"*{results['title']}* {results['about']} {seeds} seeds, {versions_text(results)}.{failed}\n"
     arguments, data = OWN_DATA.get(name, ("", ""))
     if results["seeds"] != list(load_study(name).keys.seeds):
         arguments += f" 'seeds={results['seeds']}'".replace(", ", ",")
@@ -466,7 +466,7 @@ def _choices(name: str, studies: Mapping[str, Results]) -> Iterator[str]:
     seeds = "1 seed" if by_one else f"{len(results['seeds'])} seeds"
     caution = " A choice by one seed favors settings whose results vary." if by_one else ""
     yield (
-        f"*{results['title']}* {results['about']} {seeds}, {made_by(results)}. "
+        f"*{results['title']}* {results['about']} {seeds}, {versions_text(results)}. "
         f"[{of}](#{of}) uses the settings in bold, the best of all studies that choose for it, with other seeds."
         f"{caution}\n"
     )

@@ -2,7 +2,7 @@
 
 recipe.yaml      every key
 data.json        for each data set: number of prompts, fingerprints, what was dropped
-run.json         version and engine, start, planned steps, and where it has finished
+run.json         versions of nemo-rao, engine, start, planned steps, and where it has finished
 changes.jsonl    what changed from one start to the next, and from which step on
 """
 
@@ -20,6 +20,8 @@ from nemo_rao.data.store import PreferenceData
 from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.runtime.source_version import source_version
+
+NOT_RECORDED = "a version without a record"  # that took part in a run
 
 RECIPE, DATA, RUN, CHANGES = "recipe.yaml", "data.json", "run.json", "changes.jsonl"
 
@@ -51,19 +53,36 @@ def read_run(folder: Path) -> Mapping[str, Any]:
     return _read_json(folder / RUN)
 
 
+def versions_of(folder: Path) -> list[str]:
+    """Versions of nemo-rao that trained a run, in order; [] if it has no ``run.json``."""
+    record = read_run(folder)
+    return list(record.get("versions", [NOT_RECORDED])) if record else []
+
+
 def write_run(
-    folder: Path, *, start_from: Path | None, max_steps: int, finished_at: int | None = None, engine: str
+    folder: Path,
+    *,
+    start_from: Path | None,
+    max_steps: int,
+    finished_at: int | None = None,
+    engine: str,
+    continues: bool = False,
 ) -> None:
-    """Write ``run.json``: the package's version, a run's engine, start, number of steps, and whether it has finished.
+    """Write ``run.json``: versions that trained a run, its engine, start, number of steps, and whether it has finished.
 
     Args:
         start_from: checkpoint with the weights that the run started from; ``None``: random weights.
         max_steps: planned optimizer steps.
         finished_at: steps of a finished run; its last checkpoint is then recorded, too.
         engine: engine of the run.
+        continues: the run goes on from what the present ``run.json`` records, whose versions are kept.
+
+    Raises:
+        UserError: the present ``run.json`` is damaged.
     """
+    earlier = versions_of(folder) if continues else []
     record: dict[str, Any] = {
-        "version": source_version(),
+        "versions": list(dict.fromkeys([*earlier, source_version()])),
         "engine": engine,
         "start_from": None if start_from is None else str(start_from),
         "max_steps": max_steps,

@@ -17,7 +17,7 @@ from nemo_rao.study.figures import Bar, Panel, curves, intervals, regression
 from nemo_rao.study.formatting import percent, shown, with_interval
 from nemo_rao.study.measures import USUAL_CURVES, logged, series
 from nemo_rao.study.planned import Plan
-from nemo_rao.study.results import made_by, measured_arms
+from nemo_rao.study.results import measured_arms, versions_text
 from nemo_rao.study.statistics import Estimate
 
 RESULTS, MARKDOWN, PAGE = "results.json", "report.md", "report.html"
@@ -53,7 +53,7 @@ def _blocks(made: Plan, results: Mapping[str, Any]) -> Iterator[Block]:
 def _setup(results: Mapping[str, Any]) -> str:
     compared = measured_arms(results)
     seeds = ", ".join(map(str, results["seeds"]))
-    words = [f"{len(compared)} arms × {len(results['seeds'])} seeds ({seeds}), by {made_by(results)}."]
+    words = [f"{len(compared)} arms × {len(results['seeds'])} seeds ({seeds}), by {versions_text(results)}."]
     words.append("Intervals are two-sided 95 % intervals by Student's t over seeds.")
     if results["baseline"] is not None:
         label = results["arms"][results["baseline"]]["label"]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_rao.checkpoint.continuing import flat_keys
-from nemo_rao.checkpoint.run_records import read_data_record, read_run
+from nemo_rao.checkpoint.run_records import read_data_record, read_run, versions_of
 from nemo_rao.config.derived import run_dir
 from nemo_rao.config.recipe_text import shown
 from nemo_rao.config.run_config import RunConfig
@@ -69,10 +69,9 @@ def collect(made: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
 
 
 def _trained_by(made: Plan, outcomes: Mapping[str, Outcome]) -> list[str]:
-    """List the versions that trained finished runs, in order; runs of older versions have no record of it."""
+    """List the versions that trained finished runs, in order."""
     finished = [run for run in made.runs if outcomes[run.name].state == "finished"]
-    versions = (read_run(run_dir(run.config)).get("version") for run in finished)
-    return list(dict.fromkeys(one for one in versions if one is not None))
+    return list(dict.fromkeys(one for run in finished for one in versions_of(run_dir(run.config))))
 
 
 def measures_of(made: Plan, records: Mapping[str, Records]) -> Mapping[str, Measure]:
@@ -109,7 +108,7 @@ def measured_arms(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def made_by(results: Mapping[str, Any]) -> str:
+def versions_text(results: Mapping[str, Any]) -> str:
     """Return the version that made the results, and those that trained the runs if they are others."""
     version: str = results["version"]
     trained = results.get("trained_by", [])  # absent from results that were kept before it was recorded

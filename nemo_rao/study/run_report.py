@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rao.checkpoint.continuing import flat_keys
-from nemo_rao.checkpoint.run_records import CHANGES, RECIPE, read_data_record, read_run
+from nemo_rao.checkpoint.run_records import CHANGES, RECIPE, read_data_record, read_run, versions_of
 from nemo_rao.config.recipe_text import shown as shown_key
 from nemo_rao.config.run_config import RunConfig
 from nemo_rao.config.typed_config import load_recipe
@@ -48,7 +48,7 @@ def _setup(folder: Path, config: RunConfig) -> Iterator[Block]:
     start = record.get("start_from") or f"random weights (trainer.seed={config.trainer.seed})"
     yield Text(
         f"Objective {config.model.objective}, {state} of {planned} planned, started from {start}, on the engine "
-        f"{record.get('engine', 'that is not recorded')}, by {record.get('version', 'an older version of nemo-rao')}."
+        f"{record.get('engine', 'that is not recorded')}, by {' and '.join(versions_of(folder))}."
     )
 
 

@@ -88,7 +88,7 @@ def train(
         say(f"metrics      {folder / 'metrics.jsonl'}")
         if config.exp_manager.draw_curves:
             say(f"curves       {draw_curves(folder)}")
-        _write_run(config, prepared, finished_at=prepared.max_steps)
+        _write_run(config, prepared, finished_at=prepared.max_steps, continues=True)
 
 
 def _record_start(config: RunConfig, prepared: Prepared) -> None:
@@ -96,15 +96,16 @@ def _record_start(config: RunConfig, prepared: Prepared) -> None:
     folder = run_dir(config)
     write_atomically(folder / RECIPE, to_yaml(config))
     write_atomically(folder / DATA, json.dumps(data_record(prepared.train, prepared.validation), indent=2) + "\n")
-    _write_run(config, prepared)
+    _write_run(config, prepared, continues=prepared.resume_from is not None)
     record_changes(folder, prepared.changes, 0 if prepared.resume_from is None else step_of(prepared.resume_from))
 
 
-def _write_run(config: RunConfig, prepared: Prepared, *, finished_at: int | None = None) -> None:
+def _write_run(config: RunConfig, prepared: Prepared, *, continues: bool, finished_at: int | None = None) -> None:
     write_run(
         run_dir(config),
         engine=engine_name(config),
         start_from=prepared.start_from,
         max_steps=prepared.max_steps,
         finished_at=finished_at,
+        continues=continues,
     )

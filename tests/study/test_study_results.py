@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rao.checkpoint.run_records import write_run
+from nemo_rao.checkpoint.run_records import NOT_RECORDED, versions_of, write_run
 from nemo_rao.config.derived import run_dir
 from nemo_rao.runtime.source_version import source_version
 from nemo_rao.study.document import Code, Document, Figure, Heading, Table, Text, html, markdown
@@ -20,7 +20,7 @@ from nemo_rao.study.planned import Plan
 from nemo_rao.study.policies import Policy
 from nemo_rao.study.policy_results import task_metrics
 from nemo_rao.study.report import write_report
-from nemo_rao.study.results import collect, made_by, measured_arms, over_seeds
+from nemo_rao.study.results import collect, measured_arms, over_seeds, versions_text
 from nemo_rao.study.run import Outcome
 from nemo_rao.study.statistics import wins
 from nemo_rao.study.study_file import load_study
@@ -94,12 +94,22 @@ def test_differences_are_paired_by_seed_and_means_are_over_seeds(made: Plan) -> 
 def test_reports_name_the_versions_that_trained_the_runs(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     found = collect(made, outcomes(made))
     assert found["trained_by"] == [found["version"]] == [source_version()]
-    assert made_by(found) == source_version(), "once, if it is the same"
+    assert versions_text(found) == source_version(), "once, if it is the same"
     monkeypatch.setattr("nemo_rao.study.results.source_version", lambda: "nemo-rao 9.9, commit 4567")
     later = collect(made, outcomes(made))
     assert (later["version"], later["trained_by"]) == ("nemo-rao 9.9, commit 4567", [source_version()])
+    folder = run_dir(made.run_of("low", 1).config)
+    write_run(folder, start_from=None, max_steps=5, finished_at=5, engine="nemo")
+    assert versions_of(folder) == [source_version()], "trained anew"
+    write_run(folder, start_from=None, max_steps=5, finished_at=5, engine="nemo", continues=True)
+    assert versions_of(folder) == [source_version()], "once"
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({key: value for key, value in record.items() if key != "versions"}))
+    write_run(folder, start_from=None, max_steps=5, finished_at=5, engine="nemo", continues=True)
+    assert collect(made, outcomes(made))["trained_by"] == [NOT_RECORDED, source_version()]
+    write_run(folder, start_from=None, max_steps=5, finished_at=5, engine="nemo")
     later["trained_by"] = ["nemo-rao 9.9, commit 0123", "nemo-rao 0.1.0"]
-    assert made_by(later) == "nemo-rao 9.9, commit 4567 (runs: commit 0123, nemo-rao 0.1.0)"
+    assert versions_text(later) == "nemo-rao 9.9, commit 4567 (runs: commit 0123, nemo-rao 0.1.0)"
 
 
 def test_a_single_seed_among_failed_ones_has_the_interval_over_its_prompts() -> None:
