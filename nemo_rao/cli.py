@@ -57,8 +57,8 @@ def _command(name: str) -> Command:
         hint = command_hint(name)
         raise UserError(
             f"nemo-rao {name}: no such command"
-            + (did_you_mean(name, COMMANDS) if hint is None else f"; {hint}")
-            + f"; there are {', '.join(COMMANDS)}"
+            + (did_you_mean(name, COMMANDS, otherwise=".") if hint is None else f"; {hint}.")
+            + f" The commands are {', '.join(COMMANDS)}."
         )
     return COMMANDS[name]
 

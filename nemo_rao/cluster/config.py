@@ -154,9 +154,10 @@ def _find(name: str, config_dir: str | None) -> Path:
         if (path := folder / "cluster" / f"{name}.yaml").is_file():
             return path
     names = cluster_names(folders)
+    near = did_you_mean(name, names, otherwise=".")
     raise UserError(
-        f"cluster={name}: no such file{did_you_mean(name, names)}; there are {', '.join(names)}. "
-        "Your own is DIR/cluster/NAME.yaml with --config-dir DIR, or cluster=PATH.yaml"
+        f"cluster={name}: no such file{near} The files are {', '.join(names)}. Your own is DIR/cluster/NAME.yaml with "
+        "--config-dir DIR, or cluster=PATH.yaml."
     )
 
 

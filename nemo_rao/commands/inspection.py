@@ -39,7 +39,7 @@ def show_parser() -> Parser:
         help="show the row at this line of the file, dropped or not; can be repeated",
     )
     parser.add_argument("--first", type=int, metavar="N", help="read only the first N rows of the training data")
-    parser.add_argument("--full", action="store_true", help="do not truncate long texts on the terminal")
+    parser.add_argument("--full", action="store_true", help="do not shorten long texts")
     parser.add_argument(
         "--output", metavar="PAGE.html", help="also write an HTML page with the same content and the id of each token"
     )

@@ -211,9 +211,9 @@ def _find(config_name: str, config_dir: str | os.PathLike[str] | None) -> tuple[
     recipes = _Recipes(tuple(folders), tuple(tuple(sorted(_yaml_files(folder))) for folder in folders))
     name = config_name.removesuffix(".yaml").removesuffix(".yml")
     if name not in (known := recipes.names) and name not in MOVED_RECIPES:
-        near = did_you_mean(name, [*known, *MOVED_RECIPES])
-        hint = near if (other := objective_hint(name)) is None else f": {other}"
-        raise UserError(f"no recipe named {name!r}{hint}; there are {', '.join(known)}")
+        near = did_you_mean(name, [*known, *MOVED_RECIPES], otherwise=".")
+        hint = near if (other := objective_hint(name)) is None else f": {other}."
+        raise UserError(f"no recipe named {name!r}{hint} The recipes are {', '.join(known)}.")
     return name, recipes
 
 
@@ -274,9 +274,8 @@ def _prepare(override: Override, groups: dict[str, list[str]]) -> str:
             options = groups[name]
             if (made := MADE_FILES.get((name, choice))) is not None:
                 raise UserError(f"{name}={choice}: no such file; {made}")
-            raise UserError(
-                f"{name}={choice}: no such file{did_you_mean(choice, options)}; there are {', '.join(options)}"
-            )
+            near = did_you_mean(choice, options, otherwise=".")
+            raise UserError(f"{name}={choice}: no such file{near} The files are {', '.join(options)}.")
         return f"{name}={choice}" if override.package is None else text
     if override.is_delete():
         raise UserError(f"{text}: keys cannot be deleted; set {name} to null if its comment allows it")
@@ -344,8 +343,9 @@ def _compose_with_hydra(name: str, choices: tuple[str, ...], recipes: _Recipes) 
         missing = error.missing_cfg_file or "a file of its defaults"
         group, _, choice = missing.rpartition("/")
         options = recipes.groups.get(group, []) if group else recipes.names
-        near = did_you_mean(choice, options)
-        raise UserError(f"recipe {name}: there is no {missing}.yaml{near}; there are {', '.join(options)}") from None
+        near = did_you_mean(choice, options, otherwise=".")
+        files = f"The files are {', '.join(options)}."
+        raise UserError(f"recipe {name}: there is no {missing}.yaml{near} {files}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"recipe {name}: {first_line(error)}") from None
     grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}

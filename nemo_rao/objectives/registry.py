@@ -71,5 +71,5 @@ def get(name: str) -> Objective:
         return OBJECTIVES[name]
     if (hint := objective_hint(name)) is not None:
         raise UserError(f"model.objective={name}: no such objective; {hint}")
-    near = did_you_mean(name, OBJECTIVES, cutoff=0.4)  # names are short
-    raise UserError(f"model.objective={name}: no such objective{near}; there are {', '.join(OBJECTIVES)}")
+    near = did_you_mean(name, OBJECTIVES, otherwise=".", cutoff=0.4)  # names are short
+    raise UserError(f"model.objective={name}: no such objective{near} The objectives are {', '.join(OBJECTIVES)}.")

@@ -41,9 +41,10 @@ class Columns:
             if not isinstance(theirs, str) or not theirs:
                 raise UserError(f"data.columns.{ours} is {theirs!r}. It must be the name of a field of the file.")
             if ours not in KNOWN_FIELDS and ours not in self.rewards:
+                near = did_you_mean(ours, KNOWN_FIELDS, otherwise=".")
                 raise UserError(
-                    f"data.columns.{ours}: no data format reads this field{did_you_mean(ours, KNOWN_FIELDS)}; "
-                    f"allowed are {', '.join(KNOWN_FIELDS)}"
+                    f"data.columns.{ours}: no data format reads this field{near} Allowed fields are "
+                    f"{', '.join(KNOWN_FIELDS)}."
                 )
         if not all(isinstance(name, str) and name for name in self.ignore_fields):
             raise UserError(f"data.ignore_fields={list(self.ignore_fields)} must be a list of field names")

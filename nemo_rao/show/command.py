@@ -13,6 +13,7 @@ from nemo_rao.errors import UserError
 from nemo_rao.runtime.files import write_atomically
 from nemo_rao.show.inspection import inspect
 from nemo_rao.show.page import MARK, page
+from nemo_rao.show.rows import MOST_TOKENS
 from nemo_rao.show.terminal import Writer, can_show_color, terminal_width
 
 DEFAULT_ROWS = 3
@@ -43,7 +44,14 @@ def main(arguments: argparse.Namespace) -> int:
     num_rows = arguments.rows
     if num_rows is None:
         num_rows = 0 if arguments.row else DEFAULT_ROWS
-    seen = inspect(config, arguments.config_name, num_rows=num_rows, row_numbers=arguments.row, first=arguments.first)
+    seen = inspect(
+        config,
+        arguments.config_name,
+        num_rows=num_rows,
+        row_numbers=arguments.row,
+        first=arguments.first,
+        most_tokens=None if arguments.full else MOST_TOKENS,
+    )
     writer = Writer(color=can_show_color(), width=terminal_width(), full=arguments.full)
     encoding = sys.stdout.encoding or "utf-8"
     for line in writer.lines(seen):

@@ -21,7 +21,7 @@ from nemo_rao.objectives import registry
 from nemo_rao.rows.reading import read_rows
 from nemo_rao.runtime.progress import Progress
 from nemo_rao.show.numbers import Collector, Numbers
-from nemo_rao.show.rows import ShownRow, indices_used, location_of, shown_row
+from nemo_rao.show.rows import MOST_TOKENS, ShownRow, indices_used, location_of, shown_row
 from nemo_rao.show.settings import Setting, settings, steps
 from nemo_rao.training.loading import drawn_indices, wanted_rows
 
@@ -70,7 +70,13 @@ class Inspection:
 
 
 def inspect(
-    config: RunConfig, recipe: str, *, num_rows: int, row_numbers: Sequence[int] = (), first: int | None = None
+    config: RunConfig,
+    recipe: str,
+    *,
+    num_rows: int,
+    row_numbers: Sequence[int] = (),
+    first: int | None = None,
+    most_tokens: int | None = MOST_TOKENS,
 ) -> Inspection:
     """Load a recipe's data and collect everything to display.
 
@@ -79,6 +85,7 @@ def inspect(
         num_rows: number of rows to show, spread evenly over those that are trained on, including the first.
         row_numbers: lines (or rows of Parquet and `datasets`) to show in addition, dropped or not.
         first: load only this many rows of the training files, without drawing from them; ``None``: all.
+        most_tokens: number of tokens to show of a prompt or response; ``None``: all.
 
     Raises:
         UserError: training would reject the data, or a line does not exist.
@@ -114,13 +121,17 @@ def inspect(
             encoder.end_token_id,
             needs_pairs=needs.pairs,
             drops_truncated=data_keys.truncated == "drop",
+            most_tokens=most_tokens,
         )
 
     spread = [number * len(trained) // num_rows for number in range(min(num_rows, len(trained)))]
+    asked_for = watcher.asked_for()
+    already = {index for _, index in asked_for}
     chosen = [int(index if drawn is None else drawn[index]) for index in dict.fromkeys(spread)]
+    chosen = [index for index in chosen if index not in already]
     rows = [
         dataclasses.replace(shown(outcome), is_drawn=drawn is None or index is None or index in drawn)
-        for outcome, index in watcher.asked_for()
+        for outcome, index in asked_for
     ]
     rows += [shown(outcome) for outcome in watcher.kept(data, chosen, lambda: _rows(config))]
     return Inspection(

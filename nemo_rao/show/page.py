@@ -10,7 +10,7 @@ from html import escape
 
 from nemo_rao.show.charts import share, svg
 from nemo_rao.show.inspection import Inspection, Setting
-from nemo_rao.show.pieces import Kind, Piece, visible
+from nemo_rao.show.pieces import Kind, Piece, further_tokens, visible
 from nemo_rao.show.report import DROPPED, IN_BETWEEN, KEPT, NOT_DRAWN, Chart, charts, reasons, remarks
 from nemo_rao.show.rows import ShownResponse, ShownRow, left_out_text, reward_parts
 from nemo_rao.show.style import STYLE
@@ -182,9 +182,8 @@ def _tokens(pieces: Sequence[Piece], text: str, num_tokens: int | None, *, left_
         f'<span class="{_KINDS[piece.kind]}" data-t="{_text(_hint(piece))}">{_lines(piece.text)}</span>'
         for piece in pieces
     ]
-    shown = sum(len(piece.ids) for piece in pieces)
-    if num_tokens is not None and shown < num_tokens:
-        spans.append(f" […] {num_tokens - shown:,} more tokens")
+    if further := further_tokens(pieces, num_tokens):
+        spans.append(f" [… {further:,} more tokens; --full shows all …]")
     return f'<div class="text">{"".join(spans)}</div>'
 
 

@@ -58,6 +58,15 @@ def pieces_of(ids: Sequence[int], kinds: Sequence[Kind], decode: Decode) -> list
     return pieces
 
 
+def further_tokens(pieces: Sequence[Piece], num_tokens: int | None) -> int:
+    """Number of tokens of a prompt or response that follow the pieces to show; 0 if there are no pieces.
+
+    Args:
+        num_tokens: tokens of the whole prompt or response.
+    """
+    return num_tokens - sum(len(piece.ids) for piece in pieces) if pieces and num_tokens is not None else 0
+
+
 def runs(pieces: Sequence[Piece]) -> Iterator[tuple[Kind, str]]:
     """Merge neighbouring pieces of the same kind into one text."""
     kind: Kind | None = None

@@ -20,7 +20,7 @@ from nemo_rao.show.pieces import Decode, Kind, Piece, kinds_of_prompt, pieces_of
 _LOCATION = re.compile(r"^.*? (?:line|row) \d+(?=: )")
 NOT_USED = "not used"  # responses of dropped rows
 _FIRST = "data.num_responses="
-MOST_TOKENS = 6000  # shown of a prompt or response; rows that are dropped for their length can be much longer
+MOST_TOKENS = 6000  # shown of a prompt or response, unless all are; rows dropped for their length can be much longer
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,19 @@ def location_of(outcome: Outcome) -> str:
 
 
 def shown_row(
-    outcome: Outcome, decode: Decode, end_token_id: int, *, needs_pairs: bool, drops_truncated: bool
+    outcome: Outcome,
+    decode: Decode,
+    end_token_id: int,
+    *,
+    needs_pairs: bool,
+    drops_truncated: bool,
+    most_tokens: int | None = MOST_TOKENS,
 ) -> ShownRow:
-    """Prepare one row for display."""
+    """Prepare one row for display.
+
+    Args:
+        most_tokens: pieces of a prompt or response cover at most its first ``most_tokens`` tokens; ``None``: all.
+    """
     read, used, sample = outcome.read, outcome.used, outcome.sample
     problem = None
     if outcome.reason is not None:
@@ -136,7 +146,9 @@ def shown_row(
         responses.append(
             ShownResponse(
                 number=at + 1,
-                pieces=() if tokens is None else tuple(_response_pieces(tokens, answers, decode, end_token_id)),
+                pieces=()
+                if tokens is None
+                else tuple(_response_pieces(tokens[:most_tokens], answers, decode, end_token_id)),
                 text=_response_text(response),
                 num_tokens=None if tokens is None else len(tokens),
                 reward=response.reward,
@@ -149,7 +161,7 @@ def shown_row(
         )
     return ShownRow(
         location=read.location,
-        prompt=() if sample is None else tuple(_prompt_pieces(read, sample, decode)),
+        prompt=() if sample is None else tuple(_prompt_pieces(read, sample, decode, most_tokens)),
         prompt_text=_prompt_text(read),
         num_prompt_tokens=None if sample is None else len(sample.prompt),
         responses=tuple(responses),
@@ -180,8 +192,8 @@ def reward_parts(response: ShownResponse, row: ShownRow) -> list[str]:
     return ["no reward"] if any(other.reward is not None for other in row.responses) else []
 
 
-def _prompt_pieces(row: Row, sample: Sample, decode: Decode) -> list[Piece]:
-    ids = sample.prompt[:MOST_TOKENS].tolist()
+def _prompt_pieces(row: Row, sample: Sample, decode: Decode, most_tokens: int | None) -> list[Piece]:
+    ids = sample.prompt[:most_tokens].tolist()
     pieces = pieces_of(ids, [Kind.PROMPT] * len(ids), decode)
     contents = [content for _, content in _messages(row)]
     if len(row.responses) == 1 and (later := row.responses[0].continuation):  # answers of weight 0 are in the prompt
@@ -190,8 +202,8 @@ def _prompt_pieces(row: Row, sample: Sample, decode: Decode) -> list[Piece]:
 
 
 def _response_pieces(tokens: np.ndarray, answers: np.ndarray | None, decode: Decode, end: int) -> list[Piece]:
-    ids = tokens[:MOST_TOKENS].tolist()
-    learned = [True] * len(ids) if answers is None else answers[:MOST_TOKENS].tolist()
+    ids = tokens.tolist()
+    learned = [True] * len(ids) if answers is None else answers[: len(ids)].tolist()
     kinds = [Kind.RESPONSE if one else Kind.TEMPLATE for one in learned]
     for at, one in enumerate(ids):
         closes = at + 1 == len(learned) or not learned[at + 1]

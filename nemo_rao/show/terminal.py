@@ -13,7 +13,7 @@ import numpy as np
 
 from nemo_rao.show.histogram import Histogram, number, ticks
 from nemo_rao.show.inspection import Inspection
-from nemo_rao.show.pieces import Kind, Piece, runs, visible
+from nemo_rao.show.pieces import Kind, Piece, further_tokens, runs, visible
 from nemo_rao.show.report import NOT_DRAWN, Chart, charts, reasons, remarks
 from nemo_rao.show.rows import ShownResponse, ShownRow, left_out_text, reward_parts
 
@@ -128,9 +128,11 @@ class Writer:
         size = "" if row.num_prompt_tokens is None else f" · {row.num_prompt_tokens:,} tokens"
         yield self._paint("1", f"{_INDENT}prompt{size}")
         yield from self._text(row.prompt, row.prompt_text, Kind.PROMPT, most)
+        yield from self._further(row.prompt, row.num_prompt_tokens)
         for response in row.responses:
             yield self._paint("1", f"{_INDENT}{response_title(response, row)}")
             yield from self._text(response.pieces, response.text, Kind.TEMPLATE, most)
+            yield from self._further(response.pieces, response.num_tokens)
             if response.pieces and not response.ended:
                 yield self._paint("2", f"{_INDENT * 2}(no end token)")
 
@@ -142,6 +144,10 @@ class Writer:
         painted = "".join(self._kind(part_kind, visible(part)) for part_kind, part in parts)
         for line in painted.split("\n"):
             yield _INDENT * 2 + line
+
+    def _further(self, pieces: Sequence[Piece], num_tokens: int | None) -> Iterator[str]:
+        if further := further_tokens(pieces, num_tokens):
+            yield self._paint("2", f"{_INDENT * 2}[… {further:,} more tokens; --full shows all …]")
 
     def _kind(self, kind: Kind, text: str) -> str:
         """Color a text by its kind, line by line; without colors, text that is not learned is in ⟦⟧."""

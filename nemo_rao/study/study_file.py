@@ -182,13 +182,16 @@ def _check_relation(where: str, relation: Relation, measures: Mapping[str, Measu
 
 
 def _check_samples(samples: Samples, keys: StudyFile, compared: list[str], arms: Mapping[str, Arm]) -> None:
-    for name, value in (("prompts", samples.prompts), ("scorer", samples.scorer)):
+    for name, value, remedy in (
+        ("prompts", samples.prompts, "Name a file with prompts, such as prompts.jsonl."),
+        ("scorer", samples.scorer, "Name one, such as model:runs/rm or judge:judge.yaml."),
+    ):
         if not value:
-            raise UserError(f"samples.{name}: is missing.")
+            raise UserError(f"samples.{name}: is missing. {remedy}")
     if samples.temperature == 0 and samples.num_responses > 1:
         raise UserError(
             f"samples.temperature=0: gives the same response {samples.num_responses} times. Raise it, or set "
-            "samples.num_responses=1"
+            "samples.num_responses=1."
         )
     for name in ("start", "baseline"):
         if name in arms and (name == "start" or keys.baseline != "baseline"):

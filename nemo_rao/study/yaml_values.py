@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from nemo_rao.config.compose import package_recipes
-from nemo_rao.errors import UserError
+from nemo_rao.errors import UserError, did_you_mean
 from nemo_rao.study.schema import StudyFile
 
 STUDIES = "study"  # directory of the package's studies, next to its recipes
@@ -36,7 +36,11 @@ def read_values(path: Path, extended_by: Sequence[Path] = ()) -> dict[str, Any]:
         candidates += [one.with_name(f"{one.name}.yaml") for one in candidates]
         other = next((one for one in candidates if one.is_file()), None)
         if other is None:
-            raise UserError(f"{path}: extends: {name}: no such file in {path.parent} or conf/{STUDIES}")
+            known = [one.stem for folder in (path.parent, package_recipes() / STUDIES) for one in folder.glob("*.yaml")]
+            near = did_you_mean(Path(name).stem, known, otherwise=".")
+            raise UserError(
+                f"{path}: extends: {name}: no such file in {path.parent} or among the package's studies{near}"
+            )
         if other.resolve() in [one.resolve() for one in (*extended_by, path)]:
             raise UserError(f"{path}: extends: {name} leads back to this file. Remove one of the references.")
         below = _merged(below, read_values(other, [*extended_by, path]))

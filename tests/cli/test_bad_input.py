@@ -69,7 +69,7 @@ def refused(
         assert code == 2, output + message
         message = "".join(line for line in message.splitlines(True) if not line.startswith("warning: model.config_cl"))
         assert message.startswith("error: ") and message.endswith("\n") and message.count("\n") == 1, message
-        assert "?." not in message, message
+        assert "?." not in message and "?;" not in message, message
         assert contents(tmp_path) == before, "something was written"
         return message
 

@@ -124,6 +124,6 @@ def test_a_command_prints_the_warning_apart_from_its_output(capfd: pytest.Captur
 def test_unknown_names_are_refused_with_the_nearest_and_old_ones_are_not_listed(name: str, near: str) -> None:
     with pytest.raises(UserError) as caught:
         compose(name)
-    refused, _, listed = str(caught.value).rpartition("; there are ")
+    refused, _, listed = str(caught.value).removesuffix(".").rpartition(" The recipes are ")
     assert refused == f"no recipe named {name!r}; did you mean {near}?"
     assert set(listed.split(", ")) == set(recipe_names([package_recipes()]))

@@ -10,6 +10,7 @@ from nemo_rao.config.compose import compose
 from nemo_rao.data.tokenizer import load_tokenizer
 from nemo_rao.demo.tokenizer_training import train_tokenizer
 from nemo_rao.show.inspection import Inspection, inspect
+from nemo_rao.show.rows import MOST_TOKENS
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
@@ -48,8 +49,16 @@ def write_lines(tmp_path: Path) -> Callable[..., str]:
 def look(tokenizer: str) -> Callable[..., Inspection]:
     """Inspects a file under a recipe."""
 
-    def made(path: str, recipe: str, *overrides: str, rows: int = 3, row_numbers: tuple[int, ...] = ()) -> Inspection:
+    def made(
+        path: str,
+        recipe: str,
+        *overrides: str,
+        rows: int = 3,
+        row_numbers: tuple[int, ...] = (),
+        most_tokens: int | None = MOST_TOKENS,
+    ) -> Inspection:
         keys = [f"data.train_path={path}", f"data.tokenizer={tokenizer}", *overrides]
-        return inspect(compose(recipe, keys), recipe, num_rows=rows, row_numbers=row_numbers)
+        config = compose(recipe, keys)
+        return inspect(config, recipe, num_rows=rows, row_numbers=row_numbers, most_tokens=most_tokens)
 
     return made

@@ -114,6 +114,50 @@ def test_dropped_rows_are_counted_by_reason_and_the_first_of_each_is_shown(
         )
 
 
+def test_each_response_shows_its_reward_and_why_it_is_not_used(look: Look, write_lines: Callable[..., str]) -> None:
+    def row(number: int, *, truncated: bool = False) -> dict[str, object]:
+        answers = [{"content": f"answer {number} {'so ' * at}", "a": at, "b": at + 1.0} for at in range(3)]
+        return {"prompt": f"Name {number}.", "responses": [*answers[:2], answers[2] | {"truncated": truncated}]}
+
+    path = write_lines([row(1, truncated=True), row(2), row(3), row(4)])
+    keys = ["data.reward_field=[a,b]", "data.num_prompts=3", "model.global_batch_size=3", "model.rao.log_z0=0"]
+    everything = tuple(range(1, 5))
+    written = {
+        truncated: [
+            "\n".join(Writer(color=False, width=100).lines(seen)),
+            re.sub(r"<[^>]*>", "", re.sub(r"</b>|</span>", " · ", "".join(page(seen)))),
+        ]
+        for truncated in ("drop", "without_end")
+        for answers in (["data.answers=verbatim"] if truncated == "without_end" else [],)
+        for seen in (look(path, "gpt_rao", *keys, *answers, f"data.truncated={truncated}", row_numbers=everything),)
+    }
+    for text in written["drop"]:
+        assert text.count("reward 0.5 = mean of 0, 1") == 4 and text.count("reward 2.5 = mean of 2, 3") == 4
+        assert text.count("left out: data.truncated=drop") == 1 and "no end token" not in text
+        assert text.count("kept, but not drawn") == 1
+        assert "correlation of a response's reward with its length: +1.00" in text.replace("&#x27;", "'")
+    for text in written["without_end"]:
+        assert text.count("no end token") == 1 and "left out" not in text
+        assert len(re.findall(r"\btruncated\b(?!=)", text)) >= 1
+
+
+def test_what_is_left_out_of_a_long_text_is_counted_and_all_of_it_can_be_shown(
+    look: Look, write_lines: Callable[..., str]
+) -> None:
+    words = " ".join(f"word{number}" for number in range(2000))
+    path = write_lines([pair(1, words), pair(2)])
+    keys = ["model.seq_length=60000", "model.global_batch_size=2"]
+    some, all_of_it = (look(path, "gpt_dpo", *keys, rows=2, most_tokens=most) for most in (3000, None))
+    response = some.rows[0].responses[0]
+    assert response.num_tokens is not None and response.num_tokens > 6000
+    further = f"[… {response.num_tokens - 3000:,} more tokens; --full shows all …]"
+    short = "\n".join(Writer(color=False, width=80).lines(some))
+    assert re.search(r"word0 .*\[… [\d,]+ characters; --full shows all …\]", short) and "word1999" not in short
+    assert short.count(further) == 1 and "".join(page(some)).count(further) == 1
+    for written in ("\n".join(Writer(color=False, width=80, full=True).lines(all_of_it)), "".join(page(all_of_it))):
+        assert "1999" in re.sub(r"<[^>]*>", "", written) and "--full" not in written
+
+
 class Read(HTMLParser):
     """The page's elements, attributes, and the text of its tokens."""
 

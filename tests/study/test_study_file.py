@@ -128,7 +128,10 @@ def test_each_study_of_the_package_has_both_sizes() -> None:
 
 
 REFUSED = [
-    (("recipe: gpt_rao", "recipe: gpt_roa"), "arms.rao: no recipe named 'gpt_roa'; did you mean gpt_rao?"),
+    (
+        ("recipe: gpt_rao", "recipe: gpt_roa"),
+        "arms.rao: no recipe named 'gpt_roa'; did you mean gpt_rao? The recipes are gpt_agro, ",
+    ),
     (
         ("start: dpo", "start: dop"),
         "arms.rao: start: dop is neither an arm nor the directory of a checkpoint; did you mean dpo?\n",
@@ -176,6 +179,49 @@ REFUSED = [
         "model.lr: no such",
     ),
     (("seeds:", "measures: {loss: {metric: {val/loss: much}}}\nseeds:"), "measures.loss: must be a metric"),
+    ((STUDY[STUDY.index("arms:") :], "arms: {}\n"), "arms: is empty"),
+    (("{recipe: gpt_sft, once: true}", "gpt_sft"), "arms.sft: must be a mapping"),
+    (("{recipe: gpt_sft, once: true}", "{once: true}"), "arms.sft.recipe: is missing"),
+    (("  sft: {", "  data: {"), "arms.data: the study itself uses a directory of this name"),
+    (("  rao: {", "  rao v2: {"), "'rao v2': becomes a directory name"),
+    (("  made: {", "  dpo: {"), "files.dpo: an arm has the same name"),
+    ((', scorer: ["r=model:{rm}"]', ""), "files.rewarded: needs input and scorer, or split, or function"),
+    (("seeds:", "tasks: {names: []}\nseeds:"), "tasks.names: is empty"),
+    (
+        ("seeds:", "measures: {loss: val/loss}\nrelations: {a: {measure: loss}}\nseeds:"),
+        "relations.a.over: is missing",
+    ),
+    (
+        ("seeds:", "measures: {loss: val/loss}\nrelations: {a: {measure: loss, over: x, arms: [sft]}}\nseeds:"),
+        "relations.a.arms: sft is not an arm that is compared. Compared arms are dpo, rao.",
+    ),
+    (("seeds:", "samples: {scorer: rule:math:sqrt}\nseeds:"), "samples.prompts: is missing"),
+    (("seeds:", "samples: {prompts: p.jsonl}\nseeds:"), "samples.scorer: is missing"),
+    (
+        ("seeds:", "samples: {prompts: p.jsonl, scorer: rule:math:sqrt, temperature: 0}\nseeds:"),
+        "samples.temperature=0: gives the same response 4 times",
+    ),
+    (("baseline: dpo", "samples: {prompts: p.jsonl, scorer: rule:math:sqrt}"), "samples.against: baseline is not set"),
+    (
+        (
+            STUDY[STUDY.index("  dpo:") :],
+            "  dpo: {recipe: gpt_dpo}\nsamples: {prompts: p.jsonl, scorer: rule:math:sqrt, against: [start]}\n",
+        ),
+        "samples.against: start needs arms.dpo.start",
+    ),
+    (
+        (
+            STUDY[STUDY.index("  dpo:") :],
+            "  dpo: {recipe: gpt_dpo}\n  start: {recipe: gpt_rao}\nsamples: {prompts: p, scorer: rule:math:sqrt}\n",
+        ),
+        "arms.start: has a special meaning in samples.against",
+    ),
+    (("seeds:", "extends: rao_table2_toi\nseeds:"), "package's studies; did you mean rao_table2_toy?\n"),
+    (("seeds:", "extends: mine\nseeds:"), "extends: mine leads back to this file"),
+    ((STUDY, "[1, 2]\n"), "must be a mapping with arms"),
+    ((STUDY, "seeds: [1\n"), "invalid YAML: while parsing a flow sequence"),
+    ((STUDY, "? {a: b}\n: 1\n"), "invalid YAML: while constructing a mapping"),
+    ((STUDY, "arms: {a: {recipe: gpt_rao, once: true}}\n"), "arms: all are trained once"),
 ]
 
 
@@ -193,7 +239,7 @@ def test_an_error_is_reported_in_one_line_that_names_file_and_key(
     assert main(["study", "mine.yaml", "--out", "out"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line.startswith("error: mine.yaml")
-    assert said in line and "?." not in line
+    assert said in line and "?." not in line and "?;" not in line
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"], "nothing is written"
 
 
@@ -268,9 +314,56 @@ def test_null_on_the_command_line_removes_a_mapping(planned: Callable[..., Plan]
     assert [step.name for step in made.steps] == ["made", "sft", "dpo-seed3", "dpo-seed5"]
 
 
-def test_a_study_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["study", "rao_likelyhood"]) == 2
-    assert "no such file; did you mean rao_likelihood" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("rao_likelyhood",), "study rao_likelyhood: no such file; did you mean rao_likelihood? The studies are "),
+        (("rao_likelihood_toy", "seeds"), "'seeds' is not an override. Write key=value, such as seeds=[1,2]."),
+        (("rao_likelihood_toy", "=1"), "'=1' is not an override."),
+        (("rao_likelihood_toy", "seeds.first=1"), "seeds.first=1: seeds has no subkeys. Set seeds itself."),
+        (("rao_likelihood_toy", "--dry-run", "--gpu", "h1000"), "--gpu h1000: is unknown. Choose one of a100, "),
+    ],
+)
+def test_options_are_refused_in_one_line(
+    arguments: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", *arguments]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {said}") and line.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_started_by_every_rank_of_a_launcher_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    assert main(["study", "rao_likelihood_toy", "--dry-run"]) == 2
+    assert "a study starts its own. Run it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("common.trainer.max_steps=9", "trainer.max_steps", 9),
+        ("trainer.max_steps=9", "trainer.max_steps", 9),
+        ("data.train_path={made}/train.jsonl", "data.train_path", "out/data/made/train.jsonl"),
+        ("data.train_path={made}", "data.train_path", "out/data/made"),
+    ],
+)
+def test_overrides_reach_every_arm_and_may_name_files(
+    override: str, key: str, value: object, planned: Callable[..., Plan], tmp_path: Path
+) -> None:
+    group, _, name = key.partition(".")
+    config = planned(overrides=(override,)).run_of("dpo", 3).config
+    found = vars(vars(config)[group])[name]
+    assert found == (value if not isinstance(value, str) else str(tmp_path / value))
 
 
 def test_a_dry_run_lists_runs_and_writes_nothing(
